@@ -1,0 +1,173 @@
+"""Architectures as frozen dataclasses, their presets, and how the Hub writes them. No jax here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
+QUANTIZED_MODULES = ("attention", "experts", "router")
+
+
+@dataclass(frozen=True)
+class MixtralConfig:
+    """A Mixtral: grouped-query attention, RMSNorm, and in every layer a router over gated (SwiGLU) experts.
+
+    `experts_per_token == num_experts` is the study's dense model: every token visits every expert, and nothing is sorted.
+    Raises ValueError where the sizes contradict each other.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    num_experts: int = 8
+    experts_per_token: int = 2
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    router_aux_loss_coef: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                      "head_dim", "num_experts", "experts_per_token", "max_position_embeddings"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)}: expected at least 1")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} exceeds num_experts = {self.num_experts}: "
+                f"choose at most {self.num_experts} (that is the dense model)"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd: rotary positions turn pairs")
+
+    @property
+    def dense(self) -> bool:
+        """Whether every token visits every expert."""
+        return self.experts_per_token == self.num_experts
+
+    def replace(self, **changes: Any) -> MixtralConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_hub_config(self) -> dict[str, Any]:
+        """The `config.json` that transformers 4 and 5 both read."""
+        return {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "num_local_experts": self.num_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "router_jitter_noise": 0.0,
+            "sliding_window": None,
+        }
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """NF4 storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router."""
+
+    double: bool = True
+    modules: tuple[str, ...] = QUANTIZED_MODULES
+
+    def __post_init__(self) -> None:
+        unknown = [m for m in self.modules if m not in QUANTIZED_MODULES]
+        if unknown:
+            raise ValueError(f"quantization modules {unknown}: expected some of {list(QUANTIZED_MODULES)}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA as PEFT 0.18 on transformers 4 means it: one pair (A, B) per linear layer, per expert; delta = alpha/rank · B A.
+
+    `targets`: names of PEFT's users; `gate` is the router. Dropout acts on the input of A.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("w1", "w2", "w3", "gate")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank = {self.rank}: expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA dropout = {self.dropout}: expected 0 <= dropout < 1")
+        unknown = [t for t in self.targets if t not in LORA_TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(f"LoRA targets {unknown or '[]'} match nothing: expected some of {list(LORA_TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+PRESETS: dict[str, MixtralConfig] = {
+    "mixtral-8x7b": MixtralConfig(),
+    "mixtral-tiny": MixtralConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=160, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+        max_position_embeddings=2048, rope_theta=1e4,
+    ),
+}
+
+
+def from_hub_config(config: Mapping[str, Any]) -> MixtralConfig:
+    """Read a Hub `config.json` in the dialect of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+    Raises ValueError for another architecture, and for what this port does not compute (sliding windows, scaled rotary
+    positions, another activation): such a model would give other numbers without saying so.
+    """
+    model_type = config.get("model_type")
+    if model_type != "mixtral":
+        raise ValueError(f"config.json has model_type = {model_type!r}: expected 'mixtral'")
+    window = config.get("sliding_window")
+    if window is not None and window < config.get("max_position_embeddings", 32768):
+        raise ValueError(f"config.json has sliding_window = {window}: only full attention is computed here (expected null)")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json has hidden_act = {config['hidden_act']!r}: expected 'silu'")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"config.json asks for rotary positions of type {rope.get('rope_type')!r}: expected 'default'")
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return MixtralConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        num_experts=config.get("num_local_experts", 8),
+        experts_per_token=config.get("num_experts_per_tok", 2),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e6),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-5),
+        max_position_embeddings=config.get("max_position_embeddings", 32768),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        router_aux_loss_coef=config.get("router_aux_loss_coef", 0.001),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_id=config.get("eos_token_id"),
+    )

@@ -1,0 +1,1 @@
+"""Numerics with no model in them: NF4, grouped matmul, attention, cross-entropy."""
