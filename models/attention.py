@@ -1,0 +1,65 @@
+"""Grouped-query attention with rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import MixtralConfig
+from models.layers import Linear, rotate
+from models.ops.attention import masked_attention, segment_attention
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one layer, [B, S, G, C], slot s holding position s."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nnx.Module):
+    """q, k, v projections, rotary positions, causal softmax attention inside each segment, output projection; no biases."""
+
+    def __init__(self, key: jax.Array, config: MixtralConfig, dtype: Any):
+        keys = jax.random.split(key, 4)
+        d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        scope = "dequant"
+        self.q_proj = Linear(keys[0], d, heads, dtype, scope=scope, axes=("heads", "embed"))
+        self.k_proj = Linear(keys[1], d, kv, dtype, scope=scope, axes=("heads", "embed"))
+        self.v_proj = Linear(keys[2], d, kv, dtype, scope=scope, axes=("heads", "embed"))
+        self.o_proj = Linear(keys[3], heads, d, dtype, scope=scope, axes=("embed", "heads"))
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """x: [B, T, D]; segment_ids, positions: int32 [B, T]."""
+        with jax.named_scope("attention"):
+            q, k, v = self._project(x, positions, dropout_key)
+            out = segment_attention(q, k, v, segment_ids)
+            return self.o_proj(out.reshape(*x.shape[:2], -1), _fold(dropout_key, 3))
+
+    def cached(self, x: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
+        """Write the keys and values of x at `positions`, attend to everything at or before them. Returns output and cache."""
+        with jax.named_scope("attention"):
+            q, k, v = self._project(x, positions, None)
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = KeyValues(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
+            mask = jnp.arange(cache.k.shape[1])[None, None, :] <= positions[:, :, None]
+            return self.o_proj(masked_attention(q, *cache, mask).reshape(*x.shape[:2], -1)), cache
+
+    def _project(
+        self, x: jax.Array, positions: jax.Array, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (
+            projection(x, _fold(dropout_key, i)).reshape(*x.shape[:2], -1, self.head_dim)
+            for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj))
+        )
+        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
+
+
+def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, index)

@@ -1,0 +1,128 @@
+"""From an architecture to a model: initialized, or abstract; frozen, quantized, with adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import LoRAConfig, MixtralConfig, Quantization
+from models.layers import ExpertLinear, Frozen, Linear
+from models.lora import LoRA
+from models.mixtral import Mixtral
+from models.ops import nf4
+
+_LORA_PATHS = {
+    "q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "attention",
+    "gate": "moe", "w1": "moe", "w2": "moe", "w3": "moe",
+}  # fmt: skip
+
+
+def build(
+    config: MixtralConfig,
+    *,
+    key: jax.Array | None = None,
+    quantization: Quantization | None = None,
+    adapter: LoRAConfig | None = None,
+    dtype: Any = jnp.bfloat16,
+    param_dtype: Any = jnp.float32,
+    frozen_dtype: Any = None,
+    backend: str = "auto",
+    platform: str | None = None,
+) -> Mixtral:
+    """A Mixtral with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
+
+    With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in NF4 where
+    `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
+    """
+    frozen = adapter is not None or quantization is not None
+    base_dtype = (frozen_dtype or dtype) if frozen else param_dtype
+    base_key, lora_key = jax.random.split(jax.random.key(0) if key is None else key)
+
+    def base() -> Mixtral:
+        return Mixtral(config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform)
+
+    model: Mixtral = nnx.eval_shape(base) if key is None else base()
+    if frozen:
+        freeze(model, quantization)
+    if adapter is not None:
+        add_lora(model, adapter, None if key is None else lora_key)
+    return model
+
+
+def freeze(model: Mixtral, quantization: Quantization | None = None) -> None:
+    """Make every weight `Frozen`, and NF4 where asked. In place; works on abstract models too."""
+    modules = _modules_of(model, quantization.modules if quantization else ())
+    for _, module in nnx.iter_modules(model):
+        if not isinstance(getattr(module, "weight", None), nnx.Variable):
+            continue
+        value, axes = module.weight.get_value(), module.weight.get_metadata("axes")
+        if quantization and id(module) in modules:
+            value = quantized(value, quantization.double)
+        module.weight = Frozen(value, axes=axes)
+
+
+def quantized(value: Any, double: bool) -> nf4.NF4Tensor:
+    """NF4 of a weight [..., out, in]; every leading index (layer, expert) is quantized by itself, as the reference does."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return nf4.abstract(value.shape[-2:], leading=value.shape[:-2], double=double)
+    return nf4.quantize(value, double=double, batch_axes=value.ndim - 2)
+
+
+def _modules_of(model: Mixtral, names: tuple[str, ...]) -> set[int]:
+    layers = model.layers
+    groups: dict[str, list[nnx.Module]] = {
+        "attention": [getattr(layers.attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")],
+        "experts": [layers.moe.w1, layers.moe.w2, layers.moe.w3],
+        "router": [layers.moe.router],
+    }
+    return {id(module) for name in names for module in groups[name]}
+
+
+def add_lora(model: Mixtral, config: LoRAConfig, key: jax.Array | None) -> None:
+    """Put an adapter on every layer that `config.targets` names. In place; abstract without a key."""
+    for index, target in enumerate(sorted(config.targets)):
+        parent = getattr(model.layers, _LORA_PATHS[target])
+        module: Linear | ExpertLinear = getattr(parent, "router" if target == "gate" else target)
+        axes, shape = module.weight.get_metadata("axes"), weight_shape(module.weight)
+
+        def make(k: jax.Array, axes: Any = axes, shape: tuple[int, ...] = shape) -> LoRA:
+            return LoRA(k, shape[:-2], shape[-1], shape[-2], config, axes)
+
+        k = jax.random.fold_in(jax.random.key(0) if key is None else key, index)
+        module.lora = nnx.eval_shape(make, k) if key is None else make(k)
+
+
+def weight_shape(variable: nnx.Variable) -> tuple[int, ...]:
+    """Logical shape of a weight [..., out, in], quantized or not."""
+    value = variable.get_value()
+    return (*value.codes.shape[:-1], *value.shape) if isinstance(value, nf4.NF4Tensor) else value.shape
+
+
+def random_weights(model: Mixtral, key: jax.Array) -> Mixtral:
+    """An abstract model filled with random weights made where it runs: for hardware studies, where only sizes matter.
+
+    NF4 codes are random bits; scales are such that weights have the standard deviation of an initialized model.
+    """
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+
+    def fill(path: Any, leaf: Any, k: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if leaf.dtype == jnp.uint8:
+            return jax.random.bits(k, leaf.shape, jnp.uint8)
+        if name.endswith(".nested_absmax"):
+            return jnp.full(leaf.shape, 0.005, leaf.dtype)
+        if name.endswith((".offset", ".absmax")):
+            return jnp.full(leaf.shape, 0.035, leaf.dtype)
+        if "norm" in name:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return (0.02 * jax.random.normal(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
+
+    def make(key: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(key, len(leaves))
+        return [fill(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
+
+    return nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, jax.jit(make)(key)))

@@ -1,0 +1,105 @@
+"""The small parts: variables, norms, linear layers, embedding, rotary positions.
+
+Weights have torch's layout `[out, in]`. Every weight names its logical axes (`axes`: layers, experts, embed, hidden, heads, vocab,
+rank), so that a mesh can be laid under the model later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.lora import LoRA
+from models.ops import linear
+
+INIT_STD = 0.02
+
+
+class Frozen(nnx.Variable):
+    """A weight that is never trained: an array, or an `NF4Tensor` (codes and scales)."""
+
+
+def trainable(variable: nnx.Variable) -> bool:
+    return isinstance(variable, nnx.Param)
+
+
+class RMSNorm(nnx.Module):
+    """x · rsqrt(mean(x²) + eps) · w over the last axis; statistics in fp32."""
+
+    def __init__(self, size: int, eps: float, dtype: Any):
+        self.weight: nnx.Variable = nnx.Param(jnp.ones(size, dtype), axes=("embed",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("norm"):
+            wide = x.astype(jnp.float32)
+            normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+            return self.weight.get_value().astype(x.dtype) * normal.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ, and the adapter's part if there is one. weight: [out, in]."""
+
+    def __init__(self, key: jax.Array, in_size: int, out_size: int, dtype: Any, *, scope: str, axes: tuple[str, str]):
+        self.weight: nnx.Variable = nnx.Param(normal(key, (out_size, in_size), dtype), axes=axes)
+        self.lora: LoRA | None = nnx.data(None)
+        self.scope = scope
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        weight = self.weight.get_value()
+        if trainable(self.weight):
+            y = linear.matmul(weight.astype(x.dtype), x)
+        else:
+            y = linear.with_frozen(linear.matmul, self.scope, weight, x)
+        return y if self.lora is None else y + self.lora(x, dropout_key)
+
+
+class ExpertLinear(nnx.Module):
+    """One matrix per expert. weight: [E, out, in]. `models.moe` multiplies by it."""
+
+    def __init__(self, key: jax.Array, experts: int, in_size: int, out_size: int, dtype: Any, *, axes: tuple[str, str]):
+        self.weight: nnx.Variable = nnx.Param(normal(key, (experts, out_size, in_size), dtype), axes=("experts", *axes))
+        self.lora: LoRA | None = nnx.data(None)
+
+
+class Embedding(nnx.Module):
+    """Rows of a [V, D] table."""
+
+    def __init__(self, key: jax.Array, vocab: int, size: int, dtype: Any):
+        self.weight: nnx.Variable = nnx.Param(normal(key, (vocab, size), dtype), axes=("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        with jax.named_scope("embed"):
+            return jnp.take(self.weight.get_value(), tokens, axis=0).astype(dtype)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions, the halves of a head turned against each other as in Llama and Mixtral on the Hub.
+
+    x: [B, T, H, C]; positions: int32 [B, T]. Angles in fp32.
+    """
+    c = x.shape[-1]
+    frequency = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
+    angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, C/2]
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def stack_layers(make: Callable[[jax.Array], nnx.Module], key: jax.Array, layers: int) -> Any:
+    """`layers` modules of one kind as one module whose every weight has a leading axis [L], named "layers"."""
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(key)))[0]
+    state = jax.vmap(lambda k: nnx.split(make(k))[1])(jax.random.split(key, layers))
+    stacked = nnx.merge(graphdef, state)
+    for _, variable in nnx.to_flat_state(nnx.state(stacked)):
+        variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
+    nnx.update(stacked, nnx.state(stacked))
+    return stacked

@@ -1,0 +1,144 @@
+"""Mixtral, assembled: the architecture on one page.
+
+    x = embed(tokens)
+    for every layer:  x += attention(norm(x));  x += moe(norm(x))
+    logits = head(norm(x))
+
+The layers are one module whose weights are stacked [L, …]; `jax.lax.scan` runs them, each body recomputed in the backward pass if
+`remat` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.attention import Attention, KeyValues
+from models.config import MixtralConfig
+from models.layers import Embedding, Linear, RMSNorm, stack_layers
+from models.moe import SAVED_NAMES, MoE, RouterStats
+from models.ops.linear import dequantized
+
+REMAT_POLICIES = ("none", "full")
+
+
+class DecoderLayer(nnx.Module):
+    """x += attention(norm(x)); x += moe(norm(x))."""
+
+    def __init__(self, key: jax.Array, config: MixtralConfig, dtype: Any, backend: str, platform: str):
+        keys = jax.random.split(key)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(keys[0], config, dtype)
+        self.moe_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.moe = MoE(keys[1], config, dtype, backend, platform)
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, RouterStats]:
+        x = x + self.attention(self.attention_norm(x), segment_ids, positions, dropout_key)
+        return self._experts(x, segment_ids > 0, dropout_key)
+
+    def cached(
+        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues
+    ) -> tuple[jax.Array, KeyValues]:
+        """The same layer for tokens [B, T] at `positions`, over the keys and values seen so far."""
+        out, cache = self.attention.cached(self.attention_norm(x), positions, cache)
+        return self._experts(x + out, valid, None)[0], cache
+
+    def _experts(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, RouterStats]:
+        rows = self.moe_norm(x).reshape(-1, x.shape[-1])
+        out, stats = self.moe(rows, valid.reshape(-1), dropout_key)
+        return x + out.reshape(x.shape), stats
+
+
+class Mixtral(nnx.Module):
+    """tokens [B, T] -> hidden states [B, T, D]; `logits` maps those to the vocabulary.
+
+    dtype: what is computed in. param_dtype: what weights are stored in. platform: what the program is compiled for.
+    """
+
+    def __init__(
+        self, config: MixtralConfig, key: jax.Array, *, dtype: Any, param_dtype: Any, backend: str = "auto", platform: str | None = None
+    ):
+        keys = jax.random.split(key, 3)
+        platform = platform or jax.default_backend()
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.embed = Embedding(keys[0], config.vocab_size, config.hidden_size, param_dtype)
+        self.layers = stack_layers(
+            lambda k: DecoderLayer(k, config, param_dtype, backend, platform), keys[1], config.num_layers
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        if not config.tie_word_embeddings:
+            self.head = Linear(
+                keys[2], config.hidden_size, config.vocab_size, param_dtype, scope="head_dequant", axes=("vocab", "embed")
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        *,
+        remat: str = "none",
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterStats]:
+        """tokens, segment_ids (0 = padding), positions: int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …]."""
+        graphdef, state = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, RouterStats]:
+            weights, index = layer
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return nnx.merge(graphdef, weights)(x, segment_ids, positions, key)
+
+        xs = (state, jnp.arange(self.config.num_layers))
+        x, stats = jax.lax.scan(rematerialized(body, remat), self.embed(tokens, self.dtype), xs)
+        return self.norm(x), stats
+
+    def cached(
+        self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues
+    ) -> tuple[jax.Array, KeyValues]:
+        """The forward pass over a cache [L, B, S, G, C]: what `models.cache` is made of. Inference only."""
+        graphdef, state = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: tuple[nnx.State, KeyValues]) -> tuple[jax.Array, KeyValues]:
+            weights, kv = layer
+            return nnx.merge(graphdef, weights).cached(x, valid, positions, kv)
+
+        x, cache = jax.lax.scan(body, self.embed(tokens, self.dtype), (state, cache))
+        return self.norm(x), cache
+
+    @property
+    def head_weight(self) -> nnx.Variable:
+        """The [V, D] variable that makes logits."""
+        return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: [..., D] -> fp32 [..., V]."""
+        weight = dequantized(self.head_weight.get_value(), self.dtype, "head_dequant")
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """`none` keeps what autodiff keeps; `full` keeps a layer's input and its routing. Raises ValueError for another name."""
+    if remat == "none":
+        return body
+    if remat == "full":
+        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")
+
+
+def load_balancing_loss(stats: RouterStats, tokens: jax.Array) -> jax.Array:
+    """Switch-style auxiliary loss over all layers together, as transformers' `load_balancing_loss_func` with a padding mask.
+
+    stats: [L, E]; tokens: number of real tokens. E · Σ_e (share of choices that fall on e) · (mean probability of e).
+    """
+    layers, experts = stats.counts.shape
+    total = jnp.maximum(tokens, 1).astype(jnp.float32) * layers
+    share = jnp.sum(stats.counts, axis=0).astype(jnp.float32) / total
+    probability = jnp.sum(stats.probabilities, axis=0) / total
+    return experts * jnp.sum(share * probability)

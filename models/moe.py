@@ -1,0 +1,123 @@
+"""The mixture of experts: a router, and gated experts that run sparse (top-k) or dense (all), as modules of one kind."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from models.config import MixtralConfig
+from models.layers import ExpertLinear, Linear, trainable
+from models.ops import grouped_matmul as gm
+
+SAVED_NAMES = ("router_indices", "router_weights", "dispatch")
+"""What every rematerialization policy keeps: recomputation must never change an expert choice."""
+
+
+class RouterStats(NamedTuple):
+    """Of one layer (or stacked, [L, …]), over real tokens. counts: int32 [E], choices per expert; probabilities: fp32 [E], sums."""
+
+    counts: jax.Array
+    probabilities: jax.Array
+
+
+class MoE(nnx.Module):
+    """out = Σ over the chosen experts of p_e · w2_e(silu(w1_e x) · w3_e x), p = softmax → top-k → renormalized (all: softmax).
+
+    The weight p_e multiplies the activation before w2: the same sum, but w2 need not be recomputed in the backward pass.
+    """
+
+    def __init__(self, key: jax.Array, config: MixtralConfig, dtype: Any, backend: str, platform: str):
+        keys = jax.random.split(key, 4)
+        e, d, f = config.num_experts, config.hidden_size, config.intermediate_size
+        self.router = Linear(keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"))
+        self.w1 = ExpertLinear(keys[1], e, d, f, dtype, axes=("hidden", "embed"))
+        self.w2 = ExpertLinear(keys[2], e, f, d, dtype, axes=("embed", "hidden"))
+        self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"))
+        self.experts, self.k = e, config.experts_per_token
+        self.backend, self.platform = backend, platform
+
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """x: [N, D]; valid: bool [N], false for padding, which visits no expert."""
+        with jax.named_scope("moe"):
+            indices, weights, stats = self._route(x, valid, dropout_key)
+            if self.k == self.experts:
+                return self._dense(x, weights, dropout_key), stats
+            return self._sparse(x, indices, weights, valid, dropout_key), stats
+
+    def _route(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """indices: int32 [N, K]; weights: fp32 [N, K] that sum to one."""
+        with jax.named_scope("router"):
+            logits = self.router(x.astype(jnp.float32), _fold(dropout_key, 0))  # [N, E], fp32
+            probabilities = jax.nn.softmax(logits, axis=-1)
+        sums = jnp.sum(probabilities * valid[:, None], axis=0)
+        if self.k == self.experts:
+            counts = jnp.full(self.experts, jnp.sum(valid, dtype=jnp.int32))
+            return jnp.zeros((x.shape[0], 0), jnp.int32), probabilities, RouterStats(counts, sums)
+        with jax.named_scope("topk"):
+            indices = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.k)[1].astype(jnp.int32)
+            indices = checkpoint_name(indices, "router_indices")
+            picked = jnp.take_along_axis(probabilities, indices, axis=-1)
+            weights = checkpoint_name(picked / jnp.sum(picked, axis=-1, keepdims=True), "router_weights")
+            chosen = (indices[..., None] == jnp.arange(self.experts)) & valid[:, None, None]
+            counts = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
+        return indices, weights, RouterStats(counts, sums)
+
+    def _sparse(
+        self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        plan = gm.choose(self.backend, self.platform, x.shape[0], self.experts, self.k)
+        with jax.named_scope("dispatch"):
+            groups = gm.group(indices, valid, self.experts, plan.tile)
+            groups = gm.Groups(*(checkpoint_name(a, "dispatch") for a in groups))
+            rows = gm.dispatch(x, groups)  # [M, D]
+            row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]
+        up = self._grouped("w1", rows, groups, plan, _fold(dropout_key, 1))
+        gate = self._grouped("w3", rows, groups, plan, _fold(dropout_key, 3))
+        with jax.named_scope("act"):
+            activation = jax.nn.silu(up) * gate * row_weights[:, None]  # [M, F]
+        out = self._grouped("w2", activation, groups, plan, _fold(dropout_key, 2))
+        with jax.named_scope("combine"):
+            return gm.combine(out, groups)
+
+    def _grouped(
+        self, name: str, rows: jax.Array, groups: gm.Groups, plan: gm.Plan, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        module: ExpertLinear = getattr(self, name)
+        plan = plan._replace(name=name, trainable=trainable(module.weight))
+        if module.lora is None:
+            return gm.grouped_matmul(rows, module.weight.get_value(), groups.sizes, plan)
+        dropped = module.lora.dropped(rows, dropout_key)
+        lora_x = None if dropped is rows else dropped
+        return gm.grouped_matmul(rows, module.weight.get_value(), groups.sizes, plan, module.lora.weights(), lora_x)
+
+    def _dense(self, x: jax.Array, weights: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        up = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
+        gate = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3))
+        with jax.named_scope("act"):
+            activation = jax.nn.silu(up) * gate * weights.astype(x.dtype).T[..., None]  # [E, N, F]
+        return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))
+
+    def _batched(self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        module: ExpertLinear = getattr(self, name)
+        with jax.named_scope(name):
+            y = gm.dense_matmul(product, x, module.weight.get_value(), name, trainable=trainable(module.weight))
+            if module.lora is None:
+                return y
+            with jax.named_scope("lora"):
+                a, b = (part.astype(x.dtype) for part in module.lora.weights())
+                inputs, output = product.split("->")
+                x_axes, w_axes = inputs.split(",")
+                low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", module.lora.dropped(x, dropout_key), a)
+                return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b)
+
+
+def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, 10 + index)

@@ -1,0 +1,199 @@
+"""NF4 storage of frozen weights, bit-identical to bitsandbytes 0.50 on a CPU (`tests/oracles/nf4.py`).
+
+A weight is flattened row-major, cut into blocks of 64, divided by each block's largest magnitude, and stored as 4-bit indices
+into a codebook of 16 normal quantiles (QLoRA, arXiv 2305.14314). Double quantization stores the block scales in 8 bits as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 64
+NESTED_BLOCK = 256
+
+CODEBOOK = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def _dynamic_map() -> np.ndarray:
+    """The 256 codes of the signed 8-bit dynamic map: seven decades of linearly spaced midpoints, and 0 and 1."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = _linspace(2**decade + 1)
+        means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        values += [*means.tolist(), *(-means).tolist()]
+    return np.sort(np.array(values, np.float32))
+
+
+def _linspace(count: int) -> np.ndarray:
+    """0.1 … 1 in fp32 as torch spaces them: from both ends to the middle, each step a fused multiply-add."""
+    start, stop = np.float64(np.float32(0.1)), 1.0
+    step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(count - 1))
+    index = np.arange(count)
+    rising, falling = start + step * index, stop - step * (count - 1 - index)
+    return np.where(index < count // 2, rising, falling).astype(np.float32)
+
+
+def _nearest_table(codes: np.ndarray) -> np.ndarray:
+    """uint8 [65536]: the code nearest to each of 65,536 evenly spaced values in [-1, 1] (ties to the lower code).
+
+    bitsandbytes rounds a value to this grid before it looks for the nearest code, so up to 0.25 % of the scales differ by one
+    from the nearest code; a checkpoint made there and one made here agree only if we do the same.
+    """
+    grid = np.float32(-1) + (np.float32(2) * np.arange(65536, dtype=np.float32)) / np.float32(65535)
+    middles = np.float32(0.5) * (codes[:-1] + codes[1:])
+    return np.searchsorted(middles, grid, side="left").astype(np.uint8)
+
+
+DYNAMIC_MAP = _dynamic_map()
+_DYNAMIC_TABLE = _nearest_table(DYNAMIC_MAP)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A 4-bit weight; leading axes `[...]` (layers, experts) are independent tensors, each with its own offset.
+
+    codes: uint8 [..., ceil(n/2)], the even element in the high nibble. absmax: [..., ceil(n/64)], fp32, or uint8 indices into
+    DYNAMIC_MAP when double quantized; then nested_absmax: fp32 [..., ceil(n/64/256)] and offset: fp32 [...].
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None
+    offset: jax.Array | None
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Weights stored in all leading axes together."""
+        return math.prod(self.codes.shape[:-1]) * math.prod(self.shape)
+
+
+def quantize(weight: jax.Array | np.ndarray, *, double: bool = True, batch_axes: int = 0) -> NF4Tensor:
+    """Quantize `weight` (any float dtype, concrete); the first `batch_axes` axes are separate tensors."""
+    if batch_axes:
+        parts = [quantize(w, double=double, batch_axes=batch_axes - 1) for w in weight]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    codes, absmax = _quantize_blocks(jnp.asarray(weight))
+    if not double:
+        return NF4Tensor(codes, absmax, None, None, weight.shape)
+    scales = np.asarray(absmax)
+    offset = _torch_mean(scales)
+    eight, nested_absmax = _quantize_dynamic(scales - offset)
+    return NF4Tensor(codes, jnp.asarray(eight), jnp.asarray(nested_absmax), jnp.asarray(offset), weight.shape)
+
+
+def abstract(shape: tuple[int, ...], *, leading: tuple[int, ...] = (), double: bool = True) -> NF4Tensor:
+    """The shapes and dtypes (`jax.ShapeDtypeStruct`) that `quantize` gives, without a weight."""
+    n = math.prod(shape)
+    blocks = -(-n // BLOCK)
+
+    def leaf(dims: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leading, *dims), dtype)
+
+    codes = leaf((-(-n // 2),), jnp.uint8)
+    if not double:
+        return NF4Tensor(codes, leaf((blocks,), jnp.float32), None, None, shape)
+    nested = leaf((-(-blocks // NESTED_BLOCK),), jnp.float32)
+    return NF4Tensor(codes, leaf((blocks,), jnp.uint8), nested, leaf((), jnp.float32), shape)
+
+
+@jax.jit
+def _quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes uint8 [ceil(n/2)] and block scales fp32 [ceil(n/64)]."""
+    n = weight.size
+    blocks = jnp.pad(weight.reshape(-1).astype(jnp.float32), (0, -n % BLOCK)).reshape(-1, BLOCK)
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    divisor = jnp.where(absmax == 0, 1.0, absmax)
+    scaled = blocks * (1.0 / divisor)[:, None]
+    if n % BLOCK:  # the reference divides in the last, partial block, and multiplies by a reciprocal elsewhere
+        scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
+    middles = (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2)
+    index = jnp.sum(jnp.clip(scaled, -1, 1)[..., None] > middles, axis=-1, dtype=jnp.uint8).reshape(-1)[: n + n % 2]
+    if n % 2:
+        index = index.at[-1].set(7)  # the padding weight is zero
+    return (index[0::2] << 4) | index[1::2], absmax
+
+
+def _quantize_dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """8-bit dynamic quantization of fp32 [n] in blocks of 256: indices uint8 [n], scales fp32 [ceil(n/256)].
+
+    On the host: every rounding of the reference is one here, which a compiler that contracts products and sums would not keep.
+    """
+    n = values.size
+    blocks = np.pad(values, (0, -n % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    absmax = np.abs(blocks).max(axis=1)
+    reciprocal = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax)
+    normal = np.clip(blocks * reciprocal[:, None], np.float32(-1), np.float32(1))
+    position = (normal + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
+    index = np.where(absmax[:, None] == 0, np.uint8(0), _DYNAMIC_TABLE[position.astype(np.int32)])
+    return index.reshape(-1)[:n], absmax
+
+
+def block_scales(weight: NF4Tensor) -> jax.Array:
+    """fp32 scales [..., ceil(n/64)], with the second quantization undone."""
+    if weight.nested_absmax is None or weight.offset is None:
+        return weight.absmax
+    blocks = weight.absmax.shape[-1]
+    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, axis=-1)[..., :blocks]
+    product = jnp.take(jnp.asarray(DYNAMIC_MAP), weight.absmax.astype(jnp.int32)) * nested
+    # Product and sum round separately in the reference. The maximum changes no value, but a compiler that would contract the
+    # two into a fused multiply-add (another last bit) cannot do it through it.
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + weight.offset[..., None]
+
+
+def dequantize(weight: NF4Tensor, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """[..., *shape] in `dtype`: codebook value times block scale in fp32, then cast."""
+    n = math.prod(weight.shape)
+    leading = weight.codes.shape[:-1]
+    scales = block_scales(weight)
+    nibbles = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1)
+    if n % BLOCK:
+        nibbles = nibbles.reshape(*leading, -1)[..., :n]
+        values = jnp.take(jnp.asarray(CODEBOOK), nibbles.astype(jnp.int32)) * jnp.repeat(scales, BLOCK, axis=-1)[..., :n]
+    else:
+        # One table gather on 16 entries: a select tree would be hoisted out of a layer scan as 16 broadcast constants.
+        nibbles = nibbles.reshape(*leading, -1, BLOCK)
+        values = jnp.take(jnp.asarray(CODEBOOK), nibbles.astype(jnp.int32)) * scales[..., None]
+    return values.reshape(*leading, *weight.shape).astype(dtype)
+
+
+def _torch_mean(x: np.ndarray) -> np.float32:
+    """Mean of fp32 [n], added up in the order of torch's CPU kernel on one thread (8 lanes, 4 rows, a cascade of 4 levels).
+
+    The offset of double quantization is this mean: another order gives another last bit in two cases of five.
+    """
+    lanes, rows, levels = 8, 4, 4
+    n = x.size
+    vectors = n // lanes
+    size = vectors // rows
+    step = 1 << max(4, (max(size, 1) - 1).bit_length() // levels)
+    partial = x[: size * rows * lanes].reshape(size, rows, lanes)
+    total = np.zeros((rows, lanes), np.float32)
+    for level in range(levels):
+        whole = len(partial) // step * step if level < levels - 1 else 0
+        total = total + _running_sum(partial[whole:])
+        partial = _running_sum(partial[:whole].reshape(-1, step, rows, lanes).swapaxes(0, 1))
+    first = _running_sum(x[size * rows * lanes : vectors * lanes].reshape(-1, lanes), total[0])
+    per_lane = _running_sum(total[1:], first)
+    return np.float32(_running_sum(per_lane, _running_sum(x[vectors * lanes :])) / np.float32(n))
+
+
+def _running_sum(x: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+    """Sum over the first axis, strictly one after the other, in fp32."""
+    total = np.zeros(x.shape[1:], np.float32) if start is None else start
+    for row in x:
+        total = total + row
+    return total
