@@ -95,6 +95,18 @@ def add_lora(model: Mixtral, config: LoRAConfig, key: jax.Array | None) -> None:
         module.lora = nnx.eval_shape(make, k) if key is None else make(k)
 
 
+def materialize_lora(model: Mixtral, key: jax.Array) -> Mixtral:
+    """Draw the adapters of an abstract model as `build` draws them for the same key. In place; returns the model."""
+    lora_key = jax.random.split(key)[1]
+    modules = {name: getattr(getattr(model.layers, parent), "router" if name == "gate" else name) for name, parent in _LORA_PATHS.items()}
+    targets = [name for name, module in modules.items() if module.lora is not None]
+    if targets:
+        lora = modules[targets[0]].lora
+        rank = lora.a.get_value().shape[-2]
+        add_lora(model, LoRAConfig(rank, lora.scale * rank, lora.dropout, tuple(targets)), lora_key)
+    return model
+
+
 def weight_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """Logical shape of a weight [..., out, in], quantized or not."""
     value = variable.get_value()

@@ -1,0 +1,71 @@
+"""The `moejax` command. Nothing heavy is imported before it is needed: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from moejax import __version__
+from moejax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 2 for a mistake of the user's, told in one message."""
+    parser = argparse.ArgumentParser(prog="moejax", description="Fine-tune Mixture-of-Experts models on one GPU, in JAX.")
+    parser.add_argument("--version", action="version", version=f"moejax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_train_arguments(commands.add_parser("train", help="fine-tune a model as a config file says"))
+    evaluate = commands.add_parser("exact-match", help="answers of the base and of the tuned model on held-out problems")
+    evaluate.add_argument("run", help="a finished run's folder, e.g. runs/demo")
+    evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
+    evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+    options = parser.parse_args(arguments)
+    return guarded(options)
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """`python train.py …`: the same as `moejax train …`."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a model as a config file says.")
+    add_train_arguments(parser)
+    options = parser.parse_args(arguments)
+    options.command = "train"
+    return guarded(options)
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="experiment in YAML (see configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single values, e.g. training.epochs=3")
+    parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="show parameters, memory and schedule; load and train nothing")
+
+
+def guarded(options: argparse.Namespace) -> int:
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.command == "exact-match":
+        from moejax.evaluation import exact_match
+
+        return exact_match.run(options.run, options.data, options.limit)
+    from moejax import config
+
+    experiment = config.load(options.config, options.overrides)
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(experiment.device.memory_fraction))
+    if options.dry_run:
+        from moejax.training import dry_run
+
+        return dry_run.report(experiment)
+    from moejax.training import loop
+
+    return loop.run(experiment, resume=options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

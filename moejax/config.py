@@ -1,0 +1,306 @@
+"""The experiment: one strict schema, read from YAML and `key.sub=value` overrides. No jax here."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, LoRAConfig, MixtralConfig
+from moejax.errors import UserError
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string: a string that is a number is that number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def _strings(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_strings)]
+
+
+class ModelConfig(_Section):
+    """Which model. `source`: a Hub id or a folder in Hub layout; null: random weights in the architecture of `preset`."""
+
+    source: str | None = None
+    revision: str | None = None
+    preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
+    overrides: dict[str, int | float | bool] = Field(default_factory=dict, description="fields of MixtralConfig by name")
+    experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
+    moe_backend: Literal["auto", "loop"] = "auto"
+    aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source is None and self.preset is None:
+            raise ValueError("give model.source (a Hub id or a folder) or model.preset (random weights)")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset = {self.preset!r} is unknown: {_nearest(self.preset, PRESETS)}")
+        fields = MixtralConfig.__dataclass_fields__
+        for name in self.overrides:
+            if name not in fields:
+                raise ValueError(f"overrides.{name} is no field of the architecture: {_nearest(name, fields)}")
+        if self.preset is not None:
+            self.architecture(None)
+        return self
+
+    def architecture(self, base: MixtralConfig | None) -> MixtralConfig:
+        """The sizes of `base` (read from the source) or else of the preset, with overrides. Raises ValueError, UserError."""
+        if base is None:
+            if self.preset is None:
+                raise UserError(f"model.source = {self.source!r} cannot be read here and model.preset is not set: set one of them")
+            base = PRESETS[self.preset]
+        if self.experts_per_token is not None:
+            base = base.replace(experts_per_token=self.experts_per_token)
+        return base.replace(**self.overrides)
+
+
+class QuantizationConfig(_Section):
+    """Storage of frozen weights. nf4: 4 bits, bit-identical to bitsandbytes; `double`: block scales in 8 bits too."""
+
+    format: Literal["none", "nf4"] = "none"
+    double: bool = True
+    modules: Names = QUANTIZED_MODULES
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.modules:
+            if name not in QUANTIZED_MODULES:
+                raise ValueError(f"modules: {name!r} is unknown: {_nearest(name, QUANTIZED_MODULES)}")
+        return self
+
+
+class AdapterConfig(_Section):
+    """LoRA: one pair per expert and target; delta = alpha/rank · B A. Targets by PEFT's names; gate is the router."""
+
+    rank: Positive = 16
+    alpha: Real = 32.0
+    dropout: Real = 0.0
+    targets: Names = ("w1", "w2", "w3", "gate")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.targets:
+            if name not in LORA_TARGETS:
+                raise ValueError(f"targets: {name!r} matches nothing: {_nearest(name, LORA_TARGETS)}")
+        LoRAConfig(self.rank, self.alpha, self.dropout, self.targets)
+        return self
+
+
+class FieldNames(_Section):
+    """Where a record keeps its parts."""
+
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    text: str = "text"
+
+
+class DataConfig(_Section):
+    """What is trained on, and how it becomes batches. Lengths in tokens."""
+
+    source: str | None = Field(None, description="a .json or .jsonl file, or a name for `datasets`; null: random tokens (fixed only)")
+    config_name: str | None = None
+    split: str = "train"
+    fields: FieldNames = FieldNames()
+    records: Positive | None = Field(None, description="declared number of records, checked after loading")
+    bytes: Positive | None = Field(None, description="declared file size, checked")
+    sha256: str | None = Field(None, description="declared hash of the file, checked")
+    template: Literal["mistral", "alpaca", "chat", "text"] = "mistral"
+    max_length: Positive = Field(1024, description="a longer query is cut, and counted")
+    batching: Literal["pack", "pad_longest", "pad_bucket", "fixed"] = "pack"
+    row_tokens: Positive = Field(2048, description="length of a row for pack and fixed")
+    buckets: Annotated[tuple[int, ...], BeforeValidator(_strings)] = (128, 256, 512, 1024)
+    batch_rows: Positive = Field(1, description="rows of one micro-batch")
+    shuffle: bool = True
+    holdout: Annotated[int, Field(ge=0)] = Field(0, description="records taken from the end for the evaluation loss")
+    eval_source: str | None = Field(None, description="a file or name with held-out records, instead of holdout")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source is None and self.batching != "fixed":
+            raise ValueError(f"source is missing: batching {self.batching!r} needs records (only `fixed` makes random rows)")
+        if self.batching == "pack" and self.max_length > self.row_tokens:
+            raise ValueError(f"max_length = {self.max_length} exceeds row_tokens = {self.row_tokens}: a query must fit into a row")
+        if self.batching == "pad_bucket" and (not self.buckets or max(self.buckets) < self.max_length):
+            raise ValueError(f"buckets = {list(self.buckets)}: the largest must be at least max_length = {self.max_length}")
+        if self.holdout and self.eval_source is not None:
+            raise ValueError("holdout and eval_source exclude each other")
+        return self
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that can occur."""
+        if self.batching in ("pack", "fixed"):
+            return self.row_tokens
+        return max(self.buckets) if self.batching == "pad_bucket" else -(-self.max_length // 8) * 8
+
+
+class TrainingConfig(_Section):
+    """Optimizer, schedule, precision. `steps` wins over `epochs`."""
+
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    gradient_accumulation: Positive = Field(1, description="micro-batches per optimizer step, one global token mean")
+    learning_rate: Annotated[Real, Field(gt=0)] = 5e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_learning_rate_ratio: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    betas: Annotated[tuple[Real, Real], BeforeValidator(_strings)] = (0.9, 0.999)
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    clip_norm: Annotated[Real, Field(gt=0)] | None = 1.0
+    label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["full", "none"] = "full"
+    loss_chunk_tokens: Positive = 1024
+    eval_every: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("set training.epochs or training.steps")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
+        return self
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints: every n steps, the last `keep` of them, and the best by evaluation loss. The last step is always saved."""
+
+    every: Positive | None = None
+    keep: Positive = 2
+    best: bool = True
+
+
+class DeviceConfig(_Section):
+    """memory_fraction: share of the GPU's memory that jax may take (jax's own default of 0.75 would leave a quarter unused)."""
+
+    memory_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.92
+
+
+class Experiment(_Section):
+    """One run. Its folder is runs_dir/name."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    runs_dir: str = "runs"
+    model: ModelConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    adapter: AdapterConfig | None = None
+    tokenizer: str | None = Field(None, description="tokenizer.json, folder or Hub id; null: the model's")
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    device: DeviceConfig = DeviceConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.quantization.format != "none" and self.adapter is None:
+            raise ValueError("quantization freezes the weights and there is no adapter: nothing would be trained. Add adapter: {}")
+        if self.data.source is not None and self.tokenizer is None and self.model.source is None:
+            raise ValueError("tokenizer is missing: a model with random weights brings none")
+        if self.model.preset is not None:
+            limit = self.model.architecture(None).max_position_embeddings
+            if self.data.longest_row > limit:
+                raise ValueError(f"rows of {self.data.longest_row} tokens exceed the model's max_position_embeddings = {limit}")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment from YAML, with `key.sub=value` overrides (values are YAML). Raises UserError for every mistake."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config file {file} does not exist (expected a YAML file; see configs/)")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a mapping of sections, got {type(content).__name__}")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{file}: {_explain(error)}") from None
+
+
+def dump(experiment: Experiment) -> str:
+    """The experiment as YAML with every default visible; loading it gives the same experiment."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, e.g. training.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    node = content
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """All of pydantic's findings in our words, one line each."""
+    return "\n".join(_explain_one(e) for e in error.errors())
+
+
+def _explain_one(e: Any) -> str:
+    path = ".".join(str(part) for part in e["loc"])
+    if e["type"] == "extra_forbidden":
+        section: Any = Experiment
+        for part in e["loc"][:-1]:
+            section = _section_class(section.model_fields[part].annotation)
+        return f"unknown key {path}: {_nearest(str(e['loc'][-1]), section.model_fields)}"
+    if e["type"] == "missing":
+        return f"{path} is missing"
+    if e["type"] == "value_error":
+        message = str(e["ctx"]["error"])
+        return message if not path or message.startswith(path.split(".")[0]) else f"{path}: {message}"
+    message = e["msg"][0].lower() + e["msg"][1:]
+    return f"{path} = {e['input']!r}: {message.replace('input should be', 'expected')}"
+
+
+def _section_class(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
+
+
+def _nearest(name: str, known: Any) -> str:
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"

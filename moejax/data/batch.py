@@ -1,0 +1,20 @@
+"""The batch that a step takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, each array [rows, T] (or [A, rows, T]: A micro-batches). numpy on the host, jax on the device.
+
+    tokens: int32. targets: int32, the token that each position must predict (the next one of the same query). loss_mask: fp32,
+    1 where that target is supervised (the answer and the end of sequence), 0 on prompts and padding. segment_ids: int32, 1, 2, …
+    for the queries of a row, 0 on padding. positions: int32, from 0 in every query.
+    """
+
+    tokens: Any
+    targets: Any
+    loss_mask: Any
+    segment_ids: Any
+    positions: Any

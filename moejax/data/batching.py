@@ -1,0 +1,106 @@
+"""Queries to batches: packed, padded, or synthetic; the same order for the same seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from moejax.config import DataConfig
+from moejax.data.batch import Batch
+from moejax.data.packing import pack
+from moejax.data.tokenize import Query
+
+
+class Batches:
+    """All micro-batches of every epoch. What an epoch holds depends only on the queries, the config, the seed and its number."""
+
+    def __init__(self, queries: Sequence[Query], config: DataConfig, seed: int, *, shuffle: bool | None = None):
+        self.queries, self.config, self.seed = queries, config, seed
+        self.shuffle = config.shuffle if shuffle is None else shuffle
+        self._rows = lru_cache(maxsize=2)(self._make_rows)
+
+    def batches_per_epoch(self, epoch: int) -> int:
+        return -(-len(self._rows(epoch)) // self.config.batch_rows)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of an epoch from number `start`. A last one that is not full is filled up with empty rows."""
+        rows, n = self._rows(epoch), self.config.batch_rows
+        for first in range(start * n, len(rows), n):
+            chosen = rows[first : first + n]
+            yield assemble([[self.queries[i] for i in row] for row in chosen], n, self._row_tokens(chosen))
+
+    def waste(self, epoch: int = 0) -> float:
+        """Share of the computed tokens that is padding, in an epoch."""
+        rows, n = self._rows(epoch), self.config.batch_rows
+        real = sum(len(q.ids) for q in self.queries)
+        computed = 0
+        for first in range(0, len(rows), n):
+            chosen = rows[first : first + n]
+            computed += len(chosen) * self._row_tokens(chosen)
+        return 1 - real / computed
+
+    def rows(self, epoch: int = 0) -> int:
+        return len(self._rows(epoch))
+
+    def _make_rows(self, epoch: int) -> list[list[int]]:
+        order = np.arange(len(self.queries))
+        random = np.random.default_rng([self.seed, epoch])
+        if self.shuffle:
+            random.shuffle(order)
+        if self.config.batching != "pack":
+            return [[int(i)] for i in order]
+        packed = pack([len(self.queries[i].ids) for i in order], self.config.row_tokens)
+        if self.shuffle:
+            random.shuffle(packed)
+        return [[int(order[i]) for i in row] for row in packed]
+
+    def _row_tokens(self, rows: list[list[int]]) -> int:
+        c = self.config
+        if c.batching in ("pack", "fixed"):
+            return c.row_tokens
+        longest = max(len(self.queries[i].ids) for row in rows for i in row)
+        if c.batching == "pad_bucket":
+            return min(b for b in sorted(c.buckets) if b >= longest)
+        return -(-longest // 8) * 8
+
+
+def assemble(rows: Sequence[Sequence[Query]], row_count: int, row_tokens: int) -> Batch:
+    """Queries, row by row, into arrays [row_count, row_tokens]; what is not filled is padding."""
+    shape = (row_count, row_tokens)
+    tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+    mask = np.zeros(shape, np.float32)
+    for r, row in enumerate(rows):
+        at = 0
+        for segment, query in enumerate(row, 1):
+            n = len(query.ids)
+            here = slice(at, at + n)
+            tokens[r, here] = query.ids
+            targets[r, at : at + n - 1] = query.ids[1:]
+            # Position t predicts token t + 1: the last prompt position predicts the first token of the answer.
+            mask[r, at + max(query.prompt - 1, 0) : at + n - 1] = 1
+            segments[r, here] = segment
+            positions[r, here] = np.arange(n)
+            at += n
+    return Batch(tokens, targets, mask, segments, positions)
+
+
+def stack(micro: Sequence[Batch], count: int) -> Batch:
+    """Micro-batches [rows, T] to one batch [count, rows, T]: padded to the longest, and with empty ones where fewer came."""
+    rows, longest = micro[0].tokens.shape[0], max(b.tokens.shape[1] for b in micro)
+
+    def join(arrays: list[np.ndarray]) -> np.ndarray:
+        out = np.zeros((count, rows, longest), arrays[0].dtype)
+        for i, a in enumerate(arrays):
+            out[i, :, : a.shape[1]] = a
+        return out
+
+    return Batch(*(join(list(arrays)) for arrays in zip(*micro, strict=True)))
+
+
+def synthetic(config: DataConfig, vocab_size: int, seed: int, rows: int) -> list[Query]:
+    """Random tokens in rows of one length, all supervised: for hardware studies."""
+    random = np.random.default_rng([seed, 0])
+    ids = random.integers(0, vocab_size, (rows, config.row_tokens), np.int32)
+    return [Query(row, 0) for row in ids]

@@ -1,0 +1,77 @@
+"""The whole way from the config's data section to batches, with one table of what came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from moejax.config import DataConfig
+from moejax.data.batching import Batches, synthetic
+from moejax.data.sources import load_records
+from moejax.data.tokenize import Tokenized, tokenize
+from moejax.errors import UserError
+
+SYNTHETIC_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Batches to train on, batches to evaluate on (or None), and the counts behind them."""
+
+    train: Batches
+    evaluation: Batches | None
+    tokenized: Tokenized
+    source: str
+
+    def statistics(self) -> dict[str, float]:
+        """Counts; lengths in tokens with the template and the end of sequence."""
+        lengths = np.array([len(q.ids) for q in self.tokenized.queries])
+        return {
+            "records": self.tokenized.records,
+            "dropped": self.tokenized.dropped,
+            "cut": self.tokenized.cut,
+            "queries": len(lengths),
+            "tokens": int(lengths.sum()),
+            "supervised tokens": int(sum(len(q.ids) - max(q.prompt, 1) for q in self.tokenized.queries)),
+            "shortest": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "95th percentile": float(np.percentile(lengths, 95)),
+            "longest": int(lengths.max()),
+            "rows": self.train.rows(),
+            "padding": self.train.waste(),
+        }
+
+    def table(self) -> Table:
+        table = Table(title=f"data: {self.source}", title_justify="left", show_header=False)
+        for name, value in self.statistics().items():
+            text = f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+            table.add_row(name, text)
+        if self.evaluation is not None:
+            table.add_row("held out queries", f"{len(self.evaluation.queries):,}")
+        return table
+
+
+def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Dataset:
+    """Read, tokenize and batch. `tokenizer` may be None for synthetic rows. Raises UserError for every fault of the data."""
+    if config.source is None:
+        queries = synthetic(config, vocab_size, seed, max(SYNTHETIC_ROWS, config.batch_rows))
+        return Dataset(Batches(queries, config, seed), None, Tokenized(queries, len(queries)), "random tokens")
+    records = load_records(config)
+    held_out: list[dict[str, Any]] = []
+    if config.eval_source is not None:
+        held_out = load_records(config, config.eval_source)
+    elif config.holdout:
+        if config.holdout >= len(records):
+            raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
+        records, held_out = records[: -config.holdout], records[-config.holdout :]
+    limit = config.row_tokens if config.batching == "fixed" else config.max_length
+    train = tokenize(records, tokenizer, config.template, min(limit, config.max_length))
+    evaluation = None
+    if held_out:
+        queries = tokenize(held_out, tokenizer, config.template, min(limit, config.max_length)).queries
+        evaluation = Batches(queries, config, seed, shuffle=False)
+    return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source)

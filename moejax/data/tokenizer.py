@@ -1,0 +1,59 @@
+"""Tokenizers come from a `tokenizer.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import UserError
+
+
+def load_tokenizer(source: str) -> Any:
+    """A fast tokenizer from a tokenizer.json, a folder that has one, or a Hub id.
+
+    It has an end-of-sequence token, and a padding token (the end of sequence where none is named). Raises UserError for a bare
+    sentencepiece file: transformers 5 converts Mixtral's wrongly (it splits double spaces), so we do not guess.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(source)
+    if path.suffix == ".model":
+        raise UserError(f"{path} is a sentencepiece file: its conversion differs between libraries. Give the tokenizer.json instead")
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        elif path.is_dir() and not (path / "tokenizer_config.json").exists():
+            if not (path / "tokenizer.json").exists():
+                raise UserError(f"{path} holds no tokenizer.json (a tokenizer needs one; set tokenizer=PATH for another)")
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+        elif path.is_dir():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - hub, network and parser errors of other libraries
+        raise UserError(
+            f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            "Expected a tokenizer.json, a folder that has one, or a Hub id"
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.eos_token_id is None:
+        for token in ("</s>", "<|endoftext|>"):
+            if token in vocabulary:
+                tokenizer.eos_token = token
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {source!r} names no end-of-sequence token (looked for </s> and <|endoftext|>)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raises UserError where the tokenizer knows ids that the model has no row for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer's largest id is {largest}, the model's vocabulary has {vocab_size} rows: they do not belong together. "
+            "Choose the model's own tokenizer (tokenizer=…), or a model with a larger vocabulary"
+        )

@@ -1,0 +1,182 @@
+"""Whole models in Hub layout: read into a model (quantized tensor by tensor), and written from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from models.build import materialize_lora
+from models.config import MixtralConfig, from_hub_config
+from models.mixtral import Mixtral
+from models.ops import nf4
+from moejax.errors import UserError
+from moejax.hub.names import Place, module_names, place_of
+
+_DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The folder of a model: `source` itself, or the Hub's snapshot of that id (downloaded where it is not cached)."""
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/")) or source.count("/") != 1:
+        raise UserError(f"model.source = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(_DOWNLOAD)))
+    except Exception as error:  # noqa: BLE001 - the Hub client has dozens of errors; the user needs one sentence
+        raise UserError(
+            f"model.source = {source!r} is no local folder, and the Hub could not be asked ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}). Check the id and the network, or give a folder"
+        ) from error
+
+
+def read_config(folder: Path) -> MixtralConfig:
+    """The architecture in the folder's config.json. Raises UserError naming the file."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json: expected a model in Hub layout")
+    try:
+        return from_hub_config(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: {what}") from None
+
+
+def load_weights(model: Mixtral, folder: Path, lora_key: jax.Array) -> Mixtral:
+    """Fill an abstract model (`models.build.build` without a key) from a folder's safetensors; adapters from `lora_key`.
+
+    One tensor at a time: read by memory map, cast or quantized (each expert's matrix by itself), stacked. Raises UserError naming
+    file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
+    """
+    places = module_names(model.config)
+    with ExitStack() as stack:
+        files = _open(folder, stack)
+        unknown = sorted(name for name in files if name.removesuffix(".weight") not in places and not name.endswith("inv_freq"))
+        if model.config.tie_word_embeddings:
+            unknown = [name for name in unknown if name != "lm_head.weight"]
+        if unknown:
+            raise UserError(f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}")
+        by_path: dict[tuple[str, ...], list[tuple[str, Place]]] = {}
+        for name, place in places.items():
+            by_path.setdefault(place.path, []).append((f"{name}.weight", place))
+        for path, tensors in by_path.items():
+            variable = reduce(getattr, path, model).weight
+            variable.set_value(_fill(variable.get_value(), tensors, files, folder))
+    return materialize_lora(model, lora_key)
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """tensor name -> open safetensors file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files: dict[str, Any] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} lacks {name}" + (", which its index names" if index.is_file() else " (weights in safetensors)"))
+        try:
+            file = stack.enter_context(safe_open(str(path), framework="flax"))
+        except SafetensorError as error:
+            raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
+
+
+def _fill(abstract: Any, tensors: list[tuple[str, Place]], files: dict[str, Any], folder: Path) -> Any:
+    """The stacked value [L, (E,) …] of one variable, from its tensors in order of layer and expert."""
+    if not isinstance(abstract, nf4.NF4Tensor):
+        leading = abstract.shape[: abstract.ndim - _rank(tensors[0][1], abstract.ndim)]
+        shape = abstract.shape[len(leading) :]
+        buffer = np.empty(abstract.shape, _numpy_dtype(abstract.dtype))
+        for name, place in tensors:
+            buffer[_index(place)] = np.asarray(_read(files, name, shape, folder).astype(abstract.dtype))
+        return jnp.asarray(buffer)
+    double = abstract.offset is not None
+    buffers = jax.tree.map(lambda leaf: np.empty(leaf.shape, _numpy_dtype(leaf.dtype)), abstract)
+    for name, place in tensors:
+        codes = nf4.quantize(_read(files, name, abstract.shape, folder), double=double)
+        for buffer, leaf in zip(jax.tree.leaves(buffers), jax.tree.leaves(codes), strict=True):
+            buffer[_index(place)] = np.asarray(leaf)
+    return jax.tree.map(jnp.asarray, buffers)
+
+
+def _rank(place: Place, ndim: int) -> int:
+    """Dimensions of one tensor without its layer and expert axes."""
+    return ndim - (place.layer is not None) - (place.expert is not None)
+
+
+def _index(place: Place) -> Any:
+    return tuple(i for i in (place.layer, place.expert) if i is not None) or ...
+
+
+def _numpy_dtype(dtype: Any) -> Any:
+    return ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.dtype(dtype)
+
+
+def _read(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> jax.Array:
+    if name not in files:
+        raise UserError(f"{folder}: tensor {name!r} is missing")
+    try:
+        value: jax.Array = files[name].get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{folder}: tensor {name!r} cannot be read ({error})") from None
+    if value.shape != tuple(shape):
+        raise UserError(f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}")
+    if bool(jnp.any(jnp.isnan(value))):
+        raise UserError(f"{folder}: tensor {name!r} holds NaN")
+    return value
+
+
+def _describe(config: MixtralConfig) -> str:
+    return f"Mixtral of {config.num_layers} layers and {config.num_experts} experts"
+
+
+def save_weights(model: Mixtral, folder: Path, dtype: Any = jnp.bfloat16) -> None:
+    """Write an unquantized model in Hub layout (config.json, generation_config.json, model.safetensors), adapters left out.
+
+    The file is written aside and renamed: a half-written one is never taken for a whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, place in module_names(model.config).items():
+        value = reduce(getattr, place.path, model).weight.get_value()
+        if isinstance(value, nf4.NF4Tensor):
+            raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
+        tensors[f"{name}.weight"] = np.asarray(value[_index(place)].astype(dtype))
+    aside = folder / "model.safetensors.tmp"
+    save_file(tensors, str(aside), metadata={"format": "pt"})
+    aside.replace(folder / "model.safetensors")
+    c = model.config
+    hub_config = c.to_hub_config() | {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
+    _write_json(folder / "config.json", hub_config)
+    generation = {"_from_model_config": True, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def variables(model: Mixtral) -> Iterator[tuple[str, nnx.Variable]]:
+    """Dotted path and variable of every weight, adapters included."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        yield ".".join(str(p) for p in path), variable

@@ -1,0 +1,1 @@
+"""The training loop: model, step, optimizer, metrics, checkpoints."""

@@ -1,0 +1,87 @@
+"""Model FLOPs of a training step, and the device's peak: what model FLOP utilization (MFU) is made of.
+
+A multiply-add counts two. Per real token, with P_active the weights of the matrices it meets (attention, its K experts, router,
+head; the embedding is a look-up):
+
+    forward                       2·P_active + 2·r·(in + out) per adapted matrix + attention scores
+    gradient of the inputs        the same again (the chain passes through every frozen weight)
+    gradient of the weights       the same for what is trained only: everything (full), or the adapter
+
+Attention scores and their product with V: 4·heads·head_dim per query and visible key; a query at position t of its segment sees
+t + 1 keys; counted from the real segment lengths, twice as much again backward. Recomputation is not counted: it is overhead.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from models.config import LoRAConfig, MixtralConfig
+
+# Dense bf16 peaks in FLOP/s by a part of jax's device_kind, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12,
+    "L4": 121e12, "RTX 4090": 165e12, "A10G": 70e12, "V100": 125e12,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs per real token, and per (query, visible key) pair of one optimizer step."""
+
+    per_token: float
+    per_pair: float
+
+    def step(self, tokens: int, pairs: int) -> float:
+        """Model FLOPs of a step with so many real tokens and visible (query, key) pairs."""
+        return self.per_token * tokens + self.per_pair * pairs
+
+
+def active_matrices(config: MixtralConfig) -> dict[str, tuple[int, int, int]]:
+    """name -> (in, out, how many of them one token meets in one layer)."""
+    d, f, k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (d, heads, 1), "k_proj": (d, kv, 1), "v_proj": (d, kv, 1), "o_proj": (heads, d, 1),
+        "gate": (d, config.num_experts, 1), "w1": (d, f, k), "w3": (d, f, k), "w2": (f, d, k),
+    }  # fmt: skip
+
+
+def count(config: MixtralConfig, adapter: LoRAConfig | None) -> FlopCount:
+    """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one."""
+    matrices = active_matrices(config)
+    base = config.num_layers * sum(i * o * n for i, o, n in matrices.values()) + config.vocab_size * config.hidden_size
+    scores = 4 * config.num_layers * config.num_heads * config.head_dim
+    if adapter is None:
+        return FlopCount(6 * base, 3 * scores)
+    low_rank = config.num_layers * sum(
+        adapter.rank * (i + o) * n for name, (i, o, n) in matrices.items() if name in adapter.targets
+    )
+    return FlopCount(4 * base + 6 * low_rank, 3 * scores)
+
+
+def visible_pairs(lengths: list[int]) -> int:
+    """(query, key) pairs of causal attention inside segments of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """Peak FLOP/s of the first device and where the figure comes from ("data sheet", or "measured" by a matmul)."""
+    device = jax.local_devices()[0]
+    for name, peak in PEAK_FLOPS.items():
+        if device.platform == "gpu" and name in device.device_kind:
+            return peak, "data sheet"
+    size = 1024
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, "measured"

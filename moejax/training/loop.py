@@ -1,0 +1,288 @@
+"""A training run from config to adapter: what happens, in order."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from models.mixtral import Mixtral
+from moejax.config import Experiment
+from moejax.data.batch import Batch
+from moejax.data.batching import stack
+from moejax.data.pipeline import Dataset
+from moejax.data.pipeline import load as load_data
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.errors import UserError
+from moejax.hub import peft, weights
+from moejax.training import flops, memory, run_folder
+from moejax.training.checkpoint import Checkpoints, Position
+from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
+from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.state import adapter_config, architecture, create_model, initial_state, objective, split
+from moejax.training.step import Objective, TrainState, make_eval_step, make_train_step
+
+
+class Work(NamedTuple):
+    """One optimizer step's input: micro-batches [A, rows, T], and where the data stands after it."""
+
+    batch: Batch
+    after: Position
+
+
+class Pending(NamedTuple):
+    """A step that was sent to the device and whose metrics have not been looked at."""
+
+    step: int
+    work: Work
+    metrics: dict[str, jax.Array]
+
+
+def run(experiment: Experiment, *, resume: bool) -> int:
+    """Train as the experiment says. Returns the exit code: 0, or 128 + the signal that stopped the run.
+
+    Raises UserError for every mistake of the user's.
+    """
+    console = Console()
+    folder = run_folder.prepare(experiment, resume=resume)
+    source = experiment.model.source
+    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    config = architecture(experiment, model_folder)
+    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder)) if experiment.data.source is not None else None
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size)
+    dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
+    console.print(dataset.table())
+    with console.status("loading the model"):
+        model = create_model(experiment, config, model_folder)
+    run_folder.write_config(folder, experiment)
+    trainer = Trainer(experiment, model, dataset, folder, console, resume=resume)
+    return trainer.train()
+
+
+class Trainer:
+    """Holds a run's state between steps; `train` is the loop."""
+
+    def __init__(
+        self, experiment: Experiment, model: Mixtral, dataset: Dataset, folder: Path, console: Console, *, resume: bool
+    ):
+        self.experiment, self.dataset, self.folder, self.console = experiment, dataset, folder, console
+        self.config = model.config
+        t = experiment.training
+        graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
+        self.objective: Objective = objective(experiment, graphdef)
+        self.accumulation = t.gradient_accumulation
+        self.total_steps = t.steps or sum(self._steps_in(epoch) for epoch in range(t.epochs or 1))
+        schedule = make_schedule(t, self.total_steps)
+        optimizer = make_optimizer(t, schedule)
+        step = make_train_step(self.objective, optimizer, schedule, experiment.seed)
+        self._jitted = jax.jit(step, donate_argnums=(0,))
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._eval_step = jax.jit(make_eval_step(self.objective))
+        self.state: TrainState = initial_state(trainable, optimizer)
+        c = experiment.checkpoint
+        self.checkpoints = Checkpoints(folder / "checkpoints", c.keep, c.best and dataset.evaluation is not None)
+        self.position, self.step = Position(0, 0), 0
+        if resume:
+            self.state, self.position = self.checkpoints.restore(self.state)
+            self.step = int(self.state.step)
+        self.start_step, self.last_saved = self.step, self.step if resume else None
+        self.writer = MetricWriter(folder, self.step if resume else None)
+        self.flop_count = flops.count(self.config, adapter_config(experiment))
+        self.peak_flops, self.peak_source = flops.peak_flops(t.compute_dtype)
+        self.compile_seconds, self.compiler_peak = 0.0, 0
+        self.history: list[dict[str, Any]] = []
+        self.eval_loss: float | None = None
+        self._stop: int | None = None
+        self._finished_at = time.perf_counter()
+
+    def train(self) -> int:
+        """Run to the last step, or to a signal. Saves, exports, prints the summary."""
+        display = Display(self.total_steps, self.step, self.console)
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._loop(display)
+        finally:
+            display.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.checkpoints.close()
+            self.writer.close()
+        if self._stop is not None:
+            name = signal.Signals(self._stop).name
+            self.console.print(
+                f"{name}: step {self.step} of {self.total_steps} is saved in {self.folder}/checkpoints. "
+                "Continue with the same command and --resume.",
+                highlight=False,
+            )
+            return 128 + self._stop
+        self._export()
+        self._summary()
+        return 0
+
+    def _loop(self, display: Display) -> None:
+        t, c = self.experiment.training, self.experiment.checkpoint
+        pending: Pending | None = None
+        if self.step == 0 and self.dataset.evaluation is not None and t.eval_every:
+            self._evaluate(display)
+        for work in self._work():
+            step_function = self._compile(work.batch)
+            # Only the batch is sent: anything else that crossed from host to device here would be a mistake.
+            with jax.transfer_guard_host_to_device("disallow"):
+                batch = jax.device_put(work.batch)
+                self.state, metrics = step_function(self.state, self.frozen, batch)
+            self.step, self.position = self.step + 1, work.after
+            if pending is not None:
+                self._finish(pending, display)
+            pending = Pending(self.step, work, metrics)
+            last = self.step == self.total_steps
+            evaluate = self.dataset.evaluation is not None and (last or bool(t.eval_every and self.step % t.eval_every == 0))
+            due = bool(c.every and self.step % c.every == 0) or (evaluate and c.best)
+            if evaluate or due or last or self._stop is not None:
+                self._finish(pending, display)  # a checkpoint must never hold a state whose loss was not finite
+                pending = None
+                eval_loss = self._evaluate(display) if evaluate else None
+                self.checkpoints.save(self.step, self.state, self.position, eval_loss)
+                self.last_saved = self.step
+            if self._stop is not None:
+                return
+
+    def _work(self) -> Iterator[Work]:
+        """Optimizer steps from the present position to the last."""
+        epoch, skip, step = self.position.epoch, self.position.step_in_epoch, self.step
+        while step < self.total_steps:
+            steps = self._steps_in(epoch)
+            batches = self.dataset.train.iterate(epoch, start=skip * self.accumulation)
+            for index in range(skip, steps):
+                if step == self.total_steps:
+                    return
+                micro = [b for _, b in zip(range(self.accumulation), batches, strict=False)]
+                step += 1
+                after = Position(epoch + 1, 0) if index + 1 == steps else Position(epoch, index + 1)
+                yield Work(stack(micro, self.accumulation), after)
+            epoch, skip = epoch + 1, 0
+
+    def _steps_in(self, epoch: int) -> int:
+        return -(-self.dataset.train.batches_per_epoch(epoch) // self.accumulation)
+
+    def _compile(self, batch: Batch) -> Any:
+        """The step compiled for this batch's shape; its memory is checked before it is first run."""
+        shape = batch.tokens.shape
+        if shape not in self._compiled:
+            start = time.perf_counter()
+
+            def lowered(rows: int) -> Any:
+                a, _, t = shape
+                abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((a, rows, t), x.dtype), batch)
+                return self._jitted.lower(self.state, self.frozen, abstract).compile()
+
+            compiled = lowered(shape[1])
+            peak = memory.check(compiled, shape[1], lowered, memory.usable_bytes())
+            self._compiled[shape] = compiled
+            self.compile_seconds += time.perf_counter() - start
+            self.compiler_peak = max(self.compiler_peak, peak)
+            self._finished_at = time.perf_counter()
+        return self._compiled[shape]
+
+    def _finish(self, pending: Pending, display: Display) -> None:
+        """Wait for a step's metrics, write them, stop if they are not finite. A step already finished is left alone."""
+        if self.history and self.history[-1]["step"] >= pending.step:
+            return
+        values = jax.device_get(pending.metrics)
+        now = time.perf_counter()
+        seconds, self._finished_at = now - self._finished_at, now
+        record = self._record(pending, values, seconds)
+        self.writer.write(pending.step, {k: v for k, v in record.items() if k != "step"})
+        self.history.append({k: v for k, v in record.items() if not isinstance(v, list)})
+        display.update(pending.step, record)
+        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+            saved = "no checkpoint was saved yet" if self.last_saved is None else f"the last good checkpoint is step {self.last_saved}"
+            raise UserError(
+                f"step {pending.step}: loss = {record['loss']}, gradient norm = {record['grad_norm']}: not finite. The run stops; "
+                f"{saved} in {self.folder}/checkpoints. Try a lower training.learning_rate, or compute_dtype=float32."
+            )
+
+    def _record(self, pending: Pending, values: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
+        batch = pending.work.batch
+        lengths = segment_lengths(batch.segment_ids)
+        real = int((batch.segment_ids > 0).sum())
+        model_flops = self.flop_count.step(real, flops.visible_pairs(lengths))
+        record: dict[str, Any] = {"step": pending.step, "epoch": pending.work.after.epoch}
+        record |= {name: float(v) for name, v in values.items() if v.ndim == 0}
+        record |= {
+            "step_seconds": seconds,
+            "queries": len(lengths),
+            "real_tokens": real,
+            "padded_tokens": batch.tokens.size,
+            "supervised_tokens": int(batch.loss_mask.sum()),
+            "queries_per_second": len(lengths) / seconds,
+            "tokens_per_second": real / seconds,
+            "padded_tokens_per_second": batch.tokens.size / seconds,
+            "model_flop_utilization": model_flops / seconds / self.peak_flops,
+        }
+        return record | memory_bytes() | expert_load(values["expert_counts"])
+
+    def _evaluate(self, display: Display) -> float:
+        """Mean loss per supervised token on the held-out part."""
+        assert self.dataset.evaluation is not None
+        loss = tokens = 0.0
+        for batch in self.dataset.evaluation.iterate(0):
+            part, count = self._eval_step(self.state.trainable, self.frozen, jax.device_put(batch))
+            loss, tokens = loss + float(part), tokens + float(count)
+        self.eval_loss = loss / max(tokens, 1.0)
+        self.writer.write(self.step, {"eval_loss": self.eval_loss})
+        display.note(f"step {self.step}: evaluation loss {self.eval_loss:.4f} over {tokens:.0f} tokens")
+        self._finished_at = time.perf_counter()
+        return self.eval_loss
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop is not None:  # the second time at once
+            raise KeyboardInterrupt
+        self._stop = number
+
+    def model(self) -> Mixtral:
+        """The model as it stands."""
+        return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
+
+    def _export(self) -> None:
+        """The adapter in PEFT's format, or the whole model in the Hub's."""
+        if self.experiment.adapter is None:
+            weights.save_weights(self.model(), self.folder / "model")
+        else:
+            peft.save_adapter(self.model(), self.folder / "adapter", self.experiment.model.source or "")
+
+    def _summary(self) -> None:
+        steady = self.history[1:] or self.history
+        lines = [f"{self.step} steps done; everything is in {self.folder}"]
+        if steady:
+            seconds = sum(r["step_seconds"] for r in steady)
+            rate = {k: sum(r[k] for r in steady) / seconds for k in ("queries", "real_tokens")}
+            utilization = float(np.median([r["model_flop_utilization"] for r in steady]))
+            memory_name, memory_value = next(iter(memory_bytes().items()))
+            lines += [
+                f"loss {self.history[0]['loss']:.4f} at step {self.history[0]['step']} -> {self.history[-1]['loss']:.4f}"
+                + ("" if self.eval_loss is None else f", evaluation {self.eval_loss:.4f}"),
+                f"{rate['queries']:.2f} queries/s, {rate['real_tokens']:.0f} tokens/s, {duration(seconds)} in steps, "
+                f"{self.compile_seconds:.1f} s compiling",
+                f"model FLOP utilization {100 * utilization:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s ({self.peak_source})",
+                f"memory: compiler peak {self.compiler_peak / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
+            ]
+        self.console.print("\n".join(lines), highlight=False)
+
+
+def segment_lengths(segment_ids: np.ndarray) -> list[int]:
+    """Tokens of every query in the rows [..., T]; 0 is padding."""
+    lengths: list[int] = []
+    for row in segment_ids.reshape(-1, segment_ids.shape[-1]):
+        counts = np.bincount(row)[1:]
+        lengths.extend(int(n) for n in counts if n)
+    return lengths

@@ -1,0 +1,80 @@
+"""From an experiment to a model and its first training state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from models.build import build
+from models.config import LoRAConfig, MixtralConfig, Quantization
+from models.mixtral import Mixtral
+from moejax.config import Experiment
+from moejax.hub import weights
+from moejax.training.step import Objective, TrainState
+
+
+def architecture(experiment: Experiment, folder: Path | None) -> MixtralConfig:
+    """The model's sizes: those of its folder, or of the preset; with the config's overrides."""
+    base = weights.read_config(folder) if folder is not None else None
+    return experiment.model.architecture(base)
+
+
+def adapter_config(experiment: Experiment) -> LoRAConfig | None:
+    a = experiment.adapter
+    return None if a is None else LoRAConfig(a.rank, a.alpha, a.dropout, tuple(a.targets))
+
+
+def quantization_config(experiment: Experiment) -> Quantization | None:
+    q = experiment.quantization
+    return None if q.format == "none" else Quantization(q.double, tuple(q.modules))
+
+
+def model_arguments(experiment: Experiment) -> dict[str, Any]:
+    """Keyword arguments of `models.build.build` that the experiment fixes."""
+    t = experiment.training
+    return {
+        "quantization": quantization_config(experiment),
+        "adapter": adapter_config(experiment),
+        "dtype": jnp.dtype(t.compute_dtype),
+        "param_dtype": jnp.dtype(t.param_dtype),
+        "backend": experiment.model.moe_backend,
+    }
+
+
+def create_model(experiment: Experiment, config: MixtralConfig, folder: Path | None) -> Mixtral:
+    """Weights from `folder` (Hub layout) where there is one, else random from the seed; adapters from the seed."""
+    key = jax.random.key(experiment.seed)
+    arguments = model_arguments(experiment)
+    if folder is None:
+        return build(config, key=key, **arguments)
+    model = build(config, **arguments)
+    return weights.load_weights(model, folder, key)
+
+
+def split(model: Mixtral, full: bool) -> tuple[Any, nnx.State, nnx.State]:
+    """graphdef, trainable, frozen. LoRAParam is a Param, so an adapter's run has nothing else among its Params."""
+    kind = nnx.Param if full else nnx.LoRAParam
+    graphdef, trainable, frozen = nnx.split(model, kind, ...)
+    return graphdef, trainable, frozen
+
+
+def objective(experiment: Experiment, graphdef: Any) -> Objective:
+    t = experiment.training
+    return Objective(
+        graphdef,
+        full=experiment.adapter is None,
+        remat=t.remat,
+        label_smoothing=t.label_smoothing,
+        aux_loss_coef=experiment.model.aux_loss_coef,
+        chunk_tokens=t.loss_chunk_tokens,
+        dropout=0.0 if experiment.adapter is None else experiment.adapter.dropout,
+    )
+
+
+def initial_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))

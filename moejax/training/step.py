@@ -1,0 +1,130 @@
+"""One optimizer step and one evaluation step, as pure functions of pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from models.mixtral import load_balancing_loss
+from models.moe import RouterStats
+from models.ops.cross_entropy import linear_cross_entropy
+from moejax.data.batch import Batch
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """What changes: trainable weights, the optimizer's state, and the number of steps done (int32 on the device)."""
+
+    trainable: Tree
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized, and how it is computed.
+
+    loss = Σ cross-entropy over supervised tokens / their number in the whole optimizer step + aux_loss_coef · load balancing.
+    """
+
+    graphdef: Any
+    full: bool  # every weight is trained (the head too), not only an adapter
+    remat: str = "full"
+    label_smoothing: float = 0.0
+    aux_loss_coef: float = 0.0
+    chunk_tokens: int = 1024
+    dropout: float = 0.0
+
+
+def sums(
+    objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, dropout_key: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
+    """(what is differentiated, (summed cross-entropy, router stats)) of one micro-batch [rows, T], nothing divided yet."""
+    model = nnx.merge(objective.graphdef, trainable, frozen)
+    hidden, stats = model(
+        batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key
+    )
+    with jax.named_scope("loss"):
+        cross_entropy = linear_cross_entropy(
+            objective.chunk_tokens,
+            objective.label_smoothing,
+            objective.full,
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.head_weight.get_value(),
+            batch.targets.reshape(-1),
+            batch.loss_mask.reshape(-1),
+        )
+        total = cross_entropy
+        if objective.aux_loss_coef:
+            balance = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
+            total = total + objective.aux_loss_coef * balance * jnp.sum(batch.loss_mask)
+    return total, (cross_entropy, stats)
+
+
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
+) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, frozen, batch) -> (state, metrics). batch: leaves [A, rows, T], A micro-batches of one optimizer step.
+
+    Gradients of the micro-batches are added and divided once by the supervised tokens of all of them. Nothing but the batch has to
+    be sent to the device: the dropout key is folded from the seed and the step.
+    """
+
+    def gradients(trainable: Tree, frozen: Tree, micro: Batch, key: jax.Array | None) -> tuple[Any, Any]:
+        def total(trainable: Tree) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
+            return sums(objective, trainable, frozen, micro, key)
+
+        return jax.grad(total, has_aux=True)(trainable)
+
+    def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout else None
+        if batch.tokens.shape[0] == 1:
+            grads, extra = gradients(state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
+        else:
+
+            def micro_step(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+                micro, index = xs
+                micro_key = None if key is None else jax.random.fold_in(key, index)
+                return jax.tree.map(jnp.add, carry, gradients(state.trainable, frozen, micro, micro_key)), None
+
+            shapes = jax.eval_shape(gradients, state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            index = jnp.arange(batch.tokens.shape[0])
+            (grads, extra), _ = jax.lax.scan(micro_step, zeros, (batch, index))
+        cross_entropy, stats = extra
+        with jax.named_scope("optimizer"):
+            supervised = jnp.sum(batch.loss_mask)
+            grads = jax.tree.map(lambda g: g / jnp.maximum(supervised, 1).astype(g.dtype), grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            metrics = {
+                "loss": cross_entropy / jnp.maximum(supervised, 1),
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+                "grad_norm": optax.global_norm(grads),
+                "update_norm": optax.global_norm(updates),
+                "param_norm": optax.global_norm(trainable),
+                "expert_counts": stats.counts,
+            }
+            if objective.aux_loss_coef:
+                metrics["aux_loss"] = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
+        return TrainState(trainable, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
+    """step(trainable, frozen, batch [rows, T]) -> (summed cross-entropy without smoothing, supervised tokens)."""
+    plain = replace(objective, label_smoothing=0.0, aux_loss_coef=0.0, remat="none")
+
+    def step(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        _, (cross_entropy, _) = sums(plain, trainable, frozen, batch, None)
+        return cross_entropy, jnp.sum(batch.loss_mask)
+
+    return step

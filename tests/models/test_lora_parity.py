@@ -1,0 +1,89 @@
+"""LoRA per expert, router and attention against PEFT 0.18.1 in fp32 (tests/oracles/lora.py)."""
+
+import json
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import VECTORS, assert_close_to_largest
+from flax import nnx
+
+from models.build import build
+from models.config import LoRAConfig
+from moejax.hub.names import module_names
+from moejax.hub.peft import load_adapter
+from moejax.hub.weights import load_weights
+from moejax.training.state import initial_state, split
+from moejax.training.step import Objective, make_train_step, sums
+
+CASES = ("experts", "all")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, mixtral_folder, reference_config):
+    """(vectors, model with the reference's base and adapter)."""
+    with np.load(VECTORS / f"lora_{request.param}.npz") as file:
+        vectors = {name: file[name] for name in file.files}
+    settings = json.loads(str(vectors["settings"]))
+    adapter = LoRAConfig(settings["r"], settings["lora_alpha"], 0.0, tuple(settings["targets"]))
+    model = load_weights(build(reference_config, adapter=adapter, dtype=jnp.float32), mixtral_folder, jax.random.key(0))
+    load_adapter(model, VECTORS / f"peft_{request.param}")
+    return vectors, model
+
+
+def adapter_tensors(model):
+    """PEFT's name -> array, for the adapters (or their gradients) inside a model."""
+    out = {}
+    for name, place in module_names(model.config).items():
+        lora = getattr(reduce(getattr, place.path, model), "lora", None)
+        if lora is not None:
+            index = (place.layer,) if place.expert is None else (place.layer, place.expert)
+            for letter, variable in (("A", lora.a), ("B", lora.b)):
+                out[f"base_model.model.{name}.lora_{letter}.weight"] = variable.get_value()[index]
+    return out
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_logits_loss_and_gradients(case, remat, reference_batch):
+    vectors, model = case
+    b = reference_batch
+    real = np.asarray(b.segment_ids) > 0
+    logits = model.logits(model(b.tokens, b.segment_ids, b.positions)[0])
+    np.testing.assert_allclose(np.asarray(logits)[real], vectors["logits"][real], rtol=0, atol=2e-5)
+    graphdef, trainable, frozen = split(model, full=False)
+    objective = Objective(graphdef, full=False, remat=remat)
+    loss, gradients = jax.jit(
+        jax.value_and_grad(lambda t: sums(objective, t, frozen, b, None)[0] / b.loss_mask.sum())
+    )(trainable)
+    np.testing.assert_allclose(loss, vectors["losses"][0], rtol=1e-6)
+    ours = adapter_tensors(nnx.merge(graphdef, gradients, frozen))
+    names = [name.removeprefix("grad/") for name in vectors if name.startswith("grad/")]
+    assert sorted(names) == sorted(ours)
+    for name in names:
+        assert_close_to_largest(ours[name], vectors[f"grad/{name}"], 2e-5, name)
+
+
+def test_weights_after_five_steps(case, reference_batch):
+    vectors, model = case
+    graphdef, trainable, frozen = split(model, full=False)
+    schedule = optax.constant_schedule(1e-3)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+    step = jax.jit(make_train_step(Objective(graphdef, full=False), optimizer, schedule, seed=0))
+    state = initial_state(trainable, optimizer)
+    batch = jax.tree.map(lambda a: a[None], reference_batch)
+    for expected in vectors["losses"]:
+        state, metrics = step(state, frozen, batch)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    ours = adapter_tensors(nnx.merge(graphdef, state.trainable, frozen))
+    differences = []
+    for name, value in ours.items():
+        # Adam divides a gradient by its own size: where it is rounding noise (1e-9 here, beside 0.1), so is the step.
+        real = np.abs(vectors[f"grad/{name}"]) > 1e-7
+        differences.append(np.abs(np.asarray(value) - vectors[f"after/{name}"])[real])
+    differences = np.concatenate(differences)
+    assert differences.size > 0.9 * sum(v.size for v in ours.values())
+    # One element in 13,000 crosses zero within the five steps; its noise is amplified too.
+    assert np.mean(differences > 1e-5) < 1e-3 and differences.max() < 1e-4, np.sort(differences)[-5:]

@@ -1,0 +1,53 @@
+"""NF4 against bitsandbytes 0.50.2, to the bit (tests/oracles/nf4.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import VECTORS
+
+from models.ops import nf4
+
+CASES = ("normal", "router", "zeros", "nested", "odd", "tiny", "bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    with np.load(VECTORS / "nf4.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_dynamic_map(vectors):
+    np.testing.assert_array_equal(nf4.DYNAMIC_MAP, vectors["dynamic_map"])
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_bit_identical(case, double, vectors):
+    weight = jnp.asarray(vectors[f"{case}/weight"], str(vectors[f"{case}/dtype"]))
+    key = f"{case}/{'double' if double else 'single'}"
+    ours = nf4.quantize(weight, double=double)
+    np.testing.assert_array_equal(ours.codes, vectors[f"{key}/codes"])
+    np.testing.assert_array_equal(ours.absmax, vectors[f"{key}/absmax"])
+    if double:
+        np.testing.assert_array_equal(ours.offset, vectors[f"{key}/offset"])
+        np.testing.assert_array_equal(ours.nested_absmax, vectors[f"{key}/nested_absmax"])
+    for dtype in ("float32", "bfloat16"):
+        value = jax.jit(nf4.dequantize, static_argnums=1)(ours, jnp.dtype(dtype))
+        np.testing.assert_array_equal(np.asarray(value, np.float32), vectors[f"{key}/{dtype}"])
+
+
+def test_leading_axes_are_separate_tensors():
+    weight = jax.random.normal(jax.random.key(0), (2, 3, 16, 64)) * jnp.arange(1, 7.0).reshape(2, 3, 1, 1)
+    stacked = nf4.quantize(weight, batch_axes=2)
+    alone = nf4.quantize(weight[1, 2])
+    jax.tree.map(lambda s, a: np.testing.assert_array_equal(s[1, 2], a), stacked, alone)
+    np.testing.assert_array_equal(nf4.dequantize(stacked)[1, 2], nf4.dequantize(alone))
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (33, 3)])
+@pytest.mark.parametrize("double", [False, True])
+def test_abstract_has_the_shapes_of_quantize(shape, double):
+    real = nf4.quantize(jnp.ones((2, *shape)), double=double, batch_axes=1)
+    abstract = nf4.abstract(shape, leading=(2,), double=double)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract)

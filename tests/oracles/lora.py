@@ -1,0 +1,56 @@
+"""LoRA by PEFT 0.18.1 on the weights of mixtral.py: tests/vectors/lora_{experts,all}.npz and peft_{experts,all}/. Run: make vectors."""
+
+import json
+
+import numpy as np
+import peft
+import torch
+from mixtral import OUT, make_batch, make_model, versions
+from peft import LoraConfig, get_peft_model
+
+TARGETS = {
+    "experts": ["w1", "w2", "w3", "gate"],
+    "all": ["w1", "w2", "w3", "gate", "q_proj", "k_proj", "v_proj", "o_proj"],
+}
+SETTINGS = dict(r=4, lora_alpha=8, lora_dropout=0.0)
+LEARNING_RATE, STEPS = 1e-3, 5
+
+
+def lora_weights(model):
+    return {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def main():
+    ids, mask, labels = make_batch()
+    for case, targets in TARGETS.items():
+        model = get_peft_model(make_model(), LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **SETTINGS)).eval()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for weight in lora_weights(model).values():
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+        out = {"settings": json.dumps(SETTINGS | {"targets": targets}), "versions": versions(), "peft": peft.__version__}
+        out |= {f"a/{name}": w.detach().clone().numpy() for name, w in lora_weights(model).items()}
+        model.save_pretrained(OUT / f"peft_{case}")
+        (OUT / f"peft_{case}" / "README.md").unlink()
+        optimizer = torch.optim.AdamW(lora_weights(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
+        losses = []
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            result = model(input_ids=ids, attention_mask=mask, labels=labels)
+            result.loss.backward()
+            if step == 0:
+                out["logits"] = result.logits.detach().numpy()
+                out |= {
+                    f"grad/{name}": (torch.zeros_like(w) if w.grad is None else w.grad).numpy().copy()
+                    for name, w in lora_weights(model).items()
+                }
+            torch.nn.utils.clip_grad_norm_(lora_weights(model).values(), 1.0)
+            optimizer.step()
+            losses.append(result.loss.item())
+        out["losses"] = np.array(losses)
+        out |= {f"after/{name}": w.detach().numpy() for name, w in lora_weights(model).items()}
+        np.savez_compressed(OUT / f"lora_{case}.npz", **out)
+
+
+if __name__ == "__main__":
+    main()
