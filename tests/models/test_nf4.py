@@ -8,7 +8,7 @@ from conftest import VECTORS
 
 from models.ops import nf4
 
-CASES = ("normal", "router", "zeros", "nested", "odd", "tiny", "bfloat16", "float16")
+CASES = ("normal", "router", "zeros", "nested", "odd", "tiny", "bfloat16", "float16", "large")
 
 
 @pytest.fixture(scope="module")

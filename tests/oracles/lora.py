@@ -20,6 +20,15 @@ def lora_weights(model):
     return {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
 
 
+def tidy(folder):
+    """PEFT keeps targets in a set, whose order changes from run to run: sort them, and drop the empty model card."""
+    (folder / "README.md").unlink()
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def main():
     ids, mask, labels = make_batch()
     for case, targets in TARGETS.items():
@@ -31,7 +40,7 @@ def main():
         out = {"settings": json.dumps(SETTINGS | {"targets": targets}), "versions": versions(), "peft": peft.__version__}
         out |= {f"a/{name}": w.detach().clone().numpy() for name, w in lora_weights(model).items()}
         model.save_pretrained(OUT / f"peft_{case}")
-        (OUT / f"peft_{case}" / "README.md").unlink()
+        tidy(OUT / f"peft_{case}")
         optimizer = torch.optim.AdamW(lora_weights(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
         losses = []
         for step in range(STEPS):

@@ -20,6 +20,7 @@ CASES = {
     "tiny": ((33, 3), 1.0, torch.float32),
     "bfloat16": ((32, 128), 0.05, torch.bfloat16),
     "float16": ((32, 128), 0.05, torch.float16),
+    "large": ((20, 64), 1e4, torch.float32),
 }
 
 
