@@ -55,7 +55,8 @@ def build(
 def freeze(model: Mixtral, quantization: Quantization | None = None) -> None:
     """Make every weight `Frozen`, and NF4 where asked. In place; works on abstract models too."""
     modules = _modules_of(model, quantization.modules if quantization else ())
-    for _, module in nnx.iter_modules(model):
+    for _, node in nnx.iter_modules(model):
+        module: Any = node
         if not isinstance(getattr(module, "weight", None), nnx.Variable):
             continue
         value, axes = module.weight.get_value(), module.weight.get_metadata("axes")
@@ -98,7 +99,10 @@ def add_lora(model: Mixtral, config: LoRAConfig, key: jax.Array | None) -> None:
 def materialize_lora(model: Mixtral, key: jax.Array) -> Mixtral:
     """Draw the adapters of an abstract model as `build` draws them for the same key. In place; returns the model."""
     lora_key = jax.random.split(key)[1]
-    modules = {name: getattr(getattr(model.layers, parent), "router" if name == "gate" else name) for name, parent in _LORA_PATHS.items()}
+    modules = {
+        name: getattr(getattr(model.layers, parent), "router" if name == "gate" else name)
+        for name, parent in _LORA_PATHS.items()
+    }
     targets = [name for name, module in modules.items() if module.lora is not None]
     if targets:
         lora = modules[targets[0]].lora

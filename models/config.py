@@ -37,8 +37,18 @@ class MixtralConfig:
     eos_token_id: int | None = 2
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                      "head_dim", "num_experts", "experts_per_token", "max_position_embeddings"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "num_experts",
+            "experts_per_token",
+            "max_position_embeddings",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)}: expected at least 1")
         if self.experts_per_token > self.num_experts:
@@ -129,8 +139,15 @@ class LoRAConfig:
 PRESETS: dict[str, MixtralConfig] = {
     "mixtral-8x7b": MixtralConfig(),
     "mixtral-tiny": MixtralConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=160, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
-        max_position_embeddings=2048, rope_theta=1e4,
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=160,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_theta=1e4,
     ),
 }
 

@@ -42,9 +42,7 @@ class DecoderLayer(nnx.Module):
         x = x + self.attention(self.attention_norm(x), segment_ids, positions, dropout_key)
         return self._experts(x, segment_ids > 0, dropout_key)
 
-    def cached(
-        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues
-    ) -> tuple[jax.Array, KeyValues]:
+    def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
         """The same layer for tokens [B, T] at `positions`, over the keys and values seen so far."""
         out, cache = self.attention.cached(self.attention_norm(x), positions, cache)
         return self._experts(x + out, valid, None)[0], cache
@@ -62,7 +60,14 @@ class Mixtral(nnx.Module):
     """
 
     def __init__(
-        self, config: MixtralConfig, key: jax.Array, *, dtype: Any, param_dtype: Any, backend: str = "auto", platform: str | None = None
+        self,
+        config: MixtralConfig,
+        key: jax.Array,
+        *,
+        dtype: Any,
+        param_dtype: Any,
+        backend: str = "auto",
+        platform: str | None = None,
     ):
         keys = jax.random.split(key, 3)
         platform = platform or jax.default_backend()

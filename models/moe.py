@@ -40,9 +40,7 @@ class MoE(nnx.Module):
         self.experts, self.k = e, config.experts_per_token
         self.backend, self.platform = backend, platform
 
-    def __call__(
-        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None
-    ) -> tuple[jax.Array, RouterStats]:
+    def __call__(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
         """x: [N, D]; valid: bool [N], false for padding, which visits no expert."""
         with jax.named_scope("moe"):
             indices, weights, stats = self._route(x, valid, dropout_key)
@@ -50,9 +48,7 @@ class MoE(nnx.Module):
                 return self._dense(x, weights, dropout_key), stats
             return self._sparse(x, indices, weights, valid, dropout_key), stats
 
-    def _route(
-        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, RouterStats]:
+    def _route(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array, RouterStats]:
         """indices: int32 [N, K]; weights: fp32 [N, K] that sum to one."""
         with jax.named_scope("router"):
             logits = self.router(x.astype(jnp.float32), _fold(dropout_key, 0))  # [N, E], fp32

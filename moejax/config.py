@@ -67,7 +67,9 @@ class ModelConfig(_Section):
         """The sizes of `base` (read from the source) or else of the preset, with overrides. Raises ValueError, UserError."""
         if base is None:
             if self.preset is None:
-                raise UserError(f"model.source = {self.source!r} cannot be read here and model.preset is not set: set one of them")
+                raise UserError(
+                    f"model.source = {self.source!r} cannot be read here and model.preset is not set: set one of them"
+                )
             base = PRESETS[self.preset]
         if self.experts_per_token is not None:
             base = base.replace(experts_per_token=self.experts_per_token)
@@ -118,7 +120,9 @@ class FieldNames(_Section):
 class DataConfig(_Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
-    source: str | None = Field(None, description="a .json or .jsonl file, or a name for `datasets`; null: random tokens (fixed only)")
+    source: str | None = Field(
+        None, description="a .json or .jsonl file, or a name for `datasets`; null: random tokens (fixed only)"
+    )
     config_name: str | None = None
     split: str = "train"
     fields: FieldNames = FieldNames()
@@ -140,7 +144,9 @@ class DataConfig(_Section):
         if self.source is None and self.batching != "fixed":
             raise ValueError(f"source is missing: batching {self.batching!r} needs records (only `fixed` makes random rows)")
         if self.batching == "pack" and self.max_length > self.row_tokens:
-            raise ValueError(f"max_length = {self.max_length} exceeds row_tokens = {self.row_tokens}: a query must fit into a row")
+            raise ValueError(
+                f"max_length = {self.max_length} exceeds row_tokens = {self.row_tokens}: a query must fit into a row"
+            )
         if self.batching == "pad_bucket" and (not self.buckets or max(self.buckets) < self.max_length):
             raise ValueError(f"buckets = {list(self.buckets)}: the largest must be at least max_length = {self.max_length}")
         if self.holdout and self.eval_source is not None:
@@ -217,7 +223,9 @@ class Experiment(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.quantization.format != "none" and self.adapter is None:
-            raise ValueError("quantization freezes the weights and there is no adapter: nothing would be trained. Add adapter: {}")
+            raise ValueError(
+                "quantization freezes the weights and there is no adapter: nothing would be trained. Add adapter: {}"
+            )
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
         if self.model.preset is not None:

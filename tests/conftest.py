@@ -52,7 +52,9 @@ def reference_batch(mixtral_vectors):
     loss_mask = np.zeros(ids.shape, np.float32)
     loss_mask[:, :-1] = labels[:, 1:] != -100
     positions = np.arange(ids.shape[1])[None] * mask
-    return Batch(*(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in (ids, targets, loss_mask, mask, positions)))
+    return Batch(
+        *(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in (ids, targets, loss_mask, mask, positions))
+    )
 
 
 def hub_tensor(tree_model, place):

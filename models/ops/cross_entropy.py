@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def linear_cross_entropy(
-    chunk: int, label_smoothing: float, trainable: bool, hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array
+    chunk: int,
+    label_smoothing: float,
+    trainable: bool,
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
 ) -> jax.Array:
     """Sum over tokens of mask · ((1-s)·(-log p[target]) + s·mean over V of (-log p)); s as Hugging Face's label smoother.
 

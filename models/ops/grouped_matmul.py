@@ -135,7 +135,7 @@ def _tile_product(w: jax.Array, x: jax.Array, lora_x: jax.Array | None, lora: Lo
         return y + jnp.einsum("tr,or->to", low, lora.b.astype(x.dtype))
 
 
-def _rows(array: jax.Array | None, row: jax.Array, count: int) -> jax.Array | None:
+def _rows(array, row, count):  # type: ignore[no-untyped-def]
     return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, count)
 
 
@@ -193,7 +193,7 @@ def _grouped_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]
 
     zeros = jax.tree.map(jnp.zeros_like, (x, lora_x))
     (dx, dlora_x), (dw, dlora) = jax.lax.scan(expert, zeros, (weight, lora, jnp.cumsum(sizes) - sizes, sizes))
-    dw = dw.astype(weight.dtype) if plan.trainable else None
+    dw = dw.astype(weight.dtype) if plan.trainable and isinstance(weight, jax.Array) else None
     return dx, dlora_x, dw, jax.tree.map(lambda g, p: g.astype(p.dtype), dlora, lora), None
 
 
@@ -203,7 +203,7 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 def dense_matmul(product: str, x: jax.Array, weight: Weight, name: str, *, trainable: bool) -> jax.Array:
     """All tokens through all experts in one batched matmul. `product` is an einsum of (x, w), e.g. "nd,efd->enf"."""
     if trainable:
-        return jnp.einsum(product, x, weight.astype(x.dtype))
+        return jnp.einsum(product, x, dequantized(weight, x.dtype, f"{name}_dequant"))
     return with_frozen(_Einsum(product), f"{name}_dequant", weight, x)
 
 

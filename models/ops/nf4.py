@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def abstract(shape: tuple[int, ...], *, leading: tuple[int, ...] = (), double: b
     n = math.prod(shape)
     blocks = -(-n // BLOCK)
 
-    def leaf(dims: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
+    def leaf(dims: tuple[int, ...], dtype: type) -> Any:
         return jax.ShapeDtypeStruct((*leading, *dims), dtype)
 
     codes = leaf((-(-n // 2),), jnp.uint8)

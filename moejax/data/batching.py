@@ -51,7 +51,7 @@ class Batches:
             random.shuffle(order)
         if self.config.batching != "pack":
             return [[int(i)] for i in order]
-        packed = pack([len(self.queries[i].ids) for i in order], self.config.row_tokens)
+        packed = pack([len(self.queries[int(i)].ids) for i in order], self.config.row_tokens)
         if self.shuffle:
             random.shuffle(packed)
         return [[int(order[i]) for i in row] for row in packed]

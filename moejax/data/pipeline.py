@@ -48,7 +48,9 @@ class Dataset:
     def table(self) -> Table:
         table = Table(title=f"data: {self.source}", title_justify="left", show_header=False)
         for name, value in self.statistics().items():
-            text = f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+            text = (
+                f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+            )
             table.add_row(name, text)
         if self.evaluation is not None:
             table.add_row("held out queries", f"{len(self.evaluation.queries):,}")

@@ -35,7 +35,9 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     if not records:
         raise UserError(f"{name} holds no records")
     if declared and config.records is not None and len(records) != config.records:
-        raise UserError(f"{name} holds {len(records)} records, data.records declares {config.records}: another version of the data?")
+        raise UserError(
+            f"{name} holds {len(records)} records, data.records declares {config.records}: another version of the data?"
+        )
     return [_normalized(name, index, record, config) for index, record in enumerate(records)]
 
 
@@ -78,7 +80,7 @@ def _from_datasets(name: str, config: DataConfig) -> list[Any]:
 
     try:
         return list(datasets.load_dataset(name, config.config_name, split=config.split))
-    except Exception as error:  # noqa: BLE001 - whatever the library and the network raise, the user needs one sentence
+    except Exception as error:
         raise UserError(
             f"data.source = {name!r}: `datasets` could not load it ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
             "Expected a local .json/.jsonl file or a data set's name; without a network, point data.source to a file"

@@ -23,7 +23,9 @@ def render(template: str, record: Record, tokenizer: Any) -> tuple[str, str]:
     if template == "alpaca":
         return _alpaca(record), record["output"]
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.template = chat: this tokenizer has no chat template; use mistral or alpaca, or another tokenizer")
+        raise UserError(
+            "data.template = chat: this tokenizer has no chat template; use mistral or alpaca, or another tokenizer"
+        )
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return str(prompt), record["output"]

@@ -17,8 +17,11 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)
+    tokenizer: Any
     if path.suffix == ".model":
-        raise UserError(f"{path} is a sentencepiece file: its conversion differs between libraries. Give the tokenizer.json instead")
+        raise UserError(
+            f"{path} is a sentencepiece file: its conversion differs between libraries. Give the tokenizer.json instead"
+        )
     try:
         if path.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -32,7 +35,7 @@ def load_tokenizer(source: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - hub, network and parser errors of other libraries
+    except Exception as error:
         raise UserError(
             f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
             "Expected a tokenizer.json, a folder that has one, or a Hub id"

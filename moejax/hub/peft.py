@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from models.lora import LoRA
 from models.mixtral import Mixtral
 from moejax.errors import UserError
 from moejax.hub.names import Place, module_names
+from moejax.hub.weights import attribute
 
 _PREFIX = "base_model.model."
 _OUR_NAMES = {"router": "gate"}
@@ -25,7 +25,7 @@ def adapted(model: Mixtral) -> dict[str, tuple[Place, LoRA]]:
     """Hub module name -> its place and the (stacked) adapter that holds its pair."""
     found = {}
     for name, place in module_names(model.config).items():
-        lora = getattr(reduce(getattr, place.path, model), "lora", None)
+        lora = getattr(attribute(model, place.path), "lora", None)
         if lora is not None:
             found[name] = (place, lora)
     return found
@@ -48,7 +48,7 @@ def save_adapter(model: Mixtral, folder: Path, base_name: str) -> None:
     aside.replace(folder / "adapter_model.safetensors")
     lora = next(iter(pairs.values()))[1]
     targets = sorted({_OUR_NAMES.get(place.path[-1], place.path[-1]) for place, _ in pairs.values()})
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from models.config import MixtralConfig, from_hub_config
 from models.mixtral import Mixtral
 from models.ops import nf4
 from moejax.errors import UserError
-from moejax.hub.names import Place, module_names, place_of
+from moejax.hub.names import Place, module_names
 
 _DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
@@ -32,12 +31,14 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/")) or source.count("/") != 1:
-        raise UserError(f"model.source = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)")
+        raise UserError(
+            f"model.source = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(_DOWNLOAD)))
-    except Exception as error:  # noqa: BLE001 - the Hub client has dozens of errors; the user needs one sentence
+    except Exception as error:
         raise UserError(
             f"model.source = {source!r} is no local folder, and the Hub could not be asked ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}). Check the id and the network, or give a folder"
@@ -69,12 +70,14 @@ def load_weights(model: Mixtral, folder: Path, lora_key: jax.Array) -> Mixtral:
         if model.config.tie_word_embeddings:
             unknown = [name for name in unknown if name != "lm_head.weight"]
         if unknown:
-            raise UserError(f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}")
+            raise UserError(
+                f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}"
+            )
         by_path: dict[tuple[str, ...], list[tuple[str, Place]]] = {}
         for name, place in places.items():
             by_path.setdefault(place.path, []).append((f"{name}.weight", place))
         for path, tensors in by_path.items():
-            variable = reduce(getattr, path, model).weight
+            variable = attribute(model, path).weight
             variable.set_value(_fill(variable.get_value(), tensors, files, folder))
     return materialize_lora(model, lora_key)
 
@@ -90,7 +93,9 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{folder} lacks {name}" + (", which its index names" if index.is_file() else " (weights in safetensors)"))
+            raise UserError(
+                f"{folder} lacks {name}" + (", which its index names" if index.is_file() else " (weights in safetensors)")
+            )
         try:
             file = stack.enter_context(safe_open(str(path), framework="flax"))
         except SafetensorError as error:
@@ -156,7 +161,7 @@ def save_weights(model: Mixtral, folder: Path, dtype: Any = jnp.bfloat16) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, place in module_names(model.config).items():
-        value = reduce(getattr, place.path, model).weight.get_value()
+        value = attribute(model, place.path).weight.get_value()
         if isinstance(value, nf4.NF4Tensor):
             raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
         tensors[f"{name}.weight"] = np.asarray(value[_index(place)].astype(dtype))
@@ -174,6 +179,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def attribute(model: Any, path: tuple[str, ...]) -> Any:
+    """The module at a path of attributes."""
+    for name in path:
+        model = getattr(model, name)
+    return model
 
 
 def variables(model: Mixtral) -> Iterator[tuple[str, nnx.Variable]]:

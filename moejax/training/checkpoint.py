@@ -28,10 +28,16 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, best: bool):
         policies: list[Any] = [LatestN(keep)]
         if best:
-            policies.append(BestN(get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True)
+            policies.append(
+                BestN(get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True
+        )
         self.manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_names=("state", "position"),
+            folder.absolute(),
+            options=options,
+            item_names=("state", "position"),
         )
 
     def save(self, step: int, state: TrainState, position: Position, eval_loss: float | None) -> None:

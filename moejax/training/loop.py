@@ -205,7 +205,11 @@ class Trainer:
         self.history.append({k: v for k, v in record.items() if not isinstance(v, list)})
         display.update(pending.step, record)
         if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-            saved = "no checkpoint was saved yet" if self.last_saved is None else f"the last good checkpoint is step {self.last_saved}"
+            saved = (
+                "no checkpoint was saved yet"
+                if self.last_saved is None
+                else f"the last good checkpoint is step {self.last_saved}"
+            )
             raise UserError(
                 f"step {pending.step}: loss = {record['loss']}, gradient norm = {record['grad_norm']}: not finite. The run stops; "
                 f"{saved} in {self.folder}/checkpoints. Try a lower training.learning_rate, or compute_dtype=float32."

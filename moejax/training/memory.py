@@ -54,7 +54,11 @@ def check(compiled: Any, rows: int, compile_rows: Callable[[int], Any], limit: i
         half = compiler_peak_bytes(compile_rows(fewer))
         slope = (peak - half) / (rows - fewer)
         fits = max(0, min(rows - 1, int((limit - (half - slope * fewer)) // slope))) if slope > 0 else 0
-    advice = f"data.batch_rows={fits} would fit" if fits else "not even one row fits: use a shorter data.row_tokens or a larger device"
+    advice = (
+        f"data.batch_rows={fits} would fit"
+        if fits
+        else "not even one row fits: use a shorter data.row_tokens or a larger device"
+    )
     raise UserError(
         f"out of memory: the step asks for {peak / 1e9:.2f} GB with {rows} rows, {limit / 1e9:.2f} GB are usable on "
         f"{jax.local_devices()[0].device_kind}; {advice} (keep the batch by training.gradient_accumulation)"

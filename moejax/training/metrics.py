@@ -85,8 +85,9 @@ class Display:
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif step % self._every == 0 or step in (self._first + 1, self.total):
-            left = (time.monotonic() - self._started) / max(1, step - self._first) * (self.total - step)
-            self.console.print(f"step {step}/{self.total}  {text}  lr {record['learning_rate']:.2e}  left {duration(left)}", highlight=False)
+            remaining = (time.monotonic() - self._started) / max(1, step - self._first) * (self.total - step)
+            line = f"step {step}/{self.total}  {text}  lr {record['learning_rate']:.2e}  left {duration(remaining)}"
+            self.console.print(line, highlight=False)
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False)

@@ -59,7 +59,8 @@ def create_model(experiment: Experiment, config: MixtralConfig, folder: Path | N
 def split(model: Mixtral, full: bool) -> tuple[Any, nnx.State, nnx.State]:
     """graphdef, trainable, frozen. LoRAParam is a Param, so an adapter's run has nothing else among its Params."""
     kind = nnx.Param if full else nnx.LoRAParam
-    graphdef, trainable, frozen = nnx.split(model, kind, ...)
+    parts: Any = nnx.split(model, kind, ...)
+    graphdef, trainable, frozen = parts
     return graphdef, trainable, frozen
 
 

@@ -48,9 +48,7 @@ def sums(
 ) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
     """(what is differentiated, (summed cross-entropy, router stats)) of one micro-batch [rows, T], nothing divided yet."""
     model = nnx.merge(objective.graphdef, trainable, frozen)
-    hidden, stats = model(
-        batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key
-    )
+    hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key)
     with jax.named_scope("loss"):
         cross_entropy = linear_cross_entropy(
             objective.chunk_tokens,

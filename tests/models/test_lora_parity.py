@@ -55,9 +55,9 @@ def test_logits_loss_and_gradients(case, remat, reference_batch):
     np.testing.assert_allclose(np.asarray(logits)[real], vectors["logits"][real], rtol=0, atol=2e-5)
     graphdef, trainable, frozen = split(model, full=False)
     objective = Objective(graphdef, full=False, remat=remat)
-    loss, gradients = jax.jit(
-        jax.value_and_grad(lambda t: sums(objective, t, frozen, b, None)[0] / b.loss_mask.sum())
-    )(trainable)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda t: sums(objective, t, frozen, b, None)[0] / b.loss_mask.sum()))(
+        trainable
+    )
     np.testing.assert_allclose(loss, vectors["losses"][0], rtol=1e-6)
     ours = adapter_tensors(nnx.merge(graphdef, gradients, frozen))
     names = [name.removeprefix("grad/") for name in vectors if name.startswith("grad/")]

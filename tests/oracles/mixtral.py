@@ -56,7 +56,13 @@ def expert_counts(router_logits, mask, k):
 
 def main():
     ids, mask, labels = make_batch()
-    out = {"config": json.dumps(SIZES), "versions": versions(), "ids": ids.numpy(), "mask": mask.numpy(), "labels": labels.numpy()}
+    out = {
+        "config": json.dumps(SIZES),
+        "versions": versions(),
+        "ids": ids.numpy(),
+        "mask": mask.numpy(),
+        "labels": labels.numpy(),
+    }
     for name, weight in make_model().state_dict().items():
         out[f"w/{name}"] = weight.numpy()
     for case, k in (("top2", 2), ("dense", SIZES["num_local_experts"])):
@@ -85,7 +91,9 @@ def main():
     out[f"with_aux/grad/{gate}"] = model.get_parameter(gate).grad.numpy()
     for row, length in enumerate(LENGTHS):
         prompt = ids[row : row + 1, : min(length, 8)]
-        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        tokens = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
         out[f"generate/{row}/prompt"], out[f"generate/{row}/tokens"] = prompt[0].numpy(), tokens[0, prompt.shape[1] :].numpy()
     np.savez_compressed(OUT / "mixtral.npz", **out)
 

@@ -1,0 +1,54 @@
+# make demo: set everything up and fine-tune the bundled model. make test: set everything up and run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench vectors pretrain-tiny-mixtral reference4 reference5 clean help
+
+help:
+	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "error: $(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up $(VENV) (once, some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and its accuracy before and after
+	@rm -rf runs/demo
+	@$(BIN)/python train.py --config configs/demo.yaml
+	@$(BIN)/moejax exact-match runs/demo --data assets/problems/test.json
+
+test: lint ## ruff, mypy and the test suite
+	@$(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(STAMP) reference4 ## one training step beside PyTorch's, on this machine
+	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python
+
+pretrain-tiny-mixtral: $(STAMP) ## remake assets/tiny-mixtral (some 10 minutes on 2 cores)
+	@$(BIN)/python -m moejax.data.problems pretrain assets/generated
+	@rm -rf runs/pretrain_tiny_mixtral
+	@$(BIN)/python train.py --config configs/pretrain_tiny_mixtral.yaml
+	@cp runs/pretrain_tiny_mixtral/model/* assets/tiny-mixtral/
+
+reference4: .venv-reference4/.installed ## PyTorch's side: transformers 4.57.6, peft 0.18.1, bitsandbytes
+reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 0.21
+
+.venv-reference%/.installed: tests/oracles/requirements-reference%.txt
+	@test -x .venv-reference$*/bin/python || $(PYTHON) -m venv .venv-reference$*
+	@.venv-reference$*/bin/python -m pip install $(PIP_FLAGS) -r $<
+	@touch $@
+
+vectors: reference4 ## remake tests/vectors with PyTorch
+	@for script in mixtral lora nf4; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
+
+clean:
+	rm -rf $(VENV) .venv-reference4 .venv-reference5 runs assets/generated

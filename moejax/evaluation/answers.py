@@ -1,0 +1,30 @@
+"""The final number of an answer, and exact match."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def final_number(text: str) -> float | None:
+    """The last number in a text: `The answer is 1,234.50.` gives 1234.5. A hyphen between two digits (`3-4`) is no sign."""
+    found = None
+    for match in _NUMBER.finditer(text):
+        digits = match.group().replace(",", "").rstrip(".")
+        joined = match.start() > 0 and text[match.start() - 1].isdigit()
+        found = float(digits.lstrip("-") if joined else digits)
+    return found
+
+
+def correct(text: str, answer: str) -> bool:
+    """Whether the final number of `text` equals that of `answer`."""
+    said, expected = final_number(text), final_number(answer)
+    return said is not None and expected is not None and abs(said - expected) < 1e-6
+
+
+def commonest(answers: Sequence[str]) -> str:
+    """The answer that a guesser would always give."""
+    return Counter(answers).most_common(1)[0][0]

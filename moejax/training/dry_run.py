@@ -1,0 +1,108 @@
+"""`--dry-run`: what a run would train, store and send, from shapes alone: no weights, no data, no network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from models.build import build
+from models.ops.nf4 import NF4Tensor
+from moejax.config import Experiment
+from moejax.training.state import architecture, model_arguments
+
+_GROUPS = (
+    ("embeddings", "embed."), ("head", "head."), ("router", ".moe.router."), ("experts", ".moe.w"), ("attention", ".attention."),
+    ("norms", "norm"),
+)  # fmt: skip
+
+
+@dataclass
+class Group:
+    """Parameters of one kind: how many, how stored, how many bytes."""
+
+    parameters: int = 0
+    bytes: int = 0
+    dtype: str = ""
+    trainable: bool = False
+
+
+def parameter_groups(experiment: Experiment) -> dict[str, Group]:
+    """Group name -> counts of the model that this experiment builds, from an abstract model."""
+    source = experiment.model.source
+    folder = Path(source) if source and Path(source).is_dir() else None
+    model = build(architecture(experiment, folder), **model_arguments(experiment))
+    groups: dict[str, Group] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(str(p) for p in path)
+        lora = ".lora." in name
+        group = groups.setdefault(_group_name(name) + (" LoRA" if lora else ""), Group())
+        value: Any = variable.get_value()
+        leaves = jax.tree.leaves(value)
+        group.parameters += value.size if isinstance(value, NF4Tensor) else math.prod(value.shape)
+        # Every stored leaf has whole bytes: NF4 codes are packed in pairs into uint8.
+        group.bytes += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        group.dtype = _nf4_name(value) if isinstance(value, NF4Tensor) else str(value.dtype)
+        group.trainable = isinstance(variable, nnx.Param)
+    return groups
+
+
+def _group_name(path: str) -> str:
+    dotted = f".{path}"
+    return next(name for name, part in _GROUPS if part in dotted)
+
+
+def _nf4_name(value: NF4Tensor) -> str:
+    return "NF4" if value.offset is None else "NF4, double"
+
+
+def report(experiment: Experiment) -> int:
+    """Print the tables. Returns exit code 0."""
+    console = Console(width=110)
+    groups = parameter_groups(experiment)
+    table = Table(title=f"parameters of {experiment.name}", title_justify="left")
+    for column in ("group", "parameters", "stored as", "GB", "trained"):
+        table.add_column(column, justify="right" if column in ("parameters", "GB") else "left")
+    for name, group in groups.items():
+        state = "yes" if group.trainable else "frozen"
+        table.add_row(name, f"{group.parameters:,}", group.dtype, f"{group.bytes / 1e9:.3f}", state)
+    base = sum(g.parameters for n, g in groups.items() if not n.endswith("LoRA"))
+    trained = [g for g in groups.values() if g.trainable]
+    stored = sum(g.bytes for g in groups.values())
+    optimizer = 2 * sum(g.bytes for g in trained)
+    gradients = sum(g.bytes for g in trained)
+    table.add_section()
+    table.add_row("base model", f"{base:,}", "", "", "")
+    table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
+    table.add_row("weights in memory", "", "", f"{stored / 1e9:.3f}", "")
+    table.add_row("AdamW moments", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")
+    table.add_row("gradients", "", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
+    console.print(table)
+    console.print(_schedule(experiment), highlight=False)
+    return 0
+
+
+def _schedule(experiment: Experiment) -> str:
+    d, t = experiment.data, experiment.training
+    shape = f"batch: {t.gradient_accumulation} micro-batches of {d.batch_rows} rows, {d.batching}, at most {d.longest_row} tokens a row"
+    rate = f"learning rate {t.learning_rate:g}, {t.schedule}, {t.warmup_steps} warm-up steps, clip {t.clip_norm}"
+    if t.steps is not None:
+        return f"{shape}\nschedule: {t.steps} steps; {rate}"
+    if d.records is None:
+        return f"{shape}\nschedule: {t.epochs} epochs; steps unknown before the data is read (data.records is not declared); {rate}"
+    if d.batching == "pack":
+        return (
+            f"{shape}\nschedule: {t.epochs} epochs of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
+        )
+    train = d.records - d.holdout
+    steps = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
+    return (
+        f"{shape}\nschedule: {t.epochs} epochs of {train:,} declared records: {steps:,} steps each, {steps * (t.epochs or 1):,} in all "
+        f"(fewer if records are dropped); {rate}"
+    )
