@@ -6,14 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# A comma belongs to a number only between groups of three digits: `3,4` are two numbers.
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
 
 
 def final_number(text: str) -> float | None:
     """The last number in a text: `The answer is 1,234.50.` gives 1234.5. A hyphen between two digits (`3-4`) is no sign."""
     found = None
     for match in _NUMBER.finditer(text):
-        digits = match.group().replace(",", "").rstrip(".")
+        digits = match.group().replace(",", "")
         joined = match.start() > 0 and text[match.start() - 1].isdigit()
         found = float(digits.lstrip("-") if joined else digits)
     return found

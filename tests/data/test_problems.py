@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import pairwise
 from operator import add, mul, sub
 
 import pytest
@@ -147,7 +148,7 @@ def test_pretraining_stories_add_up(pretraining):
 def test_pretraining_counts_by_even_steps(pretraining):
     counts = [numbers(text) for text in pretraining if text.startswith("Count: ")]
     assert counts
-    assert all(len({b - a for a, b in zip(c, c[1:], strict=False)}) <= 1 for c in counts)
+    assert all(len({b - a for a, b in pairwise(c)}) <= 1 for c in counts)
 
 
 def test_the_base_sees_no_problem_of_the_task(pretraining, test):
