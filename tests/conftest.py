@@ -2,8 +2,6 @@
 
 import json
 import os
-from functools import reduce
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -11,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support import VECTORS
 
 from models.config import from_hub_config
-
-VECTORS = Path(__file__).parent / "vectors"
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -55,18 +50,3 @@ def reference_batch(mixtral_vectors):
     return Batch(
         *(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in (ids, targets, loss_mask, mask, positions))
     )
-
-
-def hub_tensor(tree_model, place):
-    """The array of a model (weights or gradients in its place) at a Hub tensor's place."""
-    value = reduce(getattr, place.path, tree_model).weight.get_value()
-    index = tuple(i for i in (place.layer, place.expert) if i is not None)
-    return value[index] if index else value
-
-
-def assert_close_to_largest(ours, reference, tolerance, what):
-    """Every element within `tolerance` of the reference's largest magnitude."""
-    ours, reference = np.asarray(ours), np.asarray(reference)
-    largest = np.abs(reference).max()
-    difference = np.abs(ours - reference).max()
-    assert difference <= tolerance * max(largest, 1e-12), f"{what}: differs by {difference:.3g}, largest {largest:.3g}"

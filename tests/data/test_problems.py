@@ -7,7 +7,7 @@ from itertools import pairwise
 from operator import add, mul, sub
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from moejax import config as experiments
 from moejax.data import problems

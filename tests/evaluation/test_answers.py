@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from moejax.evaluation.answers import commonest, correct, final_number
 

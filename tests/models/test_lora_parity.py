@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import VECTORS, assert_close_to_largest
 from flax import nnx
+from support import VECTORS, assert_close_to_largest
 
 from models.build import build
 from models.config import LoRAConfig

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close_to_largest, hub_tensor
 from flax import nnx
+from support import assert_close_to_largest, hub_tensor
 
 from models.build import build
 from models.cache import decode_step, init_cache, prefill

@@ -97,7 +97,7 @@ def test_scopes_are_in_the_compiled_step(tmp_path):
         }
     )
     text = compile_step(experiment, SMALL, rows=2, row_tokens=32, gpu=None).program.as_text()
-    names = {name for name in re.findall(r'op_name="([^"]*)"', text)}
+    names = set(re.findall(r'op_name="([^"]*)"', text))
     paths = [[re.sub(r"^(?:\w+\()*|\)*$", "", part) for part in name.split("/")] for name in names]
 
     def occurs(scope):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import VECTORS
+from support import VECTORS
 
 from models.ops import nf4
 

@@ -1,0 +1,165 @@
+"""Whole runs: metrics, resuming, stopping, and what a run leaves behind."""
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moejax import config
+from moejax.errors import UserError
+from moejax.hub.peft import load_adapter
+from moejax.training import loop, memory
+from moejax.training.loop import Trainer
+
+
+def folder_of(experiment):
+    return Path(experiment.runs_dir) / experiment.name
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def adapter(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def stop_at(monkeypatch, step):
+    """As if SIGTERM had come during that step."""
+    finish = Trainer._finish
+
+    def and_stop(self, pending, display):
+        finish(self, pending, display)
+        if pending.step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_finish", and_stop)
+
+
+def test_20_steps_equal_10_and_resumed_10_to_the_bit(make_experiment, monkeypatch, capsys):
+    """With dropout, accumulation, packing and NF4: the adapter's bytes and every loss."""
+    straight, halves = make_experiment("straight"), make_experiment("halves")
+    assert loop.run(straight, resume=False) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10)
+        assert loop.run(halves, resume=False) == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().out
+    assert max(losses(folder_of(halves))) == 10
+    assert loop.run(halves, resume=True) == 0
+    assert losses(folder_of(halves)) == losses(folder_of(straight))
+    assert adapter(folder_of(halves)) == adapter(folder_of(straight))
+
+
+@pytest.fixture
+def finished(make_experiment):
+    experiment = make_experiment(training={"steps": 4, "eval_every": 2}, checkpoint={"every": 1, "keep": 2})
+    assert loop.run(experiment, resume=False) == 0
+    return experiment
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder = folder_of(finished)
+    assert config.load(folder / "config.yaml") == finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    expected = {
+        "loss", "learning_rate", "grad_norm", "update_norm", "param_norm", "queries_per_second", "tokens_per_second",
+        "padded_tokens_per_second", "model_flop_utilization", "host_peak_bytes", "expert_counts", "expert_load_variance",
+        "expert_load_variance/layer_1", "step_seconds", "epoch", "aux_loss",
+    }  # fmt: skip
+    assert expected <= steps[0].keys()
+    assert [sum(c) for c in steps[0]["expert_counts"]] == [2 * steps[0]["real_tokens"]] * 2
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"loss", "learning_rate", "eval_loss", "expert_load_variance"} <= set(events.Tags()["tensors"])
+    kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept[-2:] == [3, 4] and len(kept) <= 3
+    # Adapters, moments and step: nothing of the frozen base.
+    size = sum(p.stat().st_size for p in (folder / "checkpoints" / "4").rglob("*") if p.is_file())
+    assert size < 2_000_000
+
+
+def test_the_adapter_reads_back(finished, make_experiment, monkeypatch):
+    kept = {}
+    export = Trainer._export
+
+    def keep(self):
+        export(self)
+        kept["model"] = self.model()
+
+    monkeypatch.setattr(Trainer, "_export", keep)
+    experiment = make_experiment("again", training={"steps": 2})
+    loop.run(experiment, resume=False)
+    trained = kept["model"].layers.moe.w1.lora.b.get_value()
+    assert np.abs(trained).max() > 0
+    kept["model"].layers.moe.w1.lora.b.set_value(0 * trained)
+    load_adapter(kept["model"], folder_of(experiment) / "adapter")
+    np.testing.assert_array_equal(kept["model"].layers.moe.w1.lora.b.get_value(), trained)
+
+
+def test_nothing_is_overwritten(finished):
+    before = adapter(folder_of(finished))
+    with pytest.raises(UserError, match=r"exists already.*--resume"):
+        loop.run(finished, resume=False)
+    other = finished.model_copy(update={"seed": 1})
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        loop.run(other, resume=True)
+    assert adapter(folder_of(finished)) == before
+
+
+def test_resume_without_a_run(make_experiment):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        loop.run(make_experiment("never"), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_experiment):
+    experiment = make_experiment(
+        adapter=None,
+        quantization={"format": "none"},
+        training={"learning_rate": 1e30, "clip_norm": None},
+        checkpoint={"every": 1},
+    )
+    with pytest.raises(UserError, match=r"step \d+: loss = .*not finite.*last good checkpoint is step 1"):
+        loop.run(experiment, resume=False)
+    assert not (folder_of(experiment) / "model").exists()
+    steps = [int(p.name) for p in (folder_of(experiment) / "checkpoints").iterdir() if p.name.isdigit()]
+    assert steps == [1]
+
+
+def test_out_of_memory_is_said_before_it_happens(make_experiment, monkeypatch):
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 8_000_000)
+    with pytest.raises(UserError, match=r"asks for .* GB with 64 rows.*data\.batch_rows=\d+ would fit"):
+        loop.run(make_experiment(data={"batch_rows": 64}), resume=False)
+
+
+def test_full_training_writes_a_model_that_loads(make_experiment):
+    experiment = make_experiment(adapter=None, quantization={"format": "none"}, training={"steps": 2})
+    assert loop.run(experiment, resume=False) == 0
+    model = str(folder_of(experiment) / "model")
+    continued = make_experiment("continued", model={"source": model, "preset": None, "overrides": {}}, training={"steps": 2})
+    assert loop.run(continued, resume=False) == 0
+    assert losses(folder_of(continued))[1] < losses(folder_of(experiment))[1]
+
+
+def test_only_the_batch_is_sent(make_experiment, monkeypatch):
+    """The loop guards host-to-device transfers: an array that is not on the device is refused inside the step."""
+    compile_step = Trainer._compile
+
+    def with_host_array(self, batch):
+        compiled = compile_step(self, batch)
+
+        def call(state, frozen, batch):
+            jax.jit(lambda a: a)(np.ones(3))
+            return compiled(state, frozen, batch)
+
+        return call
+
+    monkeypatch.setattr(Trainer, "_compile", with_host_array)
+    with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
+        loop.run(make_experiment(), resume=False)
