@@ -1,0 +1,178 @@
+"""Time the real train step of Mixtral-8x7B with random NF4 codes made on the device, for a list of cases; JSON out.
+
+    python benchmarks/gpu_step.py --out benchmarks/results/2026-11-24-gpu-step.json
+    python benchmarks/gpu_step.py --cases 8x512:2,32x512:2,1x128:2,8x512:8 --routing uniform,skewed
+    python benchmarks/gpu_step.py --tiny                     # the same on a CPU, in seconds
+
+A case is ROWSxLENGTH:K. `uniform` routes as random weights do; `skewed` biases the routers towards `SKEW`: one expert far above its
+share, the kind of imbalance of the study's figure 11. The share that came of it is in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.build import build, random_weights
+from models.config import PRESETS, MixtralConfig
+from moejax import config as experiments
+from moejax.data.batching import assemble, stack
+from moejax.data.tokenize import Query
+from moejax.training import flops
+from moejax.training.memory import compiler_peak_bytes
+from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.state import adapter_config, initial_state, model_arguments, objective, split
+from moejax.training.step import make_train_step
+
+SKEW = (0.26, 0.19, 0.14, 0.12, 0.10, 0.08, 0.06, 0.05)
+QUERY_TOKENS = 104  # mean length of a commonsense query with Mixtral's tokenizer
+
+
+def make_batch(rows: int, length: int, batching: str, vocabulary: int) -> Any:
+    """`fixed`: one query fills a row. `pack`: rows filled with queries of about QUERY_TOKENS tokens, a third of them answer."""
+    rng = np.random.default_rng(0)
+    size = length if batching == "fixed" else min(QUERY_TOKENS, length)
+    per_row = length // size
+    prompt = 0 if batching == "fixed" else 2 * size // 3
+    queries = [[Query(rng.integers(0, vocabulary, size).astype(np.int32), prompt) for _ in range(per_row)] for _ in range(rows)]
+    return stack([assemble(queries, rows, length)], 1), rows * per_row
+
+
+def skew(model: Any) -> None:
+    """Bias every router towards SKEW: embeddings get a common mean, and the router's adapter turns that mean into one logit per expert.
+
+    What comes of it is reported (`largest_expert_share`): deeper layers mix the mean away in part.
+    """
+    embed = model.embed.weight
+    embed.set_value((embed.get_value().astype(jnp.float32) + 0.03).astype(embed.get_value().dtype))
+    lora = model.layers.moe.router.lora
+    a, b = lora.a.get_value(), lora.b.get_value()
+    offsets = jnp.log(jnp.asarray(SKEW)) - jnp.mean(jnp.log(jnp.asarray(SKEW)))
+    lora.a.set_value(a.at[..., 0, :].set(1.0 / a.shape[-1]))
+    lora.b.set_value(b.at[..., :, 0].set(offsets[: b.shape[-2]]))
+
+
+def run_case(
+    experiment: Any, config: MixtralConfig, rows: int, length: int, batching: str, routing: str, steps: int
+) -> dict[str, Any]:
+    """Compile, run and time one case."""
+    model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(0))
+    for _, node in nnx.iter_modules(model.layers):
+        if hasattr(node, "b") and hasattr(node, "a"):
+            node.b.set_value(jnp.zeros_like(node.b.get_value()))
+    if routing == "skewed":
+        skew(model)
+    graphdef, trainable, frozen = split(model, full=False)
+    schedule = make_schedule(experiment.training, 1000)
+    optimizer = make_optimizer(experiment.training, schedule)
+    step = jax.jit(make_train_step(objective(experiment, graphdef), optimizer, schedule, 0), donate_argnums=(0,))
+    state = initial_state(trainable, optimizer)
+    batch, queries = make_batch(rows, length, batching, config.vocab_size)
+    batch = jax.device_put(batch)
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - start)
+    seconds = seconds[2:]
+    median = statistics.median(seconds)
+    counts = np.asarray(metrics["expert_counts"])
+    lengths = [length] * rows if batching == "fixed" else [min(QUERY_TOKENS, length)] * queries
+    model_flops = flops.count(config, adapter_config(experiment)).step(sum(lengths), flops.visible_pairs(lengths))
+    peak, source = flops.peak_flops(experiment.training.compute_dtype)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "rows": rows,
+        "row_tokens": length,
+        "experts_per_token": config.experts_per_token,
+        "batching": batching,
+        "routing": routing,
+        "largest_expert_share": float((counts.max(axis=1) / counts.sum(axis=1)).mean()),
+        "compile_seconds": compile_seconds,
+        "step_seconds": {"median": median, "all": seconds},
+        "tokens_per_second": sum(lengths) / median,
+        "queries_per_second": queries / median,
+        "model_flop_utilization": model_flops / median / peak,
+        "peak_flops": {"value": peak, "source": source},
+        "compiler_peak_bytes": compiler_peak_bytes(compiled),
+        "measured_peak_bytes": memory.get("peak_bytes_in_use"),
+        "loss": loss,
+    }
+
+
+def matrix_rate(size: int, dtype: Any) -> float:
+    """FLOP/s of a square matrix product: what "the device's measured matrix rate" means here."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(a).block_until_ready()
+    best = min(_timed(product, a) for _ in range(5))
+    return 2 * size**3 / best
+
+
+def _timed(function: Any, *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default="1x128:2,8x512:2,32x512:2,96x512:2,8x512:8,32x512:8")
+    parser.add_argument("--batching", default="fixed", help="comma-separated: fixed, pack")
+    parser.add_argument("--routing", default="uniform", help="comma-separated: uniform, skewed")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key.sub=value of configs/mixtral_8x7b_cs_sparse.yaml")
+    options = parser.parse_args()
+    experiment = experiments.load(Path(__file__).parent.parent / "configs/mixtral_8x7b_cs_sparse.yaml", options.overrides)
+    base = PRESETS["mixtral-tiny" if options.tiny else "mixtral-8x7b"]
+    cases = "2x32:2,2x32:8" if options.tiny else options.cases
+    device = jax.local_devices()[0]
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/gpu_step.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device.device_kind,
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "matrix_rate_flops": matrix_rate(512 if options.tiny else 8192, jnp.bfloat16),
+        "cases": [],
+    }
+    for batching in options.batching.split(","):
+        for routing in options.routing.split(","):
+            for case in cases.split(","):
+                shape, k = case.split(":")
+                rows, length = (int(n) for n in shape.split("x"))
+                try:
+                    row = run_case(
+                        experiment, base.replace(experts_per_token=int(k)), rows, length, batching, routing, options.steps
+                    )
+                except jax.errors.JaxRuntimeError as error:  # out of memory in one cell: the others go on
+                    row = {"rows": rows, "row_tokens": length, "experts_per_token": int(k), "error": str(error)[:300]}
+                report["cases"].append(row)
+                print(json.dumps(row), flush=True)
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

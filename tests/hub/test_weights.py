@@ -1,0 +1,132 @@
+"""Checkpoints in Hub layout: read, quantized, written, refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from models.build import build
+from models.config import PRESETS, LoRAConfig, Quantization
+from moejax.errors import UserError
+from moejax.hub.peft import load_adapter, save_adapter
+from moejax.hub.weights import load_weights, read_config, resolve, save_weights
+
+CONFIG = PRESETS["mixtral-tiny"].replace(
+    vocab_size=32, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4
+)
+
+
+def arrays(model):
+    return dict(jax.tree_util.tree_leaves_with_path(nnx.split(model)[1]))
+
+
+def assert_same(a, b):
+    left, right = arrays(a), arrays(b)
+    assert left.keys() == right.keys()
+    for path in left:
+        np.testing.assert_array_equal(left[path], right[path], err_msg=str(path))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_weights(build(CONFIG, key=jax.random.key(0)), tmp_path / "model", jnp.float32)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_round_trip_is_exact(tied, tmp_path):
+    model = build(CONFIG.replace(tie_word_embeddings=tied), key=jax.random.key(1))
+    save_weights(model, tmp_path / "m", jnp.float32)
+    assert read_config(tmp_path / "m") == model.config
+    assert_same(load_weights(build(model.config), tmp_path / "m", jax.random.key(0)), model)
+
+
+def test_loading_quantizes_as_quantizing_in_memory_does(folder):
+    arguments = dict(quantization=Quantization(), adapter=LoRAConfig(rank=2), dtype=jnp.float32)
+    loaded = load_weights(build(CONFIG, **arguments), folder, jax.random.key(0))
+    in_memory = build(CONFIG, key=jax.random.key(0), **arguments)
+    # build(key) draws base and adapter from one key; the folder holds the base that key 0 draws.
+    assert_same(loaded, in_memory)
+
+
+def test_shards_and_bfloat16(folder):
+    tensors = load_file(str(folder / "model.safetensors"))
+    names = sorted(tensors)
+    weight_map = {}
+    for shard, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{shard}-of-00002.safetensors"
+        save_file({n: tensors[n].astype(jnp.bfloat16) for n in part}, str(folder / file))
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    model = load_weights(build(CONFIG), folder, jax.random.key(0))
+    expected = tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"].astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(model.layers.moe.w2.weight.get_value()[1, 3], expected)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks model-00002-of-00002"):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def change(folder, edit):
+    tensors = load_file(str(folder / "model.safetensors"))
+    edit(tensors)
+    save_file(tensors, str(folder / "model.safetensors"))
+
+
+GATE = "model.layers.0.block_sparse_moe.gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(GATE), f"tensor '{GATE}' is missing"),
+        (lambda t: t.update({GATE: t[GATE][:, :5].copy()}), r"has shape \[4, 5\], expected \[4, 32\]"),
+        (lambda t: t[GATE].fill(np.nan), f"'{GATE}' holds NaN"),
+        (lambda t: t.update({"model.layers.7.x": t[GATE]}), "1 tensors have no place"),
+    ],
+)
+def test_faults_are_named(edit, message, folder):
+    change(folder, edit)
+    with pytest.raises(UserError, match=message):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="no whole safetensors file"):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        resolve(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+
+
+def test_adapter_round_trip_and_mismatches(tmp_path):
+    def model(rank=2, targets=("w1", "gate", "v_proj")):
+        return build(CONFIG, key=jax.random.key(0), adapter=LoRAConfig(rank=rank, alpha=8.0, targets=targets))
+
+    trained = model()
+    for variable in (trained.layers.moe.w1.lora.b, trained.layers.moe.router.lora.b, trained.layers.attention.v_proj.lora.b):
+        variable.set_value(jax.random.normal(jax.random.key(5), variable.get_value().shape))
+    save_adapter(trained, tmp_path, "base")
+    again = model()
+    load_adapter(again, tmp_path)
+    assert_same(again, trained)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["gate", "v_proj", "w1"] and settings["r"] == 2 and settings["lora_alpha"] == 8
+    with pytest.raises(UserError, match=r"rank 2.*has rank 4"):
+        load_adapter(model(rank=4), tmp_path)
+    with pytest.raises(UserError, match="is missing: the adapter has other targets"):
+        load_adapter(model(targets=("w1", "w2", "gate", "v_proj")), tmp_path)
+    with pytest.raises(UserError, match="have no place in this model's adapter"):
+        load_adapter(model(targets=("w1",)), tmp_path)
+    with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
+        load_adapter(again, tmp_path / "nowhere")
