@@ -46,7 +46,7 @@ class Dataset:
         }
 
     def table(self) -> Table:
-        table = Table(title=f"data: {self.source}", title_justify="left", show_header=False)
+        table = Table(show_header=False)
         for name, value in self.statistics().items():
             text = (
                 f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"

@@ -5,7 +5,7 @@
     python -m moejax.data.problems tokenizer assets/tiny-mixtral   # tokenizer.json and its configs
 
 The base model's text is of the same domain and in the same answer format: arithmetic, counting, stories with quantities, one-step
-questions. Two-step problems in `[INST]` form are the task's alone. All numbers lie in 0..99.
+questions, plain and in `[INST]` form. Two-step questions are the task's alone. All numbers lie in 0..99.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def make_task(train: int, test: int, seed: int = 0) -> tuple[list[dict[str, str]
 def make_pretraining(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Text records of the task's domain: equations, counting, worked sums, stories, one-step questions."""
     rng = random.Random(f"pretraining {seed}")
-    makers = (_sums, _sums, _counting, _worked, _story, _question)
+    makers = (_sums, _counting, _worked, _story, _question, _question)
     return [{"text": rng.choice(makers)(rng)} for _ in range(count)]
 
 
@@ -131,7 +131,9 @@ def _operation(rng: random.Random, start: int | None = None) -> tuple[int, str, 
     """A random step with a result in 0..99, from `start` if given."""
     while True:
         sign = rng.choice("+-*" if start is None else "+-")
-        left = start if start is not None else rng.randint(2, 9) if sign == "*" else rng.randint(0, 60)
+        left = (
+            start if start is not None else rng.randint(2, 9) if sign == "*" else rng.randint(0, LARGEST if sign == "-" else 60)
+        )
         right = rng.randint(2, 9) if sign == "*" else rng.randint(0, 40)
         if 0 <= compute(left, sign, right) <= LARGEST:
             return left, sign, right
@@ -192,7 +194,9 @@ def _question(rng: random.Random) -> str:
         step = _operation(rng, rng.randint(3, 50))
         change = rng.choice(_CHANGES[step[1]]).format(b=step[2], other=w.other)
         text = f"{w.name} has {step[0]} {w.item}. {w.pronoun} {change}. How many {w.item} does {w.name} have now?"
-    return f"{text} First {equation(*step)} The answer is {compute(*step)}."
+    answer = f"First {equation(*step)} The answer is {compute(*step)}."
+    # Half of them as a chat: a base must have met the marks of the format that it is tuned in.
+    return f"[INST] {text} [/INST]{answer}" if rng.random() < 0.5 else f"{text} {answer}"
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 512) -> None:
@@ -212,7 +216,8 @@ def make_tokenizer(folder: Path, vocab_size: int = 512) -> None:
     counts = [f"Count: {' '.join(str(n) for n in range(LARGEST + 1))}"] * 3000  # every number becomes a token
     texts = [r["text"] for r in make_pretraining(20000, seed=1)]
     task = [text for r in make_task(4000, 0, seed=1)[0] for text in (f" {r['instruction']}", r["output"])]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    alphabet = [*(chr(c) for c in range(33, 127)), "\n"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([*counts, *texts, *task], trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -238,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("task", "pretrain", "tokenizer"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=int, default=120_000, help="pretrain: number of texts")
+    parser.add_argument("--records", type=int, default=100_000, help="pretrain: number of texts")
     options = parser.parse_args()
     if options.what == "task":
         train, test = make_task(4000, 400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ def load_tokenizer(source: str) -> Any:
     It has an end-of-sequence token, and a padding token (the end of sequence where none is named). Raises UserError for a bare
     sentencepiece file: transformers 5 converts Mixtral's wrongly (it splits double spaces), so we do not guess.
     """
+    # transformers advises on every import that PyTorch is missing; that is intended here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(source)

@@ -61,6 +61,7 @@ def run(experiment: Experiment, *, resume: bool) -> int:
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
+    console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
     console.print(dataset.table())
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
@@ -123,6 +124,7 @@ class Trainer:
                 f"{name}: step {self.step} of {self.total_steps} is saved in {self.folder}/checkpoints. "
                 "Continue with the same command and --resume.",
                 highlight=False,
+                soft_wrap=True,
             )
             return 128 + self._stop
         self._export()
@@ -280,7 +282,7 @@ class Trainer:
                 f"model FLOP utilization {100 * utilization:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s ({self.peak_source})",
                 f"memory: compiler peak {self.compiler_peak / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
-        self.console.print("\n".join(lines), highlight=False)
+        self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def segment_lengths(segment_ids: np.ndarray) -> list[int]:

@@ -87,10 +87,10 @@ class Display:
         elif step % self._every == 0 or step in (self._first + 1, self.total):
             remaining = (time.monotonic() - self._started) / max(1, step - self._first) * (self.total - step)
             line = f"step {step}/{self.total}  {text}  lr {record['learning_rate']:.2e}  left {duration(remaining)}"
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress:

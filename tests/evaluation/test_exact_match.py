@@ -1,0 +1,61 @@
+"""`moejax exact-match` on a finished run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import ROOT
+
+from models.build import build
+from models.config import PRESETS
+from moejax import cli, config
+from moejax.hub.weights import save_weights
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two steps on a base of random weights."""
+    model = build(
+        PRESETS["mixtral-tiny"].replace(
+            hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
+        ),
+        key=jax.random.key(0),
+    )
+    save_weights(model, tmp_path / "base", jnp.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / name).write_text((ROOT / "assets/tiny-mixtral" / name).read_text())
+    problems = json.loads((ROOT / "assets/problems/train.json").read_text())[:30]
+    (tmp_path / "train.json").write_text(json.dumps(problems))
+    content = {
+        "name": "run",
+        "runs_dir": str(tmp_path / "runs"),
+        "model": {"source": str(tmp_path / "base")},
+        "adapter": {"rank": 2},
+        "data": {"source": str(tmp_path / "train.json"), "row_tokens": 64, "max_length": 64, "batch_rows": 4},
+        "training": {"steps": 2, "compute_dtype": "float32"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(config.Experiment.model_validate(content)))
+    assert cli.main(["train", "--config", str(path)]) == 0
+    return tmp_path / "runs" / "run", tmp_path / "train.json"
+
+
+def test_scores_and_predictions(run, capsys):
+    folder, data = run
+    assert cli.main(["exact-match", str(folder), "--data", str(data), "--limit", "5"]) == 0
+    result = json.loads((folder / "exact_match.json").read_text())
+    assert result["problems"] == 5 and set(result["accuracy"]) >= {"base", "tuned"}
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in lines] == ["base"] * 5 + ["tuned"] * 5
+    assert sum(line["correct"] for line in lines[:5]) / 5 == result["accuracy"]["base"]
+    assert "tuned" in capsys.readouterr().out
+
+
+def test_bad_input(run, tmp_path, capsys):
+    folder, _ = run
+    assert cli.main(["exact-match", str(tmp_path / "nowhere"), "--data", "x.json"]) == 2
+    assert "is no finished run" in capsys.readouterr().err
+    (tmp_path / "open.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
+    assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "open.json")]) == 2
+    assert "record 0 has no `answer`" in capsys.readouterr().err
