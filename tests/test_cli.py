@@ -1,0 +1,57 @@
+"""The command line: exit codes, messages, and nothing heavy before it is needed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+from moejax import cli
+
+CONFIG = str(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml")
+
+
+def python(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+
+def test_a_mistake_is_one_message_and_exit_code_2():
+    done = python("train.py", "--config", CONFIG, "training.learnin_rate=1")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[0].startswith("error: ") and "did you mean learning_rate" in done.stderr
+
+
+def test_dry_run_of_the_full_model(capsys):
+    """46.7 B parameters in NF4 but for embeddings, norms and head; 228.6 M trained in fp32. No network, no weights."""
+    assert cli.train_main(["--config", CONFIG, "--dry-run"]) == 0
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert "46,702,792,704" in lines["base model"]
+    assert "228,593,664" in lines["trained"] and "float32" in lines["trained"]
+    for group in ("attention", "experts", "router"):
+        assert "NF4" in lines[group] and "frozen" in lines[group]
+    for group in ("embeddings", "head", "norms"):
+        assert "bfloat16" in lines[group]
+    assert "23.264" in lines["experts"]
+
+
+def test_memory_fraction_is_set_before_jax(monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "x")
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    assert cli.train_main(["--config", CONFIG, "--dry-run", "device.memory_fraction=0.8"]) == 0
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.8"
+
+
+def test_missing_data_is_told_before_anything_is_written(tmp_path, capsys):
+    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), f"runs_dir={tmp_path}", "data.source=nowhere.json"]
+    assert cli.train_main([*arguments, f"model.source={ROOT}/assets/tiny-mixtral"]) == 2
+    assert "nowhere.json does not exist" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["moejax", "models", "models.config", "moejax.cli", "moejax.config", "moejax.data.pipeline"])
+def test_imports_without_jax(module):
+    done = python("-c", f"import sys, {module}; sys.exit('jax' in sys.modules)")
+    assert done.returncode == 0, f"{module} imports jax\n{done.stderr}"

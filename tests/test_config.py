@@ -1,0 +1,99 @@
+"""The experiment's schema: what it accepts, and how it says what it does not."""
+
+import pytest
+import yaml
+from support import ROOT
+
+from moejax import config
+from moejax.errors import UserError
+
+MINIMAL = {
+    "name": "x",
+    "model": {"preset": "mixtral-tiny"},
+    "tokenizer": "t.json",
+    "data": {"source": "d.json", "row_tokens": 512, "max_length": 512},
+    "training": {"steps": 3},
+}
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*overrides, **sections):
+        path = tmp_path / "c.yaml"
+        path.write_text(yaml.safe_dump(MINIMAL | sections))
+        return config.load(path, overrides)
+
+    return load
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_its_dump_gives_the_same(path, tmp_path):
+    experiment = config.load(path)
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(config.dump(experiment))
+    assert config.load(dumped) == experiment
+    assert experiment.name == path.stem
+    # Every default is visible in what the run writes back.
+    assert yaml.safe_load(config.dump(experiment))["training"].keys() == config.TrainingConfig.model_fields.keys()
+
+
+def test_overrides(load):
+    experiment = load("training.learning_rate=1e-4", "data.batch_rows=3", "adapter.rank=8", "adapter.targets=[w1, gate]")
+    assert experiment.training.learning_rate == 1e-4
+    assert experiment.data.batch_rows == 3
+    assert experiment.adapter.rank == 8 and experiment.adapter.targets == ("w1", "gate")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rat=1"], r"unknown key training\.learning_rat: did you mean learning_rate"),
+        (["trainin.steps=1"], "unknown key trainin: did you mean training"),
+        (["training.steps=many"], r"training\.steps = 'many': expected a valid integer"),
+        (["training.steps=0"], r"training\.steps = 0: expected greater than or equal to 1"),
+        (["training.schedule=cosin"], r"training\.schedule = 'cosin': expected 'cosine', 'linear' or 'constant'"),
+        (["training.steps=null"], r"training\.epochs or training\.steps"),
+        (["model.experts_per_token=9"], "experts_per_token = 9 exceeds num_experts = 8"),
+        (["model.preset=mixtral-8x7c"], "preset = 'mixtral-8x7c' is unknown: did you mean mixtral-8x7b"),
+        (["model.overrides={num_layer: 2}"], "did you mean num_layers"),
+        (["adapter.targets=[w4]"], "'w4' matches nothing: did you mean"),
+        (["adapter.targets=[]"], "match nothing"),
+        (["adapter.dropout=1.0"], "dropout = 1.0"),
+        (["quantization.format=nf4"], "nothing would be trained"),
+        (["data.row_tokens=4096"], "rows of 4096 tokens exceed the model's max_position_embeddings = 2048"),
+        (["data.max_length=600"], "max_length = 600 exceeds row_tokens = 512"),
+        (["data.source=null"], "source is missing"),
+        (["tokenizer=null"], "tokenizer is missing"),
+        (["data.holdout=1", "data.eval_source=x.json"], "exclude each other"),
+        (["name=a/b"], "name = 'a/b'"),
+        (["training.steps"], "expected key.sub=value"),
+        (["name.x=1"], "name is a value, not a section"),
+        (["training.warmup_steps=3"], "leaves nothing of steps = 3"),
+    ],
+)
+def test_mistakes_are_named(overrides, message, load):
+    with pytest.raises(UserError, match=message):
+        load(*overrides)
+
+
+def test_files(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        config.load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("name: x\nmodel: [\n")
+    with pytest.raises(UserError, match=r"bad\.yaml, line 3: not valid YAML"):
+        config.load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="expected a mapping"):
+        config.load(tmp_path / "list.yaml")
+
+
+def test_the_study(load):
+    """The study's Mixtral experiments: rank 16 on experts and router, NF4, 10 epochs at 5e-5, cosine; k = 2 and 8."""
+    for path in (ROOT / "configs").glob("mixtral_8x7b_*.yaml"):
+        e = config.load(path)
+        assert e.adapter.rank == 16 and e.adapter.alpha == 32 and set(e.adapter.targets) == {"w1", "w2", "w3", "gate"}
+        assert e.quantization.format == "nf4" and e.quantization.double
+        assert (e.training.epochs, e.training.learning_rate, e.training.schedule) == (10, 5e-5, "cosine")
+        assert e.model.experts_per_token == (2 if "sparse" in path.stem else 8)
+        assert e.data.records == (15119 if "_cs_" in path.stem else 13921) and e.data.sha256
