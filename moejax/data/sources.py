@@ -16,20 +16,21 @@ Record = dict[str, Any]
 def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     """The records of `source` (default: the config's), each with the keys instruction, input, output (or text).
 
-    A path that ends in .json or .jsonl is a file; anything else is a name for `datasets.load_dataset`. Declared records, bytes and
+    A path or URL that ends in .json or .jsonl is a file (a URL is downloaded once, into the cache of `datasets`); anything else is a
+    name for `datasets.load_dataset`. Declared records, bytes and
     sha256 are checked for the config's own source. Raises UserError naming the file and the line or record.
     """
     declared = source is None or source == config.source
     name = source or config.source
     assert name is not None
     if name.endswith((".json", ".jsonl")):
-        path = Path(name)
+        path = _downloaded(name) if name.startswith(("https://", "http://")) else Path(name)
         if not path.is_file():
             raise UserError(f"data file {path} does not exist (data.source: a .json or .jsonl file, or a name for `datasets`)")
         content = path.read_bytes()
         if declared:
-            _check_identity(path, content, config)
-        records = _parse(path, content)
+            _check_identity(name, content, config)
+        records = _parse(name, content)
     else:
         records = _from_datasets(name, config)
     if not records:
@@ -41,7 +42,19 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     return [_normalized(name, index, record, config) for index, record in enumerate(records)]
 
 
-def _check_identity(path: Path, content: bytes, config: DataConfig) -> None:
+def _downloaded(url: str) -> Path:
+    import datasets
+
+    try:
+        return Path(datasets.DownloadManager().download(url))
+    except Exception as error:
+        raise UserError(
+            f"data.source = {url}: the download failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            "Check the network, or point data.source to a local copy"
+        ) from error
+
+
+def _check_identity(path: str, content: bytes, config: DataConfig) -> None:
     if config.bytes is not None and len(content) != config.bytes:
         raise UserError(f"{path} has {len(content)} bytes, data.bytes declares {config.bytes}: an incomplete or another file")
     if config.sha256 is not None:
@@ -50,14 +63,14 @@ def _check_identity(path: Path, content: bytes, config: DataConfig) -> None:
             raise UserError(f"{path} has sha256 {found}, data.sha256 declares {config.sha256}: another version of the data")
 
 
-def _parse(path: Path, content: bytes) -> list[Any]:
+def _parse(path: str, content: bytes) -> list[Any]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     if not text.strip():
         raise UserError(f"{path} is empty")
-    if path.suffix == ".json":
+    if path.endswith(".json"):
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:

@@ -112,6 +112,14 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._loop(display)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"out of memory at step {self.step + 1}: {str(error).splitlines()[0]}. The compiler had asked for "
+                f"{self.compiler_peak / 1e9:.2f} GB; another process may hold memory. Lower data.batch_rows and raise "
+                "training.gradient_accumulation"
+            ) from error
         finally:
             display.close()
             for number, handler in previous.items():

@@ -14,6 +14,7 @@ from models.build import build
 from models.config import LoRAConfig, MixtralConfig, Quantization
 from models.mixtral import Mixtral
 from moejax.config import Experiment
+from moejax.errors import UserError
 from moejax.hub import weights
 from moejax.training.step import Objective, TrainState
 
@@ -21,7 +22,16 @@ from moejax.training.step import Objective, TrainState
 def architecture(experiment: Experiment, folder: Path | None) -> MixtralConfig:
     """The model's sizes: those of its folder, or of the preset; with the config's overrides."""
     base = weights.read_config(folder) if folder is not None else None
-    return experiment.model.architecture(base)
+    try:
+        config = experiment.model.architecture(base)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    if experiment.data.longest_row > config.max_position_embeddings:
+        raise UserError(
+            f"rows of {experiment.data.longest_row} tokens exceed the model's max_position_embeddings = "
+            f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
+        )
+    return config
 
 
 def adapter_config(experiment: Experiment) -> LoRAConfig | None:

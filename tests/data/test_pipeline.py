@@ -1,6 +1,9 @@
 """From records to batches: masks, packing, padding, order, and what is refused."""
 
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -32,6 +35,11 @@ def section(**changes):
 def queries(count=50, seed=0):
     rng = np.random.default_rng(seed)
     return [Query(rng.integers(1, 99, rng.integers(4, 60)).astype(np.int32), 2) for _ in range(count)]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
 
 
 class TestSources:
@@ -81,6 +89,22 @@ class TestSources:
     def test_faults(self, name, text, message, tmp_path):
         with pytest.raises(UserError, match=message):
             load_records(section(source=self.write(tmp_path, name, text)))
+
+    def test_url(self, tmp_path, monkeypatch):
+        """A file from a web server on this machine, checked as a local one is."""
+        (tmp_path / "served").mkdir()
+        self.write(tmp_path / "served", "a.json", json.dumps([RECORD]))
+        monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache"))
+        handler = partial(QuietHandler, directory=str(tmp_path / "served"))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}"
+            assert load_records(section(source=f"{url}/a.json", records=1)) == [RECORD]
+            with pytest.raises(UserError, match=r"a\.json has 96 bytes, data\.bytes declares 5"):
+                load_records(section(source=f"{url}/a.json", bytes=5))
+            with pytest.raises(UserError, match="the download failed"):
+                load_records(section(source=f"{url}/b.json"))
+            server.shutdown()
 
     def test_missing_file_and_unknown_data_set(self, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="does not exist"):
