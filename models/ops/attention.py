@@ -1,11 +1,14 @@
-"""Causal attention inside segments, for grouped queries: exact for packed rows."""
+"""Causal attention inside segments, for grouped queries: exact for packed rows, and never the whole score matrix in memory."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 512
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 16
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -25,23 +28,92 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
 def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Causal attention that never crosses a segment's boundary. q: [B, T, H, C]; k, v: [B, T, G, C]; segment_ids: int32 [B, T].
 
-    Rows longer than QUERY_BLOCK are computed block by block, each block recomputed in the backward pass, so that the scores
-    [B, H, T, T] never exist as a whole.
+    Query blocks one after the other, each against the keys up to its end (what lies behind is masked anyway). The backward pass
+    keeps q, k, v, the output and one fp32 number per query (the log of its softmax's sum), and computes the weights again, as
+    FlashAttention does (arXiv 2205.14135). Scores, softmax and sums in fp32.
     """
-    t = q.shape[1]
-    index = jnp.arange(t, dtype=jnp.int32)
+    b, t, h, c = q.shape
+    g = k.shape[2]
+    # The queries of a group stand beside each other: one product serves them all. [B, G, H/G, T, C] and [B, G, T, C].
+    grouped = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4)
+    out = _attend(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), segment_ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
-    def block(q: jax.Array, query_segments: jax.Array, query_index: jax.Array) -> jax.Array:
-        mask = (query_segments[:, :, None] == segment_ids[:, None, :]) & (query_index[:, None] >= index[None, :])[None]
-        return masked_attention(q, k, v, mask)
 
-    if t <= QUERY_BLOCK or t % QUERY_BLOCK:
-        return block(q, segment_ids, index)
-    n = t // QUERY_BLOCK
-    blocks = (
-        q.reshape(q.shape[0], n, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1),
-        segment_ids.reshape(-1, n, QUERY_BLOCK).swapaxes(0, 1),
-        index.reshape(n, QUERY_BLOCK),
-    )
-    out = jax.lax.map(jax.checkpoint(lambda xs: block(*xs), prevent_cse=False), blocks)
-    return out.swapaxes(0, 1).reshape(q.shape)
+def _blocks(t: int) -> Iterator[slice]:
+    size = max(SMALLEST_BLOCK, -(-t // MOST_BLOCKS))
+    for start in range(0, t, size):
+        yield slice(start, min(start + size, t))
+
+
+def _rows(x: jax.Array, block: slice) -> jax.Array:
+    """The block's queries of a group as one matrix: [B, G, Q, T, …] -> [B, G, Q·n, …]."""
+    part = x[:, :, :, block]
+    return part.reshape(*part.shape[:2], -1, *part.shape[4:])
+
+
+def _unrows(parts: list[jax.Array], queries: int) -> jax.Array:
+    """Blocks [B, G, Q·n, …] back to [B, G, Q, T, …]."""
+    return jnp.concatenate([p.reshape(*p.shape[:2], queries, -1, *p.shape[3:]) for p in parts], axis=3)
+
+
+def _times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+    """fp32 [B, G, m, n] = a [B, G, m, C] bᵀ [B, G, n, C]. The transpose is spelled out: XLA's CPU backend is several times slower
+    when it has to contract the last axis of both."""
+    return jnp.einsum("bgtc,bgcs->bgts", a, jnp.swapaxes(b, 2, 3), preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, k: jax.Array, segment_ids: jax.Array, block: slice) -> jax.Array:
+    """Scaled scores fp32 [B, G, Q·n, e] of the block's queries against keys 0..e; the least number where a key is not visible."""
+    index = jnp.arange(block.stop)
+    same = segment_ids[:, block, None] == segment_ids[:, None, : block.stop]
+    visible = same & (index[block, None] >= index[None, :])[None]
+    visible = jnp.tile(visible, (1, q.shape[2], 1))[:, None]
+    scores = _times_transposed(_rows(q, block), k[:, :, : block.stop])
+    return jnp.where(visible, scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+
+
+def _forward_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    outs, sums = [], []
+    for block in _blocks(q.shape[3]):
+        scores = _scores(q, k, segment_ids, block)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("bgts,bgsc->bgtc", weights.astype(v.dtype), v[:, :, : block.stop], preferred_element_type=jnp.float32)
+        outs.append((out / total).astype(v.dtype))
+        sums.append((largest + jnp.log(total))[..., 0])
+    return _unrows(outs, q.shape[2]), _unrows(sums, q.shape[2])
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return _forward_blocks(q, k, v, segment_ids)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+    out, log_sums = _forward_blocks(q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, out, log_sums)
+
+
+def _attend_backward(residuals: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, segment_ids, out, log_sums = residuals
+    scale = q.shape[-1] ** -0.5
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dqs = []
+    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for block in _blocks(q.shape[3]):
+        keys = slice(0, block.stop)
+        # An invisible key's score is the least number: its weight comes out as exactly zero.
+        weights = jnp.exp(_scores(q, k, segment_ids, block) - _rows(log_sums, block)[..., None])
+        dout_rows = _rows(dout, block)
+        dweights = _times_transposed(dout_rows, v[:, :, keys])
+        dscores = (weights * (dweights - _rows(delta, block)[..., None]) * scale).astype(q.dtype)
+        dqs.append(jnp.einsum("bgts,bgsc->bgtc", dscores, k[:, :, keys]))
+        dk_part = jnp.einsum("bgts,bgtc->bgsc", dscores, _rows(q, block), preferred_element_type=jnp.float32)
+        dv_part = jnp.einsum("bgts,bgtc->bgsc", weights.astype(v.dtype), dout_rows, preferred_element_type=jnp.float32)
+        dk, dv = dk.at[:, :, keys].add(dk_part), dv.at[:, :, keys].add(dv_part)
+    return _unrows(dqs, q.shape[2]), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -48,7 +48,7 @@ def test_values_and_gradients(routing, padding):
         jnp.asarray(rng.normal(size=(E, R, D)), jnp.float32), jnp.asarray(rng.normal(size=(E, F, R)), jnp.float32)
     )
     weights = jnp.asarray(rng.uniform(size=(N, K)), jnp.float32)
-    plan = gm.Plan("loop", tile=8, trainable=True)
+    plan = gm.Plan("loop", tile=16, small_tile=4, trainable=True)
 
     def loss(function, x, w, weights, lora, lora_x):
         return jnp.sum(function(x, w, experts, valid, weights, lora, lora_x) * cotangent)
@@ -69,7 +69,7 @@ def test_frozen_nf4_weight_and_shared_lora_input():
         jnp.asarray(rng.normal(size=(E, R, D)), jnp.float32), jnp.asarray(rng.normal(size=(E, F, R)), jnp.float32)
     )
     weights = jnp.asarray(rng.uniform(size=(N, K)), jnp.float32)
-    plan = gm.Plan("loop", tile=8)
+    plan = gm.Plan("loop", tile=16, small_tile=4)
 
     def our_loss(x, lora):
         return jnp.sum(ours(x, codes, experts, valid, weights, lora, x, plan) ** 2)
@@ -85,7 +85,7 @@ def test_bfloat16_is_close_to_float32():
     rng = np.random.default_rng(2)
     experts, valid = jnp.asarray(ROUTINGS["random"](rng), jnp.int32), jnp.ones(N, bool)
     x, w = jnp.asarray(rng.normal(size=(N, D)), jnp.float32), jnp.asarray(rng.normal(size=(E, F, D)), jnp.float32)
-    plan, weights = gm.Plan("loop", tile=8), jnp.ones((N, K))
+    plan, weights = gm.Plan("loop", tile=16, small_tile=4), jnp.ones((N, K))
 
     def run(dtype):
         groups = gm.group(experts, valid, E, plan.tile)
