@@ -14,6 +14,7 @@ t + 1 keys; counted from the real segment lengths, twice as much again backward.
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     """Peak FLOP/s of the first device and where the figure comes from ("data sheet", or "measured" by a matmul)."""
     device = jax.local_devices()[0]
     for name, peak in PEAK_FLOPS.items():
-        if device.platform == "gpu" and name in device.device_kind:
+        if device.platform == "gpu" and re.search(rf"\b{name}\b", device.device_kind):
             return peak, "data sheet"
     size = 1024
     x = jnp.ones((size, size), dtype)

@@ -113,6 +113,20 @@ def test_nothing_is_overwritten(finished):
     assert adapter(folder_of(finished)) == before
 
 
+@pytest.mark.parametrize("batching", ["pad_longest", "pad_bucket"])
+def test_padded_batchings_train_too(batching, make_experiment):
+    """One query a row, a compiled program for every length that occurs; no query more or less than packed."""
+    experiment = make_experiment(
+        data={"batching": batching, "buckets": [48, 64]},
+        training={"steps": None, "epochs": 1, "gradient_accumulation": 1},
+        adapter={"rank": 2, "targets": ["w2", "o_proj"]},
+    )
+    assert loop.run(experiment, resume=False) == 0
+    lines = [json.loads(line) for line in (folder_of(experiment) / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["queries"] for line in lines if "loss" in line) == 52
+    assert {line["padded_tokens"] for line in lines if "loss" in line} == {4 * 48}
+
+
 def test_resume_without_a_run(make_experiment):
     with pytest.raises(UserError, match="holds no run to resume"):
         loop.run(make_experiment("never"), resume=True)
