@@ -160,6 +160,19 @@ def test_the_base_sees_no_problem_of_the_task(pretraining, test):
     assert not any(record["instruction"] in text for record in test)
 
 
+def test_the_readme_says_how_many_held_out_rationales_are_not_new(train, test):
+    texts = "\n".join(record["text"] for record in problems.make_pretraining(100_000))
+    known = {found.group() for found in RATIONALE.finditer(texts)}
+    seen = [record["output"] for record in test if record["output"] in known]
+    products = [record["output"] for record in test if " * " in record["output"]]
+    trained = {record["output"] for record in train}
+    again = sum(record["output"] in trained for record in test)
+    readme = " ".join((PROBLEMS / "README.md").read_text().split())
+    assert f"rationale of {len(seen)} of the {len(test)} held-out problems" in readme
+    assert f"{sum(' * ' in output for output in seen)} of those among the {len(products)} with a product" in readme
+    assert f"{again} rationales of `test.json` occur in `train.json`" in readme
+
+
 def test_tokenizer_is_lossless_on_the_domain(tokenizer, train, test, pretraining):
     prompts = [render("mistral", {**r}, tokenizer) for r in train + test]
     texts = [part for pair in prompts for part in pair] + [p + a for p, a in prompts] + pretraining[:3000]
