@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,14 @@ def correct(text: str, answer: str) -> bool:
     """Whether the final number of `text` equals that of `answer`."""
     said, expected = final_number(text), final_number(answer)
     return said is not None and expected is not None and abs(said - expected) < 1e-6
+
+
+def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share (95 % by default): honest also where all answers are right, or none."""
+    share = right / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def commonest(answers: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from moejax.data.sources import Record, load_records
 from moejax.data.templates import render
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.answers import commonest, correct
+from moejax.evaluation.answers import commonest, correct, wilson_interval
 from moejax.evaluation.generate import generate
 from moejax.hub import peft, weights
 from moejax.training.state import architecture, create_model
@@ -58,11 +58,12 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     result = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
     (folder / "exact_match.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = Table(title=f"exact match on {len(records)} held-out problems", title_justify="left")
-    for column in ("model", "right", "accuracy", "± (95 %)"):
+    for column in ("model", "right", "accuracy", "95 % interval"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, verdicts, _ in rows:
         share, n = sum(verdicts) / len(verdicts), len(verdicts)
-        table.add_row(name, f"{sum(verdicts)}/{n}", f"{100 * share:.1f} %", f"{196 * (share * (1 - share) / n) ** 0.5:.1f}")
+        low, high = wilson_interval(sum(verdicts), n)
+        table.add_row(name, f"{sum(verdicts)}/{n}", f"{100 * share:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")
     console.print(table)
     example = next(p for p in predictions if p["model"] == "tuned")
     console.print(f"[bold]{example['instruction']}[/bold]\n{example['output']}", highlight=False)

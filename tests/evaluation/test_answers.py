@@ -5,7 +5,7 @@ import json
 import pytest
 from support import ROOT
 
-from moejax.evaluation.answers import commonest, correct, final_number
+from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,11 @@ def test_the_guesser_is_weak_on_the_bundled_problems():
     right = sum(correct(guess, record["answer"]) for record in test)
     assert right == sum(record["answer"] == guess for record in test)
     assert 0 < right / len(test) < 0.05
+
+
+def test_wilson_interval():
+    """Against the closed form for no and all right, and the textbook's 10 of 20."""
+    z2 = 1.96**2
+    assert wilson_interval(400, 400) == pytest.approx((400 / (400 + z2), 1.0))
+    assert wilson_interval(0, 400) == pytest.approx((0.0, z2 / (400 + z2)))
+    assert wilson_interval(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
