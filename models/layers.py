@@ -15,6 +15,7 @@ from flax import nnx
 
 from models.lora import LoRA
 from models.ops import linear
+from models.ops.grouped_matmul import Projection
 
 INIT_STD = 0.02
 
@@ -64,6 +65,9 @@ class ExpertLinear(nnx.Module):
     def __init__(self, key: jax.Array, experts: int, in_size: int, out_size: int, dtype: Any, *, axes: tuple[str, str]):
         self.weight: nnx.Variable = nnx.Param(normal(key, (experts, out_size, in_size), dtype), axes=("experts", *axes))
         self.lora: LoRA | None = nnx.data(None)
+
+    def projection(self) -> Projection:
+        return Projection(self.weight.get_value(), None if self.lora is None else self.lora.weights())
 
 
 class Embedding(nnx.Module):

@@ -37,19 +37,21 @@ class DecoderLayer(nnx.Module):
         self.moe = MoE(keys[1], config, dtype, backend, platform)
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> tuple[jax.Array, RouterStats]:
         x = x + self.attention(self.attention_norm(x), segment_ids, positions, dropout_key)
-        return self._experts(x, segment_ids > 0, dropout_key)
+        return self._experts(x, segment_ids > 0, dropout_key, keep)
 
     def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
         """The same layer for tokens [B, T] at `positions`, over the keys and values seen so far."""
         out, cache = self.attention.cached(self.attention_norm(x), positions, cache)
-        return self._experts(x + out, valid, None)[0], cache
+        return self._experts(x + out, valid, None, False)[0], cache
 
-    def _experts(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, RouterStats]:
+    def _experts(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
+    ) -> tuple[jax.Array, RouterStats]:
         rows = self.moe_norm(x).reshape(-1, x.shape[-1])
-        out, stats = self.moe(rows, valid.reshape(-1), dropout_key)
+        out, stats = self.moe(rows, valid.reshape(-1), dropout_key, keep=keep)
         return x + out.reshape(x.shape), stats
 
 
@@ -97,7 +99,7 @@ class Mixtral(nnx.Module):
         def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, RouterStats]:
             weights, index = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(graphdef, weights)(x, segment_ids, positions, key)
+            return nnx.merge(graphdef, weights)(x, segment_ids, positions, key, remat == "none")
 
         xs = (state, jnp.arange(self.config.num_layers))
         x, stats = jax.lax.scan(rematerialized(body, remat), self.embed(tokens, self.dtype), xs)

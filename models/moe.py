@@ -40,13 +40,15 @@ class MoE(nnx.Module):
         self.experts, self.k = e, config.experts_per_token
         self.backend, self.platform = backend, platform
 
-    def __call__(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
-        """x: [N, D]; valid: bool [N], false for padding, which visits no expert."""
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None, *, keep: bool = False
+    ) -> tuple[jax.Array, RouterStats]:
+        """x: [N, D]; valid: bool [N], false for padding, which visits no expert; keep: save hidden rows for the backward pass."""
         with jax.named_scope("moe"):
             indices, weights, stats = self._route(x, valid, dropout_key)
             if self.k == self.experts:
                 return self._dense(x, weights, dropout_key), stats
-            return self._sparse(x, indices, weights, valid, dropout_key), stats
+            return self._sparse(x, indices, weights, valid, dropout_key, keep), stats
 
     def _route(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array, RouterStats]:
         """indices: int32 [N, K]; weights: fp32 [N, K] that sum to one."""
@@ -67,38 +69,30 @@ class MoE(nnx.Module):
         return indices, weights, RouterStats(counts, sums)
 
     def _sparse(
-        self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None
+        self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> jax.Array:
-        plan = gm.choose(self.backend, self.platform, x.shape[0], self.experts, self.k)
+        plan = gm.choose(self.backend, self.platform, x.shape[0], self.experts, self.k)._replace(
+            activation=_gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout
+        )
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, self.experts, plan.tile)
             groups = gm.Groups(*(checkpoint_name(a, "dispatch") for a in groups))
             rows = gm.dispatch(x, groups)  # [M, D]
             row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]
-        up = self._grouped("w1", rows, groups, plan, _fold(dropout_key, 1))
-        gate = self._grouped("w3", rows, groups, plan, _fold(dropout_key, 3))
-        with jax.named_scope("act"):
-            activation = jax.nn.silu(up) * gate * row_weights[:, None]  # [M, F]
-        out = self._grouped("w2", activation, groups, plan, _fold(dropout_key, 2))
+        up, gate, output = (m.projection() for m in (self.w1, self.w3, self.w2))
+        out = gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output, _fold(dropout_key, 1))
         with jax.named_scope("combine"):
             return gm.combine(out, groups)
 
-    def _grouped(
-        self, name: str, rows: jax.Array, groups: gm.Groups, plan: gm.Plan, dropout_key: jax.Array | None
-    ) -> jax.Array:
-        module: ExpertLinear = getattr(self, name)
-        plan = plan._replace(name=name, trainable=trainable(module.weight))
-        if module.lora is None:
-            return gm.grouped_matmul(rows, module.weight.get_value(), groups.sizes, plan)
-        dropped = module.lora.dropped(rows, dropout_key)
-        lora_x = None if dropped is rows else dropped
-        return gm.grouped_matmul(rows, module.weight.get_value(), groups.sizes, plan, module.lora.weights(), lora_x)
+    @property
+    def _dropout(self) -> float:
+        return next((m.lora.dropout for m in (self.w1, self.w2, self.w3) if m.lora is not None), 0.0)
 
     def _dense(self, x: jax.Array, weights: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         up = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
         gate = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3))
         with jax.named_scope("act"):
-            activation = jax.nn.silu(up) * gate * weights.astype(x.dtype).T[..., None]  # [E, N, F]
+            activation = _gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
         return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))
 
     def _batched(self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
@@ -113,6 +107,10 @@ class MoE(nnx.Module):
                 x_axes, w_axes = inputs.split(",")
                 low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", module.lora.dropped(x, dropout_key), a)
                 return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b)
+
+
+def _gated(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return jax.nn.silu(up) * gate
 
 
 def _fold(key: jax.Array | None, index: int) -> jax.Array | None:

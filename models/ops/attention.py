@@ -58,30 +58,36 @@ def _unrows(parts: list[jax.Array], queries: int) -> jax.Array:
     return jnp.concatenate([p.reshape(*p.shape[:2], queries, -1, *p.shape[3:]) for p in parts], axis=3)
 
 
-def _times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """fp32 [B, G, m, n] = a [B, G, m, C] bᵀ [B, G, n, C]. The transpose is spelled out: XLA's CPU backend is several times slower
-    when it has to contract the last axis of both."""
-    return jnp.einsum("bgtc,bgcs->bgts", a, jnp.swapaxes(b, 2, 3), preferred_element_type=jnp.float32)
+def _transposed(x: jax.Array) -> jax.Array:
+    """[…, m, n] -> […, n, m], as an array: behind the barrier the products stay row times column. XLA's CPU backend is several
+    times slower when a product has to contract the last axis of both, or the first."""
+    return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 
-def _scores(q: jax.Array, k: jax.Array, segment_ids: jax.Array, block: slice) -> jax.Array:
-    """Scaled scores fp32 [B, G, Q·n, e] of the block's queries against keys 0..e; the least number where a key is not visible."""
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """fp32 [B, G, m, n] = a [B, G, m, k] b [B, G, k, n]."""
+    return jnp.einsum("bgmk,bgkn->bgmn", a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, kt: jax.Array, segment_ids: jax.Array, block: slice) -> jax.Array:
+    """Scaled scores fp32 [B, G, Q·n, e] of the block's queries against keys 0..e (kt: [B, G, C, T]); the least number where a key
+    is not visible."""
     index = jnp.arange(block.stop)
     same = segment_ids[:, block, None] == segment_ids[:, None, : block.stop]
     visible = same & (index[block, None] >= index[None, :])[None]
     visible = jnp.tile(visible, (1, q.shape[2], 1))[:, None]
-    scores = _times_transposed(_rows(q, block), k[:, :, : block.stop])
+    scores = _times(_rows(q, block), kt[..., : block.stop])
     return jnp.where(visible, scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
 
 
 def _forward_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    outs, sums = [], []
+    outs, sums, kt = [], [], _transposed(k)
     for block in _blocks(q.shape[3]):
-        scores = _scores(q, k, segment_ids, block)
+        scores = _scores(q, kt, segment_ids, block)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bgts,bgsc->bgtc", weights.astype(v.dtype), v[:, :, : block.stop], preferred_element_type=jnp.float32)
+        out = _times(weights.astype(v.dtype), v[:, :, : block.stop])
         outs.append((out / total).astype(v.dtype))
         sums.append((largest + jnp.log(total))[..., 0])
     return _unrows(outs, q.shape[2]), _unrows(sums, q.shape[2])
@@ -101,20 +107,20 @@ def _attend_backward(residuals: Any, dout: jax.Array) -> tuple[jax.Array, jax.Ar
     q, k, v, segment_ids, out, log_sums = residuals
     scale = q.shape[-1] ** -0.5
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    dqs = []
-    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    kt, vt = _transposed(k), _transposed(v)
+    dqs, dkt, dvt = [], jnp.zeros(kt.shape, jnp.float32), jnp.zeros(vt.shape, jnp.float32)
     for block in _blocks(q.shape[3]):
         keys = slice(0, block.stop)
         # An invisible key's score is the least number: its weight comes out as exactly zero.
-        weights = jnp.exp(_scores(q, k, segment_ids, block) - _rows(log_sums, block)[..., None])
+        weights = jnp.exp(_scores(q, kt, segment_ids, block) - _rows(log_sums, block)[..., None])
         dout_rows = _rows(dout, block)
-        dweights = _times_transposed(dout_rows, v[:, :, keys])
+        dweights = _times(dout_rows, vt[..., keys])
         dscores = (weights * (dweights - _rows(delta, block)[..., None]) * scale).astype(q.dtype)
-        dqs.append(jnp.einsum("bgts,bgsc->bgtc", dscores, k[:, :, keys]))
-        dk_part = jnp.einsum("bgts,bgtc->bgsc", dscores, _rows(q, block), preferred_element_type=jnp.float32)
-        dv_part = jnp.einsum("bgts,bgtc->bgsc", weights.astype(v.dtype), dout_rows, preferred_element_type=jnp.float32)
-        dk, dv = dk.at[:, :, keys].add(dk_part), dv.at[:, :, keys].add(dv_part)
-    return _unrows(dqs, q.shape[2]), dk.astype(k.dtype), dv.astype(v.dtype), None
+        dqs.append(_times(dscores, k[:, :, keys]).astype(q.dtype))
+        dkt = dkt.at[..., keys].add(_times(_transposed(_rows(q, block)), dscores))
+        dvt = dvt.at[..., keys].add(_times(_transposed(dout_rows), weights.astype(v.dtype)))
+    dk, dv = jnp.swapaxes(dkt, 2, 3).astype(k.dtype), jnp.swapaxes(dvt, 2, 3).astype(v.dtype)
+    return _unrows(dqs, q.shape[2]), dk, dv, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,21 +1,25 @@
-"""Every token through the experts it chose: dropless, exact, one interface, several backends.
+"""Every token through the experts it chose: dropless, exact, with a gradient of its own.
 
-`dispatch` sorts token rows by expert, `grouped_matmul` multiplies each group by its own expert's matrix, `combine` adds the rows
-of one token up again. `dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
+`dispatch` sorts token rows by expert, `grouped_mlp` sends each group through its own expert's matrices, `combine` adds the rows of
+one token up again. `dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
 
-The portable backend is a *loop* over experts: dequantize one expert's matrix, then multiply its group tile by tile. Rows are
-sorted, so a tile that runs over the end of its group only writes rows that the next group overwrites: no mask, no copy, no token
-dropped for any routing; the price is half a tile of padding per expert. `jax.lax.ragged_dot` is not used: XLA expands it to the
-dense product, 8 times the useful FLOPs at 1 of 8 experts.
+The portable backend is a *loop* over experts: dequantize one expert's matrices, then send its group through all of them, tile by
+tile. The hidden activations [M, F] never exist as a whole: the backward pass computes a tile's again (or reads them, if the plan
+says `keep`). Rows are sorted, so a tile that runs over the end of its group only writes rows that the next group overwrites: no
+mask, no copy, no token dropped for any routing; the price is half a small tile of padding per expert. `jax.lax.ragged_dot` is not
+used: XLA expands it to the dense product, 8 times the useful FLOPs at 1 of 8 experts.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.ops.linear import Weight, dequantized, with_frozen
 
@@ -23,14 +27,19 @@ BACKENDS = ("loop",)
 
 
 class Plan(NamedTuple):
-    """Static choices of one grouped matmul. `tile`, `small_tile`: rows of one product, and of one for what is left of a group;
-    `trainable`: the weight wants a gradient too."""
+    """Static choices of one grouped MLP. `tile`, `small_tile`: rows of one product, and of one for what is left of a group;
+    `activation`: the hidden row from the rows of the input projections; `names`: the profile's scopes of the projections, output
+    last; `trainable`: the weights want gradients too; `keep`: hidden rows are saved for the backward pass, not computed again;
+    `dropout`: of the adapters' inputs, active with a key."""
 
     backend: str
     tile: int
     small_tile: int
-    name: str = "experts"
+    activation: Callable[..., jax.Array] = operator.mul
+    names: tuple[str, ...] = ("w1", "w3", "w2")
     trainable: bool = False
+    keep: bool = False
+    dropout: float = 0.0
 
 
 class Groups(NamedTuple):
@@ -50,6 +59,13 @@ class LoRAWeights(NamedTuple):
 
     a: jax.Array
     b: jax.Array
+
+
+class Projection(NamedTuple):
+    """One matrix per expert, [E, O, I], an array or NF4; and its adapters."""
+
+    weight: Weight
+    lora: LoRAWeights | None = None
 
 
 def choose(backend: str, platform: str, tokens: int, experts: int, experts_per_token: int) -> Plan:
@@ -115,25 +131,27 @@ def _sort_weights_backward(groups: Groups, g: jax.Array) -> tuple[jax.Array, Non
 sort_weights.defvjp(lambda weights, groups: (sort_weights(weights, groups), groups), _sort_weights_backward)
 
 
-def grouped_matmul(
-    x: jax.Array,
-    weight: Weight,
-    sizes: jax.Array,
+def grouped_mlp(
     plan: Plan,
-    lora: LoRAWeights | None = None,
-    lora_x: jax.Array | None = None,
+    x: jax.Array,
+    row_weights: jax.Array,
+    sizes: jax.Array,
+    inputs: tuple[Projection, ...],
+    output: Projection,
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """y[m] = x[m] W[e]ᵀ + (lora_x[m] A[e]ᵀ) B[e]ᵀ with e the group of row m.
+    """y[m] = W_out (p[m] · activation(W_1 x[m], …)), every W that of row m's expert: W x = weight x + B (A dropout(x)).
 
-    x: [M, I] as `dispatch` sorts it; weight: [E, O, I], an array or NF4; sizes: int32 [E]; lora_x: x after dropout (default: x).
-    Returns [M, O] in x's dtype. Gradients: x, lora_x, the adapter, and the weight if `plan.trainable`; a frozen weight is saved as
-    the codes it is, and dequantized again in the backward pass.
+    x: [M, I] as `dispatch` sorts it; row_weights p: [M]; sizes: int32 [E]; key: of the adapters' dropout. Returns [M, O] in x's
+    dtype. Gradients: x, row_weights, the adapters, and the weights if `plan.trainable`; a frozen weight is saved as the codes it
+    is, and dequantized again in the backward pass. The weight p multiplies before W_out: the same sum, and its gradient needs no
+    output row.
     """
-    return _grouped(plan, x, lora_x, weight, lora, sizes)
+    return _mlp(plan, x, row_weights, sizes, inputs, output, key)
 
 
 def _rows(array, row, count):  # type: ignore[no-untyped-def]
-    return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, count)
+    return jax.lax.dynamic_slice_in_dim(array, row, count)
 
 
 def _put(array, rows, row):  # type: ignore[no-untyped-def]
@@ -143,92 +161,199 @@ def _put(array, rows, row):  # type: ignore[no-untyped-def]
 def _over_tiles(plan, start, size, body, state):  # type: ignore[no-untyped-def]
     """body(row, first, count, state) for each tile of a group: large tiles while they fit, then small ones for the rest.
 
-    `first`: the tile's number of rows before it in the group. Large tiles read the weight less often, small ones pad less.
+    `first`: the number of the group's rows before the tile. Large tiles read the weights less often, small ones pad less.
     """
     whole = size // plan.tile
 
     def tiles(count, offset):  # type: ignore[no-untyped-def]
         return lambda i, state: body(start + offset + i * count, offset + i * count, count, state)
 
-    state = jax.lax.fori_loop(0, whole, tiles(plan.tile, 0), state)
+    with jax.named_scope("tiles"):
+        state = jax.lax.fori_loop(0, whole, tiles(plan.tile, 0), state)
     rest = size - whole * plan.tile
-    return jax.lax.fori_loop(0, -(-rest // plan.small_tile), tiles(plan.small_tile, whole * plan.tile), state)
+    with jax.named_scope("small_tiles"):
+        return jax.lax.fori_loop(0, -(-rest // plan.small_tile), tiles(plan.small_tile, whole * plan.tile), state)
+
+
+def _dequantized(plan, inputs, output, dtype):  # type: ignore[no-untyped-def]
+    projections = (*inputs, output)
+    return [dequantized(p.weight, dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]
+
+
+class _Adapters:
+    """One expert's adapters on projections that read the same rows. Without dropout one product serves them all: `A` side by side."""
+
+    def __init__(self, plan: Plan, projections: tuple[Projection, ...], key: jax.Array | None, dtype: Any):
+        self.pairs = {
+            i: LoRAWeights(*(w.astype(dtype) for w in p.lora)) for i, p in enumerate(projections) if p.lora is not None
+        }
+        self.count = len(projections)
+        self.keep, self.key = 1.0 - plan.dropout, key if plan.dropout else None
+        self.groups = [[i] for i in self.pairs] if self.key is not None else [list(self.pairs)] * bool(self.pairs)
+
+    def _a(self, members: list[int]) -> jax.Array:
+        return jnp.concatenate([self.pairs[i].a for i in members])  # [ΣR, I]
+
+    def _split(self, x: jax.Array, members: list[int], axis: int) -> list[jax.Array]:
+        return jnp.split(x, np.cumsum([self.pairs[i].a.shape[0] for i in members])[:-1].tolist(), axis=axis)
+
+    def _dropped(self, x: jax.Array, member: int, row: jax.Array) -> jax.Array:
+        """The same mask for the same rows in the forward and the backward pass: `row` is the first one's number."""
+        if self.key is None:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(self.key, member), row), self.keep, x.shape)
+        return jnp.where(keep, x / self.keep, jnp.zeros((), x.dtype))
+
+    def down(self, x: jax.Array, row: jax.Array) -> dict[int, jax.Array]:
+        """A dropout(x) of each adapter: [t, I] -> {projection: [t, R]}."""
+        low: dict[int, jax.Array] = {}
+        with jax.named_scope("lora"):
+            for members in self.groups:
+                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], row), self._a(members))
+                low.update(zip(members, self._split(product, members, 1), strict=True))
+        return low
+
+    def up(self, y: jax.Array, low: dict[int, jax.Array], member: int) -> jax.Array:
+        """y + B low, for one projection."""
+        if member not in low:
+            return y
+        with jax.named_scope("lora"):
+            return y + jnp.einsum("tr,or->to", low[member], self.pairs[member].b)
+
+    def zeros(self) -> list[LoRAWeights | None]:
+        """Sums of the gradients, fp32. B's is summed up transposed, [R, O]: the product that compilers do well."""
+        sums: list[LoRAWeights | None] = [None] * self.count
+        for i, (a, b) in self.pairs.items():
+            sums[i] = LoRAWeights(jnp.zeros(a.shape), jnp.zeros(b.shape[::-1]))
+        return sums
+
+    def backward(self, x: jax.Array, low: dict[int, jax.Array], dys: list[jax.Array], row: jax.Array, sums: Any) -> Any:
+        """dx, and the sums with this tile's dA = dLᵀ dropout(x), dB = dYᵀ L added, where dL = dY B."""
+        dx, sums = jnp.zeros((), x.dtype), list(sums)
+        with jax.named_scope("lora"):
+            for members in self.groups:
+                dropped, a = self._dropped(x, members[0], row), self._a(members)
+                dlow = jnp.concatenate([jnp.einsum("to,or->tr", dys[i], self.pairs[i].b) for i in members], axis=1)
+                das = self._split(jnp.einsum("tr,ti->ri", dlow, dropped, preferred_element_type=jnp.float32), members, 0)
+                for i, da in zip(members, das, strict=True):
+                    db = jnp.einsum("tr,to->ro", low[i], dys[i], preferred_element_type=jnp.float32)
+                    sums[i] = LoRAWeights(sums[i].a + da, sums[i].b + db)
+                dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], row)
+        return dx, sums
+
+
+def _hidden(plan, ws, adapters, rows, row):  # type: ignore[no-untyped-def]
+    """The input projections of a tile, and the low-rank rows on the way."""
+    low = adapters.down(rows, row)
+    hidden = []
+    for i, w in enumerate(ws):
+        with jax.named_scope(plan.names[i]):
+            hidden.append(adapters.up(jnp.einsum("ti,oi->to", rows, w), low, i))
+    return hidden, low
+
+
+def _activated(plan, hidden, row_weights):  # type: ignore[no-untyped-def]
+    with jax.named_scope("act"):
+        return plan.activation(*hidden) * row_weights[:, None]
+
+
+def _keys(plan, key):  # type: ignore[no-untyped-def]
+    return (None, None) if key is None else (key, jax.random.fold_in(key, len(plan.names)))
+
+
+def _run(plan, keep, x, row_weights, sizes, inputs, output, key):  # type: ignore[no-untyped-def]
+    """The output rows, and the hidden rows if `keep`."""
+    keys = _keys(plan, key)
+
+    def expert(state, xs):  # type: ignore[no-untyped-def]
+        inputs_e, output_e, start, size = xs
+        *ws, w_out = _dequantized(plan, inputs_e, output_e, x.dtype)
+        adapters = _Adapters(plan, inputs_e, keys[0], x.dtype)
+        adapters_out = _Adapters(plan, (output_e,), keys[1], x.dtype)
+
+        def tile(row, _, count, state):  # type: ignore[no-untyped-def]
+            y, kept = state
+            hidden, _ = _hidden(plan, ws, adapters, _rows(x, row, count), row)
+            act = _activated(plan, hidden, _rows(row_weights, row, count))
+            with jax.named_scope(plan.names[-1]):
+                part = adapters_out.up(jnp.einsum("ti,oi->to", act, w_out), adapters_out.down(act, row), 0)
+            return _put(y, part, row), [_put(k, h, row) for k, h in zip(kept, hidden, strict=True)] if keep else kept
+
+        return _over_tiles(plan, start, size, tile, state), None
+
+    def empty(projection):  # type: ignore[no-untyped-def]
+        return jnp.zeros((x.shape[0], projection.weight.shape[-2]), x.dtype)
+
+    state = (empty(output), [empty(p) for p in inputs] if keep else [])
+    return jax.lax.scan(expert, state, (inputs, output, jnp.cumsum(sizes) - sizes, sizes))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(plan, x, lora_x, weight, lora, sizes):  # type: ignore[no-untyped-def]
-    def expert(y, xs):  # type: ignore[no-untyped-def]
-        weight_e, lora_e, start, size = xs
-        w = dequantized(weight_e, x.dtype, f"{plan.name}_dequant")
-
-        def tile(row, _, count, y):  # type: ignore[no-untyped-def]
-            rows = _rows(x, row, count)
-            part = jnp.einsum("ti,oi->to", rows, w)
-            if lora_e is not None:
-                with jax.named_scope("lora"):
-                    low = jnp.einsum(
-                        "ti,ri->tr", rows if lora_x is None else _rows(lora_x, row, count), lora_e.a.astype(x.dtype)
-                    )
-                    part = part + jnp.einsum("tr,or->to", low, lora_e.b.astype(x.dtype))
-            return _put(y, part, row)
-
-        with jax.named_scope(plan.name):
-            return _over_tiles(plan, start, size, tile, y), None
-
-    y = jnp.zeros((x.shape[0], weight.shape[-2]), x.dtype)
-    return jax.lax.scan(expert, y, (weight, lora, jnp.cumsum(sizes) - sizes, sizes))[0]
+def _mlp(plan, x, row_weights, sizes, inputs, output, key):  # type: ignore[no-untyped-def]
+    return _run(plan, False, x, row_weights, sizes, inputs, output, key)[0]
 
 
-def _grouped_forward(plan, x, lora_x, weight, lora, sizes):  # type: ignore[no-untyped-def]
-    return _grouped(plan, x, lora_x, weight, lora, sizes), (x, lora_x, weight, lora, sizes)
+def _mlp_forward(plan, *operands):  # type: ignore[no-untyped-def]
+    y, kept = _run(plan, plan.keep, *operands)
+    return y, (operands, kept)
 
 
-def _grouped_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]
-    """Per expert: dX tile by tile, and the sums dA, dB (and dW) over the group's rows, in fp32.
+def _mlp_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]
+    """Per expert and tile: the hidden rows again, then dX = dH W of every projection, and the sums dA, dB (and dW), in fp32."""
+    (x, row_weights, sizes, inputs, output, key), kept = residuals
+    keys = _keys(plan, key)
 
-    With L = lora_x Aᵀ: dL = dY B, dX = dY W (+ dL A), dA = dLᵀ lora_x, dB = dYᵀ L, dW = dYᵀ X. dB is summed up transposed: [R, O] is
-    the product that the compilers do well.
-    """
-    x, lora_x, weight, lora, sizes = residuals
-
-    def expert(dxs, xs):  # type: ignore[no-untyped-def]
-        weight_e, lora_e, start, size = xs
-        w = dequantized(weight_e, x.dtype, f"{plan.name}_dequant")
+    def expert(state, xs):  # type: ignore[no-untyped-def]
+        inputs_e, output_e, start, size = xs
+        *ws, w_out = _dequantized(plan, inputs_e, output_e, x.dtype)
+        adapters = _Adapters(plan, inputs_e, keys[0], x.dtype)
+        adapters_out = _Adapters(plan, (output_e,), keys[1], x.dtype)
 
         def tile(row, first, count, state):  # type: ignore[no-untyped-def]
-            (dx, dlora_x), (dw, da, db) = state
+            (dx, dp), (dws, sums, sums_out) = state
+            rows = _rows(x, row, count)
+            if plan.keep:
+                hidden, low = [_rows(k, row, count) for k in kept], adapters.down(rows, row)
+            else:
+                with jax.named_scope("rematted_computation"):
+                    hidden, low = _hidden(plan, ws, adapters, rows, row)
+            act, pull = jax.vjp(lambda h, p: _activated(plan, h, p), hidden, _rows(row_weights, row, count))
             inside = (first + jnp.arange(count) < size)[:, None]
             dy_rows = jnp.where(inside, _rows(dy, row, count), jnp.zeros((), dy.dtype))
-            dx_rows = jnp.einsum("to,oi->ti", dy_rows, w)
+            with jax.named_scope(plan.names[-1]):
+                dact = jnp.einsum("to,oi->ti", dy_rows, w_out)
+                through, sums_out = adapters_out.backward(act, adapters_out.down(act, row), [dy_rows], row, sums_out)
+            dhidden, dp_rows = pull(dact + through)
+            dx_rows, sums = adapters.backward(rows, low, dhidden, row, sums)
+            for i, (w, dh) in enumerate(zip(ws, dhidden, strict=True)):
+                with jax.named_scope(plan.names[i]):
+                    dx_rows = dx_rows + jnp.einsum("to,oi->ti", dh, w)
             if plan.trainable:
-                dw = dw + jnp.einsum("to,ti->oi", dy_rows, _rows(x, row, count), preferred_element_type=jnp.float32)
-            if lora_e is not None:
-                with jax.named_scope("lora"):
-                    rows, a = _rows(x if lora_x is None else lora_x, row, count), lora_e.a.astype(x.dtype)
-                    low = jnp.einsum("ti,ri->tr", rows, a)
-                    dlow = jnp.einsum("to,or->tr", dy_rows, lora_e.b.astype(x.dtype))
-                    da = da + jnp.einsum("tr,ti->ri", dlow, rows, preferred_element_type=jnp.float32)
-                    db = db + jnp.einsum("tr,to->ro", low, dy_rows, preferred_element_type=jnp.float32)
-                    through = jnp.einsum("tr,ri->ti", dlow, a)
-                if lora_x is None:
-                    dx_rows = dx_rows + through
-                else:
-                    dlora_x = _put(dlora_x, through, row)
-            return (_put(dx, dx_rows, row), dlora_x), (dw, da, db)
+                pairs = [*((dh, rows) for dh in dhidden), (dy_rows, act)]
+                with jax.named_scope("dw"):
+                    parts = [jnp.einsum("to,ti->oi", g, r, preferred_element_type=jnp.float32) for g, r in pairs]
+                dws = jax.tree.map(jnp.add, dws, parts)
+            return (_put(dx, dx_rows, row), _put(dp, dp_rows, row)), (dws, sums, sums_out)
 
-        with jax.named_scope(plan.name):
-            dw = jnp.zeros(w.shape, jnp.float32) if plan.trainable else None
-            da, db = (None, None) if lora_e is None else (jnp.zeros(lora_e.a.shape), jnp.zeros(lora_e.b.shape[::-1]))
-            return _over_tiles(plan, start, size, tile, (dxs, (dw, da, db)))
+        dws = [jnp.zeros(w.shape, jnp.float32) for w in (*ws, w_out)] if plan.trainable else None
+        return _over_tiles(plan, start, size, tile, (state, (dws, adapters.zeros(), adapters_out.zeros())))
 
-    zeros = jax.tree.map(jnp.zeros_like, (x, lora_x))
-    (dx, dlora_x), (dw, da, db) = jax.lax.scan(expert, zeros, (weight, lora, jnp.cumsum(sizes) - sizes, sizes))
-    dw = dw.astype(weight.dtype) if plan.trainable and isinstance(weight, jax.Array) else None
-    dlora = None if lora is None else LoRAWeights(da.astype(lora.a.dtype), db.swapaxes(1, 2).astype(lora.b.dtype))
-    return dx, dlora_x, dw, dlora, None
+    zeros = (jnp.zeros_like(x), jnp.zeros_like(row_weights))
+    xs = (inputs, output, jnp.cumsum(sizes) - sizes, sizes)
+    (dx, dp), (dws, sums, sums_out) = jax.lax.scan(expert, zeros, xs)
+
+    def gradient(projection, dw, dlora):  # type: ignore[no-untyped-def]
+        if dlora is not None:
+            a, b = projection.lora
+            dlora = LoRAWeights(dlora.a.astype(a.dtype), dlora.b.swapaxes(1, 2).astype(b.dtype))
+        return Projection(None if dw is None else dw.astype(projection.weight.dtype), dlora)  # type: ignore[arg-type]
+
+    dws = dws or [None] * len(plan.names)
+    *dinputs, doutput = map(gradient, (*inputs, output), dws, (*sums, *sums_out))
+    return dx, dp, None, tuple(dinputs), doutput, None
 
 
-_grouped.defvjp(_grouped_forward, _grouped_backward)
+_mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def dense_matmul(product: str, x: jax.Array, weight: Weight, name: str, *, trainable: bool) -> jax.Array:
