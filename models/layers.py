@@ -16,6 +16,7 @@ from flax import nnx
 from models.lora import LoRA
 from models.ops import linear
 from models.ops.grouped_matmul import Projection
+from models.ops.linear import OfLayer
 
 INIT_STD = 0.02
 
@@ -107,3 +108,25 @@ def stack_layers(make: Callable[[jax.Array], nnx.Module], key: jax.Array, layers
         variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
     nnx.update(stacked, nnx.state(stacked))
     return stacked
+
+
+def scannable(stacked: nnx.Module) -> tuple[nnx.State, Callable[[nnx.State, jax.Array], Any]]:
+    """What a scan over `stack_layers`' layers runs over, and a function that makes layer `index` of its slice.
+
+    Frozen experts are not part of it: they stay whole, and a layer gets an `OfLayer` of them.
+    """
+    graphdef, state = nnx.split(stacked)
+    flat = nnx.to_flat_state(state)
+    whole = {path: v for path, v in flat if isinstance(v, Frozen) and _of_experts(v)}
+
+    def layer(slice_: nnx.State, index: jax.Array) -> Any:
+        experts = [(path, v.replace(OfLayer(v.get_value(), index))) for path, v in whole.items()]
+        return nnx.merge(graphdef, nnx.from_flat_state([*nnx.to_flat_state(slice_), *experts]))
+
+    return nnx.from_flat_state([(p, v) for p, v in flat if p not in whole]), layer
+
+
+def _of_experts(variable: nnx.Variable) -> bool:
+    """Whether it is a stack of expert matrices: [layers, experts, out, in]."""
+    axes = variable.get_metadata("axes")
+    return axes[:2] == ("layers", "experts") and len(axes) == 4

@@ -19,7 +19,7 @@ from flax import nnx
 
 from models.attention import Attention, KeyValues
 from models.config import MixtralConfig
-from models.layers import Embedding, Linear, RMSNorm, stack_layers
+from models.layers import Embedding, Linear, RMSNorm, scannable, stack_layers
 from models.moe import SAVED_NAMES, MoE, RouterStats
 from models.ops.linear import dequantized
 
@@ -94,12 +94,12 @@ class Mixtral(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """tokens, segment_ids (0 = padding), positions: int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …]."""
-        graphdef, state = nnx.split(self.layers)
+        state, layer_of = scannable(self.layers)
 
         def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, RouterStats]:
             weights, index = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(graphdef, weights)(x, segment_ids, positions, key, remat == "none")
+            return layer_of(weights, index)(x, segment_ids, positions, key, remat == "none")
 
         xs = (state, jnp.arange(self.config.num_layers))
         x, stats = jax.lax.scan(rematerialized(body, remat), self.embed(tokens, self.dtype), xs)

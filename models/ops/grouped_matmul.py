@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.ops.linear import Weight, dequantized, with_frozen
+from models.ops.linear import Weight, dequantized, out_size, part, with_frozen
 
 BACKENDS = ("loop",)
 
@@ -175,19 +175,24 @@ def _over_tiles(plan, start, size, body, state):  # type: ignore[no-untyped-def]
         return jax.lax.fori_loop(0, -(-rest // plan.small_tile), tiles(plan.small_tile, whole * plan.tile), state)
 
 
-def _dequantized(plan, inputs, output, dtype):  # type: ignore[no-untyped-def]
+def _matrices(plan, inputs, output, e, dtype):  # type: ignore[no-untyped-def]
+    """Expert e's matrices, dequantized, output last."""
     projections = (*inputs, output)
-    return [dequantized(p.weight, dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]
+    return [dequantized(part(p.weight, e), dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]
+
+
+def _over_experts(body, state, sizes, inputs, output):  # type: ignore[no-untyped-def]
+    """Scan with xs = (expert, first row, rows, its adapters on the inputs, on the output). Weights are sliced inside, where used."""
+    pairs = tuple(p.lora for p in inputs), output.lora
+    return jax.lax.scan(body, state, (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, *pairs))
 
 
 class _Adapters:
     """One expert's adapters on projections that read the same rows. Without dropout one product serves them all: `A` side by side."""
 
-    def __init__(self, plan: Plan, projections: tuple[Projection, ...], key: jax.Array | None, dtype: Any):
-        self.pairs = {
-            i: LoRAWeights(*(w.astype(dtype) for w in p.lora)) for i, p in enumerate(projections) if p.lora is not None
-        }
-        self.count = len(projections)
+    def __init__(self, plan: Plan, pairs: tuple[LoRAWeights | None, ...], key: jax.Array | None, dtype: Any):
+        self.pairs = {i: LoRAWeights(*(w.astype(dtype) for w in p)) for i, p in enumerate(pairs) if p is not None}
+        self.count = len(pairs)
         self.keep, self.key = 1.0 - plan.dropout, key if plan.dropout else None
         self.groups = [[i] for i in self.pairs] if self.key is not None else [list(self.pairs)] * bool(self.pairs)
 
@@ -266,10 +271,10 @@ def _run(plan, keep, x, row_weights, sizes, inputs, output, key):  # type: ignor
     keys = _keys(plan, key)
 
     def expert(state, xs):  # type: ignore[no-untyped-def]
-        inputs_e, output_e, start, size = xs
-        *ws, w_out = _dequantized(plan, inputs_e, output_e, x.dtype)
-        adapters = _Adapters(plan, inputs_e, keys[0], x.dtype)
-        adapters_out = _Adapters(plan, (output_e,), keys[1], x.dtype)
+        e, start, size, pairs, pair_out = xs
+        *ws, w_out = _matrices(plan, inputs, output, e, x.dtype)
+        adapters = _Adapters(plan, pairs, keys[0], x.dtype)
+        adapters_out = _Adapters(plan, (pair_out,), keys[1], x.dtype)
 
         def tile(row, _, count, state):  # type: ignore[no-untyped-def]
             y, kept = state
@@ -282,10 +287,10 @@ def _run(plan, keep, x, row_weights, sizes, inputs, output, key):  # type: ignor
         return _over_tiles(plan, start, size, tile, state), None
 
     def empty(projection):  # type: ignore[no-untyped-def]
-        return jnp.zeros((x.shape[0], projection.weight.shape[-2]), x.dtype)
+        return jnp.zeros((x.shape[0], out_size(projection.weight)), x.dtype)
 
     state = (empty(output), [empty(p) for p in inputs] if keep else [])
-    return jax.lax.scan(expert, state, (inputs, output, jnp.cumsum(sizes) - sizes, sizes))[0]
+    return _over_experts(expert, state, sizes, inputs, output)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -304,10 +309,10 @@ def _mlp_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]
     keys = _keys(plan, key)
 
     def expert(state, xs):  # type: ignore[no-untyped-def]
-        inputs_e, output_e, start, size = xs
-        *ws, w_out = _dequantized(plan, inputs_e, output_e, x.dtype)
-        adapters = _Adapters(plan, inputs_e, keys[0], x.dtype)
-        adapters_out = _Adapters(plan, (output_e,), keys[1], x.dtype)
+        e, start, size, pairs, pair_out = xs
+        *ws, w_out = _matrices(plan, inputs, output, e, x.dtype)
+        adapters = _Adapters(plan, pairs, keys[0], x.dtype)
+        adapters_out = _Adapters(plan, (pair_out,), keys[1], x.dtype)
 
         def tile(row, first, count, state):  # type: ignore[no-untyped-def]
             (dx, dp), (dws, sums, sums_out) = state
@@ -339,8 +344,7 @@ def _mlp_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]
         return _over_tiles(plan, start, size, tile, (state, (dws, adapters.zeros(), adapters_out.zeros())))
 
     zeros = (jnp.zeros_like(x), jnp.zeros_like(row_weights))
-    xs = (inputs, output, jnp.cumsum(sizes) - sizes, sizes)
-    (dx, dp), (dws, sums, sums_out) = jax.lax.scan(expert, zeros, xs)
+    (dx, dp), (dws, sums, sums_out) = _over_experts(expert, zeros, sizes, inputs, output)
 
     def gradient(projection, dw, dlora):  # type: ignore[no-untyped-def]
         if dlora is not None:

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models.ops.nf4 import NF4Tensor, dequantize
 
-Weight = jax.Array | NF4Tensor
+
+class OfLayer(NamedTuple):
+    """One layer of a weight whose first axis is layers, to be sliced where it is used: a loop inside a layer would otherwise first
+    copy the whole layer out of the stack."""
+
+    stacked: jax.Array | NF4Tensor
+    layer: jax.Array
+
+
+Weight = jax.Array | NF4Tensor | OfLayer
+
+
+def part(weight: Weight, index: jax.Array | None = None) -> jax.Array | NF4Tensor:
+    """The weight itself, or entry `index` of its first axis (of the first after layers)."""
+    if isinstance(weight, OfLayer):
+        where = weight.layer if index is None else (weight.layer, index)
+        return jax.tree.map(lambda a: a[where], weight.stacked)
+    return weight if index is None else jax.tree.map(lambda a: a[index], weight)
+
+
+def out_size(weight: Weight) -> int:
+    """Rows of the last two axes [out, in]."""
+    return (weight.stacked if isinstance(weight, OfLayer) else weight).shape[-2]
 
 
 def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
     """The weight as an array of `dtype`; the time that NF4 takes for it stands under `scope` in a profile."""
+    weight = part(weight)
     if isinstance(weight, NF4Tensor):
         with jax.named_scope(scope):
             # The barrier keeps this from melting into the product that follows: one dequantization per matrix, told apart.
