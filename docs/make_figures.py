@@ -4,8 +4,8 @@ python docs/make_figures.py demo runs/demo
 python docs/make_figures.py curves docs/real_math.png "sparse (k = 2)=runs/real_math_sparse" "dense (k = 8)=runs/real_math_dense"
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -61,7 +61,12 @@ def curves(out: Path, runs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "demo":
-        demo(Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("figure", choices=["demo", "curves"])
+    parser.add_argument("path", type=Path, help="demo: the run; curves: the picture to write")
+    parser.add_argument("runs", nargs="*", metavar="LABEL=RUN")
+    options = parser.parse_args()
+    if options.figure == "demo":
+        demo(options.path)
     else:
-        curves(Path(sys.argv[2]), sys.argv[3:])
+        curves(options.path, options.runs)
