@@ -8,20 +8,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.config import LoRAConfig, MixtralConfig, Quantization
+from models.blackmamba import BlackMamba
+from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from models.layers import ExpertLinear, Frozen, Linear
 from models.lora import LoRA
 from models.mixtral import Mixtral
 from models.ops import nf4
 
+Model = Mixtral | BlackMamba
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LORA_PATHS = {
-    "q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "attention",
+    **dict.fromkeys(_ATTENTION, "attention"),
     "gate": "moe", "w1": "moe", "w2": "moe", "w3": "moe",
 }  # fmt: skip
 
 
 def build(
-    config: MixtralConfig,
+    config: Architecture,
     *,
     key: jax.Array | None = None,
     quantization: Quantization | None = None,
@@ -31,8 +35,8 @@ def build(
     frozen_dtype: Any = None,
     backend: str = "auto",
     platform: str | None = None,
-) -> Mixtral:
-    """A Mixtral with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
+) -> Model:
+    """A Mixtral or BlackMamba with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
 
     With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in NF4 where
     `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
@@ -41,10 +45,11 @@ def build(
     base_dtype = (frozen_dtype or dtype) if frozen else param_dtype
     base_key, lora_key = jax.random.split(jax.random.key(0) if key is None else key)
 
-    def base() -> Mixtral:
-        return Mixtral(config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform)
+    def base() -> Model:
+        kind: Any = BlackMamba if isinstance(config, BlackMambaConfig) else Mixtral
+        return kind(config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform)
 
-    model: Mixtral = nnx.eval_shape(base) if key is None else base()
+    model: Model = nnx.eval_shape(base) if key is None else base()
     if frozen:
         freeze(model, quantization)
     if adapter is not None:
@@ -52,17 +57,17 @@ def build(
     return model
 
 
-def freeze(model: Mixtral, quantization: Quantization | None = None) -> None:
+def freeze(model: Model, quantization: Quantization | None = None) -> None:
     """Make every weight `Frozen`, and NF4 where asked. In place; works on abstract models too."""
     modules = _modules_of(model, quantization.modules if quantization else ())
     for _, node in nnx.iter_modules(model):
         module: Any = node
-        if not isinstance(getattr(module, "weight", None), nnx.Variable):
-            continue
-        value, axes = module.weight.get_value(), module.weight.get_metadata("axes")
-        if quantization and id(module) in modules:
-            value = quantized(value, quantization.double)
-        module.weight = Frozen(value, axes=axes)
+        for name, variable in list(vars(module).items()):
+            if isinstance(variable, nnx.Param):
+                value, axes = variable.get_value(), variable.get_metadata("axes")
+                if quantization and name == "weight" and id(module) in modules:
+                    value = quantized(value, quantization.double)
+                setattr(module, name, Frozen(value, axes=axes))
 
 
 def quantized(value: Any, double: bool) -> nf4.NF4Tensor:
@@ -72,20 +77,23 @@ def quantized(value: Any, double: bool) -> nf4.NF4Tensor:
     return nf4.quantize(value, double=double, batch_axes=value.ndim - 2)
 
 
-def _modules_of(model: Mixtral, names: tuple[str, ...]) -> set[int]:
-    layers = model.layers
+def _modules_of(model: Model, names: tuple[str, ...]) -> set[int]:
+    layers: Any = model.layers
     groups: dict[str, list[nnx.Module]] = {
-        "attention": [getattr(layers.attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")],
+        "attention": [getattr(layers.attention, p) for p in _ATTENTION] if isinstance(model, Mixtral) else [],
         "experts": [layers.moe.w1, layers.moe.w2, layers.moe.w3],
         "router": [layers.moe.router],
     }
     return {id(module) for name in names for module in groups[name]}
 
 
-def add_lora(model: Mixtral, config: LoRAConfig, key: jax.Array | None) -> None:
+def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
     """Put an adapter on every layer that `config.targets` names. In place; abstract without a key."""
     for index, target in enumerate(sorted(config.targets)):
-        parent = getattr(model.layers, _LORA_PATHS[target])
+        parent = getattr(model.layers, _LORA_PATHS[target], None)
+        if parent is None:
+            there = [name for name, place in _LORA_PATHS.items() if hasattr(model.layers, place)]
+            raise ValueError(f"LoRA target {target!r} does not exist in a {type(model).__name__}: expected some of {there}")
         module: Linear | ExpertLinear = getattr(parent, "router" if target == "gate" else target)
         axes, shape = module.weight.get_metadata("axes"), weight_shape(module.weight)
 
@@ -96,12 +104,13 @@ def add_lora(model: Mixtral, config: LoRAConfig, key: jax.Array | None) -> None:
         module.lora = nnx.eval_shape(make, k) if key is None else make(k)
 
 
-def materialize_lora(model: Mixtral, key: jax.Array) -> Mixtral:
+def materialize_lora(model: Model, key: jax.Array) -> Model:
     """Draw the adapters of an abstract model as `build` draws them for the same key. In place; returns the model."""
     lora_key = jax.random.split(key)[1]
     modules = {
         name: getattr(getattr(model.layers, parent), "router" if name == "gate" else name)
         for name, parent in _LORA_PATHS.items()
+        if hasattr(model.layers, parent)
     }
     targets = [name for name, module in modules.items() if module.lora is not None]
     if targets:
@@ -117,7 +126,7 @@ def weight_shape(variable: nnx.Variable) -> tuple[int, ...]:
     return (*value.codes.shape[:-1], *value.shape) if isinstance(value, nf4.NF4Tensor) else value.shape
 
 
-def random_weights(model: Mixtral, key: jax.Array) -> Mixtral:
+def random_weights(model: Model, key: jax.Array) -> Model:
     """An abstract model filled with random weights made where it runs: for hardware studies, where only sizes matter.
 
     NF4 codes are random bits; scales are such that weights have the standard deviation of an initialized model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
 QUANTIZED_MODULES = ("attention", "experts", "router")
@@ -35,6 +35,8 @@ class MixtralConfig:
     router_aux_loss_coef: float = 0.02
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+    router: ClassVar[str] = "softmax"
+    activation: ClassVar[str] = "silu"
 
     def __post_init__(self) -> None:
         for field in (
@@ -98,6 +100,88 @@ class MixtralConfig:
 
 
 @dataclass(frozen=True)
+class BlackMambaConfig:
+    """A BlackMamba (arXiv 2402.01771): Mamba and MoE layers in turn, `num_layers` of both together; no attention, no positions.
+
+    The router is a linear layer with bias; a chosen expert's weight is the sigmoid itself, not renormalized. `activation`: the
+    released code computes a gated GELU (erf), the paper says SiLU. `experts_per_token`: 1 as pre-trained; the study took 2 and 8.
+    `dt_rank` None: hidden_size / 16, rounded up. Raises ValueError where the sizes contradict each other.
+    """
+
+    vocab_size: int = 50304
+    hidden_size: int = 1472
+    intermediate_size: int = 3872
+    num_layers: int = 36
+    num_experts: int = 8
+    experts_per_token: int = 1
+    state_size: int = 16
+    conv_size: int = 4
+    expansion: int = 2
+    dt_rank: int | None = None
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 0
+    router: ClassVar[str] = "sigmoid"
+    tie_word_embeddings: ClassVar[bool] = True
+    max_position_embeddings: ClassVar[int] = 2**31 - 1  # nothing in it knows a position
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"{field.name} = {value}: expected at least 1")
+        if self.num_layers % 2:
+            raise ValueError(f"num_layers = {self.num_layers} is odd: Mamba and MoE layers come in pairs")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} exceeds num_experts = {self.num_experts}: "
+                f"choose at most {self.num_experts} (that is the dense model)"
+            )
+        if self.activation not in ("gelu", "silu"):
+            raise ValueError(f"activation = {self.activation!r}: expected 'gelu' or 'silu'")
+
+    @property
+    def dense(self) -> bool:
+        """Whether every token visits every expert."""
+        return self.experts_per_token == self.num_experts
+
+    @property
+    def inner_size(self) -> int:
+        """Channels D of the Mamba layers."""
+        return self.expansion * self.hidden_size
+
+    @property
+    def rank(self) -> int:
+        """Width R that dt is made from."""
+        return -(-self.hidden_size // 16) if self.dt_rank is None else self.dt_rank
+
+    def replace(self, **changes: Any) -> BlackMambaConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_hub_config(self) -> dict[str, Any]:
+        """The `config.json` of the released checkpoints, with the study's `topk` and our `activation`."""
+        return {
+            "model_type": "blackmamba",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.intermediate_size,
+            "num_layers": self.num_layers,
+            "state_size": self.state_size,
+            "conv_dimension": self.conv_size,
+            "expansion_factor": self.expansion,
+            "mamba_moe_layers": ["r", str(self.num_experts)] * (self.num_layers // 2),
+            "add_bias_linear": False,
+            "swiglu": True,
+            "topk": self.experts_per_token,
+            "activation": self.activation,
+        }
+
+
+Architecture = MixtralConfig | BlackMambaConfig
+
+
+@dataclass(frozen=True)
 class Quantization:
     """NF4 storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router."""
 
@@ -136,7 +220,7 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
-PRESETS: dict[str, MixtralConfig] = {
+PRESETS: dict[str, Architecture] = {
     "mixtral-8x7b": MixtralConfig(),
     "mixtral-tiny": MixtralConfig(
         vocab_size=512,
@@ -149,10 +233,54 @@ PRESETS: dict[str, MixtralConfig] = {
         max_position_embeddings=2048,
         rope_theta=1e4,
     ),
+    "blackmamba-2.8b": BlackMambaConfig(),
+    "blackmamba-1.5b": BlackMambaConfig(hidden_size=1152, intermediate_size=3072, num_layers=30),
+    "blackmamba-tiny": BlackMambaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=160, num_layers=8, experts_per_token=2
+    ),
 }
 
 
-def from_hub_config(config: Mapping[str, Any]) -> MixtralConfig:
+def from_hub_config(config: Mapping[str, Any]) -> Architecture:
+    """Read a Hub `config.json`: a Mixtral's, or a BlackMamba's (which names no type, but its `mamba_moe_layers`).
+
+    Raises ValueError for another architecture, and for what this port does not compute.
+    """
+    return _blackmamba(config) if "mamba_moe_layers" in config else _mixtral(config)
+
+
+def _blackmamba(config: Mapping[str, Any]) -> BlackMambaConfig:
+    """The released code reads eleven keys; `bias`, `rms_norm` and `activation_func` of the file have no effect there, and none here."""
+    layers = list(config["mamba_moe_layers"])
+    for index, kind in enumerate(layers):
+        if (kind == "r") != (index % 2 == 0) or (kind != "r" and not str(kind).isdigit()):
+            raise ValueError(
+                f"mamba_moe_layers[{index}] = {kind!r}: expected 'r' (Mamba) and a number of experts in turn, beginning with 'r'"
+            )
+    counts = sorted({int(str(kind)[-1]) for kind in layers[1::2]})
+    if len(counts) != 1:
+        raise ValueError(f"mamba_moe_layers has layers of {counts} experts: expected one number for all")
+    if len(layers) != config["num_layers"]:
+        raise ValueError(f"mamba_moe_layers has {len(layers)} entries, num_layers = {config['num_layers']}: expected the same")
+    if config.get("add_bias_linear", False):
+        raise ValueError("add_bias_linear = true: only linear layers without bias are computed here")
+    if not config.get("swiglu", True):
+        raise ValueError("swiglu = false: only gated experts are computed here")
+    return BlackMambaConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["ffn_hidden_size"],
+        num_layers=config["num_layers"],
+        num_experts=counts[0],
+        experts_per_token=config.get("topk", 1),
+        state_size=config.get("state_size", 16),
+        conv_size=config.get("conv_dimension", 4),
+        expansion=config.get("expansion_factor", 2),
+        activation=config.get("activation", "gelu"),
+    )
+
+
+def _mixtral(config: Mapping[str, Any]) -> MixtralConfig:
     """Read a Hub `config.json` in the dialect of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
     Raises ValueError for another architecture, and for what this port does not compute (sliding windows, scaled rotary

@@ -19,6 +19,9 @@ from models.ops.grouped_matmul import Projection
 from models.ops.linear import OfLayer
 
 INIT_STD = 0.02
+REMAT_POLICIES = ("none", "full")
+SAVED_NAMES = ("router_indices", "router_weights", "dispatch")
+"""What every rematerialization policy keeps: recomputation must never change an expert choice."""
 
 
 class Frozen(nnx.Variable):
@@ -43,11 +46,31 @@ class RMSNorm(nnx.Module):
             return self.weight.get_value().astype(x.dtype) * normal.astype(x.dtype)
 
 
-class Linear(nnx.Module):
-    """y = x Wᵀ, and the adapter's part if there is one. weight: [out, in]."""
+class LayerNorm(nnx.Module):
+    """(x - mean) · rsqrt(variance + eps) · w + b over the last axis; statistics in fp32."""
 
-    def __init__(self, key: jax.Array, in_size: int, out_size: int, dtype: Any, *, scope: str, axes: tuple[str, str]):
+    def __init__(self, size: int, eps: float, dtype: Any):
+        self.weight: nnx.Variable = nnx.Param(jnp.ones(size, dtype), axes=("embed",))
+        self.bias: nnx.Variable = nnx.Param(jnp.zeros(size, dtype), axes=("embed",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("norm"):
+            wide = x.astype(jnp.float32)
+            centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            normal = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+            weight, bias = (v.get_value().astype(jnp.float32) for v in (self.weight, self.bias))
+            return (normal * weight + bias).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ (+ b), and the adapter's part if there is one. weight: [out, in]; bias: [out] or None."""
+
+    def __init__(
+        self, key: jax.Array, in_size: int, out_size: int, dtype: Any, *, scope: str, axes: tuple[str, str], bias: bool = False
+    ):
         self.weight: nnx.Variable = nnx.Param(normal(key, (out_size, in_size), dtype), axes=axes)
+        self.bias: nnx.Variable | None = nnx.data(nnx.Param(jnp.zeros(out_size, dtype), axes=axes[:1]) if bias else None)
         self.lora: LoRA | None = nnx.data(None)
         self.scope = scope
 
@@ -57,6 +80,8 @@ class Linear(nnx.Module):
             y = linear.matmul(weight.astype(x.dtype), x)
         else:
             y = linear.with_frozen(linear.matmul, self.scope, weight, x)
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(x.dtype)
         return y if self.lora is None else y + self.lora(x, dropout_key)
 
 
@@ -80,6 +105,25 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         with jax.named_scope("embed"):
             return jnp.take(self.weight.get_value(), tokens, axis=0).astype(dtype)
+
+
+class LanguageModel(nnx.Module):
+    """What the loss and decoding ask of a model: hidden states become logits by `head_weight`, the embedding's table if tied."""
+
+    config: Any
+    dtype: Any
+    embed: Embedding
+    head: Linear
+
+    @property
+    def head_weight(self) -> nnx.Variable:
+        """The [V, D] variable that makes logits."""
+        return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: [..., D] -> fp32 [..., V]."""
+        weight = linear.dequantized(self.head_weight.get_value(), self.dtype, "head_dequant")
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -130,3 +174,13 @@ def _of_experts(variable: nnx.Variable) -> bool:
     """Whether it is a stack of expert matrices: [layers, experts, out, in]."""
     axes = variable.get_metadata("axes")
     return axes[:2] == ("layers", "experts") and len(axes) == 4
+
+
+def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """`none` keeps what autodiff keeps; `full` keeps a layer's input and its routing. Raises ValueError for another name."""
+    if remat == "none":
+        return body
+    if remat == "full":
+        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")

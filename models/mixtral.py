@@ -10,7 +10,6 @@ The layers are one module whose weights are stacked [L, …]; `jax.lax.scan` run
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +18,8 @@ from flax import nnx
 
 from models.attention import Attention, KeyValues
 from models.config import MixtralConfig
-from models.layers import Embedding, Linear, RMSNorm, scannable, stack_layers
-from models.moe import SAVED_NAMES, MoE, RouterStats
-from models.ops.linear import dequantized
-
-REMAT_POLICIES = ("none", "full")
+from models.layers import Embedding, LanguageModel, Linear, RMSNorm, rematerialized, scannable, stack_layers
+from models.moe import MoE, RouterStats
 
 
 class DecoderLayer(nnx.Module):
@@ -55,7 +51,7 @@ class DecoderLayer(nnx.Module):
         return x + out.reshape(x.shape), stats
 
 
-class Mixtral(nnx.Module):
+class Mixtral(LanguageModel):
     """tokens [B, T] -> hidden states [B, T, D]; `logits` maps those to the vocabulary.
 
     dtype: what is computed in. param_dtype: what weights are stored in. platform: what the program is compiled for.
@@ -105,6 +101,12 @@ class Mixtral(nnx.Module):
         x, stats = jax.lax.scan(rematerialized(body, remat), self.embed(tokens, self.dtype), xs)
         return self.norm(x), stats
 
+    def init_cache(self, batch: int, length: int) -> KeyValues:
+        """Empty keys and values: zeros [L, B, S, G, C]."""
+        c = self.config
+        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        return KeyValues(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
     def cached(
         self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues
     ) -> tuple[jax.Array, KeyValues]:
@@ -117,26 +119,6 @@ class Mixtral(nnx.Module):
 
         x, cache = jax.lax.scan(body, self.embed(tokens, self.dtype), (state, cache))
         return self.norm(x), cache
-
-    @property
-    def head_weight(self) -> nnx.Variable:
-        """The [V, D] variable that makes logits."""
-        return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden: [..., D] -> fp32 [..., V]."""
-        weight = dequantized(self.head_weight.get_value(), self.dtype, "head_dequant")
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`none` keeps what autodiff keeps; `full` keeps a layer's input and its routing. Raises ValueError for another name."""
-    if remat == "none":
-        return body
-    if remat == "full":
-        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-        return jax.checkpoint(body, policy=policy, prevent_cse=False)
-    raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")
 
 
 def load_balancing_loss(stats: RouterStats, tokens: jax.Array) -> jax.Array:

@@ -9,12 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.config import MixtralConfig
+from models.config import Architecture
 from models.layers import ExpertLinear, Linear, trainable
 from models.ops import grouped_matmul as gm
-
-SAVED_NAMES = ("router_indices", "router_weights", "dispatch")
-"""What every rematerialization policy keeps: recomputation must never change an expert choice."""
 
 
 class RouterStats(NamedTuple):
@@ -25,19 +22,25 @@ class RouterStats(NamedTuple):
 
 
 class MoE(nnx.Module):
-    """out = Σ over the chosen experts of p_e · w2_e(silu(w1_e x) · w3_e x), p = softmax → top-k → renormalized (all: softmax).
+    """out = Σ over the chosen experts of p_e · w2_e(act(w1_e x) · w3_e x).
+
+    A softmax router (Mixtral): p = softmax → top-k → renormalized. A sigmoid router (BlackMamba, with a bias): p = the sigmoids of the
+    top-k themselves. act: silu, or gelu (erf).
 
     The weight p_e multiplies the activation before w2: the same sum, but w2 need not be recomputed in the backward pass.
     """
 
-    def __init__(self, key: jax.Array, config: MixtralConfig, dtype: Any, backend: str, platform: str):
+    def __init__(self, key: jax.Array, config: Architecture, dtype: Any, backend: str, platform: str):
         keys = jax.random.split(key, 4)
         e, d, f = config.num_experts, config.hidden_size, config.intermediate_size
-        self.router = Linear(keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"))
+        self.router = Linear(
+            keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"), bias=config.router == "sigmoid"
+        )
         self.w1 = ExpertLinear(keys[1], e, d, f, dtype, axes=("hidden", "embed"))
         self.w2 = ExpertLinear(keys[2], e, f, d, dtype, axes=("embed", "hidden"))
         self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"))
         self.experts, self.k = e, config.experts_per_token
+        self.sigmoid, self.gated = config.router == "sigmoid", GATED[config.activation]
         self.backend, self.platform = backend, platform
 
     def __call__(
@@ -51,10 +54,10 @@ class MoE(nnx.Module):
             return self._sparse(x, indices, weights, valid, dropout_key, keep), stats
 
     def _route(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """indices: int32 [N, K]; weights: fp32 [N, K] that sum to one."""
+        """indices: int32 [N, K]; weights: fp32 [N, K], with a softmax router of sum one."""
         with jax.named_scope("router"):
             logits = self.router(x.astype(jnp.float32), _fold(dropout_key, 0))  # [N, E], fp32
-            probabilities = jax.nn.softmax(logits, axis=-1)
+            probabilities = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits, axis=-1)
         sums = jnp.sum(probabilities * valid[:, None], axis=0)
         if self.k == self.experts:
             counts = jnp.full(self.experts, jnp.sum(valid, dtype=jnp.int32))
@@ -63,7 +66,8 @@ class MoE(nnx.Module):
             indices = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.k)[1].astype(jnp.int32)
             indices = checkpoint_name(indices, "router_indices")
             picked = jnp.take_along_axis(probabilities, indices, axis=-1)
-            weights = checkpoint_name(picked / jnp.sum(picked, axis=-1, keepdims=True), "router_weights")
+            weights = picked if self.sigmoid else picked / jnp.sum(picked, axis=-1, keepdims=True)
+            weights = checkpoint_name(weights, "router_weights")
             chosen = (indices[..., None] == jnp.arange(self.experts)) & valid[:, None, None]
             counts = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
@@ -72,7 +76,7 @@ class MoE(nnx.Module):
         self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> jax.Array:
         plan = gm.choose(self.backend, self.platform, x.shape[0], self.experts, self.k)._replace(
-            activation=_gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout
+            activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout
         )
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, self.experts, plan.tile)
@@ -92,7 +96,7 @@ class MoE(nnx.Module):
         up = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
         gate = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3))
         with jax.named_scope("act"):
-            activation = _gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
+            activation = self.gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
         return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))
 
     def _batched(self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
@@ -109,8 +113,15 @@ class MoE(nnx.Module):
                 return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b)
 
 
-def _gated(up: jax.Array, gate: jax.Array) -> jax.Array:
+def _silu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:
     return jax.nn.silu(up) * gate
+
+
+def _gelu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return jax.nn.gelu(up, approximate=False) * gate
+
+
+GATED = {"silu": _silu_gated, "gelu": _gelu_gated}
 
 
 def _fold(key: jax.Array | None, index: int) -> jax.Array | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, LoRAConfig, MixtralConfig
+from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
 from moejax.errors import UserError
 
 
@@ -44,7 +44,9 @@ class ModelConfig(_Section):
     source: str | None = None
     revision: str | None = None
     preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
-    overrides: dict[str, int | float | bool] = Field(default_factory=dict, description="fields of MixtralConfig by name")
+    overrides: dict[str, int | float | bool | str] = Field(
+        default_factory=dict, description="fields of the architecture by name"
+    )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
     moe_backend: Literal["auto", "loop"] = "auto"
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
@@ -55,7 +57,8 @@ class ModelConfig(_Section):
             raise ValueError("give model.source (a Hub id or a folder) or model.preset (random weights)")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset!r} is unknown: {_nearest(self.preset, PRESETS)}")
-        fields = MixtralConfig.__dataclass_fields__
+        kinds: tuple[Any, ...] = (MixtralConfig, BlackMambaConfig) if self.preset is None else (type(PRESETS[self.preset]),)
+        fields = {name for kind in kinds for name in kind.__dataclass_fields__}
         for name in self.overrides:
             if name not in fields:
                 raise ValueError(f"overrides.{name} is no field of the architecture: {_nearest(name, fields)}")
@@ -63,7 +66,7 @@ class ModelConfig(_Section):
             self.architecture(None)
         return self
 
-    def architecture(self, base: MixtralConfig | None) -> MixtralConfig:
+    def architecture(self, base: Architecture | None) -> Architecture:
         """The sizes of `base` (read from the source) or else of the preset, with overrides. Raises ValueError, UserError."""
         if base is None:
             if self.preset is None:
@@ -73,6 +76,9 @@ class ModelConfig(_Section):
             base = PRESETS[self.preset]
         if self.experts_per_token is not None:
             base = base.replace(experts_per_token=self.experts_per_token)
+        unknown = sorted(set(self.overrides) - set(base.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"overrides.{unknown[0]} is no field of a {type(base).__name__.removesuffix('Config')}")
         return base.replace(**self.overrides)
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from support import VECTORS
 
-from models.config import from_hub_config
+from models.config import BlackMambaConfig, from_hub_config
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +50,21 @@ def reference_batch(mixtral_vectors):
     return Batch(
         *(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in (ids, targets, loss_mask, mask, positions))
     )
+
+
+@pytest.fixture(scope="session")
+def blackmamba_vectors():
+    return dict(np.load(VECTORS / "blackmamba.npz"))
+
+
+@pytest.fixture(scope="session")
+def blackmamba_folder(blackmamba_vectors, tmp_path_factory):
+    """The oracle's weights as a folder in Hub layout."""
+    folder = tmp_path_factory.mktemp("blackmamba")
+    tensors = {name[2:]: np.ascontiguousarray(value) for name, value in blackmamba_vectors.items() if name.startswith("w/")}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    sizes = json.loads(str(blackmamba_vectors["config"]))
+    sizes.pop("dt_rank")
+    config = BlackMambaConfig(**sizes).to_hub_config()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 FORMS = ("sequential", "associative", "chunked", "chunked_associative")
-CHUNKS = {"chunked": 16, "chunked_associative": 64}
-"""Tokens of a chunk: measured best on two CPU cores; a guess for a GPU, until one measures it."""
+CHUNKS = {"chunked": 16, "chunked_associative": 32}
+"""Tokens of a chunk: measured best on two CPU cores; for a GPU a guess that keeps memory low, until one measures it."""
 
 
 def choose(form: str, platform: str) -> str:

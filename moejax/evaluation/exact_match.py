@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from models.mixtral import Mixtral
+from models.build import Model
 from moejax import config as experiments
 from moejax.data.sources import Record, load_records
 from moejax.data.templates import render
@@ -70,7 +70,7 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     return 0
 
 
-def answer_all(model: Mixtral, tokenizer: Any, template: str, records: list[Record]) -> tuple[list[bool], list[str], float]:
+def answer_all(model: Model, tokenizer: Any, template: str, records: list[Record]) -> tuple[list[bool], list[str], float]:
     """Greedy answers, whether each is right, and the seconds it took."""
     prompts = [tokenizer.encode(render(template, record, tokenizer)[0], add_special_tokens=False) for record in records]
     start = time.perf_counter()

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.build import Model
 from models.cache import Cache, decode_step, init_cache, prefill
-from models.mixtral import Mixtral
 from moejax.errors import UserError
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
 def _greedy(graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, steps: int, end: int) -> jax.Array:
     """int32 [B, steps]; after the end token, only that token."""
-    model: Mixtral = nnx.merge(graphdef, state)
+    model: Model = nnx.merge(graphdef, state)
     cache = init_cache(model, tokens.shape[0], tokens.shape[1] + steps)
     logits, cache = prefill(model, tokens, lengths, cache)
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -39,7 +39,7 @@ def _greedy(graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Arr
 
 
 def generate(
-    model: Mixtral, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end: int, batch_size: int = 64
+    model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end: int, batch_size: int = 64
 ) -> list[list[int]]:
     """Greedy continuations of token-id prompts, each cut before its end token. Prompts of different lengths share a batch."""
     if any(not p for p in prompts):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from models.config import MixtralConfig
+from models.config import Architecture, MixtralConfig
 
 
 class Place(NamedTuple):
-    """Where a Hub tensor lives here: a path of attributes, the layer and the expert (None: not stacked)."""
+    """Where a Hub tensor lives here: a path of modules, the layer and the expert (None: not stacked), the variable of the module.
+
+    half: the first or second half of the tensor's rows (None: all of it).
+    """
 
     path: tuple[str, ...]
     layer: int | None = None
     expert: int | None = None
+    attr: str = "weight"
+    half: int | None = None
 
 
 _LAYER = {
@@ -54,6 +59,37 @@ def module_names(config: MixtralConfig) -> dict[str, Place]:
     places = {name: place_of(name) for name in names}
     return {name: place for name, place in places.items() if place is not None}
 
+
+def tensors(config: Architecture) -> dict[str, tuple[Place, ...]]:
+    """Every tensor of a checkpoint and its places here (two where a tensor holds two of our matrices), in the Hub's order."""
+    if isinstance(config, MixtralConfig):
+        return {f"{name}.weight": (place,) for name, place in module_names(config).items()}
+    table: dict[str, tuple[Place, ...]] = {"embedding.word_embeddings.weight": (Place(("embed",)),)}
+    for index in range(config.num_layers):
+        prefix, layer = f"decoder.layers.{index}", index // 2
+        if index % 2 == 0:
+            table[f"{prefix}.norm.weight"] = (Place(("layers", "mamba_norm"), layer),)
+            for name, (module, attr) in _MAMBA.items():
+                table[f"{prefix}.mixer.{name}"] = (Place(("layers", "mamba", *module), layer, attr=attr),)
+        else:
+            table[f"{prefix}.norm.weight"] = (Place(("layers", "moe_norm"), layer),)
+            for attr in ("weight", "bias"):
+                table[f"{prefix}.mixer.router.{attr}"] = (Place(("layers", "moe", "router"), layer, attr=attr),)
+            for e in range(config.num_experts):
+                expert, moe = f"{prefix}.mixer.local_experts.{e}", ("layers", "moe")
+                halves = (Place((*moe, "w1"), layer, e, half=0), Place((*moe, "w3"), layer, e, half=1))
+                table[f"{expert}.linear_fc1.weight"] = halves
+                table[f"{expert}.linear_fc2.weight"] = (Place((*moe, "w2"), layer, e),)
+    for attr in ("weight", "bias"):
+        table[f"decoder.final_layernorm.{attr}"] = (Place(("norm",), attr=attr),)
+    return table
+
+
+_MAMBA = {
+    "A_log": ((), "a_log"), "D": ((), "d"), "in_proj.weight": (("in_proj",), "weight"), "conv1d.weight": (("conv",), "weight"),
+    "conv1d.bias": (("conv",), "bias"), "x_proj.weight": (("x_proj",), "weight"), "dt_proj.weight": (("dt_proj",), "weight"),
+    "dt_proj.bias": ((), "dt_bias"), "out_proj.weight": (("out_proj",), "weight"),
+}  # fmt: skip
 
 PEFT_TARGETS = {
     "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from models.build import Model
 from models.lora import LoRA
-from models.mixtral import Mixtral
 from moejax.errors import UserError
 from moejax.hub.names import Place, module_names
 from moejax.hub.weights import attribute
@@ -21,7 +21,7 @@ _PREFIX = "base_model.model."
 _OUR_NAMES = {"router": "gate"}
 
 
-def adapted(model: Mixtral) -> dict[str, tuple[Place, LoRA]]:
+def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     """Hub module name -> its place and the (stacked) adapter that holds its pair."""
     found = {}
     for name, place in module_names(model.config).items():
@@ -31,7 +31,7 @@ def adapted(model: Mixtral) -> dict[str, tuple[Place, LoRA]]:
     return found
 
 
-def save_adapter(model: Mixtral, folder: Path, base_name: str) -> None:
+def save_adapter(model: Model, folder: Path, base_name: str) -> None:
     """Write adapter_model.safetensors and adapter_config.json, aside and renamed; then read them back and compare to the bit."""
     pairs = adapted(model)
     tensors = {}
@@ -74,7 +74,7 @@ def save_adapter(model: Mixtral, folder: Path, base_name: str) -> None:
     config_aside.replace(folder / "adapter_config.json")
 
 
-def load_adapter(model: Mixtral, folder: Path) -> None:
+def load_adapter(model: Model, folder: Path) -> None:
     """Read an adapter into the model's LoRA weights, exactly. Raises UserError where rank, targets or tensors disagree."""
     config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"

@@ -16,12 +16,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.build import materialize_lora
-from models.config import MixtralConfig, from_hub_config
-from models.mixtral import Mixtral
+from models.build import Model, materialize_lora
+from models.config import Architecture, from_hub_config
 from models.ops import nf4
 from moejax.errors import UserError
-from moejax.hub.names import Place, module_names
+from moejax.hub.names import Place, tensors
 
 _DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
@@ -45,7 +44,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> MixtralConfig:
+def read_config(folder: Path) -> Architecture:
     """The architecture in the folder's config.json. Raises UserError naming the file."""
     path = folder / "config.json"
     if not path.is_file():
@@ -57,28 +56,29 @@ def read_config(folder: Path) -> MixtralConfig:
         raise UserError(f"{path}: {what}") from None
 
 
-def load_weights(model: Mixtral, folder: Path, lora_key: jax.Array) -> Mixtral:
+def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
     """Fill an abstract model (`models.build.build` without a key) from a folder's safetensors; adapters from `lora_key`.
 
     One tensor at a time: read by memory map, cast or quantized (each expert's matrix by itself), stacked. Raises UserError naming
     file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
     """
-    places = module_names(model.config)
+    places = tensors(model.config)
     with ExitStack() as stack:
         files = _open(folder, stack)
-        unknown = sorted(name for name in files if name.removesuffix(".weight") not in places and not name.endswith("inv_freq"))
+        unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq"))
         if model.config.tie_word_embeddings:
             unknown = [name for name in unknown if name != "lm_head.weight"]
         if unknown:
             raise UserError(
                 f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}"
             )
-        by_path: dict[tuple[str, ...], list[tuple[str, Place]]] = {}
-        for name, place in places.items():
-            by_path.setdefault(place.path, []).append((f"{name}.weight", place))
-        for path, tensors in by_path.items():
-            variable = attribute(model, path).weight
-            variable.set_value(_fill(variable.get_value(), tensors, files, folder))
+        by_variable: dict[tuple[tuple[str, ...], str], list[tuple[str, Place]]] = {}
+        for name, several in places.items():
+            for place in several:
+                by_variable.setdefault((place.path, place.attr), []).append((name, place))
+        for (path, attr), parts in by_variable.items():
+            variable = getattr(attribute(model, path), attr)
+            variable.set_value(_fill(variable.get_value(), parts, files, folder))
     return materialize_lora(model, lora_key)
 
 
@@ -104,19 +104,19 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return files
 
 
-def _fill(abstract: Any, tensors: list[tuple[str, Place]], files: dict[str, Any], folder: Path) -> Any:
+def _fill(abstract: Any, parts: list[tuple[str, Place]], files: dict[str, Any], folder: Path) -> Any:
     """The stacked value [L, (E,) …] of one variable, from its tensors in order of layer and expert."""
     if not isinstance(abstract, nf4.NF4Tensor):
-        leading = abstract.shape[: abstract.ndim - _rank(tensors[0][1], abstract.ndim)]
+        leading = abstract.shape[: abstract.ndim - _rank(parts[0][1], abstract.ndim)]
         shape = abstract.shape[len(leading) :]
         buffer = np.empty(abstract.shape, _numpy_dtype(abstract.dtype))
-        for name, place in tensors:
-            buffer[_index(place)] = np.asarray(_read(files, name, shape, folder).astype(abstract.dtype))
+        for name, place in parts:
+            buffer[_index(place)] = np.asarray(_read(files, name, place, shape, folder).astype(abstract.dtype))
         return jnp.asarray(buffer)
     double = abstract.offset is not None
     buffers = jax.tree.map(lambda leaf: np.empty(leaf.shape, _numpy_dtype(leaf.dtype)), abstract)
-    for name, place in tensors:
-        codes = nf4.quantize(_read(files, name, abstract.shape, folder), double=double)
+    for name, place in parts:
+        codes = nf4.quantize(_read(files, name, place, abstract.shape, folder), double=double)
         for buffer, leaf in zip(jax.tree.leaves(buffers), jax.tree.leaves(codes), strict=True):
             buffer[_index(place)] = np.asarray(leaf)
     return jax.tree.map(jnp.asarray, buffers)
@@ -135,38 +135,53 @@ def _numpy_dtype(dtype: Any) -> Any:
     return ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.dtype(dtype)
 
 
-def _read(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> jax.Array:
+def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path) -> jax.Array:
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing")
     try:
         value: jax.Array = files[name].get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{folder}: tensor {name!r} cannot be read ({error})") from None
-    if value.shape != tuple(shape):
-        raise UserError(f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}")
+    whole = _stored_shape(place, tuple(shape))
+    if value.shape != whole:
+        raise UserError(f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(whole)}")
     if bool(jnp.any(jnp.isnan(value))):
         raise UserError(f"{folder}: tensor {name!r} holds NaN")
-    return value
+    if place.half is not None:
+        value = value[place.half * shape[0] : (place.half + 1) * shape[0]]
+    return value.reshape(shape)
 
 
-def _describe(config: MixtralConfig) -> str:
-    return f"Mixtral of {config.num_layers} layers and {config.num_experts} experts"
+def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A checkpoint's shape of a tensor that is `shape` here: twice the rows for two halves; torch's depthwise kernel is [D, 1, K]."""
+    if place.path[-1] == "conv" and place.attr == "weight":
+        return (shape[0], 1, shape[1])
+    return (2 * shape[0], *shape[1:]) if place.half is not None else shape
 
 
-def save_weights(model: Mixtral, folder: Path, dtype: Any = jnp.bfloat16) -> None:
+def _describe(config: Architecture) -> str:
+    kind = type(config).__name__.removesuffix("Config")
+    return f"{kind} of {config.num_layers} layers and {config.num_experts} experts"
+
+
+def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
     """Write an unquantized model in Hub layout (config.json, generation_config.json, model.safetensors), adapters left out.
 
     The file is written aside and renamed: a half-written one is never taken for a whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, place in module_names(model.config).items():
-        value = attribute(model, place.path).weight.get_value()
-        if isinstance(value, nf4.NF4Tensor):
-            raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
-        tensors[f"{name}.weight"] = np.asarray(value[_index(place)].astype(dtype))
+    arrays = {}
+    for name, places in tensors(model.config).items():
+        parts = []
+        for place in places:
+            value = getattr(attribute(model, place.path), place.attr).get_value()
+            if isinstance(value, nf4.NF4Tensor):
+                raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
+            parts.append(np.asarray(value[_index(place)].astype(dtype)))
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        arrays[name] = array[:, None] if name.endswith("conv1d.weight") else array
     aside = folder / "model.safetensors.tmp"
-    save_file(tensors, str(aside), metadata={"format": "pt"})
+    save_file(arrays, str(aside), metadata={"format": "pt"})
     aside.replace(folder / "model.safetensors")
     c = model.config
     hub_config = c.to_hub_config() | {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
@@ -188,7 +203,7 @@ def attribute(model: Any, path: tuple[str, ...]) -> Any:
     return model
 
 
-def variables(model: Mixtral) -> Iterator[tuple[str, nnx.Variable]]:
+def variables(model: Model) -> Iterator[tuple[str, nnx.Variable]]:
     """Dotted path and variable of every weight, adapters included."""
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         yield ".".join(str(p) for p in path), variable

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from models.build import build
-from models.config import MixtralConfig
+from models.config import Architecture
 from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.errors import UserError
@@ -112,7 +112,7 @@ class Compiled:
     program: Any
 
 
-def compile_step(experiment: Experiment, config: MixtralConfig, *, rows: int, row_tokens: int, gpu: str | None) -> Compiled:
+def compile_step(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, gpu: str | None) -> Compiled:
     """Compile one optimizer step of this experiment for `gpu` (None: this machine's device) from shapes alone."""
     sharding = SingleDeviceSharding(jax.local_devices()[0] if gpu is None else device(gpu))
     platform = jax.default_backend() if gpu is None else "gpu"

@@ -19,6 +19,7 @@ from moejax.training.state import architecture, model_arguments
 
 _GROUPS = (
     ("embeddings", "embed."), ("head", "head."), ("router", ".moe.router."), ("experts", ".moe.w"), ("attention", ".attention."),
+    ("mamba", ".mamba."),
     ("norms", "norm"),
 )  # fmt: skip
 
@@ -35,9 +36,7 @@ class Group:
 
 def parameter_groups(experiment: Experiment) -> dict[str, Group]:
     """Group name -> counts of the model that this experiment builds, from an abstract model."""
-    source = experiment.model.source
-    folder = Path(source) if source and Path(source).is_dir() else None
-    model = build(architecture(experiment, folder), **model_arguments(experiment))
+    model = build(architecture(experiment, _folder(experiment)), **model_arguments(experiment))
     groups: dict[str, Group] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(str(p) for p in path)
@@ -51,6 +50,11 @@ def parameter_groups(experiment: Experiment) -> dict[str, Group]:
         group.dtype = _nf4_name(value) if isinstance(value, NF4Tensor) else str(value.dtype)
         group.trainable = isinstance(variable, nnx.Param)
     return groups
+
+
+def _folder(experiment: Experiment) -> Path | None:
+    source = experiment.model.source
+    return Path(source) if source and Path(source).is_dir() else None
 
 
 def _group_name(path: str) -> str:
@@ -79,6 +83,9 @@ def report(experiment: Experiment) -> int:
     gradients = sum(g.bytes for g in trained)
     table.add_section()
     table.add_row("base model", f"{base:,}", "", "", "")
+    sizes = architecture(experiment, _folder(experiment))
+    idle = groups["experts"].parameters * (sizes.num_experts - sizes.experts_per_token) // sizes.num_experts
+    table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{base - idle:,}", "", "", "")
     table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
     table.add_row("weights in memory", "", "", f"{stored / 1e9:.3f}", "")
     table.add_row("AdamW moments", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from models.config import LoRAConfig, MixtralConfig
+from models.config import Architecture, BlackMambaConfig, LoRAConfig
 
 # Dense bf16 peaks in FLOP/s by a part of jax's device_kind, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -42,26 +42,37 @@ class FlopCount:
         return self.per_token * tokens + self.per_pair * pairs
 
 
-def active_matrices(config: MixtralConfig) -> dict[str, tuple[int, int, int]]:
-    """name -> (in, out, how many of them one token meets in one layer)."""
+def active_matrices(config: Architecture) -> dict[str, tuple[int, int, int]]:
+    """name -> (in, out, how many of them one token meets in one layer; a BlackMamba's layer is a pair)."""
     d, f, k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    experts = {"gate": (d, config.num_experts, 1), "w1": (d, f, k), "w3": (d, f, k), "w2": (f, d, k)}
+    if isinstance(config, BlackMambaConfig):
+        inner, r, n = config.inner_size, config.rank, config.state_size
+        # The convolution's taps, and per state: the decay and the input, and the sum with C; all multiply-adds, one weight each.
+        small = {"conv": (config.conv_size, inner, 1), "scan": (3 * n, inner, 1)}
+        mixer = {
+            "in_proj": (d, 2 * inner, 1),
+            "x_proj": (inner, r + 2 * n, 1),
+            "dt_proj": (r, inner, 1),
+            "out_proj": (inner, d, 1),
+        }
+        return mixer | small | experts
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
         "q_proj": (d, heads, 1), "k_proj": (d, kv, 1), "v_proj": (d, kv, 1), "o_proj": (heads, d, 1),
-        "gate": (d, config.num_experts, 1), "w1": (d, f, k), "w3": (d, f, k), "w2": (f, d, k),
-    }  # fmt: skip
+    } | experts  # fmt: skip
 
 
-def count(config: MixtralConfig, adapter: LoRAConfig | None) -> FlopCount:
+def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
     """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one."""
     matrices = active_matrices(config)
-    base = config.num_layers * sum(i * o * n for i, o, n in matrices.values()) + config.vocab_size * config.hidden_size
-    scores = 4 * config.num_layers * config.num_heads * config.head_dim
+    recurrent = isinstance(config, BlackMambaConfig)
+    layers = config.num_layers // 2 if recurrent else config.num_layers
+    base = layers * sum(i * o * n for i, o, n in matrices.values()) + config.vocab_size * config.hidden_size
+    scores = 0 if isinstance(config, BlackMambaConfig) else 4 * layers * config.num_heads * config.head_dim
     if adapter is None:
         return FlopCount(6 * base, 3 * scores)
-    low_rank = config.num_layers * sum(
-        adapter.rank * (i + o) * n for name, (i, o, n) in matrices.items() if name in adapter.targets
-    )
+    low_rank = layers * sum(adapter.rank * (i + o) * n for name, (i, o, n) in matrices.items() if name in adapter.targets)
     return FlopCount(4 * base + 6 * low_rank, 3 * scores)
 
 

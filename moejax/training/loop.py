@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from models.mixtral import Mixtral
+from models.build import Model
 from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.data.batching import stack
@@ -73,9 +73,7 @@ def run(experiment: Experiment, *, resume: bool) -> int:
 class Trainer:
     """Holds a run's state between steps; `train` is the loop."""
 
-    def __init__(
-        self, experiment: Experiment, model: Mixtral, dataset: Dataset, folder: Path, console: Console, *, resume: bool
-    ):
+    def __init__(self, experiment: Experiment, model: Model, dataset: Dataset, folder: Path, console: Console, *, resume: bool):
         self.experiment, self.dataset, self.folder, self.console = experiment, dataset, folder, console
         self.config = model.config
         t = experiment.training
@@ -263,7 +261,7 @@ class Trainer:
             raise KeyboardInterrupt
         self._stop = number
 
-    def model(self) -> Mixtral:
+    def model(self) -> Model:
         """The model as it stands."""
         return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
 

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.build import build
-from models.config import LoRAConfig, MixtralConfig, Quantization
-from models.mixtral import Mixtral
+from models.build import Model, build
+from models.config import Architecture, LoRAConfig, Quantization
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import weights
 from moejax.training.step import Objective, TrainState
 
 
-def architecture(experiment: Experiment, folder: Path | None) -> MixtralConfig:
+def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
     """The model's sizes: those of its folder, or of the preset; with the config's overrides."""
     base = weights.read_config(folder) if folder is not None else None
     try:
@@ -56,7 +55,7 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def create_model(experiment: Experiment, config: MixtralConfig, folder: Path | None) -> Mixtral:
+def create_model(experiment: Experiment, config: Architecture, folder: Path | None) -> Model:
     """Weights from `folder` (Hub layout) where there is one, else random from the seed; adapters from the seed."""
     key = jax.random.key(experiment.seed)
     arguments = model_arguments(experiment)
@@ -66,7 +65,7 @@ def create_model(experiment: Experiment, config: MixtralConfig, folder: Path | N
     return weights.load_weights(model, folder, key)
 
 
-def split(model: Mixtral, full: bool) -> tuple[Any, nnx.State, nnx.State]:
+def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:
     """graphdef, trainable, frozen. LoRAParam is a Param, so an adapter's run has nothing else among its Params."""
     kind = nnx.Param if full else nnx.LoRAParam
     parts: Any = nnx.split(model, kind, ...)
