@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench vectors pretrain-tiny-mixtral reference4 reference5 clean help
+.PHONY: demo demo-blackmamba test lint bench vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -33,6 +33,17 @@ lint: $(STAMP)
 bench: $(STAMP) reference4 ## one training step beside PyTorch's, on this machine
 	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python
 
+demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the same problems, and its accuracy before and after
+	@rm -rf runs/demo_blackmamba
+	@$(BIN)/python train.py --config configs/demo_blackmamba.yaml
+	@$(BIN)/moejax exact-match runs/demo_blackmamba --data assets/problems/test.json
+
+pretrain-tiny-blackmamba: $(STAMP) ## remake assets/tiny-blackmamba (some 10 minutes on 2 cores)
+	@$(BIN)/python -m moejax.data.problems pretrain assets/generated
+	@rm -rf runs/pretrain_tiny_blackmamba
+	@$(BIN)/python train.py --config configs/pretrain_tiny_blackmamba.yaml
+	@cp runs/pretrain_tiny_blackmamba/model/* assets/tiny-blackmamba/
+
 pretrain-tiny-mixtral: $(STAMP) ## remake assets/tiny-mixtral (some 10 minutes on 2 cores)
 	@$(BIN)/python -m moejax.data.problems pretrain assets/generated
 	@rm -rf runs/pretrain_tiny_mixtral
@@ -48,7 +59,7 @@ reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 
 	@touch $@
 
 vectors: reference4 ## remake tests/vectors with PyTorch
-	@for script in mixtral lora nf4; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
+	@for script in mixtral lora nf4 blackmamba; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
 
 clean:
 	rm -rf $(VENV) .venv-reference4 .venv-reference5 runs assets/generated

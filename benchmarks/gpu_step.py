@@ -1,7 +1,10 @@
-"""Time the real train step of Mixtral-8x7B with random NF4 codes made on the device, for a list of cases; JSON out.
+"""Time the real train step with random weights made on the device, for a list of cases; JSON out.
+
+Mixtral-8x7B: NF4 codes, LoRA on experts and routers. BlackMamba-2.8B: full fine-tuning in the study's bf16.
 
     python benchmarks/gpu_step.py --out benchmarks/results/2026-11-24-gpu-step.json
     python benchmarks/gpu_step.py --cases 8x512:2,32x512:2,1x128:2,8x512:8 --routing uniform,skewed
+    python benchmarks/gpu_step.py --model blackmamba --cases 1x128:2,8x512:2,16x512:8
     python benchmarks/gpu_step.py --tiny                     # the same on a CPU, in seconds
 
 A case is ROWSxLENGTH:K. `uniform` routes as random weights do; `skewed` biases the routers towards `SKEW`: one expert far above its
@@ -28,7 +31,7 @@ import numpy as np
 from flax import nnx
 
 from models.build import build, random_weights
-from models.config import PRESETS, MixtralConfig
+from models.config import PRESETS, Architecture
 from moejax import config as experiments
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
@@ -39,6 +42,10 @@ from moejax.training.state import adapter_config, initial_state, model_arguments
 from moejax.training.step import make_train_step
 
 SKEW = (0.26, 0.19, 0.14, 0.12, 0.10, 0.08, 0.06, 0.05)
+MODELS = {
+    "mixtral": ("mixtral_8x7b_cs_sparse.yaml", "mixtral-8x7b", "mixtral-tiny"),
+    "blackmamba": ("blackmamba_2.8b_cs_sparse.yaml", "blackmamba-2.8b", "blackmamba-tiny"),
+}
 QUERY_TOKENS = 104  # mean length of a commonsense query with Mixtral's tokenizer
 
 
@@ -53,21 +60,27 @@ def make_batch(rows: int, length: int, batching: str, vocabulary: int) -> Any:
 
 
 def skew(model: Any) -> None:
-    """Bias every router towards SKEW: embeddings get a common mean, and the router's adapter turns that mean into one logit per expert.
+    """Bias every router towards SKEW. A BlackMamba's router has a bias for it. For a Mixtral embeddings get a common mean, and the
+    router's adapter turns that mean into one logit per expert.
 
     What comes of it is reported (`largest_expert_share`): deeper layers mix the mean away in part.
     """
+    offsets = jnp.log(jnp.asarray(SKEW)) - jnp.mean(jnp.log(jnp.asarray(SKEW)))
+    router = model.layers.moe.router
+    if router.bias is not None:
+        bias = router.bias.get_value()
+        router.bias.set_value(jnp.broadcast_to(offsets[: bias.shape[-1]], bias.shape).astype(bias.dtype))
+        return
     embed = model.embed.weight
     embed.set_value((embed.get_value().astype(jnp.float32) + 0.03).astype(embed.get_value().dtype))
-    lora = model.layers.moe.router.lora
+    lora = router.lora
     a, b = lora.a.get_value(), lora.b.get_value()
-    offsets = jnp.log(jnp.asarray(SKEW)) - jnp.mean(jnp.log(jnp.asarray(SKEW)))
     lora.a.set_value(a.at[..., 0, :].set(1.0 / a.shape[-1]))
     lora.b.set_value(b.at[..., :, 0].set(offsets[: b.shape[-2]]))
 
 
 def run_case(
-    experiment: Any, config: MixtralConfig, rows: int, length: int, batching: str, routing: str, steps: int
+    experiment: Any, config: Architecture, rows: int, length: int, batching: str, routing: str, steps: int
 ) -> dict[str, Any]:
     """Compile, run and time one case."""
     model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(0))
@@ -76,7 +89,7 @@ def run_case(
             node.b.set_value(jnp.zeros_like(node.b.get_value()))
     if routing == "skewed":
         skew(model)
-    graphdef, trainable, frozen = split(model, full=False)
+    graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
     schedule = make_schedule(experiment.training, 1000)
     optimizer = make_optimizer(experiment.training, schedule)
     step = jax.jit(make_train_step(objective(experiment, graphdef), optimizer, schedule, 0), donate_argnums=(0,))
@@ -138,13 +151,15 @@ def main() -> int:
     parser.add_argument("--cases", default="1x128:2,8x512:2,32x512:2,96x512:2,8x512:8,32x512:8")
     parser.add_argument("--batching", default="fixed", help="comma-separated: fixed, pack")
     parser.add_argument("--routing", default="uniform", help="comma-separated: uniform, skewed")
+    parser.add_argument("--model", choices=sorted(MODELS), default="mixtral")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("overrides", nargs="*", help="key.sub=value of configs/mixtral_8x7b_cs_sparse.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value of the model's commonsense config")
     options = parser.parse_args()
-    experiment = experiments.load(Path(__file__).parent.parent / "configs/mixtral_8x7b_cs_sparse.yaml", options.overrides)
-    base = PRESETS["mixtral-tiny" if options.tiny else "mixtral-8x7b"]
+    config_file, preset, tiny = MODELS[options.model]
+    experiment = experiments.load(Path(__file__).parent.parent / "configs" / config_file, options.overrides)
+    base = PRESETS[tiny if options.tiny else preset]
     cases = "2x32:2,2x32:8" if options.tiny else options.cases
     device = jax.local_devices()[0]
     report: dict[str, Any] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models.config import BlackMambaConfig
@@ -55,6 +56,25 @@ class LayerPair(nnx.Module):
         return x + out.reshape(x.shape).astype(jnp.float32), stats
 
 
+def check_padding(real: jax.Array) -> None:
+    """real: bool [B, T]. Raises ValueError for rows of no length, and (where the values are known) for padding before a token.
+
+    Nothing masks padding in a recurrent model: on the left it would run through the state and the convolution that the first real token
+    finds. On the right it comes too late to matter.
+    """
+    if real.shape[1] == 0:
+        raise ValueError("the sequence length is 0: expected at least one token a row")
+    if isinstance(real, jax.core.Tracer):
+        return
+    early = np.asarray(real[:, 1:] & ~real[:, :-1])
+    if early.any():
+        row, column = (int(i) for i in np.argwhere(early)[0])
+        raise ValueError(
+            f"row {row} has padding at {column} before a token at {column + 1}: a recurrent model would carry the padding in its state "
+            "into the tokens behind it. Pad on the right"
+        )
+
+
 class BlackMamba(LanguageModel):
     """A causal language model. `__call__` returns hidden states; `logits` (or the chunked loss) applies the tied head.
 
@@ -92,6 +112,7 @@ class BlackMamba(LanguageModel):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """tokens, segment_ids (0 = padding): int32 [B, T]; positions are not used. Returns hidden states [B, T, H] and stats [L, …]."""
+        check_padding(segment_ids > 0)
         state, layer_of = scannable(self.layers)
 
         def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, RouterStats]:
@@ -114,6 +135,7 @@ class BlackMamba(LanguageModel):
         self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: MambaState
     ) -> tuple[jax.Array, MambaState]:
         """The forward pass from states: what `models.cache` is made of. Inference only."""
+        check_padding(valid)
         graphdef, state = nnx.split(self.layers)
 
         def body(x: jax.Array, layer: tuple[nnx.State, MambaState]) -> tuple[jax.Array, MambaState]:

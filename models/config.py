@@ -236,7 +236,13 @@ PRESETS: dict[str, Architecture] = {
     "blackmamba-2.8b": BlackMambaConfig(),
     "blackmamba-1.5b": BlackMambaConfig(hidden_size=1152, intermediate_size=3072, num_layers=30),
     "blackmamba-tiny": BlackMambaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=160, num_layers=8, experts_per_token=2
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=144,
+        num_layers=8,
+        experts_per_token=2,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 

@@ -173,6 +173,7 @@ class TrainingConfig(_Section):
     epochs: Positive | None = None
     steps: Positive | None = None
     gradient_accumulation: Positive = Field(1, description="micro-batches per optimizer step, one global token mean")
+    optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="adafactor: little memory for its state, other steps")
     learning_rate: Annotated[Real, Field(gt=0)] = 5e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -221,6 +222,9 @@ class Experiment(_Section):
     quantization: QuantizationConfig = QuantizationConfig()
     adapter: AdapterConfig | None = None
     tokenizer: str | None = Field(None, description="tokenizer.json, folder or Hub id; null: the model's")
+    added_tokens: Names = Field(
+        (), description="special tokens behind the tokenizer's own, in this order; </s> ends a sequence, [PAD] pads"
+    )
     data: DataConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     """A fast tokenizer from a tokenizer.json, a folder that has one, or a Hub id.
 
-    It has an end-of-sequence token, and a padding token (the end of sequence where none is named). Raises UserError for a bare
+    added: special tokens that get the next free ids, in order. It has an end-of-sequence token, and a padding token (the end of
+    sequence where none is named). Raises UserError for a bare
     sentencepiece file: transformers 5 converts Mixtral's wrongly (it splits double spaces), so we do not guess.
     """
     # transformers advises on every import that PyTorch is missing; that is intended here.
@@ -43,6 +45,11 @@ def load_tokenizer(source: str) -> Any:
             f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
             "Expected a tokenizer.json, a folder that has one, or a Hub id"
         ) from error
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    if "</s>" in added:
+        tokenizer.eos_token = "</s>"
+    if "[PAD]" in added:
+        tokenizer.pad_token = "[PAD]"
     vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token_id is None:
         for token in ("</s>", "<|endoftext|>"):

@@ -28,8 +28,8 @@ MAX_NEW_TOKENS = 64
 def run(run_folder: str, data: str, limit: int | None) -> int:
     """Prints a table and writes every prompt, output and verdict to RUN/predictions.jsonl and the figures to exact_match.json."""
     folder, console = Path(run_folder), Console()
-    if not (folder / "config.yaml").is_file() or not (folder / "adapter").is_dir():
-        raise UserError(f"{folder} is no finished run with an adapter (expected config.yaml and adapter/ in it)")
+    if not (folder / "config.yaml").is_file() or not any((folder / part).is_dir() for part in ("adapter", "model")):
+        raise UserError(f"{folder} is no finished run (expected config.yaml, and adapter/ or model/, in it)")
     experiment = experiments.load(folder / "config.yaml")
     source = experiment.model.source
     if source is None:
@@ -39,13 +39,16 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     if unanswered is not None:
         raise UserError(f"{data}, record {unanswered} has no `answer`: exact match needs one")
     model_folder = weights.resolve(source, experiment.model.revision)
-    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder))
-    model = create_model(experiment, architecture(experiment, model_folder), model_folder)
+    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
+    sizes = architecture(experiment, model_folder)
+    model = create_model(experiment, sizes, model_folder)
     guess = commonest([r["answer"] for r in load_records(experiment.data)])
     rows: list[tuple[str, list[bool], float]] = [(f"always {guess}", [correct(guess, r["answer"]) for r in records], 0.0)]
     predictions: list[dict[str, Any]] = []
     for name in ("base", "tuned"):  # a fresh adapter's B is zero: the model is its base
-        if name == "tuned":
+        if name == "tuned" and experiment.adapter is None:
+            model = create_model(experiment, sizes, folder / "model")
+        elif name == "tuned":
             peft.load_adapter(model, folder / "adapter")
         verdicts, outputs, seconds = answer_all(model, tokenizer, experiment.data.template, records)
         rows.append((name, verdicts, seconds))

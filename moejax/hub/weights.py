@@ -21,6 +21,7 @@ from models.config import Architecture, from_hub_config
 from models.ops import nf4
 from moejax.errors import UserError
 from moejax.hub.names import Place, tensors
+from moejax.hub.torch_file import TorchFile
 
 _DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
@@ -36,7 +37,10 @@ def resolve(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(_DOWNLOAD)))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_DOWNLOAD)))
+        if not any(folder.glob("*.safetensors")):  # BlackMamba's checkpoints are PyTorch's
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_DOWNLOAD, "pytorch_model.bin"]))
+        return folder
     except Exception as error:
         raise UserError(
             f"model.source = {source!r} is no local folder, and the Hub could not be asked ({type(error).__name__}: "
@@ -57,7 +61,7 @@ def read_config(folder: Path) -> Architecture:
 
 
 def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
-    """Fill an abstract model (`models.build.build` without a key) from a folder's safetensors; adapters from `lora_key`.
+    """Fill an abstract model (`models.build.build` without a key) from a folder's safetensors or .bin; adapters from `lora_key`.
 
     One tensor at a time: read by memory map, cast or quantized (each expert's matrix by itself), stacked. Raises UserError naming
     file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
@@ -67,7 +71,7 @@ def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
         files = _open(folder, stack)
         unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq"))
         if model.config.tie_word_embeddings:
-            unknown = [name for name in unknown if name != "lm_head.weight"]
+            unknown = [name for name in unknown if name not in ("lm_head.weight", "output_layer.weight")]
         if unknown:
             raise UserError(
                 f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}"
@@ -87,6 +91,9 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif not (folder / "model.safetensors").is_file() and (folder / "pytorch_model.bin").is_file():
+        torch_file = stack.enter_context(TorchFile(folder / "pytorch_model.bin"))
+        return dict.fromkeys(torch_file.keys(), torch_file)
     else:
         names = ["model.safetensors"]
     files: dict[str, Any] = {}
@@ -94,7 +101,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise UserError(
-                f"{folder} lacks {name}" + (", which its index names" if index.is_file() else " (weights in safetensors)")
+                f"{folder} lacks {name}" + (", which its index names" if index.is_file() else " (or a pytorch_model.bin)")
             )
         try:
             file = stack.enter_context(safe_open(str(path), framework="flax"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,8 @@ from rich.table import Table
 from models.build import build
 from models.ops.nf4 import NF4Tensor
 from moejax.config import Experiment
-from moejax.training.state import architecture, model_arguments
+from moejax.training.optimizer import make_optimizer
+from moejax.training.state import architecture, model_arguments, split
 
 _GROUPS = (
     ("embeddings", "embed."), ("head", "head."), ("router", ".moe.router."), ("experts", ".moe.w"), ("attention", ".attention."),
@@ -52,6 +54,15 @@ def parameter_groups(experiment: Experiment) -> dict[str, Group]:
     return groups
 
 
+def optimizer_bytes(experiment: Experiment) -> int:
+    """Bytes of the optimizer's state, from its abstract initialization."""
+    model = build(architecture(experiment, _folder(experiment)), **model_arguments(experiment))
+    _, trainable, _ = split(model, full=experiment.adapter is None)
+    optimizer = make_optimizer(experiment.training, optax.constant_schedule(0.0))
+    state = jax.eval_shape(optimizer.init, nnx.to_pure_dict(trainable))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def _folder(experiment: Experiment) -> Path | None:
     source = experiment.model.source
     return Path(source) if source and Path(source).is_dir() else None
@@ -79,7 +90,7 @@ def report(experiment: Experiment) -> int:
     base = sum(g.parameters for n, g in groups.items() if not n.endswith("LoRA"))
     trained = [g for g in groups.values() if g.trainable]
     stored = sum(g.bytes for g in groups.values())
-    optimizer = 2 * sum(g.bytes for g in trained)
+    optimizer = optimizer_bytes(experiment)
     gradients = sum(g.bytes for g in trained)
     table.add_section()
     table.add_row("base model", f"{base:,}", "", "", "")
@@ -88,7 +99,7 @@ def report(experiment: Experiment) -> int:
     table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{base - idle:,}", "", "", "")
     table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
     table.add_row("weights in memory", "", "", f"{stored / 1e9:.3f}", "")
-    table.add_row("AdamW moments", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")
+    table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")
     table.add_row("gradients", "", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
     console.print(table)
     console.print(_schedule(experiment), highlight=False)

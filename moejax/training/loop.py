@@ -57,7 +57,11 @@ def run(experiment: Experiment, *, resume: bool) -> int:
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     config = architecture(experiment, model_folder)
-    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder)) if experiment.data.source is not None else None
+    tokenizer = (
+        load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
+        if experiment.data.source is not None
+        else None
+    )
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)

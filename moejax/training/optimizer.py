@@ -1,4 +1,4 @@
-"""AdamW with clipping and a learning-rate schedule, from the config."""
+"""AdamW or Adafactor with clipping and a learning-rate schedule, from the config."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ def make_schedule(config: TrainingConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW (decoupled decay, as torch's) behind clipping by the global norm; moments in the weights' dtype (fp32 for LoRA)."""
-    adamw = optax.adamw(schedule, b1=config.betas[0], b2=config.betas[1], eps=config.eps, weight_decay=config.weight_decay)
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    """AdamW (decoupled decay, as torch's) behind clipping by the global norm; moments in the weights' dtype (fp32 for LoRA).
+
+    Adafactor (optax's, without its own scaling by the parameters' size): second moments as a row and a column per matrix, no first.
+    """
+    if config.optimizer == "adafactor":
+        rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None)
+    else:
+        rule = optax.adamw(schedule, b1=config.betas[0], b2=config.betas[1], eps=config.eps, weight_decay=config.weight_decay)
+    return rule if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)

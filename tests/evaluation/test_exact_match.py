@@ -52,6 +52,20 @@ def test_scores_and_predictions(run, capsys):
     assert "tuned" in capsys.readouterr().out
 
 
+def test_a_run_that_trained_all_weights(run, tmp_path):
+    """Its tuned model is the one in model/, not the base again."""
+    folder, data = run
+    content = config.load(folder / "config.yaml").model_dump(mode="json")
+    content |= {"name": "full", "adapter": None}
+    content["training"]["learning_rate"] = 0.05
+    path = tmp_path / "full.yaml"
+    path.write_text(config.dump(config.Experiment.model_validate(content)))
+    assert cli.main(["train", "--config", str(path)]) == 0
+    assert cli.main(["exact-match", str(tmp_path / "runs/full"), "--data", str(data), "--limit", "3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "runs/full/predictions.jsonl").read_text().splitlines()]
+    assert [x["output"] for x in lines[:3]] != [x["output"] for x in lines[3:]]
+
+
 def test_bad_input(run, tmp_path, capsys):
     folder, _ = run
     assert cli.main(["exact-match", str(tmp_path / "nowhere"), "--data", "x.json"]) == 2

@@ -195,3 +195,14 @@ def test_bad_configs(change, message):
     config = BlackMambaConfig(num_layers=4).to_hub_config() | change
     with pytest.raises(ValueError, match=message):
         from_hub_config(config)
+
+
+def test_left_padding_and_empty_rows_are_refused(models_by_case):
+    model, tokens = models_by_case["top2"], jnp.ones((2, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"row 1 has padding at 0 before a token at 1.*Pad on the right"):
+        model(tokens, jnp.asarray([[1, 1, 1, 0], [0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="sequence length is 0"):
+        model(tokens[:, :0], tokens[:, :0])
+    with pytest.raises(ValueError, match="sequence length is 0"):
+        init = init_cache(model, 2, 8)
+        model.cached(tokens[:, :0], jnp.ones((2, 0), bool), tokens[:, :0], init.layers)

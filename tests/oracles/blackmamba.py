@@ -109,6 +109,17 @@ def forward(w: dict[str, torch.Tensor], ids: torch.Tensor, k: int, activation: s
     return final @ w["embedding.word_embeddings.weight"].T, choices
 
 
+def write_torch_file() -> None:
+    """Tensors of several kinds as torch.save writes them: a view with strides, shared storage, a parameter, bf16; and one bad file."""
+    numbers = torch.arange(24, dtype=torch.float32)
+    tensors = {
+        "plain": numbers.reshape(4, 6), "transposed": numbers.reshape(4, 6).T, "shared": numbers[6:18].reshape(3, 4),
+        "bf16": numbers.to(torch.bfloat16), "parameter": torch.nn.Parameter(numbers[:2]), "ids": torch.arange(3),
+    }  # fmt: skip
+    torch.save({"model": tensors}, OUT.parent / "tensors.bin")
+    torch.save({"model": tensors, "made": Path("somewhere")}, OUT.parent / "not_only_tensors.bin")
+
+
 def main() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -136,6 +147,7 @@ def main() -> None:
         vectors |= {f"{case}/grad/{n}": (torch.zeros_like(v) if v.grad is None else v.grad).numpy() for n, v in w.items()}
     vectors["versions"] = np.array(json.dumps({"torch": torch.__version__}))
     np.savez_compressed(OUT, **vectors)
+    write_torch_file()
     print(f"{OUT}: {OUT.stat().st_size / 1e3:.0f} kB")
 
 
