@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close_to_largest
+from support import assert_close_to_largest, loss_and_gradients
 
 from models.blackmamba import BlackMamba
 from models.build import build
@@ -17,7 +17,6 @@ from moejax.data.batch import Batch
 from moejax.hub.names import tensors
 from moejax.hub.weights import attribute, load_weights, save_weights
 from moejax.training.state import split
-from moejax.training.step import Objective, sums
 
 CASES = {"top1": (1, "gelu"), "top2": (2, "gelu"), "dense": (4, "gelu"), "top2_silu": (2, "silu")}
 
@@ -40,18 +39,6 @@ def batch(blackmamba_vectors):
     targets[:, :-1], loss_mask[:, :-1] = ids[:, 1:], labels[:, 1:] != -100
     arrays = (ids, targets, loss_mask, mask, np.arange(ids.shape[1])[None] * mask)
     return Batch(*(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in arrays))
-
-
-def loss_and_gradients(model, batch, **settings):
-    graphdef, trainable, frozen = split(model, full=True)
-    objective = Objective(graphdef, full=True, chunk_tokens=16, **settings)
-
-    def mean(trainable):
-        total, (_, stats) = sums(objective, trainable, frozen, batch, None)
-        return total / batch.loss_mask.sum(), stats
-
-    (loss, stats), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True))(trainable)
-    return loss, stats, nnx.merge(graphdef, gradients, frozen)
 
 
 def hub_arrays(model):

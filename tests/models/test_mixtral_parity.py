@@ -4,16 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from support import assert_close_to_largest, hub_tensor
+from support import assert_close_to_largest, hub_tensor, loss_and_gradients
 
 from models.build import build
 from models.cache import decode_step, init_cache, prefill
 from models.mixtral import load_balancing_loss
 from moejax.hub.names import module_names
 from moejax.hub.weights import load_weights
-from moejax.training.state import split
-from moejax.training.step import Objective, sums
 
 CASES = {"top2": 2, "dense": 8}
 
@@ -25,18 +22,6 @@ def models_by_case(mixtral_folder, reference_config):
         return load_weights(build(config, dtype=jnp.float32), mixtral_folder, jax.random.key(0))
 
     return {case: load(k) for case, k in CASES.items()}
-
-
-def loss_and_gradients(model, batch, **settings):
-    graphdef, trainable, frozen = split(model, full=True)
-    objective = Objective(graphdef, full=True, chunk_tokens=16, **settings)
-
-    def mean(trainable):
-        total, (_, stats) = sums(objective, trainable, frozen, batch, None)
-        return total / batch.loss_mask.sum(), stats
-
-    (loss, stats), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True))(trainable)
-    return loss, stats, nnx.merge(graphdef, gradients, frozen)
 
 
 @pytest.mark.parametrize("case", CASES)
