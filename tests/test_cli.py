@@ -37,6 +37,25 @@ def test_dry_run_of_the_full_model(capsys):
     assert "23.264" in lines["experts"]
 
 
+def test_dry_run_of_blackmamba(capsys):
+    """Counts to the digit for top-2 and dense, and what weights, gradients and moments take in the study's bf16."""
+    for kind, active in (("sparse", "936,548,368"), ("dense", "2,783,213,584")):
+        assert cli.train_main(["--config", str(ROOT / f"configs/blackmamba_2.8b_math_{kind}.yaml"), "--dry-run"]) == 0
+        lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+        assert "2,783,213,584" in lines["base model"] and "2,783,213,584" in lines["trained"]
+        assert active in next(line for name, line in lines.items() if name.startswith("active per token"))
+        assert "5.566" in lines["weights in memory"] and "11.133" in lines["adamw state"]
+    one = ["--config", str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml"), "--dry-run", "model.experts_per_token=1"]
+    assert cli.train_main(one) == 0
+    assert "628,770,832" in capsys.readouterr().out
+
+
+def test_an_adapter_on_a_blackmamba_is_refused(capsys):
+    config = str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml")
+    assert cli.train_main(["--config", config, "--dry-run", "adapter={targets: [q_proj, w1]}"]) == 2
+    assert "a BlackMamba is trained whole here (it has no q_proj): remove the adapter" in capsys.readouterr().err
+
+
 def test_memory_fraction_is_set_before_jax(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "x")
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from models.build import Model, build
-from models.config import Architecture, LoRAConfig, Quantization
+from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import weights
@@ -30,6 +30,11 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
             f"rows of {experiment.data.longest_row} tokens exceed the model's max_position_embeddings = "
             f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
         )
+    if isinstance(config, BlackMambaConfig) and experiment.adapter is not None:
+        there = [name for name in experiment.adapter.targets if name in ("gate", "w1", "w2", "w3")]
+        missing = [name for name in experiment.adapter.targets if name not in there]
+        why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
+        raise UserError(f"adapter: a BlackMamba is trained whole here ({why}): remove the adapter and quantization sections")
     return config
 
 

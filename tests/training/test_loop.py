@@ -55,6 +55,32 @@ def test_20_steps_equal_10_and_resumed_10_to_the_bit(make_experiment, monkeypatc
     assert adapter(folder_of(halves)) == adapter(folder_of(straight))
 
 
+BLACKMAMBA = {
+    "model": {
+        "preset": "blackmamba-tiny",
+        "overrides": {"hidden_size": 32, "intermediate_size": 24, "num_layers": 2, "num_experts": 4},
+    },
+    "quantization": {"format": "none"},
+    "adapter": None,
+    "training": {"steps": 8, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_blackmamba_trains_and_resumes_to_the_bit(optimizer, make_experiment, monkeypatch):
+    """Full fine-tuning through the same loop: 8 steps equal 4 and resumed 4, in every loss and every byte of the model."""
+    settings = BLACKMAMBA | {"training": BLACKMAMBA["training"] | {"optimizer": optimizer}}
+    straight, halves = make_experiment("straight", **settings), make_experiment("halves", **settings)
+    assert loop.run(straight, resume=False) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert loop.run(halves, resume=False) == 128 + signal.SIGTERM
+    assert loop.run(halves, resume=True) == 0
+    assert losses(folder_of(halves)) == losses(folder_of(straight))
+    model = [(folder_of(e) / "model" / "model.safetensors").read_bytes() for e in (straight, halves)]
+    assert model[0] == model[1]
+
+
 @pytest.fixture
 def finished(make_experiment):
     experiment = make_experiment(training={"steps": 4, "eval_every": 2}, checkpoint={"every": 1, "keep": 2})
