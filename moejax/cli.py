@@ -47,6 +47,18 @@ def guarded(options: argparse.Namespace) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("moejax", "models"):
+            raise
+        print(
+            f"error: {error}: this Python lacks what moejax needs. `make demo` installs it in .venv (then: . .venv/bin/activate); "
+            "BUILD.md has other ways",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: what a run had finished is in its last checkpoint (--resume)", file=sys.stderr)
+        return 130
 
 
 def run(options: argparse.Namespace) -> int:

@@ -215,7 +215,7 @@ class DeviceConfig(_Section):
 class Experiment(_Section):
     """One run. Its folder is runs_dir/name."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
     runs_dir: str = "runs"
     model: ModelConfig

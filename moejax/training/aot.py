@@ -95,7 +95,7 @@ def device(name: str) -> Any:
         topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(TARGETS[name]), topology="1x1x1")
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"cannot compile for {name} on this machine ({str(error).splitlines()[0]}): install the extra, pip install 'moejax[aot]', "
+            f"cannot compile for {name} on this machine ({str(error).splitlines()[0]}): install the extra, pip install -e '.[aot]', "
             "with jax-cuda12-plugin of jaxlib's version, and set JAX_PLATFORMS=cpu"
         ) from error
     return topology.devices[0]

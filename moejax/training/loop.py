@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -95,10 +96,15 @@ class Trainer:
         c = experiment.checkpoint
         self.checkpoints = Checkpoints(folder / "checkpoints", c.keep, c.best and dataset.evaluation is not None)
         self.position, self.step = Position(0, 0), 0
-        if resume:
+        saved = resume and self.checkpoints.latest_step() is not None
+        if saved:
             self.state, self.position = self.checkpoints.restore(self.state)
             self.step = int(self.state.step)
-        self.start_step, self.last_saved = self.step, self.step if resume else None
+        elif resume:
+            console.print(
+                f"{folder} was stopped before its first checkpoint: starting at step 0", highlight=False, soft_wrap=True
+            )
+        self.start_step, self.last_saved = self.step, self.step if saved else None
         self.writer = MetricWriter(folder, self.step if resume else None)
         self.flop_count = flops.count(self.config, adapter_config(experiment))
         self.peak_flops, self.peak_source = flops.peak_flops(t.compute_dtype)
@@ -264,6 +270,8 @@ class Trainer:
         if self._stop is not None:  # the second time at once
             raise KeyboardInterrupt
         self._stop = number
+        # Not through the console: the handler may have interrupted it.
+        os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n".encode())
 
     def model(self) -> Model:
         """The model as it stands."""

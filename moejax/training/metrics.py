@@ -70,7 +70,7 @@ class Display:
 
     def __init__(self, total: int, start: int, console: Console):
         self.console, self.total, self._every = console, total, max(1, total // 20)
-        self._started, self._first = time.monotonic(), start
+        self._first, self._begun = start, (start, math.nan)  # step and time from which speed is counted: the first one compiles
         columns = (
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -84,8 +84,11 @@ class Display:
         text = f"loss {record['loss']:.4f}  {record['queries_per_second']:.2f} queries/s  {record['tokens_per_second']:.0f} tokens/s"
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
-        elif step % self._every == 0 or step in (self._first + 1, self.total):
-            remaining = (time.monotonic() - self._started) / max(1, step - self._first) * (self.total - step)
+        if step == self._first + 1:
+            self._begun = (step, time.monotonic())
+        if not self._progress and (step % self._every == 0 or step in (self._first + 1, self.total)):
+            done, since = step - self._begun[0], time.monotonic() - self._begun[1]
+            remaining = since / done * (self.total - step) if done else math.inf
             line = f"step {step}/{self.total}  {text}  lr {record['learning_rate']:.2e}  left {duration(remaining)}"
             self.console.print(line, highlight=False, soft_wrap=True)
 

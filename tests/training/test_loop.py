@@ -153,6 +153,17 @@ def test_padded_batchings_train_too(batching, make_experiment):
     assert {line["padded_tokens"] for line in lines if "loss" in line} == {4 * 48}
 
 
+def test_a_run_stopped_before_its_first_checkpoint_resumes_at_step_0(make_experiment, monkeypatch, capsys):
+    experiment = make_experiment(training={"steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_loop", lambda self, display: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(experiment, resume=False)
+    assert loop.run(experiment, resume=True) == 0
+    assert "before its first checkpoint: starting at step 0" in capsys.readouterr().out
+    assert list(losses(folder_of(experiment))) == [1, 2]
+
+
 def test_resume_without_a_run(make_experiment):
     with pytest.raises(UserError, match="holds no run to resume"):
         loop.run(make_experiment("never"), resume=True)
