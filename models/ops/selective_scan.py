@@ -10,8 +10,8 @@ chunk's start, the backward pass computes a chunk's states again and runs throug
 inside a chunk: `chunked` goes step by step (a CPU's cache likes it), `chunked_associative` takes log(chunk) wide steps (a GPU would
 otherwise be launched for each). `benchmarks/scan_forms.py`, forward + backward, batch 2, length 1024, D 512, N 16 on two cores, the
 recorded run: whole-row associative 374 ms, chunked 76 ms (56 when the machine is quiet), the same chunks by `jax.checkpoint` instead of
-this gradient 83 ms (81). A kernel would be a third
-such form: the same arguments, resets and gradients, through `_chunk_forward` and `_chunk_backward`.
+this gradient 83 ms (81). A kernel would be a third such form: the same arguments, resets and gradients, through `_chunk_forward` and
+`_chunk_backward`.
 """
 
 from __future__ import annotations
