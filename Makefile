@@ -26,7 +26,7 @@ demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and
 test: lint ## ruff, mypy and the test suite
 	@$(BIN)/python -m pytest -q -n 2
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
@@ -61,5 +61,5 @@ reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 
 vectors: reference4 ## remake tests/vectors with PyTorch
 	@for script in mixtral lora nf4 blackmamba; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
 
-clean:
+clean: ## remove environments, runs and generated text
 	rm -rf $(VENV) .venv-reference4 .venv-reference5 runs assets/generated
