@@ -1,6 +1,7 @@
 """Time the selective scan's forms, forward and backward, on this CPU, and their temporary memory by the compiler; JSON out.
 
     python benchmarks/scan_forms.py [--batch 2 --length 1024 --channels 512 --states 16] [--out FILE.json]
+    python benchmarks/scan_forms.py --compile-only --batch 16 --length 512 --channels 2944 --chunks 16,32
 
 The forms take turns. `checkpoint` is the chunked form left to automatic differentiation with a rematerialized body: what the custom
 gradient is measured against.
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--chunks", default="16,32,64,128")
     parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--compile-only", action="store_true", help="print temporary memory, run nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     b, t, d, n = options.batch, options.length, options.channels, options.states
@@ -65,6 +67,10 @@ def main() -> int:
         for form in ("chunked", "chunked_associative"):
             forms[f"{form} {chunk}"] = gradient(lambda o, f=form, c=chunk: ss.selective_scan(*o, form=f, chunk=c)[0])
         forms[f"checkpoint {chunk}"] = gradient(lambda o, c=chunk: checkpointed(*o, chunk=c))
+    if options.compile_only:
+        for name, form in forms.items():
+            print(f"{name:24} {form.lower(operands).compile().memory_analysis().temp_size_in_bytes / 1e9:8.3f} GB")
+        return 0
     memory = {k: f.lower(operands).compile().memory_analysis().temp_size_in_bytes for k, f in forms.items()}
     reference = jax.block_until_ready(gradient(lambda o: ss.selective_scan(*o, form="sequential")[0])(operands))
     seconds: dict[str, list[float]] = {k: [] for k in forms}

@@ -309,7 +309,7 @@ def _explain_one(e: Any) -> str:
         message = str(e["ctx"]["error"])
         return message if not path or message.startswith(path.split(".")[0]) else f"{path}: {message}"
     message = e["msg"][0].lower() + e["msg"][1:]
-    return f"{path} = {e['input']!r}: {message.replace('input should be', 'expected')}"
+    return f"{path} = {e['input']!r}: {message.replace('input should be', 'expected').replace('a valid tuple', 'a list')}"
 
 
 def _section_class(annotation: Any) -> Any:

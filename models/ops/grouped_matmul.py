@@ -247,6 +247,14 @@ class _Adapters:
         return dx, sums
 
 
+def _expert(plan, inputs, output, key, dtype, xs):  # type: ignore[no-untyped-def]
+    """What both passes need of one expert: first row, rows, input matrices, output matrix, and the adapters on either."""
+    e, start, size, pairs, pair_out = xs
+    *ws, w_out = _matrices(plan, inputs, output, e, dtype)
+    key_out = None if key is None else jax.random.fold_in(key, len(plan.names))
+    return start, size, ws, w_out, _Adapters(plan, pairs, key, dtype), _Adapters(plan, (pair_out,), key_out, dtype)
+
+
 def _hidden(plan, ws, adapters, rows, row):  # type: ignore[no-untyped-def]
     """The input projections of a tile, and the low-rank rows on the way."""
     low = adapters.down(rows, row)
@@ -262,19 +270,11 @@ def _activated(plan, hidden, row_weights):  # type: ignore[no-untyped-def]
         return plan.activation(*hidden) * row_weights[:, None]
 
 
-def _keys(plan, key):  # type: ignore[no-untyped-def]
-    return (None, None) if key is None else (key, jax.random.fold_in(key, len(plan.names)))
-
-
 def _run(plan, keep, x, row_weights, sizes, inputs, output, key):  # type: ignore[no-untyped-def]
     """The output rows, and the hidden rows if `keep`."""
-    keys = _keys(plan, key)
 
     def expert(state, xs):  # type: ignore[no-untyped-def]
-        e, start, size, pairs, pair_out = xs
-        *ws, w_out = _matrices(plan, inputs, output, e, x.dtype)
-        adapters = _Adapters(plan, pairs, keys[0], x.dtype)
-        adapters_out = _Adapters(plan, (pair_out,), keys[1], x.dtype)
+        start, size, ws, w_out, adapters, adapters_out = _expert(plan, inputs, output, key, x.dtype, xs)
 
         def tile(row, _, count, state):  # type: ignore[no-untyped-def]
             y, kept = state
@@ -306,13 +306,9 @@ def _mlp_forward(plan, *operands):  # type: ignore[no-untyped-def]
 def _mlp_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]
     """Per expert and tile: the hidden rows again, then dX = dH W of every projection, and the sums dA, dB (and dW), in fp32."""
     (x, row_weights, sizes, inputs, output, key), kept = residuals
-    keys = _keys(plan, key)
 
     def expert(state, xs):  # type: ignore[no-untyped-def]
-        e, start, size, pairs, pair_out = xs
-        *ws, w_out = _matrices(plan, inputs, output, e, x.dtype)
-        adapters = _Adapters(plan, pairs, keys[0], x.dtype)
-        adapters_out = _Adapters(plan, (pair_out,), keys[1], x.dtype)
+        start, size, ws, w_out, adapters, adapters_out = _expert(plan, inputs, output, key, x.dtype, xs)
 
         def tile(row, first, count, state):  # type: ignore[no-untyped-def]
             (dx, dp), (dws, sums, sums_out) = state

@@ -72,7 +72,7 @@ class TorchFile:
             pickled = next(name for name in self._zip.namelist() if name.endswith("/data.pkl"))
             with self._zip.open(pickled) as file:
                 content = _Unpickler(file).load()
-        except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError) as error:
+        except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} is no whole PyTorch checkpoint ({error or 'no data.pkl in it'}): expected a zip of tensors as torch.save writes it"
             ) from None
@@ -87,8 +87,18 @@ class TorchFile:
 
     def get_tensor(self, name: str) -> jax.Array:
         storage, offset, shape, strides = self._tensors[name]
-        data = np.frombuffer(self._zip.read(f"{self._prefix}data/{storage.key}"), storage.dtype)[offset:]
-        steps = [s * data.itemsize for s in strides]
+        try:
+            data = np.frombuffer(self._zip.read(f"{self._prefix}data/{storage.key}"), storage.dtype)
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self._path}: the data of tensor {name!r} cannot be read ({error}): download it again") from None
+        # Strides come from the file: a view beyond the data would read whatever lies in memory there.
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if min(offset, *shape, *strides, 0) < 0 or (0 not in shape and last >= data.size):
+            raise UserError(
+                f"{self._path}: tensor {name!r} (shape {list(shape)}, strides {list(strides)}, offset {offset}) reaches beyond its "
+                f"{data.size} stored elements: a damaged file; download it again"
+            )
+        data, steps = data[offset:], [s * data.itemsize for s in strides]
         return jnp.asarray(np.lib.stride_tricks.as_strided(data, shape, steps, writeable=False))
 
     def __enter__(self) -> TorchFile:

@@ -38,6 +38,14 @@ def test_what_is_no_tensor_is_refused_and_not_run(tmp_path):
         TorchFile(half)
 
 
+@pytest.mark.parametrize("change", [{"shape": (5, 6)}, {"strides": (600, 1)}, {"offset": 1}, {"strides": (-6, 1)}])
+def test_a_tensor_that_reaches_beyond_its_data_is_refused(change):
+    with TorchFile(VECTORS / "tensors.bin") as file:
+        file._tensors["plain"] = file._tensors["plain"]._replace(**change)
+        with pytest.raises(UserError, match=r"tensor 'plain' .* reaches beyond its 24 stored elements"):
+            file.get_tensor("plain")
+
+
 def test_a_folder_with_a_bin(blackmamba_folder, tmp_path):
     """The config beside a checkpoint that lacks this model's tensors: the message names the first one."""
     (tmp_path / "config.json").write_text((blackmamba_folder / "config.json").read_text())
