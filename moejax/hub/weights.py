@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.build import Model, materialize_lora
-from models.config import Architecture, from_hub_config
+from models.config import Architecture, MixtralConfig, from_hub_config
 from models.ops import nf4
 from moejax.errors import UserError
 from moejax.hub.names import Place, tensors
@@ -191,7 +191,9 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
     save_file(arrays, str(aside), metadata={"format": "pt"})
     aside.replace(folder / "model.safetensors")
     c = model.config
-    hub_config = c.to_hub_config() | {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
+    hub_config = c.to_hub_config()
+    if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
+        hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
     _write_json(folder / "config.json", hub_config)
     generation = {"_from_model_config": True, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
     _write_json(folder / "generation_config.json", generation)

@@ -72,7 +72,10 @@ def run(experiment: Experiment, *, resume: bool) -> int:
         model = create_model(experiment, config, model_folder)
     run_folder.write_config(folder, experiment)
     trainer = Trainer(experiment, model, dataset, folder, console, resume=resume)
-    return trainer.train()
+    code = trainer.train()
+    if code == 0 and tokenizer is not None and experiment.adapter is None:
+        tokenizer.save_pretrained(str(folder / "model"))
+    return code
 
 
 class Trainer:

@@ -79,6 +79,9 @@ def test_a_blackmamba_trains_and_resumes_to_the_bit(optimizer, make_experiment, 
     assert losses(folder_of(halves)) == losses(folder_of(straight))
     model = [(folder_of(e) / "model" / "model.safetensors").read_bytes() for e in (straight, halves)]
     assert model[0] == model[1]
+    whole = {"source": str(folder_of(straight) / "model"), "preset": None, "overrides": {}}
+    again = make_experiment("again", **settings | {"model": whole, "tokenizer": None})
+    assert loop.run(again, resume=False) == 0  # the folder is a whole model: with its config and its tokenizer
 
 
 @pytest.fixture
