@@ -20,8 +20,11 @@ from models.ops.linear import OfLayer
 
 INIT_STD = 0.02
 REMAT_POLICIES = ("none", "full")
-SAVED_NAMES = ("router_indices", "router_weights", "dispatch")
+ROUTING_NAMES = ("router_indices", "router_weights", "dispatch")
 """What every rematerialization policy keeps: recomputation must never change an expert choice."""
+HALFWAY_NAMES = ("halfway", "attention_log_sums")
+"""The stream between the two halves of a layer, and one number per query and head: each half is then recomputed by itself, and of
+the attention only q, k and v (its output and what follows are needed for nothing but the stream)."""
 
 
 class Frozen(nnx.Variable):
@@ -177,10 +180,11 @@ def _of_experts(variable: nnx.Variable) -> bool:
 
 
 def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`none` keeps what autodiff keeps; `full` keeps a layer's input and its routing. Raises ValueError for another name."""
+    """`none` keeps what autodiff keeps; `full` keeps the stream before each half of a layer, and the routing. Raises ValueError for
+    another name."""
     if remat == "none":
         return body
     if remat == "full":
-        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+        policy = jax.checkpoint_policies.save_only_these_names(*ROUTING_NAMES, *HALFWAY_NAMES)
         return jax.checkpoint(body, policy=policy, prevent_cse=False)
     raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")

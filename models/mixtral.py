@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import Attention, KeyValues
 from models.config import MixtralConfig
@@ -36,6 +37,7 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> tuple[jax.Array, RouterStats]:
         x = x + self.attention(self.attention_norm(x), segment_ids, positions, dropout_key)
+        x = checkpoint_name(x, "halfway")
         return self._experts(x, segment_ids > 0, dropout_key, keep)
 
     def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:

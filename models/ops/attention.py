@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
@@ -29,8 +30,9 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax
     """Causal attention that never crosses a segment's boundary. q: [B, T, H, C]; k, v: [B, T, G, C]; segment_ids: int32 [B, T].
 
     Query blocks one after the other, each against the keys up to its end (what lies behind is masked anyway). The backward pass
-    keeps q, k, v, the output and one fp32 number per query (the log of its softmax's sum), and computes the weights again, as
-    FlashAttention does (arXiv 2205.14135). Scores, softmax and sums in fp32.
+    keeps q, k, v and one fp32 number per query (the log of its softmax's sum, named for rematerialization policies), and computes
+    the weights again, as FlashAttention does (arXiv 2205.14135). It needs no output: a policy that keeps the stream behind the
+    attention recomputes q, k and v only. Scores, softmax and sums in fp32.
     """
     b, t, h, c = q.shape
     g = k.shape[2]
@@ -100,13 +102,12 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) ->
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
     out, log_sums = _forward_blocks(q, k, v, segment_ids)
-    return out, (q, k, v, segment_ids, out, log_sums)
+    return out, (q, k, v, segment_ids, checkpoint_name(log_sums, "attention_log_sums"))
 
 
 def _attend_backward(residuals: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, segment_ids, out, log_sums = residuals
+    q, k, v, segment_ids, log_sums = residuals
     scale = q.shape[-1] ** -0.5
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     kt, vt = _transposed(k), _transposed(v)
     dqs, dkt, dvt = [], jnp.zeros(kt.shape, jnp.float32), jnp.zeros(vt.shape, jnp.float32)
     for block in _blocks(q.shape[3]):
@@ -115,7 +116,9 @@ def _attend_backward(residuals: Any, dout: jax.Array) -> tuple[jax.Array, jax.Ar
         weights = jnp.exp(_scores(q, kt, segment_ids, block) - _rows(log_sums, block)[..., None])
         dout_rows = _rows(dout, block)
         dweights = _times(dout_rows, vt[..., keys])
-        dscores = (weights * (dweights - _rows(delta, block)[..., None]) * scale).astype(q.dtype)
+        # FlashAttention sums output times its gradient; over the keys it is the same sum, and needs no output.
+        delta = jnp.sum(weights * dweights, axis=-1, keepdims=True)
+        dscores = (weights * (dweights - delta) * scale).astype(q.dtype)
         dqs.append(_times(dscores, k[:, :, keys]).astype(q.dtype))
         dkt = dkt.at[..., keys].add(_times(_transposed(_rows(q, block)), dscores))
         dvt = dvt.at[..., keys].add(_times(_transposed(dout_rows), weights.astype(v.dtype)))
