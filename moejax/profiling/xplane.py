@@ -1,0 +1,233 @@
+"""Reading `*.xplane.pb`, the profiler's file: events on lines of planes, and the compiled programs that it embeds.
+
+The messages are declared here field by field, as far as they are used (tsl/profiler/protobuf/xplane.proto and xla/service/hlo.proto name
+and number them), and protobuf reads the bytes: no TensorFlow, and nothing but what tensorboard brings anyway.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from moejax.errors import UserError
+
+# message -> {field: (number, type)}; a type in brackets is repeated, {…} is a map from int64.
+_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+    "XSpace": {"planes": (1, "[XPlane]"), "hostnames": (4, "[string]")},
+    "XPlane": {
+        "id": (1, "int64"), "name": (2, "string"), "lines": (3, "[XLine]"), "event_metadata": (4, "{XEventMetadata}"),
+        "stat_metadata": (5, "{XStatMetadata}"), "stats": (6, "[XStat]"),
+    },
+    "XLine": {
+        "id": (1, "int64"), "name": (2, "string"), "timestamp_ns": (3, "int64"), "events": (4, "[XEvent]"),
+        "duration_ps": (9, "int64"), "display_name": (11, "string"),
+    },
+    "XEvent": {
+        "metadata_id": (1, "int64"), "offset_ps": (2, "int64"), "duration_ps": (3, "int64"), "stats": (4, "[XStat]"),
+    },
+    "XStat": {
+        "metadata_id": (1, "int64"), "double_value": (2, "double"), "uint64_value": (3, "uint64"), "int64_value": (4, "int64"),
+        "str_value": (5, "string"), "bytes_value": (6, "bytes"), "ref_value": (7, "uint64"),
+    },
+    "XEventMetadata": {
+        "id": (1, "int64"), "name": (2, "string"), "metadata": (3, "bytes"), "display_name": (4, "string"), "stats": (5, "[XStat]"),
+    },
+    "XStatMetadata": {"id": (1, "int64"), "name": (2, "string")},
+    "HloProto": {"hlo_module": (1, "HloModuleProto")},
+    "HloModuleProto": {
+        "name": (1, "string"), "computations": (3, "[HloComputationProto]"), "id": (5, "int64"), "entry_computation_id": (6, "int64"),
+    },
+    "HloComputationProto": {
+        "name": (1, "string"), "instructions": (2, "[HloInstructionProto]"), "id": (5, "int64"), "root_id": (6, "int64"),
+    },
+    "HloInstructionProto": {
+        "name": (1, "string"), "opcode": (2, "string"), "shape": (3, "ShapeProto"), "metadata": (7, "OpMetadata"),
+        "parameter_number": (9, "int64"), "tuple_index": (13, "int64"), "dimensions": (14, "[int64]"), "custom_call_target": (28, "string"),
+        "dot_dimension_numbers": (30, "DotDimensionNumbers"), "id": (35, "int64"), "operand_ids": (36, "[int64]"),
+        "called_computation_ids": (38, "[int64]"), "backend_config": (43, "bytes"),
+    },
+    "OpMetadata": {"op_type": (1, "string"), "op_name": (2, "string")},
+    "ShapeProto": {"element_type": (2, "int32"), "dimensions": (3, "[int64]"), "tuple_shapes": (4, "[ShapeProto]")},
+    "DotDimensionNumbers": {
+        "lhs_contracting_dimensions": (1, "[int64]"), "rhs_contracting_dimensions": (2, "[int64]"),
+        "lhs_batch_dimensions": (3, "[int64]"), "rhs_batch_dimensions": (4, "[int64]"),
+    },
+}  # fmt: skip
+
+
+def _declare() -> dict[str, Any]:
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="moejax/xplane.proto", package="moejax", syntax="proto3")
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field_name, (number, kind) in fields.items():
+            declared = message.field.add(name=field_name, number=number)
+            declared.label = kinds.LABEL_REPEATED if kind[0] in "[{" else kinds.LABEL_OPTIONAL
+            element = kind.strip("[]{}")
+            if kind[0] == "{":
+                entry = message.nested_type.add(name=field_name.title().replace("_", "") + "Entry")
+                entry.options.map_entry = True
+                entry.field.add(name="key", number=1, label=kinds.LABEL_OPTIONAL, type=kinds.TYPE_INT64)
+                value = entry.field.add(name="value", number=2, label=kinds.LABEL_OPTIONAL, type=kinds.TYPE_MESSAGE)
+                value.type_name = f".moejax.{element}"
+                declared.type, declared.type_name = kinds.TYPE_MESSAGE, f".moejax.{name}.{entry.name}"
+            elif element in _MESSAGES:
+                declared.type, declared.type_name = kinds.TYPE_MESSAGE, f".moejax.{element}"
+            else:
+                declared.type = getattr(kinds, f"TYPE_{element.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"moejax.{name}")) for name in _MESSAGES}
+
+
+MESSAGES = _declare()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One execution of an instruction (on a GPU: of one of its kernels). Times in picoseconds since the epoch."""
+
+    start: int
+    end: int
+    instruction: str  # name in the program; "" where the trace does not say (copies on a GPU)
+    program: int  # key of Trace.programs; 0 where the trace does not say
+    kernel: str
+    op_name: str = ""  # the scope path, where the event itself has one (GPU)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMarker:
+    """A `jax.profiler.StepTraceAnnotation`. Times in picoseconds since the epoch."""
+
+    number: int
+    start: int
+    end: int
+
+
+@dataclass
+class Trace:
+    """What a trace says of one device. `programs`: HloModuleProto by program id."""
+
+    platform: str  # "cpu" or "gpu"
+    events: list[Event] = field(default_factory=list)
+    steps: list[StepMarker] = field(default_factory=list)
+    programs: dict[int, Any] = field(default_factory=dict)
+    compiled: list[str] = field(default_factory=list)  # programs that were compiled while the trace ran
+
+
+def find(folder: Path) -> Path:
+    """The trace file in a run's folder (or the file itself): of several profiles the latest.
+
+    Raises UserError where there is none, or where one profile holds several hosts' traces.
+    """
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run (expected a run's folder, or a *.xplane.pb file)")
+    files = sorted(folder.glob("plugins/profile/*/*.xplane.pb")) or sorted(folder.glob("*.xplane.pb"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no trace (looked for plugins/profile/*/*.xplane.pb): make one with `moejax profile CONFIG`, or with "
+            "profile: {start_step: 5, steps: 3} in the run's config"
+        )
+    latest = [file for file in files if file.parent == files[-1].parent]
+    if len(latest) > 1:
+        hosts = ", ".join(file.name.removesuffix(".xplane.pb") for file in latest)
+        raise UserError(f"{latest[0].parent} holds traces of several hosts ({hosts}): give the file of one of them")
+    return latest[0]
+
+
+def read(path: Path) -> Trace:
+    """Read one trace. Raises UserError for a file that is no whole trace, or that has no events of XLA programs."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        space = MESSAGES["XSpace"].FromString(content)
+    except (DecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is no whole trace ({error}): was the run stopped while it was written? Profile again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    planes = {plane.name: plane for plane in space.planes}
+    gpus = sorted(name for name in planes if name.startswith("/device:GPU:"))
+    busy = [name for name in gpus if planes[name].lines]
+    if len(busy) > 1:
+        raise UserError(f"{path} holds events of {len(busy)} GPUs ({', '.join(busy)}): only traces of one device are understood")
+    trace = Trace("gpu" if gpus else "cpu")
+    if "/host:metadata" in planes:
+        trace.programs = _programs(planes["/host:metadata"])
+    host = planes.get("/host:CPU")
+    if host is not None:
+        _read_host(host, trace, events=not gpus)
+    for name in busy:
+        for line in planes[name].lines:
+            if line.name.startswith("Stream"):  # the other lines are made from these
+                trace.events.extend(_events(planes[name], line, everything=True))
+    if not trace.events:
+        raise UserError(
+            f"{path} has no events of XLA programs: was anything run while it was taken? On a CPU they need host_tracer_level >= 1"
+        )
+    trace.events.sort(key=lambda e: e.start)
+    trace.steps.sort(key=lambda s: s.start)
+    return trace
+
+
+def _programs(plane: Any) -> dict[int, Any]:
+    programs = {}
+    for entry in plane.event_metadata.values():
+        for stat in entry.stats:
+            if stat.bytes_value:
+                # The id that events carry stands in the entry's name, module(id), and in the module.
+                module = MESSAGES["HloProto"].FromString(stat.bytes_value).hlo_module
+                named = entry.name.rpartition("(")[2].rstrip(")")
+                programs[int(named) if named.lstrip("-").isdigit() else module.id] = module
+    return programs
+
+
+def _read_host(plane: Any, trace: Trace, *, events: bool) -> None:
+    names = {key: entry.name for key, entry in plane.stat_metadata.items()}
+    step_key = {key for key, name in names.items() if name == "step_num"}
+    for line in plane.lines:
+        base = line.timestamp_ns * 1000
+        for event in line.events:
+            for stat in event.stats:
+                if stat.metadata_id in step_key:
+                    start = base + event.offset_ps
+                    number = stat.int64_value or stat.uint64_value
+                    trace.steps.append(StepMarker(number, start, start + event.duration_ps))
+            name = plane.event_metadata[event.metadata_id].name
+            if "XlaCompile" in name or name.endswith("::RunBackend"):
+                trace.compiled.append(name)
+        if events:
+            trace.events.extend(_events(plane, line, everything=False))
+
+
+def _events(plane: Any, line: Any, *, everything: bool) -> Iterator[Event]:
+    """Events of XLA instructions on a line; with `everything`, also what the device did without one."""
+    keys = {entry.name: key for key, entry in plane.stat_metadata.items()}
+    op_key, program_key = keys.get("hlo_op", -1), keys.get("program_id", -1)
+    path_keys = [keys[name] for name in ("tf_op", "name") if name in keys]
+    base = line.timestamp_ns * 1000
+    names = {key: entry.name for key, entry in plane.event_metadata.items()}
+    strings = {key: entry.name for key, entry in plane.stat_metadata.items()}
+    for event in line.events:
+        instruction, program, path = "", 0, ""
+        for stat in event.stats:
+            key = stat.metadata_id
+            if key == op_key:
+                instruction = stat.str_value or strings[stat.ref_value]
+            elif key == program_key:
+                program = stat.int64_value or stat.uint64_value
+            elif key in path_keys and not path:
+                path = stat.str_value or strings.get(stat.ref_value, "")
+        if instruction or everything:
+            start = base + event.offset_ps
+            kernel = names[event.metadata_id]
+            yield Event(start, start + event.duration_ps, instruction, program, kernel, path.rpartition(":")[0] or path)
