@@ -122,7 +122,8 @@ class BlackMamba(LanguageModel):
 
         xs = (state, jnp.arange(self.config.num_layers // 2))
         x = self.embed(tokens, self.dtype).astype(jnp.float32)
-        x, stats = jax.lax.scan(rematerialized(body, remat), x, xs)
+        with jax.named_scope("layers"):
+            x, stats = jax.lax.scan(rematerialized(body, remat), x, xs)
         return self.norm(x.astype(self.dtype)), stats
 
     def init_cache(self, batch: int, length: int) -> MambaState:

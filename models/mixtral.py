@@ -100,7 +100,9 @@ class Mixtral(LanguageModel):
             return layer_of(weights, index)(x, segment_ids, positions, key, remat == "none")
 
         xs = (state, jnp.arange(self.config.num_layers))
-        x, stats = jax.lax.scan(rematerialized(body, remat), self.embed(tokens, self.dtype), xs)
+        x = self.embed(tokens, self.dtype)
+        with jax.named_scope("layers"):
+            x, stats = jax.lax.scan(rematerialized(body, remat), x, xs)
         return self.norm(x), stats
 
     def init_cache(self, batch: int, length: int) -> KeyValues:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -100,6 +101,7 @@ class Event:
     program: int  # key of Trace.programs; 0 where the trace does not say
     kernel: str
     op_name: str = ""  # the scope path, where the event itself has one (GPU)
+    tasks: tuple[tuple[int, int], ...] = ()  # start, end of its parts that other threads ran (CPU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class Trace:
     """What a trace says of one device. `programs`: HloModuleProto by program id."""
 
     platform: str  # "cpu" or "gpu"
+    path: Path
     events: list[Event] = field(default_factory=list)
     steps: list[StepMarker] = field(default_factory=list)
     programs: dict[int, Any] = field(default_factory=dict)
@@ -160,7 +163,7 @@ def read(path: Path) -> Trace:
     busy = [name for name in gpus if planes[name].lines]
     if len(busy) > 1:
         raise UserError(f"{path} holds events of {len(busy)} GPUs ({', '.join(busy)}): only traces of one device are understood")
-    trace = Trace("gpu" if gpus else "cpu")
+    trace = Trace("gpu" if gpus else "cpu", path)
     if "/host:metadata" in planes:
         trace.programs = _programs(planes["/host:metadata"])
     host = planes.get("/host:CPU")
@@ -192,24 +195,67 @@ def _programs(plane: Any) -> dict[int, Any]:
 
 
 def _read_host(plane: Any, trace: Trace, *, events: bool) -> None:
-    names = {key: entry.name for key, entry in plane.stat_metadata.items()}
-    step_key = {key for key, name in names.items() if name == "step_num"}
+    step_key = {entry.name: key for key, entry in plane.stat_metadata.items()}.get("step_num", -1)
+    names = {key: entry.name for key, entry in plane.event_metadata.items()}
     for line in plane.lines:
-        base = line.timestamp_ns * 1000
         for event in line.events:
             for stat in event.stats:
-                if stat.metadata_id in step_key:
-                    start = base + event.offset_ps
+                if stat.metadata_id == step_key:
+                    start = line.timestamp_ns * 1000 + event.offset_ps
                     number = stat.int64_value or stat.uint64_value
                     trace.steps.append(StepMarker(number, start, start + event.duration_ps))
-            name = plane.event_metadata[event.metadata_id].name
-            if "XlaCompile" in name or name.endswith("::RunBackend"):
-                trace.compiled.append(name)
-        if events:
-            trace.events.extend(_events(plane, line, everything=False))
+            if names[event.metadata_id].endswith("::RunBackend"):
+                trace.compiled.append(names[event.metadata_id])
+    if events:
+        tasks = _tasks(plane, names)
+        for number, line in enumerate(plane.lines):
+            own = {index: parts for (on, index), parts in tasks.items() if on == number}
+            trace.events.extend(_events(plane, line, everything=False, tasks=own))
 
 
-def _events(plane: Any, line: Any, *, everything: bool) -> Iterator[Event]:
+_CALLER, _TASK, _TASK_END = (f"ThreadpoolListener::{name}" for name in ("Record", "StartRegion", "StopRegion"))
+
+
+def _tasks(plane: Any, names: dict[int, str]) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """What other threads did for an operation: (line, event on it) -> [(start, end)].
+
+    On a CPU an operation that is spread over threads hands out tasks and returns: its own event is short, and without the tasks such
+    operations (dequantization first of all) would look free. The thread pool notes when a task is handed out, with a number, and when
+    the task of that number begins and ends on its thread. The last task goes on to run what waited for the operation: a task's part ends
+    where the next operation begins.
+    """
+    keys = {entry.name: key for key, entry in plane.stat_metadata.items()}
+    op_key, out_key, in_key = (keys.get(name, -1) for name in ("hlo_op", "_p", "_c"))
+    owners: dict[int, tuple[int, int]] = {}
+    spans: list[tuple[int, int, int]] = []
+    for number, line in enumerate(plane.lines):
+        base = line.timestamp_ns * 1000
+        running: list[tuple[int, int]] = []  # operations on this thread that have not ended: (end, index)
+        task, begun = 0, 0
+        for index, event in sorted(enumerate(line.events), key=lambda x: (x[1].offset_ps, -x[1].duration_ps)):
+            start, name = base + event.offset_ps, names[event.metadata_id]
+            stats = {stat.metadata_id: stat.uint64_value or stat.int64_value for stat in event.stats}
+            while running and running[-1][0] < start:
+                running.pop()
+            if name == _CALLER and running:
+                owners[stats.get(out_key, 0)] = number, running[-1][1]
+            elif name == _TASK:
+                task, begun = stats.get(in_key, 0), start
+            elif task and (name == _TASK_END or name.startswith(("end: ", "ThunkExecutor")) or op_key in stats):
+                spans.append((task, begun, start))
+                task = 0
+            if op_key in stats:
+                running.append((start + event.duration_ps, index))
+    tasks: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for task, begun, end in spans:
+        if task in owners and end > begun:
+            tasks.setdefault(owners[task], []).append((begun, end))
+    return tasks
+
+
+def _events(
+    plane: Any, line: Any, *, everything: bool, tasks: Mapping[int, list[tuple[int, int]]] = MappingProxyType({})
+) -> Iterator[Event]:
     """Events of XLA instructions on a line; with `everything`, also what the device did without one."""
     keys = {entry.name: key for key, entry in plane.stat_metadata.items()}
     op_key, program_key = keys.get("hlo_op", -1), keys.get("program_id", -1)
@@ -217,7 +263,7 @@ def _events(plane: Any, line: Any, *, everything: bool) -> Iterator[Event]:
     base = line.timestamp_ns * 1000
     names = {key: entry.name for key, entry in plane.event_metadata.items()}
     strings = {key: entry.name for key, entry in plane.stat_metadata.items()}
-    for event in line.events:
+    for index, event in enumerate(line.events):
         instruction, program, path = "", 0, ""
         for stat in event.stats:
             key = stat.metadata_id
@@ -229,5 +275,5 @@ def _events(plane: Any, line: Any, *, everything: bool) -> Iterator[Event]:
                 path = stat.str_value or strings.get(stat.ref_value, "")
         if instruction or everything:
             start = base + event.offset_ps
-            kernel = names[event.metadata_id]
-            yield Event(start, start + event.duration_ps, instruction, program, kernel, path.rpartition(":")[0] or path)
+            path = path.rpartition(":")[0] or path
+            yield Event(start, start + event.duration_ps, instruction, program, names[event.metadata_id], path, tuple(tasks.get(index, ())))

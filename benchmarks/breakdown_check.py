@@ -1,0 +1,151 @@
+"""Check the trace's breakdown against an independent clock, on this machine.
+
+    python benchmarks/breakdown_check.py [--model blackmamba] [--remat none] [--out FILE.json]
+
+A small Mixtral with NF4 experts and LoRA (or a BlackMamba): its train step is traced and broken down; then its forward pass alone (with
+all that it keeps for the backward pass: `jax.vjp`), and forward and backward alone, are compiled by themselves and timed. Of the step,
+the phase `forward` should take what the first takes, and `forward + recompute + backward` what the second takes. The step is timed
+without the tracer too: what the tracer costs is no error of the breakdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from models.build import build
+from models.config import PRESETS, LoRAConfig, Quantization
+from moejax.data.batch import Batch
+from moejax.profiling import breakdown, xplane
+from moejax.training.state import initial_state, split
+from moejax.training.step import Objective, make_train_step, sums
+
+
+def setup(model: str, k: int, remat: str, rows: int, row_tokens: int) -> tuple[Any, ...]:
+    """The jitted step with its state, frozen weights and batch; and the loss as a function."""
+    full = model == "blackmamba"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "vocab_size": 2048}
+    sizes |= {} if full else {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32}
+    config = PRESETS[f"{model}-tiny"].replace(experts_per_token=k, max_position_embeddings=row_tokens, **sizes)
+    built = build(
+        config,
+        key=jax.random.key(0),
+        adapter=None if full else LoRAConfig(16, 32.0),
+        quantization=None if full else Quantization(),
+        dtype=jnp.float32,
+    )
+    graphdef, trainable, frozen = split(built, full=full)
+    schedule = optax.constant_schedule(1e-4)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    objective = Objective(graphdef, full=full, remat=remat)
+    step = jax.jit(make_train_step(objective, optimizer, schedule, 0), donate_argnums=(0,))
+    shape = (1, rows, row_tokens)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(row_tokens, dtype=np.int32), shape)
+    ones = np.ones(shape, np.int32)
+    batch = jax.device_put(Batch(tokens, np.roll(tokens, -1, -1), np.ones(shape, np.float32), ones, positions))
+
+    def loss(trainable: Any, frozen: Any, batch: Batch) -> Any:
+        return sums(objective, trainable, frozen, jax.tree.map(lambda a: a[0], batch), None)[0]
+
+    return step, initial_state(trainable, optimizer), frozen, batch, loss
+
+
+def seconds(function: Any, *arguments: Any) -> tuple[float, Any]:
+    """How long one call takes, and what it returns."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start, result
+
+
+def kept(loss: Any, trainable: Any, frozen: Any, batch: Batch) -> Any:
+    """The loss, and every array that its backward pass would need."""
+    value, pull = jax.vjp(lambda t: loss(t, frozen, batch), trainable)
+    return value, [leaf for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array)]
+
+
+def traced(step: Any, *operands: Any) -> tuple[breakdown.Breakdown, Any]:
+    """The breakdown of one step, and what it returns."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level, options.python_tracer_level = 1, 0
+    with tempfile.TemporaryDirectory() as folder:
+        with (
+            jax.profiler.trace(folder, profiler_options=options),
+            jax.profiler.StepTraceAnnotation("train", step_num=1),
+        ):
+            result = jax.block_until_ready(step(*operands))
+        return breakdown.analyze(xplane.read(xplane.find(Path(folder)))), result
+
+
+def check(model: str, k: int, remat: str, rows: int, row_tokens: int, rounds: int) -> dict[str, Any]:
+    """Both clocks' figures for one case: medians over rounds in which everything has its turn, so that noise troubles all alike."""
+    step, state, frozen, batch, loss = setup(model, k, remat, rows, row_tokens)
+    forward, both = jax.jit(lambda *operands: kept(loss, *operands)), jax.jit(jax.grad(loss))
+    figures: dict[str, list[float]] = defaultdict(list)
+    attributed = []
+    for turn in range(rounds + 1):
+        b, (state, _) = traced(step, state, frozen, batch)
+        figures_now = {f"traced {name}": time for name, time in b.phases.items()} | {"traced step": b.step_seconds}
+        figures_now["step"], (state, _) = seconds(step, state, frozen, batch)
+        figures_now["forward"] = seconds(forward, state.trainable, frozen, batch)[0]
+        figures_now["both"] = seconds(both, state.trainable, frozen, batch)[0]
+        if turn:  # the first one compiles
+            attributed.append(b.attributed)
+            for name, value in figures_now.items():
+                figures[name].append(value)
+    median = {name: statistics.median(values) for name, values in figures.items()}
+    pairs = {
+        "forward": (median["traced forward"], median["forward"]),
+        "forward_and_backward": (sum(median[f"traced {p}"] for p in ("forward", "recompute", "backward")), median["both"]),
+        "step": (median["traced step"], median["step"]),
+    }
+    return {
+        "model": model, "k": k, "remat": remat, "rows": rows, "row_tokens": row_tokens, "rounds": rounds,
+        "attributed": min(attributed), "seconds": dict(figures),
+    } | {name: {"breakdown": ours, "alone": alone, "ratio": ours / alone} for name, (ours, alone) in pairs.items()}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("mixtral", "blackmamba"), default="mixtral")
+    parser.add_argument("--remat", choices=("full", "none"), default=None, help="only this policy")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results = []
+    for remat in (options.remat,) if options.remat else ("full", "none"):
+        for k in (2, 8):
+            r = check(options.model, k, remat, options.rows, options.row_tokens, options.rounds)
+            results.append(r)
+            print(f"{options.model}, k = {k}, remat {remat}: {100 * r['attributed']:.1f} % of busy time under a named stage")
+            for what in ("forward", "forward_and_backward", "step"):
+                ours, alone, ratio = (r[what][key] for key in ("breakdown", "alone", "ratio"))
+                print(f"  {what:21} breakdown {1e3 * ours:8.1f} ms   alone {1e3 * alone:8.1f} ms   ratio {ratio:.2f}", flush=True)
+    if options.out:
+        versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
+        command = f"python benchmarks/breakdown_check.py --model {options.model} --rounds {options.rounds}"
+        result = {"command": command, "versions": versions, "cores": os.cpu_count(), "results": results}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

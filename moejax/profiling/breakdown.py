@@ -1,0 +1,208 @@
+"""Where a step's time goes: a trace's events, by phase and stage.
+
+Wall time is partitioned. At every instant the operations that run share it equally; a loop or a call, which only runs other
+operations, has what is left when none of these runs. So nothing counts twice, and all phases together are the time in which the
+device was busy; the rest of a step is "idle". Everything here comes from the trace's file alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.profiling import scopes
+from moejax.profiling.program import Cost, Program
+from moejax.profiling.scopes import NOWHERE, OUTSIDE, PHASES, Place
+from moejax.profiling.xplane import Event, Trace
+
+PICO = 1e-12
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """All times in seconds per step, all costs per step."""
+
+    program: str  # the step's program
+    platform: str
+    steps: int  # how many were traced
+    step_seconds: float  # from the first step's start to the last one's end, busy or not
+    seconds: dict[Place, float]  # busy time by phase and stage
+    costs: dict[Place, Cost]
+    mixed_seconds: float  # what fusions that mix stages or phases were split off their largest part, by their instructions' own cost
+    unnamed: list[tuple[str, float]]  # the longest under none of our scopes: path or instruction, seconds
+
+    @property
+    def busy_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def attributed(self) -> float:
+        """Share of busy time under a named stage."""
+        return 1.0 - self.sums("stage").get(OUTSIDE, 0.0) / self.busy_seconds
+
+    def sums(self, by: str, phase: str | None = None) -> dict[str, float]:
+        """Busy seconds by "phase", "stage" or "layer" (of one phase only, if given), longest first."""
+        total: dict[str, float] = defaultdict(float)
+        for where, seconds in self.seconds.items():
+            if phase in (None, where.phase):
+                total[getattr(where, by)] += seconds
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """forward, recompute, backward, optimizer, other; and idle: together `step_seconds`."""
+        sums = self.sums("phase")
+        return {p: sums.get(p, 0.0) for p in PHASES} | {"idle": max(0.0, self.step_seconds - self.busy_seconds)}
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """By layer kind: norm, attention or mamba, moe, embed, loss, optimizer, other."""
+        return self.sums("layer")
+
+    @property
+    def moe_kernels(self) -> dict[str, float]:
+        """By kernel of the mixture of experts: "moe/w1", "moe/w1_dequant" …; "moe" is what has no kernel's name."""
+        return {stage: s for stage, s in self.sums("stage").items() if stage.split("/")[0] == "moe"}
+
+    @property
+    def cost(self) -> dict[str, Cost]:
+        """By stage."""
+        total: dict[str, Cost] = defaultdict(Cost)
+        for where, cost in self.costs.items():
+            total[where.stage] += cost
+        return dict(total)
+
+
+def analyze(trace: Trace) -> Breakdown:
+    """The breakdown of a trace's steps. Raises UserError if the trace holds a compilation, or no whole step."""
+    if trace.compiled:
+        raise UserError(
+            f"{trace.path}: a program was compiled while the trace was taken, so its steps are no steady steps. Profile later ones "
+            "(profile.start_step), or use a batching that compiles once (pack, fixed)"
+        )
+    programs = {number: Program(module) for number, module in trace.programs.items()}
+    name = _step_program(trace, programs)
+    ours = {number for number, program in programs.items() if program.name == name}
+    runs = _runs(trace, programs, ours)
+    start, end = _window(trace, ours)
+    events = [e for e in trace.events if e.end > start and e.start < end]
+    steps = len(trace.steps) or runs
+    spent = partition(events, [_is_container(e, programs) for e in events])
+    scale = PICO / steps
+    seconds: dict[Place, float] = defaultdict(float)
+    unnamed: dict[str, float] = defaultdict(float)
+    counts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    mixed = 0.0
+    for event, time in zip(events, spent, strict=True):
+        if event.program in ours:
+            counts[event.program][event.instruction] += 1 / steps
+        shares = _shares(event, programs, ours)
+        mixed += time * scale * (1 - max(shares.values()))
+        for where, share in shares.items():
+            seconds[where] += time * share * scale
+            if where.stage == OUTSIDE:
+                unnamed[_label(event, programs)] += time * share * scale
+    costs: dict[Place, Cost] = defaultdict(Cost)
+    for number in ours & counts.keys():
+        # Programs of several batch shapes take turns: each counts by its share of the steps.
+        weight = _runs(trace, programs, {number}) / runs
+        for where, cost in programs[number].costs({k: v / weight for k, v in counts[number].items()}).items():
+            costs[where] += cost.times(weight * runs / steps)
+    longest = sorted(unnamed.items(), key=lambda item: -item[1])
+    return Breakdown(
+        name, trace.platform, steps, (end - start) * scale, dict(seconds), dict(costs), mixed, longest[:20]
+    )
+
+
+def partition(events: list[Event], container: list[bool]) -> list[float]:
+    """Wall time of each event, in picoseconds: what runs (an operation, or a part of one on another thread) shares it equally; a
+    container (the innermost) has it only when nothing else runs. The sum is the time in which anything ran."""
+    moments: list[tuple[int, int, int]] = []  # when, 1 for a start, event
+    for index, event in enumerate(events):
+        for start, end in ((event.start, event.end), *event.tasks):
+            if end > start:
+                moments += [(start, 1, index), (end, 0, index)]
+    moments.sort()
+    shared = 0.0  # the integral of 1 / (number of running parts)
+    spent = [0.0] * len(events)
+    running = 0
+    outer: dict[int, None] = {}  # open containers, in the order in which they began
+    before = moments[0][0] if moments else 0
+    for moment, starts, i in moments:
+        if running:
+            shared += (moment - before) / running
+        elif outer:
+            spent[next(reversed(outer))] += moment - before
+        before = moment
+        if not container[i]:
+            running += 1 if starts else -1
+            spent[i] += -shared if starts else shared
+        elif starts:
+            outer[i] = None
+        else:
+            outer.pop(i, None)
+    return spent
+
+
+def _step_program(trace: Trace, programs: dict[int, Program]) -> str:
+    """Name of the program that ran longest."""
+    times: dict[str, int] = defaultdict(int)
+    for event in trace.events:
+        if event.program in programs:
+            times[programs[event.program].name] += event.end - event.start
+    if not times:
+        raise UserError(
+            f"{trace.path} does not hold the programs that its events belong to, so nothing can be said of them: take the trace with "
+            "jax.profiler on the machine that ran them, and keep the file whole"
+        )
+    return max(times, key=lambda name: times[name])
+
+
+def _runs(trace: Trace, programs: dict[int, Program], ours: set[int]) -> int:
+    """How often these programs ran: the commonest number of events among the instructions that run once per run."""
+    total = 0
+    for number in ours:
+        entry = programs[number].computations[programs[number].entry]
+        once = {i.name for i in entry.instructions}
+        counts: dict[str, int] = defaultdict(int)
+        for event in trace.events:
+            if event.program == number and event.instruction in once:
+                counts[event.instruction] += 1
+        votes: dict[int, int] = defaultdict(int)
+        for count in counts.values():
+            votes[count] += 1
+        total += max(votes, key=lambda c: votes[c]) if votes else 0
+    if not total:
+        raise UserError(f"{trace.path} holds no whole step: profile more steps (profile.steps)")
+    return total
+
+
+def _window(trace: Trace, ours: set[int]) -> tuple[int, int]:
+    """Start and end of what is looked at: the marked steps, else the step program's first and last event. On a GPU, which runs
+    behind the host, the end is the last event's in any case."""
+    own = [e for e in trace.events if e.program in ours]
+    start, end = own[0].start, max(e.end for e in own)
+    if trace.steps:
+        start = min(start, trace.steps[0].start)
+        end = max(end, trace.steps[-1].end) if trace.platform == "cpu" else end
+    return start, end
+
+
+def _is_container(event: Event, programs: dict[int, Program]) -> bool:
+    program = programs.get(event.program)
+    return program is not None and program.is_container(event.instruction)
+
+
+def _shares(event: Event, programs: dict[int, Program], ours: set[int]) -> dict[Place, float]:
+    if event.program in ours and event.instruction in programs[event.program].instructions:
+        return programs[event.program].shares(event.instruction)
+    return {scopes.place(event.op_name): 1.0} if event.op_name and event.program in (ours | {0}) else {NOWHERE: 1.0}
+
+
+def _label(event: Event, programs: dict[int, Program]) -> str:
+    program = programs.get(event.program)
+    instruction: Any = None if program is None else program.instructions.get(event.instruction)
+    path = event.op_name or (instruction.metadata.op_name if instruction is not None else "")
+    return path or event.instruction or event.kernel

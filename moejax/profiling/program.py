@@ -1,0 +1,281 @@
+"""A compiled program as the trace embeds it: where each instruction's time belongs, and what it computes and moves.
+
+A fusion's own path is that of its root, and lies: the time of a fusion is split among the instructions in it. If there is a heavy one
+(a matrix product, a sort, a scatter, a library call) it has all of it; else each counts by its elements. What XLA adds without a path
+(copies, broadcasts) counts where its operand comes from, or where it goes.
+
+FLOPs and bytes are counted per execution. Of a loop whose trip count the compiler knows, the body runs so often; of one whose count
+depends on the data (the experts' tiles), as often as the trace shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from moejax.profiling import scopes
+from moejax.profiling.scopes import NOWHERE, Place
+
+CONTAINERS = frozenset({"while", "call", "conditional", "async-start", "async-done", "async-update"})
+"""What only runs other instructions: no work of their own."""
+_FREE = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id", "replica-id"}
+)
+_HEAVY = frozenset({"dot", "convolution", "custom-call", "sort", "scatter", "reduce-window", "select-and-scatter", "fft"})
+_TRANSCENDENTAL = frozenset(
+    {"exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "logistic", "power", "sine", "cosine", "rsqrt", "sqrt", "erf"}
+)  # fmt: skip
+_MOVES = frozenset(
+    {
+        "broadcast", "reshape", "transpose", "copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "gather",
+        "pad", "reverse", "iota",
+    }
+)  # fmt: skip
+_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 15: 8, 16: 2, 18: 16, 21: 0.5, 22: 0.5}
+"""xla.PrimitiveType -> bytes of an element (4-bit types pack two); the 8-bit floats and unknown ones: 1."""
+_NO_BYTES = {0, 14, 17}  # invalid, opaque, token
+
+
+class Cost(NamedTuple):
+    """What a stage must compute and move: floating point operations (a multiply-add is two), and bytes read and written."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Any) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: float) -> Cost:
+        return Cost(self.flops * count, self.bytes * count)
+
+
+def elements(shape: Any) -> int:
+    """Number of elements; of a tuple, of all its parts."""
+    if shape.tuple_shapes:
+        return sum(elements(s) for s in shape.tuple_shapes)
+    return 0 if shape.element_type in _NO_BYTES else math.prod(shape.dimensions)
+
+
+def size(shape: Any) -> float:
+    """Bytes of an array, or of all arrays of a tuple."""
+    if shape.tuple_shapes:
+        return sum(size(s) for s in shape.tuple_shapes)
+    return 0 if shape.element_type in _NO_BYTES else math.prod(shape.dimensions) * _BYTES.get(shape.element_type, 1)
+
+
+class Program:
+    """One HloModuleProto, with its instructions by name."""
+
+    def __init__(self, module: Any):
+        self.name: str = module.name
+        self.computations = {c.id: c for c in module.computations}
+        self.entry: int = module.entry_computation_id
+        self.instructions = {i.name: i for c in module.computations for i in c.instructions}
+        self._by_id = {i.id: i for i in self.instructions.values()}
+        self._home = {i.id: c.id for c in module.computations for i in c.instructions}
+        self._shares: dict[int, dict[Place, float]] = {}
+
+    @cached_property
+    def _users(self) -> Mapping[int, list[Any]]:
+        users: dict[int, list[Any]] = defaultdict(list)
+        for i in self.instructions.values():
+            for operand in i.operand_ids:
+                users[operand].append(i)
+        return users
+
+    @cached_property
+    def _callers(self) -> dict[int, Any]:
+        return {called: i for i in self.instructions.values() for called in i.called_computation_ids}
+
+    def is_container(self, name: str) -> bool:
+        instruction = self.instructions.get(name)
+        return instruction is not None and instruction.opcode in CONTAINERS
+
+    def shares(self, name: str) -> dict[Place, float]:
+        """Where an instruction's time belongs: places with shares that add up to one."""
+        instruction = self.instructions.get(name)
+        return {NOWHERE: 1.0} if instruction is None else self._shares_of(instruction)
+
+    def _shares_of(self, instruction: Any) -> dict[Place, float]:
+        if instruction.id not in self._shares:
+            self._shares[instruction.id] = self._own(instruction) or self._inherited(instruction) or {NOWHERE: 1.0}
+        return self._shares[instruction.id]
+
+    def _own(self, instruction: Any) -> dict[Place, float]:
+        """What the instruction's own paths say; nothing where it has none."""
+        if instruction.opcode == "fusion":
+            weights: dict[Place, float] = defaultdict(float)
+            inside = [i for i in self._fused(instruction) if i.metadata.op_name]
+            heavy = [i for i in inside if i.opcode in _HEAVY]
+            for i in heavy or inside:
+                weights[scopes.place(i.metadata.op_name)] += self._weight(i)
+            total = sum(weights.values())
+            if total:
+                return {place: w / total for place, w in weights.items() if w}
+        path = instruction.metadata.op_name
+        return {scopes.place(path): 1.0} if path else {}
+
+    def _inherited(self, instruction: Any) -> dict[Place, float]:
+        """Of an instruction without a path: what its operands say, else its users, else what calls it. Breadth first."""
+        for neighbours in (self._operands, lambda i: self._users[i.id]):
+            frontier, seen = [instruction], {instruction.id}
+            for _ in range(8):
+                frontier = [n for i in frontier for n in neighbours(i) if n.id not in seen]
+                seen.update(i.id for i in frontier)
+                for found in frontier:
+                    own = self._own(found) if found.opcode not in _FREE else {}
+                    if own:
+                        return own
+        caller = self._callers.get(self._home[instruction.id])
+        return {} if caller is None else self._shares_of(caller)
+
+    def _operands(self, instruction: Any) -> list[Any]:
+        return [self._by_id[i] for i in instruction.operand_ids]
+
+    def _fused(self, fusion: Any) -> Iterable[Any]:
+        """All instructions of a fusion, nested ones included."""
+        for called in fusion.called_computation_ids:
+            for i in self.computations[called].instructions:
+                yield i
+                if i.opcode in ("fusion", "call"):
+                    yield from self._fused(i)
+
+    def _weight(self, i: Any) -> float:
+        """Share of a fusion's time that an instruction in it takes, in elements."""
+        if i.opcode in _FREE or i.opcode in ("broadcast", "fusion", "iota", "reshape"):
+            return 0.0
+        if i.opcode in ("dot", "convolution"):
+            return max(self._flops(i), 1.0)
+        if i.opcode in ("reduce", "sort", "reduce-window"):
+            return float(sum(elements(o.shape) for o in self._operands(i)))
+        return elements(i.shape) * (8.0 if i.opcode in _TRANSCENDENTAL else 1.0)
+
+    def _flops(self, i: Any) -> float:
+        """Floating point operations of one execution, what it calls included if it is a fusion."""
+        if i.opcode == "fusion":
+            return sum(self._flops(part) for part in self._fused(i) if part.opcode != "fusion")
+        if i.opcode == "dot":
+            lhs = self._by_id[i.operand_ids[0]].shape.dimensions
+            return 2.0 * elements(i.shape) * math.prod(lhs[d] for d in i.dot_dimension_numbers.lhs_contracting_dimensions)
+        if i.opcode == "custom-call":
+            return self._library_flops(i)
+        if i.opcode in ("reduce", "reduce-window"):
+            return float(sum(elements(o.shape) for o in self._operands(i)) / 2)
+        if i.opcode in _FREE or i.opcode in _MOVES or i.opcode in CONTAINERS or i.opcode in ("convert", "compare", "select", "sort"):
+            return 0.0
+        return float(elements(i.shape))
+
+    def _library_flops(self, i: Any) -> float:
+        """Of a matrix product by a library (cuBLAS): its dimension numbers stand in the call's own settings."""
+        try:
+            config = json.loads(i.backend_config or b"{}")
+            numbers = (config.get("gemm_backend_config") or config)["dot_dimension_numbers"]
+            contracting = [int(d) for d in numbers["lhs_contracting_dimensions"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return 0.0
+        lhs = self._by_id[i.operand_ids[0]].shape.dimensions
+        result = i.shape.tuple_shapes[0] if i.shape.tuple_shapes else i.shape
+        return 2.0 * elements(result) * math.prod(lhs[d] for d in contracting)
+
+    def _bytes(self, i: Any) -> float:
+        """Bytes that one execution must read and write: of what is sliced, the slice; of what is updated in place, the update."""
+        if i.opcode in _FREE or i.opcode in CONTAINERS:
+            return 0.0
+        if i.opcode == "fusion":
+            return self._fusion_bytes(i)
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * size(i.shape)
+        if i.opcode in ("dynamic-update-slice", "scatter"):
+            updates = self._by_id[i.operand_ids[1 if i.opcode == "dynamic-update-slice" else -1]]
+            return 2 * size(updates.shape)
+        return size(i.shape) + sum(size(o.shape) for o in self._operands(i))
+
+    def _fusion_bytes(self, fusion: Any) -> float:
+        body = self.computations[fusion.called_computation_ids[0]]
+        inside = {i.id: i for i in body.instructions}
+        users: dict[int, list[Any]] = defaultdict(list)
+        for i in body.instructions:
+            for operand in i.operand_ids:
+                users[operand].append(i)
+        total = self._written(inside[body.root_id], inside)
+        for i in body.instructions:
+            if i.opcode == "parameter":
+                total += self._read(i, users)
+        return total
+
+    def _written(self, root: Any, inside: Mapping[int, Any]) -> float:
+        if root.opcode == "tuple":
+            return sum(self._written(inside[o], inside) for o in root.operand_ids)
+        while root.opcode == "bitcast":
+            root = inside[root.operand_ids[0]]
+        return size(inside[root.operand_ids[1]].shape) if root.opcode == "dynamic-update-slice" else size(root.shape)
+
+    def _read(self, i: Any, users: Mapping[int, list[Any]]) -> float:
+        """Bytes read of an operand: as much as its users inside need."""
+        whole, total = size(i.shape), 0.0
+        for user in users[i.id]:
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operand_ids[0] == i.id:
+                total += size(user.shape)
+            elif user.opcode == "bitcast":
+                total += self._read(user, users)
+            elif not (user.opcode == "dynamic-update-slice" and user.operand_ids[0] == i.id):
+                return whole
+        return min(whole, total)
+
+    def executions(self, events_per_run: Mapping[str, float]) -> dict[int, float]:
+        """How often each computation (by id) runs in one run of the program.
+
+        events_per_run: events of an instruction by its name; needed for loops whose trip count the compiler does not know.
+        """
+        counts = {self.entry: 1.0}
+        waiting = [self.entry]
+        while waiting:
+            computation = waiting.pop()
+            for i in self.computations[computation].instructions:
+                if i.opcode not in CONTAINERS:
+                    continue
+                for called in i.called_computation_ids:
+                    times = self._times(i, called, counts[computation], events_per_run)
+                    counts[called] = counts.get(called, 0.0) + times
+                    waiting.append(called)
+        return counts
+
+    def _times(self, caller: Any, called: int, outer: float, events_per_run: Mapping[str, float]) -> float:
+        if caller.opcode not in ("while", "conditional"):
+            return outer
+        trips = _known_trips(caller)
+        if caller.opcode == "while" and trips is not None:
+            return outer * trips
+        body = [i for i in self.computations[called].instructions if i.opcode not in _FREE]
+        seen = [events_per_run[i.name] for i in body if i.name in events_per_run]
+        return statistics.median(seen) if seen else 0.0
+
+    def costs(self, events_per_run: Mapping[str, float]) -> dict[Place, Cost]:
+        """FLOPs and bytes of one run of the program, by place; a fusion's are split as its time is, its FLOPs where they arise."""
+        total: dict[Place, Cost] = defaultdict(Cost)
+        for computation, count in self.executions(events_per_run).items():
+            for i in self.computations[computation].instructions:
+                moved = self._bytes(i)
+                parts = list(self._fused(i)) if i.opcode == "fusion" else [i]
+                shares = self._shares_of(i) if moved or any(p.opcode not in _FREE for p in parts) else {}
+                for where, share in shares.items():
+                    total[where] += Cost(0.0, moved * share * count)
+                for p in parts:
+                    flops = 0.0 if p.opcode == "fusion" else self._flops(p)
+                    if flops:
+                        path = p.metadata.op_name
+                        for where, share in ({scopes.place(path): 1.0} if path else shares).items():
+                            total[where] += Cost(flops * share * count, 0.0)
+        return dict(total)
+
+
+def _known_trips(loop: Any) -> float | None:
+    try:
+        return float(json.loads(loop.backend_config)["known_trip_count"]["n"])
+    except (ValueError, KeyError, TypeError):
+        return None
