@@ -99,16 +99,18 @@ def check(model: str, k: int, remat: str, rows: int, row_tokens: int, rounds: in
     forward, both = jax.jit(lambda *operands: kept(loss, *operands)), jax.jit(jax.grad(loss))
     figures: dict[str, list[float]] = defaultdict(list)
     attributed = []
-    for turn in range(rounds + 1):
+    for function in (forward, both):  # both compile
+        jax.block_until_ready(function(state.trainable, frozen, batch))
+    state, _ = step(state, frozen, batch)
+    for _ in range(rounds):
         b, (state, _) = traced(step, state, frozen, batch)
         figures_now = {f"traced {name}": time for name, time in b.phases.items()} | {"traced step": b.step_seconds}
         figures_now["step"], (state, _) = seconds(step, state, frozen, batch)
         figures_now["forward"] = seconds(forward, state.trainable, frozen, batch)[0]
         figures_now["both"] = seconds(both, state.trainable, frozen, batch)[0]
-        if turn:  # the first one compiles
-            attributed.append(b.attributed)
-            for name, value in figures_now.items():
-                figures[name].append(value)
+        attributed.append(b.attributed)
+        for name, value in figures_now.items():
+            figures[name].append(value)
     median = {name: statistics.median(values) for name, values in figures.items()}
     pairs = {
         "forward": (median["traced forward"], median["forward"]),

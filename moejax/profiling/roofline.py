@@ -1,0 +1,175 @@
+"""What each stage reached: FLOPs and bytes from the compiled program, over the measured time, beside the device's peaks.
+
+The columns are shares of the device's peak matrix rate and memory bandwidth. They are not "SM utilization" (the share of time in which a
+multiprocessor had anything to do, which the study's Figure 9 shows): that only Nsight Compute's counters can say, and `--ncu` reads
+them from its CSV. Bytes are what must move if each operation reads its operands and writes its result once: caches are not known.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moejax.errors import UserError
+from moejax.profiling.breakdown import Breakdown
+from moejax.profiling.scopes import Place
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of the device: FLOP/s of matrix products in the step's precision, bytes/s of its memory; None where unknown."""
+
+    flops_per_second: float | None
+    bytes_per_second: float | None
+    source: str  # "data sheet", "measured", …
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one step. Shares are of the peaks, None where these are unknown; percentages are Nsight Compute's, if it was asked."""
+
+    name: str
+    seconds: float
+    flops: float
+    bytes: float
+    flops_share: float | None
+    bandwidth_share: float | None
+    sm_percent: float | None = None
+    dram_percent: float | None = None
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.flops / self.seconds if self.seconds else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes / self.seconds if self.seconds else 0.0
+
+
+def stages(b: Breakdown, peaks: Peaks, counters: dict[str, tuple[float, float]] | None = None) -> list[Stage]:
+    """Every stage, longest first. counters: stage -> (SM %, DRAM %), from `ncu`."""
+    cost, found = b.cost, []
+    for name, seconds in b.sums("stage").items():
+        c = cost.get(name)
+        flops, moved = (c.flops, c.bytes) if c else (0.0, 0.0)
+        sm, dram = (counters or {}).get(name, (None, None))
+        found.append(
+            Stage(
+                name, seconds, flops, moved, _share(flops, seconds, peaks.flops_per_second),
+                _share(moved, seconds, peaks.bytes_per_second), sm, dram,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _share(amount: float, seconds: float, peak: float | None) -> float | None:
+    return None if not peak or not seconds else amount / seconds / peak
+
+
+def time_weighted(rows: Iterable[Stage], name: str) -> Stage:
+    """Several stages as one: shares weighted by time, as the study's Figures 9 and 10 do."""
+    rows = list(rows)
+    seconds = sum(r.seconds for r in rows)
+
+    def mean(field: str) -> float | None:
+        known = [(getattr(r, field), r.seconds) for r in rows if getattr(r, field) is not None and r.seconds]
+        total = sum(s for _, s in known)
+        return sum(v * s for v, s in known) / total if total else None
+
+    return Stage(
+        name, seconds, sum(r.flops for r in rows), sum(r.bytes for r in rows),
+        mean("flops_share"), mean("bandwidth_share"), mean("sm_percent"), mean("dram_percent"),
+    )  # fmt: skip
+
+
+_SM = ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "Compute (SM) Throughput")
+_DRAM = (
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed", "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "DRAM Throughput",
+)  # fmt: skip
+_TIME = ("gpu__time_duration.sum", "Duration")
+_UNITS = {"second": 1.0, "s": 1.0, "msecond": 1e-3, "ms": 1e-3, "usecond": 1e-6, "us": 1e-6, "nsecond": 1e-9, "ns": 1e-9}
+
+
+def ncu(path: Path, kernels: dict[str, dict[Place, float]]) -> dict[str, tuple[float, float]]:
+    """Nsight Compute's CSV (`ncu --csv --page raw` or `--page details`): stage -> (SM %, DRAM %), weighted by its kernels' time.
+
+    kernels: kernel's name -> seconds by place, from the trace of the same program (`Breakdown.kernels`): a kernel that serves several
+    stages counts in each by the time that the trace gives it there. Raises UserError for a file that is not such a report, or that
+    has no kernel of this trace.
+    """
+    measured = _raw(path)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for name, rows in measured.items():
+        places = kernels.get(name, {})
+        total = sum(places.values())
+        duration = sum(r[2] for r in rows)
+        if not total or not duration:
+            continue
+        sm, dram = (sum(r[i] * r[2] for r in rows) / duration for i in (0, 1))
+        for place, seconds in places.items():
+            entry = sums[place.stage]
+            entry[0] += sm * seconds
+            entry[1] += dram * seconds
+            entry[2] += seconds
+    if not sums:
+        known = ", ".join(sorted(kernels)[:3])
+        raise UserError(
+            f"{path}: none of its {len(measured)} kernels ({', '.join(sorted(measured)[:3])}, …) is in the trace ({known}, …): profile the "
+            "same program with both"
+        )
+    return {stage: (sm / seconds, dram / seconds) for stage, (sm, dram, seconds) in sums.items()}
+
+
+def _raw(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """kernel -> [(SM %, DRAM %, seconds)] of every launch."""
+    how = "expected the output of `ncu --csv --page raw` with sm__throughput, dram__throughput and gpu__time_duration"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--ncu {path} cannot be read ({getattr(error, 'strerror', None) or error}): {how}") from None
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"') or line.startswith("ID,")), None)
+    if start is None:
+        raise UserError(f"--ncu {path}: no header line with ID and Kernel Name: {how}")
+    rows = list(csv.DictReader(lines[start:]))
+    details = bool(rows) and "Metric Name" in rows[0]
+    launches = _by_launch(rows) if details else _columns(rows)
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for kernel, values in launches:
+        sm, dram, seconds = (next((values[n] for n in names if n in values), None) for names in (_SM, _DRAM, _TIME))
+        if sm is not None and dram is not None and seconds is not None:
+            found[kernel].append((sm, dram, seconds))
+    if not found:
+        raise UserError(f"--ncu {path}: no kernel has all of {_SM[0]}, {_DRAM[0]}, {_TIME[0]}: {how}")
+    return dict(found)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except (ValueError, AttributeError):
+        return None
+
+
+def _columns(rows: list[dict[str, str]]) -> list[tuple[str, dict[str, float]]]:
+    """The raw page: a metric a column, the first row holds units."""
+    units = rows[0] if rows and not rows[0].get("ID") else {}
+    launches = []
+    for row in rows[bool(units) :]:
+        values = {name: v for name, text in row.items() if name and (v := _number(text)) is not None}
+        values |= {name: values[name] * _UNITS.get(units.get(name, "ns"), 1e-9) for name in _TIME if name in values}
+        launches.append((row.get("Kernel Name", ""), values))
+    return launches
+
+
+def _by_launch(rows: list[dict[str, str]]) -> list[tuple[str, dict[str, float]]]:
+    """The details page: a metric a row, several rows a launch."""
+    launches: dict[str, tuple[str, dict[str, float]]] = {}
+    for row in rows:
+        value = _number(row["Metric Value"])
+        if value is not None:
+            scale = _UNITS.get(row.get("Metric Unit", ""), 1.0) if row["Metric Name"] in _TIME else 1.0
+            launches.setdefault(row["ID"], (row["Kernel Name"], {}))[1][row["Metric Name"]] = value * scale
+    return list(launches.values())
