@@ -1,0 +1,167 @@
+"""`step_profile.json`, version 1: what one training step was, took and cost. Written by whatever ran, read by whatever compares.
+
+All fields are there, null where the writer does not know. Numbers are per optimizer step: seconds, bytes, FLOPs, tokens. No jax here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moejax.errors import UserError
+
+FILE_NAME = "step_profile.json"
+VERSION = 1
+PHASES = ("forward", "recompute", "backward", "optimizer", "other", "idle")
+
+Amount = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Device(_Section):
+    """peaks_measured: the two peaks were measured by a matmul and a copy on this machine (else they are the data sheet's)."""
+
+    name: str
+    memory_bytes: Count | None
+    peak_flops: Amount | None
+    peak_bytes_per_second: Amount | None
+    peaks_measured: bool | None
+
+
+class ModelCounts(_Section):
+    """Parameters. total and active (met by one token) without adapters; trainable: what the optimizer changes."""
+
+    name: str
+    params_total: Count | None
+    params_active: Count | None
+    params_trainable: Count | None
+
+
+class Moe(_Section):
+    """backend: how the experts' matmuls are done ("loop", "dense", …)."""
+
+    experts: Count
+    top_k: Count
+    backend: str | None
+
+
+class Batch(_Section):
+    """One optimizer step, all micro-batches together; means over the traced steps. tokens: computed ones, padding included."""
+
+    batching: Literal["pad_longest", "pad_bucket", "pack", "fixed"]
+    rows: Amount | None
+    row_tokens: Amount | None
+    queries: Amount | None
+    tokens: Amount | None
+    real_tokens: Amount | None
+    supervised_tokens: Amount | None
+
+
+class StepSeconds(_Section):
+    """Of n steps that were not traced."""
+
+    median: Amount | None
+    p10: Amount | None
+    p90: Amount | None
+    n: Count
+
+
+class Memory(_Section):
+    """compiler_peak: of the compiled step, arguments included. measured_peak: the allocator's, or a CPU process's resident memory."""
+
+    compiler_peak_bytes: Count | None
+    measured_peak_bytes: Count | None
+    arguments_bytes: Count | None
+    temporaries_bytes: Count | None
+
+
+class Phases(_Section):
+    """Seconds per step."""
+
+    forward: Amount | None
+    recompute: Amount | None
+    backward: Amount | None
+    optimizer: Amount | None
+    other: Amount | None
+    idle: Amount | None
+
+
+class Cost(_Section):
+    """What a scope's instructions do in one step."""
+
+    flops: Amount | None
+    bytes: Amount | None
+
+
+class StepProfile(_Section):
+    """The contract. layers, moe_kernels: seconds per step by scope; expert_load: tokens per expert by layer."""
+
+    schema_version: Literal[1]
+    framework: Literal["jax", "pytorch"]
+    versions: dict[str, str]
+    device: Device
+    model: ModelCounts
+    method: Literal["qlora", "lora", "full"]
+    precision: str | None
+    remat: str | None
+    moe: Moe
+    batch: Batch
+    step_seconds: StepSeconds
+    compile_seconds: Amount | None
+    memory: Memory
+    phases: Phases | None
+    layers: dict[str, Amount] | None
+    moe_kernels: dict[str, Amount] | None
+    cost: dict[str, Cost] | None
+    expert_load: dict[str, list[Amount]] | None
+
+
+def write(profile: StepProfile, path: Path) -> None:
+    """Write the file, aside and then renamed: what is there is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(profile.model_dump(mode="json"), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def read(path: Path) -> StepProfile:
+    """Read a file, or the one in a run's folder. Raises UserError naming file, field and value."""
+    if path.is_dir():
+        path = path / FILE_NAME
+    again = "write it again with `moejax profile CONFIG`"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist (expected the {FILE_NAME} of a profiled run): {again}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {again}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: no whole JSON ({error.msg}): was it cut off? {again.capitalize()}"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}: {again}")
+    version = content.get("schema_version")
+    if type(version) is not int or version != VERSION:
+        found = "schema_version is missing" if version is None else f"schema_version = {version!r}"
+        raise UserError(f"{path}: {found}, this moejax reads version {VERSION}: {again}")
+    try:
+        return StepProfile.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_explain(e) for e in error.errors()[:5])
+        raise UserError(f"{path}: {problems}. Mend the file, or {again}") from None
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{path} is missing (null where it is not known)"
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {path}"
+    return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
