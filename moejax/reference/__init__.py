@@ -2,7 +2,8 @@
 
 from moejax.reference.study import (
     DATASETS,
-    GIGABYTE,
+    EXPERTS,
+    EXPERTS_PER_TOKEN,
     MODELS,
     CostRow,
     Curve,
@@ -32,7 +33,8 @@ from moejax.reference.study import (
 
 __all__ = [
     "DATASETS",
-    "GIGABYTE",
+    "EXPERTS",
+    "EXPERTS_PER_TOKEN",
     "MODELS",
     "CostRow",
     "Curve",

@@ -20,7 +20,6 @@ MODELS = ("mixtral", "blackmamba")
 DATASETS = ("commonsense_15k", "math_14k", "hellaswag", "gsm8k")
 EXPERTS = 8
 EXPERTS_PER_TOKEN = {"dense": 8, "sparse": 2}
-GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
