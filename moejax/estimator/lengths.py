@@ -119,3 +119,14 @@ def from_file(path: str | Path) -> Lengths:
         raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")
     tokens, counts = np.unique(lengths.astype(np.int64), return_counts=True)
     return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} queries")
+
+
+def of_dataset(dataset: str) -> Lengths:
+    """The study's lengths; for "hellaswag" and "gsm8k", of which it prints no more than the median, every query of that length."""
+    if dataset in ("commonsense_15k", "math_14k"):
+        return of_study(dataset)
+    printed = reference.raw()["table2_datasets"][dataset]
+    tokens = printed["median_seq_len"]
+    return Lengths(
+        np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen"
+    )
