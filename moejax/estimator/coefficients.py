@@ -65,7 +65,7 @@ class StepTime:
     def basis(self) -> str:
         if self.measured:
             return f"{self.entry.source}, {self.entry.points} points"
-        return f"carried over from the {self.entry.gpu} ({self.entry.source}) by data-sheet figures: nothing was measured on this GPU"
+        return f"carried over from the {self.entry.gpu} ({self.entry.source}) by data-sheet figures: not measured here"
 
 
 def study() -> tuple[Entry, ...]:

@@ -209,7 +209,11 @@ def _predictions(title: str, found: Sequence[Prediction]) -> None:
         )
         for p in found
     ]
-    notes = [f"{p.gpu}: {note}" for p in found for note in (p.basis, *p.notes)]
+    said: dict[str, list[str]] = {}
+    for p in found:
+        for note in (p.basis, *p.notes):
+            said.setdefault(note, []).append(p.gpu)
+    notes = [f"{', '.join(gpus)}: {note}" for note, gpus in said.items()]
     columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
     ending = ["In brackets: where one measured run would lie with 95 %."]
     if not all(p.measured for p in found):
@@ -232,8 +236,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], no
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     table = Table(title=title, title_justify="left")
     numbers = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
-    for column, number in zip(columns, numbers, strict=True):
-        table.add_column(column, justify="right" if number else "left")
+    for place, (column, number) in enumerate(zip(columns, numbers, strict=True)):
+        table.add_column(column, justify="right" if number else "left", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     console.print(table)

@@ -100,7 +100,7 @@ def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Seq
             low, high = zip(*((b / e[1], b / e[0]) for b, e in zip(batch, ends, strict=True) if e), strict=True)
             axes.fill_between(batch, low, high, color=color, alpha=0.15, lw=0)
         axes.plot(p.batch, p.queries_per_second, "o", color=color)
-    axes.set(xlabel="batch, queries", ylabel="queries per second", title=f"{job.model} by {job.method}, k = {job.experts_per_token}")
+    axes.set(xlabel="batch, queries", ylabel="queries per second", title=_named(job))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
@@ -109,20 +109,30 @@ def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Seq
 
 
 def options(folder: Path, job: Job, made: Plan) -> list[Path]:
-    """Hours against dollars of every option, with intervals."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    for p in made.options:
-        if p.usd is None or p.price is None:
-            continue
+    """Hours and dollars of every option with their intervals, cheapest on top."""
+    shown = list(reversed(made.options))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 1.2 + 0.42 * len(shown)), sharey=True, layout="constrained")
+    for place, p in enumerate(shown):
         color = BLUE if p.measured else GREY
-        if p.hours_interval and p.usd_interval:
-            error = [[[p.hours - p.hours_interval[0]], [p.hours_interval[1] - p.hours]],
-                     [[p.usd - p.usd_interval[0]], [p.usd_interval[1] - p.usd]]]  # fmt: skip
-            axes.errorbar(p.hours, p.usd, xerr=np.abs(error[0]), yerr=np.abs(error[1]), color=color, lw=1, capsize=2)
-        axes.plot(p.hours, p.usd, "o", color=color)
-        label = f"{p.gpu}, {p.price.seller} {p.price.day}"
-        axes.annotate(label, (p.hours, p.usd), xytext=(6, 6), textcoords="offset points", fontsize=8, color=INK)
-    axes.set(xscale="log", yscale="log", xlabel="hours", ylabel="USD")
-    axes.set_title(f"{job.model} by {job.method}, {job.queries:,} queries x {job.epochs:g} epochs (grey: carried over)", fontsize=10)
-    _clean(axes)
+        for axes, value, interval in ((left, p.hours, p.hours_interval), (right, p.usd, p.usd_interval)):
+            if interval is not None:
+                axes.plot(interval, (place, place), color=color, lw=2)
+            if value is not None:
+                axes.plot(value, place, "o", color=color)
+    labels = [p.gpu if p.price is None else f"{p.gpu}, {p.price.seller}, {p.price.day}" for p in shown]
+    left.set_yticks(range(len(shown)), labels)
+    left.set(xlabel="hours", ylim=(-0.6, len(shown) - 0.4))
+    right.set(xlabel="USD")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", color=GREY, alpha=0.3)
+        _clean(axes)
+    title = f"{_named(job)}, {job.queries:,} queries x {job.epochs:g} epochs (grey: carried over, not measured)"
+    figure.suptitle(title, fontsize=10)
     return [_save(figure, folder / "plan.png")]
+
+
+def _named(job: Job) -> str:
+    model = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}[job.model]
+    method = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[job.method]
+    return f"{model}, {method}, k = {job.experts_per_token}"

@@ -115,7 +115,7 @@ def from_file(path: str | Path) -> Lengths:
         lengths = np.array(values, float)
     except (ValueError, TypeError) as error:
         raise UserError(f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})") from error
-    if lengths.ndim != 1 or not len(lengths) or (lengths < 1).any() or (lengths != np.round(lengths)).any():
+    if lengths.ndim != 1 or not len(lengths) or not ((lengths >= 1) & (lengths < 1e9) & (lengths == np.round(lengths))).all():
         raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")
     tokens, counts = np.unique(lengths.astype(np.int64), return_counts=True)
     return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} queries")
