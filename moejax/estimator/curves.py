@@ -55,18 +55,16 @@ def rmse(curve: Observations, found: Fit) -> float:
     return float(np.sqrt(np.mean((curve.queries / found.of(curve) - curve.throughput) ** 2)))
 
 
-def whole_curve_rmse(form: Form, pooling: Pooling, figure_15_dataset: str = FIGURE_15_DATASET) -> dict[str, float]:
-    """Curve -> RMSE in queries per second, fitted to the throughput of all points."""
-    data = observations(figure_15_dataset)
-    fits = fit(data, form=form, pooling=pooling, loss="throughput")
+def whole_curve_rmse(form: Form, pooling: Pooling, scales: dict[str, float] | None = None) -> dict[str, float]:
+    """Curve -> RMSE in queries per second, fitted to the throughput of all points (`scales` as in `fit`: where curves are pooled)."""
+    data = observations()
+    fits = fit(data, form=form, pooling=pooling, loss="throughput", scales=scales)
     return {c.name: rmse(c, fits[c.name]) for c in data}
 
 
-def larger_half_error(
-    form: Form, pooling: Pooling, loss: Loss = "seconds", figure_15_dataset: str = FIGURE_15_DATASET
-) -> dict[str, float]:
+def larger_half_error(form: Form, pooling: Pooling, loss: Loss = "seconds") -> dict[str, float]:
     """Curve -> mean relative error of throughput at the larger half of its batch sizes, fitted to the smaller half."""
-    data = observations(figure_15_dataset)
+    data = observations()
     fits = fit([c.take(smaller_half(c)) for c in data], form=form, pooling=pooling, loss=loss)
     errors = {}
     for curve in data:

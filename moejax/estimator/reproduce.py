@@ -156,7 +156,7 @@ def bars() -> Bars:
 def our_model() -> Section:
     """seconds = t0 + tokens·(u + v·k/E) on the same curves, scored like the paper's fitted form."""
     theirs = {c.name: paper.rmse(c, paper.fit_curve(c, "fitted")) for c in reference.curves()}
-    alone, pooled = (curves.whole_curve_rmse("affine", pooling) for pooling in ("curve", "chip"))
+    alone, pooled = (curves.whole_curve_rmse("affine", pooling, theirs) for pooling in ("curve", "chip"))
     half_alone, half = (curves.larger_half_error("affine", pooling) for pooling in ("curve", "chip"))
     data = {c.name: c for c in curves.observations()}
     rows = []
@@ -208,9 +208,9 @@ def form_scores() -> Section:
                      None if mean is None else 100 * mean, None if error is None else 100 * error, 100 * s.larger_half_mean)
                 )  # fmt: skip
     notes = (
-        "ratio: RMSE over the paper's, whole curves fitted to throughput. left out: mean error of each point of the smaller halves, "
-        "fitted to all others (seconds), mean over curves. larger half: fitted to the smaller halves. The choice may use the first "
-        "two columns of errors only as said in docs/estimator.md, the last one never.",
+        "ratio: RMSE over the paper's, whole curves fitted to throughput. left out: mean error of each point of the smaller halves,",
+        "fitted to all others (seconds), mean over curves, and its standard error. larger half: fitted to the smaller halves' seconds.",
+        "How the form was chosen: docs/estimator.md.",
     )
     columns = ("Figure 15's lengths", "pooling", "form", "coefficients", "largest ratio", "ratios <= 0.25", "left out %", "± %",
                "larger half %")  # fmt: skip
