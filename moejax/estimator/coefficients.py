@@ -2,7 +2,8 @@
 
 A file (`coefficients.json`, version 1) holds
 `{"schema_version": 1, "entries": [{"model", "method", "gpu", "t0_seconds", "token_seconds", "expert_token_seconds", "source", "points",
-"samples": [[t0, u, v], …], "residuals": […]}]}`: t0, u and v of `step_time.py`, bootstrap samples of them and relative residuals.
+"samples": [[t0, u, v], …], "scatter": […]}]}`: t0, u and v of `step_time.py`, bootstrap samples of them, and draws of one step's
+relative scatter.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ _NUMBERS = ("t0_seconds", "token_seconds", "expert_token_seconds")
 
 @dataclass(frozen=True)
 class Entry:
-    """t0, u and v [3] of one model and method on one GPU, with samples [n, 3] and relative residuals [m] (both may be empty)."""
+    """t0, u and v [3] of one model and method on one GPU, with samples [n, 3] and scatter [m] (both may be empty)."""
 
     model: str
     method: str
     gpu: str
     coefficients: FloatArray
     samples: FloatArray
-    residuals: FloatArray
+    scatter: FloatArray
     source: str
     points: int
 
@@ -55,10 +56,10 @@ class StepTime:
 
     def interval(self, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
         """Seconds between which one measured step would lie; None where the entry holds no samples."""
-        if not len(self.entry.samples) or not len(self.entry.residuals):
+        if not len(self.entry.samples) or not len(self.entry.scatter):
             return None
         one = np.array([1.0, tokens, tokens * share])
-        ends = [spread((self.entry.samples * scale) @ one, self.entry.residuals, level) for scale in self.scales]
+        ends = [spread((self.entry.samples * scale) @ one, self.entry.scatter, level) for scale in self.scales]
         return min(low for low, _ in ends), max(high for _, high in ends)
 
     @property
@@ -81,7 +82,7 @@ def study() -> tuple[Entry, ...]:
         key = found.model, found.gpu.name
         method = STUDY_MODELS[found.model][1]
         source = "the study's curves, PyTorch"
-        entries[key] = Entry(found.model, method, found.gpu.name, found.coefficients, found.samples, found.residuals, source, points[key])
+        entries[key] = Entry(found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, source, points[key])
     return tuple(entries.values())
 
 
@@ -130,14 +131,14 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
     try:
         x = np.array([float(item[key]) for key in _NUMBERS])
         samples = np.array(item.get("samples") or np.zeros((0, 3)), float).reshape(-1, 3)
-        residuals = np.array(item.get("residuals") or [], float)
+        scatter = np.array(item.get("scatter") or [], float)
         points = int(item.get("points", 0))
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
     if not np.isfinite(x).all() or (x < 0).any() or not x.any():
         raise UserError(f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0")
     model, method, gpu = (str(item[key]) for key in ("model", "method", "gpu"))
-    return Entry(model, method, gpu, x, samples, residuals, str(item.get("source", path.name)), points)
+    return Entry(model, method, gpu, x, samples, scatter, str(item.get("source", path.name)), points)
 
 
 def write(path: str | Path, entries: Sequence[Entry]) -> None:
@@ -146,7 +147,7 @@ def write(path: str | Path, entries: Sequence[Entry]) -> None:
         "schema_version": SCHEMA_VERSION,
         "entries": [
             {"model": e.model, "method": e.method, "gpu": e.gpu, **dict(zip(_NUMBERS, e.coefficients.tolist(), strict=True)),
-             "source": e.source, "points": e.points, "samples": e.samples.tolist(), "residuals": e.residuals.tolist()}
+             "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist()}
             for e in entries
         ],
     }  # fmt: skip

@@ -14,6 +14,7 @@ from moejax.errors import UserError
 if TYPE_CHECKING:
     from moejax.estimator.gpus import GPU
     from moejax.estimator.plan import Job, Prediction
+    from moejax.estimator.prices import Price
 
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
@@ -133,7 +134,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
     else:
-        _predictions(_title(job), found)
+        _predictions(_title(job), found, _asked(offers, found, options.spot))
     _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table))
     return 0
 
@@ -157,7 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
         told = {name: None if p is None else p.gpu for name, p in answers.items()}
         _print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
     else:
-        _predictions(_title(job), made.options)
+        _predictions(_title(job), made.options, _asked(offers, made.options, options.spot))
         for gpu, why in made.left_out.items():
             if options.gpu or why not in ("no price", "no spot price"):
                 print(f"left out: {gpu}: {why}")
@@ -195,7 +196,16 @@ def _usd(p: Prediction) -> str:
     return f"{p.usd:,.2f} USD{_between(p.usd_interval, ',.2f')} at {p.price.told}"
 
 
-def _predictions(title: str, found: Sequence[Prediction]) -> None:
+def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
+    """What other sellers ask: one GPU's prices differ by more than any model's error."""
+    from moejax.estimator import prices
+
+    ranges = {p.gpu: prices.asked(offers, p.gpu, spot=spot) for p in found}
+    told = [f"{gpu} {low:g} to {high:g}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
+    return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
+
+
+def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) -> None:
     rows = [
         (
             p.gpu if p.measured else f"{p.gpu} *",
@@ -218,7 +228,7 @@ def _predictions(title: str, found: Sequence[Prediction]) -> None:
     ending = ["In brackets: where one measured run would lie with 95 %."]
     if not all(p.measured for p in found):
         ending.append("* not measured: carried over, and the brackets span three rules of carrying (docs/estimator.md)")
-    _table(title, columns, rows, [*ending, *notes])
+    _table(title, columns, rows, [*ending, *asked, *notes])
 
 
 def _cell(value: Any) -> str:

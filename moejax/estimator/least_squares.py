@@ -44,6 +44,20 @@ def fit_seconds(features: FloatArray, seconds: FloatArray) -> FloatArray:
     return nonnegative(features / seconds[:, None], np.ones_like(seconds))
 
 
+def fit_seconds_many(features: FloatArray, seconds: FloatArray) -> FloatArray:
+    """`fit_seconds` of many measurements at once: seconds [many, points] -> coefficients [many, coefficients].
+
+    By normal equations of scaled columns, all in one call; `fit_seconds` itself where that makes a coefficient negative.
+    """
+    _enough(features)
+    scale = np.linalg.norm(features / seconds.mean(axis=0)[:, None], axis=0)
+    a = features / scale / seconds[:, :, None]
+    x = np.linalg.solve(a.transpose(0, 2, 1) @ a, a.sum(axis=1)[:, :, None])[:, :, 0] / scale
+    for index in np.flatnonzero((x < 0).any(axis=1)):
+        x[index] = fit_seconds(features, seconds[index])
+    return x
+
+
 def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None) -> FloatArray:
     """Coefficients x >= 0 by least squares on queries per second, queries/(features·x); Gauss-Newton from `fit_seconds`' answer.
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from moejax.errors import UserError
 from moejax.estimator import roofline
 from moejax.estimator.gpus import GPU
-from moejax.estimator.least_squares import fit_seconds, fit_throughput
+from moejax.estimator.least_squares import fit_seconds, fit_seconds_many, fit_throughput
 
 Form = Literal["affine", "roofline", "no padding"]
 Pooling = Literal["curve", "card", "chip"]
@@ -75,9 +75,9 @@ def features(form: Form, model: str, gpu: GPU, queries: FloatArray, tokens: Floa
 
 @dataclass(frozen=True)
 class Fit:
-    """A curve's coefficients x >= 0 of features·x, their bootstrap samples, and the relative residuals of the group they came from.
+    """A curve's coefficients x >= 0 of features·x, bootstrap samples of them, and draws of one step's relative scatter about the law.
 
-    `samples` is [resamples, 3] and `residuals` [points]; both are empty where there are fewer than two points more than coefficients:
+    `samples` is [resamples, 3] and `scatter` [resamples]; both are empty where there are fewer than two points more than coefficients:
     then nothing is known about the error.
     """
 
@@ -86,7 +86,7 @@ class Fit:
     gpu: GPU
     coefficients: FloatArray
     samples: FloatArray
-    residuals: FloatArray
+    scatter: FloatArray
 
     def seconds(self, queries: FloatArray, tokens: FloatArray, share: FloatArray) -> FloatArray:
         """Predicted step seconds, [points]."""
@@ -101,12 +101,12 @@ class Fit:
         if not len(self.samples):
             return None
         one = features(self.form, self.model, self.gpu, *(np.array([float(v)]) for v in (queries, tokens, share)))
-        return spread(one @ self.samples.T, self.residuals, level)
+        return spread(one @ self.samples.T, self.scatter, level)
 
 
-def spread(seconds: FloatArray, residuals: FloatArray, level: float) -> tuple[float, float]:
-    """Quantiles of every sampled time with every residual on it."""
-    outcomes = np.outer(seconds.ravel(), 1 + residuals)
+def spread(seconds: FloatArray, scatter: FloatArray, level: float) -> tuple[float, float]:
+    """Quantiles of every sampled time with every draw of scatter on it."""
+    outcomes = np.outer(seconds.ravel(), 1 + scatter)
     low, high = np.quantile(outcomes, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -162,14 +162,21 @@ def _fit_group(
     x = solve(seconds)
     model = matrix @ x
     spare = len(seconds) - matrix.shape[1]
-    samples, residuals = np.zeros((0, len(x))), np.zeros(0)
+    samples, scatter = np.zeros((0, len(x))), np.zeros(0)
     if resamples and spare >= 2:
-        residuals = (seconds / model - 1) * np.sqrt(len(seconds) / spare)
-        residuals = residuals - residuals.mean()
-        draws = np.random.default_rng(0).integers(len(seconds), size=(resamples, len(seconds)))
-        samples = np.array([solve(model * (1 + residuals[draw])) for draw in draws])
+        residuals = seconds / model - 1
+        deviation = float(np.sqrt(np.sum(residuals**2) / spare))
+        wide = (residuals - residuals.mean()) * np.sqrt(len(seconds) / spare)
+        generator = np.random.default_rng(0)
+        draws = generator.integers(len(seconds), size=(resamples, len(seconds)))
+        # The deviation itself is known from few points: dividing by a drawn chi makes Student's t of both kinds of error.
+        unknown = np.sqrt(spare / generator.chisquare(spare, size=(2, resamples)))
+        drawn = model * (1 + wide[draws])
+        refitted = fit_seconds_many(matrix, drawn) if loss == "seconds" else np.array([solve(again) for again in drawn])
+        samples = np.maximum(x + unknown[0][:, None] * (refitted - x), 0.0)
+        scatter = np.maximum(deviation * unknown[1] * generator.standard_normal(resamples), -0.99)
     found = {}
     for curve, card in zip(group, cards, strict=True):
         columns = [starts.index(card), len(starts), len(starts) + 1]
-        found[curve.name] = Fit(form, curve.model, curve.gpu, x[columns], samples[:, columns], residuals)
+        found[curve.name] = Fit(form, curve.model, curve.gpu, x[columns], samples[:, columns], scatter)
     return found

@@ -43,6 +43,8 @@ PREDICT = ("predict", "--dataset", "math_14k", "--gpu", "A40,H100")
 def test_predict(capsys):
     code, out, _ = run(capsys, *PREDICT, "--prices", "study")
     assert code == 0 and "2.1 USD/h, CUDO, 2024" in out and "0.79 USD/h, CUDO, 2024" in out and "95 %" in out
+    assert "USD/h that sellers ask" not in out  # the study read one seller's
+    assert "USD/h that sellers ask: H100 3.85 to 12.29" in run(capsys, *PREDICT)[1]
 
 
 def test_predict_json_plot(capsys, tmp_path):
