@@ -37,9 +37,9 @@ class Work:
     def weights(self) -> float:
         return self.rest_weights + self.experts * self.expert_weights + self.table_weights
 
-    def rest_flops(self, *, recompute: bool = True) -> float:
+    def rest_flops(self) -> float:
         """FLOPs a token outside the experts, over the whole step."""
-        return 2 * (self._passes(recompute) * self.rest_weights + self._passes(False) * self.head_products)
+        return 2 * (self._passes(True) * self.rest_weights + self._passes(False) * self.head_products)
 
     def _passes(self, recompute: bool) -> int:
         return 2 + self.trained + recompute
@@ -55,10 +55,11 @@ class Work:
         return self._passes(True) * self.experts * np.hypot(reading, computing)
 
     def least_seconds(self, gpu: GPU, tokens: float, share: float, method: Method) -> float:
-        """What no implementation can undercut: the useful FLOPs at the peak, or every weight read twice at the full bandwidth."""
-        flops = tokens * (self.rest_flops(recompute=False) + 2 * self._passes(False) * share * self.experts * self.expert_weights)
-        stored = 2 * self.weights if method != "qlora" else 2 * self.table_weights + NF4_BYTES * (self.weights - self.table_weights)
-        return max(flops / gpu.flops_per_second, 2 * stored / gpu.bytes_per_second)
+        """What no implementation can undercut: the useful FLOPs at the peak, or reading twice what a single token meets."""
+        met = self.rest_weights + share * self.experts * self.expert_weights
+        flops = 2 * self._passes(False) * tokens * (met + self.head_products)
+        read = 2 * self.head_products + (NF4_BYTES if method == "qlora" else 2) * met
+        return max(flops / gpu.flops_per_second, 2 * read / gpu.bytes_per_second)
 
     def resident_gb(self, method: Method, adapter_weights: float = 0.0) -> float:
         """GB of weights, gradients and Adam's moments, before any activation: the study's dtypes (bf16; NF4 for QLoRA's layers)."""

@@ -162,6 +162,9 @@ def test_roofline_arithmetic():
     # Two passes over what a frozen model's token meets, at the peak.
     flops = 2 * 2 * (mixtral.rest_weights + 2 * mixtral.expert_weights + 32000 * 4096)
     assert mixtral.least_seconds(gpus.find("H100"), 1e6, 0.25, "qlora") == pytest.approx(1e6 * flops / 989e12)
+    # A single token: the two experts it meets and the rest in NF4 (0.516 bytes a weight), the head in bf16, both read twice.
+    read = 0.5159 * (mixtral.rest_weights + 2 * mixtral.expert_weights) + 2 * 32000 * 4096
+    assert mixtral.least_seconds(gpus.find("H100"), 1, 0.25, "qlora") == pytest.approx(2 * read / 3350e9, rel=1e-4)
 
 
 def test_published_steps_respect_the_roofline():
