@@ -14,7 +14,6 @@ t + 1 keys; counted from the real segment lengths, twice as much again backward.
 from __future__ import annotations
 
 import math
-import re
 import time
 from dataclasses import dataclass
 
@@ -22,12 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import Architecture, BlackMambaConfig, LoRAConfig
-
-# Dense bf16 peaks in FLOP/s by a part of jax's device_kind, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12,
-    "L4": 121e12, "RTX 4090": 165e12, "A10G": 70e12, "V100": 125e12,
-}  # fmt: skip
+from moejax.estimator import gpus
 
 
 @dataclass(frozen=True)
@@ -84,9 +78,9 @@ def visible_pairs(lengths: list[int]) -> int:
 def peak_flops(dtype: str) -> tuple[float, str]:
     """Peak FLOP/s of the first device and where the figure comes from ("data sheet", or "measured" by a matmul)."""
     device = jax.local_devices()[0]
-    for name, peak in PEAK_FLOPS.items():
-        if device.platform == "gpu" and re.search(rf"\b{name}\b", device.device_kind):
-            return peak, "data sheet"
+    gpu = gpus.of_device_kind(device.device_kind) if device.platform == "gpu" else None
+    if gpu is not None:
+        return gpu.flops_per_second, "data sheet"
     size = 1024
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)

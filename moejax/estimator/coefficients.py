@@ -1,0 +1,154 @@
+"""Coefficients of step times by model, method and GPU: the study's, or a file's; and what to take for a GPU that nobody measured.
+
+A file (`coefficients.json`, version 1) holds
+`{"schema_version": 1, "entries": [{"model", "method", "gpu", "t0_seconds", "token_seconds", "expert_token_seconds", "source", "points",
+"samples": [[t0, u, v], …], "scatter": […]}]}`: t0, u and v of `step_time.py`, bootstrap samples of them, and draws of one step's
+relative scatter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.errors import UserError
+from moejax.estimator import gpus, transfer
+from moejax.estimator.gpus import GPU
+from moejax.estimator.roofline import STUDY_MODELS
+from moejax.estimator.step_time import FloatArray, spread
+
+SCHEMA_VERSION = 1
+_NUMBERS = ("t0_seconds", "token_seconds", "expert_token_seconds")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """t0, u and v [3] of one model and method on one GPU, with samples [n, 3] and scatter [m] (both may be empty)."""
+
+    model: str
+    method: str
+    gpu: str
+    coefficients: FloatArray
+    samples: FloatArray
+    scatter: FloatArray
+    source: str
+    points: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """An entry as it is used on a GPU. `measured`: on this GPU itself; otherwise carried over, and the interval spans the rules."""
+
+    entry: Entry
+    gpu: GPU
+    scales: tuple[FloatArray, ...]  # the first is the one that predicts
+    measured: bool
+
+    def seconds(self, tokens: float, share: float) -> float:
+        """Predicted seconds of a step that computes `tokens`, each visiting this share of the experts."""
+        return float(np.array([1.0, tokens, tokens * share]) @ (self.entry.coefficients * self.scales[0]))
+
+    def interval(self, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
+        """Seconds between which one measured step would lie; None where the entry holds no samples."""
+        if not len(self.entry.samples) or not len(self.entry.scatter):
+            return None
+        one = np.array([1.0, tokens, tokens * share])
+        ends = [spread((self.entry.samples * scale) @ one, self.entry.scatter, level) for scale in self.scales]
+        return min(low for low, _ in ends), max(high for _, high in ends)
+
+    @property
+    def basis(self) -> str:
+        if self.measured:
+            return f"{self.entry.source}, {self.entry.points} points"
+        return f"carried over from the {self.entry.gpu} ({self.entry.source}) by data-sheet figures: not measured here"
+
+
+def study() -> tuple[Entry, ...]:
+    """From the seven published curves: Mixtral by QLoRA on four GPUs, BlackMamba's full fine-tuning on the A40 (PyTorch, 2024)."""
+    from moejax.estimator.curves import observations, study_fits
+
+    points: dict[tuple[str, str], int] = {}
+    for curve in observations():
+        key = curve.model, curve.gpu.name
+        points[key] = points.get(key, 0) + len(curve.queries)
+    entries = {}
+    for found in study_fits().values():
+        key = found.model, found.gpu.name
+        method = STUDY_MODELS[found.model][1]
+        source = "the study's curves, PyTorch"
+        entries[key] = Entry(found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, source, points[key])
+    return tuple(entries.values())
+
+
+def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: dict[str, GPU]) -> StepTime:
+    """The entry of this GPU, or one carried over: from a card of the same chip, else from the nearest peak. UserError without any."""
+    fitting = [e for e in entries if (e.model, e.method) == (model, method)]
+    if not fitting:
+        have = sorted({f"{e.model} by {e.method}" for e in entries})
+        raise UserError(f"no coefficients for {model} by {method}: there are {', '.join(have)}; --coefficients FILE brings others")
+    for entry in fitting:
+        if entry.gpu == gpu.name:
+            return StepTime(entry, gpu, (np.ones(3),), True)
+
+    def distance(entry: Entry) -> tuple[bool, float]:
+        source = gpus.find(entry.gpu, table)
+        return source.chip != gpu.chip, abs(math.log(source.flops_per_second / gpu.flops_per_second))
+
+    entry = min(fitting, key=distance)
+    source = gpus.find(entry.gpu, table)
+    rules: list[transfer.Rule] = sorted(transfer.RULES, key=lambda rule: rule != "host-bound")
+    return StepTime(entry, gpu, tuple(transfer.factors(source, gpu, rule) for rule in rules), False)
+
+
+def read(path: str | Path) -> tuple[Entry, ...]:
+    """Entries of a coefficients file. Raises UserError for a file that is none."""
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--coefficients {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"--coefficients {path}: expected a JSON object with schema_version {SCHEMA_VERSION}")
+    entries = document.get("entries")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--coefficients {path}: `entries` is empty or missing")
+    return tuple(_entry(path, index, item) for index, item in enumerate(entries))
+
+
+def _entry(path: Path, index: int, item: Any) -> Entry:
+    where = f"--coefficients {path}: entries[{index}]"
+    if not isinstance(item, dict):
+        raise UserError(f"{where} is not an object")
+    missing = [key for key in ("model", "method", "gpu", *_NUMBERS) if key not in item]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    try:
+        x = np.array([float(item[key]) for key in _NUMBERS])
+        samples = np.array(item.get("samples") or np.zeros((0, 3)), float).reshape(-1, 3)
+        scatter = np.array(item.get("scatter") or [], float)
+        points = int(item.get("points", 0))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+    if not np.isfinite(x).all() or (x < 0).any() or not x.any():
+        raise UserError(f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0")
+    model, method, gpu = (str(item[key]) for key in ("model", "method", "gpu"))
+    return Entry(model, method, gpu, x, samples, scatter, str(item.get("source", path.name)), points)
+
+
+def write(path: str | Path, entries: Sequence[Entry]) -> None:
+    """The file that `read` reads."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "entries": [
+            {"model": e.model, "method": e.method, "gpu": e.gpu, **dict(zip(_NUMBERS, e.coefficients.tolist(), strict=True)),
+             "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist()}
+            for e in entries
+        ],
+    }  # fmt: skip
+    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

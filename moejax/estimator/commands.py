@@ -1,0 +1,277 @@
+"""`estimate.py reproduce | predict | plan`: arguments, tables, JSON. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moejax.errors import UserError
+
+if TYPE_CHECKING:
+    from moejax.estimator.gpus import GPU
+    from moejax.estimator.plan import Job, Prediction
+    from moejax.estimator.prices import Price
+
+MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three commands and their options."""
+    commands = parser.add_subparsers(dest="estimate_command", required=True, metavar="COMMAND")
+    reproduce = commands.add_parser("reproduce", help="the study's Tables III and IV and Figures 13 to 15 recomputed; then our model")
+    reproduce.add_argument("--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)")
+    predict = commands.add_parser("predict", help="throughput, hours and dollars of a run")
+    _job_arguments(predict)
+    predict.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help="GPUs by name, e.g. A40,A100-80,H100")
+    predict.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits by the study's equation 1")
+    plan = commands.add_parser("plan", help="which GPU is cheapest, fastest under a budget, cheapest by a deadline")
+    _job_arguments(plan)
+    plan.add_argument("--gpu", metavar="NAME[,NAME]", help="only these; by default all that have a price")
+    plan.add_argument("--budget", type=float, metavar="USD", help="the fastest for at most so many dollars")
+    plan.add_argument("--deadline", type=float, metavar="HOURS", help="the cheapest that is done by then")
+    for command in (reproduce, predict, plan):
+        command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        command.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="mixtral", help="mixtral-8x7b (default) or blackmamba-2.8b")
+    parser.add_argument("--method", help="qlora, lora or full; by default the one the study measured")
+    parser.add_argument("--experts-per-token", type=int, default=2, metavar="K", help="2 (default) to 8, the dense model")
+    parser.add_argument("--dataset", help="the study's: commonsense_15k, math_14k, hellaswag, gsm8k")
+    parser.add_argument("--records", type=int, help="number of queries; with --length, or instead of a data set's own")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="of every query")
+    parser.add_argument("--lengths", metavar="FILE", help="tokens per query: a JSON list, or one number a line")
+    parser.add_argument("--epochs", type=float, default=10, help="10 by default, as in the study")
+    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pack or fixed")
+    parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help="length of a row of `fixed`; longest query of `pack`")
+    parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
+    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
+    parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
+    parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a command; mistakes of the user's are raised as UserError."""
+    return {"reproduce": _reproduce, "predict": _predict, "plan": _plan}[options.estimate_command](options)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from moejax.estimator import reproduce
+
+    sections = [*reproduce.sections(), *([reproduce.form_scores()] if options.forms else [])]
+    bars = reproduce.bars()
+    if options.json:
+        document: dict[str, Any] = {s.key: {"title": s.title, "rows": s.records(), "notes": s.notes} for s in sections}
+        _print_json(document | {"bars": dataclasses.asdict(bars) | {"met": bars.met}})
+    else:
+        for section in sections:
+            _table(section.title, section.columns, section.rows, section.notes)
+        print("bars met" if bars.met else "bars NOT met")
+    _draw(options, lambda draw: draw.reproduction)
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _job(options: argparse.Namespace) -> Job:
+    from moejax import reference
+    from moejax.estimator import lengths, plan, roofline
+
+    if options.model not in MODELS:
+        raise UserError(f"--model {options.model}: expected one of {', '.join(dict.fromkeys(MODELS))}")
+    model = MODELS[options.model]
+    method = options.method or roofline.STUDY_MODELS[model][1]
+    if method not in ("qlora", "lora", "full"):
+        raise UserError(f"--method {method}: expected qlora, lora or full")
+    for name in ("records", "length", "row_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise UserError("which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE")
+    if options.lengths:
+        length = lengths.from_file(options.lengths)
+    elif options.dataset:
+        if options.dataset not in reference.DATASETS:
+            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(reference.DATASETS)}")
+        length = lengths.of_dataset(options.dataset)
+    else:
+        if options.records is None:
+            raise UserError("--length needs --records: how many queries of this length")
+        length = lengths.constant(options.records, options.length)
+    printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
+    queries = options.records or printed or length.queries
+    return plan.Job(model, method, options.experts_per_token, length, queries, options.epochs, options.batching, options.row_tokens)
+
+
+def _gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
+    from moejax.estimator import gpus
+
+    return gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from moejax.estimator import coefficients, gpus, plan, prices
+
+    job, table = _job(options), _gpu_table(options)
+    entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
+    offers = prices.load(options.prices, table)
+    found = []
+    for name in _names(options.gpu):
+        gpu = gpus.find(name, table)
+        price = prices.cheapest(offers, gpu.name, spot=options.spot)
+        if price is None and options.spot:
+            raise UserError(f"--spot: {options.prices} has no spot price of {gpu.name}; --prices FILE with SpotPrice brings one")
+        found.append(plan.predict(job, gpu, entries, table, batch=options.batch, price=price))
+    if options.json:
+        _print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
+    else:
+        _predictions(_title(job), found, _asked(offers, found, options.spot))
+    _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from moejax.estimator import coefficients, gpus, plan, prices
+
+    job, table = _job(options), _gpu_table(options)
+    entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
+    offers = prices.load(options.prices, table)
+    chosen = [gpus.find(name, table) for name in _names(options.gpu)] if options.gpu else list(table.values())
+    made = plan.plan(
+        job, chosen, entries, offers, table, budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot
+    )
+    answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
+    if options.budget is not None:
+        answers[f"fastest under {options.budget:g} USD"] = made.fastest_under_budget
+    if options.deadline is not None:
+        answers[f"cheapest within {options.deadline:g} h"] = made.cheapest_by_deadline
+    if options.json:
+        told = {name: None if p is None else p.gpu for name, p in answers.items()}
+        _print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
+    else:
+        _predictions(_title(job), made.options, _asked(offers, made.options, options.spot))
+        for gpu, why in made.left_out.items():
+            if options.gpu or why not in ("no price", "no spot price"):
+                print(f"left out: {gpu}: {why}")
+        for name, p in answers.items():
+            print(f"{name}: " + ("none" if p is None else f"{p.gpu}, batch {p.batch}: {_hours(p)}, {_usd(p)}"))
+    _draw(options, lambda draw: lambda folder: draw.options(folder, job, made))
+    return 0
+
+
+def _title(job: Job) -> str:
+    kind = f"{job.experts_per_token} experts a token"
+    return f"{job.model} by {job.method}, {kind}: {job.queries:,} queries x {job.epochs:g} epochs ({job.lengths.source})"
+
+
+def _told(job: Job) -> dict[str, Any]:
+    part = {key: getattr(job, key) for key in ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens")}
+    return part | {"lengths": job.lengths.source, "mean_tokens": job.lengths.mean}
+
+
+def _plain(p: Prediction) -> dict[str, Any]:
+    return dataclasses.asdict(p)
+
+
+def _between(interval: tuple[float, float] | None, form: str) -> str:
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def _hours(p: Prediction) -> str:
+    return f"{p.hours:.1f} h{_between(p.hours_interval, '.1f')}"
+
+
+def _usd(p: Prediction) -> str:
+    if p.usd is None or p.price is None:
+        return "no price"
+    return f"{p.usd:,.2f} USD{_between(p.usd_interval, ',.2f')} at {p.price.told}"
+
+
+def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
+    """What other sellers ask: one GPU's prices differ by more than any model's error."""
+    from moejax.estimator import prices
+
+    ranges = {p.gpu: prices.asked(offers, p.gpu, spot=spot) for p in found}
+    told = [f"{gpu} {low:g} to {high:g}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
+    return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
+
+
+def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) -> None:
+    rows = [
+        (
+            p.gpu if p.measured else f"{p.gpu} *",
+            p.batch,
+            round(p.tokens_per_step),
+            f"{p.step_seconds:.2f}",
+            f"{p.queries_per_second:.2f}{_between(p.queries_per_second_interval, '.2f')}",
+            f"{p.hours:.1f}{_between(p.hours_interval, '.1f')}",
+            "-" if p.usd is None else f"{p.usd:,.2f}{_between(p.usd_interval, ',.2f')}",
+            "no price" if p.price is None else p.price.told,
+        )
+        for p in found
+    ]
+    said: dict[str, list[str]] = {}
+    for p in found:
+        for note in (p.basis, *p.notes):
+            said.setdefault(note, []).append(p.gpu)
+    notes = [f"{', '.join(gpus)}: {note}" for note, gpus in said.items()]
+    columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
+    ending = ["In brackets: where one measured run would lie with 95 %."]
+    if not all(p.measured for p in found):
+        ending.append("* not measured: carried over, and the brackets span three rules of carrying (docs/estimator.md)")
+    _table(title, columns, rows, [*ending, *asked, *notes])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3f}"
+    return str(value)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    table = Table(title=title, title_justify="left")
+    numbers = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
+    for place, (column, number) in enumerate(zip(columns, numbers, strict=True)):
+        table.add_column(column, justify="right" if number else "left", no_wrap=place == 0)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+    for note in notes:
+        console.print(f"  {note}", markup=False)
+    console.print()
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, default=float))
+
+
+def _draw(options: argparse.Namespace, which: Callable[[Any], Callable[[Any], Sequence[Any]]]) -> None:
+    """Draw into --plot's folder, if asked, and say where (on stderr: stdout may be JSON)."""
+    if not options.plot:
+        return
+    from pathlib import Path
+
+    from moejax.estimator import figures
+
+    folder = Path(options.plot)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--plot {folder}: {error.strerror}") from error
+    for path in which(figures)(folder):
+        print(f"drawn: {path}", file=sys.stderr)

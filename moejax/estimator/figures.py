@@ -1,0 +1,138 @@
+"""Figures of the estimator: the study's curves beside both models, throughput over batch, and hours against dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from moejax import reference
+from moejax.estimator import curves, paper
+from moejax.estimator.coefficients import Entry, choose
+from moejax.estimator.gpus import GPU, find
+from moejax.estimator.plan import Job, Plan, Prediction
+from moejax.estimator.step_time import fit
+
+INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def reproduction(folder: Path) -> list[Path]:
+    """Figure 13, and Figures 14 and 15 with the paper's fit and ours."""
+    return [_figure_13(folder / "figure_13.png"), _figures_14_15(folder / "figures_14_15.png")]
+
+
+def _figure_13(path: Path) -> Path:
+    given = reference.max_batch_figure()
+    gb = np.linspace(24, 125, 200)
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    pairs = ((given.artifact, BLUE, "artifact"), (given.printed, ORANGE, "printed"))
+    for pair, color, label in pairs:
+        c0, c1 = pair["mixtral"]
+        batch = [paper.max_batch_raw(g, given.model_gb["mixtral"], given.sequence_tokens, 0.25, c0, c1) for g in gb]
+        axes.plot(gb, batch, color=color, label=f"equation 1, {label} C0 = {c0:g}, C1 = {c1:g}")
+    axes.plot(*zip(*given.ground_truth.items(), strict=True), "o", color=INK, label="measured by the study")
+    axes.plot(*zip(*given.printed_projection.items(), strict=True), "D", mfc="white", color=INK, label="projected by the study")
+    axes.set(xlabel="GPU memory, GB", ylabel="largest batch, queries", title="Figure 13: Mixtral, commonsense, 2 of 8 experts")
+    axes.legend(frameon=False)
+    _clean(axes)
+    return _save(figure, path)
+
+
+def _figures_14_15(path: Path) -> Path:
+    data = {c.name: c for c in curves.observations()}
+    ours = fit(list(data.values()), pooling="curve", loss="throughput")
+    figure, grid = plt.subplots(2, 4, figsize=(13, 6.2), layout="constrained")
+    panels = list(grid.flat)
+    for axes, curve in zip(panels, reference.curves(), strict=False):
+        theirs = paper.fit_curve(curve, "fitted")
+        lengths = curves.lengths.of_study(curve.dataset or curves.FIGURE_15_DATASET)
+        for kind, color in (("sparse", BLUE), ("dense", ORANGE)):
+            points = curve.kind(kind)
+            share = reference.EXPERTS_PER_TOKEN[kind] / reference.EXPERTS
+            axes.plot(*zip(*points, strict=True), "o", ms=4.5, color=color, label=f"{kind}, measured")
+            batch = np.arange(1, max(b for b, _ in points) + 1)
+            tokens = np.array([lengths.batch_tokens(int(b)) for b in batch])
+            seconds = ours[curve.name].seconds(batch.astype(float), tokens, np.full(len(batch), share))
+            axes.plot(batch, batch / seconds, color=color, label=f"{kind}, ours")
+            smooth = np.linspace(1, batch[-1], 80)
+            axes.plot(smooth, theirs.throughput(smooth, np.full(80, share)), ":", color=color, label=f"{kind}, the paper's form")
+        axes.set_title(curve.name.replace("commonsense_15k", "commonsense").replace("math_14k", "MATH"), fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _clean(axes)
+    panels[-1].axis("off")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.supxlabel("batch, queries")
+    figure.supylabel("queries per second")
+    return _save(figure, path)
+
+
+def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Sequence[Entry], table: dict[str, GPU]) -> list[Path]:
+    """Queries per second over batch on each GPU, with intervals and the batch that was predicted for."""
+    figure, axes = plt.subplots(figsize=(6.8, 4), layout="constrained")
+    colors = [BLUE, ORANGE, GREEN, INK, GREY]
+    for p, color in zip(found, colors * len(found), strict=False):
+        step = choose(entries, job.model, job.method, find(p.gpu, table), table)
+        batch = np.arange(1, max(p.fits, p.batch, 2) + 1)
+        tokens = [job.tokens(int(b)) for b in batch]
+        rate = [b / step.seconds(t, job.share) for b, t in zip(batch, tokens, strict=True)]
+        axes.plot(batch, rate, color=color, ls="-" if p.measured else "--", label=p.gpu + ("" if p.measured else " (carried over)"))
+        ends = [step.interval(t, job.share) for t in tokens]
+        if None not in ends:
+            low, high = zip(*((b / e[1], b / e[0]) for b, e in zip(batch, ends, strict=True) if e), strict=True)
+            axes.fill_between(batch, low, high, color=color, alpha=0.15, lw=0)
+        axes.plot(p.batch, p.queries_per_second, "o", color=color)
+    axes.set(xlabel="batch, queries", ylabel="queries per second", title=_named(job))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    _clean(axes)
+    return [_save(figure, folder / "throughput.png")]
+
+
+def options(folder: Path, job: Job, made: Plan) -> list[Path]:
+    """Hours and dollars of every option with their intervals, cheapest on top."""
+    shown = list(reversed(made.options))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 1.2 + 0.42 * len(shown)), sharey=True, layout="constrained")
+    for place, p in enumerate(shown):
+        color = BLUE if p.measured else GREY
+        for axes, value, interval in ((left, p.hours, p.hours_interval), (right, p.usd, p.usd_interval)):
+            if interval is not None:
+                axes.plot(interval, (place, place), color=color, lw=2)
+            if value is not None:
+                axes.plot(value, place, "o", color=color)
+    labels = [p.gpu if p.price is None else f"{p.gpu}, {p.price.seller}, {p.price.day}" for p in shown]
+    left.set_yticks(range(len(shown)), labels)
+    left.set(xlabel="hours", ylim=(-0.6, len(shown) - 0.4))
+    right.set(xlabel="USD")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", color=GREY, alpha=0.3)
+        _clean(axes)
+    title = f"{_named(job)}, {job.queries:,} queries x {job.epochs:g} epochs (grey: carried over, not measured)"
+    figure.suptitle(title, fontsize=10)
+    return [_save(figure, folder / "plan.png")]
+
+
+def _named(job: Job) -> str:
+    model = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}[job.model]
+    method = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[job.method]
+    return f"{model}, {method}, k = {job.experts_per_token}"

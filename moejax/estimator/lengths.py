@@ -1,0 +1,132 @@
+"""Lengths of queries, and the tokens that a batch of them really computes.
+
+A batch padded to its longest query computes batch x E[longest of batch queries] tokens, and that expectation grows with the batch:
+with the study's commonsense lengths from 103 tokens a query at batch 1 to 280 at batch 20. Most of what looks like saturation of
+throughput is this.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moejax import reference
+from moejax.errors import UserError
+
+Batching = Literal["pad_longest", "pack", "fixed"]
+STUDY_CUTOFF, STUDY_MULTIPLE = 1024, 8  # the study cut at 1024 tokens and padded to a multiple of 8
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many queries have how many tokens, ascending. `source` says whose tokens they are."""
+
+    tokens: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    source: str
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) or (self.tokens <= 0).any() or (self.counts < 0).any() or not self.counts.sum():
+            raise UserError(f"lengths of {self.source}: expected at least one query, and every length at least 1")
+
+    @property
+    def queries(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        return float(np.average(self.tokens, weights=self.counts))
+
+    @property
+    def longest(self) -> int:
+        return int(self.tokens[self.counts > 0].max())
+
+    def expected_longest(self, batch: int, *, multiple: int = STUDY_MULTIPLE, cutoff: int = STUDY_CUTOFF) -> float:
+        """E[longest of `batch` queries drawn without replacement], each rounded up to `multiple` and cut at `cutoff` tokens. Exact.
+
+        With F queries of N no longer than x, P(longest <= x) = product over i < batch of (F - i)/(N - i). A batch of more
+        queries than there are is refused.
+        """
+        _positive(batch=batch, multiple=multiple, cutoff=cutoff)
+        n = self.queries
+        if batch > n:
+            raise UserError(f"a batch of {batch} queries: {self.source} has {n}")
+        padded = np.minimum(-(-self.tokens // multiple) * multiple, cutoff)
+        below = np.cumsum(self.counts).astype(float)
+        i = np.arange(batch, dtype=float)
+        at_most = np.prod(np.maximum(below[:, None] - i, 0.0) / (n - i), axis=1)
+        return float(np.diff(at_most, prepend=0.0) @ padded)
+
+    def batch_tokens(self, batch: int, batching: Batching = "pad_longest", *, row_tokens: int | None = None, fill: float = 1.0,
+                     multiple: int = STUDY_MULTIPLE, cutoff: int = STUDY_CUTOFF) -> float:  # fmt: skip
+        """Expected tokens that a step with `batch` queries computes, padding included.
+
+        "pad_longest": every query as long as the batch's longest. "fixed": every query `row_tokens` long. "pack": the queries'
+        own tokens, cut at `row_tokens` or else at `cutoff`, over the share `fill` of a packed row that is not padding.
+        """
+        _positive(batch=batch)
+        if batching == "pad_longest":
+            return batch * self.expected_longest(batch, multiple=multiple, cutoff=cutoff)
+        if batching == "fixed":
+            if row_tokens is None or row_tokens < 1:
+                raise UserError(f"batching 'fixed' with rows of {row_tokens} tokens: say how long a row is, at least 1")
+            return float(batch * row_tokens)
+        if batching == "pack":
+            if not 0 < fill <= 1:
+                raise UserError(f"fill = {fill:g}: the share of packed rows that is not padding lies above 0 and at most at 1")
+            return batch * float(np.average(np.minimum(self.tokens, row_tokens or cutoff), weights=self.counts)) / fill
+        raise UserError(f"batching {batching!r}: expected one of {', '.join(get_args(Batching))}")
+
+
+def _positive(**sizes: float) -> None:
+    for name, value in sizes.items():
+        if not value >= 1:
+            raise UserError(f"{name} = {value}: expected at least 1")
+
+
+@cache
+def of_study(dataset: str) -> Lengths:
+    """Figure 2's lengths of "commonsense_15k" or "math_14k", in GPT-NeoX's tokens."""
+    h = reference.length_histogram(dataset)
+    return Lengths(np.array(h.lengths), np.array(h.counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)")
+
+
+def constant(queries: int, tokens: int) -> Lengths:
+    """`queries` of one length: no padding, whatever the batch."""
+    _positive(records=queries, length=tokens)
+    return Lengths(np.array([tokens]), np.array([queries]), f"{queries:,} queries of {tokens} tokens")
+
+
+def from_file(path: str | Path) -> Lengths:
+    """Lengths from a file: a JSON list of numbers, or one number a line. Raises UserError for anything else."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--lengths {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        values = json.loads(text) if text.lstrip().startswith("[") else [float(line) for line in text.split()]
+        lengths = np.array(values, float)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})") from error
+    if lengths.ndim != 1 or not len(lengths) or not ((lengths >= 1) & (lengths < 1e9) & (lengths == np.round(lengths))).all():
+        raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")
+    tokens, counts = np.unique(lengths.astype(np.int64), return_counts=True)
+    return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} queries")
+
+
+def of_dataset(dataset: str) -> Lengths:
+    """The study's lengths; for "hellaswag" and "gsm8k", of which it prints no more than the median, every query of that length."""
+    if dataset in ("commonsense_15k", "math_14k"):
+        return of_study(dataset)
+    printed = reference.raw()["table2_datasets"][dataset]
+    tokens = printed["median_seq_len"]
+    return Lengths(
+        np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen"
+    )

@@ -1,0 +1,148 @@
+"""What an hour of a GPU costs: dated and with its seller. A price without a day is a rumour.
+
+One GPU's price spreads more than fourfold between sellers: look at the price before looking at the model's error.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moejax.errors import UserError
+from moejax.estimator.gpus import GPU, GPUS, find
+
+
+@dataclass(frozen=True)
+class Price:
+    """USD per GPU-hour. `gpus_rented`: how many GPUs the instance has that has to be rented; the price is one GPU's share of it."""
+
+    gpu: str
+    usd_per_hour: float
+    seller: str
+    day: str
+    spot: bool = False
+    gpus_rented: int = 1
+
+    @property
+    def told(self) -> str:
+        """`1.67 USD/h, CUDO, 2024`: how a price is printed wherever dollars are."""
+        spot = ", spot" if self.spot else ""
+        share = f", 1 of {self.gpus_rented} GPUs" if self.gpus_rented > 1 else ""
+        return f"{self.usd_per_hour:g} USD/h, {self.seller}{spot}{share}, {self.day}"
+
+
+# The study read CUDO Compute's prices in 2024; it names no day.
+STUDY = (
+    Price("A40", 0.79, "CUDO", "2024"),
+    Price("A100-80", 1.67, "CUDO", "2024"),
+    Price("H100", 2.10, "CUDO", "2024"),
+)
+# On demand, from the sellers' public price lists on the day named. AWS and Azure: one GPU's share of the instance.
+DATED = (
+    Price("H100", 3.99, "RunPod", "2026-11-09"),
+    Price("H100-PCIe", 2.89, "RunPod", "2026-11-09"),
+    Price("A100-80", 1.79, "RunPod", "2026-11-09"),
+    Price("A100-40", 2.745, "AWS p4d", "2026-11-09", gpus_rented=8),
+    Price("A100-80", 3.431, "AWS p4de", "2026-11-09", gpus_rented=8),
+    Price("H100", 6.88, "AWS p5", "2026-11-09", gpus_rented=8),
+    Price("H100", 12.29, "Azure", "2026-11-09", gpus_rented=8),
+    Price("H200", 4.59, "RunPod", "2026-10-07"),
+    Price("B200", 6.79, "RunPod", "2026-10-07"),
+    Price("H100", 4.29, "Lambda", "2026-09-25"),
+    Price("H100", 3.85, "Nebius", "2026-09-25"),
+    Price("A10G", 1.006, "AWS g5.xlarge", "2026-06"),
+)
+SETS: dict[str, tuple[Price, ...]] = {"study": STUDY, "2026": DATED}
+
+_SKYPILOT = ("InstanceType", "AcceleratorName", "AcceleratorCount", "Region", "Price", "SpotPrice")
+_SIMPLE = ("gpu", "usd_per_hour")
+
+
+def load(name_or_file: str, gpus: dict[str, GPU] | None = None) -> tuple[Price, ...]:
+    """A set by name ("study", "2026"), or a CSV file: SkyPilot's catalog columns, or `gpu,usd_per_hour[,seller][,day][,spot]`.
+
+    Rows of GPUs that the table does not know are left out of a catalog, and are mistakes in a simple file. Raises UserError for
+    missing columns, another currency, or values that are not prices.
+    """
+    if name_or_file in SETS:
+        return SETS[name_or_file]
+    path = Path(name_or_file)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            columns = [c.strip() for c in reader.fieldnames or ()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prices {name_or_file}: {reason}; expected a CSV file, or one of {', '.join(SETS)}") from error
+    rows = [{(k or "").strip(): (v or "").strip() if isinstance(v, str) else "" for k, v in row.items()} for row in rows]
+    day = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+    catalog = "AcceleratorName" in columns or "InstanceType" in columns
+    _check(path, columns, rows, _SKYPILOT if catalog else _SIMPLE)
+    gpus = GPUS if gpus is None else gpus
+    found = list(_catalog(path, rows, f"file of {day}", gpus) if catalog else _simple(path, rows, f"file of {day}", gpus))
+    if not found:
+        raise UserError(f"--prices {path}: no row has a price of a GPU of {', '.join(gpus)}")
+    return tuple(found)
+
+
+def _check(path: Path, columns: list[str], rows: list[dict[str, str]], needed: tuple[str, ...]) -> None:
+    foreign = [c for c in columns if c.lower().endswith("_per_hour") and not c.lower().startswith("usd")]
+    if foreign:
+        raise UserError(f"--prices {path}: column {foreign[0]} is not in US dollars: convert it and name it usd_per_hour")
+    currencies = {row[c].upper() for row in rows for c in columns if c.lower() == "currency"} - {"USD", ""}
+    if currencies:
+        raise UserError(f"--prices {path}: currency {', '.join(sorted(currencies))}: convert the prices to USD first")
+    missing = [c for c in needed if c not in columns]
+    if missing:
+        raise UserError(
+            f"--prices {path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing (it has {', '.join(columns) or 'none'}); "
+            f"expected SkyPilot's {','.join(_SKYPILOT)} or {','.join(_SIMPLE)}[,seller][,day][,spot]"
+        )
+
+
+def _amount(path: Path, line: int, column: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"--prices {path}, line {line}: {column} = {text!r}: expected a number of US dollars above 0, without a sign")
+    return value
+
+
+def _simple(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GPU]) -> Iterable[Price]:
+    for line, row in enumerate(rows, 2):
+        usd = _amount(path, line, "usd_per_hour", row["usd_per_hour"])
+        spot = row.get("spot", "").lower() in ("1", "true", "yes")
+        yield Price(find(row["gpu"], gpus).name, usd, row.get("seller") or path.stem, row.get("day") or day, spot)
+
+
+def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GPU]) -> Iterable[Price]:
+    for line, row in enumerate(rows, 2):
+        if not row["AcceleratorName"]:
+            continue  # an instance without accelerators
+        try:
+            gpu = find(row["AcceleratorName"], gpus)
+        except UserError:
+            continue  # TPUs, Inferentia, GPUs that nobody fine-tunes on
+        count = max(1, round(_amount(path, line, "AcceleratorCount", row["AcceleratorCount"])))
+        seller = " ".join(part for part in (path.stem, row["InstanceType"], row["Region"]) if part)
+        for column, spot in (("Price", False), ("SpotPrice", True)):
+            if row[column] and row[column].lower() != "nan":
+                yield Price(gpu.name, _amount(path, line, column, row[column]) / count, seller, day, spot, count)
+
+
+def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> Price | None:
+    """The lowest price of this GPU, or None. With `spot`, spot prices only: they are another good. One-GPU instances go first."""
+    offers = [p for p in prices if p.gpu == gpu and p.spot == spot]
+    return min(offers, key=lambda p: (p.gpus_rented > 1, p.usd_per_hour), default=None)
+
+
+def asked(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> tuple[float, float] | None:
+    """(lowest, highest) USD per GPU-hour of the sellers, where there are several."""
+    rates = [p.usd_per_hour for p in prices if p.gpu == gpu and p.spot == spot]
+    return (min(rates), max(rates)) if len(rates) > 1 else None

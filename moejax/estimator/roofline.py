@@ -1,0 +1,100 @@
+"""FLOPs and bytes of a step by arithmetic from the model's sizes: what the GPU's peaks alone would allow.
+
+A multiply-add counts two. With gradient checkpointing every matrix inside the layers is multiplied in the forward pass, again in its
+recomputation, once for the gradient of its input, and, where it is trained, once for its own. The head stands outside the layers and
+is not recomputed. Attention's scores, norms, activations and adapters are left out: what is left is a lower bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.config import PRESETS, Architecture, BlackMambaConfig, LoRAConfig
+from moejax.estimator.gpus import GPU
+
+Method = Literal["qlora", "lora", "full"]
+FloatArray = NDArray[np.float64]
+STUDY_MODELS: dict[str, tuple[str, Method]] = {"mixtral": ("mixtral-8x7b", "qlora"), "blackmamba": ("blackmamba-2.8b", "full")}
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a code of 4 bits, an 8-bit scale per 64 weights, an fp32 one per 256 scales
+
+
+@dataclass(frozen=True)
+class Work:
+    """Weights by how often a token meets them, and products per weight in a step."""
+
+    rest_weights: float  # of the layers, met by every token: attention or Mamba, routers
+    expert_weights: float  # of one expert in every layer
+    table_weights: float  # embedding and head, as stored
+    head_products: float  # of the head alone: the embedding is a look-up
+    experts: int
+    trained: bool  # all weights, and not adapters
+
+    @property
+    def weights(self) -> float:
+        return self.rest_weights + self.experts * self.expert_weights + self.table_weights
+
+    def rest_flops(self) -> float:
+        """FLOPs a token outside the experts, over the whole step."""
+        return 2 * (self._passes(True) * self.rest_weights + self._passes(False) * self.head_products)
+
+    def _passes(self, recompute: bool) -> int:
+        return 2 + self.trained + recompute
+
+    def expert_seconds_at_peak(self, gpu: GPU, tokens: FloatArray, share: FloatArray) -> FloatArray:
+        """Seconds of the experts' matrix products at the GPU's full rates, each expert with tokens·share of the tokens.
+
+        A product reads its bf16 weights whatever the tokens: sqrt(reading² + computing²), the knee at the ridge of the roofline.
+        Against the kernels of Figure 6 on the A40 this is within 14 % with one common factor; max(reading, computing) is not.
+        """
+        reading = 2 * self.expert_weights / gpu.bytes_per_second
+        computing = 2 * self.expert_weights * tokens * share / gpu.flops_per_second
+        return self._passes(True) * self.experts * np.hypot(reading, computing)
+
+    def least_seconds(self, gpu: GPU, tokens: float, share: float, method: Method) -> float:
+        """What no implementation can undercut: the useful FLOPs at the peak, or reading twice what a single token meets."""
+        met = self.rest_weights + share * self.experts * self.expert_weights
+        flops = 2 * self._passes(False) * tokens * (met + self.head_products)
+        read = 2 * self.head_products + (NF4_BYTES if method == "qlora" else 2) * met
+        return max(flops / gpu.flops_per_second, 2 * read / gpu.bytes_per_second)
+
+    def resident_gb(self, method: Method, adapter_weights: float = 0.0) -> float:
+        """GB of weights, gradients and Adam's moments, before any activation: the study's dtypes (bf16; NF4 for QLoRA's layers)."""
+        if method == "full":
+            return 4 * 2 * self.weights / 1e9
+        layers = self.weights - self.table_weights
+        base = 2 * self.table_weights + (NF4_BYTES if method == "qlora" else 2) * layers
+        return (base + 4 * 4 * adapter_weights) / 1e9  # adapters: fp32, as are their gradients and moments
+
+
+def work(config: Architecture, method: Method) -> Work:
+    """The step's work for an architecture trained by a method."""
+    d, f = config.hidden_size, config.intermediate_size
+    head = config.vocab_size * d
+    router = d * config.num_experts
+    if isinstance(config, BlackMambaConfig):
+        inner, rank, states = config.inner_size, config.rank, config.state_size
+        mamba = d * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * d
+        layers, rest, tables = config.num_layers // 2, mamba + router, head  # embedding and head are one matrix
+    else:
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        layers, rest = config.num_layers, 2 * d * q + 2 * d * kv + router
+        tables = head if config.tie_word_embeddings else 2 * head
+    return Work(layers * rest, layers * 3 * d * f, tables, head, config.num_experts, method == "full")
+
+
+def adapter_weights(config: Architecture, adapter: LoRAConfig | None = None) -> float:
+    """Weights of a LoRA adapter on every expert and router (the study's targets), or on `adapter.targets` of these."""
+    adapter = adapter or LoRAConfig()
+    d, f, e = config.hidden_size, config.intermediate_size, config.num_experts
+    sizes = {"w1": e * (d + f), "w2": e * (d + f), "w3": e * (d + f), "gate": d + e}
+    return config.num_layers * adapter.rank * sum(sizes.get(target, 0) for target in adapter.targets)
+
+
+def of_study(model: str) -> Work:
+    """The work of the study's "mixtral" (QLoRA) or "blackmamba" (all weights)."""
+    preset, method = STUDY_MODELS[model]
+    return work(PRESETS[preset], method)

@@ -1,0 +1,128 @@
+"""The command line: what is printed, exit codes, and nothing heavy before it is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moejax import cli
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(capsys, *arguments):
+    code = cli.estimate_main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_reproduce(capsys, tmp_path):
+    code, out, err = run(capsys, "reproduce", "--plot", str(tmp_path / "figures"))
+    assert code == 0 and out.rstrip().endswith("bars met")
+    for text in ("Table III", "Figure 13", "Figures 14 and 15", "Table IV", "8.977", "27.915", "0.498", "6.15 %", "1.263"):
+        assert text in out
+    drawn = sorted(p.name for p in (tmp_path / "figures").iterdir())
+    assert drawn == ["figure_13.png", "figures_14_15.png"] and err.count("drawn: ") == 2
+    assert all((tmp_path / "figures" / name).stat().st_size > 20_000 for name in drawn)
+
+
+def test_reproduce_json(capsys):
+    code, out, _ = run(capsys, "reproduce", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["bars"]["met"] is True
+    row = found["figures_14_15"]["rows"][2]
+    assert row["curve"] == "a40/blackmamba/commonsense_15k" and row["printed RMSE"] == 0.79 and round(row["recomputed"], 3) == 0.788
+
+
+PREDICT = ("predict", "--dataset", "math_14k", "--gpu", "A40,H100")
+
+
+def test_predict(capsys):
+    code, out, _ = run(capsys, *PREDICT, "--prices", "study")
+    assert code == 0 and "2.1 USD/h, CUDO, 2024" in out and "0.79 USD/h, CUDO, 2024" in out and "95 %" in out
+    assert "USD/h that sellers ask" not in out  # the study read one seller's
+    assert "USD/h that sellers ask: H100 3.85 to 12.29" in run(capsys, *PREDICT)[1]
+
+
+def test_predict_json_plot(capsys, tmp_path):
+    code, out, _ = run(capsys, *PREDICT, "--json", "--plot", str(tmp_path))
+    found = json.loads(out)
+    assert code == 0 and [p["gpu"] for p in found["predictions"]] == ["A40", "H100"] and found["job"]["queries"] == 14000
+    assert found["predictions"][1]["price"]["day"].startswith("2026") and found["predictions"][0]["price"] is None
+    assert (tmp_path / "throughput.png").exists()
+
+
+def test_predict_takes_records_or_a_file(capsys, tmp_path):
+    (tmp_path / "lengths.txt").write_text("100\n" * 500)
+    by = {}
+    for name, data in (("file", ("--lengths", str(tmp_path / "lengths.txt"))), ("records", ("--records", "500", "--length", "100"))):
+        code, out, _ = run(capsys, "predict", *data, "--gpu", "H100", "--epochs", "1", "--batch", "4", "--json")
+        assert code == 0
+        by[name] = json.loads(out)["predictions"][0]["hours"]
+    assert by["file"] == by["records"] > 0
+    code, out, _ = run(capsys, "predict", "--dataset", "gsm8k", "--gpu", "H100")
+    assert code == 0 and "no padding is seen" in out
+
+
+def test_plan(capsys, tmp_path):
+    code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
+    assert code == 0 and (tmp_path / "plan.png").exists()
+    assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
+    assert "left out: A10G" in out
+    code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "0.5", "--json")
+    assert code == 0 and json.loads(out)["answers"]["fastest under 0.5 USD"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("predict", "--dataset", "math_14k", "--gpu", "H1000"), "did you mean H100"),
+     (("predict", "--dataset", "math", "--gpu", "H100"), "expected one of commonsense_15k, math_14k"),
+     (("predict", "--gpu", "H100"), "which data?"),
+     (("predict", "--gpu", "H100", "--dataset", "math_14k", "--length", "4"), "which data?"),
+     (("predict", "--gpu", "H100", "--length", "100"), "--length needs --records"),
+     (("predict", "--gpu", "H100", "--records", "-5", "--length", "100"), "--records -5"),
+     (("predict", "--gpu", "H100", "--records", "5", "--length", "0"), "--length 0"),
+     ((*PREDICT, "--batch", "-1"), "batch = -1"), ((*PREDICT, "--epochs", "0"), "epochs = 0"),
+     ((*PREDICT, "--experts-per-token", "12"), "expected 1 to 8"), ((*PREDICT, "--model", "llama"), "--model llama"),
+     ((*PREDICT, "--method", "dora"), "--method dora"), ((*PREDICT, "--method", "full"), "no coefficients for mixtral by full"),
+     ((*PREDICT, "--batching", "rows"), "batching 'rows'"), ((*PREDICT, "--batching", "fixed"), "say how long a row is"),
+     ((*PREDICT, "--prices", "nowhere.csv"), "No such file"), ((*PREDICT, "--coefficients", "nowhere.json"), "No such file"),
+     ((*PREDICT, "--spot"), "no spot price"), (("predict", "--dataset", "math_14k", "--gpu", "L4"), "4.8 GB more than the L4's"),
+     (("plan", "--dataset", "math_14k", "--deadline", "-1"), "deadline = -1"),
+     (("plan", "--dataset", "math_14k", "--gpu", "A10G"), "no GPU can be planned with")],
+)  # fmt: skip
+def test_mistakes_are_one_message(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_moejax_estimate_is_the_same(capsys):
+    assert cli.main(["estimate", *PREDICT, "--json"]) == 0
+    one = capsys.readouterr().out
+    assert cli.estimate_main([*PREDICT, "--json"]) == 0
+    assert capsys.readouterr().out == one
+
+
+@pytest.mark.parametrize("arguments", [("--help",), PREDICT])
+def test_nothing_heavy_is_imported(arguments):
+    """What would cost the 0.6 s that `--help` and `predict` may take."""
+    program = (
+        "import sys\nfrom moejax import cli\n"
+        f"try:\n    cli.estimate_main({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'scipy', 'matplotlib', 'jax', 'flax', 'pydantic', 'transformers', 'pandas', 'yaml'} & set(sys.modules)\n"
+        f"sys.exit(str(heavy | ({{'numpy'}} & set(sys.modules) if {arguments == ('--help',)} else set())) if heavy else 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_script(tmp_path):
+    command = [sys.executable, str(ROOT / "estimate.py"), "predict", "--dataset", "math_14k", "--gpu", "V999"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: unknown GPU 'V999'")

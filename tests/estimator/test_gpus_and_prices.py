@@ -1,0 +1,147 @@
+"""The GPU table, prices, and files of a user's own."""
+
+import dataclasses
+
+import pytest
+
+from moejax.errors import UserError
+from moejax.estimator import gpus, prices
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("a40", "A40"), ("A100-80GB", "A100-80"), ("a100_80", "A100-80"), ("A100", "A100-40"), ("NVIDIA H100", "H100"),
+     ("H100 SXM", "H100"), ("h100 pcie", "H100-PCIe"), ("rtx 4090", "RTX-4090"), ("RTX4090", "RTX-4090"), ("V100-32GB", "V100-32")],
+)  # fmt: skip
+def test_names(name, found):
+    assert gpus.find(name).name == found
+
+
+def test_an_unknown_gpu_names_the_nearest():
+    with pytest.raises(UserError, match=r"unknown GPU 'A44': did you mean A40.*Known: A40, A100-40"):
+        gpus.find("A44")
+    with pytest.raises(UserError, match="unknown GPU 'zzzz': Known"):
+        gpus.find("zzzz")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops", "name"),
+    [("NVIDIA H100 PCIe", 756, "H100-PCIe"), ("NVIDIA H100 80GB HBM3", 989, "H100"), ("NVIDIA A100-SXM4-40GB", 312, "A100-40"),
+     ("NVIDIA A100-SXM4-80GB", 312, "A100-80"), ("NVIDIA A40", 149.7, "A40"), ("NVIDIA L40S", 362, "L40S"), ("NVIDIA L4", 121, "L4"),
+     ("NVIDIA GeForce RTX 4090", 165, "RTX-4090"), ("NVIDIA A10G", 70, "A10G"), ("Tesla V100-SXM2-16GB", 125, "V100-16"),
+     ("NVIDIA H200", 989, "H200"), ("NVIDIA B200", 2250, "B200")],
+)  # fmt: skip
+def test_jax_device_kinds(kind, tflops, name):
+    """What jax calls a GPU finds it, and the peak that the training loop divides by."""
+    gpu = gpus.of_device_kind(kind)
+    assert gpu.name == name and gpu.flops_per_second == tflops * 1e12
+
+
+def test_unknown_device_kind():
+    assert gpus.of_device_kind("NVIDIA A4000") is None
+
+
+def test_every_gpu_is_plausible():
+    for gpu in gpus.GPUS.values():
+        assert 10 < gpu.memory_gb < 200 and 250e9 < gpu.bytes_per_second < 1e13 and 5e13 < gpu.flops_per_second < 3e15
+        if gpu.matrix_flops_per_second:
+            assert gpu.matrix_flops_per_second < gpu.flops_per_second
+        if gpu.device_bytes:
+            assert gpu.device_bytes == pytest.approx(gpu.memory_gb * 1e9, rel=0.08)
+    for aliases in ([n for g in gpus.GPUS.values() for n in (g.name, *g.aliases)],):
+        assert len(aliases) == len(set(aliases))
+
+
+def test_a_users_own_gpu(tmp_path):
+    path = tmp_path / "gpus.yaml"
+    path.write_text("RTX-5090: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210, watts: 575}\n")
+    gpu = gpus.find("rtx5090", gpus.from_yaml(path))
+    assert (gpu.memory_gb, gpu.bytes_per_second, gpu.flops_per_second, gpu.source) == (32, 1790e9, 210e12, "gpus.yaml")
+    assert gpus.find("H100", gpus.from_yaml(path)) == gpus.GPUS["H100"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("X: {memory_gb: 32}", "lacks bandwidth_gb_per_second, bf16_tflops"),
+     ("X: {memory_gb: -1, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = -1: expected a number above 0"),
+     ("X: {memory_gb: yes, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = True"),
+     ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, flops: 2}", "unknown flops"),
+     ("- a", "expected lines like"), ("a: [", "gpu-file")],
+)  # fmt: skip
+def test_bad_gpu_files(tmp_path, text, message):
+    path = tmp_path / "gpus.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        gpus.from_yaml(path)
+    with pytest.raises(UserError, match="No such file"):
+        gpus.from_yaml(tmp_path / "none.yaml")
+
+
+def test_sets_are_dated_and_of_known_gpus():
+    for offers in prices.SETS.values():
+        for price in offers:
+            assert price.gpu in gpus.GPUS and price.usd_per_hour > 0 and price.day[:3] == "202" and price.seller
+            assert price.day in price.told and price.seller in price.told
+    assert [p.usd_per_hour for p in prices.STUDY] == [0.79, 1.67, 2.10]
+
+
+CATALOG = """InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,Price,Region,GpuInfo,SpotPrice
+p4d.24xlarge,A100,8.0,96,1152,21.96,us-east-1,x,8.8
+one_h100,H100,1,16,200,3.99,US,x,
+one_h100,H100,1,16,200,4.99,CA,x,1.5
+two_h100,H100,2,32,400,5.00,US,x,
+m5.large,,,2,8,0.096,us-east-1,,0.03
+trn1.2xlarge,Trainium,1,8,32,1.34,us-east-1,x,0.4
+"""
+
+
+def test_skypilots_catalog(tmp_path):
+    """Price per instance; one GPU's share of it; instances of one GPU first; spot only where asked."""
+    path = tmp_path / "cloud.csv"
+    path.write_text(CATALOG)
+    offers = prices.load(str(path))
+    assert len(offers) == 6
+    best = prices.cheapest(offers, "H100")
+    assert (best.usd_per_hour, best.gpus_rented, best.spot) == (3.99, 1, False) and best.seller == "cloud one_h100 US"
+    assert prices.cheapest(offers, "H100", spot=True).usd_per_hour == 1.5
+    a100 = prices.cheapest(offers, "A100-40")
+    assert a100.usd_per_hour == pytest.approx(2.745) and "1 of 8 GPUs" in a100.told
+    assert prices.cheapest(offers, "A40") is None
+
+
+def test_simple_csv(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("gpu,usd_per_hour,seller,day,spot\nh100,2.5,Me,2026-11-01,\nA40,0.3,,,yes\n")
+    h100, a40 = prices.load(str(path))
+    assert h100 == prices.Price("H100", 2.5, "Me", "2026-11-01")
+    assert a40.seller == "mine" and a40.spot and a40.day.startswith("file of 20")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("InstanceType,AcceleratorName,Price\na,H100,3\n", "columns AcceleratorCount, Region, SpotPrice missing"),
+     ("gpu,price\nH100,3\n", "column usd_per_hour missing"),
+     ("gpu,eur_per_hour\nH100,3\n", "column eur_per_hour is not in US dollars"),
+     ("gpu,usd_per_hour,currency\nH100,3,EUR\n", "currency EUR"),
+     ("gpu,usd_per_hour\nH100,free\n", "line 2: usd_per_hour = 'free'"),
+     ("gpu,usd_per_hour\nH100,-2\n", "line 2: usd_per_hour = '-2'"),
+     ("gpu,usd_per_hour\nH100,€3\n", "line 2: usd_per_hour = '€3'"),
+     ("gpu,usd_per_hour\nH1000,3\n", "unknown GPU 'H1000': did you mean H100"),
+     ("gpu,usd_per_hour\n", "no row has a price"),
+     ("", "missing")],
+)  # fmt: skip
+def test_bad_price_files(tmp_path, text, message):
+    path = tmp_path / "prices.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prices.load(str(path))
+
+
+def test_a_price_file_that_is_none():
+    with pytest.raises(UserError, match=r"No such file.*one of study, 2026"):
+        prices.load("nowhere.csv")
+
+
+def test_cheapest_prefers_one_gpu_of_its_own():
+    whole = dataclasses.replace(prices.STUDY[2], usd_per_hour=1.0, gpus_rented=8)
+    assert prices.cheapest([whole, prices.STUDY[2]], "H100") == prices.STUDY[2]

@@ -1,0 +1,72 @@
+"""Tokens that a batch computes, against drawing batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from moejax.errors import UserError
+from moejax.estimator import lengths
+from moejax.estimator.lengths import Lengths
+
+
+def test_the_studys_rows():
+    """Tokens a query at batch 1, 2, 4, 8, 20 (commonsense) and 1, 2, 4, 8 (MATH)."""
+    for name, expected in (("commonsense_15k", {1: 103, 2: 132, 4: 170, 8: 217, 20: 280}), ("math_14k", {1: 191, 2: 226, 4: 264, 8: 303})):
+        found = {b: round(lengths.of_study(name).expected_longest(b)) for b in expected}
+        assert found == expected
+
+
+def test_exact_by_counting_every_batch():
+    """Against all subsets of a small set, without replacement; rounding to 8 and the cut in place."""
+    values = [3, 9, 9, 17, 30, 41, 100]
+    tokens, counts = np.unique(values, return_counts=True)
+    small = Lengths(tokens, counts, "test")
+    for batch in range(1, len(values) + 1):
+        longest = [min(64, -(-max(s) // 8) * 8) for s in itertools.combinations(values, batch)]
+        assert small.expected_longest(batch, cutoff=64) == pytest.approx(np.mean(longest))
+
+
+def test_one_length_has_no_padding_but_the_multiple():
+    assert lengths.constant(100, 128).batch_tokens(7) == 7 * 128
+    assert lengths.constant(100, 129).batch_tokens(1) == 136
+    assert lengths.constant(100, 5000).batch_tokens(2) == 2 * 1024
+
+
+def test_packing_computes_the_queries_own_tokens():
+    study = lengths.of_study("commonsense_15k")
+    assert study.batch_tokens(10, "pack") == pytest.approx(10 * study.mean)
+    assert study.batch_tokens(10, "pack", fill=0.5) == pytest.approx(20 * study.mean)
+    assert study.batch_tokens(10, "pack") < study.batch_tokens(10, "pad_longest")
+    assert study.batch_tokens(10, "fixed", row_tokens=128) == 1280
+
+
+def test_files(tmp_path):
+    for name, text in (("a.json", "[5, 7, 5]"), ("a.txt", "5\n7\n5\n")):
+        (tmp_path / name).write_text(text)
+        found = lengths.from_file(tmp_path / name)
+        assert (found.tokens.tolist(), found.counts.tolist(), found.queries) == ([5, 7], [2, 1], 3)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a\n", "1.5\n", "-3\n", "[[1], [2]]", '["x"]', "nan", "1e400"])
+def test_files_of_something_else(tmp_path, text):
+    path = tmp_path / "lengths"
+    path.write_text(text)
+    with pytest.raises(UserError, match="lengths"):
+        lengths.from_file(path)
+
+
+def test_bad_sizes():
+    small = lengths.constant(10, 64)
+    for call in (
+        lambda: small.batch_tokens(0),
+        lambda: small.batch_tokens(11),
+        lambda: small.batch_tokens(1, "fixed"),
+        lambda: small.batch_tokens(1, "pack", fill=0),
+        lambda: small.batch_tokens(1, "rows"),
+        lambda: lengths.constant(0, 64),
+        lambda: lengths.constant(5, -1),
+        lambda: Lengths(np.array([0, 3]), np.array([1, 1]), "test"),
+    ):
+        with pytest.raises(UserError):
+            call()
