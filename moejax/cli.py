@@ -25,8 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("run", help="a finished run's folder, e.g. runs/demo")
     evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
     evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+    _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
     options = parser.parse_args(arguments)
     return guarded(options)
+
+
+def _add_breakdown(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, a *.xplane.pb, or a step_profile.json")
+    parser.add_argument("--out", default=None, metavar="DIR", help="where the figures go (default: RUN/breakdown)")
+    parser.add_argument(
+        "--reference", choices=("match", "all", "none"), default="match", help="the study's bars beside: of the same model and k, …"
+    )
+    parser.add_argument("--ncu", default=None, metavar="CSV", help="Nsight Compute's report of the same program: real SM and DRAM %%")
+    parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +88,12 @@ def guarded(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     if options.command == "estimate":
         return estimate.run(options)
+    if options.command == "breakdown":
+        from moejax.profiling import command
+
+        return command.run(
+            options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json
+        )
     if options.command == "exact-match":
         from moejax.evaluation import exact_match
 

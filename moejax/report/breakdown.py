@@ -104,13 +104,20 @@ def draw(runs: Sequence[Bars], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    kernel_bars = [b for b in runs if b.kernels]
-    written = _stacked([b for b in runs if b.phases], "phases", "share of the step's busy time", "A step by phase (the study's Figure 4)", folder)
-    written += _stacked([b for b in runs if b.layers], "layers", "share of the layers' time", "A step by kind of layer (Figure 5)", folder)
-    written += _stacked(kernel_bars, "kernels", "share of the MoE's time", "The mixture of experts by kernel (Figure 6)", folder, "moe_kernels")
-    if any(b.utilization for b in runs):
-        written += _utilization([b for b in runs if b.utilization], folder)
+    written = []
+    for name, (what, ylabel, title) in _FIGURES.items():
+        if with_it := [b for b in runs if getattr(b, what)]:
+            written += _stacked(with_it, what, ylabel, title, folder / name)
+    if with_it := [b for b in runs if b.utilization]:
+        written += _utilization(with_it, folder / "utilization")
     return written
+
+
+_FIGURES = {
+    "phases": ("phases", "share of the step's busy time", "A step by phase (the study's Figure 4)"),
+    "layers": ("layers", "share of the step's busy time", "A step by kind of layer (the study's Figure 5)"),
+    "moe_kernels": ("kernels", "share of the MoE's time", "The mixture of experts by kernel (the study's Figure 6)"),
+}
 
 
 def _seconds(value: float) -> str:
@@ -133,9 +140,7 @@ def _order(runs: Sequence[Bars], what: str) -> list[str]:
     return [n for n in sorted(shares, key=lambda n: -shares[n]) if shares[n] > 0]
 
 
-def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, folder: Path, name: str | None = None) -> list[Path]:
-    if not runs:
-        return []
+def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, path: Path) -> list[Path]:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -165,10 +170,10 @@ def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, folder: P
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, folder / (name or what))
+    return _save(figure, path)
 
 
-def _utilization(runs: Sequence[Bars], folder: Path) -> list[Path]:
+def _utilization(runs: Sequence[Bars], path: Path) -> list[Path]:
     """Shares of both peaks by kernel. The study's are Nsight Compute's utilizations of SM and DRAM: another thing, and named so."""
     from matplotlib.figure import Figure
 
@@ -184,13 +189,14 @@ def _utilization(runs: Sequence[Bars], folder: Path) -> list[Path]:
         for i, bars in enumerate(runs):
             values = [100 * (bars.utilization.get(k, (None, None))[panel] or 0.0) for k in kernels]
             xs = [x + (i - (len(runs) - 1) / 2) * width for x in range(len(kernels))]
-            axes.bar(xs, values, width * 0.92, label=bars.name.replace("\n", " "), hatch=None if bars.ours else "//", edgecolor="white", linewidth=0.3)
+            hatch, label = None if bars.ours else "//", bars.name.replace("\n", " ")
+            axes.bar(xs, values, width * 0.92, label=label, hatch=hatch, edgecolor="white", linewidth=0.3)
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("%")
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_xticks(range(len(kernels)), [k.removeprefix("moe/") for k in kernels], fontsize=8)
     panels[0].legend(fontsize=7, frameon=False, ncols=2)
-    return _save(figure, folder / "utilization")
+    return _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> list[Path]:

@@ -1,0 +1,212 @@
+"""`moejax breakdown RUN…`: the tables, the figures, the takeaways."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moejax.errors import UserError
+from moejax.profiling import roofline, schema, xplane
+from moejax.profiling.breakdown import Breakdown, analyze
+from moejax.profiling.roofline import Peaks, Stage
+from moejax.report.breakdown import Bars, draw, study, takeaways
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone)."""
+
+    bars: Bars
+    breakdown: Breakdown | None
+    stages: list[Stage]
+    peaks: Peaks
+
+
+def run(paths: Sequence[str], *, out: str | None, reference: str, ncu: str | None, as_json: bool) -> int:
+    """Print the tables of these runs (folders, traces or step_profile.json files) and draw the figures. Raises UserError."""
+    loaded = [load(Path(p), Path(ncu) if ncu else None) for p in paths]
+    folder = Path(out) if out else _default_folder(Path(paths[0]))
+    bars = [r.bars for r in loaded]
+    if reference != "none":
+        kinds = list(dict.fromkeys(_setting(b) for b in bars)) if reference == "match" else _ALL
+        bars += [b for model, kind in kinds for b in study(model, kind)]
+    if as_json:
+        json.dump([as_dict(r) for r in loaded], sys.stdout, indent=1)
+        print()
+        return 0
+    console = Console()
+    for r in loaded:
+        _print(r, console)
+    console.print(_takeaways(bars))
+    for file in draw(bars, folder):
+        if file.suffix == ".png":
+            console.print(f"{file} (and .svg)", highlight=False, soft_wrap=True)
+    return 0
+
+
+_ALL = [(model, kind) for model in ("mixtral", "blackmamba") for kind in ("dense", "sparse")]
+
+
+def _setting(bars: Bars) -> tuple[str, str]:
+    """Which of the study's models and kinds a run is to be compared with: its stages say."""
+    model = "blackmamba" if "mamba" in bars.layers else "mixtral"
+    return model, "sparse" if "moe/dispatch" in bars.kernels or "moe/topk" in bars.kernels else "dense"
+
+
+def _default_folder(path: Path) -> Path:
+    return path / "breakdown" if path.is_dir() else path.parent / "breakdown"
+
+
+def load(path: Path, ncu: Path | None = None) -> Run:
+    """A run by its trace if it has one, else by its step_profile.json. Raises UserError where there is neither, or the trace's own."""
+    name = path.name if path.is_dir() else path.parent.name or path.stem
+    described = path / schema.FILE_NAME if path.is_dir() else path
+    if path.suffix == ".json" or (described.is_file() and not _has_trace(path)):
+        return _from_profile(schema.read(path), name)
+    trace = xplane.read(xplane.find(path))
+    b = analyze(trace)
+    peaks = Peaks(None, None, "unknown")
+    if path.is_dir() and described.is_file():
+        device = schema.read(described).device
+        peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
+    counters = roofline.ncu(ncu, b.kernels) if ncu else None
+    stages = roofline.stages(b, peaks, counters)
+    phases = b.phases
+    idle = phases.pop("idle")
+    shares = {s.name: (s.flops_share, s.bandwidth_share) for s in stages if s.flops_share is not None}
+    return Run(Bars(name, phases, b.layers, b.moe_kernels, idle=idle, utilization=shares), b, stages, peaks)
+
+
+def _has_trace(path: Path) -> bool:
+    return path.suffix in (".pb", ".gz") or any(path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def _from_profile(profile: schema.StepProfile, name: str) -> Run:
+    if profile.phases is None or profile.layers is None:
+        raise UserError(
+            f"the {schema.FILE_NAME} of {name} holds no phases and there is no trace: profile the run with `moejax profile CONFIG`"
+        )
+    phases = {k: v or 0.0 for k, v in profile.phases.model_dump().items()}
+    idle = phases.pop("idle")
+    device = profile.device
+    peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
+    bars = Bars(f"{name}\n({profile.framework})", phases, profile.layers, profile.moe_kernels or {}, idle=idle)
+    return Run(bars, None, [], peaks)
+
+
+def as_dict(r: Run) -> dict[str, Any]:
+    """For --json: everything that the tables show, unrounded."""
+    b = r.breakdown
+    return {
+        "name": r.bars.name,
+        "phases": dict(r.bars.phases),
+        "idle": r.bars.idle,
+        "layers": dict(r.bars.layers),
+        "moe_kernels": dict(r.bars.kernels),
+        "takeaways": takeaways(r.bars),
+        "peaks": vars(r.peaks),
+        "stages": [vars(s) for s in r.stages],
+    } | ({} if b is None else {name: getattr(b, name) for name in _OF_A_TRACE})
+
+
+_OF_A_TRACE = ("program", "platform", "steps", "step_seconds", "busy_seconds", "mixed_seconds", "attributed")
+
+
+def _print(r: Run, console: Console) -> None:
+    b = r.breakdown
+    title = r.bars.name.replace("\n", " ")
+    if b is not None:
+        title += f": {b.steps} traced steps of {b.program} on a {b.platform.upper()}"
+    console.print(_phases(r, title))
+    if b is None:
+        return
+    console.print(_stages(r))
+    console.print(
+        f"{100 * b.attributed:.1f} % of the busy time is under a named stage. {100 * b.mixed_seconds / b.busy_seconds:.1f} % was split off "
+        "fusions that mix stages or phases, by their instructions' own cost.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if b.attributed < 0.95:
+        console.print("longest under no name of ours:", highlight=False)
+        for label, seconds in b.unnamed[:8]:
+            console.print(f"  {1e3 * seconds:8.2f} ms  {label}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _phases(r: Run, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("phase", "ms", "share"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    whole = sum(r.bars.phases.values()) + (r.bars.idle or 0.0)
+    for name, seconds in r.bars.phases.items():
+        table.add_row(name, f"{1e3 * seconds:.2f}", _percent(seconds / whole))
+    if r.bars.idle is not None:
+        table.add_row("idle", f"{1e3 * r.bars.idle:.2f}", _percent(r.bars.idle / whole))
+    table.add_section()
+    table.add_row("step", f"{1e3 * whole:.2f}", "")
+    return table
+
+
+def _stages(r: Run) -> Table:
+    """By stage: time, and what was reached of the device's peaks."""
+    b = r.breakdown
+    assert b is not None
+    counters = any(s.sm_percent is not None for s in r.stages)
+    peaks = r.peaks
+    known = peaks.flops_per_second is not None and peaks.bytes_per_second is not None
+    said = (
+        f"peaks ({peaks.source}): {peaks.flops_per_second / 1e9:.0f} GFLOP/s, {peaks.bytes_per_second / 1e9:.1f} GB/s"  # type: ignore[operator]
+        if known
+        else "the device's peaks are not known: a run's step_profile.json holds them"
+    )
+    table = Table(title=said, title_justify="left")
+    phases = [p for p in ("forward", "recompute", "backward") if b.phases[p]]
+    columns = ["stage", "ms", "share", *phases, "GFLOP", "MB", "GFLOP/s", "GB/s"]
+    columns += ["of matrix peak", "of bandwidth"] if known else []
+    columns += ["SM % (ncu)", "DRAM % (ncu)"] if counters else []
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    groups = ([s for s in r.stages if s.name.split("/")[0] == "moe"], [s for s in r.stages if s.name.split("/")[0] != "moe"])
+    for group, label in zip(groups, ("all MoE", "the rest"), strict=True):
+        for s in [*group, *([roofline.time_weighted(group, label)] if len(group) > 1 else [])]:
+            parts = {g.name for g in group} if s.name == label else {s.name}
+            cells = [s.name, _ms(s.seconds), _percent(s.seconds / b.busy_seconds)]
+            cells += [_ms(sum(v for name, v in b.sums("stage", p).items() if name in parts)) for p in phases]
+            cells += [f"{s.flops / 1e9:.2f}", f"{s.bytes / 1e6:.0f}"]
+            cells += [f"{s.flops_per_second / 1e9:.1f}", f"{s.bytes_per_second / 1e9:.2f}"]
+            cells += [_percent(s.flops_share), _percent(s.bandwidth_share)] if known else []
+            cells += [_plain(s.sm_percent), _plain(s.dram_percent)] if counters else []
+            table.add_row(*cells, style="bold" if s.name == label else None)
+        table.add_section()
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def _takeaways(bars: Sequence[Bars]) -> Table:
+    table = Table(title="takeaways, computed", title_justify="left")
+    table.add_column("share")
+    for b in bars:
+        table.add_column(b.name.replace(",\n", ", "), justify="right")
+    columns = [takeaways(b) for b in bars]
+    for name in columns[0]:
+        ratio = "/" in name
+        table.add_row(name, *("" if c[name] is None else f"{c[name]:.2f}" if ratio else _percent(c[name]) for c in columns))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
