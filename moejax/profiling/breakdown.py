@@ -89,6 +89,7 @@ def analyze(trace: Trace) -> Breakdown:
     runs = _runs(trace, programs, ours)
     start, end = _window(trace, ours)
     events = [e for e in trace.events if e.end > start and e.start < end]
+    start, end = min(start, *(e.start for e in events)), max(end, *(e.end for e in events))
     steps = len(trace.steps) or runs
     spent = partition(events, [_is_container(e, programs) for e in events])
     scale = PICO / steps
@@ -131,7 +132,7 @@ def partition(events: list[Event], container: list[bool]) -> list[float]:
     shared = 0.0  # the integral of 1 / (number of running parts)
     spent = [0.0] * len(events)
     running = 0
-    outer: dict[int, None] = {}  # open containers, in the order in which they began
+    outer: dict[int, int] = {}  # open containers and how many parts of each run, in the order in which they began
     before = moments[0][0] if moments else 0
     for moment, starts, i in moments:
         if running:
@@ -142,10 +143,10 @@ def partition(events: list[Event], container: list[bool]) -> list[float]:
         if not container[i]:
             running += 1 if starts else -1
             spent[i] += -shared if starts else shared
-        elif starts:
-            outer[i] = None
         else:
-            outer.pop(i, None)
+            outer[i] = outer.get(i, 0) + (1 if starts else -1)
+            if not outer[i]:
+                del outer[i]
     return spent
 
 
@@ -199,9 +200,13 @@ def _is_container(event: Event, programs: dict[int, Program]) -> bool:
 
 
 def _shares(event: Event, programs: dict[int, Program], ours: set[int]) -> dict[Place, float]:
+    """By the program; where that knows no stage, by the path that a GPU's event itself may carry."""
+    shares = {NOWHERE: 1.0}
     if event.program in ours and event.instruction in programs[event.program].instructions:
-        return programs[event.program].shares(event.instruction)
-    return {scopes.place(event.op_name): 1.0} if event.op_name and event.program in (ours | {0}) else {NOWHERE: 1.0}
+        shares = programs[event.program].shares(event.instruction)
+    if event.op_name and event.program in ours | {0} and all(where.stage == OUTSIDE for where in shares):
+        return {scopes.place(event.op_name): 1.0}
+    return shares
 
 
 def _label(event: Event, programs: dict[int, Program]) -> str:

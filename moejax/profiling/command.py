@@ -16,7 +16,7 @@ from moejax.errors import UserError
 from moejax.profiling import roofline, schema, xplane
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
-from moejax.report.breakdown import Bars, draw, study, takeaways
+from moejax.report.breakdown import ALL, Bars, draw, study, takeaways
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ def load(path: Path, ncu: Path | None = None) -> Run:
     stages = roofline.stages(b, peaks, counters)
     phases = b.phases
     idle = phases.pop("idle")
-    shares = {s.name: (s.flops_share, s.bandwidth_share) for s in stages if s.flops_share is not None}
+    moe = [s for s in stages if s.name.split("/")[0] == "moe"]
+    rows = [*moe, roofline.time_weighted(moe, ALL)] if moe else []
+    shares = {s.name: (s.flops_share, s.bandwidth_share) for s in rows if s.flops_share is not None}
     return Run(Bars(name, phases, b.layers, b.moe_kernels, idle=idle, utilization=shares), b, stages, peaks)
 
 

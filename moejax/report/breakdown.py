@@ -46,11 +46,7 @@ def study(model: str, kind: str) -> list[Bars]:
         if (row.model, row.kind) != (model, kind):
             continue
         key = (model, kind, row.batch)
-        shares = {}
-        for ours, names in _inverse().items():
-            pairs = [(sm.row(*key).values[n], dram.row(*key).values[n]) for n in names if n in sm.row(*key).values]
-            if pairs:
-                shares[ours] = tuple(sum(p[i] for p in pairs) / len(pairs) / 100 for i in (0, 1))
+        shares = _study_shares(sm.row(*key).values, dram.row(*key).values, kernels.row(*key).values)
         found.append(
             Bars(
                 f"study, A40,\n{kind}, batch {row.batch}",
@@ -58,17 +54,29 @@ def study(model: str, kind: str) -> list[Bars]:
                 _renamed(layers.row(*key).values, _LAYERS),
                 {k: v * 1e-6 for k, v in _renamed(kernels.row(*key).values, _KERNELS).items()},
                 ours=False,
-                utilization=shares,  # type: ignore[arg-type]
+                utilization=shares,
             )
         )
     return found
 
 
-def _inverse() -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for theirs, ours in _KERNELS.items():
-        names.setdefault(ours, []).append(theirs)
-    return names
+ALL = "all, by time"
+"""Utilization of the whole mixture of experts: its kernels', weighted by their time."""
+
+
+def _study_shares(
+    sm: Mapping[str, float], dram: Mapping[str, float], microseconds: Mapping[str, float]
+) -> dict[str, tuple[float | None, float | None]]:
+    """Shares by our kernels' names. Where several of the study's are one of ours, each counts by its time."""
+    shares: dict[str, tuple[float | None, float | None]] = {}
+    for ours in dict.fromkeys(_KERNELS.values()):
+        weights = {name: microseconds[name.replace("_(", "(")] for name in sm if _KERNELS.get(name) == ours}
+        if total := sum(weights.values()):
+            shares[ours] = (
+                sum(sm[n] * w for n, w in weights.items()) / total / 100,
+                sum(dram[n] * w for n, w in weights.items()) / total / 100,
+            )
+    return shares | {ALL: (sm["time_weighted"] / 100, dram["time_weighted"] / 100)}
 
 
 def _renamed(values: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
@@ -108,7 +116,8 @@ def draw(runs: Sequence[Bars], folder: Path) -> list[Path]:
     for name, (what, ylabel, title) in _FIGURES.items():
         if with_it := [b for b in runs if getattr(b, what)]:
             written += _stacked(with_it, what, ylabel, title, folder / name)
-    if with_it := [b for b in runs if b.utilization]:
+    with_it = [b for b in runs if b.utilization]
+    if any(b.ours for b in with_it):
         written += _utilization(with_it, folder / "utilization")
     return written
 
@@ -151,7 +160,7 @@ def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, path: Pat
     for index, part in enumerate(_order(runs, what)):
         shares = [100 * getattr(b, what).get(part, 0.0) / sum(getattr(b, what).values()) for b in runs]
         axes.bar(
-            range(len(runs)), shares, 0.62, bottom=bottoms, color=palette[index % 20], label=part.removeprefix("moe/"),
+            range(len(runs)), shares, 0.62, bottom=bottoms, color=palette[index % 20], label=_label(part, what),
             edgecolor="white", linewidth=0.4,
         )  # fmt: skip
         for x, (share, bottom) in enumerate(zip(shares, bottoms, strict=True)):
@@ -173,11 +182,15 @@ def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, path: Pat
     return _save(figure, path)
 
 
+def _label(part: str, what: str) -> str:
+    return "loops, slices" if (part, what) == ("moe", "kernels") else part.removeprefix("moe/")
+
+
 def _utilization(runs: Sequence[Bars], path: Path) -> list[Path]:
     """Shares of both peaks by kernel. The study's are Nsight Compute's utilizations of SM and DRAM: another thing, and named so."""
     from matplotlib.figure import Figure
 
-    kernels = [k for k in _inverse() if any(k in b.utilization for b in runs)]
+    kernels = [k for k in (*dict.fromkeys(_KERNELS.values()), ALL) if any(k in b.utilization for b in runs)]
     figure = Figure(figsize=(max(7.5, 1.1 * len(kernels) + 2), 6.4), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     width = 0.8 / len(runs)

@@ -1,0 +1,78 @@
+"""Traces made by hand: events of our choosing over a program that XLA really compiled."""
+
+from __future__ import annotations
+
+import jax
+
+from moejax.profiling.xplane import MESSAGES, Event, Trace
+
+PROGRAM = 7
+
+
+def module(function, *arguments):
+    """The optimized HloModuleProto of a jitted function."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    serialized = compiled.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto()
+    return MESSAGES["HloModuleProto"].FromString(serialized)
+
+
+def leaves(module):
+    """Names of the instructions that do work in the entry computation."""
+    entry = next(c for c in module.computations if c.id == module.entry_computation_id)
+    idle = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
+    return [i.name for i in entry.instructions if i.opcode not in idle]
+
+
+def trace_of(path, module, spans, platform="cpu"):
+    """A Trace with events (instruction, start, end) of one program, times in picoseconds."""
+    trace = Trace(platform, path)
+    trace.events = sorted((Event(start, end, name, PROGRAM, name) for name, start, end in spans), key=lambda e: e.start)
+    trace.programs = {PROGRAM: module}
+    return trace
+
+
+class Plane:
+    """Builds an XPlane: `line(name).add(event, start, end, **stats)`."""
+
+    def __init__(self, space, name):
+        self.plane = space.planes.add(name=name)
+        self._events, self._stats = {}, {}
+
+    def _key(self, table, metadata, name):
+        if name not in table:
+            table[name] = len(table) + 1
+            metadata[table[name]].id, metadata[table[name]].name = table[name], name
+        return table[name]
+
+    def line(self, name):
+        line = self.plane.lines.add(id=len(self.plane.lines), name=name)
+        return lambda event, start, end, **stats: self._add(line, event, start, end, stats)
+
+    def _add(self, line, event, start, end, stats):
+        number = self._key(self._events, self.plane.event_metadata, event)
+        added = line.events.add(metadata_id=number, offset_ps=start, duration_ps=end - start)
+        for name, value in stats.items():
+            stat = added.stats.add(metadata_id=self._key(self._stats, self.plane.stat_metadata, name))
+            if isinstance(value, str):
+                stat.str_value = value
+            else:
+                stat.uint64_value = value
+
+    def program(self, module, number=PROGRAM):
+        """Embed a program, as the profiler does in /host:metadata."""
+        metadata = self.plane.event_metadata[number]
+        metadata.id, metadata.name = number, f"{module.name}({number})"
+        proto = MESSAGES["HloProto"](hlo_module=module)
+        metadata.stats.add(metadata_id=self._key(self._stats, self.plane.stat_metadata, "Hlo Proto"), bytes_value=proto.SerializeToString())
+
+
+def space():
+    return MESSAGES["XSpace"]()
+
+
+def saved(space, folder, host="host"):
+    """Write a trace where a run keeps it; returns the file."""
+    file = folder / "plugins" / "profile" / "2026_01_01" / f"{host}.xplane.pb"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(space.SerializeToString())
+    return file
