@@ -66,7 +66,7 @@ def _default_folder(path: Path) -> Path:
 
 def load(path: Path, ncu: Path | None = None) -> Run:
     """A run by its trace if it has one, else by its step_profile.json. Raises UserError where there is neither, or the trace's own."""
-    name = path.name if path.is_dir() else path.parent.name or path.stem
+    name = path.name if path.is_dir() else path.name.split(".")[0]
     described = path / schema.FILE_NAME if path.is_dir() else path
     if path.suffix == ".json" or (described.is_file() and not _has_trace(path)):
         return _from_profile(schema.read(path), name)
@@ -126,7 +126,8 @@ def _print(r: Run, console: Console) -> None:
     title = r.bars.name.replace("\n", " ")
     if b is not None:
         title += f": {b.steps} traced steps of {b.program} on a {b.platform.upper()}"
-    console.print(_phases(r, title))
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(_phases(r))
     if b is None:
         return
     console.print(_stages(r))
@@ -142,8 +143,8 @@ def _print(r: Run, console: Console) -> None:
             console.print(f"  {1e3 * seconds:8.2f} ms  {label}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _phases(r: Run, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _phases(r: Run) -> Table:
+    table = Table()
     for column in ("phase", "ms", "share"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     whole = sum(r.bars.phases.values()) + (r.bars.idle or 0.0)

@@ -1,0 +1,120 @@
+"""The study's bars, the takeaways, the command and what it draws."""
+
+import json
+import struct
+import xml.etree.ElementTree as ET
+
+import pytest
+from support import VECTORS
+
+from moejax import cli, reference
+from moejax.report.breakdown import ALL, Bars, study, takeaways
+
+TRACE = str(VECTORS / "mixtral-cpu.xplane.pb.gz")
+
+
+def test_the_studys_bars():
+    bars = study("mixtral", "sparse")
+    assert [b.name for b in bars] == [f"study, A40,\nsparse, batch {n}" for n in (1, 10, 32)]
+    row = reference.kernel_microseconds().row("mixtral", "sparse", 32).values
+    assert bars[2].kernels["moe/w1"] == pytest.approx(row["matmul(w1)"] * 1e-6)
+    assert bars[2].kernels["moe/router"] == pytest.approx((row["softmax"] + row["matmul(router)"]) * 1e-6)
+    assert sum(bars[2].kernels.values()) == pytest.approx(sum(row.values()) * 1e-6)
+    layers = reference.layer_seconds().row("mixtral", "sparse", 32).values
+    assert bars[2].layers["norm"] == layers["input_norm"] + layers["post_attention_norm"]
+    assert bars[2].utilization["moe/w1_dequant"][0] == reference.sm_percent().row("mixtral", "sparse", 32).values["w1_dequant"] / 100
+    assert bars[2].utilization[ALL][1] == reference.dram_percent().row("mixtral", "sparse", 32).values["time_weighted"] / 100
+
+
+def test_the_studys_blackmamba():
+    for bars in study("blackmamba", "dense"):
+        assert bars.layers.keys() == {"norm", "mamba", "moe"}
+        assert bars.kernels.keys() == {"moe/w1", "moe/act", "moe/w2", "moe/topk", "moe/router"}
+
+
+def test_takeaways_are_computed():
+    bars = Bars(
+        "made up",
+        {"forward": 2.0, "recompute": 1.0, "backward": 6.0, "optimizer": 1.0},
+        {"moe": 6.0, "norm": 2.0},
+        {"moe/w1": 3.0, "moe/w1_dequant": 1.0, "moe/act": 2.0},
+    )
+    assert takeaways(bars) == {
+        "MoE, of the layers' time": 0.75,
+        "matrix products, of the MoE's time": 0.5,
+        "dequantization, of the MoE's time": 1 / 6,
+        "optimizer, of the step": 0.1,
+        "backward without recomputation / forward": 3.0,
+        "recomputation, of the step": 0.1,
+    }
+
+
+def test_the_command_draws_and_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["breakdown", TRACE, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2 traced steps of jit_step on a CPU" in out and "moe/w1_dequant" in out and "study, A40, sparse, batch 32" in out
+    for name in ("phases", "layers", "moe_kernels"):
+        png = (tmp_path / f"{name}.png").read_bytes()
+        width, height = struct.unpack(">II", png[16:24])
+        assert png.startswith(b"\x89PNG") and width > 600 and height > 400
+        assert ET.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+    assert not (tmp_path / "utilization.png").exists()  # a bare trace does not know the peaks
+
+
+def test_json_says_what_the_tables_say(capsys):
+    assert cli.main(["breakdown", TRACE, "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)
+    assert run["steps"] == 2 and run["attributed"] >= 0.95
+    assert sum(run["phases"].values()) == pytest.approx(run["busy_seconds"])
+    assert {s["name"] for s in run["stages"]} >= {"moe/w1", "attention", "loss"}
+
+
+def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys):
+    from moejax.profiling import schema
+
+    unknown = dict.fromkeys(("peak_flops", "peak_bytes_per_second", "peaks_measured", "memory_bytes"))
+    profile = schema.StepProfile(
+        schema_version=1,
+        framework="pytorch",
+        versions={"torch": "2.13.0"},
+        device=schema.Device(name="CPU", **unknown),
+        model=schema.ModelCounts(name="mixtral", params_total=None, params_active=None, params_trainable=None),
+        method="lora",
+        precision="float32",
+        remat="full",
+        moe=schema.Moe(experts=8, top_k=2, backend="eager"),
+        batch=schema.Batch(**(dict.fromkeys(schema.Batch.model_fields) | {"batching": "fixed"})),
+        step_seconds=schema.StepSeconds(median=1.0, p10=None, p90=None, n=3),
+        compile_seconds=None,
+        memory=schema.Memory(**dict.fromkeys(schema.Memory.model_fields)),
+        phases=schema.Phases(forward=0.4, recompute=0.1, backward=0.4, optimizer=0.1, other=None, idle=0.0),
+        layers={"moe": 0.7, "attention": 0.2},
+        moe_kernels={"moe/w1": 0.4, "moe/dispatch": 0.1},
+        cost=None,
+        expert_load=None,
+    )
+    folder = tmp_path / "torch-run"
+    folder.mkdir()
+    schema.write(profile, folder / schema.FILE_NAME)
+    assert cli.main(["breakdown", TRACE, str(folder), "--out", str(tmp_path / "figures")]) == 0
+    assert "(pytorch)" in capsys.readouterr().out
+    schema.write(profile.model_copy(update={"phases": None}), folder / schema.FILE_NAME)
+    assert cli.main(["breakdown", str(folder)]) == 2
+    assert "holds no phases and there is no trace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere", None, "no such run"),
+        ("broken.xplane.pb", b"not a trace", "is no whole trace"),
+        ("broken.json", b"{", "no whole JSON"),
+    ],
+)
+def test_bad_input_is_one_message(name, content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert cli.main(["breakdown", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err
