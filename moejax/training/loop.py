@@ -298,7 +298,7 @@ class Trainer:
             "padded_tokens_per_second": batch.tokens.size / seconds,
             "model_flop_utilization": model_flops / seconds / self.peak_flops,
         }
-        return record | memory_bytes() | expert_load(values["expert_counts"])
+        return record | memory_bytes() | expert_load(values["expert_counts"], len(lengths))
 
     def _evaluate(self, display: Display) -> float:
         """Mean loss per supervised token on the held-out part."""
