@@ -26,6 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
     evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
+    profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
+    profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
+    profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. profile.steps=5 data.batch_rows=4")
+    load = commands.add_parser(
+        "expert-load", help="tokens per expert and layer over a data set, by the base and the tuned model"
+    )
+    load.add_argument("run", nargs="?", default=None, help="a finished run's folder, e.g. runs/demo")
+    load.add_argument("--config", default=None, metavar="FILE", help="instead of a run: the base model of this experiment")
+    load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
+    load.add_argument("--limit", type=int, default=None, help="only the first so many records")
     options = parser.parse_args(arguments)
     return guarded(options)
 
@@ -98,10 +108,19 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import exact_match
 
         return exact_match.run(options.run, options.data, options.limit)
+    if options.command == "expert-load":
+        from moejax.evaluation import expert_load
+
+        return expert_load.run(options.run, options.config, options.data, options.limit)
     from moejax import config
 
-    experiment = config.load(options.config, options.overrides)
+    profile = options.command == "profile"
+    experiment = (config.load_profiled if profile else config.load)(options.config, options.overrides)
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(experiment.device.memory_fraction))
+    if profile:
+        from moejax.training import loop
+
+        return loop.run(experiment, resume=False, keep=False)
     if options.dry_run:
         from moejax.training import dry_run
 

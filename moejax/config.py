@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -25,6 +26,8 @@ def _number(value: Any) -> Any:
 
 Real = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[int, Field(ge=1)]
+
+UNTRACED_STEPS = 5  # that `moejax profile` runs for the step's seconds, after the traced ones
 
 
 class _Section(BaseModel):
@@ -212,6 +215,33 @@ class DeviceConfig(_Section):
     memory_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.92
 
 
+class ProfileConfig(_Section):
+    """Trace `steps` optimizer steps from `start_step` on (counted from 1). Step 1 compiles and is never traced."""
+
+    start_step: int = 5
+    steps: int = 3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.start_step < 2:
+            raise ValueError(f"start_step = {self.start_step}: step 1 compiles and cannot be traced: expected 2 or more")
+        if self.steps < 1:
+            raise ValueError(f"steps = {self.steps}: expected 1 or more")
+        return self
+
+    @property
+    def last_step(self) -> int:
+        return self.start_step + self.steps - 1
+
+    def check(self, total_steps: int) -> None:
+        """Raises ValueError if a run of so many steps ends before the traced ones do."""
+        if self.last_step > total_steps:
+            raise ValueError(
+                f"profile traces steps {self.start_step} to {self.last_step}, but the run has {total_steps}: lower "
+                "profile.start_step or profile.steps, or train longer"
+            )
+
+
 class Experiment(_Section):
     """One run. Its folder is runs_dir/name."""
 
@@ -229,6 +259,7 @@ class Experiment(_Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     device: DeviceConfig = DeviceConfig()
+    profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -238,6 +269,8 @@ class Experiment(_Section):
             )
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
+        if self.profile is not None and self.training.steps is not None:
+            self.profile.check(self.training.steps)
         if self.model.preset is not None:
             limit = self.model.architecture(None).max_position_embeddings
             if self.data.longest_row > limit:
@@ -245,8 +278,33 @@ class Experiment(_Section):
         return self
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment from YAML, with `key.sub=value` overrides (values are YAML). Raises UserError for every mistake."""
+    return _validated(_read(path, overrides), path)
+
+
+def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment as `moejax profile` runs it: NAME-profile, and just the steps that are needed.
+
+    After the traced steps come one that is not counted (the trace is written in it) and `UNTRACED_STEPS` for step_seconds. What an
+    override names (name, training.steps) stays as it is. Warm-up and evaluation have no place in so short a run.
+    """
+    content = _read(path, overrides)
+    named = {override.partition("=")[0] for override in overrides}
+    if content.get("profile") is None:
+        content["profile"] = {}
+    if "name" not in named and isinstance(content.get("name"), str):
+        content["name"] += "-profile"
+    training, profile = content.get("training"), content["profile"]
+    if isinstance(training, dict) and isinstance(profile, dict):
+        training |= {"warmup_steps": 0, "eval_every": None}
+        start, steps = profile.get("start_step", 5), profile.get("steps", 3)
+        if "training.steps" not in named and isinstance(start, int) and isinstance(steps, int):
+            training["steps"] = max(1, start + steps - 1) + 1 + UNTRACED_STEPS
+    return _validated(content, path)
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"config file {file} does not exist (expected a YAML file; see configs/)")
@@ -260,10 +318,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Exper
         raise UserError(f"{file}: expected a mapping of sections, got {type(content).__name__}")
     for override in overrides:
         _apply(content, override)
+    return content
+
+
+def _validated(content: dict[str, Any], path: str | Path) -> Experiment:
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{file}: {_explain(error)}") from None
+        raise UserError(f"{path}: {_explain(error)}") from None
 
 
 def dump(experiment: Experiment) -> str:

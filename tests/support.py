@@ -1,5 +1,6 @@
 """Where things lie, and how tensors are compared."""
 
+import json
 from functools import reduce
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moejax.config import Experiment
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
 
@@ -41,3 +43,38 @@ def loss_and_gradients(model, batch, **settings):
 
     (loss, stats), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True))(trainable)
     return loss, stats, nnx.merge(graphdef, gradients, frozen)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "num_experts": 4,
+}
+
+
+def tiny_experiments(folder):
+    """make(section={field: value}) -> Experiment on the bundled problems, whose runs lie in `folder`."""
+    problems = json.loads((ROOT / "assets/problems/train.json").read_text())[:60]
+    data = folder / "train.json"
+    data.write_text(json.dumps(problems))
+
+    def make(name="run", **sections):
+        content = {
+            "name": name,
+            "runs_dir": str(folder / "runs"),
+            "model": {"preset": "mixtral-tiny", "overrides": SMALL, "aux_loss_coef": 0.01},
+            "quantization": {"format": "nf4"},
+            "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
+            "tokenizer": str(ROOT / "assets/tiny-mixtral/tokenizer.json"),
+            "data": {"source": str(data), "row_tokens": 64, "max_length": 64, "batch_rows": 4, "holdout": 8},
+            "training": {"steps": 20, "learning_rate": 1e-2, "compute_dtype": "float32", "gradient_accumulation": 2},
+        }
+        for section, changes in sections.items():
+            content[section] = changes if changes is None else content.get(section, {}) | changes
+        return Experiment.model_validate(content)
+
+    return make

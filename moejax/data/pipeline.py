@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moejax.config import DataConfig
 from moejax.data.batching import Batches, synthetic
-from moejax.data.sources import load_records
+from moejax.data.sources import Record, load_records
 from moejax.data.tokenize import Tokenized, tokenize
 from moejax.errors import UserError
 
@@ -63,17 +63,26 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
         queries = synthetic(config, vocab_size, seed, max(SYNTHETIC_ROWS, config.batch_rows))
         return Dataset(Batches(queries, config, seed), None, Tokenized(queries, len(queries)), "random tokens")
     records = load_records(config)
-    held_out: list[dict[str, Any]] = []
+    held_out: list[Record] = []
     if config.eval_source is not None:
         held_out = load_records(config, config.eval_source)
     elif config.holdout:
         if config.holdout >= len(records):
             raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
         records, held_out = records[: -config.holdout], records[-config.holdout :]
-    limit = config.row_tokens if config.batching == "fixed" else config.max_length
-    train = tokenize(records, tokenizer, config.template, min(limit, config.max_length))
+    train = tokenize(records, tokenizer, config.template, _limit(config))
     evaluation = None
     if held_out:
-        queries = tokenize(held_out, tokenizer, config.template, min(limit, config.max_length)).queries
-        evaluation = Batches(queries, config, seed, shuffle=False)
+        evaluation = in_order(config, held_out, tokenizer, seed)
     return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source)
+
+
+def in_order(config: DataConfig, records: list[Record], tokenizer: Any, seed: int) -> Batches:
+    """Batches of these records as the config's training would make them, but in their own order."""
+    queries = tokenize(records, tokenizer, config.template, _limit(config)).queries
+    return Batches(queries, config, seed, shuffle=False)
+
+
+def _limit(config: DataConfig) -> int:
+    """Tokens at which a query is cut."""
+    return min(config.row_tokens, config.max_length) if config.batching == "fixed" else config.max_length

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from models.build import Model
-from moejax import config as experiments
 from moejax.data.sources import Record, load_records
 from moejax.data.templates import render
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.answers import commonest, correct, wilson_interval
 from moejax.evaluation.generate import generate
-from moejax.hub import peft, weights
+from moejax.evaluation.runs import open_run, tuned
+from moejax.hub import weights
 from moejax.training.state import architecture, create_model
 
 MAX_NEW_TOKENS = 64
@@ -28,9 +28,7 @@ MAX_NEW_TOKENS = 64
 def run(run_folder: str, data: str, limit: int | None) -> int:
     """Prints a table and writes every prompt, output and verdict to RUN/predictions.jsonl and the figures to exact_match.json."""
     folder, console = Path(run_folder), Console()
-    if not (folder / "config.yaml").is_file() or not any((folder / part).is_dir() for part in ("adapter", "model")):
-        raise UserError(f"{folder} is no finished run (expected config.yaml, and adapter/ or model/, in it)")
-    experiment = experiments.load(folder / "config.yaml")
+    experiment = open_run(folder)
     source = experiment.model.source
     if source is None:
         raise UserError(f"{folder}: its base has random weights; only a run with model.source can be compared with its base")
@@ -46,10 +44,8 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     rows: list[tuple[str, list[bool], float]] = [(f"always {guess}", [correct(guess, r["answer"]) for r in records], 0.0)]
     predictions: list[dict[str, Any]] = []
     for name in ("base", "tuned"):  # a fresh adapter's B is zero: the model is its base
-        if name == "tuned" and experiment.adapter is None:
-            model = create_model(experiment, sizes, folder / "model")
-        elif name == "tuned":
-            peft.load_adapter(model, folder / "adapter")
+        if name == "tuned":
+            model = tuned(experiment, sizes, folder, model)
         verdicts, outputs, seconds = answer_all(model, tokenizer, experiment.data.template, records)
         rows.append((name, verdicts, seconds))
         predictions += [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -14,44 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from models.build import build
-from models.ops.nf4 import NF4Tensor
 from moejax.config import Experiment
 from moejax.training.optimizer import make_optimizer
+from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.state import architecture, model_arguments, split
-
-_GROUPS = (
-    ("embeddings", "embed."), ("head", "head."), ("router", ".moe.router."), ("experts", ".moe.w"), ("attention", ".attention."),
-    ("mamba", ".mamba."),
-    ("norms", "norm"),
-)  # fmt: skip
-
-
-@dataclass
-class Group:
-    """Parameters of one kind: how many, how stored, how many bytes."""
-
-    parameters: int = 0
-    bytes: int = 0
-    dtype: str = ""
-    trainable: bool = False
 
 
 def parameter_groups(experiment: Experiment) -> dict[str, Group]:
     """Group name -> counts of the model that this experiment builds, from an abstract model."""
     model = build(architecture(experiment, _folder(experiment)), **model_arguments(experiment))
-    groups: dict[str, Group] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(str(p) for p in path)
-        lora = ".lora." in name
-        group = groups.setdefault(_group_name(name) + (" LoRA" if lora else ""), Group())
-        value: Any = variable.get_value()
-        leaves = jax.tree.leaves(value)
-        group.parameters += value.size if isinstance(value, NF4Tensor) else math.prod(value.shape)
-        # Every stored leaf has whole bytes: NF4 codes are packed in pairs into uint8.
-        group.bytes += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        group.dtype = _nf4_name(value) if isinstance(value, NF4Tensor) else str(value.dtype)
-        group.trainable = isinstance(variable, nnx.Param)
-    return groups
+    return groups_of(model)
 
 
 def optimizer_bytes(experiment: Experiment) -> int:
@@ -68,15 +38,6 @@ def _folder(experiment: Experiment) -> Path | None:
     return Path(source) if source and Path(source).is_dir() else None
 
 
-def _group_name(path: str) -> str:
-    dotted = f".{path}"
-    return next(name for name, part in _GROUPS if part in dotted)
-
-
-def _nf4_name(value: NF4Tensor) -> str:
-    return "NF4" if value.offset is None else "NF4, double"
-
-
 def report(experiment: Experiment) -> int:
     """Print the tables. Returns exit code 0."""
     console = Console(width=110)
@@ -87,16 +48,15 @@ def report(experiment: Experiment) -> int:
     for name, group in groups.items():
         state = "yes" if group.trainable else "frozen"
         table.add_row(name, f"{group.parameters:,}", group.dtype, f"{group.bytes / 1e9:.3f}", state)
-    base = sum(g.parameters for n, g in groups.items() if not n.endswith("LoRA"))
+    sizes = architecture(experiment, _folder(experiment))
+    base, active = base_and_active(groups, sizes)
     trained = [g for g in groups.values() if g.trainable]
     stored = sum(g.bytes for g in groups.values())
     optimizer = optimizer_bytes(experiment)
     gradients = sum(g.bytes for g in trained)
     table.add_section()
     table.add_row("base model", f"{base:,}", "", "", "")
-    sizes = architecture(experiment, _folder(experiment))
-    idle = groups["experts"].parameters * (sizes.num_experts - sizes.experts_per_token) // sizes.num_experts
-    table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{base - idle:,}", "", "", "")
+    table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", "")
     table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
     table.add_row("weights in memory", "", "", f"{stored / 1e9:.3f}", "")
     table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")

@@ -25,7 +25,8 @@ from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
-from moejax.training import flops, memory, run_folder
+from moejax.profiling.capture import Capture, compiler_options
+from moejax.training import flops, memory, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -48,10 +49,11 @@ class Pending(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-def run(experiment: Experiment, *, resume: bool) -> int:
+def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     """Train as the experiment says. Returns the exit code: 0, or 128 + the signal that stopped the run.
 
-    Raises UserError for every mistake of the user's.
+    keep: save checkpoints and the trained weights; without it the run leaves its measurements only. Raises UserError for every
+    mistake of the user's.
     """
     console = Console()
     folder = run_folder.prepare(experiment, resume=resume)
@@ -68,27 +70,53 @@ def run(experiment: Experiment, *, resume: bool) -> int:
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
     console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
     console.print(dataset.table())
+    if experiment.profile is not None:
+        try:
+            experiment.profile.check(total_steps(experiment, dataset))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
     run_folder.write_config(folder, experiment)
-    trainer = Trainer(experiment, model, dataset, folder, console, resume=resume)
+    trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep)
     code = trainer.train()
-    if code == 0 and tokenizer is not None and experiment.adapter is None:
+    if code == 0 and keep and tokenizer is not None and experiment.adapter is None:
         tokenizer.save_pretrained(str(folder / "model"))
     return code
+
+
+def steps_in(experiment: Experiment, dataset: Dataset, epoch: int) -> int:
+    """Optimizer steps of an epoch."""
+    return -(-dataset.train.batches_per_epoch(epoch) // experiment.training.gradient_accumulation)
+
+
+def total_steps(experiment: Experiment, dataset: Dataset) -> int:
+    """Optimizer steps of the whole run."""
+    t = experiment.training
+    return t.steps or sum(steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1))
 
 
 class Trainer:
     """Holds a run's state between steps; `train` is the loop."""
 
-    def __init__(self, experiment: Experiment, model: Model, dataset: Dataset, folder: Path, console: Console, *, resume: bool):
-        self.experiment, self.dataset, self.folder, self.console = experiment, dataset, folder, console
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Model,
+        dataset: Dataset,
+        folder: Path,
+        console: Console,
+        *,
+        resume: bool,
+        keep: bool = True,
+    ):
+        self.experiment, self.dataset, self.folder, self.console, self.keep = experiment, dataset, folder, console, keep
         self.config = model.config
         t = experiment.training
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
         self.objective: Objective = objective(experiment, graphdef)
         self.accumulation = t.gradient_accumulation
-        self.total_steps = t.steps or sum(self._steps_in(epoch) for epoch in range(t.epochs or 1))
+        self.total_steps = total_steps(experiment, dataset)
         schedule = make_schedule(t, self.total_steps)
         optimizer = make_optimizer(t, schedule)
         step = make_train_step(self.objective, optimizer, schedule, experiment.seed)
@@ -113,6 +141,10 @@ class Trainer:
         self.peak_flops, self.peak_source = flops.peak_flops(t.compute_dtype)
         self.compile_seconds, self.compiler_peak = 0.0, 0
         self.history: list[dict[str, Any]] = []
+        p = experiment.profile
+        self.capture = Capture(folder, p.start_step, p.steps, self.step) if p else Capture(folder, 1, 0)
+        self.traced: list[dict[str, Any]] = []  # the whole records of the traced steps, and their batches' shapes
+        self.compiled_in: set[int] = set()  # steps that waited for the compiler
         self.eval_loss: float | None = None
         self._stop: int | None = None
         self._finished_at = time.perf_counter()
@@ -132,6 +164,7 @@ class Trainer:
                 "training.gradient_accumulation"
             ) from error
         finally:
+            self.capture.close()
             display.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -139,15 +172,17 @@ class Trainer:
             self.writer.close()
         if self._stop is not None:
             name = signal.Signals(self._stop).name
-            self.console.print(
-                f"{name}: step {self.step} of {self.total_steps} is saved in {self.folder}/checkpoints. "
-                "Continue with the same command and --resume.",
-                highlight=False,
-                soft_wrap=True,
-            )
+            if self.keep:
+                text = f"is saved in {self.folder}/checkpoints. Continue with the same command and --resume."
+            else:
+                text = f"was the last; what was measured is in {self.folder}"
+            self.console.print(f"{name}: step {self.step} of {self.total_steps} {text}", highlight=False, soft_wrap=True)
+            self._report_profile()
             return 128 + self._stop
-        self._export()
+        if self.keep:
+            self._export()
         self._summary()
+        self._report_profile()
         return 0
 
     def _loop(self, display: Display) -> None:
@@ -157,23 +192,31 @@ class Trainer:
             self._evaluate(display)
         for work in self._work():
             step_function = self._compile(work.batch)
+            number = self.step + 1
+            if pending is not None and self.capture.covers(number):
+                self._finish(pending, display)  # nothing of an older step runs into the trace
             # Only the batch is sent: anything else that crossed from host to device here would be a mistake.
-            with jax.transfer_guard_host_to_device("disallow"):
+            with self.capture.step(number) as traced, jax.transfer_guard_host_to_device("disallow"):
                 batch = jax.device_put(work.batch)
                 self.state, metrics = step_function(self.state, self.frozen, batch)
+                if traced:
+                    jax.block_until_ready((self.state, metrics))
             self.step, self.position = self.step + 1, work.after
             if pending is not None:
                 self._finish(pending, display)
             pending = Pending(self.step, work, metrics)
             last = self.step == self.total_steps
-            evaluate = self.dataset.evaluation is not None and (last or bool(t.eval_every and self.step % t.eval_every == 0))
+            evaluate = self.dataset.evaluation is not None and (
+                (last and self.keep) or bool(t.eval_every and self.step % t.eval_every == 0)
+            )
             due = bool(c.every and self.step % c.every == 0) or (evaluate and c.best)
             if evaluate or due or last or self._stop is not None:
                 self._finish(pending, display)  # a checkpoint must never hold a state whose loss was not finite
                 pending = None
                 eval_loss = self._evaluate(display) if evaluate else None
-                self.checkpoints.save(self.step, self.state, self.position, eval_loss)
-                self.last_saved = self.step
+                if self.keep:
+                    self.checkpoints.save(self.step, self.state, self.position, eval_loss)
+                    self.last_saved = self.step
             if self._stop is not None:
                 return
 
@@ -181,7 +224,7 @@ class Trainer:
         """Optimizer steps from the present position to the last."""
         epoch, skip, step = self.position.epoch, self.position.step_in_epoch, self.step
         while step < self.total_steps:
-            steps = self._steps_in(epoch)
+            steps = steps_in(self.experiment, self.dataset, epoch)
             batches = self.dataset.train.iterate(epoch, start=skip * self.accumulation)
             for index in range(skip, steps):
                 if step == self.total_steps:
@@ -192,9 +235,6 @@ class Trainer:
                 yield Work(stack(micro, self.accumulation), after)
             epoch, skip = epoch + 1, 0
 
-    def _steps_in(self, epoch: int) -> int:
-        return -(-self.dataset.train.batches_per_epoch(epoch) // self.accumulation)
-
     def _compile(self, batch: Batch) -> Any:
         """The step compiled for this batch's shape; its memory is checked before it is first run."""
         shape = batch.tokens.shape
@@ -204,11 +244,13 @@ class Trainer:
             def lowered(rows: int) -> Any:
                 a, _, t = shape
                 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((a, rows, t), x.dtype), batch)
-                return self._jitted.lower(self.state, self.frozen, abstract).compile()
+                options = compiler_options(self.experiment.profile is not None, jax.default_backend())
+                return self._jitted.lower(self.state, self.frozen, abstract).compile(compiler_options=options)
 
             compiled = lowered(shape[1])
             peak = memory.check(compiled, shape[1], lowered, memory.usable_bytes())
             self._compiled[shape] = compiled
+            self.compiled_in.add(self.step + 1)
             self.compile_seconds += time.perf_counter() - start
             self.compiler_peak = max(self.compiler_peak, peak)
             self._finished_at = time.perf_counter()
@@ -224,6 +266,8 @@ class Trainer:
         record = self._record(pending, values, seconds)
         self.writer.write(pending.step, {k: v for k, v in record.items() if k != "step"})
         self.history.append({k: v for k, v in record.items() if not isinstance(v, list)})
+        if self.capture.covers(pending.step):
+            self.traced.append(record | {"shape": pending.work.batch.tokens.shape})
         display.update(pending.step, record)
         if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
             saved = (
@@ -254,7 +298,7 @@ class Trainer:
             "padded_tokens_per_second": batch.tokens.size / seconds,
             "model_flop_utilization": model_flops / seconds / self.peak_flops,
         }
-        return record | memory_bytes() | expert_load(values["expert_counts"])
+        return record | memory_bytes() | expert_load(values["expert_counts"], len(lengths))
 
     def _evaluate(self, display: Display) -> float:
         """Mean loss per supervised token on the held-out part."""
@@ -287,8 +331,33 @@ class Trainer:
         else:
             peft.save_adapter(self.model(), self.folder / "adapter", self.experiment.model.source or "")
 
+    def _report_profile(self) -> None:
+        """step_profile.json and a short table, where steps were traced."""
+        if self.experiment.profile is None:
+            return
+        # A step whose successor was compiled while it ran: its time is not known either.
+        disturbed = self.compiled_in | {step - 1 for step in self.compiled_in}
+        step_profile.report(
+            step_profile.Measured(
+                experiment=self.experiment,
+                model=self.model(),
+                folder=self.folder,
+                capture=self.capture,
+                traced=self.traced,
+                step_seconds=[
+                    r["step_seconds"]
+                    for r in self.history
+                    if r["step"] not in disturbed and not self.capture.disturbs(r["step"])
+                ],
+                programs=[self._compiled[shape] for shape in {r["shape"] for r in self.traced}],
+                compile_seconds=self.compile_seconds,
+                peak_flops=self.peak_flops,
+            ),
+            self.console,
+        )
+
     def _summary(self) -> None:
-        steady = self.history[1:] or self.history
+        steady = [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
         lines = [f"{self.step} steps done; everything is in {self.folder}"]
         if steady:
             seconds = sum(r["step_seconds"] for r in steady)

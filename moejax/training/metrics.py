@@ -48,13 +48,21 @@ def _drop_after(path: Path, step: int) -> None:
     aside.replace(path)
 
 
-def expert_load(counts: np.ndarray) -> dict[str, Any]:
-    """counts: int [L, E], choices per expert. Shares in percent, their variance per layer (the study's figure 11) and the mean."""
-    shares = 100.0 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    variance = shares.var(axis=1)
-    return {"expert_counts": counts.tolist(), "expert_load_variance": float(variance.mean())} | {
-        f"expert_load_variance/layer_{layer}": float(v) for layer, v in enumerate(variance)
+def expert_load(counts: np.ndarray, queries: int) -> dict[str, Any]:
+    """counts: int [L, E], choices per expert. Their variance as in the study's figure 11, and of each layer alone."""
+    load = counts / max(queries, 1)
+    return {"expert_counts": counts.tolist(), "expert_load_variance": load_variance(load.mean(axis=0))} | {
+        f"expert_load_variance/layer_{layer}": load_variance(row) for layer, row in enumerate(load)
     }
+
+
+def load_variance(load: np.ndarray) -> float:
+    """Sample variance (the sum over E - 1) of tokens per query over the experts, load [E].
+
+    The study's figure 11 shows tokens per query, mean over queries and layers, of the experts 0 to 7, and prints this variance for
+    BlackMamba and for one of four bars groups of Mixtral; beside the other three stands the population variance (over E).
+    """
+    return float(load.var(ddof=1)) if load.size > 1 else 0.0
 
 
 def memory_bytes() -> dict[str, int]:

@@ -1,0 +1,81 @@
+"""Tracing some steps of a run with jax's profiler, where TensorBoard finds them: RUN/plugins/profile/<time>/*.xplane.pb."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+STEP_NAME = "train"  # TensorBoard's name for the step markers
+
+
+class Capture:
+    """The traced steps `first` to `last` of a run. Without any (`steps` = 0), nothing is done and nothing is written.
+
+    after: the last step that was done before this process began (0, or where a run resumes). A process's first step compiles: if it is
+    the first traced one, or later than that, nothing is traced.
+    """
+
+    def __init__(self, folder: Path, first: int, steps: int, after: int = 0):
+        self.folder, self.first, self.last = folder, first, first + steps - 1
+        self.missed = steps > 0 and after + 1 >= first
+        self.done = 0  # traced steps
+        self._tracing = False
+
+    def covers(self, step: int) -> bool:
+        """Whether this step is to be traced."""
+        return not self.missed and self.first <= step <= self.last
+
+    def disturbs(self, step: int) -> bool:
+        """Whether tracing takes time in this step: it is traced, or the trace is written in it."""
+        return not self.missed and self.first <= step <= self.last + 1 and self.first <= self.last
+
+    @property
+    def complete(self) -> bool:
+        return self.last >= self.first and self.done == self.last - self.first + 1
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[bool]:
+        """Around one step; yields whether it is traced. A traced one must be waited for inside, or its marker closes too early."""
+        if not self.covers(number):
+            yield False
+            return
+        if number == self.first:
+            self._start()
+        with jax.profiler.StepTraceAnnotation(STEP_NAME, step_num=number):
+            yield True
+        self.done += 1
+        if number == self.last:
+            self.close()
+
+    def close(self) -> None:
+        """End the trace and write what there is of it. Does nothing outside the window."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+
+    def _start(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.host_tracer_level = 2  # with 0 a CPU's trace has no XLA events; 2 is jax's default and shows compilations
+        options.python_tracer_level = 0  # every Python call: large files, and nothing that is asked here
+        jax.profiler.start_trace(str(self.folder), profiler_options=options)
+        self._tracing = True
+
+
+def compiler_options(profiled: bool, platform: str) -> dict[str, str | bool] | None:
+    """What a profiled program is compiled with.
+
+    On a GPU, without CUDA graphs (command buffers): they may hide from the trace which instruction a kernel belongs to. It is this
+    program's option, not the process's. That a GPU's compiler takes it was tried without a GPU; what it does to a trace was not.
+    """
+    return {"xla_gpu_enable_command_buffer": ""} if profiled and platform == "gpu" else None
+
+
+def plugin_hint() -> str | None:
+    """What to install for TensorBoard's Profile tab, if it is missing."""
+    if importlib.util.find_spec("xprof") is not None:
+        return None
+    return "for TensorBoard's Profile tab: pip install -e '.[profile]'"

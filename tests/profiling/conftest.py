@@ -1,0 +1,44 @@
+"""One profiled run for all tests that read one."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+from support import tiny_experiments
+
+from moejax.training import loop
+
+
+class Profiled(NamedTuple):
+    folder: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def session_experiment(tmp_path_factory):
+    """make_experiment for the whole session: names must differ. Their one step is compiled once, and read from a cache after that."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield tiny_experiments(tmp_path_factory.mktemp("profiled"))
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def profiled(session_experiment):
+    """Eight steps, the third and the fourth traced: the folder and what was printed."""
+    training = {"steps": 8, "gradient_accumulation": 1, "schedule": "constant"}
+    experiment = session_experiment("traced", training=training, profile={"start_step": 3, "steps": 2})
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert loop.run(experiment, resume=False) == 0
+    return Profiled(Path(experiment.runs_dir) / experiment.name, output.getvalue())

@@ -1,0 +1,232 @@
+"""Traced steps: what is written where, and what a trace leaves alone."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from moejax import cli, config
+from moejax.errors import UserError
+from moejax.profiling import capture, schema, xplane
+from moejax.training import loop
+from moejax.training.loop import Trainer
+
+STEPS = 8
+WINDOW = {"start_step": 3, "steps": 2}
+# A constant rate: runs of other lengths are the same program.
+SMALL = {"training": {"steps": STEPS, "gradient_accumulation": 1, "schedule": "constant"}}
+
+
+def folder_of(experiment):
+    return Path(experiment.runs_dir) / experiment.name
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def adapter(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def plain(session_experiment):
+    """A run without a profile section."""
+    experiment = session_experiment("plain", **SMALL)
+    assert loop.run(experiment, resume=False) == 0
+    return folder_of(experiment)
+
+
+@pytest.fixture(scope="session")
+def trace(profiled):
+    return xplane.read(xplane.find(profiled.folder))
+
+
+def test_the_steps_asked_for_are_in_the_trace(profiled, trace):
+    assert [s.number for s in trace.steps] == [3, 4]
+    assert xplane.find(profiled.folder).parent.parent == profiled.folder / "plugins" / "profile"
+    assert trace.compiled == []
+    for one, other in zip(trace.steps, trace.steps[1:], strict=False):
+        assert one.end <= other.start
+    for event in trace.events:  # each step is waited for before its marker closes
+        assert any(s.start <= event.start and event.end <= s.end for s in trace.steps)
+
+
+def test_our_scopes_are_in_the_trace(trace):
+    run = {(e.program, e.instruction) for e in trace.events}
+    paths = [
+        i.metadata.op_name
+        for number, module in trace.programs.items()
+        for c in module.computations
+        for i in c.instructions
+        if (number, i.name) in run
+    ]
+    for scope in ("attention", "moe/router", "moe/.*/w1", "moe/.*/w2_dequant", "moe/combine", "loss", "optimizer"):
+        assert any(re.search(rf"[/(]{scope}[/)]", path) for path in paths), scope
+
+
+def test_tracing_changes_no_number(profiled, plain):
+    ours, others = records(profiled.folder), records(plain)
+    for name in ("loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "expert_counts"):
+        assert [r[name] for r in ours] == [r[name] for r in others]
+    assert adapter(profiled.folder) == adapter(plain)
+
+
+def test_off_writes_nothing(plain):
+    assert not (plain / "plugins").exists() and not (plain / schema.FILE_NAME).exists()
+    assert config.load(plain / "config.yaml").profile is None
+
+
+def test_step_profile(profiled):
+    profile, steps = schema.read(profiled.folder), records(profiled.folder)
+    assert (profile.framework, profile.method, profile.precision, profile.remat) == ("jax", "qlora", "float32", "full")
+    assert profile.moe == schema.Moe(experts=4, top_k=2, backend="loop")
+    # Step 1 compiles, 3 and 4 are traced, the trace is written in 5.
+    counted = sorted(r["step_seconds"] for r in steps if r["step"] in (2, 6, 7, 8))
+    assert profile.step_seconds.n == len(counted)
+    assert profile.step_seconds.median == pytest.approx((counted[1] + counted[2]) / 2)
+    traced = [r for r in steps if r["step"] in (3, 4)]
+    assert (profile.batch.rows, profile.batch.row_tokens, profile.batch.tokens) == (4, 64, 256)
+    for name in ("queries", "real_tokens", "supervised_tokens"):
+        assert getattr(profile.batch, name) == (traced[0][name] + traced[1][name]) / 2
+    assert set(profile.expert_load) == {"0", "1"}
+    for layer, load in profile.expert_load.items():
+        a, b = (r["expert_counts"][int(layer)] for r in traced)
+        assert load == [(x + y) / 2 for x, y in zip(a, b, strict=True)]
+        assert sum(load) == 2 * profile.batch.real_tokens
+    assert 0 < profile.model.params_active < profile.model.params_total
+    assert profile.model.params_trainable > 0
+    assert profile.memory.compiler_peak_bytes >= profile.memory.arguments_bytes > 0
+    assert profile.device.peaks_measured and profile.device.peak_flops > 0 and profile.device.peak_bytes_per_second > 0
+    phases = profile.phases.model_dump()
+    assert all(phases[name] > 0 for name in ("forward", "recompute", "backward", "optimizer"))
+    assert {"moe", "attention"} <= set(profile.layers) and any(k.startswith("moe/w1") for k in profile.moe_kernels)
+    assert sum(c.flops for c in profile.cost.values()) > 0
+
+
+def test_the_end_says_where_to_look(profiled):
+    for text in ("forward", "backward", "median of 4 untraced", f"moejax breakdown {profiled.folder}", schema.FILE_NAME):
+        assert text in profiled.output
+
+
+def test_a_missing_plugin_is_said(monkeypatch):
+    monkeypatch.setattr(capture.importlib.util, "find_spec", lambda name: None)
+    assert "pip install -e '.[profile]'" in capture.plugin_hint()
+    monkeypatch.setattr(capture.importlib.util, "find_spec", lambda name: object())
+    assert capture.plugin_hint() is None
+
+
+def test_stopped_inside_the_window(session_experiment, monkeypatch, capsys):
+    """The trace is closed and whole; the run resumes, and says that nothing more is traced."""
+    experiment = session_experiment("stopped", **SMALL, profile={"start_step": 3, "steps": 4})
+    step = capture.Capture.step
+
+    def and_stop(self, number):
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture.Capture, "step", and_stop)
+        assert loop.run(experiment, resume=False) == 128 + signal.SIGTERM
+    assert "stopped after 2 of 4 traced steps" in capsys.readouterr().out
+    folder = folder_of(experiment)
+    assert [s.number for s in xplane.read(xplane.find(folder)).steps] == [3, 4]
+    assert not (folder / schema.FILE_NAME).exists()
+    assert loop.run(experiment, resume=True) == 0
+    assert "nothing was traced: steps 3 to 6 were past" in capsys.readouterr().out
+    assert len(list(folder.glob("plugins/profile/*"))) == 1
+
+
+def test_an_error_inside_the_window_closes_the_trace(session_experiment, monkeypatch):
+    """The next run of the process can trace again."""
+    experiment = session_experiment("broken", **SMALL, profile=WINDOW)
+    finish = Trainer._finish
+
+    def fail(self, pending, display):
+        finish(self, pending, display)
+        if pending.step == 3:
+            raise UserError("stopped")
+
+    monkeypatch.setattr(Trainer, "_finish", fail)
+    with pytest.raises(UserError, match="stopped"):
+        loop.run(experiment, resume=False)
+    assert [s.number for s in xplane.read(xplane.find(folder_of(experiment))).steps] == [3]
+
+
+def test_a_new_shape_inside_the_window(session_experiment, tmp_path, capsys):
+    """Padded to the longest of the batch, a later step may compile: the run ends well, and says why there is no profile."""
+    records = [{"instruction": "One " * n, "output": "two"} for n in (2, 2, 12)]
+    (tmp_path / "lengths.json").write_text(json.dumps(records))
+    data = {"source": str(tmp_path / "lengths.json"), "holdout": 0, "shuffle": False}
+    experiment = session_experiment(
+        "padded",
+        training={"steps": 3, "gradient_accumulation": 1},
+        data=data | {"batching": "pad_longest", "batch_rows": 1, "max_length": 64},
+        profile={"start_step": 2, "steps": 2},
+    )
+    assert loop.run(experiment, resume=False) == 0
+    assert "compiled while the trace was taken" in capsys.readouterr().out
+    assert not (folder_of(experiment) / schema.FILE_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("{start_step: 1}", "start_step = 1: step 1 compiles and cannot be traced: expected 2 or more"),
+        ("{steps: 0}", "steps = 0: expected 1 or more"),
+        ("{start_step: 7, steps: 3}", "profile traces steps 7 to 9, but the run has 8: lower profile.start_step"),
+        ("{start: 7}", "unknown key profile.start: did you mean start_step"),
+        ("5", "profile = 5"),
+    ],
+)
+def test_windows_that_cannot_be(profile, message, session_experiment, tmp_path, capsys):
+    experiment = session_experiment("never", **SMALL)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(experiment))
+    assert cli.main(["train", "--config", str(path), f"profile={profile}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not folder_of(experiment).exists()
+
+
+def test_a_window_beyond_the_epochs(session_experiment):
+    """Their steps are known when the data is read: still before anything is written."""
+    experiment = session_experiment("epochs", training={"steps": None, "epochs": 1}, profile={"start_step": 5000})
+    with pytest.raises(UserError, match=r"profile traces steps 5000 to 5002, but the run has \d+:"):
+        loop.run(experiment, resume=False)
+    assert not folder_of(experiment).exists()
+
+
+def test_moejax_profile(session_experiment, tmp_path, capsys):
+    """Just the steps that are needed, in a folder of its own, without checkpoints or weights; never overwritten."""
+    experiment = session_experiment("short", training=SMALL["training"] | {"eval_every": 2, "warmup_steps": 4})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(experiment))
+    arguments = ["profile", str(path), "profile.start_step=2", "profile.steps=2"]
+    assert cli.main(arguments) == 0
+    folder = Path(experiment.runs_dir) / "short-profile"
+    assert len(records(folder)) == 2 + 2 - 1 + 1 + config.UNTRACED_STEPS
+    assert schema.read(folder).step_seconds.n == config.UNTRACED_STEPS
+    assert not (folder / "adapter").exists() and not any((folder / "checkpoints").glob("*"))
+    assert "forward" in capsys.readouterr().out
+    assert cli.main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_what_a_profiled_run_is_made_of(session_experiment, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(session_experiment("made", **SMALL)))
+    plain = config.load_profiled(path)
+    assert (plain.name, plain.profile, plain.training.steps) == ("made-profile", config.ProfileConfig(), 13)
+    named = config.load_profiled(path, ["name=mine", "training.steps=20", "profile={start_step: 9}"])
+    assert (named.name, named.profile.start_step, named.profile.steps, named.training.steps) == ("mine", 9, 3, 20)
+    with pytest.raises(UserError, match="but the run has 6"):
+        config.load_profiled(path, ["training.steps=6"])
+
+
+def test_cuda_graphs_are_off_for_a_profiled_program_alone():
+    assert capture.compiler_options(True, "gpu") == {"xla_gpu_enable_command_buffer": ""}
+    assert capture.compiler_options(False, "gpu") is None and capture.compiler_options(True, "cpu") is None
