@@ -1,11 +1,15 @@
 """Check the trace's breakdown against an independent clock, on this machine.
 
     python benchmarks/breakdown_check.py [--model blackmamba] [--remat none] [--out FILE.json]
+    python benchmarks/breakdown_check.py --variants
 
 A small Mixtral with NF4 experts and LoRA (or a BlackMamba): its train step is traced and broken down; then its forward pass alone (with
 all that it keeps for the backward pass: `jax.vjp`), and forward and backward alone, are compiled by themselves and timed. Of the step,
 the phase `forward` should take what the first takes, and `forward + recompute + backward` what the second takes. The step is timed
 without the tracer too: what the tracer costs is no error of the breakdown.
+
+--variants: the same model with its layers scanned or unrolled, recomputed or not; shares of the busy step by kind of layer, and of the
+forward pass. They should agree: where instructions stand in the program must not decide where their time is counted.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +129,49 @@ def check(model: str, k: int, remat: str, rows: int, row_tokens: int, rounds: in
     } | {name: {"breakdown": ours, "alone": alone, "ratio": ours / alone} for name, (ours, alone) in pairs.items()}  # fmt: skip
 
 
+@contextmanager
+def unrolled(length: int) -> Iterator[None]:
+    """Inside, `jax.lax.scan` writes out loops of this length one layer after the other."""
+    scan = jax.lax.scan
+
+    def written_out(f: Any, init: Any, xs: Any = None, *rest: Any, **options: Any) -> Any:
+        leading = {leaf.shape[0] for leaf in jax.tree.leaves(xs)}
+        return scan(f, init, xs, *rest, **options | ({"unroll": True} if leading == {length} else {}))
+
+    jax.lax.scan = written_out  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        jax.lax.scan = scan
+
+
+def variants(model: str, k: int, rows: int, row_tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Shares by kind of layer of a scanned and an unrolled model, with and without rematerialization: medians over the rounds."""
+    results = []
+    for remat in ("full", "none"):
+        for name in ("scanned", "unrolled"):
+            with unrolled(6) if name == "unrolled" else nullcontext():
+                step, state, frozen, batch, _ = setup(model, k, remat, rows, row_tokens)
+                state, metrics = step(state, frozen, batch)
+                jax.block_until_ready(metrics)
+            found = []
+            for _ in range(rounds):
+                b, (state, _) = traced(step, state, frozen, batch)
+                found.append(b)
+            shares = {
+                scope: {
+                    layer: statistics.median(b.sums("layer", phase).get(layer, 0.0) / sum(b.sums("layer", phase).values()) for b in found)
+                    for layer in found[0].layers
+                }
+                for scope, phase in (("step", None), ("forward", "forward"))
+            }
+            results.append({"remat": remat, "layers": name, "attributed": min(b.attributed for b in found), "shares": shares})
+            for scope, by_layer in shares.items():
+                text = "  ".join(f"{layer} {100 * s:.1f}" for layer, s in sorted(by_layer.items(), key=lambda x: -x[1]) if s > 0.002)
+                print(f"remat {remat}, {name:8}, {scope:7} %: {text}", flush=True)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("mixtral", "blackmamba"), default="mixtral")
@@ -130,10 +179,13 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", action="store_true", help="compare scanned and unrolled layers, recomputed or not")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = []
-    for remat in (options.remat,) if options.remat else ("full", "none"):
+    if options.variants:
+        results = variants(options.model, 2, options.rows, options.row_tokens, options.rounds)
+    for remat in () if options.variants else (options.remat,) if options.remat else ("full", "none"):
         for k in (2, 8):
             r = check(options.model, k, remat, options.rows, options.row_tokens, options.rounds)
             results.append(r)
@@ -143,7 +195,7 @@ def main() -> int:
                 print(f"  {what:21} breakdown {1e3 * ours:8.1f} ms   alone {1e3 * alone:8.1f} ms   ratio {ratio:.2f}", flush=True)
     if options.out:
         versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
-        command = f"python benchmarks/breakdown_check.py --model {options.model} --rounds {options.rounds}"
+        command = " ".join(["python benchmarks/breakdown_check.py", *sys.argv[1:]])
         result = {"command": command, "versions": versions, "cores": os.cpu_count(), "results": results}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -11,6 +11,7 @@ from moejax import __version__
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
 
+NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
 ESTIMATE = "what fits, how fast, how many dollars, on which GPU"
 
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
     profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
     profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. profile.steps=5 data.batch_rows=4")
+    profile.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     load = commands.add_parser(
         "expert-load", help="tokens per expert and layer over a data set, by the base and the tuned model"
     )
@@ -46,7 +48,7 @@ def _add_breakdown(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", choices=("match", "all", "none"), default="match", help="the study's bars beside: of the same model and k, …"
     )
-    parser.add_argument("--ncu", default=None, metavar="CSV", help="Nsight Compute's report of the same program: real SM and DRAM %%")
+    parser.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
 
 
@@ -101,9 +103,7 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "breakdown":
         from moejax.profiling import command
 
-        return command.run(
-            options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json
-        )
+        return command.run(options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json)
     if options.command == "exact-match":
         from moejax.evaluation import exact_match
 
@@ -120,7 +120,12 @@ def run(options: argparse.Namespace) -> int:
     if profile:
         from moejax.training import loop
 
-        return loop.run(experiment, resume=False, keep=False)
+        code = loop.run(experiment, resume=False, keep=False)
+        if code == 0 and options.ncu:
+            from moejax.profiling import command
+
+            return command.run([f"{experiment.runs_dir}/{experiment.name}"], ncu=options.ncu)
+        return code
     if options.dry_run:
         from moejax.training import dry_run
 

@@ -29,7 +29,9 @@ class Run:
     peaks: Peaks
 
 
-def run(paths: Sequence[str], *, out: str | None, reference: str, ncu: str | None, as_json: bool) -> int:
+def run(
+    paths: Sequence[str], *, out: str | None = None, reference: str = "match", ncu: str | None = None, as_json: bool = False
+) -> int:
     """Print the tables of these runs (folders, traces or step_profile.json files) and draw the figures. Raises UserError."""
     loaded = [load(Path(p), Path(ncu) if ncu else None) for p in paths]
     folder = Path(out) if out else _default_folder(Path(paths[0]))
@@ -137,6 +139,12 @@ def _print(r: Run, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if b.attributed < 0.05:
+        console.print(
+            f"no scope of moejax's is in this trace: {b.program} is another program, or an older version's. Phases follow JAX's own marks.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if b.attributed < 0.95:
         console.print("longest under no name of ours:", highlight=False)
         for label, seconds in b.unnamed[:8]:
