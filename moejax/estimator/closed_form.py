@@ -1,0 +1,283 @@
+"""Peak memory by arithmetic: what a training step must hold at once, derived from how the program is built. No compiler, no jax.
+
+    peak = arguments + saved activations + gradients + the largest of four moments' temporaries
+
+Arguments are exact (`sizes.py`). The moments are the loss, one layer's expert half and its mixer half in the backward pass, and the
+optimizer; for each the arrays that are alive at once are listed with their shapes. Which these are was read off the compiler's own live
+ranges; no number in here is fitted to a peak. docs/estimator.md compares it with the compiler on every config of the repository.
+
+    N rows·row_tokens   M N·K + tile   D model   F expert hidden   E experts   K of them a token   I Mamba's channels   V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from models.config import Architecture, BlackMambaConfig
+from moejax.estimator import sizes
+from moejax.estimator.sizes import ITEM
+
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+
+Platform = Literal["gpu", "cpu"]
+SCAN_CHUNK = {"gpu": 32, "cpu": 16}  # of models/ops/selective_scan.py
+ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
+TILES = {"gpu": (512, 64), "cpu": (128, 32)}  # large and small, of models/ops/grouped_matmul.py
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Bytes by what they are for. `moment`: when the peak is reached; `saved` holds what the backward pass waits for."""
+
+    weights: dict[str, int]  # by dtype
+    adapters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    saved: int
+    temporaries: int
+    moment: str
+
+    @property
+    def arguments(self) -> int:
+        return sum(self.weights.values()) + self.adapters + self.optimizer + self.batch
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.gradients + self.saved + self.temporaries
+
+    def parts(self, peak_bytes: int | None = None) -> dict[str, int]:
+        """Named parts; with the compiler's peak also what is left of it: "rest", negative where the closed form is too high."""
+        named = {**self.weights, "adapters": self.adapters, "optimizer": self.optimizer, "batch": self.batch}
+        named |= {"gradients": self.gradients, "saved activations": self.saved, "temporaries": self.temporaries}
+        return named if peak_bytes is None else named | {"rest": peak_bytes - self.total}
+
+
+def tile_rows(platform: Platform, tokens: int, experts: int, experts_per_token: int) -> int:
+    """Rows of a large tile of the grouped products: a power of two, at most half the mean group."""
+    half = max(1, tokens * experts_per_token // experts) // 2
+    return min(TILES[platform][0], max(8, 1 << max(half, 1).bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The sizes that the moments are made of."""
+
+    config: Architecture
+    platform: Platform
+    rows: int
+    row_tokens: int
+    item: int  # bytes of what is computed in
+    trained: int | None  # bytes of a trained base weight; None: the base is frozen
+    quantized: bool
+    rank: int  # of adapters on the experts; 0 without
+    chunk: int
+    remat: bool
+    low_rank: int  # ranks of the adapters outside the experts, together
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.row_tokens
+
+    @property
+    def recurrent(self) -> bool:
+        return isinstance(self.config, BlackMambaConfig)
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream: fp32 in a BlackMamba."""
+        return self.tokens * self.config.hidden_size * (4 if self.recurrent else self.item)
+
+    @property
+    def matrix(self) -> int:
+        """Elements of one expert's matrix."""
+        return self.config.hidden_size * self.config.intermediate_size
+
+    @property
+    def sorted_rows(self) -> int:
+        """M."""
+        c = self.config
+        return self.tokens * c.experts_per_token + tile_rows(self.platform, self.tokens, c.num_experts, c.experts_per_token)
+
+    def routing(self) -> int:
+        """Of one layer, saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
+        c = self.config
+        if c.dense:
+            return 0
+        return 4 * (3 * self.tokens * c.experts_per_token + self.sorted_rows + 2 * c.num_experts)
+
+    def scores(self) -> tuple[int, int]:
+        """Elements of attention scores, [rows, heads, block, keys up to the block's end]: of the last block, and of all blocks."""
+        c = self.config
+        if isinstance(c, BlackMambaConfig):
+            return 0, 0
+        smallest, largest = ATTENTION_BLOCKS
+        size = min(largest, max(smallest, -(-self.row_tokens // 4)))
+        ends = [min(start + size, self.row_tokens) for start in range(0, self.row_tokens, size)]
+        blocks = [(end - start) * end for start, end in zip(range(0, self.row_tokens, size), ends, strict=True)]
+        return self.rows * c.num_heads * blocks[-1], self.rows * c.num_heads * sum(blocks)
+
+    # Saved for the backward pass.
+
+    def saved(self) -> int:
+        """Of all layers. `full`: the stream before each half and one number a query and head (a BlackMamba: the stream before each
+        pair), and the routing. `none`: every operand of a product or activation."""
+        c, n, item = self.config, self.tokens, self.item
+        if self.remat:
+            halves = self.stream if isinstance(c, BlackMambaConfig) else 2 * self.stream + 4 * n * c.num_heads
+            return sizes.layers(c) * (halves + self.routing())
+        if isinstance(c, BlackMambaConfig):
+            states = 4 * n * c.inner_size * c.state_size // SCAN_CHUNK[self.platform]
+            mixer = 17 * item * n * c.inner_size + states + 6 * 4 * n * c.hidden_size
+        else:
+            width = c.hidden_size + (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+            mixer = item * n * (4 * c.hidden_size + width) + 4 * n * c.num_heads
+        if c.dense:
+            experts = 6 * item * c.num_experts * n * c.intermediate_size
+        else:
+            experts = item * self.sorted_rows * (c.hidden_size + 2 * c.intermediate_size) + self.routing()
+        return sizes.layers(c) * (mixer + experts + 4 * n * c.num_experts + self.low_rank * item * n)
+
+    # The moments. Each returns the bytes that are alive beside arguments, saved activations and (in the backward pass) gradients.
+
+    def loss(self) -> int:
+        """A chunk's logits in fp32 and its gradient, hidden states and theirs; the head's gradient in fp32 where it is trained."""
+        c, chunk = self.config, min(self.chunk, self.tokens)
+        head = c.vocab_size * c.hidden_size
+        logits = chunk * c.vocab_size * (4 + 4 * (self.platform == "cpu") + self.item)
+        return logits + 3 * self.tokens * c.hidden_size * self.item + (head * (4 + self.trained) if self.trained else 0)
+
+    def experts(self) -> int:
+        """A layer's experts in the backward pass."""
+        return self._dense() if self.config.dense else self._sparse()
+
+    def _sparse(self) -> int:
+        """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices and, on a GPU, one
+        of them once more with the adapter beside it (XLA joins products that share an operand); a tile's hidden rows.
+        Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
+        c, n, item = self.config, self.tokens, self.item
+        rows = 3 * item * self.sorted_rows * c.hidden_size
+        tile = tile_rows(self.platform, n, c.num_experts, c.experts_per_token)
+        hidden = 6 * item * tile * c.intermediate_size
+        adapters = 4 * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)
+        if self.trained is None:
+            return rows + hidden + adapters + 4 * item * self.matrix + 2 * self.stream + self.kept_of_mixer()
+        layer = 3 * c.num_experts * self.matrix * (4 + (self.trained if self.platform == "gpu" else 0))
+        one = 3 * self.matrix * (4 + item) + 2 * 4 * self.matrix
+        return rows + hidden + layer + one + 3 * item * n * c.hidden_size + self.stream + self.kept_of_mixer()
+
+    def _dense(self) -> int:
+        """[E, N, F] several times: projections, adapters' parts, activation, gradients; two of the layer's matrices as they are used."""
+        c, item = self.config, self.item
+        wide = item * c.num_experts * self.tokens * c.intermediate_size
+        if self.platform == "gpu":
+            count = 6 if self.trained is None else 5
+        else:
+            count = 12 if self.recurrent else 7 if self.trained is None else 8
+        matrices = 2 * c.num_experts * self.matrix * (item if self.trained is None else self.trained)
+        low = 3 * item * c.num_experts * self.tokens * self.rank if self.platform == "cpu" else 0
+        return count * wide + matrices + low + 2 * self.stream + self.kept_of_mixer()
+
+    def kept_of_mixer(self) -> int:
+        """What the expert half finds of the mixer's recomputation: a BlackMamba's pair is recomputed as a whole; where everything is
+        fp32, XLA recomputes the attention's scores before it comes to the experts."""
+        c, n = self.config, self.tokens
+        if isinstance(c, BlackMambaConfig):
+            unit = 4 * n * c.inner_size
+            states = unit * c.state_size // SCAN_CHUNK[self.platform]
+            if self.platform == "gpu":  # in_proj's output, seven of fp32, three of the compute dtype
+                return unit * 7 + 5 * self.item * n * c.inner_size + states + 2 * 4 * n * c.hidden_size
+            return 18 * unit + states + 5 * 4 * n * c.hidden_size
+        if self.item < 4:
+            return 0
+        width = (c.num_heads + 4 * c.num_kv_heads) * c.head_dim
+        count = 1 if self.platform == "gpu" or self.trained else 2
+        return self.item * (count * self.scores()[1] + n * (width + 3 * c.hidden_size))
+
+    def mixer(self) -> int:
+        """A layer's attention or Mamba in the backward pass."""
+        return self._mamba() if self.recurrent else self._attention()
+
+    def _attention(self) -> int:
+        """Scores of the last block of queries twice in fp32 and of all blocks twice in the compute dtype (XLA does not wait for one block
+        before the next), the stream three times, a block's queries five times, and partial sums of the keys' gradient."""
+        c, n, item = self.config, self.tokens, self.item
+        assert not isinstance(c, BlackMambaConfig)
+        last, every = self.scores()
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if item == 4:
+            count = 3 if self.trained and not c.dense else 2
+            rows = (1 if self.trained else 2) * item * self.tokens * (1 if c.dense else c.experts_per_token) * c.hidden_size
+            return item * (count * every + 6 * n * c.hidden_size + 6 * n * kv) + rows
+        block = max(1, n * min(1.0, max(ATTENTION_BLOCKS[0], self.row_tokens / 4) / self.row_tokens))
+        partial = int(4 * 1.25 * n * kv) + int(5 * item * block * heads)
+        return 2 * 4 * last + 2 * item * every + 3 * item * n * c.hidden_size + partial + item * heads * c.hidden_size
+
+    def _mamba(self) -> int:
+        """The scan's operands and gradients, fp32 [N, I]; a chunk's states, [chunk, rows, states, I]; the layer's expert gradients."""
+        c, n = self.config, self.tokens
+        assert isinstance(c, BlackMambaConfig)
+        unit, chunk = 4 * n * c.inner_size, SCAN_CHUNK[self.platform]
+        states = unit * c.state_size // chunk
+        of_chunk = 4 * chunk * self.rows * c.state_size * c.inner_size
+        weights = 3 * c.num_experts * self.matrix * (4 if not c.dense and self.platform == "gpu" else 0)
+        if self.platform == "gpu":
+            used = 8 * unit + 6 * self.item * n * c.inner_size + 2 * of_chunk + n * c.hidden_size * (4 + self.item)
+        else:
+            used = 14 * unit + 12 * of_chunk + 4 * 4 * n * c.hidden_size
+        return used + states + weights
+
+    def forward(self) -> int:
+        """Without rematerialization: the last layer's forward pass, its operands not yet among the stacked ones; masks of all blocks."""
+        c, n, item = self.config, self.tokens, self.item
+        masks = 5 * self.scores()[1]
+        if isinstance(c, BlackMambaConfig):
+            masks = n * c.state_size * c.inner_size + 4 * SCAN_CHUNK[self.platform] * self.rows * c.state_size * c.inner_size
+            masks += 9 * item * n * c.inner_size
+        if c.dense:
+            return masks + 3 * item * c.num_experts * n * c.intermediate_size + 3 * self.stream
+        return masks + 2 * item * self.sorted_rows * (c.hidden_size + c.intermediate_size) + 4 * self.stream
+
+
+def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform = "gpu") -> Breakdown:
+    """The closed form for one step of this experiment with so many rows a micro-batch."""
+    t, adapter = experiment.training, experiment.adapter
+    weights = sizes.stored(experiment, config)
+    trained = tuple(w for w in weights if w.trained)
+    rank = adapter.rank if adapter else 0
+    on_experts = adapter is not None and any(name in ("w1", "w2", "w3") for name in adapter.targets)
+    others = 0 if adapter is None else sum(name not in ("w1", "w2", "w3") for name in adapter.targets)
+    step = _Step(
+        config, platform, rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
+        experiment.quantization.format == "nf4", rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
+    )  # fmt: skip
+    by_dtype: dict[str, int] = {}
+    for w in weights:
+        if ".lora_" not in w.name:
+            for dtype, size in w.parts.items():
+                by_dtype[dtype] = by_dtype.get(dtype, 0) + size
+    gradients, saved = sum(w.bytes for w in trained), step.saved()
+    carried = gradients if t.gradient_accumulation > 1 else 0
+    head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and config.dense else 0
+    moments = {
+        "loss": (carried, saved, step.loss()),
+        "experts, backward": (carried + gradients, saved, step.experts() + head),
+        "mixer, backward": (carried + gradients, saved, step.mixer() + head),
+        "optimizer": (carried + gradients, 0, 0),
+    }
+    if not step.remat:
+        moments["last layer, forward"] = (carried, saved, step.forward())
+    moment = max(moments, key=lambda name: sum(moments[name]))
+    g, s, temporaries = moments[moment]
+    return Breakdown(
+        by_dtype,
+        sum(w.bytes for w in weights if ".lora_" in w.name),
+        sizes.optimizer_bytes(t.optimizer, trained),
+        sizes.batch_bytes(config, t.gradient_accumulation, rows, row_tokens),
+        g,
+        s,
+        temporaries,
+        moment,
+    )

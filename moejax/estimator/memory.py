@@ -1,0 +1,146 @@
+"""Peak memory of a training step: the compiler's figure where there is one, and the largest batch that fits.
+
+Nothing is compiled here: `training/aot.py` does it, and the command line hands its figures over. A figure is exact for the program that was
+compiled, so it is kept under a hash of everything that makes the program: config, architecture, sources, versions, target, rows, row length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejax.errors import UserError
+from moejax.estimator.gpus import GPU
+
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+
+ROWS_LIMIT = 1 << 20
+_RUN_ONLY = {"epochs", "steps", "eval_every", "learning_rate", "warmup_steps", "min_learning_rate_ratio", "schedule"}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the compiler said of one step. Bytes; temporaries include what its allocator leaves unused between arrays."""
+
+    peak_bytes: int
+    argument_bytes: int
+    temporary_bytes: int
+    compile_seconds: float
+
+
+def relevant(experiment: Experiment) -> dict[str, Any]:
+    """The part of a config that makes the compiled program; the model's sizes are given by its architecture, the rows by the caller."""
+    whole = experiment.model_dump(mode="json")
+    training = {k: v for k, v in whole["training"].items() if k not in _RUN_ONLY}
+    model = {k: whole["model"][k] for k in ("moe_backend", "aux_loss_coef")}
+    return {"model": model, "quantization": whole["quantization"], "adapter": whole["adapter"], "training": training}
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Hash of the contents of source files, in the order of their names."""
+    hashed = hashlib.sha256()
+    for path in sorted(files):
+        hashed.update(path.name.encode() + b"\0" + path.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """$MOEJAX_CACHE, or ~/.cache/moejax."""
+    given = os.environ.get("MOEJAX_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "moejax"
+
+
+def cached(key: dict[str, Any], compile_it: Callable[[], Peak], *, folder: Path | None = None) -> tuple[Peak, bool]:
+    """(figure, whether it was there already). A file that is not whole is made again; a folder that cannot be written is done without."""
+    text = json.dumps(key, sort_keys=True)
+    path = (folder or cache_folder()) / "peaks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] == json.loads(text):
+            return Peak(**kept["peak"]), True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    peak = compile_it()
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps({"key": key, "peak": asdict(peak)}, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        pass
+    return peak, False
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest number of rows that fits. `peak`: with these rows (None where not one fits); `next_peak`: with one more.
+
+    `tried`: rows -> peak bytes of everything that was asked for on the way.
+    """
+
+    rows: int
+    peak: int | None
+    next_peak: int
+    tried: dict[int, int]
+
+
+def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1) -> Largest:
+    """The largest b with peak_of(b) <= limit < peak_of(b + 1), both asked for: proved, not extrapolated.
+
+    Peaks are nearly affine in the rows, so the boundary is where the line through the nearest two points crosses the limit. `guess`: where
+    to begin; a good one needs two or three calls.
+    """
+    tried: dict[int, int] = {}
+
+    def ask(rows: int) -> int:
+        if rows not in tried:
+            tried[rows] = peak_of(rows)
+        return tried[rows]
+
+    low, high = 0, ROWS_LIMIT  # `low` fits (0 does by definition), `high` does not
+    rows = max(1, min(guess, ROWS_LIMIT - 1))
+    while high - low > 1:
+        if ask(rows) <= limit:
+            low = rows
+        else:
+            high = rows
+        rows = _next(tried, low, high, limit)
+    if high == ROWS_LIMIT:
+        raise UserError(f"more than {ROWS_LIMIT - 1:,} rows fit: rows of so few tokens say nothing about a GPU")
+    return Largest(low, tried.get(low), tried[high], tried)
+
+
+def _next(tried: dict[int, int], low: int, high: int, limit: float) -> int:
+    """Strictly between low and high: where the line through two known points meets the limit, or beside what is known."""
+    known = sorted(tried, key=lambda r: abs(tried[r] - limit))[:2]
+    if len(known) < 2:
+        step = 1 if high == ROWS_LIMIT else -1  # a good guess is proved, or mended, by its neighbour
+        aim = known[0] + step
+    else:
+        (a, b) = sorted(known)
+        slope = (tried[b] - tried[a]) / (b - a)
+        aim = a + int((limit - tried[a]) // slope) if slope > 0 else 2 * max(b, 1)
+        aim = aim + 1 if aim == low else aim
+    return max(low + 1, min(high - 1, aim))
+
+
+def usable_bytes(gpu: GPU, fraction: float) -> float:
+    """What jax may take of a GPU: the memory that its driver reports (nominal GB where unknown) times device.memory_fraction."""
+    return (gpu.device_bytes or gpu.memory_gb * 1e9) * fraction
+
+
+def too_large(what: str, needed: float, gpu: GPU, fraction: float, table: dict[str, GPU]) -> str:
+    """One sentence: by how much a step exceeds a GPU, and which GPUs would do."""
+    usable = usable_bytes(gpu, fraction)
+    would = [g.name for g in sorted(table.values(), key=lambda g: (g.memory_gb, g.name)) if usable_bytes(g, fraction) >= needed]
+    told = f"{', '.join(would)} would do" if would else "no GPU of the table would do"
+    return (
+        f"{what} needs {needed / 1e9:.2f} GB: {(needed - usable) / 1e9:.2f} GB more than the {usable / 1e9:.2f} GB "
+        f"usable on {gpu.name} ({fraction:.0%} of its memory); {told}"
+    )
