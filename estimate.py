@@ -1,4 +1,4 @@
-"""What fits, how fast, how many dollars: `python estimate.py {reproduce,predict,plan} --help`."""
+"""What fits, how fast, how many dollars: `python estimate.py {reproduce,predict,plan,memory,fit,compare} --help`."""
 
 import sys
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moejax import __version__
+from moejax import __version__, estimating
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train_arguments(commands.add_parser("train", help="fine-tune a model as a config file says"))
-    estimate.add_arguments(commands.add_parser("estimate", help=ESTIMATE))
+    estimating.add_arguments(estimate.add_arguments(commands.add_parser("estimate", help=ESTIMATE)))
     evaluate = commands.add_parser("exact-match", help="answers of the base and of the tuned model on held-out problems")
     evaluate.add_argument("run", help="a finished run's folder, e.g. runs/demo")
     evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
@@ -64,7 +64,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 def estimate_main(arguments: Sequence[str] | None = None) -> int:
     """`python estimate.py …`: the same as `moejax estimate …`."""
     parser = argparse.ArgumentParser(prog="estimate.py", description=f"{ESTIMATE[0].upper()}{ESTIMATE[1:]}.")
-    estimate.add_arguments(parser)
+    estimating.add_arguments(estimate.add_arguments(parser))
     options = parser.parse_args(arguments)
     options.command = "estimate"
     return guarded(options)
@@ -99,7 +99,7 @@ def guarded(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     if options.command == "estimate":
-        return estimate.run(options)
+        return (estimating if options.estimate_command in estimating.COMMANDS else estimate).run(options)
     if options.command == "breakdown":
         from moejax.profiling import command
 

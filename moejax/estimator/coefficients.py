@@ -2,8 +2,8 @@
 
 A file (`coefficients.json`, version 1) holds
 `{"schema_version": 1, "entries": [{"model", "method", "gpu", "t0_seconds", "token_seconds", "expert_token_seconds", "source", "points",
-"samples": [[t0, u, v], …], "scatter": […]}]}`: t0, u and v of `step_time.py`, bootstrap samples of them, and draws of one step's
-relative scatter.
+"samples": [[t0, u, v], …], "scatter": […], "only_share"}], "paper": {…}}`: t0, u and v of `step_time.py`, bootstrap samples of them, draws
+of one step's relative scatter, and k/E where it was one only. `paper` (equations 1 and 2, by `fitting.py`) is for reading.
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ class Entry:
     scatter: FloatArray
     source: str
     points: int
+    only_share: float | None = None  # k/E of all points, where u and v could not be told apart: then u holds both, and v is 0
+
+    def check_share(self, share: float) -> None:
+        """Raises UserError for another share of the experts than the one that was measured, where it was only one."""
+        if self.only_share is not None and abs(share - self.only_share) > 1e-9:
+            raise UserError(
+                f"the coefficients of {self.model} on {self.gpu} were measured at k/E = {self.only_share:g} only, and {share:g} is asked: "
+                "fit them to runs with two numbers of experts per token"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,17 +147,29 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
     if not np.isfinite(x).all() or (x < 0).any() or not x.any():
         raise UserError(f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0")
     model, method, gpu = (str(item[key]) for key in ("model", "method", "gpu"))
-    return Entry(model, method, gpu, x, samples, scatter, str(item.get("source", path.name)), points)
+    only = item.get("only_share")
+    if only is not None and not (isinstance(only, int | float) and 0 < only <= 1):
+        raise UserError(f"{where}: only_share = {only!r}: expected null, or k/E above 0 and at most 1")
+    return Entry(model, method, gpu, x, samples, scatter, str(item.get("source", path.name)), points, only)
 
 
-def write(path: str | Path, entries: Sequence[Entry]) -> None:
-    """The file that `read` reads."""
-    document = {
+def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | None = None) -> None:
+    """The file that `read` reads: aside, then renamed."""
+    document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "entries": [
             {"model": e.model, "method": e.method, "gpu": e.gpu, **dict(zip(_NUMBERS, e.coefficients.tolist(), strict=True)),
-             "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist()}
+             "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist(),
+             "only_share": e.only_share}
             for e in entries
         ],
     }  # fmt: skip
-    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if paper is not None:
+        document["paper"] = paper
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error

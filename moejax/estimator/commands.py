@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three commands and their options."""
+def add_arguments(parser: argparse.ArgumentParser) -> Any:
+    """The commands that need nothing but numbers, and their options. Returns the parsers' group, for more commands."""
     commands = parser.add_subparsers(dest="estimate_command", required=True, metavar="COMMAND")
     reproduce = commands.add_parser("reproduce", help="the study's Tables III and IV and Figures 13 to 15 recomputed; then our model")
     reproduce.add_argument("--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)")
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for command in (reproduce, predict, plan):
         command.add_argument("--json", action="store_true", help="print JSON and nothing else")
         command.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
+    return commands
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +68,10 @@ def _reproduce(options: argparse.Namespace) -> int:
     bars = reproduce.bars()
     if options.json:
         document: dict[str, Any] = {s.key: {"title": s.title, "rows": s.records(), "notes": s.notes} for s in sections}
-        _print_json(document | {"bars": dataclasses.asdict(bars) | {"met": bars.met}})
+        print_json(document | {"bars": dataclasses.asdict(bars) | {"met": bars.met}})
     else:
         for section in sections:
-            _table(section.title, section.columns, section.rows, section.notes)
+            show_table(section.title, section.columns, section.rows, section.notes)
         print("bars met" if bars.met else "bars NOT met")
     _draw(options, lambda draw: draw.reproduction)
     return 0
@@ -132,7 +133,7 @@ def _predict(options: argparse.Namespace) -> int:
             raise UserError(f"--spot: {options.prices} has no spot price of {gpu.name}; --prices FILE with SpotPrice brings one")
         found.append(plan.predict(job, gpu, entries, table, batch=options.batch, price=price))
     if options.json:
-        _print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
+        print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
     else:
         _predictions(_title(job), found, _asked(offers, found, options.spot))
     _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table))
@@ -156,7 +157,7 @@ def _plan(options: argparse.Namespace) -> int:
         answers[f"cheapest within {options.deadline:g} h"] = made.cheapest_by_deadline
     if options.json:
         told = {name: None if p is None else p.gpu for name, p in answers.items()}
-        _print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
+        print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
     else:
         _predictions(_title(job), made.options, _asked(offers, made.options, options.spot))
         for gpu, why in made.left_out.items():
@@ -228,7 +229,7 @@ def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) 
     ending = ["In brackets: where one measured run would lie with 95 %."]
     if not all(p.measured for p in found):
         ending.append("* not measured: carried over, and the brackets span three rules of carrying (docs/estimator.md)")
-    _table(title, columns, rows, [*ending, *asked, *notes])
+    show_table(title, columns, rows, [*ending, *asked, *notes])
 
 
 def _cell(value: Any) -> str:
@@ -239,7 +240,7 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -256,7 +257,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], no
     console.print()
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, default=float))
 
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from moejax import reference
 from moejax.estimator import curves, paper
 from moejax.estimator.coefficients import Entry, choose
+from moejax.estimator.fitting import Fitted
 from moejax.estimator.gpus import GPU, find
 from moejax.estimator.plan import Job, Plan, Prediction
 from moejax.estimator.step_time import fit
@@ -136,3 +137,23 @@ def _named(job: Job) -> str:
     model = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}[job.model]
     method = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[job.method]
     return f"{model}, {method}, k = {job.experts_per_token}"
+
+
+def residuals(folder: Path, found: Sequence[Fitted]) -> Path:
+    """Seconds over tokens with the fitted law, and each run's error, device by device."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    for f, color in zip(found, [BLUE, ORANGE, GREEN, INK, GREY] * len(found), strict=False):
+        for share in sorted({run.share for run in f.runs}):
+            runs = [(run, error) for run, error in zip(f.runs, f.errors, strict=True) if run.share == share]
+            tokens = np.linspace(0, 1.05 * max(run.tokens for run, _ in runs), 50)
+            t0, u, v = f.entry.coefficients
+            left.plot(tokens, t0 + tokens * (u + v * share), color=color, lw=1)
+            left.plot([r.tokens for r, _ in runs], [r.seconds for r, _ in runs], "o", color=color, label=f"{f.entry.gpu}, k/E {share:g}")
+            right.plot([r.tokens for r, _ in runs], [100 * e for _, e in runs], "o", color=color)
+    left.set(xlabel="tokens a step", ylabel="seconds a step", xlim=(0, None), ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    right.axhline(0, color=GREY, lw=1)
+    right.set(xlabel="tokens a step", ylabel="predicted over measured, less 1, %")
+    for axes in (left, right):
+        _clean(axes)
+    return _save(figure, folder / "fit.png")

@@ -48,7 +48,7 @@ def _gpu(name: str, gb: float, gb_per_s: float, tflops: float, watts: float, chi
 _TABLE = (
     _gpu("A40", 48, 696, 149.7, 300, "GA102-A40", device_kind=r"\bA40\b", device_bytes=47608692736),
     _gpu("A100-40", 40, 1555, 312, 400, "GA100", "A100-40GB", "A100-SXM4-40GB", "A100", device_kind=r"\bA100\b.*40GB",
-         matrix_flops_per_second=271e12),
+         device_bytes=42500000000, matrix_flops_per_second=271e12),
     _gpu("A100-80", 80, 2039, 312, 400, "GA100", "A100-80GB", "A100-80GB-SXM", "A100-SXM4-80GB", device_kind=r"\bA100\b",
          device_bytes=85100068864, matrix_flops_per_second=271e12),
     _gpu("H100-PCIe", 80, 2000, 756, 350, "GH100-PCIe", "H100-PCIE-80GB", device_kind=r"\bH100 PCIe\b"),

@@ -1,7 +1,7 @@
 """Peak memory of a training step: the compiler's figure where there is one, and the largest batch that fits.
 
-Nothing is compiled here: `training/aot.py` does it, and the command line hands its figures over. A figure is exact for the program that was
-compiled, so it is kept under a hash of everything that makes the program: config, architecture, sources, versions, target, rows, row length.
+Nothing is compiled here: `training/aot.py` does it, and the command line hands its figures over. A figure is exact for the program that
+was compiled, so it is kept under a hash of all that makes the program: config, architecture, sources, versions, target, rows, row length.
 """
 
 from __future__ import annotations
@@ -144,3 +144,52 @@ def too_large(what: str, needed: float, gpu: GPU, fraction: float, table: dict[s
         f"{what} needs {needed / 1e9:.2f} GB: {(needed - usable) / 1e9:.2f} GB more than the {usable / 1e9:.2f} GB "
         f"usable on {gpu.name} ({fraction:.0%} of its memory); {told}"
     )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the study's Table III, for any card: its largest batch in queries (None: not run), and how long a padded row gets."""
+
+    gpu: str
+    model: str
+    kind: str
+    dataset: str
+    row_tokens: int
+    study: int | None
+
+
+STUDY_GPUS = ("A100-40", "A40", "A100-80")  # 40, 48 and 80 GB
+
+
+def study_cells() -> tuple[Cell, ...]:
+    """On 40, 48 and 80 GB, both models, sparse and dense, both data sets. The study's figure is the largest that it prints or shows: Table
+    III on the A40, the ends of Figure 15's curves (MATH, `curves.py` says why) and Figure 13's measured points (commonsense, sparse).
+
+    Rows are as long as the longest query (commonsense 512) or the study's cut (MATH 1024): what the worst of its padded batches takes.
+    """
+    from moejax import reference
+    from moejax.estimator import gpus, lengths
+    from moejax.estimator.curves import FIGURE_15_DATASET, GPU_NAMES
+
+    known: dict[tuple[str, str, str, str], int] = {}
+
+    def at_least(gpu: str, model: str, kind: str, dataset: str, batch: int) -> None:
+        key = gpu, model, kind, dataset
+        known[key] = max(batch, known.get(key, 0))
+
+    for b in reference.max_batches():
+        at_least("A40", b.model, b.kind, b.dataset, max(b.printed, b.swept))
+    for c in reference.curves():
+        for kind, batch, _ in c.points:
+            at_least(GPU_NAMES[c.gpu], c.model, kind, c.dataset or FIGURE_15_DATASET, batch)
+    for gb, batch in reference.max_batch_figure().ground_truth.items():
+        name = next(n for n in STUDY_GPUS if gpus.GPUS[n].memory_gb == gb)
+        at_least(name, "mixtral", "sparse", "commonsense_15k", batch)
+    cells = []
+    for gpu in STUDY_GPUS:
+        for model in ("mixtral", "blackmamba"):
+            for kind in ("sparse", "dense"):
+                for dataset in ("commonsense_15k", "math_14k"):
+                    longest = min(lengths.of_study(dataset).longest, lengths.STUDY_CUTOFF)
+                    cells.append(Cell(gpu, model, kind, dataset, longest, known.get((gpu, model, kind, dataset))))
+    return tuple(cells)

@@ -130,6 +130,7 @@ def predict(
 ) -> Prediction:
     """Throughput, hours and dollars. `batch` None: the one of highest throughput that fits by equation 1."""
     step = choose(entries, job.model, job.method, gpu, table)
+    step.entry.check_share(job.share)
     fits = largest_batch(job, gpu, table)
     notes = []
     if batch is None:

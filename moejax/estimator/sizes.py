@@ -84,7 +84,7 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     nf4 = {name for module in q.modules for name in groups[module]} if q.format == "nf4" else set()
     found = []
     for name, shape in layer_shapes(config).items():
-        parts = {dtype: count * math.prod(shape) * ITEM[dtype]}
+        parts: dict[str, int] = {dtype: count * math.prod(shape) * ITEM[dtype]}
         if name in nf4:
             parts = nf4_parts(shape[-2:], count * math.prod(shape[:-2]), q.double)
         found.append(Stored(name, (count, *shape), not frozen, parts))

@@ -16,7 +16,7 @@ Both are linear in their three coefficients. What curves share is pooled: a mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,6 +111,28 @@ def spread(seconds: FloatArray, scatter: FloatArray, level: float) -> tuple[floa
     return float(low), float(high)
 
 
+def resampled(
+    matrix: FloatArray, seconds: FloatArray, x: FloatArray, resamples: int, solve: Callable[[FloatArray], FloatArray] | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """(samples [resamples, coefficients], scatter [resamples]) of a fit x of seconds = matrix·x: relative residuals drawn again and
+    refitted (by `solve`, or by relative errors). Both are empty where fewer than two points exceed the coefficients, or for 0 resamples."""
+    model = matrix @ x
+    spare = len(seconds) - matrix.shape[1]
+    if not resamples or spare < 2:
+        return np.zeros((0, len(x))), np.zeros(0)
+    residuals = seconds / model - 1
+    deviation = float(np.sqrt(np.sum(residuals**2) / spare))
+    wide = (residuals - residuals.mean()) * np.sqrt(len(seconds) / spare)
+    generator = np.random.default_rng(0)
+    draws = generator.integers(len(seconds), size=(resamples, len(seconds)))
+    # The deviation itself is known from few points: dividing by a drawn chi makes Student's t of both kinds of error.
+    unknown = np.sqrt(spare / generator.chisquare(spare, size=(2, resamples)))
+    drawn = model * (1 + wide[draws])
+    refitted = fit_seconds_many(matrix, drawn) if solve is None else np.array([solve(again) for again in drawn])
+    samples = np.maximum(x + unknown[0][:, None] * (refitted - x), 0.0)
+    return samples, np.maximum(deviation * unknown[1] * generator.standard_normal(resamples), -0.99)
+
+
 def _groups(curves: Sequence[Observations], pooling: Pooling) -> list[list[Observations]]:
     """Curves that share per-token work."""
     groups: dict[tuple[str, ...], list[Observations]] = {}
@@ -159,22 +181,9 @@ def _fit_group(
     def solve(measured: FloatArray) -> FloatArray:
         return fit_seconds(matrix, measured) if loss == "seconds" else fit_throughput(matrix, measured, queries, unit)
 
+    many = None if loss == "seconds" else solve
     x = solve(seconds)
-    model = matrix @ x
-    spare = len(seconds) - matrix.shape[1]
-    samples, scatter = np.zeros((0, len(x))), np.zeros(0)
-    if resamples and spare >= 2:
-        residuals = seconds / model - 1
-        deviation = float(np.sqrt(np.sum(residuals**2) / spare))
-        wide = (residuals - residuals.mean()) * np.sqrt(len(seconds) / spare)
-        generator = np.random.default_rng(0)
-        draws = generator.integers(len(seconds), size=(resamples, len(seconds)))
-        # The deviation itself is known from few points: dividing by a drawn chi makes Student's t of both kinds of error.
-        unknown = np.sqrt(spare / generator.chisquare(spare, size=(2, resamples)))
-        drawn = model * (1 + wide[draws])
-        refitted = fit_seconds_many(matrix, drawn) if loss == "seconds" else np.array([solve(again) for again in drawn])
-        samples = np.maximum(x + unknown[0][:, None] * (refitted - x), 0.0)
-        scatter = np.maximum(deviation * unknown[1] * generator.standard_normal(resamples), -0.99)
+    samples, scatter = resampled(matrix, seconds, x, resamples, many)
     found = {}
     for curve, card in zip(group, cards, strict=True):
         columns = [starts.index(card), len(starts), len(starts) + 1]

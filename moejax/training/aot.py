@@ -7,7 +7,7 @@ The extra `aot` brings the CUDA plugin and ptxas: a machine without a GPU compil
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -53,6 +53,11 @@ TARGETS = {
     "A40": Target("NVIDIA A40", "major: 8 minor: 6", 84, 128, 102400, 101376, 1536, 696000000000, 6291456, 1.74, 47608692736),
     "L4": Target("NVIDIA L4", "major: 8 minor: 9", 58, 128, 102400, 101376, 1536, 300096000000, 50331648, 2.04, 23609475072),
 }  # fmt: skip
+# The same chips with other memory: XLA's device specs differ in these two figures only.
+TARGETS["A100-40"] = replace(
+    TARGETS["A100-80"], name="NVIDIA A100-SXM4-40GB", bandwidth=1555000000000, memory_bytes=42500000000
+)
+TARGETS["H200"] = replace(TARGETS["H100"], name="NVIDIA H200", bandwidth=4800000000000, memory_bytes=151400000000)
 
 
 def target_text(target: Target) -> str:
@@ -99,6 +104,11 @@ def device(name: str) -> Any:
             "with jax-cuda12-plugin of jaxlib's version, and set JAX_PLATFORMS=cpu"
         ) from error
     return topology.devices[0]
+
+
+def machine() -> str:
+    """This machine's device as jax names it."""
+    return str(jax.local_devices()[0].device_kind)
 
 
 @dataclass(frozen=True)

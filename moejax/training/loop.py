@@ -26,7 +26,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.profiling.capture import Capture, compiler_options
-from moejax.training import flops, memory, run_folder, step_profile
+from moejax.training import flops, memory, prediction, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -253,6 +253,10 @@ class Trainer:
             self.compiled_in.add(self.step + 1)
             self.compile_seconds += time.perf_counter() - start
             self.compiler_peak = max(self.compiler_peak, peak)
+            prediction.announce(
+                self.experiment, self.config, self.folder, self.console,
+                peak_bytes=peak, tokens=batch.tokens.size, steps=self.total_steps - self.step, first=len(self._compiled) == 1,
+            )  # fmt: skip
             self._finished_at = time.perf_counter()
         return self._compiled[shape]
 
@@ -373,6 +377,8 @@ class Trainer:
                 f"memory: compiler peak {self.compiler_peak / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        if steady:
+            prediction.conclude(self.folder, self.console)
 
 
 def segment_lengths(segment_ids: np.ndarray) -> list[int]:

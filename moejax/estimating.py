@@ -1,0 +1,260 @@
+"""`estimate.py memory | fit | compare`: what needs a compiler or a run's files. It reads and compiles; `estimator/` gets plain figures.
+
+jax is imported by `memory` alone, through training/aot.py, and only where something is to be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejax.errors import UserError
+
+if TYPE_CHECKING:
+    from models.config import Architecture
+    from moejax.config import Experiment
+    from moejax.estimator.closed_form import Breakdown
+    from moejax.estimator.fitting import Run
+    from moejax.estimator.gpus import GPU
+    from moejax.estimator.memory import Largest, Peak
+
+ROOT = Path(__file__).parent.parent
+HERE = "here"
+COMMANDS = ("memory", "fit", "compare")
+
+
+def add_arguments(commands: Any) -> None:
+    """The three commands and their options."""
+    memory = commands.add_parser("memory", help="the largest batch that fits, the peak and what it is made of, by the compiler")
+    memory.add_argument("--config", metavar="FILE", help="experiment in YAML (see configs/)")
+    memory.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
+    memory.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
+    memory.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
+    memory.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
+    memory.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without --config)")
+    memory.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single values of the config")
+    fit = commands.add_parser("fit", help="coefficients.json from the step_profile.json of several runs of one model")
+    fit.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, or a step_profile.json")
+    fit.add_argument("--out", default="coefficients.json", metavar="FILE", help="where the coefficients go (default: coefficients.json)")
+    compare = commands.add_parser("compare", help="predicted against measured for a finished run; kept in its comparison.json")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
+    compare.add_argument("--coefficients", metavar="FILE", help="of this model and device; by default those that the run was told")
+    for command in (memory, fit, compare):
+        command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    fit.add_argument("--plot", metavar="DIR", help="draw the residuals (PNG) into this folder")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a command; mistakes of the user's are raised as UserError."""
+    return {"memory": _memory, "fit": _fit, "compare": _compare}[options.estimate_command](options)
+
+
+def architecture_of(experiment: Experiment) -> Architecture:
+    """The sizes of a config's model: of its folder where it is one, else of its preset; nothing is fetched."""
+    from models.config import from_hub_config
+
+    source = experiment.model.source
+    try:
+        file = Path(source or "", "config.json")
+        base = from_hub_config(json.loads(file.read_text(encoding="utf-8"))) if source and file.is_file() else None
+        return experiment.model.architecture(base)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model: {error}") from None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sources() -> str:
+    """Hash of everything that the step is made of."""
+    from moejax.estimator.memory import digest
+
+    training = [ROOT / "moejax" / "training" / f"{name}.py" for name in ("aot", "optimizer", "state", "step")]
+    return digest([*(ROOT / "models").rglob("*.py"), *training])
+
+
+def why_not_compiled(gpu: str) -> str | None:
+    """Why no compiler can answer for this GPU here; None where one can."""
+    if gpu == HERE:
+        return None
+    if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
+        return "the extra `aot` is missing (pip install -e '.[aot]')"
+    from moejax.training import aot
+
+    return None if gpu in aot.TARGETS else f"the compiler has no description of {gpu}"
+
+
+@dataclass
+class Oracle:
+    """Peaks of one experiment's step on one GPU: compiled and kept, or, with a `reason`, by the closed form."""
+
+    experiment: Experiment
+    config: Architecture
+    gpu: str
+    row_tokens: int
+    reason: str | None
+    hits: int = 0
+    misses: int = 0
+    known: dict[int, Peak] = field(default_factory=dict)
+
+    @property
+    def platform(self) -> Any:
+        if self.gpu != HERE:
+            return "gpu"
+        import jax
+
+        return "cpu" if jax.default_backend() == "cpu" else "gpu"
+
+    def breakdown(self, rows: int) -> Breakdown:
+        from moejax.estimator import closed_form
+
+        return closed_form.breakdown(
+            self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=self.platform
+        )
+
+    def peak_bytes(self, rows: int) -> int:
+        if self.reason is not None:
+            return self.breakdown(rows).total
+        if rows not in self.known:
+            self.known[rows] = self._compiled(rows)
+        return self.known[rows].peak_bytes
+
+    def _compiled(self, rows: int) -> Peak:
+        import dataclasses
+
+        from moejax.estimator import memory
+        from moejax.training import aot
+
+        target: Any = aot.machine() if self.gpu == HERE else dataclasses.asdict(aot.TARGETS[self.gpu])
+        key = {
+            "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
+            "versions": _versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
+        }  # fmt: skip
+
+        def compile_it() -> Peak:
+            gpu = None if self.gpu == HERE else self.gpu
+            c = aot.compile_step(self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, gpu=gpu)
+            return memory.Peak(c.peak_bytes, c.argument_bytes, c.temporary_bytes, c.compile_seconds)
+
+        peak, there = memory.cached(key, compile_it)
+        self.hits, self.misses = self.hits + there, self.misses + (not there)
+        return peak
+
+    def largest(self, limit: float) -> Largest:
+        """The largest number of rows within `limit` bytes; the closed form says where to begin."""
+        from moejax.estimator import memory
+
+        guess = memory.largest_rows(lambda rows: self.breakdown(rows).total, limit)
+        return guess if self.reason is not None else memory.largest_rows(self.peak_bytes, limit, max(1, guess.rows))
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from moejax.estimator import memory_report
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about a driver that is not there
+    if HERE not in options.gpu.split(","):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if options.study:
+        return memory_report.study(_oracle_of_cell, options.closed_form, options.json)
+    if not options.config:
+        raise UserError("which experiment? --config FILE (see configs/), or --study")
+    from moejax import config
+    from moejax.estimator import gpus
+
+    for name in ("seq_len", "rows"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    experiment = config.load(options.config, options.overrides)
+    architecture = architecture_of(experiment)
+    row_tokens = options.seq_len or experiment.data.longest_row
+    if row_tokens > architecture.max_position_embeddings:
+        raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
+    found = []
+    for name in (n.strip() for n in options.gpu.split(",") if n.strip()):
+        gpu = _this_machine() if name == HERE else gpus.find(name)
+        found.append((gpu, _oracle(experiment, architecture, HERE if name == HERE else gpu.name, row_tokens, options.closed_form)))
+    padded = options.seq_len is not None or experiment.data.batching != "pack"
+    return memory_report.table(experiment, found, rows=options.rows, padded=padded, as_json=options.json)
+
+
+def _oracle(experiment: Experiment, architecture: Architecture, gpu: str, row_tokens: int, closed: bool) -> Oracle:
+    reason = "--closed-form was given" if closed else why_not_compiled(gpu)
+    return Oracle(experiment, architecture, gpu, row_tokens, reason)
+
+
+def _oracle_of_cell(model: str, dataset: str, kind: str, gpu: str, row_tokens: int, closed: bool) -> Oracle:
+    from moejax import config
+
+    preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[model]
+    name = f"{preset}_{'cs' if dataset == 'commonsense_15k' else 'math'}_{kind}.yaml"
+    experiment = config.load(ROOT / "configs" / name)
+    return _oracle(experiment, architecture_of(experiment), gpu, row_tokens, closed)
+
+
+def _this_machine() -> GPU:
+    """This machine's device as a GPU of which only the memory is asked; what jax may use of it is already a share."""
+    from moejax.estimator.gpus import GPU
+    from moejax.training import aot, memory
+
+    usable = memory.usable_bytes()
+    if usable is None:
+        raise UserError(f"--gpu {HERE}: this machine does not say how much memory it has; give a GPU's name")
+    return GPU(aot.machine(), usable / 1e9, 1.0, 1.0, None, HERE, device_bytes=usable)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from moejax.estimator import coefficients, run_report
+    from moejax.estimator.fitting import fit_runs
+
+    fitted = fit_runs([_measured(Path(path)) for path in options.runs])
+    paper = {f.entry.gpu: {"equation_1": f.equation_1, "equation_2": f.equation_2} for f in fitted}
+    coefficients.write(options.out, [f.entry for f in fitted], paper)
+    return run_report.fitted(fitted, options.out, as_json=options.json, plot=options.plot)
+
+
+def _measured(path: Path) -> Run:
+    """A run's step_profile.json as plain figures. Raises UserError for one that is missing, or says too little."""
+    from moejax.estimator.fitting import Run
+    from moejax.profiling import schema
+
+    p = schema.read(path)
+    needed = {"step_seconds.median": p.step_seconds.median, "batch.queries": p.batch.queries, "batch.tokens": p.batch.tokens}
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} is null or 0: nothing can be fitted to this run; profile it again")
+    peak = p.memory.compiler_peak_bytes or p.memory.measured_peak_bytes
+    return Run(
+        str(path), p.framework, p.device.name, p.model.name, p.model.params_total, p.method, p.moe.experts, p.moe.top_k,
+        float(p.batch.queries or 0), float(p.batch.tokens or 0), float(p.step_seconds.median or 0), peak, p.memory.arguments_bytes,
+    )  # fmt: skip
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from moejax.estimator import coefficients, comparison, run_report
+
+    entries = coefficients.read(options.coefficients) if options.coefficients else ()
+    found = {}
+    for path in options.runs:
+        told = comparison.read_prediction(Path(path))
+        entry = None
+        if options.coefficients:
+            key = told["model"], told["method"], told["gpu"]
+            entry = next((e for e in entries if (e.model, e.method, e.gpu) == key), None)
+            if entry is None:
+                raise UserError(f"--coefficients {options.coefficients} has none of {key[0]} by {key[1]} on {key[2]}, which {path} ran")
+        found[path] = comparison.compare(Path(path), entry)
+    return run_report.compared(found, as_json=options.json)

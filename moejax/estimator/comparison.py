@@ -1,0 +1,139 @@
+"""What a run was predicted to take beside what it took. Reads a run's folder; keeps comparison.json in it.
+
+`prediction.json` is written by the run at its start: the compiled step's peak, and coefficients and price where they were known.
+`metrics.jsonl` holds what was measured, step by step. The first step after a start is left out: it warms up.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.errors import UserError
+from moejax.estimator.coefficients import Entry, StepTime
+from moejax.estimator.gpus import GPU
+
+PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
+Document = dict[str, Any]
+
+
+def time_prediction(entry: Entry, share: float) -> Document:
+    """An entry as prediction.json keeps it: seconds and their interval at these tokens follow from it."""
+    entry.check_share(share)
+    samples = None if not len(entry.samples) else {"samples": entry.samples.tolist(), "scatter": entry.scatter.tolist()}
+    return {"coefficients": entry.coefficients.tolist(), "source": entry.source, "points": entry.points, "share": share, "spread": samples}
+
+
+def step_time(time: Document) -> StepTime:
+    """The other way round."""
+    spread = time["spread"] or {"samples": [], "scatter": []}
+    samples, scatter = np.array(spread["samples"], float).reshape(-1, 3), np.array(spread["scatter"], float)
+    entry = Entry("", "", "", np.array(time["coefficients"], float), samples, scatter, time["source"], time["points"])
+    return StepTime(entry, GPU("", 1.0, 1.0, 1.0, None, ""), (np.ones(3),), True)
+
+
+def write_json(path: Path, document: Document) -> None:
+    """Aside, then renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def read_prediction(folder: Path) -> Document:
+    """Raises UserError where the run wrote none, or it is not whole."""
+    path = folder / PREDICTION
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist (expected a run's folder, e.g. runs/demo)")
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {PREDICTION}: it is no run of this version's train.py, or it ended before its first step")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("compiler_peak_bytes", "gpu", "model", "method", "share", "time") if key not in document]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: no whole JSON ({error})") from None
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return dict(document)
+
+
+def read_steps(folder: Path) -> list[Document]:
+    """Records of metrics.jsonl that are steps, the last one of each step (a resumed run writes a step again)."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {METRICS}: nothing was measured")
+    steps: dict[int, Document] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: no whole JSON ({error})") from None
+        if "step_seconds" in record:
+            steps[record["step"]] = record
+    if len(steps) < 2:
+        raise UserError(f"{path} has {len(steps)} step{'s' * (len(steps) != 1)}: the first warms up, so at least 2 are needed")
+    return [steps[step] for step in sorted(steps)]
+
+
+def compare(folder: Path, entry: Entry | None = None) -> Document:
+    """Errors in memory, step time and cost (predicted over measured, less 1), written to comparison.json. `entry`: coefficients to
+    predict with instead of those that the run was told. What was not predicted is null, with the reason."""
+    told = read_prediction(folder)
+    steps = read_steps(folder)[1:]
+    time = told["time"] if entry is None else time_prediction(entry, told["share"])
+    seconds = _seconds(told, steps, time)
+    document: Document = {"memory": _memory(told, steps), "step_seconds": seconds, "cost_usd": None}
+    if seconds["error"] is not None and told.get("usd_per_hour"):
+        rate = told["usd_per_hour"] / 3600 * len(steps)
+        document["cost_usd"] = {
+            "predicted": rate * seconds["predicted"], "measured": rate * seconds["measured"], "error": seconds["error"],
+            "price": told.get("price"),
+        }  # fmt: skip
+    document |= {key: told[key] for key in ("gpu", "model", "method")} | {"steps": len(steps)}
+    write_json(folder / COMPARISON, document)
+    return document
+
+
+def _memory(told: Document, steps: list[Document]) -> Document:
+    device = [r["device_peak_bytes"] for r in steps if "device_peak_bytes" in r]
+    host = [r["host_peak_bytes"] for r in steps if "host_peak_bytes" in r]
+    peak = told["compiler_peak_bytes"]
+    if device:
+        return {"predicted_bytes": peak, "measured_bytes": max(device), "error": peak / max(device) - 1, "why_not": None}
+    why = "a CPU's allocator does not say its peak; measured is the resident memory of the whole process, Python and libraries included"
+    return {"predicted_bytes": peak, "measured_bytes": max(host, default=None), "error": None, "why_not": why}
+
+
+def _seconds(told: Document, steps: list[Document], time: Document | None) -> Document:
+    """Means over the steps: a step's own tokens predict it."""
+    measured = float(np.mean([r["step_seconds"] for r in steps]))
+    if time is None:
+        return {"predicted": None, "interval": None, "measured": measured, "error": None, "why_not": told.get("why_no_time")}
+    law, tokens = step_time(time), [float(r["padded_tokens"]) for r in steps]
+    predicted = float(np.mean([law.seconds(t, time["share"]) for t in tokens]))
+    interval = law.interval(float(np.mean(tokens)), time["share"])
+    return {"predicted": predicted, "interval": interval, "measured": measured, "error": predicted / measured - 1, "why_not": None}
+
+
+def lines(document: Document) -> list[str]:
+    """The comparison in words."""
+    m, s, usd = document["memory"], document["step_seconds"], document["cost_usd"]
+    measured = "?" if m["measured_bytes"] is None else f"{m['measured_bytes'] / 1e9:.2f}"
+    memory = f"memory: predicted {m['predicted_bytes'] / 1e9:.2f} GB, measured {measured} GB"
+    told = [f"{memory}: {_percent(m['error'])}" if m["error"] is not None else f"{memory} (not comparable: {m['why_not']})"]
+    if s["error"] is None:
+        told.append(f"step: not predicted ({s['why_not']}), measured {1e3 * s['measured']:.1f} ms")
+    else:
+        between = "" if s["interval"] is None else f" ({1e3 * s['interval'][0]:.1f} to {1e3 * s['interval'][1]:.1f})"
+        step = f"step: predicted {1e3 * s['predicted']:.1f} ms{between}, measured {1e3 * s['measured']:.1f} ms"
+        told.append(f"{step}: {_percent(s['error'])}")
+    if usd is not None:
+        cost = f"cost of these steps: predicted {usd['predicted']:.4f} USD, measured {usd['measured']:.4f} USD at {usd['price']}"
+        told.append(f"{cost}: {_percent(usd['error'])}")
+    return told
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:+.1f} %"

@@ -1,0 +1,82 @@
+"""What a run will take, said at its start and held against what it took at its end (`estimate.py compare` says it again).
+
+Memory is the compiled step's. Time needs coefficients of this model and device: `estimate.py fit RUN… --out RUNS_DIR/coefficients.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from models.config import Architecture
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.estimator import coefficients, comparison, fitting, gpus, prices
+from moejax.training.step_profile import cpu_name
+
+COEFFICIENTS = "coefficients.json"
+
+
+def announce(
+    experiment: Experiment, config: Architecture, folder: Path, console: Console, *, peak_bytes: int, tokens: int, steps: int, first: bool
+) -> None:
+    """Print the prediction and keep it in the run's prediction.json when the `first` step has been compiled; a batch of another shape
+    that is compiled later only raises the peak. tokens: of that step, padding included; steps: still to be done."""
+    path = folder / comparison.PREDICTION
+    if not first:
+        document = comparison.read_prediction(folder)
+        document["compiler_peak_bytes"] = max(peak_bytes, document["compiler_peak_bytes"])
+        return comparison.write_json(path, document)
+    device = jax.local_devices()[0]
+    name = device.device_kind if device.platform != "cpu" else cpu_name()
+    model = fitting.model_name(experiment.model.source or str(experiment.model.preset))
+    method = "full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora"
+    share = config.experts_per_token / config.num_experts
+    gpu = fitting.gpu_name(name)
+    time, why = _time(Path(experiment.runs_dir) / COEFFICIENTS, model, method, gpu, share)
+    price = prices.cheapest(prices.load("2026", gpus.GPUS), gpu) if gpu in gpus.GPUS else None
+    document = {
+        "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": method, "share": share, "time": time,
+        "why_no_time": why, "usd_per_hour": None if price is None else price.usd_per_hour,
+        "price": None if price is None else price.told,
+    }  # fmt: skip
+    comparison.write_json(path, document)
+    told = f"prediction: {peak_bytes / 1e9:.2f} GB by the compiled step"
+    if time is None:
+        told += f"; no time: {why}"
+    else:
+        law = comparison.step_time(time)
+        seconds, ends = law.seconds(tokens, share), law.interval(tokens, share)
+        between = "" if ends is None else f" ({1e3 * ends[0]:.1f} to {1e3 * ends[1]:.1f})"
+        told += f"; {1e3 * seconds:.1f} ms a step of {tokens:,} tokens{between}, {seconds * steps / 60:.1f} min for {steps} steps"
+        if price is not None:
+            told += f", {seconds * steps / 3600 * price.usd_per_hour:.2f} USD at {price.told}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def conclude(folder: Path, console: Console) -> None:
+    """Print predicted against measured and keep comparison.json. A run is never lost to it."""
+    try:
+        told = comparison.lines(comparison.compare(folder))
+    except UserError as error:
+        told = [f"no comparison: {error}"]
+    for line in told:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _time(file: Path, model: str, method: str, gpu: str, share: float) -> tuple[dict[str, Any] | None, str | None]:
+    """The entry of this model, method and device in the file, as prediction.json keeps it; or why there is none."""
+    how = f"profile runs (moejax profile CONFIG), then python estimate.py fit RUN… --out {file}"
+    if not file.is_file():
+        return None, f"{file} is not there: {how}"
+    try:
+        entries = coefficients.read(file)
+        for entry in entries:
+            if (entry.model, entry.method, entry.gpu) == (model, method, gpu):
+                return comparison.time_prediction(entry, share), None
+    except UserError as error:
+        return None, str(error)
+    return None, f"{file} has none of {model} by {method} on {gpu}: {how}"
