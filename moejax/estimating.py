@@ -68,7 +68,8 @@ def architecture_of(experiment: Experiment) -> Architecture:
         raise UserError(f"model: {error}") from None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what compiles."""
     found = {}
     for name in ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12"):
         try:
@@ -112,11 +113,16 @@ class Oracle:
 
     @property
     def platform(self) -> Any:
+        from moejax.estimator import closed_form, gpus
+
         if self.gpu != HERE:
-            return "gpu"
+            return closed_form.platform_of(gpus.find(self.gpu))
         import jax
 
-        return "cpu" if jax.default_backend() == "cpu" else "gpu"
+        if jax.default_backend() == "cpu":
+            return "cpu"
+        known = gpus.of_device_kind(jax.local_devices()[0].device_kind)
+        return "sm9" if known is None else closed_form.platform_of(known)
 
     def breakdown(self, rows: int) -> Breakdown:
         from moejax.estimator import closed_form
@@ -141,7 +147,7 @@ class Oracle:
         target: Any = aot.machine() if self.gpu == HERE else dataclasses.asdict(aot.TARGETS[self.gpu])
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
-            "versions": _versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
+            "versions": versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
         }  # fmt: skip
 
         def compile_it() -> Peak:
@@ -186,12 +192,13 @@ def _memory(options: argparse.Namespace) -> int:
     found = []
     for name in (n.strip() for n in options.gpu.split(",") if n.strip()):
         gpu = _this_machine() if name == HERE else gpus.find(name)
-        found.append((gpu, _oracle(experiment, architecture, HERE if name == HERE else gpu.name, row_tokens, options.closed_form)))
+        found.append((gpu, oracle(experiment, architecture, HERE if name == HERE else gpu.name, row_tokens, options.closed_form)))
     padded = options.seq_len is not None or experiment.data.batching != "pack"
     return memory_report.table(experiment, found, rows=options.rows, padded=padded, as_json=options.json)
 
 
-def _oracle(experiment: Experiment, architecture: Architecture, gpu: str, row_tokens: int, closed: bool) -> Oracle:
+def oracle(experiment: Experiment, architecture: Architecture, gpu: str, row_tokens: int, closed: bool) -> Oracle:
+    """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
     reason = "--closed-form was given" if closed else why_not_compiled(gpu)
     return Oracle(experiment, architecture, gpu, row_tokens, reason)
 
@@ -202,7 +209,7 @@ def _oracle_of_cell(model: str, dataset: str, kind: str, gpu: str, row_tokens: i
     preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[model]
     name = f"{preset}_{'cs' if dataset == 'commonsense_15k' else 'math'}_{kind}.yaml"
     experiment = config.load(ROOT / "configs" / name)
-    return _oracle(experiment, architecture_of(experiment), gpu, row_tokens, closed)
+    return oracle(experiment, architecture_of(experiment), gpu, row_tokens, closed)
 
 
 def _this_machine() -> GPU:

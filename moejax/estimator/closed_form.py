@@ -20,8 +20,9 @@ from moejax.estimator.sizes import ITEM
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
+    from moejax.estimator.gpus import GPU
 
-Platform = Literal["gpu", "cpu"]
+Platform = Literal["cpu", "sm8", "sm9"]  # a GPU by compute capability: Ampere and Ada; Hopper and later
 SCAN_CHUNK = {"gpu": 32, "cpu": 16}  # of models/ops/selective_scan.py
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 TILES = {"gpu": (512, 64), "cpu": (128, 32)}  # large and small, of models/ops/grouped_matmul.py
@@ -55,10 +56,19 @@ class Breakdown:
         return named if peak_bytes is None else named | {"rest": peak_bytes - self.total}
 
 
+def platform_of(gpu: GPU) -> Platform:
+    """Which of the two kinds of programs the compiler makes for a GPU."""
+    return "sm9" if gpu.chip.startswith(("GH", "GB")) else "sm8"
+
+
+def kind(platform: Platform) -> str:
+    return "cpu" if platform == "cpu" else "gpu"
+
+
 def tile_rows(platform: Platform, tokens: int, experts: int, experts_per_token: int) -> int:
     """Rows of a large tile of the grouped products: a power of two, at most half the mean group."""
     half = max(1, tokens * experts_per_token // experts) // 2
-    return min(TILES[platform][0], max(8, 1 << max(half, 1).bit_length() - 1))
+    return min(TILES[kind(platform)][0], max(8, 1 << max(half, 1).bit_length() - 1))
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,11 @@ class _Step:
     row_tokens: int
     item: int  # bytes of what is computed in
     trained: int | None  # bytes of a trained base weight; None: the base is frozen
-    quantized: bool
     rank: int  # of adapters on the experts; 0 without
     chunk: int
     remat: bool
     low_rank: int  # ranks of the adapters outside the experts, together
+    mixer_trained: bool  # attention has weights or adapters that are trained
 
     @property
     def tokens(self) -> int:
@@ -129,11 +139,11 @@ class _Step:
             halves = self.stream if isinstance(c, BlackMambaConfig) else 2 * self.stream + 4 * n * c.num_heads
             return sizes.layers(c) * (halves + self.routing())
         if isinstance(c, BlackMambaConfig):
-            states = 4 * n * c.inner_size * c.state_size // SCAN_CHUNK[self.platform]
+            states = 4 * n * c.inner_size * c.state_size // SCAN_CHUNK[kind(self.platform)]
             mixer = 17 * item * n * c.inner_size + states + 6 * 4 * n * c.hidden_size
         else:
             width = c.hidden_size + (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-            mixer = item * n * (4 * c.hidden_size + width) + 4 * n * c.num_heads
+            mixer = item * n * ((6 if self.trained else 4) * c.hidden_size + width) + 4 * n * c.num_heads
         if c.dense:
             experts = 6 * item * c.num_experts * n * c.intermediate_size
         else:
@@ -143,11 +153,12 @@ class _Step:
     # The moments. Each returns the bytes that are alive beside arguments, saved activations and (in the backward pass) gradients.
 
     def loss(self) -> int:
-        """A chunk's logits in fp32 and its gradient, hidden states and theirs; the head's gradient in fp32 where it is trained."""
+        """A chunk's logits in fp32 and their gradient in the compute dtype (on a GPU in the same place where both are fp32); hidden states
+        and theirs; the head's gradient in fp32 where it is trained."""
         c, chunk = self.config, min(self.chunk, self.tokens)
-        head = c.vocab_size * c.hidden_size
-        logits = chunk * c.vocab_size * (4 + 4 * (self.platform == "cpu") + self.item)
-        return logits + 3 * self.tokens * c.hidden_size * self.item + (head * (4 + self.trained) if self.trained else 0)
+        gradient = 0 if self.item == 4 and self.platform != "cpu" else self.item
+        head = 4 * c.vocab_size * c.hidden_size if self.trained else 0
+        return chunk * c.vocab_size * (4 + gradient) + 3 * self.tokens * c.hidden_size * self.item + head
 
     def experts(self) -> int:
         """A layer's experts in the backward pass."""
@@ -162,9 +173,11 @@ class _Step:
         tile = tile_rows(self.platform, n, c.num_experts, c.experts_per_token)
         hidden = 6 * item * tile * c.intermediate_size
         adapters = 4 * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)
+        if self.platform == "cpu" and not self.remat:  # what was kept of the layer, cut out of the stack
+            hidden += 2 * item * self.sorted_rows * c.intermediate_size + 4 * item * n * c.hidden_size
         if self.trained is None:
             return rows + hidden + adapters + 4 * item * self.matrix + 2 * self.stream + self.kept_of_mixer()
-        layer = 3 * c.num_experts * self.matrix * (4 + (self.trained if self.platform == "gpu" else 0))
+        layer = 3 * c.num_experts * self.matrix * (4 + (self.trained if self.platform != "cpu" else 0))
         one = 3 * self.matrix * (4 + item) + 2 * 4 * self.matrix
         return rows + hidden + layer + one + 3 * item * n * c.hidden_size + self.stream + self.kept_of_mixer()
 
@@ -172,10 +185,12 @@ class _Step:
         """[E, N, F] several times: projections, adapters' parts, activation, gradients; two of the layer's matrices as they are used."""
         c, item = self.config, self.item
         wide = item * c.num_experts * self.tokens * c.intermediate_size
-        if self.platform == "gpu":
-            count = 6 if self.trained is None else 5
-        else:
+        if self.platform == "cpu":
             count = 12 if self.recurrent else 7 if self.trained is None else 8
+        elif self.trained is not None:
+            count = 5
+        else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
+            count = 6 if self.platform == "sm9" else 10
         matrices = 2 * c.num_experts * self.matrix * (item if self.trained is None else self.trained)
         low = 3 * item * c.num_experts * self.tokens * self.rank if self.platform == "cpu" else 0
         return count * wide + matrices + low + 2 * self.stream + self.kept_of_mixer()
@@ -186,15 +201,18 @@ class _Step:
         c, n = self.config, self.tokens
         if isinstance(c, BlackMambaConfig):
             unit = 4 * n * c.inner_size
-            states = unit * c.state_size // SCAN_CHUNK[self.platform]
-            if self.platform == "gpu":  # in_proj's output, seven of fp32, three of the compute dtype
+            states = unit * c.state_size // SCAN_CHUNK[kind(self.platform)]
+            if self.platform != "cpu":  # in_proj's output, seven of fp32, three of the compute dtype
                 return unit * 7 + 5 * self.item * n * c.inner_size + states + 2 * 4 * n * c.hidden_size
             return 18 * unit + states + 5 * 4 * n * c.hidden_size
         if self.item < 4:
             return 0
-        width = (c.num_heads + 4 * c.num_kv_heads) * c.head_dim
-        count = 1 if self.platform == "gpu" or self.trained else 2
-        return self.item * (count * self.scores()[1] + n * (width + 3 * c.hidden_size))
+        width = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+        count = 2 if self.platform == "cpu" and self.trained is None and (c.dense or not self.remat) else 1
+        more = 0
+        if self.platform == "cpu" and c.dense:
+            more = 5 * c.hidden_size + 4 * c.num_kv_heads * c.head_dim if self.trained else c.hidden_size
+        return self.item * (count * self.scores()[1] + n * (width + more))
 
     def mixer(self) -> int:
         """A layer's attention or Mamba in the backward pass."""
@@ -207,23 +225,23 @@ class _Step:
         assert not isinstance(c, BlackMambaConfig)
         last, every = self.scores()
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        if item == 4:
-            count = 3 if self.trained and not c.dense else 2
-            rows = (1 if self.trained else 2) * item * self.tokens * (1 if c.dense else c.experts_per_token) * c.hidden_size
-            return item * (count * every + 6 * n * c.hidden_size + 6 * n * kv) + rows
+        if self.platform == "cpu":  # fp32: scores, their weights and gradients of all blocks; k and v, transposed, and by block
+            rows = (1 if self.mixer_trained else 2) * n * (1 if c.dense else c.experts_per_token) * c.hidden_size
+            count, sizes_of_kv = (3, 8) if self.mixer_trained else (2, 6)
+            return item * ((1 if c.dense and self.trained else count) * every + 6 * n * c.hidden_size + sizes_of_kv * n * kv + rows)
         block = max(1, n * min(1.0, max(ATTENTION_BLOCKS[0], self.row_tokens / 4) / self.row_tokens))
         partial = int(4 * 1.25 * n * kv) + int(5 * item * block * heads)
-        return 2 * 4 * last + 2 * item * every + 3 * item * n * c.hidden_size + partial + item * heads * c.hidden_size
+        return 2 * 4 * (last if item < 4 else 0) + 2 * item * every + 3 * item * n * c.hidden_size + partial + item * heads * c.hidden_size
 
     def _mamba(self) -> int:
         """The scan's operands and gradients, fp32 [N, I]; a chunk's states, [chunk, rows, states, I]; the layer's expert gradients."""
         c, n = self.config, self.tokens
         assert isinstance(c, BlackMambaConfig)
-        unit, chunk = 4 * n * c.inner_size, SCAN_CHUNK[self.platform]
+        unit, chunk = 4 * n * c.inner_size, SCAN_CHUNK[kind(self.platform)]
         states = unit * c.state_size // chunk
         of_chunk = 4 * chunk * self.rows * c.state_size * c.inner_size
-        weights = 3 * c.num_experts * self.matrix * (4 if not c.dense and self.platform == "gpu" else 0)
-        if self.platform == "gpu":
+        weights = 3 * c.num_experts * self.matrix * (4 if not c.dense and self.platform != "cpu" else 0)
+        if self.platform != "cpu":
             used = 8 * unit + 6 * self.item * n * c.inner_size + 2 * of_chunk + n * c.hidden_size * (4 + self.item)
         else:
             used = 14 * unit + 12 * of_chunk + 4 * 4 * n * c.hidden_size
@@ -234,14 +252,16 @@ class _Step:
         c, n, item = self.config, self.tokens, self.item
         masks = 5 * self.scores()[1]
         if isinstance(c, BlackMambaConfig):
-            masks = n * c.state_size * c.inner_size + 4 * SCAN_CHUNK[self.platform] * self.rows * c.state_size * c.inner_size
+            masks = n * c.state_size * c.inner_size + 4 * SCAN_CHUNK[kind(self.platform)] * self.rows * c.state_size * c.inner_size
             masks += 9 * item * n * c.inner_size
         if c.dense:
             return masks + 3 * item * c.num_experts * n * c.intermediate_size + 3 * self.stream
-        return masks + 2 * item * self.sorted_rows * (c.hidden_size + c.intermediate_size) + 4 * self.stream
+        blocks = 2 * n * (c.num_heads + c.num_kv_heads) * c.head_dim if not isinstance(c, BlackMambaConfig) else 2 * n * c.hidden_size
+        rows = 2 * self.sorted_rows * (c.hidden_size + c.intermediate_size)
+        return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream
 
 
-def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform = "gpu") -> Breakdown:
+def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform) -> Breakdown:
     """The closed form for one step of this experiment with so many rows a micro-batch."""
     t, adapter = experiment.training, experiment.adapter
     weights = sizes.stored(experiment, config)
@@ -251,7 +271,8 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
     others = 0 if adapter is None else sum(name not in ("w1", "w2", "w3") for name in adapter.targets)
     step = _Step(
         config, platform, rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
-        experiment.quantization.format == "nf4", rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
+        rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
+        adapter is None or any(name in sizes.ATTENTION for name in adapter.targets),
     )  # fmt: skip
     by_dtype: dict[str, int] = {}
     for w in weights:
@@ -261,11 +282,20 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
     gradients, saved = sum(w.bytes for w in trained), step.saved()
     carried = gradients if t.gradient_accumulation > 1 else 0
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and config.dense else 0
+    # On a CPU a loss of one chunk is no loop, and the layers' gradients are zeroed before it. Gradients are scaled into new arrays: all
+    # where they are fp32 (beside the embedding's own), the experts' before Hopper, none of bf16 on Hopper.
+    tables = {w.name: w.bytes for w in trained if w.name in ("embed", "head")}
+    early = gradients - sum(tables.values()) if platform == "cpu" and not adapter and step.tokens <= step.chunk else 0
+    scaled = 0
+    if not adapter and t.param_dtype == "float32":
+        scaled = gradients + tables["embed"]
+    elif not adapter and platform == "sm8":
+        scaled = sum(w.bytes for w in trained if w.name in ("w1", "w2", "w3"))
     moments = {
-        "loss": (carried, saved, step.loss()),
+        "loss": (carried + early, saved, step.loss()),
         "experts, backward": (carried + gradients, saved, step.experts() + head),
         "mixer, backward": (carried + gradients, saved, step.mixer() + head),
-        "optimizer": (carried + gradients, 0, 0),
+        "optimizer": (carried + gradients, 0, scaled),
     }
     if not step.remat:
         moments["last layer, forward"] = (carried, saved, step.forward())

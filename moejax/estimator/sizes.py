@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ITEM = {"float32": 4, "bfloat16": 2}
 NF4_BLOCK, NESTED_BLOCK = 64, 256
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("w1", "w2", "w3")
 Shape = tuple[int, ...]
 
@@ -80,7 +80,7 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     t, q, count = experiment.training, experiment.quantization, layers(config)
     frozen = experiment.adapter is not None
     dtype = t.compute_dtype if frozen else t.param_dtype
-    groups = {"attention": _ATTENTION, "experts": _EXPERTS, "router": ("router",)}
+    groups = {"attention": ATTENTION, "experts": _EXPERTS, "router": ("router",)}
     nf4 = {name for module in q.modules for name in groups[module]} if q.format == "nf4" else set()
     found = []
     for name, shape in layer_shapes(config).items():
