@@ -227,13 +227,13 @@ def _fit(options: argparse.Namespace) -> int:
     from moejax.estimator import coefficients, run_report
     from moejax.estimator.fitting import fit_runs
 
-    fitted = fit_runs([_measured(Path(path)) for path in options.runs])
+    fitted = fit_runs([measured(Path(path)) for path in options.runs])
     paper = {f.entry.gpu: {"equation_1": f.equation_1, "equation_2": f.equation_2} for f in fitted}
     coefficients.write(options.out, [f.entry for f in fitted], paper)
     return run_report.fitted(fitted, options.out, as_json=options.json, plot=options.plot)
 
 
-def _measured(path: Path) -> Run:
+def measured(path: Path) -> Run:
     """A run's step_profile.json as plain figures. Raises UserError for one that is missing, or says too little."""
     from moejax.estimator.fitting import Run
     from moejax.profiling import schema

@@ -59,7 +59,8 @@ def _equations(f: Fitted) -> list[str]:
     else:
         e = f.equation_1
         c1 = f"C1 unknown (k/E = {e['sparsity']:g} only)" if e["c1"] is None else f"C1 = {e['c1']:.4g}"
-        told.append(f"equation 1: C0 = {e['c0']:.4g}, {c1}, model {e['model_gb']:.3f} GB; RMSE {e['rmse_gb']:.3g} GB over {e['points']} runs")
+        rmse = f"RMSE {e['rmse_gb']:.3g} GB over {e['points']} runs"
+        told.append(f"equation 1: C0 = {e['c0']:.4g}, {c1}, model {e['model_gb']:.3f} GB; {rmse}")
     for form, e in (f.equation_2 or {}).items():
         rmse = e["rmse_queries_per_second"]
         told.append(f"equation 2, {form}: C2 = {e['c2']:.4g}, C3 = {e['c3']:g} (fixed), C4 = {e['c4']:.4g}; RMSE {rmse:.4g} queries/s")

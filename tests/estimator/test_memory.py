@@ -1,0 +1,224 @@
+"""Memory: sizes to the byte, the closed form beside the compiler's figure on this machine, the largest batch, the cache, the command."""
+
+import json
+
+import pytest
+
+from models.config import PRESETS
+from moejax import cli, config, estimating
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.estimator import closed_form, gpus, memory, sizes
+from moejax.training import aot
+
+TARGETS = ["w1", "w2", "w3", "gate"]
+LORA = {"quantization": {"format": "nf4"}, "adapter": {"rank": 16, "targets": TARGETS}}
+
+
+def experiment(preset="mixtral-tiny", k=2, *, training=None, **sections):
+    content = {
+        "name": "memory",
+        "model": {"preset": preset, "experts_per_token": k},
+        "data": {"batching": "fixed", "row_tokens": 256, "batch_rows": 16},
+        "training": {"steps": 1, "compute_dtype": "float32"} | (training or {}),
+    }
+    return Experiment.model_validate(content | sections)
+
+
+CASES = {
+    "lora, sparse": experiment(**LORA),
+    "lora, dense": experiment(k=8, **LORA),
+    "full, dense": experiment(k=8),
+    "blackmamba, sparse": experiment("blackmamba-tiny"),
+    "blackmamba, dense": experiment("blackmamba-tiny", k=8),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_closed_form_adds_up_to_the_compiler(name):
+    """Arguments to the byte, the peak within 3 %, and a breakdown whose parts are the compiler's figure."""
+    case = CASES[name]
+    architecture = case.model.architecture(None)
+    compiled = aot.compile_step(case, architecture, rows=16, row_tokens=256, gpu=None)
+    made = closed_form.breakdown(case, architecture, rows=16, row_tokens=256, platform="cpu")
+    assert made.arguments == compiled.argument_bytes
+    assert made.total == pytest.approx(compiled.peak_bytes, rel=0.03)
+    parts = made.parts(compiled.peak_bytes)
+    assert sum(parts.values()) == compiled.peak_bytes and abs(parts["rest"]) < 0.03 * compiled.peak_bytes
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        experiment(quantization={"format": "nf4", "double": False}, adapter={"targets": ["w1", "q_proj", "v_proj"]}),
+        experiment(training={"param_dtype": "bfloat16", "optimizer": "adafactor", "gradient_accumulation": 3}),
+        experiment("blackmamba-tiny", training={"optimizer": "adafactor"}),
+    ],
+)
+def test_arguments_to_the_byte(case):
+    """Other storage, optimizers and accumulation: what the step is given, without compiling it."""
+    import jax
+    import numpy as np
+
+    from models.build import build
+    from moejax.training.optimizer import make_optimizer, make_schedule
+    from moejax.training.state import initial_state, model_arguments, split
+
+    architecture = case.model.architecture(None)
+    model = build(architecture, **model_arguments(case))
+    _, trainable, frozen = split(model, full=case.adapter is None)
+    optimizer = make_optimizer(case.training, make_schedule(case.training, 1000))
+    state = jax.eval_shape(lambda t: initial_state(t, optimizer), trainable)
+    given = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
+    made = closed_form.breakdown(case, architecture, rows=2, row_tokens=64, platform="sm9")
+    assert made.arguments - made.batch == given - 4  # the number of the step is counted with the batch
+    assert made.batch == 4 + 4 * (4 if "mamba" in case.model.preset else 5) * case.training.gradient_accumulation * 2 * 64
+
+
+def test_tiles_are_those_of_the_model():
+    from models.ops.grouped_matmul import choose
+
+    for platform in ("cpu", "sm9"):
+        for tokens in (1, 37, 512, 4096, 65536):
+            expected = choose("auto", "cpu" if platform == "cpu" else "gpu", tokens, 8, 2).tile
+            assert closed_form.tile_rows(platform, tokens, 8, 2) == expected
+
+
+def test_constants_are_those_of_the_operations():
+    from models.ops import attention, nf4, selective_scan
+
+    assert (attention.SMALLEST_BLOCK, attention.LARGEST_BLOCK) == closed_form.ATTENTION_BLOCKS
+    assert selective_scan.CHUNKS == {"chunked": closed_form.SCAN_CHUNK["cpu"], "chunked_associative": closed_form.SCAN_CHUNK["gpu"]}
+    assert (nf4.BLOCK, nf4.NESTED_BLOCK) == (sizes.NF4_BLOCK, sizes.NESTED_BLOCK)
+
+
+def test_more_of_anything_never_takes_less():
+    """Rows, tokens and experts per token; and a GPU with more memory never holds fewer rows."""
+    for preset, more in (("mixtral-8x7b", LORA), ("blackmamba-2.8b", {})):
+        for platform in ("sm8", "sm9"):
+            for k in (2, 8):
+                case = experiment(preset, k, training={"compute_dtype": "bfloat16"}, **more)
+                architecture = case.model.architecture(None)
+
+                def total(rows, tokens, case=case, architecture=architecture, platform=platform):
+                    return closed_form.breakdown(case, architecture, rows=rows, row_tokens=tokens, platform=platform).total
+
+                for rows, tokens in ((1, 128), (3, 512), (8, 1024)):
+                    assert total(rows + 1, tokens) > total(rows, tokens) and total(rows, 2 * tokens) > total(rows, tokens)
+                fits = [memory.largest_rows(lambda rows, t=total: t(rows, 512), gb * 1e9).rows for gb in (30, 40, 48, 80, 141)]
+                assert fits == sorted(fits) and fits[-1] > fits[0]
+
+
+def test_the_largest_batch_is_proved_with_few_questions():
+    def bent(rows):
+        return 20 + rows * (0.38 if rows < 40 else 1.17) + (0.3 if rows % 7 == 0 else 0)
+
+    for limit in (20.1, 20.5, 25, 35.3, 77.7, 300):
+        for guess in (1, 13, 400):
+            found = memory.largest_rows(bent, limit, guess)
+            assert found.next_peak > limit and found.tried[found.rows + 1] == found.next_peak
+            assert found.rows == 0 or (found.peak <= limit and found.tried[found.rows] == found.peak)
+            assert len(found.tried) <= 8
+    exact = memory.largest_rows(lambda rows: 10 + 2 * rows, 50, guess=20)
+    assert exact.rows == 20 and exact.tried.keys() == {20, 21}
+    assert memory.largest_rows(lambda rows: 100, 50).rows == 0
+    with pytest.raises(UserError, match="rows fit"):
+        memory.largest_rows(lambda rows: 1, 50)
+
+
+def test_the_cache_is_whole_or_made_again(tmp_path):
+    calls = []
+
+    def compile_it():
+        calls.append(1)
+        return memory.Peak(5, 4, 1, 0.5)
+
+    assert memory.cached({"rows": 1}, compile_it, folder=tmp_path) == (memory.Peak(5, 4, 1, 0.5), False)
+    assert memory.cached({"rows": 1}, compile_it, folder=tmp_path) == (memory.Peak(5, 4, 1, 0.5), True)
+    assert memory.cached({"rows": 2}, compile_it, folder=tmp_path)[1] is False
+    (file, _) = sorted((tmp_path / "peaks").iterdir(), key=lambda p: '"rows": 1' not in p.read_text())
+    file.write_text(file.read_text()[:40])
+    assert memory.cached({"rows": 1}, compile_it, folder=tmp_path)[1] is False and len(calls) == 3
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "file").write_text("")
+    assert memory.cached({"rows": 1}, compile_it, folder=tmp_path / "file")[0].peak_bytes == 5  # nowhere to write: done without
+
+
+def test_what_makes_the_program_makes_the_key():
+    first = memory.relevant(experiment())
+    assert memory.relevant(experiment(training={"learning_rate": 1e-3, "epochs": 4})) == first
+    for other in (experiment(training={"remat": "none"}), experiment(training={"clip_norm": None}), experiment(**LORA)):
+        assert memory.relevant(other) != first
+
+
+def test_every_cell_of_the_study():
+    cells = memory.study_cells()
+    known = {(c.gpu, c.model, c.kind, c.dataset): c.study for c in cells if c.study is not None}
+    assert known["A40", "blackmamba", "sparse", "commonsense_15k"] == 20 and known["A40", "mixtral", "sparse", "math_14k"] == 4
+    assert known["A100-80", "mixtral", "sparse", "commonsense_15k"] == 27 and known["A100-40", "mixtral", "dense", "math_14k"] == 1
+    assert {c.row_tokens for c in cells} == {512, 1024} and len(cells) == 16
+
+
+def run(capsys, *arguments):
+    code = cli.estimate_main(["memory", *arguments])
+    return code, *capsys.readouterr()
+
+
+SPARSE = ("--config", str(estimating.ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml"), "--closed-form")
+
+
+def test_the_command(capsys):
+    code, out, _ = run(capsys, *SPARSE, "--seq-len", "128")
+    assert code == 0 and "A100-80" in out and "by the closed form, not by the compiler: --closed-form was given" in out
+    assert "NF4 codes" in out and "padded to 128 tokens" in out
+    code, out, _ = run(capsys, *SPARSE, "--gpu", "A40,L4", "--json")
+    found = json.loads(out)
+    a40, l4 = found["gpus"]
+    assert code == 0 and found["row_tokens"] == 2048 and a40["queries"] > 10 * a40["rows"] > 0 and l4["rows"] == 0
+    assert "GB more than" in l4["problem"] and "A40" in l4["problem"].split("; ")[1] and "would do" in l4["problem"]
+    assert sum(a40["parts_gb"].values()) == pytest.approx(a40["peak_gb"]) and a40["peak_gb"] <= a40["usable_gb"]
+    code, out, _ = run(capsys, *SPARSE, "--gpu", "A40", "--rows", "3", "--json")
+    assert json.loads(out)["gpus"][0]["rows"] == 3
+
+
+def test_this_machine_is_compiled_for_and_kept(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(config.dump(experiment()))
+    arguments = ("--config", str(file), "--gpu", "here", "--rows", "2", "--seq-len", "64")
+    assert "compiler (1 compiled, 0 kept)" in run(capsys, *arguments)[1]
+    code, out, _ = run(capsys, *arguments, "--json")
+    (line,) = json.loads(out)["gpus"]
+    assert code == 0 and line["by"] == "compiler (0 compiled, 1 kept)" and "rest" in line["parts_gb"]
+    assert sum(line["parts_gb"].values()) == pytest.approx(line["peak_gb"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "which experiment? --config FILE"), ((*SPARSE, "--gpu", "H1000"), "unknown GPU 'H1000': did you mean"),
+     ((*SPARSE, "--rows", "0"), "--rows 0: expected at least 1"), ((*SPARSE, "--seq-len", "-1"), "--seq-len -1"),
+     ((*SPARSE, "--seq-len", "40000"), "exceed the model's max_position_embeddings"),
+     ((*SPARSE, "--gpu", "L4"), "GB more than the 21.72 GB usable on L4"), (("--config", "no.yaml"), "no.yaml does not exist"),
+     ((*SPARSE, "--gpu", "A40", "--rows", "500"), "500 rows of 2048 tokens needs")],
+)  # fmt: skip
+def test_mistakes_are_one_message(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_without_the_extra_the_closed_form_says_so(monkeypatch):
+    monkeypatch.setattr(estimating.importlib.util, "find_spec", lambda name: None)
+    assert "the extra `aot` is missing" in estimating.why_not_compiled("H100")
+    monkeypatch.undo()
+    assert estimating.why_not_compiled("here") is None
+
+
+def test_targets_of_the_same_chip():
+    assert aot.TARGETS["A100-40"].cores == aot.TARGETS["A100-80"].cores and aot.TARGETS["H200"].cores == aot.TARGETS["H100"].cores
+    for name, target in aot.TARGETS.items():
+        assert target.memory_bytes == gpus.GPUS[name].device_bytes
+        assert target.bandwidth == pytest.approx(gpus.GPUS[name].bytes_per_second, rel=0.01)
+
+
+def test_presets_are_there():
+    assert {"mixtral-tiny", "blackmamba-tiny", "mixtral-8x7b", "blackmamba-2.8b"} <= PRESETS.keys()
