@@ -8,11 +8,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from support import TINY
 
 from moejax import cli, config
 from moejax.errors import UserError
-from moejax.profiling import capture, schema, xplane
+from moejax.profiling import capture, label, schema, xplane
 from moejax.training import loop
 from moejax.training.loop import Trainer
 
@@ -69,6 +68,19 @@ def test_our_scopes_are_in_the_trace(trace):
     ]
     for scope in ("attention", "moe/router", "moe/.*/w1", "moe/.*/w2_dequant", "moe/combine", "loss", "optimizer"):
         assert any(re.search(rf"[/(]{scope}[/)]", path) for path in paths), scope
+
+
+def test_labels_change_nothing_but_the_viewers_names(profiled, trace, tmp_path):
+    """The file that the run left is labelled: every instruction of the step that ran, and a second time changes no byte."""
+    path = tmp_path / "again.xplane.pb"
+    path.write_bytes(xplane.find(profiled.folder).read_bytes())
+    assert label.label(path, trace, "jit_step") > 100
+    assert path.read_bytes() == xplane.find(profiled.folder).read_bytes()
+    (host,) = [p for p in xplane.MESSAGES["XSpace"].FromString(path.read_bytes()).planes if p.name == "/host:CPU"]
+    shown = {entry.name: entry.display_name for entry in host.event_metadata.values()}
+    step = {n for n, m in trace.programs.items() if m.name == "jit_step"}
+    assert all(shown[e.instruction].endswith(f": {e.instruction}") for e in trace.events if e.program in step)
+    assert any(name.startswith("moe/w1 backward: ") for name in shown.values())
 
 
 def test_tracing_changes_no_number(profiled, plain):
@@ -166,18 +178,15 @@ def test_an_error_inside_the_window_closes_the_trace(session_experiment, cached,
     assert [s.number for s in xplane.read(xplane.find(folder_of(experiment))).steps] == [3]
 
 
-def test_a_new_shape_inside_the_window(session_experiment, tmp_path, capsys):
-    """Padded to the longest of the batch, a later step may compile: the run ends well, and says why there is no profile."""
-    records = [{"instruction": "One " * n, "output": "two"} for n in (2, 2, 12)]
+def test_a_new_shape_inside_the_window(session_experiment, cached, tmp_path, capsys):
+    """With padded rows a later step may compile: the run ends well, and says why there is no profile."""
+    records = [{"instruction": "One " * n, "output": "two"} for n in [2] * 8 + [20] * 4]
     (tmp_path / "lengths.json").write_text(json.dumps(records))
     data = {"source": str(tmp_path / "lengths.json"), "holdout": 0, "shuffle": False}
     experiment = session_experiment(
         "padded",
-        model={"overrides": TINY | {"num_layers": 1, "intermediate_size": 16}},
-        adapter=None,
-        quantization={"format": "none"},
-        training={"steps": 3, "gradient_accumulation": 1, "remat": "none"},
-        data=data | {"batching": "pad_longest", "batch_rows": 1, "max_length": 64},
+        **SMALL | {"training": SMALL["training"] | {"steps": 3}},
+        data=data | {"batching": "pad_bucket", "buckets": [64, 128], "max_length": 128},
         profile={"start_step": 2, "steps": 2},
     )
     assert loop.run(experiment, resume=False) == 0
