@@ -115,14 +115,16 @@ TOOLS, MODULES = 1, 3  # places of the lists among the plugin's
 def choose(browser: Browser, place: int, text: str) -> None:
     """Pick the entry that begins with `text` in one of the plugin's lists."""
     trigger = f"{PLUGIN}.querySelectorAll('.mat-mdc-select-trigger')[{place}]"
-    browser.until(f"!!{trigger}")
-    browser.click(trigger, "document.querySelector('iframe')")
     option = f"[...{PLUGIN}.querySelectorAll('mat-option')].find(o => o.textContent.trim().startsWith('{text}'))"
-    try:
-        browser.until(f"!!{option}", 20)
-    except RuntimeError:
+    for _ in range(20):  # a list that is still being filled does not open
+        browser.until(f"!!{trigger}")
+        browser.click(trigger, "document.querySelector('iframe')")
+        time.sleep(3)
+        if browser.run(f"!!{option}"):
+            break
+    else:
         there = browser.run(f"[...{PLUGIN}.querySelectorAll('mat-option')].map(o => o.textContent.trim())")
-        raise SystemExit(f"no {text} among {there}") from None
+        raise SystemExit(f"no {text} among {there}")
     browser.run(f"{option}.click()")
     time.sleep(8)
 

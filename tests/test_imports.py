@@ -30,12 +30,7 @@ def forbidden_for(path):
         "hub": ["moejax.training", "moejax.evaluation"],
         "config.py": ["jax", "flax", "moejax.training", "moejax.hub", "moejax.data"],
         "profiling": ["moejax.training"],
-        "reference": [
-            "jax",
-            "flax",
-            "models",
-            *(f"moejax.{part}" for part in ("config", "data", "hub", "training", "estimator")),
-        ],
+        "reference": ["jax", "flax", "models", *(f"moejax.{part}" for part in ("config", "data", "hub", "training", "estimator"))],
         "estimator": ["jax", "flax", "moejax.training", "moejax.profiling"],
         "report": ["jax", "flax", "moejax.training", "moejax.profiling"],
     }

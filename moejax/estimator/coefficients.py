@@ -82,9 +82,7 @@ def study() -> tuple[Entry, ...]:
         key = found.model, found.gpu.name
         method = STUDY_MODELS[found.model][1]
         source = "the study's curves, PyTorch"
-        entries[key] = Entry(
-            found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, source, points[key]
-        )
+        entries[key] = Entry(found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, source, points[key])
     return tuple(entries.values())
 
 
@@ -93,9 +91,7 @@ def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: d
     fitting = [e for e in entries if (e.model, e.method) == (model, method)]
     if not fitting:
         have = sorted({f"{e.model} by {e.method}" for e in entries})
-        raise UserError(
-            f"no coefficients for {model} by {method}: there are {', '.join(have)}; --coefficients FILE brings others"
-        )
+        raise UserError(f"no coefficients for {model} by {method}: there are {', '.join(have)}; --coefficients FILE brings others")
     for entry in fitting:
         if entry.gpu == gpu.name:
             return StepTime(entry, gpu, (np.ones(3),), True)
@@ -140,9 +136,7 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
     if not np.isfinite(x).all() or (x < 0).any() or not x.any():
-        raise UserError(
-            f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0"
-        )
+        raise UserError(f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0")
     model, method, gpu = (str(item[key]) for key in ("model", "method", "gpu"))
     return Entry(model, method, gpu, x, samples, scatter, str(item.get("source", path.name)), points)
 

@@ -22,12 +22,8 @@ MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackm
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The three commands and their options."""
     commands = parser.add_subparsers(dest="estimate_command", required=True, metavar="COMMAND")
-    reproduce = commands.add_parser(
-        "reproduce", help="the study's Tables III and IV and Figures 13 to 15 recomputed; then our model"
-    )
-    reproduce.add_argument(
-        "--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)"
-    )
+    reproduce = commands.add_parser("reproduce", help="the study's Tables III and IV and Figures 13 to 15 recomputed; then our model")
+    reproduce.add_argument("--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)")
     predict = commands.add_parser("predict", help="throughput, hours and dollars of a run")
     _job_arguments(predict)
     predict.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help="GPUs by name, e.g. A40,A100-80,H100")
@@ -55,9 +51,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help="length of a row of `fixed`; longest query of `pack`")
     parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
-    parser.add_argument(
-        "--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)"
-    )
+    parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
     parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
 
 
@@ -115,9 +109,7 @@ def _job(options: argparse.Namespace) -> Job:
         length = lengths.constant(options.records, options.length)
     printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
     queries = options.records or printed or length.queries
-    return plan.Job(
-        model, method, options.experts_per_token, length, queries, options.epochs, options.batching, options.row_tokens
-    )
+    return plan.Job(model, method, options.experts_per_token, length, queries, options.epochs, options.batching, options.row_tokens)
 
 
 def _gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
@@ -137,9 +129,7 @@ def _predict(options: argparse.Namespace) -> int:
         gpu = gpus.find(name, table)
         price = prices.cheapest(offers, gpu.name, spot=options.spot)
         if price is None and options.spot:
-            raise UserError(
-                f"--spot: {options.prices} has no spot price of {gpu.name}; --prices FILE with SpotPrice brings one"
-            )
+            raise UserError(f"--spot: {options.prices} has no spot price of {gpu.name}; --prices FILE with SpotPrice brings one")
         found.append(plan.predict(job, gpu, entries, table, batch=options.batch, price=price))
     if options.json:
         _print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
@@ -166,9 +156,7 @@ def _plan(options: argparse.Namespace) -> int:
         answers[f"cheapest within {options.deadline:g} h"] = made.cheapest_by_deadline
     if options.json:
         told = {name: None if p is None else p.gpu for name, p in answers.items()}
-        _print_json(
-            {"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out}
-        )
+        _print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
     else:
         _predictions(_title(job), made.options, _asked(offers, made.options, options.spot))
         for gpu, why in made.left_out.items():
@@ -186,10 +174,7 @@ def _title(job: Job) -> str:
 
 
 def _told(job: Job) -> dict[str, Any]:
-    part = {
-        key: getattr(job, key)
-        for key in ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens")
-    }
+    part = {key: getattr(job, key) for key in ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens")}
     return part | {"lengths": job.lengths.source, "mean_tokens": job.lengths.mean}
 
 

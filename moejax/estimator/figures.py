@@ -73,9 +73,7 @@ def _figures_14_15(path: Path) -> Path:
             seconds = ours[curve.name].seconds(batch.astype(float), tokens, np.full(len(batch), share))
             axes.plot(batch, batch / seconds, color=color, label=f"{kind}, ours")
             smooth = np.linspace(1, batch[-1], 80)
-            axes.plot(
-                smooth, theirs.throughput(smooth, np.full(80, share)), ":", color=color, label=f"{kind}, the paper's form"
-            )
+            axes.plot(smooth, theirs.throughput(smooth, np.full(80, share)), ":", color=color, label=f"{kind}, the paper's form")
         axes.set_title(curve.name.replace("commonsense_15k", "commonsense").replace("math_14k", "MATH"), fontsize=10)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -87,9 +85,7 @@ def _figures_14_15(path: Path) -> Path:
     return _save(figure, path)
 
 
-def throughput(
-    folder: Path, job: Job, found: Sequence[Prediction], entries: Sequence[Entry], table: dict[str, GPU]
-) -> list[Path]:
+def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Sequence[Entry], table: dict[str, GPU]) -> list[Path]:
     """Queries per second over batch on each GPU, with intervals and the batch that was predicted for."""
     figure, axes = plt.subplots(figsize=(6.8, 4), layout="constrained")
     colors = [BLUE, ORANGE, GREEN, INK, GREY]
@@ -98,9 +94,7 @@ def throughput(
         batch = np.arange(1, max(p.fits, p.batch, 2) + 1)
         tokens = [job.tokens(int(b)) for b in batch]
         rate = [b / step.seconds(t, job.share) for b, t in zip(batch, tokens, strict=True)]
-        axes.plot(
-            batch, rate, color=color, ls="-" if p.measured else "--", label=p.gpu + ("" if p.measured else " (carried over)")
-        )
+        axes.plot(batch, rate, color=color, ls="-" if p.measured else "--", label=p.gpu + ("" if p.measured else " (carried over)"))
         ends = [step.interval(t, job.share) for t in tokens]
         if None not in ends:
             low, high = zip(*((b / e[1], b / e[0]) for b, e in zip(batch, ends, strict=True) if e), strict=True)

@@ -93,14 +93,7 @@ def of_device_kind(device_kind: str) -> GPU | None:
     return None
 
 
-_YAML_KEYS = {
-    "memory_gb": True,
-    "bandwidth_gb_per_second": True,
-    "bf16_tflops": True,
-    "watts": False,
-    "chip": False,
-    "source": False,
-}
+_YAML_KEYS = {"memory_gb": True, "bandwidth_gb_per_second": True, "bf16_tflops": True, "watts": False, "chip": False, "source": False}
 
 
 def from_yaml(path: str | Path) -> dict[str, GPU]:

@@ -58,9 +58,7 @@ def fit_seconds_many(features: FloatArray, seconds: FloatArray) -> FloatArray:
     return x
 
 
-def fit_throughput(
-    features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None
-) -> FloatArray:
+def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None) -> FloatArray:
     """Coefficients x >= 0 by least squares on queries per second, queries/(features·x); Gauss-Newton from `fit_seconds`' answer.
 
     `scale`: what a unit of error is at each point, where curves of unlike throughput are fitted together.

@@ -114,9 +114,7 @@ def from_file(path: str | Path) -> Lengths:
         values = json.loads(text) if text.lstrip().startswith("[") else [float(line) for line in text.split()]
         lengths = np.array(values, float)
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})"
-        ) from error
+        raise UserError(f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})") from error
     if lengths.ndim != 1 or not len(lengths) or not ((lengths >= 1) & (lengths < 1e9) & (lengths == np.round(lengths))).all():
         raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")
     tokens, counts = np.unique(lengths.astype(np.int64), return_counts=True)
@@ -130,7 +128,5 @@ def of_dataset(dataset: str) -> Lengths:
     printed = reference.raw()["table2_datasets"][dataset]
     tokens = printed["median_seq_len"]
     return Lengths(
-        np.array([tokens]),
-        np.array([printed["queries"]]),
-        f"{dataset}, every query at its median of {tokens} tokens: no padding is seen",
+        np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen"
     )

@@ -35,9 +35,7 @@ class Job:
     def __post_init__(self) -> None:
         experts = PRESETS[roofline.STUDY_MODELS[self.model][0]].num_experts
         if not 1 <= self.experts_per_token <= experts:
-            raise UserError(
-                f"experts per token = {self.experts_per_token}: expected 1 to {experts} (all of them: the dense model)"
-            )
+            raise UserError(f"experts per token = {self.experts_per_token}: expected 1 to {experts} (all of them: the dense model)")
         for name, value in (("records", self.queries), ("epochs", self.epochs)):
             if not value > 0:
                 raise UserError(f"{name} = {value:g}: expected more than 0")
@@ -136,15 +134,11 @@ def predict(
     notes = []
     if batch is None:
         batch = max(range(1, min(fits, job.lengths.queries) + 1), key=lambda b: b / step.seconds(job.tokens(b), job.share))
-        notes.append(
-            f"batch {batch}: the fastest of up to {fits} that fit by equation 1 or that the study ran in as much memory"
-        )
+        notes.append(f"batch {batch}: the fastest of up to {fits} that fit by equation 1 or that the study ran in as much memory")
     elif batch < 1:
         raise UserError(f"batch = {batch}: expected at least 1")
     elif batch > fits:
-        notes.append(
-            f"batch {batch} is more than equation 1 has room for, or the study ran ({fits} queries of {job.longest} tokens)"
-        )
+        notes.append(f"batch {batch} is more than equation 1 has room for, or the study ran ({fits} queries of {job.longest} tokens)")
     tokens = job.tokens(batch)
     least = job.work.least_seconds(gpu, tokens, job.share, job.method)
     seconds = step.seconds(tokens, job.share)

@@ -110,9 +110,7 @@ def _amount(path: Path, line: int, column: str, text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise UserError(
-            f"--prices {path}, line {line}: {column} = {text!r}: expected a number of US dollars above 0, without a sign"
-        )
+        raise UserError(f"--prices {path}, line {line}: {column} = {text!r}: expected a number of US dollars above 0, without a sign")
     return value
 
 

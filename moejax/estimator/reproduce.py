@@ -47,16 +47,7 @@ def table_3() -> Section:
         }
         best = batch.get("artifact", batch["printed"])
         rows.append(
-            (
-                cell.model,
-                cell.dataset,
-                cell.kind,
-                cell.printed,
-                cell.swept,
-                batch["printed"],
-                batch.get("artifact"),
-                best - cell.printed,
-            )
+            (cell.model, cell.dataset, cell.kind, cell.printed, cell.swept, batch["printed"], batch.get("artifact"), best - cell.printed)
         )
     notes = (
         "Equation 1 takes the longest query's tokens (512, and 1024 by the cut): so it gives the largest batch of every published sweep.",
@@ -101,17 +92,7 @@ def figures_14_15() -> Section:
         "Printed: C2·ln(batch/(sparsity·C3)) + C4. Fitted by the artifact: C2·ln(batch^(1/(sparsity·C3))) + C4 (its C2 to C4 here).",
         "The printed RMSE score dense points without the exponent (H100: the first one; its others with the sparse exponent).",
     )
-    columns = (
-        "curve",
-        "printed RMSE",
-        "recomputed",
-        "difference",
-        "fitted form, scored alike",
-        "printed form",
-        "C2",
-        "C3",
-        "C4",
-    )
+    columns = ("curve", "printed RMSE", "recomputed", "difference", "fitted form, scored alike", "printed form", "C2", "C3", "C4")
     return Section("figures_14_15", "Figures 14 and 15: RMSE of equation 2, queries/s", columns, tuple(rows), notes)
 
 
@@ -125,16 +106,12 @@ def table_4() -> Section:
     for row in reference.cost_table():
         batch, rate = by_name[TABLE_4_CURVES[row.gpu]].kind("sparse")[-1]
         dollars = [paper.usd(queries, 10, rate, row.usd_per_hour) for queries in (15000, 14000)]
-        rows.append(
-            (f"{row.gpu}, batch {batch}", rate, row.usd_per_hour, row.usd, dollars[0], dollars[0] - row.usd, dollars[1])
-        )
+        rows.append((f"{row.gpu}, batch {batch}", rate, row.usd_per_hour, row.usd, dollars[0], dollars[0] - row.usd, dollars[1]))
     orca = reference.raw()["table4_cost"]["openorca"]
     h100 = reference.cost_table()[-1]
     dollars = [paper.usd(queries, 10, h100.queries_per_second, h100.usd_per_hour) for queries in (2.91e6, 2e6)]
     printed = orca["usd"]
-    rows.append(
-        ("H100, OpenOrca", h100.queries_per_second, h100.usd_per_hour, printed, dollars[0], dollars[0] - printed, dollars[1])
-    )
+    rows.append(("H100, OpenOrca", h100.queries_per_second, h100.usd_per_hour, printed, dollars[0], dollars[0] - printed, dollars[1]))
     notes = (
         "The printed dollars are those of 15,000 queries and 10 epochs; the caption names MATH, which has 14,000 (last column).",
         "OpenOrca: 3,460 follows from 2.91 M queries; 'more than 2M' is printed (2 M in the last column). Prices: CUDO, 2024.",
@@ -162,7 +139,9 @@ class Bars:
 
     @property
     def met(self) -> bool:
-        return self.worst_ratio <= RATIO_BAR and self.ratios_within_quarter >= 4 and self.larger_half_mean <= LARGER_HALF_BAR
+        return (
+            self.worst_ratio <= RATIO_BAR and self.ratios_within_quarter >= 4 and self.larger_half_mean <= LARGER_HALF_BAR
+        )
 
 
 def bars() -> Bars:
@@ -207,9 +186,7 @@ def our_model() -> Section:
 def transfers() -> Section:
     """The A40's coefficients on the other GPUs' curves, by data-sheet figures alone."""
     rows = [(name, rule, 100 * size, 100 * signed) for (name, rule), (size, signed) in transfer.errors().items()]
-    notes = (
-        "optimistic: t0 by bandwidth, u and v by peak FLOP/s; host-bound: t0 unchanged; as it is: nothing faster than the A40.",
-    )
+    notes = ("optimistic: t0 by bandwidth, u and v by peak FLOP/s; host-bound: t0 unchanged; as it is: nothing faster than the A40.",)
     columns = ("curve", "rule", "mean error %", "signed %")
     return Section("transfers", "The A40's Mixtral coefficients carried to other GPUs", columns, tuple(rows), notes)
 

@@ -30,9 +30,7 @@ class Breakdown:
     step_seconds: float  # from the first step's start to the last one's end, busy or not
     seconds: dict[Place, float]  # busy time by phase and stage
     costs: dict[Place, Cost]
-    mixed_seconds: (
-        float  # what fusions that mix stages or phases were split off their largest part, by their instructions' own cost
-    )
+    mixed_seconds: float  # what fusions that mix stages or phases were split off their largest part, by their instructions' own cost
     unnamed: list[tuple[str, float]]  # the longest under none of our scopes: path or instruction, seconds
     kernels: dict[str, dict[Place, float]]  # busy time of each kernel (on a CPU: instruction), by place
 

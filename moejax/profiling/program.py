@@ -166,12 +166,7 @@ class Program:
             return self._library_flops(i)
         if i.opcode in ("reduce", "reduce-window"):
             return float(sum(elements(o.shape) for o in self._operands(i)) / 2)
-        if (
-            i.opcode in _FREE
-            or i.opcode in _MOVES
-            or i.opcode in CONTAINERS
-            or i.opcode in ("convert", "compare", "select", "sort")
-        ):
+        if i.opcode in _FREE or i.opcode in _MOVES or i.opcode in CONTAINERS or i.opcode in ("convert", "compare", "select", "sort"):
             return 0.0
         return float(elements(i.shape))
 

@@ -155,18 +155,14 @@ def read(path: Path) -> Trace:
             content = gzip.decompress(content)
         space = MESSAGES["XSpace"].FromString(content)
     except (DecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
-            f"{path} is no whole trace ({error}): was the run stopped while it was written? Profile again"
-        ) from None
+        raise UserError(f"{path} is no whole trace ({error}): was the run stopped while it was written? Profile again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     planes = {plane.name: plane for plane in space.planes}
     gpus = sorted(name for name in planes if name.startswith("/device:GPU:"))
     busy = [name for name in gpus if planes[name].lines]
     if len(busy) > 1:
-        raise UserError(
-            f"{path} holds events of {len(busy)} GPUs ({', '.join(busy)}): only traces of one device are understood"
-        )
+        raise UserError(f"{path} holds events of {len(busy)} GPUs ({', '.join(busy)}): only traces of one device are understood")
     trace = Trace("gpu" if gpus else "cpu", path)
     if "/host:metadata" in planes:
         trace.programs = _programs(planes["/host:metadata"])
@@ -280,12 +276,4 @@ def _events(
         if instruction or everything:
             start = base + event.offset_ps
             path = path.rpartition(":")[0] or path
-            yield Event(
-                start,
-                start + event.duration_ps,
-                instruction,
-                program,
-                names[event.metadata_id],
-                path,
-                tuple(tasks.get(index, ())),
-            )
+            yield Event(start, start + event.duration_ps, instruction, program, names[event.metadata_id], path, tuple(tasks.get(index, ())))

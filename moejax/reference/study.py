@@ -269,4 +269,6 @@ def printed_rmse() -> dict[str, float]:
 def cost_table() -> tuple[CostRow, ...]:
     """Table IV."""
     rows = raw()["table4_cost"]["rows"]
-    return tuple(CostRow(r["gpu"], r["mem_gb"], r["max_batch"], r["throughput"], r["usd_per_hour"], r["usd"]) for r in rows)
+    return tuple(
+        CostRow(r["gpu"], r["mem_gb"], r["max_batch"], r["throughput"], r["usd_per_hour"], r["usd"]) for r in rows
+    )

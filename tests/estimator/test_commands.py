@@ -34,11 +34,7 @@ def test_reproduce_json(capsys):
     found = json.loads(out)
     assert code == 0 and found["bars"]["met"] is True
     row = found["figures_14_15"]["rows"][2]
-    assert (
-        row["curve"] == "a40/blackmamba/commonsense_15k"
-        and row["printed RMSE"] == 0.79
-        and round(row["recomputed"], 3) == 0.788
-    )
+    assert row["curve"] == "a40/blackmamba/commonsense_15k" and row["printed RMSE"] == 0.79 and round(row["recomputed"], 3) == 0.788
 
 
 PREDICT = ("predict", "--dataset", "math_14k", "--gpu", "A40,H100")
@@ -62,10 +58,7 @@ def test_predict_json_plot(capsys, tmp_path):
 def test_predict_takes_records_or_a_file(capsys, tmp_path):
     (tmp_path / "lengths.txt").write_text("100\n" * 500)
     by = {}
-    for name, data in (
-        ("file", ("--lengths", str(tmp_path / "lengths.txt"))),
-        ("records", ("--records", "500", "--length", "100")),
-    ):
+    for name, data in (("file", ("--lengths", str(tmp_path / "lengths.txt"))), ("records", ("--records", "500", "--length", "100"))):
         code, out, _ = run(capsys, "predict", *data, "--gpu", "H100", "--epochs", "1", "--batch", "4", "--json")
         assert code == 0
         by[name] = json.loads(out)["predictions"][0]["hours"]
@@ -77,12 +70,7 @@ def test_predict_takes_records_or_a_file(capsys, tmp_path):
 def test_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
     assert code == 0 and (tmp_path / "plan.png").exists()
-    assert (
-        "cheapest: A100-80" in out
-        and "fastest under 30 USD: " in out
-        and "cheapest within 12 h: " in out
-        and "2026-11-09" in out
-    )
+    assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
     assert "left out: A10G" in out
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "0.5", "--json")
     assert code == 0 and json.loads(out)["answers"]["fastest under 0.5 USD"] is None

@@ -12,10 +12,7 @@ from moejax.estimator.lengths import Lengths
 
 def test_the_studys_rows():
     """Tokens a query at batch 1, 2, 4, 8, 20 (commonsense) and 1, 2, 4, 8 (MATH)."""
-    for name, expected in (
-        ("commonsense_15k", {1: 103, 2: 132, 4: 170, 8: 217, 20: 280}),
-        ("math_14k", {1: 191, 2: 226, 4: 264, 8: 303}),
-    ):
+    for name, expected in (("commonsense_15k", {1: 103, 2: 132, 4: 170, 8: 217, 20: 280}), ("math_14k", {1: 191, 2: 226, 4: 264, 8: 303})):
         found = {b: round(lengths.of_study(name).expected_longest(b)) for b in expected}
         assert found == expected
 

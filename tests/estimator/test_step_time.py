@@ -61,9 +61,7 @@ def test_fits_are_the_minima_that_scipy_finds(curve):
         return model / curve.seconds - 1 if on == "seconds" else curve.queries / model - curve.throughput
 
     for on in ("seconds", "throughput"):
-        ours = (
-            fit_seconds(features, curve.seconds) if on == "seconds" else fit_throughput(features, curve.seconds, curve.queries)
-        )
+        ours = fit_seconds(features, curve.seconds) if on == "seconds" else fit_throughput(features, curve.seconds, curve.queries)
         best = min(least_squares(residuals, s, args=(on,), bounds=(0, np.inf)).cost * 2 for s in ([1, 1, 1], [0.3, 0.1, 3]))
         assert cost(ours, on) <= best * (1 + 1e-5)
         assert (ours >= 0).all()

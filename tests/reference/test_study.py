@@ -21,11 +21,7 @@ def test_every_setting_of_a_figure_is_read(table, rows):
 
 
 def test_columns_meet_their_numbers():
-    assert reference.stage_seconds().row("mixtral", "sparse", 32).values == {
-        "forward": 2.34,
-        "backward": 4.51,
-        "optimizer": 0.05,
-    }
+    assert reference.stage_seconds().row("mixtral", "sparse", 32).values == {"forward": 2.34, "backward": 4.51, "optimizer": 0.05}
     assert reference.layer_seconds().row("blackmamba", "dense", 30).values["mamba"] == 0.10589
     assert reference.kernel_microseconds().row("mixtral", "dense", 10).values["w2_dequant"] == 358.78
     assert reference.sm_percent().row("mixtral", "sparse", 10).values["time_weighted"] == 76.8
