@@ -66,7 +66,8 @@ def test_the_metric_of_a_step():
 def run(tmp_path_factory):
     """A run of a few steps; its folder, its experiment, its data."""
     folder = tmp_path_factory.mktemp("load")
-    experiment = tiny_experiments(folder)(training={"steps": 3, "learning_rate": 0.1, "gradient_accumulation": 1})
+    training = {"steps": 3, "learning_rate": 0.1, "gradient_accumulation": 1, "remat": "none"}
+    experiment = tiny_experiments(folder)(training=training, adapter={"dropout": 0.0})
     path = folder / "config.yaml"
     path.write_text(config.dump(experiment))
     assert cli.main(["train", "--config", str(path)]) == 0
