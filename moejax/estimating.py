@@ -174,7 +174,7 @@ def _memory(options: argparse.Namespace) -> int:
     if HERE not in options.gpu.split(","):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if options.study:
-        return memory_report.study(_oracle_of_cell, options.closed_form, options.json)
+        return memory_report.study(_oracle_of_cell, options.closed_form, options.json, versions())
     if not options.config:
         raise UserError("which experiment? --config FILE (see configs/), or --study")
     from moejax import config
@@ -247,6 +247,7 @@ def measured(path: Path) -> Run:
     return Run(
         str(path), p.framework, p.device.name, p.model.name, p.model.params_total, p.method, p.moe.experts, p.moe.top_k,
         float(p.batch.queries or 0), float(p.batch.tokens or 0), float(p.step_seconds.median or 0), peak, p.memory.arguments_bytes,
+        p.precision, p.remat,
     )  # fmt: skip
 
 

@@ -248,7 +248,8 @@ class _Step:
         return used + states + weights
 
     def forward(self) -> int:
-        """Without rematerialization: the last layer's forward pass, its operands not yet among the stacked ones; masks of all blocks."""
+        """Without rematerialization: the last layer's forward pass, its operands not yet among the stacked ones: q, k and v as one
+        product, q and k rotated, the attention's output, the stream before and after; sorted rows and hidden rows; masks of all blocks."""
         c, n, item = self.config, self.tokens, self.item
         masks = 5 * self.scores()[1]
         if isinstance(c, BlackMambaConfig):
@@ -256,7 +257,7 @@ class _Step:
             masks += 9 * item * n * c.inner_size
         if c.dense:
             return masks + 3 * item * c.num_experts * n * c.intermediate_size + 3 * self.stream
-        blocks = 2 * n * (c.num_heads + c.num_kv_heads) * c.head_dim if not isinstance(c, BlackMambaConfig) else 2 * n * c.hidden_size
+        blocks = 3 * n * (c.num_heads + c.num_kv_heads) * c.head_dim if not isinstance(c, BlackMambaConfig) else 2 * n * c.hidden_size
         rows = 2 * self.sorted_rows * (c.hidden_size + c.intermediate_size)
         return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream
 

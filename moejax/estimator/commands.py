@@ -13,9 +13,10 @@ from moejax.errors import UserError
 
 if TYPE_CHECKING:
     from moejax.estimator.gpus import GPU
-    from moejax.estimator.plan import Job, Prediction
+    from moejax.estimator.plan import Job, Prediction, Room
     from moejax.estimator.prices import Price
 
+MEMORY = "whose memory limits the batch: the study's (default with its coefficients), or this project's (default with --coefficients)"
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> Any:
     predict = commands.add_parser("predict", help="throughput, hours and dollars of a run")
     _job_arguments(predict)
     predict.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help="GPUs by name, e.g. A40,A100-80,H100")
-    predict.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits by the study's equation 1")
+    predict.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits (--memory)")
     plan = commands.add_parser("plan", help="which GPU is cheapest, fastest under a budget, cheapest by a deadline")
     _job_arguments(plan)
     plan.add_argument("--gpu", metavar="NAME[,NAME]", help="only these; by default all that have a price")
@@ -51,6 +52,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pack or fixed")
     parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help="length of a row of `fixed`; longest query of `pack`")
     parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
+    parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
     parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
     parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
@@ -119,6 +121,14 @@ def _gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
     return gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
 
 
+def _room(options: argparse.Namespace) -> Room:
+    """Batch sizes are limited by the memory of the program whose times are predicted."""
+    from moejax.estimator import plan
+
+    asked = options.memory or ("closed-form" if options.coefficients else "equation-1")
+    return plan.closed_form_room() if asked == "closed-form" else plan.EQUATION_1
+
+
 def _predict(options: argparse.Namespace) -> int:
     from moejax.estimator import coefficients, gpus, plan, prices
 
@@ -131,7 +141,7 @@ def _predict(options: argparse.Namespace) -> int:
         price = prices.cheapest(offers, gpu.name, spot=options.spot)
         if price is None and options.spot:
             raise UserError(f"--spot: {options.prices} has no spot price of {gpu.name}; --prices FILE with SpotPrice brings one")
-        found.append(plan.predict(job, gpu, entries, table, batch=options.batch, price=price))
+        found.append(plan.predict(job, gpu, entries, table, batch=options.batch, price=price, room=_room(options)))
     if options.json:
         print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
     else:
@@ -148,8 +158,9 @@ def _plan(options: argparse.Namespace) -> int:
     offers = prices.load(options.prices, table)
     chosen = [gpus.find(name, table) for name in _names(options.gpu)] if options.gpu else list(table.values())
     made = plan.plan(
-        job, chosen, entries, offers, table, budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot
-    )
+        job, chosen, entries, offers, table,
+        budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=_room(options),
+    )  # fmt: skip
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
     if options.budget is not None:
         answers[f"fastest under {options.budget:g} USD"] = made.fastest_under_budget

@@ -1,7 +1,8 @@
 """What a run was predicted to take beside what it took. Reads a run's folder; keeps comparison.json in it.
 
 `prediction.json` is written by the run at its start: the compiled step's peak, and coefficients and price where they were known.
-`metrics.jsonl` holds what was measured, step by step. The first step after a start is left out: it warms up.
+`metrics.jsonl` holds what was measured, step by step. Steps that the run calls disturbed (they warmed up, waited for the compiler, or were
+traced) are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moejax.estimator.coefficients import Entry, StepTime
 from moejax.estimator.gpus import GPU
 
 PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
+_TOLD = ("compiler_peak_bytes", "gpu", "model", "method", "share", "time", "disturbed_steps")
 Document = dict[str, Any]
 
 
@@ -51,7 +53,7 @@ def read_prediction(folder: Path) -> Document:
         raise UserError(f"{folder} holds no {PREDICTION}: it is no run of this version's train.py, or it ended before its first step")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("compiler_peak_bytes", "gpu", "model", "method", "share", "time") if key not in document]
+        missing = [key for key in _TOLD if key not in document]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: no whole JSON ({error})") from None
     if missing:
@@ -59,8 +61,8 @@ def read_prediction(folder: Path) -> Document:
     return dict(document)
 
 
-def read_steps(folder: Path) -> list[Document]:
-    """Records of metrics.jsonl that are steps, the last one of each step (a resumed run writes a step again)."""
+def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
+    """Records of metrics.jsonl that are undisturbed steps, the last one of each step (a resumed run writes a step again)."""
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"{folder} holds no {METRICS}: nothing was measured")
@@ -72,16 +74,17 @@ def read_steps(folder: Path) -> list[Document]:
             raise UserError(f"{path}, line {number}: no whole JSON ({error})") from None
         if "step_seconds" in record:
             steps[record["step"]] = record
-    if len(steps) < 2:
-        raise UserError(f"{path} has {len(steps)} step{'s' * (len(steps) != 1)}: the first warms up, so at least 2 are needed")
-    return [steps[step] for step in sorted(steps)]
+    left = [steps[step] for step in sorted(steps.keys() - set(disturbed))]
+    if not left:
+        raise UserError(f"{path} has {len(steps)} steps, all of which warmed up, waited for the compiler or were traced: train longer")
+    return left
 
 
 def compare(folder: Path, entry: Entry | None = None) -> Document:
     """Errors in memory, step time and cost (predicted over measured, less 1), written to comparison.json. `entry`: coefficients to
     predict with instead of those that the run was told. What was not predicted is null, with the reason."""
     told = read_prediction(folder)
-    steps = read_steps(folder)[1:]
+    steps = read_steps(folder, told["disturbed_steps"])
     time = told["time"] if entry is None else time_prediction(entry, told["share"])
     seconds = _seconds(told, steps, time)
     document: Document = {"memory": _memory(told, steps), "step_seconds": seconds, "cost_usd": None}

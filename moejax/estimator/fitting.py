@@ -49,6 +49,8 @@ class Run:
     seconds: float
     peak_bytes: int | None
     argument_bytes: int | None
+    precision: str | None = None
+    remat: str | None = None
 
     @property
     def share(self) -> float:
@@ -84,7 +86,7 @@ def fit_runs(runs: Sequence[Run]) -> tuple[Fitted, ...]:
 
 
 def _one_model(runs: Sequence[Run]) -> None:
-    for what in ("model", "parameters", "method", "framework", "experts"):
+    for what in ("model", "parameters", "method", "framework", "experts", "precision", "remat"):
         found: dict[Any, str] = {}
         for run in runs:
             found.setdefault(getattr(run, what), run.path)

@@ -118,8 +118,9 @@ def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, rows: int | None, padd
     }  # fmt: skip
 
 
-def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, as_json: bool) -> int:
-    """Table III on 40, 48 and 80 GB: the study's largest batch, and ours for queries padded to the longest row, proved by b and b + 1."""
+def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, as_json: bool, versions: dict[str, str]) -> int:
+    """Table III on 40, 48 and 80 GB: the study's largest batch, and ours for queries padded to the longest row, proved by b and b + 1.
+    `versions`: of what compiles, for the JSON. Exit code 1 where ours is smaller than the study's."""
     from moejax.config import DeviceConfig
 
     fraction = DeviceConfig().memory_fraction
@@ -128,19 +129,21 @@ def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, a
         peaks = ask(cell.model, cell.dataset, cell.kind, cell.gpu, cell.row_tokens, closed)
         found = peaks.largest(memory.usable_bytes(GPUS[cell.gpu], fraction))
         by = "closed form" if peaks.reason is not None else "compiler"
+        closed_gb = peaks.breakdown(found.rows or 1).total / 1e9
         held = None if cell.study is None else "yes" if found.rows >= cell.study else "NO"
         rows.append(
             (cell.gpu, cell.model, cell.kind, cell.dataset, cell.row_tokens, cell.study, found.rows, held,
-             None if found.peak is None else found.peak / 1e9, found.next_peak / 1e9, by)
+             None if found.peak is None else found.peak / 1e9, found.next_peak / 1e9, closed_gb, by, len(found.tried))
         )  # fmt: skip
-    columns = ("GPU", "model", "kind", "data set", "row", "study", "ours", "at least", "peak GB", "one more", "by")
+    columns = ("GPU", "model", "kind", "data set", "row", "study", "ours", "at least", "peak GB", "one more", "closed form GB", "by", "asked")
     if as_json:
-        print_json([dict(zip(columns, row, strict=True)) for row in rows])
-        return 0
-    notes = [
-        "queries padded to the longest row (commonsense 512 tokens, MATH cut at 1024), one a row: the study's padding at its worst",
-        "study: Table III (A40), the ends of Figure 15's curves (MATH), Figure 13's measured points (commonsense, sparse); - not run",
-        f"ours fits in {fraction:.0%} of the memory; peak: with so many queries, and with one more",
-    ]
-    show_table("Table III beside ours: largest batch, queries", columns, rows, notes)
+        cells = [dict(zip(columns, row, strict=True)) for row in rows]
+        print_json({"what": "Table III beside ours", "memory_fraction": fraction, "versions": versions, "cells": cells})
+    else:
+        notes = [
+            "queries padded to the longest row (commonsense 512 tokens, MATH cut at 1024), one a row: the study's padding at its worst",
+            "study: Table III (A40), the ends of Figure 15's curves (MATH), Figure 13's measured points (commonsense, sparse); - not run",
+            f"ours fits in {fraction:.0%} of the memory; peak: with so many queries, and with one more; asked: batch sizes looked at",
+        ]
+        show_table("Table III beside ours: largest batch, queries", columns, rows, notes)
     return 0 if all(row[7] != "NO" for row in rows) else 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from models.config import PRESETS
@@ -125,21 +125,73 @@ def largest_batch(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     return max(paper.max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
 
 
+@dataclass(frozen=True)
+class Room:
+    """Who says how many queries fit. `largest` raises UserError where not one does."""
+
+    largest: Callable[[Job, GPU, dict[str, GPU]], int]
+    by: str
+    also: str = ""
+
+
+EQUATION_1 = Room(largest_batch, "equation 1", " or that the study ran in as much memory")
+
+
+def closed_form_room() -> Room:
+    """By the closed form of this project's own step (`closed_form.py`), in what jax may use of the GPU by default."""
+    return Room(_closed_form_batch, "the closed form of this project's step")
+
+
+def _closed_form_batch(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
+    """Rows of the longest query's length that fit; packed, they hold queries of the mean length."""
+    from moejax.config import DeviceConfig, Experiment
+    from moejax.estimator import closed_form, memory
+
+    preset = roofline.STUDY_MODELS[job.model][0]
+    config, row, fraction = PRESETS[preset].replace(experts_per_token=job.experts_per_token), job.longest, DeviceConfig().memory_fraction
+    if row > config.max_position_embeddings:
+        raise UserError(f"rows of {row} tokens exceed {preset}'s max_position_embeddings = {config.max_position_embeddings}")
+    experiment = Experiment.model_validate(
+        {
+            "name": job.model, "model": {"preset": preset}, "data": {"batching": "fixed", "row_tokens": row},
+            "quantization": {"format": "nf4" if job.method == "qlora" else "none"}, "adapter": None if job.method == "full" else {},
+            "training": {"steps": 1, "param_dtype": "bfloat16"},  # full fine-tuning as the study's: weights and moments in bf16
+        }
+    )  # fmt: skip
+
+    def peak(rows: int) -> int:
+        platform = closed_form.platform_of(gpu)
+        return closed_form.breakdown(experiment, config, rows=rows, row_tokens=row, platform=platform).total
+
+    found = memory.largest_rows(peak, memory.usable_bytes(gpu, fraction))
+    if not found.rows:
+        what = f"{job.model} by {job.method} with one row of {row} tokens, by the closed form,"
+        raise UserError(memory.too_large(what, found.next_peak, gpu, fraction, table))
+    return max(1, int(found.rows * row / job.lengths.mean)) if job.batching == "pack" else found.rows
+
+
 def predict(
-    job: Job, gpu: GPU, entries: Sequence[Entry], table: dict[str, GPU], *, batch: int | None = None, price: Price | None = None
+    job: Job,
+    gpu: GPU,
+    entries: Sequence[Entry],
+    table: dict[str, GPU],
+    *,
+    batch: int | None = None,
+    price: Price | None = None,
+    room: Room = EQUATION_1,
 ) -> Prediction:
-    """Throughput, hours and dollars. `batch` None: the one of highest throughput that fits by equation 1."""
+    """Throughput, hours and dollars. `batch` None: the one of highest throughput of those that fit."""
     step = choose(entries, job.model, job.method, gpu, table)
     step.entry.check_share(job.share)
-    fits = largest_batch(job, gpu, table)
+    fits = room.largest(job, gpu, table)
     notes = []
     if batch is None:
         batch = max(range(1, min(fits, job.lengths.queries) + 1), key=lambda b: b / step.seconds(job.tokens(b), job.share))
-        notes.append(f"batch {batch}: the fastest of up to {fits} that fit by equation 1 or that the study ran in as much memory")
+        notes.append(f"batch {batch}: the fastest of up to {fits} that fit by {room.by}{room.also}")
     elif batch < 1:
         raise UserError(f"batch = {batch}: expected at least 1")
     elif batch > fits:
-        notes.append(f"batch {batch} is more than equation 1 has room for, or the study ran ({fits} queries of {job.longest} tokens)")
+        notes.append(f"batch {batch} is more than {room.by} has room for{room.also}: {fits} queries, the longest of {job.longest} tokens")
     tokens = job.tokens(batch)
     least = job.work.least_seconds(gpu, tokens, job.share, job.method)
     seconds = step.seconds(tokens, job.share)
@@ -193,6 +245,7 @@ def plan(
     budget_usd: float | None = None,
     deadline_hours: float | None = None,
     spot: bool = False,
+    room: Room = EQUATION_1,
 ) -> Plan:
     """Every GPU at its fastest batch and lowest price. Raises UserError for a budget or deadline that is not positive."""
     for name, value in (("budget", budget_usd), ("deadline", deadline_hours)):
@@ -205,7 +258,7 @@ def plan(
             left_out[gpu.name] = "no spot price" if spot else "no price"
             continue
         try:
-            options.append(predict(job, gpu, entries, table, price=price))
+            options.append(predict(job, gpu, entries, table, price=price, room=room))
         except UserError as error:
             left_out[gpu.name] = str(error)
     if not options:

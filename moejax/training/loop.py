@@ -255,7 +255,7 @@ class Trainer:
             self.compiler_peak = max(self.compiler_peak, peak)
             prediction.announce(
                 self.experiment, self.config, self.folder, self.console,
-                peak_bytes=peak, tokens=batch.tokens.size, steps=self.total_steps - self.step, first=len(self._compiled) == 1,
+                peak_bytes=peak, tokens=batch.tokens.size, step=self.step + 1, last=self.total_steps, first=len(self._compiled) == 1,
             )  # fmt: skip
             self._finished_at = time.perf_counter()
         return self._compiled[shape]

@@ -5,6 +5,7 @@ Memory is the compiled step's. Time needs coefficients of this model and device:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,26 @@ COEFFICIENTS = "coefficients.json"
 
 
 def announce(
-    experiment: Experiment, config: Architecture, folder: Path, console: Console, *, peak_bytes: int, tokens: int, steps: int, first: bool
+    experiment: Experiment,
+    config: Architecture,
+    folder: Path,
+    console: Console,
+    *,
+    peak_bytes: int,
+    tokens: int,
+    step: int,
+    last: int,
+    first: bool,
 ) -> None:
-    """Print the prediction and keep it in the run's prediction.json when the `first` step has been compiled; a batch of another shape
-    that is compiled later only raises the peak. tokens: of that step, padding included; steps: still to be done."""
+    """Keep the prediction in the run's prediction.json when a program was compiled, and print it for this process's `first`; a batch of
+    another shape that is compiled later only raises the peak. tokens: of this step, padding included; last: step of the run."""
     path = folder / comparison.PREDICTION
+    disturbed = _disturbed(experiment, folder, step)
     if not first:
         document = comparison.read_prediction(folder)
         document["compiler_peak_bytes"] = max(peak_bytes, document["compiler_peak_bytes"])
-        return comparison.write_json(path, document)
+        return comparison.write_json(path, document | {"disturbed_steps": disturbed})
+    steps = last - step + 1
     device = jax.local_devices()[0]
     name = device.device_kind if device.platform != "cpu" else cpu_name()
     model = fitting.model_name(experiment.model.source or str(experiment.model.preset))
@@ -41,7 +53,7 @@ def announce(
     document = {
         "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": method, "share": share, "time": time,
         "why_no_time": why, "usd_per_hour": None if price is None else price.usd_per_hour,
-        "price": None if price is None else price.told,
+        "price": None if price is None else price.told, "disturbed_steps": disturbed,
     }  # fmt: skip
     comparison.write_json(path, document)
     told = f"prediction: {peak_bytes / 1e9:.2f} GB by the compiled step"
@@ -55,6 +67,17 @@ def announce(
         if price is not None:
             told += f", {seconds * steps / 3600 * price.usd_per_hour:.2f} USD at {price.told}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
+    """Steps whose seconds are not a step's: one that warmed up after compiling, the one before it (it was running meanwhile), and the
+    traced ones with the next, in which the trace is written. What an earlier process of a resumed run told stays."""
+    known: list[int] = []
+    if step > 1:
+        with suppress(UserError):  # a run is not lost to a prediction that another version wrote
+            known = comparison.read_prediction(folder)["disturbed_steps"]
+    traced = () if experiment.profile is None else range(experiment.profile.start_step, experiment.profile.last_step + 2)
+    return sorted({*known, *traced, step, step - 1} - {0})
 
 
 def conclude(folder: Path, console: Console) -> None:

@@ -67,6 +67,15 @@ def test_predict_takes_records_or_a_file(capsys, tmp_path):
     assert code == 0 and "no padding is seen" in out
 
 
+def test_whose_memory_limits_the_batch(capsys):
+    fits = {}
+    for memory in ("equation-1", "closed-form"):
+        code, out, _ = run(capsys, *PREDICT, "--memory", memory, "--json")
+        assert code == 0
+        fits[memory] = [p["fits"] for p in json.loads(out)["predictions"]]
+    assert fits["equation-1"] == [4, 17] and all(ours > theirs for ours, theirs in zip(fits["closed-form"], fits["equation-1"], strict=True))
+
+
 def test_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
     assert code == 0 and (tmp_path / "plan.png").exists()

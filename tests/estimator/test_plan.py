@@ -155,3 +155,26 @@ def test_blackmamba_and_commonsense():
     assert p.fits == 20 and p.queries_per_second == pytest.approx(14.87, rel=0.05)
     low, high = p.queries_per_second_interval
     assert low <= 14.87 <= high
+
+
+def test_the_closed_forms_room():
+    """More memory never fits less, more experts never more; what does not fit is said with the GPUs that would do."""
+    room = plan.closed_form_room()
+    cards = [dataclasses.replace(GPUS["H100"], memory_gb=gb, device_bytes=None) for gb in (40, 48, 80, 141, 180)]
+    for method, model in (("qlora", "mixtral"), ("lora", "mixtral"), ("full", "blackmamba")):
+        table = {}
+        for k in (2, 8):
+            job = dataclasses.replace(MATH, model=model, method=method, experts_per_token=k)
+            shown = cards[-2:] if method == "lora" else cards
+            table[k] = [room.largest(job, gpu, GPUS) for gpu in shown]
+            assert table[k] == sorted(table[k]) and table[k][0] >= 1
+        assert all(sparse >= dense for sparse, dense in zip(table[2], table[8], strict=True))
+    packed = dataclasses.replace(MATH, batching="pack", row_tokens=2048)
+    assert room.largest(packed, GPUS["H100"], GPUS) > 5 * room.largest(dataclasses.replace(packed, batching="fixed"), GPUS["H100"], GPUS)
+    with pytest.raises(UserError, match=r"one row of 1024 tokens, by the closed form, needs .* GB more than .* usable on L4 .* would do"):
+        room.largest(MATH, GPUS["L4"], GPUS)
+    with pytest.raises(UserError, match=r"max_position_embeddings = 32768"):
+        room.largest(dataclasses.replace(MATH, batching="fixed", row_tokens=40000), GPUS["H100"], GPUS)
+    p = predict(batch=1, room=room)
+    assert p.fits > predict(batch=1).fits and not p.notes
+    assert "fit by the closed form" in predict(room=room).notes[0]
