@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moejax.config import Experiment
 
 ROWS_LIMIT = 1 << 20
+LINES = 8  # batch sizes that may come from lines
 _RUN_ONLY = {"epochs", "steps", "eval_every", "learning_rate", "warmup_steps", "min_learning_rate_ratio", "schedule"}
 
 
@@ -93,8 +94,9 @@ class Largest:
 def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1) -> Largest:
     """The largest b with peak_of(b) <= limit < peak_of(b + 1), both asked for: proved, not extrapolated.
 
-    Peaks are nearly affine in the rows, so the boundary is where the line through the nearest two points crosses the limit. `guess`: where
-    to begin; a good one needs two or three calls.
+    Peaks are nearly affine in the rows, so the boundary is where the line through the nearest two points crosses the limit; where that does
+    not find it (a bend: another moment is the worst one), what is left is halved. `guess`: where to begin; a good one needs two or three
+    calls.
     """
     tried: dict[int, int] = {}
 
@@ -118,6 +120,8 @@ def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1) ->
 
 def _next(tried: dict[int, int], low: int, high: int, limit: float) -> int:
     """Strictly between low and high: where the line through two known points meets the limit, or beside what is known."""
+    if len(tried) > LINES:
+        return min(2 * low, high - 1) if high == ROWS_LIMIT else (low + high) // 2
     known = sorted(tried, key=lambda r: abs(tried[r] - limit))[:2]
     if len(known) < 2:
         step = 1 if high == ROWS_LIMIT else -1  # a good guess is proved, or mended, by its neighbour
