@@ -86,6 +86,7 @@ class _Step:
     remat: bool
     low_rank: int  # ranks of the adapters outside the experts, together
     mixer_trained: bool  # attention has weights or adapters that are trained
+    balanced: bool  # a load-balancing loss reads the router's probabilities
 
     @property
     def tokens(self) -> int:
@@ -186,7 +187,7 @@ class _Step:
         c, item = self.config, self.item
         wide = item * c.num_experts * self.tokens * c.intermediate_size
         if self.platform == "cpu":
-            count = 12 if self.recurrent else 7 if self.trained is None else 8
+            count = 12 if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
         elif self.trained is not None:
             count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
@@ -273,7 +274,7 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
     step = _Step(
         config, platform, rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
         rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
-        adapter is None or any(name in sizes.ATTENTION for name in adapter.targets),
+        adapter is None or any(name in sizes.ATTENTION for name in adapter.targets), experiment.model.aux_loss_coef > 0,
     )  # fmt: skip
     by_dtype: dict[str, int] = {}
     for w in weights:

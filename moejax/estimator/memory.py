@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moejax.config import Experiment
 
 ROWS_LIMIT = 1 << 20
-LINES = 8  # batch sizes that may come from lines
+LINES = 7  # batch sizes that may come from lines
 _RUN_ONLY = {"epochs", "steps", "eval_every", "learning_rate", "warmup_steps", "min_learning_rate_ratio", "schedule"}
 
 
@@ -119,19 +119,26 @@ def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1) ->
 
 
 def _next(tried: dict[int, int], low: int, high: int, limit: float) -> int:
-    """Strictly between low and high: where the line through two known points meets the limit, or beside what is known."""
+    """Strictly between low and high: where a line meets the limit, or beside what is known. The line goes through the two known points
+    nearest to the limit or, where it leads out of what is left, through low and high."""
     if len(tried) > LINES:
         return min(2 * low, high - 1) if high == ROWS_LIMIT else (low + high) // 2
     known = sorted(tried, key=lambda r: abs(tried[r] - limit))[:2]
     if len(known) < 2:
-        step = 1 if high == ROWS_LIMIT else -1  # a good guess is proved, or mended, by its neighbour
-        aim = known[0] + step
+        aim = known[0] + (1 if high == ROWS_LIMIT else -1)  # a good guess is proved, or mended, by its neighbour
     else:
-        (a, b) = sorted(known)
-        slope = (tried[b] - tried[a]) / (b - a)
-        aim = a + int((limit - tried[a]) // slope) if slope > 0 else 2 * max(b, 1)
+        aim = _meets(tried, *known, limit)
+        if not low <= aim < high and low in tried and high in tried:
+            aim = _meets(tried, low, high, limit)
         aim = aim + 1 if aim == low else aim
     return max(low + 1, min(high - 1, aim))
+
+
+def _meets(tried: dict[int, int], first: int, second: int, limit: float) -> int:
+    """The last rows within the limit by the line through two points; twice as many where it does not rise."""
+    a, b = sorted((first, second))
+    slope = (tried[b] - tried[a]) / (b - a)
+    return a + int((limit - tried[a]) // slope) if slope > 0 else 2 * max(b, 1)
 
 
 def usable_bytes(gpu: GPU, fraction: float) -> float:

@@ -29,6 +29,7 @@ CASES = {
     "lora, sparse": experiment(**LORA),
     "lora, dense": experiment(k=8, **LORA),
     "full, dense": experiment(k=8),
+    "full, dense, balanced": experiment(k=8, model={"preset": "mixtral-tiny", "experts_per_token": 8, "aux_loss_coef": 0.02}),
     "blackmamba, sparse": experiment("blackmamba-tiny"),
     "blackmamba, dense": experiment("blackmamba-tiny", k=8),
 }
@@ -111,14 +112,21 @@ def test_more_of_anything_never_takes_less():
 
 def test_the_largest_batch_is_proved_with_few_questions():
     def bent(rows):
-        return 20 + rows * (0.38 if rows < 40 else 1.17) + (0.3 if rows % 7 == 0 else 0)
+        return 20 + 0.38 * min(rows, 40) + 1.17 * max(0, rows - 40) + (0.3 if rows % 7 == 0 else 0)
 
-    for limit in (20.1, 20.5, 25, 35.3, 77.7, 300):
-        for guess in (1, 13, 400):
-            found = memory.largest_rows(bent, limit, guess)
-            assert found.next_peak > limit and found.tried[found.rows + 1] == found.next_peak
-            assert found.rows == 0 or (found.peak <= limit and found.tried[found.rows] == found.peak)
-            assert len(found.tried) <= 8
+    def broken(rows):
+        return 20 + rows * (0.38 if rows < 40 else 1.17)
+
+    def flat(rows):
+        return max(30, 0.2 * rows)
+
+    for peak_of, most in ((bent, 8), (broken, 16), (flat, 24)):
+        for limit in (20.1, 20.5, 25, 35.3, 77.7, 300):
+            for guess in (1, 13, 400):
+                found = memory.largest_rows(peak_of, limit, guess)
+                assert found.next_peak > limit and found.tried[found.rows + 1] == found.next_peak
+                assert found.rows == 0 or (found.peak <= limit and found.tried[found.rows] == found.peak)
+                assert len(found.tried) <= most
     exact = memory.largest_rows(lambda rows: 10 + 2 * rows, 50, guess=20)
     assert exact.rows == 20 and exact.tried.keys() == {20, 21}
     assert memory.largest_rows(lambda rows: 100, 50).rows == 0
