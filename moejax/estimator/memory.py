@@ -127,7 +127,7 @@ def _next(tried: dict[int, int], low: int, high: int, limit: float) -> int:
     if len(known) < 2:
         aim = known[0] + (1 if high == ROWS_LIMIT else -1)  # a good guess is proved, or mended, by its neighbour
     else:
-        aim = _meets(tried, *known, limit)
+        aim = _meets(tried, known[0], known[1], limit)
         if not low <= aim < high and low in tried and high in tried:
             aim = _meets(tried, low, high, limit)
         aim = aim + 1 if aim == low else aim
@@ -173,8 +173,9 @@ STUDY_GPUS = ("A100-40", "A40", "A100-80")  # 40, 48 and 80 GB
 
 
 def study_cells() -> tuple[Cell, ...]:
-    """Mixtral on 40, 48 and 80 GB and BlackMamba on 48, where the study ran it; sparse and dense, both data sets. The study's figure is the largest that it prints or shows: Table
-    III on the A40, the ends of Figure 15's curves (MATH, `curves.py` says why) and Figure 13's measured points (commonsense, sparse).
+    """Mixtral on 40, 48 and 80 GB and BlackMamba on 48, where the study ran it; sparse and dense, both data sets. The study's figure is the
+    largest that it prints or shows: Table III on the A40, the ends of Figure 15's curves (MATH, `curves.py` says why) and Figure 13's
+    measured points (commonsense, sparse).
 
     Rows are as long as the longest query (commonsense 512) or the study's cut (MATH 1024): what the worst of its padded batches takes.
     """

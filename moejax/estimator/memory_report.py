@@ -135,7 +135,8 @@ def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, a
             (cell.gpu, cell.model, cell.kind, cell.dataset, cell.row_tokens, cell.study, found.rows, held,
              None if found.peak is None else found.peak / 1e9, found.next_peak / 1e9, closed_gb, by, len(found.tried))
         )  # fmt: skip
-    columns = ("GPU", "model", "kind", "data set", "row", "study", "ours", "at least", "peak GB", "one more", "closed form GB", "by", "asked")
+    columns = ("GPU", "model", "kind", "data set", "row", "study", "ours", "at least",
+               "peak GB", "one more", "closed form GB", "by", "asked")  # fmt: skip
     if as_json:
         cells = [dict(zip(columns, row, strict=True)) for row in rows]
         print_json({"what": "Table III beside ours", "memory_fraction": fraction, "versions": versions, "cells": cells})

@@ -40,7 +40,8 @@ def announce(
     if not first:
         document = comparison.read_prediction(folder)
         document["compiler_peak_bytes"] = max(peak_bytes, document["compiler_peak_bytes"])
-        return comparison.write_json(path, document | {"disturbed_steps": disturbed})
+        comparison.write_json(path, document | {"disturbed_steps": disturbed})
+        return
     steps = last - step + 1
     device = jax.local_devices()[0]
     name = device.device_kind if device.platform != "cpu" else cpu_name()
