@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moejax.config import Experiment
     from moejax.estimator.gpus import GPU
 
-Platform = Literal["cpu", "sm8", "sm9"]  # a GPU by compute capability: Ampere and Ada; Hopper and later
+Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
 SCAN_CHUNK = {"gpu": 32, "cpu": 16}  # of models/ops/selective_scan.py
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 TILES = {"gpu": (512, 64), "cpu": (128, 32)}  # large and small, of models/ops/grouped_matmul.py
@@ -57,8 +57,8 @@ class Breakdown:
 
 
 def platform_of(gpu: GPU) -> Platform:
-    """Which of the two kinds of programs the compiler makes for a GPU."""
-    return "sm9" if gpu.chip.startswith(("GH", "GB")) else "sm8"
+    """Which of the three kinds of programs the compiler makes for a GPU."""
+    return "sm9" if gpu.chip.startswith(("GH", "GB")) else "sm80" if gpu.chip == "GA100" else "sm8"
 
 
 def kind(platform: Platform) -> str:
@@ -188,8 +188,8 @@ class _Step:
         wide = item * c.num_experts * self.tokens * c.intermediate_size
         if self.platform == "cpu":
             count = 12 if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
-        elif self.trained is not None:
-            count = 5
+        elif self.trained is not None:  # before Hopper the products form the activation's gradients as they read: three are stored
+            count = 5 if self.platform == "sm9" else 3
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
             count = 6 if self.platform == "sm9" else 10
         matrices = 2 * c.num_experts * self.matrix * (item if self.trained is None else self.trained)
@@ -263,6 +263,19 @@ class _Step:
         return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream
 
 
+def _scaled(trained: tuple[sizes.Stored, ...], embed: int, dtype: str, platform: Platform) -> int:
+    """What the optimizer holds beside the gradients of a full fine-tuning (none of bf16 on Hopper, whose clipping is done in place).
+
+    fp32: all of them scaled, beside the embedding's own; before Hopper the experts' two new moments, written beside the old ones, of which
+    two thirds find the place of gradients that are done with: as much as the experts' and one matrix more. bf16 before Hopper: the experts'
+    scaled, on an A100 one of their three matrices at a time, in fp32.
+    """
+    experts = sum(w.bytes for w in trained if w.name in ("w1", "w2", "w3"))
+    if dtype == "float32":
+        return experts + experts // 3 if platform in ("sm80", "sm8") else sum(w.bytes for w in trained) + embed
+    return {"sm80": 2 * experts // 3, "sm8": experts}.get(platform, 0)
+
+
 def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform) -> Breakdown:
     """The closed form for one step of this experiment with so many rows a micro-batch."""
     t, adapter = experiment.training, experiment.adapter
@@ -284,15 +297,10 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
     gradients, saved = sum(w.bytes for w in trained), step.saved()
     carried = gradients if t.gradient_accumulation > 1 else 0
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and config.dense else 0
-    # On a CPU a loss of one chunk is no loop, and the layers' gradients are zeroed before it. Gradients are scaled into new arrays: all
-    # where they are fp32 (beside the embedding's own), the experts' before Hopper, none of bf16 on Hopper.
+    # On a CPU a loss of one chunk is no loop, and the layers' gradients are zeroed before it.
     tables = {w.name: w.bytes for w in trained if w.name in ("embed", "head")}
     early = gradients - sum(tables.values()) if platform == "cpu" and not adapter and step.tokens <= step.chunk else 0
-    scaled = 0
-    if not adapter and t.param_dtype == "float32":
-        scaled = gradients + tables["embed"]
-    elif not adapter and platform == "sm8":
-        scaled = sum(w.bytes for w in trained if w.name in ("w1", "w2", "w3"))
+    scaled = 0 if adapter else _scaled(trained, tables["embed"], t.param_dtype, platform)
     moments = {
         "loss": (carried + early, saved, step.loss()),
         "experts, backward": (carried + gradients, saved, step.experts() + head),

@@ -96,7 +96,7 @@ def test_constants_are_those_of_the_operations():
 def test_more_of_anything_never_takes_less():
     """Rows, tokens and experts per token; and a GPU with more memory never holds fewer rows."""
     for preset, more in (("mixtral-8x7b", LORA), ("blackmamba-2.8b", {})):
-        for platform in ("sm8", "sm9"):
+        for platform in ("sm80", "sm8", "sm9"):
             for k in (2, 8):
                 case = experiment(preset, k, training={"compute_dtype": "bfloat16"}, **more)
                 architecture = case.model.architecture(None)
