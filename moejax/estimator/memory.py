@@ -123,7 +123,7 @@ def _next(tried: dict[int, int], low: int, high: int, limit: float) -> int:
     nearest to the limit or, where it leads out of what is left, through low and high."""
     if len(tried) > LINES:
         return min(2 * low, high - 1) if high == ROWS_LIMIT else (low + high) // 2
-    known = sorted(tried, key=lambda r: abs(tried[r] - limit))[:2]
+    known = sorted(tried, key=lambda r: (abs(tried[r] - limit), -r))[:2]
     if len(known) < 2:
         aim = known[0] + (1 if high == ROWS_LIMIT else -1)  # a good guess is proved, or mended, by its neighbour
     else:
