@@ -159,12 +159,15 @@ class Oracle:
         self.hits, self.misses = self.hits + there, self.misses + (not there)
         return peak
 
-    def largest(self, limit: float) -> Largest:
-        """The largest number of rows within `limit` bytes; the closed form says where to begin."""
+    def largest(self, limit: float, ratio: float = 1.0) -> Largest:
+        """The largest number of rows within `limit` bytes; the closed form times `ratio` says where to begin."""
         from moejax.estimator import memory
 
-        guess = memory.largest_rows(lambda rows: self.breakdown(rows).total, limit)
-        return guess if self.reason is not None else memory.largest_rows(self.peak_bytes, limit, max(1, guess.rows))
+        if self.reason is not None:
+            return memory.largest_rows(self.peak_bytes, limit)
+        guess = max(1, memory.largest_rows(lambda rows: int(ratio * self.breakdown(rows).total), limit).rows)
+        slope = self.breakdown(guess + 1).total - self.breakdown(guess).total
+        return memory.largest_rows(self.peak_bytes, limit, guess, slope)
 
 
 def _memory(options: argparse.Namespace) -> int:

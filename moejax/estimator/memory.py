@@ -91,12 +91,12 @@ class Largest:
     tried: dict[int, int]
 
 
-def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1) -> Largest:
+def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1, slope: float = 0) -> Largest:
     """The largest b with peak_of(b) <= limit < peak_of(b + 1), both asked for: proved, not extrapolated.
 
     Peaks are nearly affine in the rows, so the boundary is where the line through the nearest two points crosses the limit; where that does
-    not find it (a bend: another moment is the worst one), what is left is halved. `guess`: where to begin; a good one needs two or three
-    calls.
+    not find it (a bend: another moment is the worst one), what is left is halved. `guess`: where to begin; `slope`: about how many bytes
+    one more row takes, for the second call (0: unknown). Good ones need two or three calls.
     """
     tried: dict[int, int] = {}
 
@@ -112,20 +112,21 @@ def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1) ->
             low = rows
         else:
             high = rows
-        rows = _next(tried, low, high, limit)
+        rows = _next(tried, low, high, limit, slope)
     if high == ROWS_LIMIT:
         raise UserError(f"more than {ROWS_LIMIT - 1:,} rows fit: rows of so few tokens say nothing about a GPU")
     return Largest(low, tried.get(low), tried[high], tried)
 
 
-def _next(tried: dict[int, int], low: int, high: int, limit: float) -> int:
+def _next(tried: dict[int, int], low: int, high: int, limit: float, slope: float) -> int:
     """Strictly between low and high: where a line meets the limit, or beside what is known. The line goes through the two known points
     nearest to the limit or, where it leads out of what is left, through low and high."""
     if len(tried) > LINES:
         return min(2 * low, high - 1) if high == ROWS_LIMIT else (low + high) // 2
     known = sorted(tried, key=lambda r: (abs(tried[r] - limit), -r))[:2]
     if len(known) < 2:
-        aim = known[0] + (1 if high == ROWS_LIMIT else -1)  # a good guess is proved, or mended, by its neighbour
+        away = int((limit - tried[known[0]]) // slope) if slope > 0 else 0
+        aim = known[0] + (away or (1 if high == ROWS_LIMIT else -1))  # a good guess is proved, or mended, by its neighbour
     else:
         aim = _meets(tried, known[0], known[1], limit)
         if not low <= aim < high and low in tried and high in tried:

@@ -32,7 +32,7 @@ class Peaks(Protocol):
 
     def peak_bytes(self, rows: int) -> int: ...
 
-    def largest(self, limit: float) -> memory.Largest: ...
+    def largest(self, limit: float, ratio: float = 1.0) -> memory.Largest: ...
 
 
 def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> float | None:
@@ -125,11 +125,14 @@ def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, a
 
     fraction = DeviceConfig().memory_fraction
     rows = []
+    ratios: dict[tuple[str, str, str], float] = {}  # compiler over closed form, of the same program with other rows: a better guess
     for cell in memory.study_cells():
+        same = cell.gpu, cell.model, cell.kind
         peaks = ask(cell.model, cell.dataset, cell.kind, cell.gpu, cell.row_tokens, closed)
-        found = peaks.largest(memory.usable_bytes(GPUS[cell.gpu], fraction))
+        found = peaks.largest(memory.usable_bytes(GPUS[cell.gpu], fraction), ratios.get(same, 1.0))
         by = "closed form" if peaks.reason is not None else "compiler"
         closed_gb = peaks.breakdown(found.rows or 1).total / 1e9
+        ratios[same] = (found.peak or found.next_peak) / 1e9 / closed_gb
         held = None if cell.study is None else "yes" if found.rows >= cell.study else "NO"
         rows.append(
             (cell.gpu, cell.model, cell.kind, cell.dataset, cell.row_tokens, cell.study, found.rows, held,

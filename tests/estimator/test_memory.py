@@ -129,6 +129,7 @@ def test_the_largest_batch_is_proved_with_few_questions():
                 assert len(found.tried) <= most
     exact = memory.largest_rows(lambda rows: 10 + 2 * rows, 50, guess=20)
     assert exact.rows == 20 and exact.tried.keys() == {20, 21}
+    assert memory.largest_rows(lambda rows: 13 + 2 * rows, 50, guess=20, slope=2.1).tried.keys() == {20, 19, 18}
     assert memory.largest_rows(lambda rows: 100, 50).rows == 0
     with pytest.raises(UserError, match="rows fit"):
         memory.largest_rows(lambda rows: 1, 50)
