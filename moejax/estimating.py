@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
+from moejax.estimator.commands import names_of
 
 if TYPE_CHECKING:
     from models.config import Architecture
@@ -177,6 +178,8 @@ def _memory(options: argparse.Namespace) -> int:
     if HERE not in options.gpu.split(","):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if options.study:
+        if options.config or options.overrides or options.rows is not None or options.seq_len is not None:
+            raise UserError("--study runs the study's own configs, rows and GPUs: leave out --config, --rows, --seq-len and key.sub=value")
         return memory_report.study(_oracle_of_cell, options.closed_form, options.json, versions())
     if not options.config:
         raise UserError("which experiment? --config FILE (see configs/), or --study")
@@ -193,7 +196,7 @@ def _memory(options: argparse.Namespace) -> int:
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
     found = []
-    for name in (n.strip() for n in options.gpu.split(",") if n.strip()):
+    for name in names_of(options.gpu):
         gpu = _this_machine() if name == HERE else gpus.find(name)
         found.append((gpu, oracle(experiment, architecture, HERE if name == HERE else gpu.name, row_tokens, options.closed_form)))
     padded = options.seq_len is not None or experiment.data.batching != "pack"

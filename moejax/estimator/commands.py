@@ -79,8 +79,12 @@ def _reproduce(options: argparse.Namespace) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def names_of(gpus: str) -> list[str]:
+    """The names in --gpu. Raises UserError where there is none."""
+    names = [name.strip() for name in gpus.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--gpu {gpus!r}: expected names of GPUs, e.g. A40,H100")
+    return names
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -136,7 +140,7 @@ def _predict(options: argparse.Namespace) -> int:
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
     offers = prices.load(options.prices, table)
     found = []
-    for name in _names(options.gpu):
+    for name in names_of(options.gpu):
         gpu = gpus.find(name, table)
         price = prices.cheapest(offers, gpu.name, spot=options.spot)
         if price is None and options.spot:
@@ -156,7 +160,7 @@ def _plan(options: argparse.Namespace) -> int:
     job, table = _job(options), _gpu_table(options)
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
     offers = prices.load(options.prices, table)
-    chosen = [gpus.find(name, table) for name in _names(options.gpu)] if options.gpu else list(table.values())
+    chosen = [gpus.find(name, table) for name in names_of(options.gpu)] if options.gpu is not None else list(table.values())
     made = plan.plan(
         job, chosen, entries, offers, table,
         budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=_room(options),

@@ -89,6 +89,8 @@ def test_plan(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("predict", "--dataset", "math_14k", "--gpu", "H1000"), "did you mean H100"),
+     (("predict", "--dataset", "math_14k", "--gpu", ""), "--gpu '': expected names of GPUs"),
+     (("plan", "--dataset", "math_14k", "--gpu", ","), "--gpu ',': expected names of GPUs"),
      (("predict", "--dataset", "math", "--gpu", "H100"), "expected one of commonsense_15k, math_14k"),
      (("predict", "--gpu", "H100"), "which data?"),
      (("predict", "--gpu", "H100", "--dataset", "math_14k", "--length", "4"), "which data?"),
