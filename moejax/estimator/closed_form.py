@@ -188,8 +188,8 @@ class _Step:
         wide = item * c.num_experts * self.tokens * c.intermediate_size
         if self.platform == "cpu":
             count = 12 if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
-        elif self.trained is not None:  # before Hopper the products form the activation's gradients as they read: three are stored
-            count = 5 if self.platform == "sm9" else 3
+        elif self.trained is not None:
+            count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
             count = 6 if self.platform == "sm9" else 10
         matrices = 2 * c.num_experts * self.matrix * (item if self.trained is None else self.trained)
