@@ -72,7 +72,7 @@ def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: no whole JSON ({error})") from None
-        if "step_seconds" in record:
+        if isinstance(record, dict) and "step_seconds" in record:
             steps[record["step"]] = record
     left = [steps[step] for step in sorted(steps.keys() - set(disturbed))]
     if not left:

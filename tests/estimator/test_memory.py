@@ -168,6 +168,37 @@ def test_every_cell_of_the_study():
     assert {c.row_tokens for c in cells} == {512, 1024} and len(cells) == 16
 
 
+def kept_result(name):
+    """The newest of benchmarks/results under this name."""
+    return json.loads(max((estimating.ROOT / "benchmarks" / "results").glob(f"*-{name}.json")).read_text())
+
+
+def test_the_closed_form_beside_kept_compiled_figures():
+    """docs/estimator.md's table: every config on three GPUs, and which cells miss the bar of 3 %."""
+    missed = set()
+    for row in kept_result("memory-check")["results"]:
+        experiment = config.load(estimating.ROOT / "configs" / f"{row['config']}.yaml")
+        architecture, platform = estimating.architecture_of(experiment), closed_form.platform_of(gpus.find(row["gpu"]))
+        made = closed_form.breakdown(experiment, architecture, rows=row["rows"], row_tokens=row["row_tokens"], platform=platform)
+        assert made.total == row["closed_form_bytes"]
+        if abs(made.total / row["compiler_bytes"] - 1) > 0.03:
+            missed.add((row["config"].replace("_cs_", "_").replace("_math_", "_"), row["rows"], row["gpu"]))
+    dense = {("blackmamba_2.8b_dense", 8, "A100-80"), ("blackmamba_2.8b_dense", 8, "A40"), ("mixtral_8x7b_dense", 8, "A40")}
+    assert missed == dense | {("demo", 8, gpu) for gpu in ("H100", "A100-80", "A40")}
+
+
+def test_kept_table_3_is_proved_and_at_least_the_studys():
+    document = kept_result("table3")
+    cells = memory.study_cells()
+    assert len(document["cells"]) == len(cells)
+    for kept, cell in zip(document["cells"], cells, strict=True):
+        same = [kept[name] for name in ("GPU", "model", "kind", "data set", "study")]
+        assert same == [cell.gpu, cell.model, cell.kind, cell.dataset, cell.study]
+        limit = memory.usable_bytes(gpus.GPUS[cell.gpu], document["memory_fraction"]) / 1e9
+        assert kept["by"] == "compiler" and kept["peak GB"] <= limit < kept["one more"]
+        assert cell.study is None or kept["ours"] >= cell.study
+
+
 def run(capsys, *arguments):
     code = cli.estimate_main(["memory", *arguments])
     return code, *capsys.readouterr()
