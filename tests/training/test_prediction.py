@@ -1,0 +1,69 @@
+"""What a run says before it steps, and after: prediction.json, comparison.json, and the words for both."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moejax.estimator import coefficients, comparison
+from moejax.training import loop, prediction
+
+
+def fit_for(experiment, device, t0=0.25, u=1e-3):
+    """A coefficients.json in the runs' folder, for this experiment's model and a device."""
+    Path(experiment.runs_dir).mkdir(parents=True, exist_ok=True)
+    spread = np.full((20, 3), (t0, u, 0.0)), np.full(20, 1.1)
+    entry = coefficients.Entry(str(experiment.model.preset), "qlora", device, np.array([t0, u, 0.0]), *spread, "a test", 5)
+    coefficients.write(Path(experiment.runs_dir) / prediction.COEFFICIENTS, [entry], {})
+
+
+def announced(experiment, folder, capsys, **change):
+    """What is printed at the start of a run of 100 steps of 1000 tokens, and the kept prediction."""
+    asked = {"peak_bytes": 2 * 10**9, "tokens": 1000, "step": 1, "last": 100, "first": True} | change
+    prediction.announce(experiment, experiment.model.architecture(None), folder, Console(width=500), **asked)
+    return capsys.readouterr().out, comparison.read_prediction(folder)
+
+
+def test_with_coefficients_time_is_predicted(make_experiment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prediction, "cpu_name", lambda: "some CPU")
+    experiment = make_experiment("x")
+    out, _ = announced(experiment, tmp_path, capsys)
+    assert "prediction: 2.00 GB by the compiled step; no time: " in out and "coefficients.json is not there" in out
+    fit_for(experiment, "another CPU")
+    assert "has none of" in announced(experiment, tmp_path, capsys)[0]
+    fit_for(experiment, "some CPU")
+    out, kept = announced(experiment, tmp_path, capsys)
+    assert "1250.0 ms a step of 1,000 tokens" in out and "2.1 min for 100 steps" in out and "USD" not in out
+    assert kept["time"]["coefficients"] == [0.25, 1e-3, 0.0] and kept["disturbed_steps"] == [1]
+    (Path(experiment.runs_dir) / "coefficients.json").write_text("{")
+    assert "no time: " in announced(experiment, tmp_path, capsys)[0]  # a damaged file never stops a run
+
+
+def test_a_later_program_raises_the_peak_and_silences_its_steps(make_experiment, tmp_path, capsys):
+    experiment = make_experiment("x")
+    announced(experiment, tmp_path, capsys)
+    out, kept = announced(experiment, tmp_path, capsys, peak_bytes=3 * 10**9, step=7, first=False)
+    assert out == "" and kept["compiler_peak_bytes"] == 3 * 10**9 and kept["disturbed_steps"] == [1, 6, 7]
+    _, kept = announced(experiment, tmp_path, capsys, step=40)  # a resumed process
+    assert kept["disturbed_steps"] == [1, 6, 7, 39, 40]
+
+
+def test_a_run_predicts_and_compares(make_experiment, capsys, monkeypatch):
+    monkeypatch.setattr(prediction, "cpu_name", lambda: "some CPU")
+    experiment = make_experiment("x", training={"steps": 5})
+    fit_for(experiment, "some CPU")
+    assert loop.run(experiment, resume=False) == 0
+    out = capsys.readouterr().out
+    folder = Path(experiment.runs_dir) / experiment.name
+    kept = json.loads((folder / "comparison.json").read_text())
+    assert out.index("prediction: ") < out.index("memory: predicted ") < out.index("step: predicted ")
+    assert kept["steps"] == 4 and kept["step_seconds"]["measured"] > 0 and kept["memory"]["predicted_bytes"] > 0
+    error = kept["step_seconds"]["predicted"] / kept["step_seconds"]["measured"] - 1
+    assert kept["step_seconds"]["error"] == pytest.approx(error)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    prediction.conclude(tmp_path, Console(width=500))
+    assert "no comparison: " in capsys.readouterr().out
