@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moejax.config import Experiment, dump
+from moejax.config import Experiment, dump, load
 from moejax.errors import UserError
 
 
@@ -23,7 +23,8 @@ def prepare(experiment: Experiment, *, resume: bool) -> Path:
         return folder
     if not config.exists():
         raise UserError(f"{folder} holds no run to resume (no config.yaml): start without --resume, or check name and runs_dir")
-    before, now = yaml.safe_load(config.read_text(encoding="utf-8")), yaml.safe_load(dump(experiment))
+    # Read through the schema: a key that is newer than the run has its default. Where the run computes may change, what it computes not.
+    before, now = (yaml.safe_load(dump(e)) | {"device": None} for e in (load(config), experiment))
     changed = differences(before, now)
     if changed:
         raise UserError(

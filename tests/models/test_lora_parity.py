@@ -78,12 +78,14 @@ def test_weights_after_five_steps(case, reference_batch):
         state, metrics = step(state, frozen, batch)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     ours = adapter_tensors(nnx.merge(graphdef, state.trainable, frozen))
-    differences = []
+    # Against PyTorch in float64: Adam divides a gradient by its own size, so where that is rounding noise (an expert that no token
+    # chose: 1e-9, beside 0.1), so is the step, in PyTorch's own fp32 too (4 of 25,152 weights are off by up to 1.5e-4 there).
+    differences, noise = [], []
     for name, value in ours.items():
-        # Adam divides a gradient by its own size: where it is rounding noise (1e-9 here, beside 0.1), so is the step.
-        real = np.abs(vectors[f"grad/{name}"]) > 1e-7
-        differences.append(np.abs(np.asarray(value) - vectors[f"after/{name}"])[real])
-    differences = np.concatenate(differences)
-    assert differences.size > 0.9 * sum(v.size for v in ours.values())
-    # One element in 13,000 crosses zero within the five steps; its noise is amplified too.
-    assert np.mean(differences > 1e-5) < 1e-3 and differences.max() < 1e-4, np.sort(differences)[-5:]
+        apart = np.abs(np.asarray(value) - vectors[f"exact_after/{name}"])
+        real = np.abs(vectors[f"exact_grad/{name}"]) > 1e-8
+        differences.append(apart[real])
+        noise.append(apart[~real])
+    differences, noise = np.concatenate(differences), np.concatenate(noise)
+    assert differences.max() < 1e-5 and differences.size > 0.9 * sum(v.size for v in ours.values())
+    assert np.sum(noise > 1e-5) <= 8
