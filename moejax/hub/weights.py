@@ -68,7 +68,7 @@ def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
     """
     places = tensors(model.config)
     with ExitStack() as stack:
-        files = _open(folder, stack)
+        files = open_tensors(folder, stack)
         unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq"))
         if model.config.tie_word_embeddings:
             unknown = [name for name in unknown if name not in ("lm_head.weight", "output_layer.weight")]
@@ -86,7 +86,7 @@ def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
     return materialize_lora(model, lora_key)
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """tensor name -> open safetensors file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -118,14 +118,14 @@ def _fill(abstract: Any, parts: list[tuple[str, Place]], files: dict[str, Any], 
         shape = abstract.shape[len(leading) :]
         buffer = np.empty(abstract.shape, _numpy_dtype(abstract.dtype))
         for name, place in parts:
-            buffer[_index(place)] = np.asarray(_read(files, name, place, shape, folder).astype(abstract.dtype))
+            buffer[index_of(place)] = np.asarray(_read(files, name, place, shape, folder).astype(abstract.dtype))
         return jnp.asarray(buffer)
     double = abstract.offset is not None
     buffers = jax.tree.map(lambda leaf: np.empty(leaf.shape, _numpy_dtype(leaf.dtype)), abstract)
     for name, place in parts:
         codes = nf4.quantize(_read(files, name, place, abstract.shape, folder), double=double)
         for buffer, leaf in zip(jax.tree.leaves(buffers), jax.tree.leaves(codes), strict=True):
-            buffer[_index(place)] = np.asarray(leaf)
+            buffer[index_of(place)] = np.asarray(leaf)
     return jax.tree.map(jnp.asarray, buffers)
 
 
@@ -134,7 +134,8 @@ def _rank(place: Place, ndim: int) -> int:
     return ndim - (place.layer is not None) - (place.expert is not None)
 
 
-def _index(place: Place) -> Any:
+def index_of(place: Place) -> Any:
+    """The index of one tensor in its stacked variable."""
     return tuple(i for i in (place.layer, place.expert) if i is not None) or ...
 
 
@@ -143,23 +144,28 @@ def _numpy_dtype(dtype: Any) -> Any:
 
 
 def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path) -> jax.Array:
+    value = read_tensor(files, name, stored_shape(place, tuple(shape)), folder)
+    if place.half is not None:
+        value = value[place.half * shape[0] : (place.half + 1) * shape[0]]
+    return value.reshape(shape)
+
+
+def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> jax.Array:
+    """One tensor of a checkpoint, as stored. Raises UserError where it is missing, cannot be read, has another shape or holds NaN."""
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing")
     try:
         value: jax.Array = files[name].get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{folder}: tensor {name!r} cannot be read ({error})") from None
-    whole = _stored_shape(place, tuple(shape))
-    if value.shape != whole:
-        raise UserError(f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(whole)}")
+    if value.shape != shape:
+        raise UserError(f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}")
     if bool(jnp.any(jnp.isnan(value))):
         raise UserError(f"{folder}: tensor {name!r} holds NaN")
-    if place.half is not None:
-        value = value[place.half * shape[0] : (place.half + 1) * shape[0]]
-    return value.reshape(shape)
+    return value
 
 
-def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
     """A checkpoint's shape of a tensor that is `shape` here: twice the rows for two halves; torch's depthwise kernel is [D, 1, K]."""
     if place.path[-1] == "conv" and place.attr == "weight":
         return (shape[0], 1, shape[1])
@@ -184,13 +190,17 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
             value = getattr(attribute(model, place.path), place.attr).get_value()
             if isinstance(value, nf4.NF4Tensor):
                 raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
-            parts.append(np.asarray(value[_index(place)].astype(dtype)))
+            parts.append(np.asarray(value[index_of(place)].astype(dtype)))
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         arrays[name] = array[:, None] if name.endswith("conv1d.weight") else array
     aside = folder / "model.safetensors.tmp"
     save_file(arrays, str(aside), metadata={"format": "pt"})
     aside.replace(folder / "model.safetensors")
-    c = model.config
+    write_config(model.config, folder, dtype)
+
+
+def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
+    """config.json and generation_config.json of a model whose weights are stored in `dtype`."""
     hub_config = c.to_hub_config()
     if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
         hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
