@@ -26,13 +26,16 @@ from moejax.hub.torch_file import TorchFile
 _DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
 
-def resolve(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: `source` itself, or the Hub's snapshot of that id (downloaded where it is not cached)."""
+def resolve(source: str, revision: str | None = None, field: str = "model.source") -> Path:
+    """The folder of a model or adapter: `source` itself, or the Hub's snapshot of that id (downloaded where it is not cached).
+
+    field: where the config names it, for messages. Raises UserError where neither is there.
+    """
     if Path(source).is_dir():
         return Path(source)
     if source.startswith((".", "/")) or source.count("/") != 1:
         raise UserError(
-            f"model.source = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)"
+            f"{field} = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)"
         )
     from huggingface_hub import snapshot_download
 
@@ -43,7 +46,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
         return folder
     except Exception as error:
         raise UserError(
-            f"model.source = {source!r} is no local folder, and the Hub could not be asked ({type(error).__name__}: "
+            f"{field} = {source!r} is no local folder, and the Hub could not be asked ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}). Check the id and the network, or give a folder"
         ) from error
 
