@@ -56,11 +56,23 @@ def read_config(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: expected a model in Hub layout")
+    content = read_json(path)
     try:
-        return from_hub_config(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+        return from_hub_config(content)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: {what}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming the file where it cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
+    return content
 
 
 def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
@@ -77,7 +89,7 @@ def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
             unknown = [name for name in unknown if name not in ("lm_head.weight", "output_layer.weight")]
         if unknown:
             raise UserError(
-                f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}"
+                f"{folder}: {len(unknown)} tensors have no place in a {_describe(model.config)}, first {unknown[0]!r}{_hint(unknown)}"
             )
         by_variable: dict[tuple[tuple[str, ...], str], list[tuple[str, Place]]] = {}
         for name, several in places.items():
@@ -89,29 +101,57 @@ def load_weights(model: Model, folder: Path, lora_key: jax.Array) -> Model:
     return materialize_lora(model, lora_key)
 
 
+_LAYOUTS = {
+    ".quant_state.": "a checkpoint that bitsandbytes quantized",
+    ".absmax": "a checkpoint that bitsandbytes quantized",
+    ".qweight": "a GPTQ or AWQ checkpoint",
+    ".weight_scale": "an 8-bit checkpoint",
+    ".gate_up_proj": "a checkpoint whose experts lie in one tensor",
+}
+
+
+def _hint(names: list[str]) -> str:
+    """What kind of checkpoint tensors of such names are from, where it is known."""
+    kind = next((what for part, what in _LAYOUTS.items() if any(part in name for name in names)), None)
+    return "" if kind is None else f": {kind}, which is not read here (give the original model: bf16, fp16 or fp32, one matrix per expert)"
+
+
 def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """tensor name -> open safetensors file."""
+    """tensor name -> open safetensors (or .bin) file. Raises UserError where one is missing, cut, or not what the index says."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif not (folder / "model.safetensors").is_file() and (folder / "pytorch_model.bin").is_file():
-        torch_file = stack.enter_context(TorchFile(folder / "pytorch_model.bin"))
-        return dict.fromkeys(torch_file.keys(), torch_file)
-    else:
-        names = ["model.safetensors"]
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file() and (folder / "pytorch_model.bin").is_file():
+            torch_file = stack.enter_context(TorchFile(folder / "pytorch_model.bin"))
+            return dict.fromkeys(torch_file.keys(), torch_file)
+        file = _open_file(folder, "model.safetensors", " (or a pytorch_model.bin, or an index and its shards)", stack)
+        return dict.fromkeys(file.keys(), file)
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+        raise UserError(f"{index} lacks weight_map: expected the file of every tensor in it")
     files: dict[str, Any] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(
-                f"{folder} lacks {name}" + (", which its index names" if index.is_file() else " (or a pytorch_model.bin)")
-            )
-        try:
-            file = stack.enter_context(safe_open(str(path), framework="flax"))
-        except SafetensorError as error:
-            raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
-        files.update(dict.fromkeys(file.keys(), file))
+    for shard in sorted(set(where.values())):
+        if Path(shard).name != shard:
+            raise UserError(f"{index} names a file {shard!r}: expected files of the same folder")
+        file = _open_file(folder, shard, ", which its index names", stack)
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if where.get(name, shard) == shard:
+                files[name] = file
+    lost = sorted(where.keys() - files.keys())
+    if lost:
+        raise UserError(
+            f"{folder}: {where[lost[0]]} lacks tensor {lost[0]!r}, which the index says it holds ({len(lost)} such): download it again"
+        )
     return files
+
+
+def _open_file(folder: Path, name: str, why: str, stack: ExitStack) -> Any:
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder} lacks {name}{why}")
+    try:
+        return stack.enter_context(safe_open(str(path), framework="flax"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
 
 
 def _fill(abstract: Any, parts: list[tuple[str, Place]], files: dict[str, Any], folder: Path) -> Any:
@@ -154,7 +194,9 @@ def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...]
 
 
 def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> jax.Array:
-    """One tensor of a checkpoint, as stored. Raises UserError where it is missing, cannot be read, has another shape or holds NaN."""
+    """One tensor of a checkpoint, as stored. Raises UserError where it is missing, cannot be read, has another
+    shape or dtype, or is not finite.
+    """
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing")
     try:
@@ -163,8 +205,10 @@ def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder
         raise UserError(f"{folder}: tensor {name!r} cannot be read ({error})") from None
     if value.shape != shape:
         raise UserError(f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}")
-    if bool(jnp.any(jnp.isnan(value))):
-        raise UserError(f"{folder}: tensor {name!r} holds NaN")
+    if value.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise UserError(f"{folder}: tensor {name!r} is {value.dtype}: expected bfloat16, float16 or float32")
+    if not bool(jnp.all(jnp.isfinite(value))):
+        raise UserError(f"{folder}: tensor {name!r} holds NaN or infinity")
     return value
 
 
