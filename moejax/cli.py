@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
     _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
+    commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
     options = parser.parse_args(arguments)
     return guarded(options)
 
@@ -141,6 +142,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax import export
 
         return export.run(options.run, options.out, options.format, not options.no_verify, options.tolerance)
+    if options.command == "doctor":
+        from moejax import doctor
+
+        return doctor.run()
     from moejax import config
 
     profile = options.command == "profile"
