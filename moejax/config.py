@@ -107,6 +107,9 @@ class AdapterConfig(_Section):
     alpha: Real = 32.0
     dropout: Real = 0.0
     targets: Names = ("w1", "w2", "w3", "gate")
+    init_from: str | None = Field(
+        None, description="an adapter in PEFT's format to continue from (folder or Hub id); null: a new one"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

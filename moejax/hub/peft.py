@@ -31,7 +31,7 @@ def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     return found
 
 
-def save_adapter(model: Model, folder: Path, base_name: str) -> None:
+def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json, aside and renamed; then read them back and compare to the bit."""
     pairs = adapted(model)
     tensors = {}
@@ -52,7 +52,7 @@ def save_adapter(model: Model, folder: Path, base_name: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "revision": None,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.a.get_value().shape[-2],
         "lora_alpha": lora.scale * lora.a.get_value().shape[-2],
@@ -82,6 +82,7 @@ def load_adapter(model: Model, folder: Path) -> None:
         tensors = load_file(str(path))
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
+    _check_targets(model, tensors, path)
     buffers: dict[int, tuple[LoRA, np.ndarray, np.ndarray]] = {}
     for name, (place, lora) in adapted(model).items():
         a, b = lora.a.get_value(), lora.b.get_value()
@@ -101,12 +102,73 @@ def load_adapter(model: Model, folder: Path) -> None:
         lora.b.set_value(jnp.asarray(into_b))
 
 
+def continue_from(model: Model, folder: Path, base_name: str | None) -> None:
+    """Read the adapter in `folder` into the model's LoRA weights (abstract or not), to be trained on.
+
+    Raises UserError where it was made for another base than `base_name`, where it is more than plain LoRA, and as `load_adapter`
+    does. Base names are compared by their last part, as a Hub id may lie in a folder of that name.
+    """
+    config = read_adapter_config(folder)
+    theirs = config.get("base_model_name_or_path")
+    if theirs and base_name and _last_part(theirs) != _last_part(base_name):
+        raise UserError(
+            f"{folder} is an adapter of {theirs!r}, model.source = {base_name!r}: another base model. If they are the same under two "
+            "names, set base_model_name_or_path in its adapter_config.json"
+        )
+    load_adapter(model, folder)
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _check_plain(config: dict[str, Any], path: Path) -> None:
+    """Refuse what PEFT would compute and this LoRA does not: it would load, and give other numbers."""
+    plain = {
+        "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "rank_pattern": {},
+        "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "target_parameters": None, "lora_bias": False,
+        "trainable_token_indices": None, "layer_replication": None, "use_qalora": False,
+    }  # fmt: skip
+    for name, expected in plain.items():
+        value = config.get(name, expected)
+        if value != expected and not (value in (None, [], {}) and expected in (None, {})):
+            raise UserError(f"{path} has {name} = {value!r}: only plain LoRA is computed here (expected {expected!r})")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq")):
+        raise UserError(f"{path} has init_lora_weights = {start!r}, which changes the base model's own weights: not read here")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int | float) or config[name] <= 0:
+            raise UserError(f"{path} has {name} = {config.get(name)!r}: expected a positive number")
+
+
+def _check_targets(model: Model, tensors: dict[str, np.ndarray], path: Path) -> None:
+    """The layers that the file has pairs for must be those that the model has adapters on: said by target, not tensor by tensor."""
+    theirs = {name.removesuffix(".weight").rpartition(".lora_")[0].rpartition(".")[2] for name in tensors}
+    ours = {_OUR_NAMES.get(place.path[-1], place.path[-1]) for place, _ in adapted(model).values()}
+    if theirs & {"experts", "base_layer"}:
+        raise UserError(
+            f"{path} is in the format of transformers 5 with PEFT 0.19 or later (one adapter over all experts), which is not read here: "
+            "expected one pair per expert, as transformers 4 with PEFT 0.18 writes it"
+        )
+    if theirs != ours:
+        raise UserError(
+            f"{path} adapts {', '.join(sorted(theirs)) or 'nothing'}; the model's adapter {', '.join(sorted(ours))}: set adapter.targets "
+            "to the adapter's"
+        )
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration. Raises UserError where the folder holds none."""
+    """The adapter's configuration. Raises UserError where the folder holds none, or one that is more than plain LoRA."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter_config.json: expected an adapter written by PEFT or by moejax")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}: expected PEFT's settings by name")
+    _check_plain(config, path)
     return config
 
 
@@ -116,4 +178,6 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], pat
     value = tensors.pop(name)
     if value.shape != shape:
         raise UserError(f"{path}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}: another base model?")
+    if not np.isfinite(value.astype(np.float32)).all():
+        raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")
     return value

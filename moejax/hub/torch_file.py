@@ -1,12 +1,18 @@
-"""Tensors out of a PyTorch checkpoint (`torch.save`, zip format) without PyTorch, and without running what a pickle may ask for."""
+"""Tensors out of a PyTorch checkpoint (`torch.save`, zip format) without PyTorch, and without running what a pickle may ask for.
+
+The pickle is interpreted here, never unpickled: of its instructions only those that tensors need, of its globals only the names in
+`_CALLS` and `_STORAGES`, and a call is one of our own functions with checked arguments.
+"""
 
 from __future__ import annotations
 
-import collections
-import pickle
+import math
+import pickletools
+import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +25,18 @@ _STORAGES: dict[str, Any] = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": np.int64, "IntStorage": np.int32, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
+_DAMAGED = (
+    zipfile.BadZipFile, struct.error, StopIteration, OSError, RuntimeError, ValueError, IndexError, KeyError, TypeError, EOFError,
+    OverflowError,
+)  # fmt: skip
+"""What a file that is cut, damaged or made to deceive raises on its way through zipfile and the interpreter."""
+
+
+class _Global(NamedTuple):
+    """A name that is allowed, as a value: it can be called by REDUCE and named in a storage, nothing else."""
+
+    module: str
+    name: str
 
 
 class _Storage(NamedTuple):
@@ -33,33 +51,145 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+def _ordered_dict(*arguments: Any) -> dict[str, Any]:
+    if arguments:
+        raise ValueError("an OrderedDict is made with arguments, and only empty ones are")
+    return {}
 
 
-def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
+def _rebuild_tensor(storage: Any = None, offset: Any = None, shape: Any = None, strides: Any = None, *_: Any) -> _Tensor:
+    sizes = (*shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
+    if not isinstance(storage, _Storage) or any(type(n) is not int for n in (offset, *sizes)) or len(shape) != len(strides):
+        raise ValueError("a tensor is rebuilt from other things than a storage, an offset, a shape and as many strides")
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(tensor: Any = None, *_: Any) -> _Tensor:
+    if not isinstance(tensor, _Tensor):
+        raise ValueError(f"a parameter is rebuilt from a {type(tensor).__name__}, and only tensors are read")
     return tensor
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and dictionaries; whatever else a pickle names is refused, never imported."""
+_CALLS: dict[_Global, Callable[..., Any]] = {
+    _Global("collections", "OrderedDict"): _ordered_dict,
+    _Global("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    _Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
 
-    _known: ClassVar[dict[tuple[str, str], Any]] = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    }
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if (module, name) not in self._known:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}, and only tensors are read")
-        return self._known[module, name]
+def _global(module: Any, name: Any) -> _Global:
+    known = _Global(module, name)
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("it names a global by something other than two strings")
+    if known not in _CALLS and not (module == "torch" and name in _STORAGES):
+        raise ValueError(f"it holds a {module}.{name}, and only tensors are read")
+    return known
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, *_ = pid
-        return _Storage(str(key), dtype)
+
+def _storage(pid: Any) -> _Storage:
+    """("storage", type, key, device, elements), as torch.save names the data of a tensor."""
+    if not isinstance(pid, tuple) or len(pid) < 3 or not isinstance(pid[1], _Global) or pid[1].name not in _STORAGES:
+        raise ValueError("a tensor's data is named by something other than a storage type and a key")
+    return _Storage(str(pid[2]) if isinstance(pid[2], str | int) else "", _STORAGES[pid[1].name])
+
+
+class _Stack:
+    """What the pickle's instructions work on."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self, count: int) -> list[Any]:
+        if len(self.items) < count:
+            raise ValueError("its pickle takes more than it has put")
+        taken = self.items[len(self.items) - count :]
+        del self.items[len(self.items) - count :]
+        return taken
+
+    def pop_to_mark(self) -> list[Any]:
+        if not self.marks:
+            raise ValueError("its pickle lacks a mark")
+        return self.pop(max(0, len(self.items) - self.marks.pop()))
+
+
+def _interpret(data: bytes) -> Any:
+    """The value of a pickle. Raises ValueError for whatever tensors do not need, by name."""
+    stack = _Stack()
+    argument: Any
+    for op, argument, _ in pickletools.genops(data):
+        match op.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                stack.marks.append(len(stack.items))
+            case "STOP":
+                return stack.pop(1)[0]
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                (top,) = stack.pop(1)
+                stack.memo[len(stack.memo) if argument is None else argument] = top
+                stack.items.append(top)
+            case "BINGET" | "LONG_BINGET":
+                stack.items.append(stack.memo[argument])
+            case "SETITEM" | "SETITEMS":
+                pairs = stack.pop(2) if op.name == "SETITEM" else stack.pop_to_mark()
+                _set_items(stack, pairs)
+            case "APPEND" | "APPENDS":
+                items = stack.pop(1) if op.name == "APPEND" else stack.pop_to_mark()
+                (target,) = stack.pop(1)
+                if not isinstance(target, list):
+                    raise ValueError(f"its pickle appends to a {type(target).__name__}")
+                target.extend(items)
+                stack.items.append(target)
+            case "BUILD":  # a state_dict's own _metadata: versions of modules, not needed
+                target, _ = stack.pop(2)
+                if not isinstance(target, dict):
+                    raise ValueError(f"its pickle sets the state of a {type(target).__name__}, and only tensors are read")
+                stack.items.append(target)
+            case _:
+                stack.items.append(_value(op.name, argument, stack))
+    raise ValueError("its pickle has no end")
+
+
+def _set_items(stack: _Stack, pairs: list[Any]) -> None:
+    (target,) = stack.pop(1)
+    keys, values = pairs[::2], pairs[1::2]
+    if not isinstance(target, dict) or len(keys) != len(values) or not all(isinstance(k, str | int) for k in keys):
+        raise ValueError("its pickle fills something other than a dictionary with names")
+    target.update(zip(keys, values, strict=True))
+    stack.items.append(target)
+
+
+def _value(name: str, argument: Any, stack: _Stack) -> Any:
+    """What an instruction puts on the stack."""
+    match name:
+        case "NONE" | "NEWTRUE" | "NEWFALSE":
+            return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name]
+        case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+            return argument
+        case "EMPTY_DICT":
+            return {}
+        case "EMPTY_LIST":
+            return []
+        case "EMPTY_TUPLE":
+            return ()
+        case "TUPLE":
+            return tuple(stack.pop_to_mark())
+        case "TUPLE1" | "TUPLE2" | "TUPLE3":
+            return tuple(stack.pop(int(name[-1])))
+        case "GLOBAL" | "INST":
+            return _global(*argument.split(" ", 1))
+        case "STACK_GLOBAL":
+            return _global(*stack.pop(2))
+        case "BINPERSID":
+            return _storage(stack.pop(1)[0])
+        case "REDUCE":
+            function, arguments = stack.pop(2)
+            if not isinstance(function, _Global) or function not in _CALLS or not isinstance(arguments, tuple):
+                raise ValueError("its pickle calls something that rebuilds no tensor")
+            return _CALLS[function](*arguments)
+    raise ValueError(f"its pickle uses the instruction {name}, which tensors do not need")
 
 
 class TorchFile:
@@ -69,18 +199,32 @@ class TorchFile:
         self._path = path
         try:
             self._zip = zipfile.ZipFile(path)
-            pickled = next(name for name in self._zip.namelist() if name.endswith("/data.pkl"))
-            with self._zip.open(pickled) as file:
-                content = _Unpickler(file).load()
-        except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
+            pickled = next((name for name in self._zip.namelist() if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                raise ValueError("no data.pkl in it")
+            self._prefix = pickled.removesuffix("data.pkl")
+            if f"{self._prefix}byteorder" in self._zip.namelist() and self._read("byteorder") != b"little":
+                raise ValueError("its numbers are not little-endian")
+            content = _interpret(self._read("data.pkl"))
+        except _DAMAGED as error:
+            if hasattr(self, "_zip"):
+                self._zip.close()
             raise UserError(
-                f"{path} is no whole PyTorch checkpoint ({error or 'no data.pkl in it'}): expected a zip of tensors as torch.save writes it"
+                f"{path} is no whole PyTorch checkpoint ({error}): expected a zip of tensors as torch.save writes it"
             ) from None
-        self._prefix = pickled.removesuffix("data.pkl")
         tensors = content.get("model", content) if isinstance(content, dict) else None
-        if not isinstance(tensors, dict) or not all(isinstance(t, _Tensor) for t in tensors.values()):
+        if not isinstance(tensors, dict):
             raise UserError(f'{path}: expected a dictionary of tensors, or one under "model"')
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+                raise UserError(f'{path}: {name!r} is a {type(tensor).__name__}: expected a dictionary of tensors, or one under "model"')
         self._tensors: dict[str, _Tensor] = tensors
+
+    def _read(self, name: str) -> bytes:
+        info = self._zip.getinfo(f"{self._prefix}{name}")
+        if info.compress_type != zipfile.ZIP_STORED:  # torch.save never compresses: a small file could unpack to anything
+            raise ValueError(f"{name} in it is compressed")
+        return self._zip.read(info)
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -88,12 +232,13 @@ class TorchFile:
     def get_tensor(self, name: str) -> jax.Array:
         storage, offset, shape, strides = self._tensors[name]
         try:
-            data = np.frombuffer(self._zip.read(f"{self._prefix}data/{storage.key}"), storage.dtype)
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            data = np.frombuffer(self._read(f"data/{storage.key}"), storage.dtype)
+        except _DAMAGED as error:
             raise UserError(f"{self._path}: the data of tensor {name!r} cannot be read ({error}): download it again") from None
-        # Strides come from the file: a view beyond the data would read whatever lies in memory there.
+        # Strides come from the file: a view beyond the data would read whatever lies in memory there, and one that repeats it (stride
+        # 0) could be larger than any memory.
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if min(offset, *shape, *strides, 0) < 0 or (0 not in shape and last >= data.size):
+        if min(offset, *shape, *strides, 0) < 0 or (0 not in shape and max(last + 1, math.prod(shape)) > data.size):
             raise UserError(
                 f"{self._path}: tensor {name!r} (shape {list(shape)}, strides {list(strides)}, offset {offset}) reaches beyond its "
                 f"{data.size} stored elements: a damaged file; download it again"

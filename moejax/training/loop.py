@@ -16,13 +16,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from models.build import Model
+from models.build import Model, build
 from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.data.batching import stack
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
-from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.profiling.capture import Capture, compile_profiled
@@ -30,7 +30,16 @@ from moejax.training import flops, memory, prediction, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import adapter_config, architecture, create_model, initial_state, objective, split
+from moejax.training.state import (
+    adapter_config,
+    architecture,
+    continue_adapter,
+    create_model,
+    initial_state,
+    model_arguments,
+    objective,
+    split,
+)
 from moejax.training.step import Objective, TrainState, make_eval_step, make_train_step
 
 
@@ -60,6 +69,9 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     config = architecture(experiment, model_folder)
+    if experiment.adapter is not None and experiment.adapter.init_from is not None:
+        # An adapter that does not fit is told before data and weights are read.
+        continue_adapter(experiment, build(config, **model_arguments(experiment)))
     tokenizer = (
         load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
         if experiment.data.source is not None
@@ -77,11 +89,12 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
             raise UserError(str(error)) from None
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
+        continue_adapter(experiment, model)
     run_folder.write_config(folder, experiment)
     trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep)
     code = trainer.train()
     if code == 0 and keep and tokenizer is not None and experiment.adapter is None:
-        tokenizer.save_pretrained(str(folder / "model"))
+        save_tokenizer(tokenizer, folder / "model")
     return code
 
 

@@ -14,7 +14,7 @@ from models.build import Model, build
 from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub import weights
+from moejax.hub import peft, weights
 from moejax.training.step import Objective, TrainState
 
 
@@ -68,6 +68,14 @@ def create_model(experiment: Experiment, config: Architecture, folder: Path | No
         return build(config, key=key, **arguments)
     model = build(config, **arguments)
     return weights.load_weights(model, folder, key)
+
+
+def continue_adapter(experiment: Experiment, model: Model) -> None:
+    """The weights of `adapter.init_from`, where it is set, into the model's adapter; the model may be abstract. Raises UserError."""
+    a = experiment.adapter
+    if a is not None and a.init_from is not None:
+        folder = weights.resolve(a.init_from, field="adapter.init_from")
+        peft.continue_from(model, folder, experiment.model.source)
 
 
 def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:

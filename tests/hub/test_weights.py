@@ -53,22 +53,87 @@ def test_loading_quantizes_as_quantizing_in_memory_does(folder):
     assert_same(loaded, in_memory)
 
 
-def test_shards_and_bfloat16(folder):
+GATE = "model.layers.0.block_sparse_moe.gate.weight"
+
+
+def sharded(folder, dtype):
+    """Two shards and an index in the place of model.safetensors; every other tensor lies in the first."""
     tensors = load_file(str(folder / "model.safetensors"))
     names = sorted(tensors)
     weight_map = {}
     for shard, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-0000{shard}-of-00002.safetensors"
-        save_file({n: tensors[n].astype(jnp.bfloat16) for n in part}, str(folder / file))
+        save_file({n: tensors[n].astype(dtype) for n in part}, str(folder / file))
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
+def test_shards_of_every_precision(dtype, folder):
+    tensors = sharded(folder, dtype)
     model = load_weights(build(CONFIG), folder, jax.random.key(0))
-    expected = tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"].astype(jnp.bfloat16).astype(np.float32)
+    expected = tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"].astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(model.layers.moe.w2.weight.get_value()[1, 3], expected)
-    (folder / "model-00002-of-00002.safetensors").unlink()
+    shard = folder / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is no whole safetensors file"):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+    shard.unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002"):
         load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update({GATE: "model-00002-of-00002.safetensors"}), f"00002-of-00002.safetensors lacks tensor '{GATE}'.*1 such"),
+        (lambda m: m.update({"model.x": "model-00001-of-00002.safetensors"}), r"00001-of-00002\.safetensors lacks tensor 'model\.x'"),
+        (lambda m: m.update({GATE: "../model.safetensors"}), r"names a file '\.\./model\.safetensors': expected files of the same"),
+        (lambda m: m.update({GATE: 3}), "lacks weight_map"),
+        (lambda m: m.clear(), "lacks weight_map"),
+    ],
+)
+def test_an_index_that_is_wrong(edit, message, folder):
+    sharded(folder, jnp.float32)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    edit(content["weight_map"])
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_an_index_or_config_that_is_no_json(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map"')
+    with pytest.raises(UserError, match=r"index\.json cannot be read"):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+    for content, message in (
+        ("[1]", "holds a list: expected names and values"),
+        ("\udcff", "cannot be read"),
+        ('{"model_type": "qwen2_moe"}', "model_type = 'qwen2_moe': expected 'mixtral'"),
+        ("{}", "model_type = None: expected 'mixtral'"),
+        ('{"model_type": "mixtral", "hidden_size": 8}', "lacks 'num_attention_heads'"),
+    ):
+        (folder / "config.json").write_text(content, errors="surrogateescape")
+        with pytest.raises(UserError, match=rf"config\.json.*{message}"):
+            read_config(folder)
+
+
+def test_both_dialects_of_config_json(folder):
+    """transformers 5 writes rope_parameters and dtype where 4 writes rope_theta and torch_dtype."""
+    four = json.loads((folder / "config.json").read_text())
+    five = {k: v for k, v in four.items() if k not in ("rope_theta", "torch_dtype")}
+    five |= {"rope_parameters": {"rope_theta": four["rope_theta"], "rope_type": "default"}, "dtype": "bfloat16"}
+    expected = read_config(folder)
+    (folder / "config.json").write_text(json.dumps(five))
+    assert read_config(folder) == expected and expected.rope_theta == 1e4
+    five["rope_parameters"] = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(five))
+    with pytest.raises(UserError, match="rotary positions of type 'yarn'"):
+        read_config(folder)
 
 
 def change(folder, edit):
@@ -77,15 +142,17 @@ def change(folder, edit):
     save_file(tensors, str(folder / "model.safetensors"))
 
 
-GATE = "model.layers.0.block_sparse_moe.gate.weight"
-
-
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda t: t.pop(GATE), f"tensor '{GATE}' is missing"),
         (lambda t: t.update({GATE: t[GATE][:, :5].copy()}), r"has shape \[4, 5\], expected \[4, 32\]"),
         (lambda t: t[GATE].fill(np.nan), f"'{GATE}' holds NaN"),
+        (lambda t: t[GATE].fill(np.inf), f"'{GATE}' holds NaN or infinity"),
+        (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), f"'{GATE}' is int8: expected bfloat16, float16 or float32"),
+        (lambda t: t.pop("lm_head.weight"), "tensor 'lm_head.weight' is missing"),
+        (lambda t: t.update({GATE + ".absmax": t[GATE]}), "bitsandbytes quantized, which is not read here"),
+        (lambda t: t.update({"model.layers.0.mlp.experts.gate_up_proj": t[GATE]}), "experts lie in one tensor, which is not read"),
         (lambda t: t.update({"model.layers.7.x": t[GATE]}), "1 tensors have no place"),
     ],
 )
@@ -124,9 +191,9 @@ def test_adapter_round_trip_and_mismatches(tmp_path):
     assert settings["target_modules"] == ["gate", "v_proj", "w1"] and settings["r"] == 2 and settings["lora_alpha"] == 8
     with pytest.raises(UserError, match=r"rank 2.*has rank 4"):
         load_adapter(model(rank=4), tmp_path)
-    with pytest.raises(UserError, match="is missing: the adapter has other targets"):
+    with pytest.raises(UserError, match=r"adapts gate, v_proj, w1; the model's adapter gate, v_proj, w1, w2: set adapter\.targets"):
         load_adapter(model(targets=("w1", "w2", "gate", "v_proj")), tmp_path)
-    with pytest.raises(UserError, match="have no place in this model's adapter"):
+    with pytest.raises(UserError, match=r"adapts gate, v_proj, w1; the model's adapter w1: set"):
         load_adapter(model(targets=("w1",)), tmp_path)
     with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
         load_adapter(again, tmp_path / "nowhere")

@@ -25,6 +25,11 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def evaluations(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
 def adapter(folder):
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -217,3 +222,20 @@ def test_only_the_batch_is_sent(make_experiment, monkeypatch):
     monkeypatch.setattr(Trainer, "_compile", with_host_array)
     with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
         loop.run(make_experiment(), resume=False)
+
+
+def test_continuing_from_an_adapter(make_experiment, tmp_path):
+    """The continued run starts where the first one ended: the same evaluation loss to the bit, before its first step."""
+    settings = {"training": {"steps": 4, "eval_every": 4}}
+    assert loop.run(make_experiment("first", **settings), resume=False) == 0
+    adapter_folder = str(tmp_path / "runs/first/adapter")
+    onward = make_experiment("onward", adapter={"rank": 2, "alpha": 4.0, "init_from": adapter_folder}, **settings)
+    assert loop.run(onward, resume=False) == 0
+    first, then = (evaluations(tmp_path / "runs" / name) for name in ("first", "onward"))
+    assert first[0] > first[4] == then[0] > then[4]
+    wrong = make_experiment("wrong", adapter={"rank": 4, "alpha": 8.0, "init_from": adapter_folder}, **settings)
+    with pytest.raises(UserError, match=r"has rank 4, .*set adapter\.rank"):
+        loop.run(wrong, resume=False)
+    with pytest.raises(UserError, match=r"adapter\.init_from = './nowhere': no such folder"):
+        loop.run(make_experiment("wrong", adapter={"init_from": "./nowhere"}), resume=False)
+    assert not (tmp_path / "runs/wrong").exists()

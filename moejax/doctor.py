@@ -1,0 +1,172 @@
+"""`moejax doctor`: what this machine has, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from moejax import __version__
+
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes", "safetensors", "transformers", "tokenizers",
+    "huggingface-hub", "datasets", "tensorboard",
+)  # fmt: skip
+HUB_SECONDS = 3.0
+LOW_DISK_BYTES = 20e9
+
+
+class Finding(NamedTuple):
+    """One line: ok, a note (something works less well), or an error (a run will fail)."""
+
+    what: str
+    status: str  # "ok", "note", "error"
+    found: str
+    advice: str = ""
+
+
+def run() -> int:
+    """Print the table. Returns 1 if something would make every run fail, else 0."""
+    findings = [*versions(), *devices(), *memory(), *plugin(), *caches(), hub()]
+    table = Table(title=f"moejax {__version__}", title_justify="left")
+    for column in ("", "what", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    colours = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "error": "[red]error[/red]"}
+    for f in findings:
+        table.add_row(colours[f.status], f.what, f.found, f.advice)
+    Console().print(table, highlight=False)
+    return int(any(f.status == "error" for f in findings))
+
+
+def version(package: str) -> str | None:
+    """The installed version; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> Iterable[Finding]:
+    """Python and the packages that are needed."""
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Finding("Python", "ok" if fits else "error", platform.python_version(), "" if fits else "use Python 3.11 to 3.13")
+    found = {name: version(name) for name in PACKAGES}
+    missing = [name for name, installed in found.items() if installed is None]
+    text = ", ".join(f"{name} {installed}" for name, installed in found.items() if installed is not None)
+    advice = f"lacking: {', '.join(missing)}. pip install -e . in the checkout (BUILD.md)" if missing else ""
+    yield Finding("packages", "error" if missing else "ok", text, advice)
+    wrong = [
+        f"{name} {installed}"
+        for name in ("jax-cuda12-plugin", "jax-cuda13-plugin")
+        if (installed := version(name)) is not None and installed != found["jaxlib"]
+    ]
+    if wrong:
+        yield Finding("CUDA plugin", "error", ", ".join(wrong), f"its version must be jaxlib's: pip install 'jax[cuda12]=={found['jax']}'")
+
+
+def devices() -> Iterable[Finding]:
+    """What jax computes on; a GPU that it does not see."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # looking must not take the memory of a run beside it
+    try:
+        import jax
+
+        found = jax.devices()
+    except (ImportError, RuntimeError) as error:
+        advice = "JAX_PLATFORMS=cpu runs without a GPU; BUILD.md has the installation for CUDA 12 and 13"
+        yield Finding("devices", "error", str(error).splitlines()[0][:200], advice)
+        return
+    kinds = ", ".join(sorted({f"{d.device_kind} ({d.platform})" for d in found}))
+    text = f"{len(found)} of {kinds}"
+    if len(found) > 1:
+        yield Finding("devices", "note", text, "one is used: choose it with CUDA_VISIBLE_DEVICES")
+    elif found[0].platform == "cpu" and has_nvidia():
+        advice = "the NVIDIA driver is there, but jax runs on the CPU: install the extra cuda12 or cuda13 (BUILD.md)"
+        yield Finding("devices", "note", text, advice)
+    elif found[0].platform == "cpu":
+        yield Finding("devices", "ok", text, "no GPU: the demos and tests run; a 7B model does not")
+    else:
+        yield Finding("devices", "ok", text)
+
+
+def has_nvidia() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def memory() -> Iterable[Finding]:
+    """Bytes of the device and of the host."""
+    try:
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats()
+    except (ImportError, RuntimeError):
+        stats = None
+    if stats and "bytes_limit" in stats:
+        used, limit = stats.get("bytes_in_use", 0), stats["bytes_limit"]
+        text = f"{limit / 1e9:.1f} GB for jax, {used / 1e9:.1f} in use"
+        yield Finding("device memory", "ok", text, "device.memory_fraction sets the share")
+    path = Path("/proc/meminfo")
+    if path.exists():
+        fields = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
+        total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+        low = free < 4e9
+        advice = "less than 4 GB: end other programs, or expect the system to end the run" if low else ""
+        yield Finding("host memory", "note" if low else "ok", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB available", advice)
+
+
+def plugin() -> Iterable[Finding]:
+    """TensorBoard's Profile tab."""
+    installed = version("xprof")
+    advice = "" if installed else "pip install -e '.[profile]' for the traces in TensorBoard; moejax breakdown works without"
+    yield Finding("TensorBoard's Profile tab", "ok" if installed else "note", f"xprof {installed}" if installed else "no xprof", advice)
+
+
+def caches() -> Iterable[Finding]:
+    """The folders that are written to: there, writable, with room."""
+    hub_home = os.environ.get("HF_HOME", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"))
+    for what, name, remedy in (
+        ("compiled programs", os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/moejax/xla", "device.compilation_cache=DIR"),
+        ("Hub downloads", os.environ.get("HF_HUB_CACHE") or f"{hub_home}/hub", "HF_HOME=DIR"),
+        ("runs", "runs", "runs_dir=DIR"),
+    ):
+        yield folder_finding(what, Path(name).expanduser(), remedy)
+
+
+def folder_finding(what: str, folder: Path, remedy: str) -> Finding:
+    """Whether `folder`, or the nearest folder above it that exists, can be written to, and its free space."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Finding(what, "error", f"{folder}: {there} cannot be written to", f"choose another folder: {remedy}")
+    free = shutil.disk_usage(there).free
+    text = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {free / 1e9:.0f} GB free"
+    low = free < LOW_DISK_BYTES
+    return Finding(what, "note" if low else "ok", text, f"little room (Mixtral-8x7B is 93 GB): {remedy} on another disk" if low else "")
+
+
+def hub() -> Finding:
+    """Whether the Hub answers."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding("Hub", "note", "HF_HUB_OFFLINE is set: only what is cached is found", "unset it to download")
+    token = "a token is set" if os.environ.get("HF_TOKEN") else "no HF_TOKEN (gated models need one)"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS):
+            pass
+    except urllib.error.HTTPError as error:  # it answered
+        return Finding("Hub", "ok" if error.code < 500 else "note", f"{endpoint} answers {error.code}, {token}")
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error))[:150]
+        advice = "give folders for model.source, tokenizer and data.source; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
+        return Finding("Hub", "note", f"{endpoint} cannot be reached ({reason})", advice)
+    return Finding("Hub", "ok", f"{endpoint} answers, {token}")

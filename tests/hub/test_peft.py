@@ -1,0 +1,105 @@
+"""Adapters that were trained elsewhere: continued, or refused with what differs."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import VECTORS
+
+from models.build import build
+from models.config import LORA_TARGETS, LoRAConfig
+from moejax.errors import UserError
+from moejax.hub import peft
+
+FIRST = "base_model.model.model.layers.0.block_sparse_moe.gate.lora_A.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What PEFT wrote, to be changed."""
+    shutil.copytree(VECTORS / "peft_all", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def model_like(folder, reference_config, **changes):
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    arguments = dict(rank=settings["r"], alpha=settings["lora_alpha"], targets=LORA_TARGETS) | changes
+    return build(reference_config, adapter=LoRAConfig(**arguments), dtype=jnp.float32)
+
+
+def test_pefts_adapter_goes_in_and_comes_out_to_the_bit(folder, reference_config, tmp_path):
+    model = model_like(folder, reference_config)
+    peft.continue_from(model, folder, "org/base")
+    peft.save_adapter(model, tmp_path / "out", "base")
+    theirs, ours = (load_file(str(f / "adapter_model.safetensors")) for f in (folder, tmp_path / "out"))
+    assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, r"use_dora = True: only plain LoRA"),
+        ({"use_rslora": True}, r"use_rslora = True"),
+        ({"rank_pattern": {"gate": 2}}, r"rank_pattern = \{'gate': 2\}"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
+        ({"peft_type": "IA3"}, r"peft_type = 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights = 'pissa_niter_4', which changes the base"),
+        ({"base_model_name_or_path": "/models/base", "r": 5}, r"set adapter\.rank"),
+        ({"r": None}, r"r = None: expected a positive number"),
+        ({"r": 5}, r"rank 5, alpha 8; the model's adapter has rank 4.*set adapter\.rank"),
+        ({"base_model_name_or_path": "other/Model"}, r"is an adapter of 'other/Model', model\.source = 'org/base': another base"),
+    ],
+)
+def test_settings_that_do_not_fit(change, message, folder, reference_config):
+    model = model_like(folder, reference_config)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/base"} | change))
+    with pytest.raises(UserError, match=message):
+        peft.continue_from(model, folder, "org/base")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(FIRST), r"layers\.0\.block_sparse_moe\.gate\.lora_A\.weight' is missing"),
+        (lambda t: t.update({FIRST: t[FIRST][:, 1:].copy()}), r"has shape \[4, 63\], expected \[4, 64\]: another base model"),
+        (lambda t: t[FIRST].fill(np.nan), r"gate\.lora_A\.weight' holds numbers that are not finite"),
+        (lambda t: t.update({FIRST.replace("gate", "norm"): t[FIRST].copy()}), r"adapts gate, k_proj, norm, o_proj"),
+        (lambda t: t.update({FIRST.replace("0", "9"): t[FIRST].copy()}), r"1 tensors have no place"),
+        (lambda t: t.update({FIRST.replace("block_sparse_moe.gate", "mlp.experts"): t[FIRST].copy()}), r"format of transformers 5"),
+    ],
+)
+def test_tensors_that_do_not_fit(edit, message, folder, reference_config):
+    path = str(folder / "adapter_model.safetensors")
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=message):
+        peft.continue_from(model_like(folder, reference_config), folder, None)
+
+
+def test_files_that_cannot_be_read(folder, reference_config):
+    model = model_like(folder, reference_config)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(whole[:-7])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors cannot be read"):
+        peft.continue_from(model, folder, None)
+    for content, message in (("{", "is no JSON"), ("[]", "holds a list")):
+        (folder / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            peft.continue_from(model, folder, None)
+
+
+def test_half_precision_is_widened_exactly(folder, reference_config):
+    path = str(folder / "adapter_model.safetensors")
+    halves = {name: value.astype(jnp.bfloat16) for name, value in load_file(path).items()}
+    save_file(halves, path)
+    model = model_like(folder, reference_config)
+    peft.continue_from(model, folder, None)
+    a = model.layers.moe.router.lora.a.get_value()
+    assert a.dtype == jnp.float32
+    np.testing.assert_array_equal(a[0], jax.device_get(halves[FIRST]).astype(np.float32))
