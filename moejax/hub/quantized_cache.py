@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moejax.hub.safetensors_file import Reader, Writer
 
 FORMAT = 1  # raise it when codes, scales or names change
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
+_AT_ONCE_BYTES = 1 << 28
 
 
 def key(files: list[Path], leaves: dict[str, Any], settings: str) -> str:
@@ -52,10 +54,24 @@ def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
         return None
     arrays = {}
     for name in leaves:
-        # A copy, also on a CPU: an array that is a view of the file would change with the file.
-        arrays[name] = jax.block_until_ready(jnp.array(reader.get_tensor(name), copy=True))
+        view = reader.get_tensor(name)
+        if view.nbytes <= _AT_ONCE_BYTES or view.ndim < 2:
+            # A copy, also on a CPU: an array that is a view of the file would change with the file.
+            arrays[name] = jax.block_until_ready(jnp.array(view, copy=True))
+        else:  # a layer at a time, so that the host holds no more of it
+            buffer = jnp.zeros(view.shape, view.dtype)
+            for index, part in enumerate(view):
+                buffer = jax.block_until_ready(put(buffer, jnp.asarray(part), (jnp.int32(index),)))
+            arrays[name] = buffer
         reader.release(name)
     return arrays
+
+
+@partial(jax.jit, donate_argnums=0)
+def put(buffer: jax.Array, part: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    """`buffer` with `part` at a leading index; in place, because the buffer is given away."""
+    start = (*index, *(jnp.zeros((), jnp.int32) for _ in part.shape))
+    return jax.lax.dynamic_update_slice(buffer, part.reshape((1,) * len(index) + part.shape), start)
 
 
 class Keeper:

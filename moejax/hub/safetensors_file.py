@@ -94,7 +94,7 @@ class Writer:
         data = np.ascontiguousarray(value)
         try:
             self._file.seek(self._start + self._entries[name]["data_offsets"][0] + start)
-            self._file.write(data.reshape(-1).view(np.uint8))
+            self._file.write(data.reshape(-1).view(np.uint8).data)
         except OSError as error:
             raise self._failed(error) from None
         self._left -= data.nbytes

@@ -86,7 +86,7 @@ def _check(pickled: bytes) -> None:
             raise pickle.UnpicklingError(f"its pickle has a {opcode.name} at byte {position}, which no dictionary of tensors needs")
         if opcode.name == "GLOBAL":
             _known(*str(argument).split(" ", 1))
-        if opcode.name == "LONG_BINPUT" and argument > len(pickled):  # the table would be made that long
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(pickled):  # the table would be made that long
             raise pickle.UnpicklingError(f"its pickle numbers an object {argument}")
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,13 +256,6 @@ def _progress(console: Console | None) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=console is None)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put(buffer: jax.Array, part: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """`buffer` with `part` at a leading index; in place, because the buffer is given away."""
-    start = (*index, *(jnp.zeros((), jnp.int32) for _ in part.shape))
-    return jax.lax.dynamic_update_slice(buffer, part.reshape((1,) * len(index) + part.shape), start)
-
-
 def _fill(
     variable: str, abstract: Any, parts: list[tuple[str, Place]], files: dict[str, _Source], folder: Path, keep: Keeper, advance: Any
 ) -> Any:
@@ -280,7 +272,8 @@ def _fill(
         position = tuple(jnp.int32(i) for i in index)
         for i, leaf in enumerate(jax.tree.leaves(stored)):
             keep.put(names[i], leaf, index)
-            buffers[i] = _put(buffers[i], leaf, position) if index else leaf
+            # A copy: on a CPU `leaf` may be a view of the file, and would change with it.
+            buffers[i] = quantized_cache.put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
         # What was read must be done with before its pages are given back, and before more is queued than memory holds.
         jax.block_until_ready(buffers)
         files[name].release()

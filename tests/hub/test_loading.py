@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from test_weights import CONFIG, assert_same
+from test_weights import CONFIG, arrays, assert_same
 
 from models.build import build
 from models.config import Quantization
@@ -73,6 +73,19 @@ def test_half_precision_is_read_exactly(dtype, folder):
     np.testing.assert_array_equal(model.embed.weight.get_value(), stored["model.embed_tokens.weight"].astype(np.float32))
 
 
+def test_a_model_is_no_view_of_its_file(folder, tmp_path):
+    """A file that is written over in place must not change the model that was read from it, nor may its cache."""
+    model, cached = load(folder, cache=tmp_path / "cache"), load(folder, cache=tmp_path / "cache")
+    before = [np.array(leaf) for leaf in arrays(model).values()]
+    for path in (folder / "model.safetensors", *(tmp_path / "cache").iterdir()):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.write(b"\xff" * size)
+    for again in (model, cached):
+        for leaf, value in zip(arrays(again).values(), before, strict=True):
+            np.testing.assert_array_equal(leaf, value)
+
+
 def test_a_tensor_of_integers_is_refused(folder):
     rewrite(folder, lambda t: t | {"model.norm.weight": np.ones(32, np.int32)})
     with pytest.raises(UserError, match=r"model.safetensors: tensor 'model.norm.weight' holds int32, expected bfloat16"):
@@ -87,7 +100,9 @@ def test_report_counts_every_weight(folder):
 
 
 class TestCache:
-    def test_second_start_quantizes_nothing_and_is_the_same(self, folder, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("at_once", [0, 1 << 28])
+    def test_second_start_quantizes_nothing_and_is_the_same(self, at_once, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(quantized_cache, "_AT_ONCE_BYTES", at_once)
         cache = tmp_path / "cache"
         first = load(folder, cache=cache)
         assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
