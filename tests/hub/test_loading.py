@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
+from support import VECTORS
 from test_weights import CONFIG, arrays, assert_same
 
 from models.build import build
 from models.config import Quantization
 from moejax.errors import UserError
 from moejax.hub import quantized_cache, safetensors_file
-from moejax.hub.weights import load_weights, report, save_weights
+from moejax.hub.weights import load_weights, read_config, report, save_weights
 
 KEY = jax.random.key(0)
 
@@ -177,3 +178,15 @@ def test_writer_leaves_nothing_half_written(tmp_path):
     read = load_file(str(path))
     np.testing.assert_array_equal(read["a"], np.array([[0] * 3, [1] * 3], jnp.bfloat16))
     assert read["b"] == 7
+
+
+def test_a_checkpoint_of_transformers_5():
+    """tests/oracles/save_mixtral.py wrote it: other names in config.json, several shards; the logits are PyTorch's."""
+    folder = VECTORS / "saved_by_transformers5"
+    assert len(list(folder.glob("*.safetensors"))) == 7
+    model = load_weights(build(read_config(folder), dtype=jnp.float32), folder, KEY)
+    with np.load(folder / "logits.npz") as file:
+        tokens, expected = jnp.asarray(file["tokens"]), file["logits"]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    logits = model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
