@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load.add_argument("--config", default=None, metavar="FILE", help="instead of a run: the base model of this experiment")
     load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
+    _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
     options = parser.parse_args(arguments)
     return guarded(options)
 
@@ -64,6 +65,16 @@ def _add_breakdown(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a finished run's folder, e.g. runs/demo")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    parser.add_argument(
+        "--format", choices=("peft", "merged"), default=None, help="default: the adapter if one was trained, else the model"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not reload what was written and compare its logits")
+    parser.add_argument("--tolerance", type=float, default=None, help="largest logit difference, as a share of the largest logit")
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +137,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import expert_load
 
         return expert_load.run(options.run, options.config, options.data, options.limit)
+    if options.command == "export":
+        from moejax import export
+
+        return export.run(options.run, options.out, options.format, not options.no_verify, options.tolerance)
     from moejax import config
 
     profile = options.command == "profile"

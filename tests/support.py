@@ -8,8 +8,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moejax.config import Experiment
-from moejax.training.state import split
+from models.config import LORA_TARGETS
+from moejax.config import Experiment, dump
+from moejax.hub.peft import adapted, save_adapter
+from moejax.training.state import architecture, create_model, split
 from moejax.training.step import Objective, sums
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +80,26 @@ def tiny_experiments(folder):
         return Experiment.model_validate(content)
 
     return make
+
+
+def finished_run(folder, **sections):
+    """A run's folder as training leaves it: the bundled Mixtral in NF4 and an adapter on everything whose B is drawn at random."""
+    content = {
+        "name": folder.name,
+        "runs_dir": str(folder.parent),
+        "model": {"source": str(ROOT / "assets/tiny-mixtral")},
+        "quantization": {"format": "nf4"},
+        "adapter": {"rank": 2, "alpha": 4.0, "targets": list(LORA_TARGETS)},
+        "data": {"source": str(ROOT / "assets/problems/train.json")},
+        "training": {"steps": 1, "compute_dtype": "float32"},
+    }
+    experiment = Experiment.model_validate(content | sections)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(experiment))
+    if experiment.adapter is not None:
+        source = Path(experiment.model.source or ROOT / "assets/tiny-mixtral")
+        model = create_model(experiment, architecture(experiment, source), source)
+        for index, lora in enumerate({id(lora): lora for _, lora in adapted(model).values()}.values()):
+            lora.b.set_value(0.1 * jax.random.normal(jax.random.key(index), lora.b.get_value().shape))
+        save_adapter(model, folder / "adapter", str(source))
+    return experiment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,3 +71,13 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
             f"the tokenizer's largest id is {largest}, the model's vocabulary has {vocab_size} rows: they do not belong together. "
             "Choose the model's own tokenizer (tokenizer=…), or a model with a larger vocabulary"
         )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write tokenizer files that transformers 4 and 5 load: the class name that 5 writes is unknown to 4, and 5 reads 4's."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     return found
 
 
-def save_adapter(model: Model, folder: Path, base_name: str) -> None:
+def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json, aside and renamed; then read them back and compare to the bit."""
     pairs = adapted(model)
     tensors = {}
@@ -52,7 +52,7 @@ def save_adapter(model: Model, folder: Path, base_name: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "revision": None,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.a.get_value().shape[-2],
         "lora_alpha": lora.scale * lora.a.get_value().shape[-2],

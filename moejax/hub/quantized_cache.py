@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from moejax.hub.safetensors_file import Reader, Writer
 
 FORMAT = 1  # raise it when codes, scales or names change
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
-_AT_ONCE_BYTES = 1 << 28
 
 
 def key(files: list[Path], leaves: dict[str, Any], settings: str) -> str:
@@ -55,7 +55,7 @@ def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
     arrays = {}
     for name in leaves:
         view = reader.get_tensor(name)
-        if view.nbytes <= _AT_ONCE_BYTES or view.ndim < 2:
+        if view.nbytes <= _at_once_bytes() or view.ndim < 2:
             # A copy, also on a CPU: an array that is a view of the file would change with the file.
             arrays[name] = jax.block_until_ready(jnp.array(view, copy=True))
         else:  # a layer at a time, so that the host holds no more of it
@@ -65,6 +65,11 @@ def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
             arrays[name] = buffer
         reader.release(name)
     return arrays
+
+
+def _at_once_bytes() -> float:
+    """What may be copied whole. On a CPU all of it: the copy is the model, and the fastest way there."""
+    return math.inf if jax.default_backend() == "cpu" else 1 << 28
 
 
 @partial(jax.jit, donate_argnums=0)

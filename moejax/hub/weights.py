@@ -348,7 +348,11 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
     aside = folder / "model.safetensors.tmp"
     save_file(arrays, str(aside), metadata={"format": "pt"})
     aside.replace(folder / "model.safetensors")
-    c = model.config
+    write_config(model.config, folder, dtype)
+
+
+def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
+    """config.json and generation_config.json of a model whose weights are stored in `dtype`."""
     hub_config = c.to_hub_config()
     if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
         hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}

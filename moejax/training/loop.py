@@ -22,7 +22,7 @@ from moejax.data.batch import Batch
 from moejax.data.batching import stack
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
-from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.profiling.capture import Capture, compile_profiled
@@ -81,7 +81,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep)
     code = trainer.train()
     if code == 0 and keep and tokenizer is not None and experiment.adapter is None:
-        tokenizer.save_pretrained(str(folder / "model"))
+        save_tokenizer(tokenizer, folder / "model")
     return code
 
 

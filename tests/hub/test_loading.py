@@ -103,7 +103,7 @@ def test_report_counts_every_weight(folder):
 class TestCache:
     @pytest.mark.parametrize("at_once", [0, 1 << 28])
     def test_second_start_quantizes_nothing_and_is_the_same(self, at_once, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(quantized_cache, "_AT_ONCE_BYTES", at_once)
+        monkeypatch.setattr(quantized_cache, "_at_once_bytes", lambda: at_once)
         cache = tmp_path / "cache"
         first = load(folder, cache=cache)
         assert [path.suffix for path in cache.iterdir()] == [".safetensors"]

@@ -1,0 +1,187 @@
+"""`moejax export RUN --out DIR`: what a run trained, for PyTorch: a PEFT adapter or a merged model, reloaded and compared."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+from models.build import Model, build
+from models.config import Architecture
+from moejax.config import Experiment
+from moejax.data.tokenizer import load_tokenizer, save_tokenizer
+from moejax.errors import UserError
+from moejax.evaluation.runs import open_run
+from moejax.hub import merge, peft, weights
+from moejax.training import memory
+from moejax.training.state import adapter_config, architecture, quantization_config
+
+PROMPT = (
+    "A box holds 12 apples. Tom takes 5 of them and puts 3 pears into it. How many pieces of fruit are in the box now? Write down "
+    "each step, then the answer."
+)
+TOLERANCE = {"peft": 1e-5, "merged": 0.05}
+"""Largest logit difference allowed, as a share of the largest logit. The adapter is the same numbers again; a merged matrix is
+rounded to bf16, and a token whose router is nearly undecided may then visit another expert."""
+
+
+class Comparison(NamedTuple):
+    """Of two models' logits on one prompt."""
+
+    largest: float  # logit difference
+    share: float  # … of the largest logit
+    equal: int  # positions whose likeliest next token is the same
+    tokens: int
+
+
+def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance: float | None) -> int:
+    """Write DIR whole or not at all. Raises UserError for a mistake, a full disk, and a model that reloads differently."""
+    folder, target, console = Path(run_folder), Path(out), Console()
+    experiment = open_run(folder)
+    trained = experiment.adapter is not None
+    chosen = format_ or ("peft" if trained else "merged")
+    if chosen == "peft" and not trained:
+        raise UserError(f"{folder} trained the whole model, so there is no adapter to export: use --format merged")
+    if target.exists():
+        raise UserError(f"{target} exists already: choose another --out (nothing was overwritten)")
+    source = experiment.model.source
+    if trained and source is None:
+        raise UserError(f"{folder}: its base has random weights (model.preset), which nobody else has: nothing to put an adapter on")
+    base = weights.resolve(str(source), experiment.model.revision) if trained else folder / "model"
+    sizes = architecture(experiment, base)
+    total = model_bytes(sizes)
+    if verify:
+        _check_memory(total)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        if chosen == "peft":
+            peft.save_adapter(_abstract(experiment, sizes, folder), aside, str(source), experiment.model.revision)
+        else:
+            _write_merged(experiment, sizes, folder, base, aside, total, console)
+        if verify:
+            limit = TOLERANCE[chosen] if tolerance is None else tolerance
+            compared = _compare(experiment, sizes, folder, base, aside, chosen)
+            console.print(_verdict(compared, limit), highlight=False, soft_wrap=True)
+            # not (a <= b): logits that are not numbers fail too.
+            if not compared.share <= limit:
+                raise UserError(
+                    f"what was written does not compute what was trained: {_verdict(compared, limit)}. {target} was not made. Please "
+                    "report this; --tolerance sets another limit"
+                )
+        aside.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target} could not be written ({error}): nothing is left of it. Free some space or choose another --out"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    what = "adapter in PEFT's format" if chosen == "peft" else "merged bf16 model"
+    console.print(f"{what}: {target}{'' if verify else ' (not verified)'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def model_bytes(sizes: Architecture) -> int:
+    """Bytes of the whole model in bf16."""
+    return 2 * sum(math.prod(v.get_value().shape) for _, v in nnx.to_flat_state(nnx.state(build(sizes))))
+
+
+def _abstract(experiment: Experiment, sizes: Architecture, folder: Path) -> Model:
+    """Shapes of the base, and the run's adapter."""
+    model = build(sizes, quantization=quantization_config(experiment), adapter=adapter_config(experiment))
+    if experiment.adapter is not None:
+        peft.load_adapter(model, folder / "adapter")
+    return model
+
+
+def _write_merged(
+    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, aside: Path, total: int, console: Console
+) -> None:
+    free = shutil.disk_usage(aside).free
+    if free < total:
+        raise UserError(f"{aside.parent} has {free / 1e9:.2f} GB free, the model takes {total / 1e9:.2f}: choose another --out")
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("merging", total=total)
+        merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=lambda n: bar.advance(task, n))
+    tokenizer = _tokenizer(experiment, base)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, aside)
+
+
+def _tokenizer(experiment: Experiment, base: Path) -> Any:
+    """The run's tokenizer; None where the run had none (random tokens)."""
+    source = experiment.tokenizer or (str(base) if (base / "tokenizer.json").is_file() else None)
+    return None if source is None else load_tokenizer(source, experiment.added_tokens)
+
+
+def _check_memory(total: int) -> None:
+    limit = memory.usable_bytes()
+    if limit is not None and total > limit:
+        raise UserError(
+            f"the reloaded model takes {total / 1e9:.2f} GB and {limit / 1e9:.2f} GB are usable here, so it cannot be verified: use a "
+            "larger machine (JAX_PLATFORMS=cpu where the host has the memory), or --no-verify"
+        )
+
+
+def _compare(experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str) -> Comparison:
+    """The trained and the reloaded model, one after the other in memory, both computed in fp32."""
+    tokens = _prompt(experiment, base, sizes)
+    key = jax.random.key(0)
+    stored = jnp.dtype(experiment.training.compute_dtype if experiment.adapter else experiment.training.param_dtype)
+    arguments: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": stored, "frozen_dtype": stored}
+    tuned = build(sizes, quantization=quantization_config(experiment), adapter=adapter_config(experiment), **arguments)
+    weights.load_weights(tuned, base, key)
+    if experiment.adapter is not None:
+        peft.load_adapter(tuned, folder / "adapter")
+    expected = _logits(tuned, tokens)
+    if chosen == "peft":
+        peft.load_adapter(tuned, written)
+        return compare(expected, _logits(tuned, tokens))
+    del tuned
+    reloaded = build(weights.read_config(written), dtype=jnp.float32, param_dtype=jnp.bfloat16)
+    return compare(expected, _logits(weights.load_weights(reloaded, written, key), tokens))
+
+
+def compare(expected: np.ndarray, actual: np.ndarray) -> Comparison:
+    """logits: [T, V] of the trained and of the reloaded model."""
+    largest = float(np.abs(expected - actual).max())
+    equal = int((expected.argmax(-1) == actual.argmax(-1)).sum())
+    return Comparison(largest, largest / float(np.abs(expected).max()), equal, len(expected))
+
+
+def _verdict(c: Comparison, limit: float) -> str:
+    return (
+        f"verified on {c.tokens} tokens: largest logit difference {c.largest:.2g} ({100 * c.share:.2g} % of the largest logit, at most "
+        f"{100 * limit:g} % allowed), {c.equal} of {c.tokens} next tokens equal"
+    )
+
+
+def _prompt(experiment: Experiment, base: Path, sizes: Architecture) -> np.ndarray:
+    """int32 [T]: a fixed text; ids 1, 2, 3 … where there is no tokenizer."""
+    tokenizer = _tokenizer(experiment, base)
+    ids = list(range(1, 65)) if tokenizer is None else tokenizer.encode(PROMPT)
+    return np.array(ids, np.int32)[: sizes.max_position_embeddings] % sizes.vocab_size
+
+
+def _logits(model: Model, tokens: np.ndarray) -> np.ndarray:
+    """fp32 [T, V]."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
+        whole: Model = nnx.merge(graphdef, state)
+        hidden, _ = whole(tokens, jnp.ones_like(tokens), jnp.arange(tokens.shape[1])[None])
+        return whole.logits(hidden)[0]
+
+    return np.asarray(forward(state, jnp.asarray(tokens)[None]))

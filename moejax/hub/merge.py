@@ -1,0 +1,97 @@
+"""A run's weights as one bf16 model: base and adapter merged tensor by tensor, written as shards with an index."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from models.build import Model
+from models.ops import nf4
+from moejax.hub.names import Place, tensors
+from moejax.hub.weights import attribute, index_of, open_tensors, read_tensor, stored_shape, write_config
+
+SHARD_BYTES = 2_000_000_000
+
+
+def save_merged(
+    model: Model, base: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES, progress: Callable[[int], None] | None = None
+) -> int:
+    """Write base + alpha/rank · B A of every adapted matrix, in bf16, with config.json and generation_config.json. Returns its bytes.
+
+    model: abstract but for its adapters (`models.build.build` without a key, `peft.load_adapter`); it says what is quantized. A
+    quantized matrix is merged as it was trained against: to NF4 and back, then the adapter's part, in fp32, then rounded once.
+    base: the folder its weights are read from. One tensor at a time: host memory holds one shard and its serialized copy, never the
+    model. progress: called with the bytes of each tensor. Raises UserError as `weights.load_weights` does; OSError for a full disk.
+    """
+    sizes = {name: 2 * math.prod(_whole_shape(model, places)) for name, places in tensors(model.config).items()}
+    shards = plan_shards(sizes, shard_bytes)
+    files = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        source = open_tensors(base, stack)
+        for file, names in zip(files, shards, strict=True):
+            arrays = {}
+            for name in names:
+                arrays[name] = merged_tensor(model, name, source, base).astype(ml_dtypes.bfloat16)
+                if progress is not None:
+                    progress(sizes[name])
+            save_file(arrays, str(folder / file), metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_config(model.config, folder, jnp.bfloat16)
+    return sum(sizes.values())
+
+
+def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a shard would pass `shard_bytes`; a larger tensor is a shard by itself."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) -> np.ndarray:
+    """fp32: a tensor of the checkpoint as the trained model means it, adapter included."""
+    places = tensors(model.config)[name]
+    raw = read_tensor(files, name, _whole_shape(model, places), base)
+    place = places[0]  # a tensor that holds two of our matrices is a BlackMamba's: neither quantized nor adapted
+    module = attribute(model, place.path)
+    if isinstance(getattr(module, place.attr).get_value(), nf4.NF4Tensor):
+        double = getattr(module, place.attr).get_value().offset is not None
+        raw = nf4.dequantize(nf4.quantize(raw, double=double), jnp.float32)
+    value = np.asarray(raw, np.float32)
+    lora = getattr(module, "lora", None) if place.attr == "weight" else None
+    if lora is None:
+        return value
+    a, b = (np.asarray(v.get_value()[index_of(place)], np.float32) for v in (lora.a, lora.b))
+    return value + np.float32(lora.scale) * (b @ a)
+
+
+def _whole_shape(model: Model, places: tuple[Place, ...]) -> tuple[int, ...]:
+    """The shape of a tensor as the checkpoint stores it."""
+    place = places[0]
+    value = getattr(attribute(model, place.path), place.attr).get_value()
+    leading = (place.layer is not None) + (place.expert is not None)
+    shape = value.shape if isinstance(value, nf4.NF4Tensor) else value.shape[leading:]
+    return stored_shape(place, tuple(shape))

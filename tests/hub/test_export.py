@@ -1,0 +1,142 @@
+"""`moejax export`: what is written computes what was trained, and nothing half-written is left."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import ROOT, VECTORS, finished_run
+
+from models.build import build
+from models.config import LoRAConfig
+from moejax import cli, export
+from moejax.errors import UserError
+from moejax.hub import merge, peft, weights
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    finished_run(folder)
+    return folder
+
+
+def test_an_adapter_comes_out_as_it_was(run_folder, tmp_path, capsys):
+    assert cli.main(["export", str(run_folder), "--out", str(tmp_path / "a")]) == 0
+    assert "largest logit difference 0 " in capsys.readouterr().out
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (run_folder / "adapter" / name).read_bytes()
+
+
+def test_a_merged_model_computes_what_was_trained(run_folder, tmp_path, capsys):
+    out = tmp_path / "m"
+    assert cli.main(["export", str(run_folder), "--out", str(out), "--format", "merged"]) == 0
+    assert "verified on" in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert {v.dtype for v in load_file(str(out / "model.safetensors")).values()} == {jnp.dtype(jnp.bfloat16)}
+    # transformers 4 knows no other name for the class.
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_merging_is_pefts_merging(mixtral_folder, reference_config, mixtral_vectors, tmp_path):
+    """The base and adapter that PyTorch wrote, merged here in fp32: the logits that PyTorch computed with the adapter."""
+    settings = json.loads((VECTORS / "peft_all" / "adapter_config.json").read_text())
+    targets = tuple(settings["target_modules"])
+    model = build(reference_config, adapter=LoRAConfig(settings["r"], settings["lora_alpha"], 0.0, targets), dtype=jnp.float32)
+    peft.load_adapter(model, VECTORS / "peft_all")
+    with weights.ExitStack() as stack:
+        files = weights.open_tensors(mixtral_folder, stack)
+        merged = {name: merge.merged_tensor(model, name, files, mixtral_folder) for name in files}
+    save_file(merged, str(tmp_path / "model.safetensors"))
+    plain = weights.load_weights(build(reference_config, dtype=jnp.float32), tmp_path, jax.random.key(0))
+    with np.load(VECTORS / "lora_all.npz") as file:
+        expected = file["logits"]
+    ids, mask = mixtral_vectors["ids"].astype(np.int32), mixtral_vectors["mask"].astype(np.int32)
+    hidden, _ = plain(ids, mask, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) * mask)
+    real = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(plain.logits(hidden))[real], expected[real], atol=2e-5, rtol=0)
+
+
+def test_shards_hold_what_one_file_holds(run_folder, tmp_path):
+    experiment = export.open_run(run_folder)
+    base = ROOT / "assets/tiny-mixtral"
+    model = export._abstract(experiment, weights.read_config(base), run_folder)
+    merge.save_merged(model, base, tmp_path / "one")
+    seen = []
+    total = merge.save_merged(model, base, tmp_path / "many", shard_bytes=1_000_000, progress=seen.append)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert sum(seen) == total == index["metadata"]["total_size"]
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) == 5 and files[0] == "model-00001-of-00005.safetensors"
+    one, many = load_file(str(tmp_path / "one" / "model.safetensors")), {}
+    for file in files:
+        part = load_file(str(tmp_path / "many" / file))
+        assert all(index["weight_map"][name] == file for name in part)
+        assert sum(v.nbytes for v in part.values()) <= 1_000_000
+        many |= part
+    assert one.keys() == many.keys() and all(np.array_equal(one[name], many[name]) for name in one)
+
+
+def test_a_model_trained_whole(tmp_path, capsys):
+    folder = tmp_path / "whole"
+    whole = {"adapter": None, "quantization": {}, "model": {"source": str(ROOT / "assets/tiny-blackmamba")}}
+    finished_run(folder, **whole)
+    shutil.copytree(ROOT / "assets/tiny-blackmamba", folder / "model")
+    assert cli.main(["export", str(folder), "--out", str(tmp_path / "m")]) == 0
+    assert "largest logit difference 0 " in capsys.readouterr().out
+    assert cli.main(["export", str(folder), "--out", str(tmp_path / "a"), "--format", "peft"]) == 2
+    assert "trained the whole model, so there is no adapter to export: use --format merged" in capsys.readouterr().err
+
+
+def nothing_left(folder):
+    return list(folder.iterdir()) == []
+
+
+def test_a_merge_without_the_adapter_is_found_out(run_folder, tmp_path, monkeypatch):
+    """The mistake that nobody notices elsewhere: a file that loads, and is the base."""
+    complete = export._abstract
+
+    def without_adapter(*arguments):
+        model = complete(*arguments)
+        for _, lora in peft.adapted(model).values():
+            lora.b.set_value(0 * lora.b.get_value())
+        return model
+
+    monkeypatch.setattr(export, "_abstract", without_adapter)
+    with pytest.raises(UserError, match="does not compute what was trained"):
+        export.run(str(run_folder), str(tmp_path / "m"), "merged", True, None)
+    assert nothing_left(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing(run_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge, "save_file", full)
+    with pytest.raises(UserError, match=r"m could not be written .*No space left.*nothing is left of it"):
+        export.run(str(run_folder), str(tmp_path / "m"), "merged", False, None)
+    assert nothing_left(tmp_path)
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(UserError, match=r"has 0.00 GB free, the model takes 0.00"):
+        export.run(str(run_folder), str(tmp_path / "m"), "merged", False, None)
+    assert nothing_left(tmp_path)
+
+
+def test_what_cannot_be_exported(run_folder, tmp_path, capsys, monkeypatch):
+    def refused(*arguments):
+        assert cli.main(["export", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "there").mkdir()
+    assert "there exists already: choose another --out" in refused(run_folder, "--out", tmp_path / "there")
+    assert "is no finished run" in refused(tmp_path / "there", "--out", tmp_path / "m")
+    finished_run(tmp_path / "random", model={"preset": "mixtral-tiny"}, tokenizer=str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
+    assert "its base has random weights" in refused(tmp_path / "random", "--out", tmp_path / "m")
+    monkeypatch.setattr(export.memory, "usable_bytes", lambda: 1000)
+    assert "cannot be verified" in refused(run_folder, "--out", tmp_path / "m", "--format", "merged")
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,33 @@
+"""Our side of check_export.py: a run with an adapter on every target over NF4, exported merged, and the logits of what was written."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support import ROOT, finished_run
+
+from models.build import build
+from moejax import export
+from moejax.data.tokenizer import load_tokenizer
+from moejax.hub import merge, weights
+
+
+def main():
+    folder = Path(sys.argv[1])
+    experiment = finished_run(folder / "run")
+    code = export.run(str(folder / "run"), str(folder / "merged"), "merged", True, None)
+    written = folder / "sharded"  # the same in five files with an index
+    base = ROOT / "assets/tiny-mixtral"
+    model = export._abstract(experiment, weights.read_config(base), folder / "run")
+    merge.save_merged(model, base, written, shard_bytes=1_000_000)
+    tokens = np.array(load_tokenizer(str(folder / "merged")).encode(export.PROMPT), np.int32)
+    reloaded = build(weights.read_config(written), dtype=jnp.float32, param_dtype=jnp.bfloat16)
+    logits = export._logits(weights.load_weights(reloaded, written, jax.random.key(0)), tokens)
+    np.savez(folder / "logits.npz", tokens=tokens, logits=logits, prompt=export.PROMPT)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
