@@ -86,11 +86,15 @@ class ModelConfig(_Section):
 
 
 class QuantizationConfig(_Section):
-    """Storage of frozen weights. nf4: 4 bits, bit-identical to bitsandbytes; `double`: block scales in 8 bits too."""
+    """Storage of frozen weights. nf4: 4 bits, bit-identical to bitsandbytes; `double`: block scales in 8 bits too.
+
+    cache: where quantized weights are kept for the next start (of checkpoints of 1 GB or more); null: nowhere.
+    """
 
     format: Literal["none", "nf4"] = "none"
     double: bool = True
     modules: Names = QUANTIZED_MODULES
+    cache: str | None = "~/.cache/moejax/quantized"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -32,6 +32,9 @@ _DAMAGED = (
 """What a file that is cut, damaged or made to deceive raises on its way through zipfile and the interpreter."""
 
 
+_LARGEST_PICKLE = 64 << 20  # names and shapes only: a few hundred bytes a tensor
+
+
 class _Global(NamedTuple):
     """A name that is allowed, as a value: it can be called by REDUCE and named in a storage, nothing else."""
 
@@ -196,7 +199,7 @@ class TorchFile:
     """The tensors of a file, read one at a time. A dictionary of them, or one under "model". Raises UserError."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         try:
             self._zip = zipfile.ZipFile(path)
             pickled = next((name for name in self._zip.namelist() if name.endswith("/data.pkl")), None)
@@ -224,23 +227,30 @@ class TorchFile:
         info = self._zip.getinfo(f"{self._prefix}{name}")
         if info.compress_type != zipfile.ZIP_STORED:  # torch.save never compresses: a small file could unpack to anything
             raise ValueError(f"{name} in it is compressed")
+        if name == "data.pkl" and info.file_size > _LARGEST_PICKLE:
+            raise ValueError(f"its data.pkl has {info.file_size} bytes, and {_LARGEST_PICKLE} are far more than names need")
         return self._zip.read(info)
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor's elements."""
+        tensor = self._tensors[name]
+        return math.prod(tensor.shape) * np.dtype(tensor.storage.dtype).itemsize
 
     def get_tensor(self, name: str) -> jax.Array:
         storage, offset, shape, strides = self._tensors[name]
         try:
             data = np.frombuffer(self._read(f"data/{storage.key}"), storage.dtype)
         except _DAMAGED as error:
-            raise UserError(f"{self._path}: the data of tensor {name!r} cannot be read ({error}): download it again") from None
+            raise UserError(f"{self.path}: the data of tensor {name!r} cannot be read ({error}): download it again") from None
         # Strides come from the file: a view beyond the data would read whatever lies in memory there, and one that repeats it (stride
         # 0) could be larger than any memory.
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if min(offset, *shape, *strides, 0) < 0 or (0 not in shape and max(last + 1, math.prod(shape)) > data.size):
             raise UserError(
-                f"{self._path}: tensor {name!r} (shape {list(shape)}, strides {list(strides)}, offset {offset}) reaches beyond its "
+                f"{self.path}: tensor {name!r} (shape {list(shape)}, strides {list(strides)}, offset {offset}) reaches beyond its "
                 f"{data.size} stored elements: a damaged file; download it again"
             )
         data, steps = data[offset:], [s * data.itemsize for s in strides]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from rich.console import Console
 
 from models.build import Model, build
 from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
@@ -16,6 +17,8 @@ from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.training.step import Objective, TrainState
+
+CACHED_FROM_BYTES = 1_000_000_000
 
 
 def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
@@ -67,7 +70,10 @@ def create_model(experiment: Experiment, config: Architecture, folder: Path | No
     if folder is None:
         return build(config, key=key, **arguments)
     model = build(config, **arguments)
-    return weights.load_weights(model, folder, key)
+    cache = experiment.quantization.cache
+    # What a small model would save is not worth a file.
+    kept = None if cache is None or weights.stored_bytes(folder) < CACHED_FROM_BYTES else Path(cache).expanduser()
+    return weights.load_weights(model, folder, key, cache=kept, console=Console(stderr=True))
 
 
 def continue_adapter(experiment: Experiment, model: Model) -> None:

@@ -1,0 +1,121 @@
+"""Frozen weights as they are in memory (NF4 codes and all), on disk: the second start reads a quarter of the bytes, and quantizes none.
+
+A file is found by what it was made from: the checkpoint's files (size, time of change, header, and samples of the data), our storage
+format, and every variable's shape and dtype. What another version wrote has another name, and is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+
+from moejax import __version__
+from moejax.errors import UserError
+from moejax.hub.safetensors_file import Reader, Writer
+
+FORMAT = 1  # raise it when codes, scales or names change
+_SAMPLES, _SAMPLE_BYTES = 64, 65536
+
+
+def key(files: list[Path], leaves: dict[str, Any], settings: str) -> str:
+    """Hexadecimal name of the cache of these files, stored as `leaves` (name -> abstract array)."""
+    digest = hashlib.sha256(f"{FORMAT} {__version__} {settings}".encode())
+    digest.update(json.dumps({name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}).encode())
+    for path in sorted(files):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            for sample in range(_SAMPLES):
+                file.seek(stat.st_size * sample // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
+    """The arrays of a cache; None where there is none or it is not what was asked for (it is then made anew)."""
+    if not path.is_file():
+        return None
+    try:
+        reader = Reader(path)
+    except UserError:
+        return None
+    if set(reader.names()) != set(leaves) or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
+        return None
+    arrays = {}
+    for name in leaves:
+        view = reader.get_tensor(name)
+        if view.nbytes <= _at_once_bytes() or view.ndim < 2:
+            # A copy, also on a CPU: an array that is a view of the file would change with the file.
+            arrays[name] = jax.block_until_ready(jnp.array(view, copy=True))
+        else:  # a layer at a time, so that the host holds no more of it
+            buffer = jnp.zeros(view.shape, view.dtype)
+            for index, part in enumerate(view):
+                buffer = jax.block_until_ready(put(buffer, jnp.asarray(part), (jnp.int32(index),)))
+            arrays[name] = buffer
+        reader.release(name)
+    return arrays
+
+
+def _at_once_bytes() -> float:
+    """What may be copied whole. On a CPU all of it: the copy is the model, and the fastest way there."""
+    return math.inf if jax.default_backend() == "cpu" else 1 << 28
+
+
+@partial(jax.jit, donate_argnums=0)
+def put(buffer: jax.Array, part: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    """`buffer` with `part` at a leading index; in place, because the buffer is given away."""
+    start = (*index, *(jnp.zeros((), jnp.int32) for _ in part.shape))
+    return jax.lax.dynamic_update_slice(buffer, part.reshape((1,) * len(index) + part.shape), start)
+
+
+class Keeper:
+    """Writes the cache while the model is loaded. A disk that is full costs the cache, not the load."""
+
+    def __init__(self, path: Path | None, leaves: dict[str, Any], console: Console | None):
+        self._shapes = {name: (tuple(leaf.shape), numpy_dtype(leaf.dtype)) for name, leaf in leaves.items()}
+        self._path, self._console, self._writer = path, console, None
+        if path is not None:
+            self._try(lambda: setattr(self, "_writer", Writer(path, self._shapes, {"format": str(FORMAT)})))
+
+    def put(self, name: str, value: Any, index: tuple[int, ...]) -> None:
+        if self._writer is not None:
+            writer, (shape, _) = self._writer, self._shapes[name]
+            array = np.asarray(value)
+            flat = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
+            self._try(lambda: writer.write(name, array, flat * array.nbytes))
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except UserError as error:
+            self._drop(error)
+
+    def _drop(self, error: UserError) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(UserError)
+            self._writer = None
+        if self._console is not None:
+            self._console.print(f"warning: quantized weights are not kept for the next start: {error}", highlight=False)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self._writer is not None:
+            writer = self._writer
+            self._try(lambda: writer.__exit__(kind))
+
+
+def numpy_dtype(dtype: Any) -> Any:
+    return ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.dtype(dtype)

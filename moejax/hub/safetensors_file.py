@@ -1,0 +1,119 @@
+"""safetensors files by memory map, a tensor at a time in both directions: no whole file is ever in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moejax.errors import UserError
+
+_DTYPES: dict[str, Any] = {
+    "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
+    "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Reader:
+    """The tensors of one file as read-only views of its memory map. Raises UserError where the file is not whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(str(path), framework="numpy") as checked:  # the library judges header, sizes and offsets
+                self.metadata: dict[str, str] = checked.metadata() or {}
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self.header = file.read(length)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
+        self._start = 8 + length
+        self._entries: dict[str, Any] = {k: v for k, v in json.loads(self.header).items() if k != "__metadata__"}
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def nbytes(self, name: str) -> int:
+        begin, end = self._entries[name]["data_offsets"]
+        return int(end - begin)
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{self.path}: tensor {name!r} is {entry['dtype']}: expected one of {', '.join(_DTYPES)}")
+        shape, offset = tuple(entry["shape"]), self._start + entry["data_offsets"][0]
+        return np.frombuffer(self._map, _DTYPES[entry["dtype"]], math.prod(shape), offset).reshape(shape)
+
+    def release(self, name: str) -> None:
+        """Give the pages of a tensor back: a later read takes them from the file again."""
+        begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
+        page = mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and end > begin:
+            first = begin // page * page
+            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+class Writer:
+    """One file of tensors whose shapes are known before their values; written aside and renamed when it is whole.
+
+    Used as a context: leaving it by an exception (also a full disk's) leaves no file.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]], metadata: Mapping[str, str]):
+        self._path, self._aside = path, path.with_name(path.name + ".tmp")
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 64 + 56)  # data on a multiple of 64 bytes: a view of it is aligned for every dtype
+        self._entries, self._start, self._end = header, 8 + len(encoded), end
+        self._left = end
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._aside.open("wb")
+            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def write(self, name: str, value: Any, start: int = 0) -> None:
+        """Put `value` into tensor `name`, from its `start`-th byte on."""
+        data = np.ascontiguousarray(value)
+        try:
+            self._file.seek(self._start + self._entries[name]["data_offsets"][0] + start)
+            self._file.write(data.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise self._failed(error) from None
+        self._left -= data.nbytes
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"{self._path} cannot be written ({error.strerror}): nothing was left there; free space or choose another folder")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            try:
+                self._file.close()
+                if kind is None:
+                    if self._left:
+                        raise ValueError(f"{self._path}: {self._left} bytes were never written")
+                    self._aside.replace(self._path)
+            except OSError as error:
+                raise self._failed(error) from None
+        finally:
+            self._aside.unlink(missing_ok=True)
