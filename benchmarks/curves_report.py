@@ -1,0 +1,67 @@
+"""The figure and the table of benchmarks/curves.py: docs/frameworks_curves.png, and what stands between two marks in docs/frameworks.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- curves: begin -->", "<!-- curves: end -->"
+
+
+def write(results: dict[str, Any], docs: Path) -> None:
+    figure(results, docs / "frameworks_curves.png")
+    page = docs / "frameworks.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table(results)}{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| run | largest relative difference of the loss | until routing differs | routing first differs |",
+        "|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        tie = r["routing_differs"]
+        where = "never" if tie is None else f"step {tie['step']}, layer {tie['layer']}"
+        if tie is not None and tie.get("explains"):
+            where += f": experts {tie['experts'][0]} and {tie['experts'][1]} of one token are {tie['gap']:.1e} apart"
+        elif tie is not None:
+            where += ": several tokens"
+        mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else " **(above 1e-4)**"
+        lines.append(
+            f"| {name} | {r['largest_relative_difference']:.1e} | {r['largest_before_routing_differs']:.1e}{mark} | {where} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Above both losses, below their relative difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(3.1 * len(results), 5.2), layout="constrained")
+    panels = drawing.subplots(2, len(results), squeeze=False, sharex=True, height_ratios=(1.3, 1))
+    for column, (name, r) in enumerate(results.items()):
+        upper, lower = panels[0][column], panels[1][column]
+        steps = range(1, r["steps"] + 1)
+        upper.plot(steps, r["pytorch"], color="#d9822b", linewidth=2.6, alpha=0.6, label="PyTorch")
+        upper.plot(steps, r["moejax"], color="#1f4e8c", linewidth=0.9, label="moejax")
+        upper.set_title(name, fontsize=9)
+        relative = [max(abs(a - b) / abs(b), 1e-9) for a, b in zip(r["moejax"], r["pytorch"], strict=True)]
+        lower.semilogy(steps, relative, color="#444444", linewidth=0.8)
+        lower.set_ylim(1e-9, 1)
+        if r["agrees"] is not None:
+            lower.axhline(1e-4, color="#b03030", linewidth=0.8, linestyle="--")
+        if r["routing_differs"] is not None:
+            lower.axvline(r["routing_differs"]["step"], color="#2a8a4a", linewidth=0.9, linestyle=":")
+        lower.set_xlabel("step", fontsize=8)
+        for axes in (upper, lower):
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("loss", fontsize=8)
+    panels[1][0].set_ylabel("relative difference\n(dashed: 1e-4; dotted: routing differs)", fontsize=8)
+    panels[0][0].legend(fontsize=7, frameon=False)
+    drawing.savefig(path, dpi=130)
