@@ -2,8 +2,9 @@
 
 The program marks its scopes (`benchmarks/pytorch/tracing.py`): annotations "moejax:" + "step", "phase/forward", "phase/backward", or a
 stage. Phases: a stage inside the backward pass is recomputation, since only a checkpointed forward pass runs there; an autograd node
-belongs to the stage of the forward operation that made it (same sequence number, same thread). On a CPU every instant of a step counts
-for the innermost thing that runs, Python between operations included; on a GPU a kernel counts for the operation that launched it.
+belongs to the stage of the forward operation that made it (same sequence number: one thread runs the forward pass). On a CPU every
+instant of a step counts for the innermost thing that runs, Python between operations included; on a GPU a kernel counts for the
+operation that launched it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ class Event:
     start: float
     end: float
     sequence: int | None
-    forward_thread: Any
     external: int | None
     own: float = 0.0
     place: Place = NOWHERE
@@ -111,7 +111,7 @@ def analyze(raw: list[dict[str, Any]]) -> TorchBreakdown:
     if not steps:
         raise UserError(f"the trace holds no step marked {MARK}step: take it with benchmarks/torch_run.py --profile")
     roots = {thread: _nest(events) for thread, events in threads.items()}
-    made: dict[tuple[Any, int], Place] = {}
+    made: dict[int, Place] = {}
     external: dict[int, Place] = {}
     # The thread that runs the steps first: autograd's own thread asks where a node was made.
     for thread in sorted(roots, key=lambda t: t != steps[0].thread):
@@ -141,10 +141,8 @@ def _events(raw: list[dict[str, Any]]) -> tuple[dict[Any, list[Event]], list[Eve
         if e.get("ph") != "X" or kind not in ("cpu_op", "user_annotation", *_DEVICE):
             continue
         values = e.get("args", {})
-        event = Event(
-            e["name"], kind, e["tid"], float(e["ts"]), float(e["ts"]) + float(e["dur"]), values.get("Sequence number"),
-            values.get("Fwd thread id"), values.get("External id"),
-        )  # fmt: skip
+        start, numbers = float(e["ts"]), (values.get("Sequence number"), values.get("External id"))
+        event = Event(e["name"], kind, e["tid"], start, start + float(e["dur"]), *numbers)
         if kind in _DEVICE:
             device.append(event)
         elif kind == "cpu_op" or event.name.startswith(MARK):
@@ -176,7 +174,7 @@ def _place(
     events: list[Event],
     outer: Place,
     backward: bool,
-    made: dict[tuple[Any, int], Place],
+    made: dict[int, Place],
     external: dict[int, Place],
     last: list[Place],
 ) -> None:
@@ -192,23 +190,18 @@ def _place(
             elif name in STAGES:
                 here = Place("recompute" if backward else "forward", name)
         elif event.name.startswith(NODE):
-            found = made.get((event.forward_thread, event.sequence)) if event.sequence is not None else None
+            found = made.get(event.sequence) if event.sequence is not None else None
             here, now_backward = Place("backward", (found or last[0]).stage), True
             last[0] = here
         else:
             here = Place(outer.phase, _refined(outer.stage, event.name))
             if here.phase == "forward" and event.sequence is not None:
                 # Of several operations with one number the last to begin made the node: its wrappers peeked at the number before it.
-                made[_fits(event), event.sequence] = here
+                made[event.sequence] = here
         if event.external is not None:
             external[event.external] = here
         event.place = here
         _place(event.children, here, now_backward, made, external, last)
-
-
-def _fits(event: Event) -> Any:
-    """The forward thread's number as nodes name it: the profiler counts them from 1 in the order of their first operation."""
-    return event.forward_thread if event.forward_thread else 1
 
 
 def _refined(stage: str, name: str) -> str:
