@@ -23,8 +23,13 @@ demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and
 	@$(BIN)/python train.py --config configs/demo.yaml
 	@$(BIN)/moejax exact-match runs/demo --data assets/problems/test.json
 
-test: lint ## ruff, mypy and the test suite
+test: lint $(VENV)/.profile ## ruff, mypy and the test suite
 	@$(BIN)/python -m pytest -q -n 2
+
+# TensorBoard's Profile tab, for the test that asks it for a trace.
+$(VENV)/.profile: $(STAMP)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[profile]' -c constraints.txt
+	@touch $@
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def loss_and_gradients(model, batch, **settings):
     return loss, stats, nnx.merge(graphdef, gradients, frozen)
 
 
-SMALL = {
+TINY = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_layers": 2,
@@ -66,7 +66,7 @@ def tiny_experiments(folder):
         content = {
             "name": name,
             "runs_dir": str(folder / "runs"),
-            "model": {"preset": "mixtral-tiny", "overrides": SMALL, "aux_loss_coef": 0.01},
+            "model": {"preset": "mixtral-tiny", "overrides": TINY, "aux_loss_coef": 0.01},
             "quantization": {"format": "nf4"},
             "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
             "tokenizer": str(ROOT / "assets/tiny-mixtral/tokenizer.json"),

@@ -45,6 +45,11 @@ def test_dry_run_of_blackmamba(capsys):
         assert "2,783,213,584" in lines["base model"] and "2,783,213,584" in lines["trained"]
         assert active in next(line for name, line in lines.items() if name.startswith("active per token"))
         assert "5.566" in lines["weights in memory"] and "11.133" in lines["adamw state"]
+    wide = ["--config", str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml"), "--dry-run", "training.param_dtype=float32"]
+    assert cli.train_main(wide) == 0
+    out = capsys.readouterr().out
+    fits, small = (next(line for line in out.splitlines() if line.startswith(start)) for start in ("fits before", "does not fit"))
+    assert "44.53" in out and "A100-80" in fits and "A40" not in fits and "A40" in small  # fp32 masters: not on 48 GB
     one = ["--config", str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml"), "--dry-run", "model.experts_per_token=1"]
     assert cli.train_main(one) == 0
     assert "628,770,832" in capsys.readouterr().out

@@ -155,5 +155,7 @@ def write_image(folder: Path, png: bytes) -> None:
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # a PNG's header
     image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
     writer = EventFileWriter(str(folder))
-    writer.add_event(Event(step=0, wall_time=time.time(), summary=Summary(value=[Summary.Value(tag="expert_load", image=image)])))
+    writer.add_event(
+        Event(step=0, wall_time=time.time(), summary=Summary(value=[Summary.Value(tag="expert_load", image=image)]))
+    )
     writer.close()

@@ -6,8 +6,10 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 STEP_NAME = "train"  # TensorBoard's name for the step markers
 
@@ -65,13 +67,36 @@ class Capture:
         self._tracing = True
 
 
-def compiler_options(profiled: bool, platform: str) -> dict[str, str | bool] | None:
+def compile_profiled(lowering: Any) -> Any:
+    """Compile a program (`jax.jit(f).lower(…)`) so that a trace tells its parts."""
+    with whole_programs():
+        return lowering.compile(compiler_options=compiler_options(jax.default_backend()))
+
+
+def compiler_options(platform: str) -> dict[str, str | bool] | None:
     """What a profiled program is compiled with.
 
     On a GPU, without CUDA graphs (command buffers): they may hide from the trace which instruction a kernel belongs to. It is this
-    program's option, not the process's. That a GPU's compiler takes it was tried without a GPU; what it does to a trace was not.
+    program's option, not the process's. The GPU's compiler takes it (tried without a GPU); its effect on a trace is untested.
     """
-    return {"xla_gpu_enable_command_buffer": ""} if profiled and platform == "gpu" else None
+    return {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" else None
+
+
+@contextmanager
+def whole_programs() -> Iterator[None]:
+    """Compile without jax's cache on disk, if one is set: of a program that comes from there, the trace does not hold the instructions,
+    and nothing could be said of its events."""
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is None or not settings.jax_enable_compilation_cache:
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax decides only once whether it uses one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 def plugin_hint() -> str | None:

@@ -211,7 +211,7 @@ def _utilization(runs: Sequence[Bars], path: Path) -> list[Path]:
         axes.set_ylabel("%")
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_xticks(range(len(kernels)), [k.removeprefix("moe/") for k in kernels], fontsize=8)
-    panels[0].legend(fontsize=7, frameon=False, ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=4, loc="outside lower center")
     return _save(figure, path)
 
 

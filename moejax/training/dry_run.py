@@ -13,6 +13,7 @@ from rich.table import Table
 
 from models.build import build
 from moejax.config import Experiment
+from moejax.estimator import gpus
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.state import architecture, model_arguments, split
@@ -61,9 +62,24 @@ def report(experiment: Experiment) -> int:
     table.add_row("weights in memory", "", "", f"{stored / 1e9:.3f}", "")
     table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")
     table.add_row("gradients", "", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
+    table.add_section()
+    total = stored + optimizer + gradients
+    table.add_row("before activations", "", "", f"{total / 1e9:.3f}", "")
     console.print(table)
+    console.print(_fits(total, experiment.device.memory_fraction), highlight=False)
     console.print(_schedule(experiment), highlight=False)
     return 0
+
+
+def _fits(total: int, fraction: float) -> str:
+    """Which GPUs have more than `total` bytes of usable memory. What else a step takes depends on its rows: the compiler says."""
+    usable = {gpu.name: fraction * (gpu.device_bytes or gpu.memory_gb * 1e9) for gpu in gpus.GPUS.values()}
+    fits = [name for name, size in usable.items() if size > total]
+    small = [name for name in usable if name not in fits]
+    return (
+        f"fits before activations (usable: {fraction:g} of the memory): {', '.join(fits) or 'none'}\n"
+        f"does not fit: {', '.join(small) or 'none'}"
+    )
 
 
 def _schedule(experiment: Experiment) -> str:

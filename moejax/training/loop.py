@@ -25,7 +25,7 @@ from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
-from moejax.profiling.capture import Capture, compiler_options
+from moejax.profiling.capture import Capture, compile_profiled
 from moejax.training import flops, memory, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
@@ -244,8 +244,8 @@ class Trainer:
             def lowered(rows: int) -> Any:
                 a, _, t = shape
                 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((a, rows, t), x.dtype), batch)
-                options = compiler_options(self.experiment.profile is not None, jax.default_backend())
-                return self._jitted.lower(self.state, self.frozen, abstract).compile(compiler_options=options)
+                lowering = self._jitted.lower(self.state, self.frozen, abstract)
+                return compile_profiled(lowering) if self.experiment.profile else lowering.compile()
 
             compiled = lowered(shape[1])
             peak = memory.check(compiled, shape[1], lowered, memory.usable_bytes())

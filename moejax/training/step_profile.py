@@ -21,6 +21,7 @@ from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.profiling import breakdown, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
+from moejax.profiling.label import label
 from moejax.training import flops, memory, metrics
 from moejax.training.parameters import base_and_active, groups_of
 
@@ -58,10 +59,12 @@ def report(measured: Measured, console: Console) -> None:
         return
     try:
         path = xplane.find(folder)
-        found = breakdown.analyze(xplane.read(path))
+        trace = xplane.read(path)
+        found = breakdown.analyze(trace)
     except UserError as error:
         say(f"profile: the trace was written, but not understood: {error}")
         return
+    label(path, trace, found.program)
     profile = assemble(measured, found)
     schema.write(profile, folder / schema.FILE_NAME)
     say("")

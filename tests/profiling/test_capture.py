@@ -1,22 +1,24 @@
 """Traced steps: what is written where, and what a trace leaves alone."""
 
+import contextlib
 import json
 import re
 import signal
 from pathlib import Path
 
+import jax
 import pytest
 
 from moejax import cli, config
 from moejax.errors import UserError
-from moejax.profiling import capture, schema, xplane
+from moejax.profiling import capture, label, schema, xplane
 from moejax.training import loop
 from moejax.training.loop import Trainer
 
 STEPS = 8
 WINDOW = {"start_step": 3, "steps": 2}
 # A constant rate: runs of other lengths are the same program.
-SMALL = {"training": {"steps": STEPS, "gradient_accumulation": 1, "schedule": "constant"}}
+SMALL = {"training": {"steps": STEPS, "gradient_accumulation": 1, "schedule": "constant"}, "adapter": {"dropout": 0.0}}
 
 
 def folder_of(experiment):
@@ -66,6 +68,19 @@ def test_our_scopes_are_in_the_trace(trace):
     ]
     for scope in ("attention", "moe/router", "moe/.*/w1", "moe/.*/w2_dequant", "moe/combine", "loss", "optimizer"):
         assert any(re.search(rf"[/(]{scope}[/)]", path) for path in paths), scope
+
+
+def test_labels_change_nothing_but_the_viewers_names(profiled, trace, tmp_path):
+    """The file that the run left is labelled: every instruction of the step that ran, and a second time changes no byte."""
+    path = tmp_path / "again.xplane.pb"
+    path.write_bytes(xplane.find(profiled.folder).read_bytes())
+    assert label.label(path, trace, "jit_step") > 100
+    assert path.read_bytes() == xplane.find(profiled.folder).read_bytes()
+    (host,) = [p for p in xplane.MESSAGES["XSpace"].FromString(path.read_bytes()).planes if p.name == "/host:CPU"]
+    shown = {entry.name: entry.display_name for entry in host.event_metadata.values()}
+    step = {n for n, m in trace.programs.items() if m.name == "jit_step"}
+    assert all(shown[e.instruction].endswith(f": {e.instruction}") for e in trace.events if e.program in step)
+    assert any(name.startswith("moe/w1 backward: ") for name in shown.values())
 
 
 def test_tracing_changes_no_number(profiled, plain):
@@ -119,7 +134,13 @@ def test_a_missing_plugin_is_said(monkeypatch):
     assert capture.plugin_hint() is None
 
 
-def test_stopped_inside_the_window(session_experiment, monkeypatch, capsys):
+@pytest.fixture
+def cached(session_experiment, monkeypatch):
+    """For tests that do not ask what is in a trace: the program may come from the cache."""
+    monkeypatch.setattr(capture, "whole_programs", contextlib.nullcontext)
+
+
+def test_stopped_inside_the_window(session_experiment, cached, monkeypatch, capsys):
     """The trace is closed and whole; the run resumes, and says that nothing more is traced."""
     experiment = session_experiment("stopped", **SMALL, profile={"start_step": 3, "steps": 4})
     step = capture.Capture.step
@@ -141,7 +162,7 @@ def test_stopped_inside_the_window(session_experiment, monkeypatch, capsys):
     assert len(list(folder.glob("plugins/profile/*"))) == 1
 
 
-def test_an_error_inside_the_window_closes_the_trace(session_experiment, monkeypatch):
+def test_an_error_inside_the_window_closes_the_trace(session_experiment, cached, monkeypatch):
     """The next run of the process can trace again."""
     experiment = session_experiment("broken", **SMALL, profile=WINDOW)
     finish = Trainer._finish
@@ -157,15 +178,15 @@ def test_an_error_inside_the_window_closes_the_trace(session_experiment, monkeyp
     assert [s.number for s in xplane.read(xplane.find(folder_of(experiment))).steps] == [3]
 
 
-def test_a_new_shape_inside_the_window(session_experiment, tmp_path, capsys):
-    """Padded to the longest of the batch, a later step may compile: the run ends well, and says why there is no profile."""
-    records = [{"instruction": "One " * n, "output": "two"} for n in (2, 2, 12)]
+def test_a_new_shape_inside_the_window(session_experiment, cached, tmp_path, capsys):
+    """With padded rows a later step may compile: the run ends well, and says why there is no profile."""
+    records = [{"instruction": "One " * n, "output": "two"} for n in [2] * 8 + [20] * 4]
     (tmp_path / "lengths.json").write_text(json.dumps(records))
     data = {"source": str(tmp_path / "lengths.json"), "holdout": 0, "shuffle": False}
     experiment = session_experiment(
         "padded",
-        training={"steps": 3, "gradient_accumulation": 1},
-        data=data | {"batching": "pad_longest", "batch_rows": 1, "max_length": 64},
+        **SMALL | {"training": SMALL["training"] | {"steps": 3}},
+        data=data | {"batching": "pad_bucket", "buckets": [64, 128], "max_length": 128},
         profile={"start_step": 2, "steps": 2},
     )
     assert loop.run(experiment, resume=False) == 0
@@ -202,7 +223,7 @@ def test_a_window_beyond_the_epochs(session_experiment):
 
 def test_moejax_profile(session_experiment, tmp_path, capsys):
     """Just the steps that are needed, in a folder of its own, without checkpoints or weights; never overwritten."""
-    experiment = session_experiment("short", training=SMALL["training"] | {"eval_every": 2, "warmup_steps": 4})
+    experiment = session_experiment("short", **SMALL | {"training": SMALL["training"] | {"eval_every": 2, "warmup_steps": 4}})
     path = tmp_path / "config.yaml"
     path.write_text(config.dump(experiment))
     arguments = ["profile", str(path), "profile.start_step=2", "profile.steps=2"]
@@ -227,6 +248,15 @@ def test_what_a_profiled_run_is_made_of(session_experiment, tmp_path):
         config.load_profiled(path, ["training.steps=6"])
 
 
-def test_cuda_graphs_are_off_for_a_profiled_program_alone():
-    assert capture.compiler_options(True, "gpu") == {"xla_gpu_enable_command_buffer": ""}
-    assert capture.compiler_options(False, "gpu") is None and capture.compiler_options(True, "cpu") is None
+def test_cuda_graphs_are_off_for_a_profiled_program():
+    assert capture.compiler_options("gpu") == {"xla_gpu_enable_command_buffer": ""}
+    assert capture.compiler_options("cpu") is None
+
+
+def test_a_profiled_program_does_not_come_from_the_cache(session_experiment, profiled, trace):
+    """jax keeps no instructions of what it reads from its cache on disk: the trace would say nothing of the step."""
+    assert any(module.name == "jit_step" for module in trace.programs.values())
+    assert jax.config.jax_enable_compilation_cache
+    with capture.whole_programs():
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache
