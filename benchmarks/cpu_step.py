@@ -35,7 +35,7 @@ from models.config import LoRAConfig, MixtralConfig
 from moejax.data.batch import Batch
 from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_train_step
-from moejax.training.step_profile import _cpu_name as cpu_name
+from moejax.training.step_profile import cpu_name
 
 
 def make_step(sizes: dict[str, int]) -> Any:
@@ -100,6 +100,7 @@ def blackmamba(reference: Path, steps: int) -> dict[str, Any]:
     """A step of full fine-tuning beside plain PyTorch."""
     import handover
     import turns
+
     from moejax import config as configuration
 
     path = HERE.parent / "configs" / "bench_blackmamba_tiny.yaml"

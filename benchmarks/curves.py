@@ -2,10 +2,10 @@
 
     python benchmarks/curves.py [--steps 200] [--only CASE …] [--reference .venv-reference4/bin/python]
 
-Writes benchmarks/results/curves.json, docs/frameworks_curves.png, and the table between the marks in docs/frameworks.md. In fp32 losses
-must agree within 1e-4 (relative) until a token chooses another expert on one side; where that happens the step, the token and the gap
-between its two candidates are printed. In bf16 both curves are shown and nothing is claimed. Threads: one each, unless OMP_NUM_THREADS
-says more.
+Writes benchmarks/results/DATE-curves.json, docs/frameworks/curves.png, and the table between the marks in docs/frameworks.md. In fp32
+losses must agree within 1e-4 (relative) until a token chooses another expert on one side; where that happens the step, the token and the
+gap between its two candidates are printed. In bf16 both curves are shown and nothing is claimed. Threads: one each, unless
+OMP_NUM_THREADS says more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch_run
 
 from moejax import config as configuration
 from moejax.errors import UserError
-from moejax.training.step_profile import _cpu_name as cpu_name
+from moejax.training.step_profile import cpu_name
 
 TOLERANCE = 1e-4
 COMMON = [
@@ -92,14 +92,19 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *, claimed
     before = relative[: split if split is not None else len(relative)]
     return {
         "steps": len(ours),
-        "moejax": [r["loss"] for r in ours],
-        "pytorch": [r["loss"] for r in theirs],
+        "moejax": [_short(r["loss"]) for r in ours],
+        "pytorch": [_short(r["loss"]) for r in theirs],
         "largest_relative_difference": max(relative),
         "largest_before_routing_differs": max(before, default=0.0),
         "first_step_outside": None if outside is None else ours[outside]["step"],
         "routing_differs": None if split is None else _tie(ours[split], theirs[split]),
         "agrees": max(before, default=0.0) <= TOLERANCE if claimed else None,
     }
+
+
+def _short(loss: float) -> float:
+    """An fp32 number has no more digits."""
+    return float(f"{loss:.8g}")
 
 
 def _tie(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--reference", type=Path, help="Python of the PyTorch environment, if it is not the Makefile's")
     parser.add_argument("--runs", type=Path, default=Path("runs/curves"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "curves.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-curves.json")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:

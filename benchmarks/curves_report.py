@@ -1,19 +1,27 @@
-"""The figure and the table of benchmarks/curves.py: docs/frameworks_curves.png, and what stands between two marks in docs/frameworks.md."""
+"""The figure and the table of benchmarks/curves.py: docs/frameworks/curves.png, and what stands between two marks in docs/frameworks.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- curves: begin -->", "<!-- curves: end -->"
+from moejax.errors import UserError
 
 
 def write(results: dict[str, Any], docs: Path) -> None:
-    figure(results, docs / "frameworks_curves.png")
-    page = docs / "frameworks.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}{END}{rest.split(END)[1]}", encoding="utf-8")
+    (docs / "frameworks").mkdir(exist_ok=True)
+    figure(results, docs / "frameworks" / "curves.png")
+    between(docs / "frameworks.md", "curves", table(results))
+
+
+def between(page: Path, name: str, text: str) -> None:
+    """Put `text` between the page's two marks of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = page.read_text(encoding="utf-8")
+    if begin not in content or end not in content:
+        raise UserError(f"{page} has no marks {begin} and {end}: the table belongs between them")
+    before, rest = content.split(begin)
+    page.write_text(f"{before}{begin}\n{text}{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def table(results: dict[str, Any]) -> str:

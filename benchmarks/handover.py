@@ -49,13 +49,7 @@ def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     config = architecture(experiment, model_folder)
-    kind = "mixtral" if isinstance(config, MixtralConfig) else "blackmamba"
-    content: dict[str, Any] = {"format": contract.FORMAT, "kind": kind, "experiment": experiment.model_dump(mode="json")}
-    if stack_name is not None:
-        try:
-            contract.check(content, stack_name)
-        except contract.CannotRun as error:
-            raise UserError(str(error)) from None
+    content = _begin(experiment, config, stack_name)
     folder.mkdir(parents=True, exist_ok=True)
     model = create_model(experiment, config, model_folder)
     base = model_folder
@@ -65,40 +59,71 @@ def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None
     steps = _write_batches(experiment, model_folder, config.vocab_size, folder / "batches.npz")
     if experiment.adapter is not None:
         peft.save_adapter(model, folder / "adapter", str(base))
-    groups = groups_of(model)
-    total, active = base_and_active(groups, config)
-    content |= {
-        "hub_config": config.to_hub_config(),
-        "base": str(base.resolve()),
-        "steps": steps,
-        "model": {
-            "name": source or str(experiment.model.preset),
-            "params_total": total,
-            "params_active": active,
-            "params_trainable": sum(g.parameters for g in groups.values() if g.trainable),
-            "experts": config.num_experts,
-            "experts_per_token": config.experts_per_token,
-        },
-        "digests": digests(model) if total <= DIGEST_LIMIT else None,
-    }
+    content |= _described(model, source or str(experiment.model.preset))
+    compared = content["model"]["params_total"] <= DIGEST_LIMIT
+    content |= {"base": str(base.resolve()), "steps": steps, "digests": digests(model) if compared else None}
     (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
 
+def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> dict[str, Any]:
+    """The same for random weights that each side makes on its device by itself, and one batch: for comparing speed at a real model's
+    size without its checkpoint. Raises UserError."""
+    config = architecture(experiment, None)
+    content = _begin(experiment, config, stack_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_batches(experiment, None, config.vocab_size, folder / "batches.npz", limit=1)
+    content |= _described(build(config, **model_arguments(experiment)), str(experiment.model.preset))
+    content |= {"base": None, "steps": experiment.training.steps, "digests": None}
+    (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[str, Any]:
+    kind = "mixtral" if isinstance(config, MixtralConfig) else "blackmamba"
+    content = {"format": contract.FORMAT, "kind": kind, "experiment": experiment.model_dump(mode="json")}
+    if stack_name is not None:
+        try:
+            contract.check(content, stack_name)
+        except contract.CannotRun as error:
+            raise UserError(str(error)) from None
+    return content
+
+
+def _described(model: Model, name: str) -> dict[str, Any]:
+    """What experiment.json says of the model, weights or not."""
+    groups = groups_of(model)
+    total, active = base_and_active(groups, model.config)
+    return {
+        "hub_config": model.config.to_hub_config(),
+        "model": {
+            "name": name,
+            "params_total": total,
+            "params_active": active,
+            "params_trainable": sum(g.parameters for g in groups.values() if g.trainable),
+            "experts": model.config.num_experts,
+            "experts_per_token": model.config.experts_per_token,
+        },
+    }
+
+
 def _unquantized(experiment: Experiment, config: Any) -> Model:
-    """The random weights of the experiment, before anything is quantized."""
-    arguments = model_arguments(experiment) | {"quantization": None, "adapter": None, "param_dtype": np.float32}
+    """The random weights of the experiment, before anything is quantized. A frozen base is drawn in the dtype it is kept in."""
+    arguments = model_arguments(experiment)
+    kept = arguments["param_dtype"] if experiment.adapter is None else arguments["dtype"]
+    arguments |= {"quantization": None, "adapter": None, "param_dtype": kept}
     return build(config, key=jax.random.key(experiment.seed), **arguments)
 
 
-def _write_batches(experiment: Experiment, folder: Path | None, vocabulary: int, path: Path) -> int:
-    """Every optimizer step's batch, as `moejax.training.loop` takes them. Returns the number of steps."""
+def _write_batches(experiment: Experiment, folder: Path | None, vocabulary: int, path: Path, limit: int | None = None) -> int:
+    """Every optimizer step's batch (the first `limit`), as `moejax.training.loop` takes them. Returns the number of steps."""
     tokenizer = None
     if experiment.data.source is not None:
         tokenizer = load_tokenizer(experiment.tokenizer or str(folder), experiment.added_tokens)
         check_vocabulary(tokenizer, vocabulary)
     dataset = load_data(experiment.data, tokenizer, experiment.seed, vocabulary)
     steps, count, arrays, epoch = total_steps(experiment, dataset), experiment.training.gradient_accumulation, {}, 0
+    steps = min(steps, limit or steps)
     while (done := len(arrays) // 5) < steps:
         batches = dataset.train.iterate(epoch)
         for number in range(done, min(steps, done + steps_in(experiment, dataset, epoch))):

@@ -1,8 +1,10 @@
 """moejax's side of a comparison: training steps of an experiment on demand, as benchmarks/pytorch/run.py --serve does in PyTorch.
 
-    python benchmarks/serve.py --config FILE [key.sub=value …]
+    python benchmarks/serve.py --config FILE [--random] [--peaks] [key.sub=value …]
 
-Says {"ready": true, …} once the step is compiled, then answers every line "step" on stdin with one step's JSON line. Always the first batch.
+Says {"ready": true, …} once the step is compiled, then answers every line "step" on stdin with one step's JSON line, always on the
+first batch.
+--random: weights made on the device, of the preset's sizes. --peaks: its matrix rate is measured first.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import jax
+from gpu_step import matrix_rate, no_adaptation
 
+from models.build import build, random_weights
 from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.data.batching import stack
@@ -29,14 +33,16 @@ from moejax.training import memory
 from moejax.training.loop import segment_lengths
 from moejax.training.metrics import memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import architecture, create_model, initial_state, objective, split
+from moejax.training.state import architecture, create_model, initial_state, model_arguments, objective, split
 from moejax.training.step import make_train_step
 
 
 class Server:
     """A compiled step, its state and one batch."""
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, random: bool = False, peaks: bool = False):
+        gpu, dtype = jax.local_devices()[0].platform == "gpu", experiment.training.compute_dtype
+        self.rate = matrix_rate(8192 if gpu else 1024, dtype) if peaks else None
         source = experiment.model.source
         folder = None if source is None else weights.resolve(source, experiment.model.revision)
         config = architecture(experiment, folder)
@@ -48,7 +54,11 @@ class Server:
         self.batch = stack(
             [next(batches) for _ in range(experiment.training.gradient_accumulation)], experiment.training.gradient_accumulation
         )
-        model = create_model(experiment, config, folder)
+        if random:
+            model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(experiment.seed))
+            no_adaptation(model)
+        else:
+            model = create_model(experiment, config, folder)
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
         schedule = make_schedule(experiment.training, experiment.training.steps or 1000)
         optimizer = make_optimizer(experiment.training, schedule)
@@ -65,6 +75,8 @@ class Server:
             "ready": True,
             "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
             "device": device.device_kind,
+            "platform": device.platform,
+            "matrix_rate_flops": self.rate,
             "compile_seconds": self.compile_seconds,
             "compiler_peak_bytes": memory.compiler_peak_bytes(self.compiled),
         }
@@ -86,10 +98,12 @@ def say(message: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--peaks", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args()
     try:
-        server = Server(configuration.load(options.config, options.overrides))
+        server = Server(configuration.load(options.config, options.overrides), options.random, options.peaks)
         say(server.about())
         for line in sys.stdin:
             known = line.strip() == "step"

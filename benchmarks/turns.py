@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,27 +27,30 @@ class Stopped(Exception):
 
 
 class Side:
-    """A process that runs training steps on demand."""
+    """A process that runs training steps on demand. environment: variables to set, or (None) to leave out."""
 
-    def __init__(self, command: list[str], environment: dict[str, str] | None = None):
-        self._errors = tempfile.TemporaryFile("w+")
+    def __init__(self, command: list[str], environment: dict[str, str | None] | None = None):
+        variables = os.environ | (environment or {})
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed at the side's end)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | (environment or {}),
+            env={name: value for name, value in variables.items() if value is not None},
         )
         self.about = self._answer()
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def step(self) -> dict[str, Any]:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # why it ended is told where its answer is awaited
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # why it ended is told where its answer is awaited
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -65,20 +69,21 @@ class Side:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         self._process.wait()
         self._errors.close()
 
 
-def jax_side(config: Path, overrides: list[str], environment: dict[str, str] | None = None) -> Side:
-    return Side([sys.executable, str(HERE / "serve.py"), "--config", str(config), *overrides], environment)
+def jax_side(
+    config: Path, overrides: list[str], arguments: list[str] | None = None, environment: dict[str, str | None] | None = None
+) -> Side:
+    return Side([sys.executable, str(HERE / "serve.py"), "--config", str(config), *(arguments or []), *overrides], environment)
 
 
 def torch_side(handover: Path, stack: str, python: Path, arguments: list[str] | None = None) -> Side:
-    return Side(torch_run.command(handover, stack, python, ["--serve", *(arguments or [])]))
+    command = torch_run.command(handover, stack, python, ["--serve", *(arguments or [])])
+    return Side(command, {"PYTHONPATH": None})  # the other environment has packages of its own
 
 
 def alternate(sides: dict[str, Side], steps: int, warm_up: int = 2) -> dict[str, list[dict[str, Any]]]:

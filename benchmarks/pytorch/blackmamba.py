@@ -1,6 +1,7 @@
-"""BlackMamba in plain PyTorch, from its specification: left to automatic differentiation, no kernel of anyone's.
+"""BlackMamba in plain PyTorch, from its specification: left to automatic differentiation.
 
-Weights are a dictionary by the checkpoint's names. `tests/oracles/blackmamba.py` makes the parity vectors with it.
+No kernel of anyone's, except the scan of the package mamba_ssm where one asks for it and a GPU has it built. Weights are a dictionary
+by the checkpoint's names. `tests/oracles/blackmamba.py` makes the parity vectors with it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import contract
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +59,47 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Weights, dict[str, Any]]:
     return weights, json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
+def random(config: dict[str, Any], dtype: torch.dtype, device: str) -> Weights:
+    """Random weights of a config.json's shapes, made on the device: for hardware studies, where only sizes matter."""
+    c, f, vocabulary = sizes_of(config), config["ffn_hidden_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (vocabulary, c.hidden_size)}
+    for layer in range(c.num_layers):
+        name = f"decoder.layers.{layer}"
+        shapes[f"{name}.norm.weight"] = (c.hidden_size,)
+        if layer % 2 == 0:
+            parts: dict[str, tuple[int, ...]] = {
+                "A_log": (c.inner, c.state_size), "D": (c.inner,), "in_proj.weight": (2 * c.inner, c.hidden_size),
+                "conv1d.weight": (c.inner, 1, c.conv_size), "conv1d.bias": (c.inner,),
+                "x_proj.weight": (c.rank + 2 * c.state_size, c.inner), "dt_proj.weight": (c.inner, c.rank), "dt_proj.bias": (c.inner,),
+                "out_proj.weight": (c.hidden_size, c.inner),
+            }  # fmt: skip
+        else:
+            parts = {"router.weight": (c.num_experts, c.hidden_size), "router.bias": (c.num_experts,)}
+            for e in range(c.num_experts):
+                parts[f"local_experts.{e}.linear_fc1.weight"] = (2 * f, c.hidden_size)
+                parts[f"local_experts.{e}.linear_fc2.weight"] = (c.hidden_size, f)
+        shapes |= {f"{name}.mixer.{part}": shape for part, shape in parts.items()}
+    shapes |= {"decoder.final_layernorm.weight": (c.hidden_size,), "decoder.final_layernorm.bias": (c.hidden_size,)}
+    weights = {name: torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02) for name, shape in shapes.items()}
+    for name, w in weights.items():
+        if "norm" in name and name.endswith("weight"):
+            w.fill_(1.0)
+    return weights
+
+
+def kernel_version(device: str) -> str:
+    """Of mamba_ssm, whose scan is a CUDA kernel. Raises contract.CannotRun where it cannot run."""
+    try:
+        import mamba_ssm
+    except ImportError:
+        raise contract.CannotRun(
+            "--scan mamba_ssm: the package mamba_ssm is not installed (it has to be built for the GPU)"
+        ) from None
+    if device != "cuda":
+        raise contract.CannotRun(f"--scan mamba_ssm: its kernel runs on a CUDA device, not on {device}")
+    return str(mamba_ssm.__version__)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     with scope("norm"):
         wide = x.float()
@@ -64,8 +107,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(x.dtype) * normal.to(x.dtype)
 
 
-def mamba(x: torch.Tensor, w: Weights, name: str, c: Sizes, segments: torch.Tensor | None = None) -> torch.Tensor:
-    """x: [B, T, H]; segments: int [B, T], nothing passes from one to the next (None: a row is one)."""
+def mamba(
+    x: torch.Tensor, w: Weights, name: str, c: Sizes, segments: torch.Tensor | None = None, kernel: bool = False
+) -> torch.Tensor:
+    """x: [B, T, H]; segments: int [B, T], nothing passes from one to the next (None: a row is one). kernel: mamba_ssm's scan."""
     dtype = x.dtype
 
     def weight(key: str) -> torch.Tensor:
@@ -79,7 +124,8 @@ def mamba(x: torch.Tensor, w: Weights, name: str, c: Sizes, segments: torch.Tens
         dt = F.softplus((low @ weight("dt_proj.weight").T).float() + w[f"{name}.dt_proj.bias"].float())
         with scope("mamba/scan"):
             a, d = -torch.exp(w[f"{name}.A_log"].float()), w[f"{name}.D"].float()
-            y = scan(u.float(), dt, a, b.float(), read.float(), d, segments)
+            run = kernel_scan if kernel else scan
+            y = run(u.float(), dt, a, b.float(), read.float(), d, segments)
         return (y * F.silu(z.float())).to(dtype) @ weight("out_proj.weight").T
 
 
@@ -105,6 +151,16 @@ def scan(u, dt, a, b, read, d, segments=None):  # type: ignore[no-untyped-def]
         h = torch.addcmul(new, kept, h)
         states.append(h)
     return torch.einsum("btdn,btn->btd", torch.stack(states, dim=1), read) + d * u
+
+
+def kernel_scan(u, dt, a, b, read, d, segments=None):  # type: ignore[no-untyped-def]
+    """The same by mamba_ssm's CUDA kernel; a row is one segment, and padding stands behind it. Its channels come before time."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous()
+
+    return selective_scan_fn(turned(u), turned(dt), a, turned(b), turned(read), d.float()).transpose(1, 2)
 
 
 def moe(
@@ -136,14 +192,14 @@ def moe(
 
 def hidden_states(
     w: Weights, ids: torch.Tensor, c: Sizes, k: int, activation: str, *, segments: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32, remat: bool = False,
+    dtype: torch.dtype = torch.float32, remat: bool = False, kernel: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
     """ids: [B, T] -> what the tied head multiplies [B, T, H], and of every MoE layer choices and probabilities. The stream is fp32."""
 
     def pair(x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with scope("layers"):
             first, second = f"decoder.layers.{layer}", f"decoder.layers.{layer + 1}"
-            x = x + mamba(rms_norm(x.to(dtype), w[f"{first}.norm.weight"]), w, f"{first}.mixer", c, segments)
+            x = x + mamba(rms_norm(x.to(dtype), w[f"{first}.norm.weight"]), w, f"{first}.mixer", c, segments, kernel)
             n = rms_norm(x.to(dtype), w[f"{second}.norm.weight"])
             out, chosen, p = moe(n, w, f"{second}.mixer", k, activation, c.num_experts)
             return x + out, chosen, p

@@ -78,3 +78,11 @@ def learning_rate(training: dict[str, Any], steps: int, done: int) -> float:
     if training["schedule"] == "linear":
         return float(peak + (peak * ratio - peak) * part)
     return float(peak * ((1 - ratio) * 0.5 * (1 + math.cos(math.pi * part)) + ratio))
+
+
+def compare(found: dict[str, str], expected: dict[str, str] | None) -> None:
+    """Digests of weights by Hub name, of both sides. Raises CannotRun naming the first weight that the two hold differently."""
+    for name, digest in (expected or {}).items():
+        if found.get(name) != digest:
+            why = "is missing in PyTorch" if name not in found else "differs"
+            raise CannotRun(f"the two sides load the checkpoint differently: tensor {name!r} {why}, the first of them")

@@ -36,7 +36,7 @@ class Trainer:
         self.training = content["experiment"]["training"]
         torch.manual_seed(content["experiment"]["seed"])
         self.side = stacks.build(content, folder, options.stack, options)
-        stacks.compare(self.side, content["digests"])
+        contract.compare(self.side.first, content["digests"])
         t = self.training
         self.optimizer = torch.optim.AdamW(
             self.side.trainable,
@@ -167,9 +167,16 @@ def train(trainer: Trainer, out: Path, profile: dict[str, Any] | None) -> None:
         profiled.write(trainer, records, first, last, out)
 
 
-def serve(trainer: Trainer) -> None:
-    """Answers "step" with one step on the first batch, until stdin ends."""
-    say({"ready": True, "versions": versions(trainer), "threads": torch.get_num_threads(), "model": trainer.content["model"]})
+def serve(trainer: Trainer, rate: float | None = None) -> None:
+    """Answers "step" with one step on the first batch, until stdin ends. rate: the device's measured matrix rate."""
+    device = profiled.device_name(trainer.options.device)
+    about = {
+        "versions": versions(trainer),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "backend": trainer.side.backend,
+    }
+    say({"ready": True, "matrix_rate_flops": rate, "compile_seconds": None} | about)
     for line in sys.stdin:
         if line.strip() != "step":
             say({"error": f'unknown command {line.strip()!r}: expected "step"'})
@@ -196,8 +203,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--base", choices=("nf4", "dequantized"), default="dequantized", help="how NF4 weights are held")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--experts", default="grouped_mm", help="today: transformers' experts_implementation")
+    parser.add_argument("--scan", choices=("loop", "mamba_ssm"), default="loop", help="plain: the scan over time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--memory-fraction", type=float, default=1.0, help="of the GPU's memory, for two processes on one GPU")
+    parser.add_argument("--peaks", action="store_true", help="with --serve: measure the device's matrix rate first")
     return parser.parse_args()
 
 
@@ -207,9 +218,16 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     try:
         content = contract.read(options.handover)
+        if options.device == "cuda":
+            if not torch.cuda.is_available():
+                raise contract.CannotRun(
+                    f"torch {torch.__version__} finds no CUDA device: install its CUDA build in this environment"
+                )
+            torch.cuda.set_per_process_memory_fraction(options.memory_fraction)
+        rate = profiled.peaks(options.device, content["experiment"]["training"]["compute_dtype"])[0] if options.peaks else None
         trainer = Trainer(content, options.handover, options)
         if options.serve:
-            serve(trainer)
+            serve(trainer, rate)
         else:
             train(trainer, options.out or options.handover, content["experiment"]["profile"] if options.profile else None)
     except contract.CannotRun as error:

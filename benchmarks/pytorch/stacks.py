@@ -22,11 +22,12 @@ FAMILIES = {"attention": ATTENTION, "experts": ("w1", "w2", "w3"), "router": ("g
 
 
 class Side:
-    """What `run.py` asks of a stack. versions: of its libraries; backend: how its experts run."""
+    """What `run.py` asks of a stack. versions: of its libraries; backend: how its experts run; first: digests of the loaded weights."""
 
     versions: dict[str, str]
     backend: str
     trainable: list[torch.nn.Parameter]
+    first: dict[str, str]
 
     def digests(self) -> Iterator[tuple[str, str]]:
         """Hub name and digest of every weight as it was loaded, by the rule of benchmarks/handover.py."""
@@ -82,61 +83,100 @@ class Mixtral(Side):
             **{k: v for k, v in content["hub_config"].items() if k not in ("architectures", "model_type")}, use_cache=False
         )
         self.layers, self.attention = config.num_hidden_layers, options.attention
-        with _quietly():
-            base = transformers.MixtralForCausalLM.from_pretrained(
-                content["base"], config=config, dtype=self.dtype, attn_implementation=options.attention
-            )
+        self.how = {"dtype": self.dtype, "attn_implementation": options.attention} | self.experts(options)
         self.codes: dict[str, str] = {}
-        if e["quantization"]["format"] == "nf4":
-            self._quantize(base, e["quantization"], options.base)
+        self.full = e["adapter"] is None
+        quantization = e["quantization"] if e["quantization"]["format"] == "nf4" else None
+        base: Any
+        if content["base"] is None:
+            base = self._random(config, quantization)
+        else:
+            # Like moejax, quantize what the file holds, and cast afterwards.
+            wide = quantization is not None and content["digests"] is not None
+            how = self.how | ({"dtype": torch.float32} if wide else {})
+            with _quietly():
+                base = transformers.MixtralForCausalLM.from_pretrained(content["base"], config=config, **how)
+            if quantization:
+                self._quantize(base, quantization, options.base)
+            for weight in base.parameters() if wide else ():
+                if weight.is_floating_point():
+                    weight.data = weight.data.to(self.dtype)
         base.to(self.device)
         self.base = base
-        self.first = list(self.digests()) if content["digests"] else []
+        self.first = dict(self.digests()) if content["digests"] else {}
         if self.training["remat"] == "full":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = self._adapted(base, e["adapter"], folder).train()
+        self.model = self._adapted(base, e["adapter"], folder / "adapter").train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.probabilities: dict[int, torch.Tensor] = {}
         self._watch_routers()
         tracing.name_scopes(self.model)
 
+    def experts(self, options: Any) -> dict[str, Any]:
+        """What says how the experts run: transformers 4 has one way."""
+        del options
+        return {}
+
     def _quantize(self, base: Any, quantization: dict[str, Any], form: str) -> None:
         """4-bit linear layers of bitsandbytes, or (form "dequantized") its codes turned back once into the weights they stand for."""
+        for path, module in self._to_quantize(base, quantization):
+            weight = _wide(module.weight)
+            codes, state = _nf4(weight, quantization["double"])
+            self.codes[f"{path}.weight"] = _digest_nf4(codes, state)
+            if form == "dequantized":
+                module.weight.data = _dequantized(codes, state)
+            else:
+                base.is_loaded_in_4bit = True
+                base.set_submodule(path, self._linear4bit(module, weight, quantization["double"]))
+
+    def _to_quantize(self, base: Any, quantization: dict[str, Any]) -> list[tuple[str, Any]]:
         import bitsandbytes
 
         self.versions["bitsandbytes"] = bitsandbytes.__version__
         wanted = {name for family in quantization["modules"] for name in FAMILIES[family]}
-        if form == "nf4":
-            base.is_loaded_in_4bit = True
-        for path, module in list(base.named_modules()):
-            if path.rpartition(".")[2] not in wanted:
-                continue
-            weight = _wide(self.source_weight(base, path))
-            codes, state = _nf4(weight, quantization["double"])
-            self.codes[f"{path}.weight"] = _digest_nf4(codes, state)
-            if form == "dequantized":
-                module.weight.data = _dequantized(codes, state).to(self.dtype)
-                continue
-            linear = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=self.dtype,
-                compress_statistics=quantization["double"], quant_type="nf4",
-            )  # fmt: skip
-            linear.weight = bitsandbytes.nn.Params4bit(
-                weight, requires_grad=False, compress_statistics=quantization["double"], quant_type="nf4"
-            )
-            base.set_submodule(path, linear.to(self.device))
+        return [(path, module) for path, module in base.named_modules() if path.rpartition(".")[2] in wanted]
 
-    def source_weight(self, base: Any, path: str) -> torch.Tensor:
-        weight: torch.Tensor = base.get_submodule(path).weight.data
-        return weight
+    def _linear4bit(self, module: Any, weight: torch.Tensor, double: bool) -> Any:
+        import bitsandbytes
+
+        linear = bitsandbytes.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=self.dtype, compress_statistics=double,
+            quant_type="nf4", device="meta",
+        )  # fmt: skip
+        linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type="nf4")
+        return linear.to(self.device)
+
+    def _random(self, config: Any, quantization: dict[str, Any] | None) -> Any:
+        """Random weights made on the device, a matrix at a time: a model in NF4 never exists in 16 bits."""
+        import transformers
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False), _quietly():
+            base: Any = transformers.AutoModelForCausalLM.from_config(config, **self.how)
+
+        def normal(shape: torch.Size) -> torch.Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
+
+        for path, module in self._to_quantize(base, quantization) if quantization else []:
+            base.is_loaded_in_4bit = True
+            base.set_submodule(path, self._linear4bit(module, normal(module.weight.shape), quantization["double"]))
+        for path, module in list(base.named_modules()):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight.is_meta:
+                    made = normal(weight.shape)
+                    setattr(module, name, torch.nn.Parameter(made.fill_(1.0) if "norm" in path else made, self.full))
+        return base
 
     def _adapted(self, base: Any, adapter: dict[str, Any] | None, folder: Path) -> Any:
-        from peft import PeftModel
+        from peft import LoraConfig, PeftModel, get_peft_model
 
         if adapter is None:
             return base
         with _quietly():
-            return PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+            if folder.is_dir():
+                return PeftModel.from_pretrained(base, folder, is_trainable=True)
+            settings: dict[str, Any] = {"r": adapter["rank"], "lora_alpha": adapter["alpha"], "lora_dropout": 0.0}
+            return get_peft_model(base, LoraConfig(**settings, target_modules=adapter["targets"], task_type="CAUSAL_LM"))
 
     def digests(self) -> Iterator[tuple[str, str]]:
         for name, weight in self.base.state_dict().items():
@@ -175,21 +215,25 @@ class Mixtral(Side):
 
 
 class FusedMixtral(Mixtral):
-    """transformers 5 and PEFT 0.21: stacked experts, adapted as parameters. Its LoRA starts from its own draw: w1 and w3 share one A."""
+    """transformers 5 and PEFT 0.21: stacked experts, adapted as parameters.
 
-    backend = "transformers 5, stacked experts"
+    w1 and w3 are one parameter here and share one A; it starts from the A that w1 has in moejax. All other pairs are moejax's own.
+    """
+
+    def experts(self, options: Any) -> dict[str, Any]:
+        self.backend = f"transformers 5, {options.experts}"
+        return {"experts_implementation": options.experts}
 
     def _adapted(self, base: Any, adapter: dict[str, Any] | None, folder: Path) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        self.backend = f"transformers 5, {getattr(base.config, '_experts_implementation', None) or 'eager'} experts"
         if adapter is None:
             return base
         parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         parameters += ["mlp.gate.weight"] if "gate" in adapter["targets"] else []
         attention = [name for name in adapter["targets"] if name in ATTENTION]
         with _quietly():
-            return get_peft_model(
+            model = get_peft_model(
                 base,
                 LoraConfig(
                     r=adapter["rank"],
@@ -200,6 +244,27 @@ class FusedMixtral(Mixtral):
                     task_type="CAUSAL_LM",
                 ),
             )
+        if folder.is_dir():
+            self._start_from(model, folder / "adapter_model.safetensors")
+        return model
+
+    def _start_from(self, model: Any, path: Path) -> None:
+        """moejax's initial A (every B is zero on both sides)."""
+        from safetensors.torch import load_file
+
+        given = load_file(path)
+        experts = range(self.base.config.num_local_experts)
+        for name, layer in model.named_modules():
+            if "default" not in getattr(layer, "lora_A", {}):
+                continue
+            place = name.replace(".mlp.", ".block_sparse_moe.").removesuffix(".base_layer")
+            parameter = getattr(layer, "parameter_name", "")
+            if parameter in ("gate_up_proj", "down_proj"):
+                matrix = "w1" if parameter == "gate_up_proj" else "w2"
+                a = torch.cat([given[f"{place}.{e}.{matrix}.lora_A.weight"] for e in experts])
+            else:
+                a = given[f"{place}.lora_A.weight"]
+            layer.lora_A["default"].weight.data.copy_(a)
 
     def digests(self) -> Iterator[tuple[str, str]]:
         for name, weight in self.base.state_dict().items():
@@ -226,45 +291,44 @@ class FusedMixtral(Mixtral):
 class BlackMamba(Side):
     """benchmarks/pytorch/blackmamba.py, every weight trained."""
 
-    backend = "plain PyTorch, a loop over experts"
-
     def __init__(self, content: dict[str, Any], folder: Path, options: Any):
         import blackmamba
 
         self.module, self.versions = blackmamba, {}
         self.training = content["experiment"]["training"]
         self.dtype = getattr(torch, self.training["compute_dtype"])
-        weights, _ = blackmamba.load(Path(content["base"]), getattr(torch, self.training["param_dtype"]))
+        hub, dtype = content["hub_config"], getattr(torch, self.training["param_dtype"])
+        if content["base"] is None:
+            weights = blackmamba.random(hub, dtype, options.device)
+        else:
+            weights = blackmamba.load(Path(content["base"]), dtype)[0]
         self.weights = {name: torch.nn.Parameter(w.detach().to(options.device)) for name, w in weights.items()}
         self.trainable = list(self.weights.values())
-        hub = content["hub_config"]
         self.sizes, self.k, self.activation = blackmamba.sizes_of(hub), hub["topk"], hub["activation"]
-        self.first = list(self.digests()) if content["digests"] else []
+        self.kernel = options.scan == "mamba_ssm"
+        self.backend = f"plain PyTorch, a loop over experts, scan: {options.scan}"
+        if self.kernel:
+            self.versions["mamba_ssm"] = blackmamba.kernel_version(options.device)
+        self.first = dict(self.digests()) if content["digests"] else {}
 
     def digests(self) -> Iterator[tuple[str, str]]:
         for name, weight in self.weights.items():
             yield name, _digest(_wide(weight))
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if self.kernel and int(batch["segment_ids"].max()) > 1:
+            raise contract.CannotRun(
+                "data.batching = pack: PyTorch's side cannot express it with --scan mamba_ssm: the kernel carries its state over from "
+                "one query of a row to the next. Use data.batching=pad_longest, or --scan loop"
+            )
         hidden, _, probabilities = self.module.hidden_states(
             self.weights, batch["tokens"].long(), self.sizes, self.k, self.activation, segments=batch["segment_ids"],
-            dtype=self.dtype, remat=self.training["remat"] == "full",
+            dtype=self.dtype, remat=self.training["remat"] == "full", kernel=self.kernel,
         )  # fmt: skip
         with tracing.scope("loss"):
             logits = hidden @ self.weights["embedding.word_embeddings.weight"].to(hidden.dtype).T
             loss = _loss(logits, batch, self.training["label_smoothing"])
         return loss, [p.flatten(0, 1) for p in probabilities]
-
-
-def compare(side: Any, expected: dict[str, str] | None) -> None:
-    """Raises CannotRun naming the first weight that the two frameworks hold differently."""
-    if not expected:
-        return
-    found = dict(side.first)
-    for name, digest in expected.items():
-        if found.get(name) != digest:
-            why = "is missing here" if name not in found else "differs"
-            raise contract.CannotRun(f"the two sides load the checkpoint differently: tensor {name!r} {why}, the first of them")
 
 
 def _wide(weight: torch.Tensor) -> torch.Tensor:

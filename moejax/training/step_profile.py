@@ -137,7 +137,7 @@ def _device(peak_at_start: float, dtype: str) -> schema.Device:
     else:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return schema.Device(
-        name=device.device_kind if device.platform != "cpu" else _cpu_name(),
+        name=device.device_kind if device.platform != "cpu" else cpu_name(),
         memory_bytes=size,
         peak_flops=max(peak, peak_at_start),
         peak_bytes_per_second=bandwidth,
@@ -145,7 +145,7 @@ def _device(peak_at_start: float, dtype: str) -> schema.Device:
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The CPU's model, and how many cores this process may use."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []

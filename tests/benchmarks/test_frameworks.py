@@ -121,6 +121,26 @@ def test_a_folder_that_is_no_handover(tmp_path):
         contract.read(tmp_path)
 
 
+def test_the_first_tensor_that_differs_is_named():
+    expected = {"a.weight": "1", "b.weight": "2", "c.weight": "3"}
+    contract.compare(expected, expected)
+    contract.compare({}, None)
+    with pytest.raises(contract.CannotRun, match=r"load the checkpoint differently: tensor 'b\.weight' differs"):
+        contract.compare(expected | {"b.weight": "x", "c.weight": "y"}, expected)
+    with pytest.raises(contract.CannotRun, match=r"tensor 'a\.weight' is missing in PyTorch"):
+        contract.compare({"b.weight": "2"}, expected)
+
+
+def test_random_weights_are_handed_over_as_sizes_alone(tmp_path):
+    experiment = Experiment.model_validate(TINY)
+    content = handover.write_random(experiment, tmp_path, stack_name="study")
+    assert content["base"] is None and content["digests"] is None and not (tmp_path / "adapter").exists()
+    whole = handover.write(experiment, tmp_path / "whole", stack_name="study")
+    assert content["model"] == whole["model"] and content["hub_config"] == whole["hub_config"]
+    with np.load(tmp_path / "batches.npz") as file, np.load(tmp_path / "whole" / "batches.npz") as other:
+        assert len(file.files) == 5 and np.array_equal(file["0/tokens"], other["0/tokens"])
+
+
 def record(step, loss, counts=((4, 4, 0),), ties=((0.1, (0, 0, 0), (1, 2)),)):
     same = {"queries": 2, "real_tokens": 4, "supervised_tokens": 3}
     return {"step": step, "loss": loss, "expert_counts": [list(c) for c in counts], "nearest_ties": list(ties)} | same
