@@ -26,20 +26,21 @@ def between(page: Path, name: str, text: str) -> None:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| run | largest relative difference of the loss | until routing differs | routing first differs |",
-        "|---|---|---|---|",
+        "| run | largest relative difference until routing differs | of all steps | routing first differs | mean loss of the last 50: "
+        "moejax, PyTorch |",
+        "|---|---|---|---|---|",
     ]
     for name, r in results.items():
         tie = r["routing_differs"]
         where = "never" if tie is None else f"step {tie['step']}, layer {tie['layer']}"
-        if tie is not None and tie.get("explains"):
+        if tie is not None and tie["explains"]:
             where += f": experts {tie['experts'][0]} and {tie['experts'][1]} of one token are {tie['gap']:.1e} apart"
         elif tie is not None:
             where += ": several tokens"
-        mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else " **(above 1e-4)**"
-        lines.append(
-            f"| {name} | {r['largest_relative_difference']:.1e} | {r['largest_before_routing_differs']:.1e}{mark} | {where} |"
-        )
+        mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else " **(no agreement)**"
+        before = "–" if tie is not None and tie["step"] == 1 else f"{r['largest_before_routing_differs']:.1e}"
+        means = ", ".join(f"{mean:.4f}" for mean in r["mean_of_last"])
+        lines.append(f"| {name} | {before}{mark} | {r['largest_relative_difference']:.1e} | {where} | {means} |")
     return "\n".join(lines) + "\n"
 
 
