@@ -50,8 +50,8 @@ def setup(model: str, k: int, remat: str, rows: int, row_tokens: int, **other: i
     """The jitted step with its state, frozen weights and batch; and the loss as a function. other: sizes instead of SIZES."""
     full = model == "blackmamba"
     sizes = SIZES | other
-    sizes |= {} if full else {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32}
-    config = PRESETS[f"{model}-tiny"].replace(experts_per_token=k, max_position_embeddings=row_tokens, **sizes)
+    sizes |= {} if full else {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "max_position_embeddings": row_tokens}
+    config = PRESETS[f"{model}-tiny"].replace(experts_per_token=k, **sizes)
     built = build(
         config,
         key=jax.random.key(0),

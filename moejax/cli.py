@@ -6,10 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moejax import __version__
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
+
+if TYPE_CHECKING:
+    from moejax.config import DeviceConfig
 
 NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
 ESTIMATE = "what fits, how fast, how many dollars, on which GPU"
@@ -40,6 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
     options = parser.parse_args(arguments)
     return guarded(options)
+
+
+def _prepare_jax(device: DeviceConfig) -> None:
+    """jax's settings, which it reads when it is imported. What the environment sets wins."""
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(device.memory_fraction))
+    if device.compilation_cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(device.compilation_cache).expanduser()))
+        # jax leaves out what compiles in less than a second: most of what a start compiles, but for the step.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _add_breakdown(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
 
     profile = options.command == "profile"
     experiment = (config.load_profiled if profile else config.load)(options.config, options.overrides)
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(experiment.device.memory_fraction))
+    _prepare_jax(experiment.device)
     if profile:
         from moejax.training import loop
 

@@ -210,9 +210,14 @@ class CheckpointConfig(_Section):
 
 
 class DeviceConfig(_Section):
-    """memory_fraction: share of the GPU's memory that jax may take (jax's own default of 0.75 would leave a quarter unused)."""
+    """memory_fraction: share of the GPU's memory that jax may take (jax's own default of 0.75 would leave a quarter unused).
+
+    compilation_cache: where jax keeps compiled programs for the next start; null: nowhere. What another version of jax, another
+    device or another program left there is not found, and compiled anew.
+    """
 
     memory_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.92
+    compilation_cache: str | None = "~/.cache/moejax/xla"
 
 
 class ProfileConfig(_Section):

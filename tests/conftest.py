@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # nothing of a test's is left in the user's cache, or comes from there
 
 import jax.numpy as jnp
 import numpy as np

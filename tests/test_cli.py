@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -61,11 +62,20 @@ def test_an_adapter_on_a_blackmamba_is_refused(capsys):
     assert "a BlackMamba is trained whole here (it has no q_proj): remove the adapter" in capsys.readouterr().err
 
 
-def test_memory_fraction_is_set_before_jax(monkeypatch):
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "x")
-    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
-    assert cli.train_main(["--config", CONFIG, "--dry-run", "device.memory_fraction=0.8"]) == 0
-    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.8"
+def test_jax_is_set_up_before_it_is_imported(monkeypatch, tmp_path):
+    names = ("XLA_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    for name in names:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    device = ["device.memory_fraction=0.8", "device.compilation_cache=~/here"]
+    assert cli.train_main(["--config", CONFIG, "--dry-run", "device.compilation_cache=null"]) == 0
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    monkeypatch.delenv(names[0])
+    assert cli.train_main(["--config", CONFIG, "--dry-run", *device]) == 0
+    assert [os.environ[name] for name in names] == ["0.8", str(Path("~/here").expanduser()), "0.1"]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # the environment wins
+    assert cli.train_main(["--config", CONFIG, "--dry-run", *device]) == 0
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
 
 
 def test_missing_data_is_told_before_anything_is_written(tmp_path, capsys):

@@ -87,7 +87,7 @@ def whole_programs() -> Iterator[None]:
     """Compile without jax's cache on disk, if one is set: of a program that comes from there, the trace does not hold the instructions,
     and nothing could be said of its events."""
     settings: Any = jax.config
-    if settings.jax_compilation_cache_dir is None or not settings.jax_enable_compilation_cache:
+    if not settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         yield
         return
     jax.config.update("jax_enable_compilation_cache", False)

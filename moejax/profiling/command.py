@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from moejax.profiling import roofline, schema, xplane
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
 from moejax.report.breakdown import ALL, Bars, draw, study, takeaways
+
+WIDE = 132  # characters that the whole table of stages takes
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def run(
         json.dump([as_dict(r) for r in loaded], sys.stdout, indent=1)
         print()
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
     for r in loaded:
         _print(r, console)
     console.print(_takeaways(bars))
@@ -132,7 +135,10 @@ def _print(r: Run, console: Console) -> None:
     console.print(_phases(r))
     if b is None:
         return
-    console.print(_stages(r))
+    console.print(_stages(r, whole=console.width >= WIDE))
+    if console.width < WIDE:
+        more = f"milliseconds by phase, GFLOP and MB: in a terminal of {WIDE} characters, or by --json"
+        console.print(more, highlight=False, soft_wrap=True)
     console.print(
         f"{100 * b.attributed:.1f} % of the busy time is under a named stage. {100 * b.mixed_seconds / b.busy_seconds:.1f} % was split off "
         "fusions that mix stages or phases, by their instructions' own cost.",
@@ -165,8 +171,8 @@ def _phases(r: Run) -> Table:
     return table
 
 
-def _stages(r: Run) -> Table:
-    """By stage: time, and what was reached of the device's peaks."""
+def _stages(r: Run, whole: bool) -> Table:
+    """By stage: time, and what was reached of the device's peaks. whole: with every column."""
     b = r.breakdown
     assert b is not None
     counters = any(s.sm_percent is not None for s in r.stages)
@@ -178,19 +184,19 @@ def _stages(r: Run) -> Table:
         else "the device's peaks are not known: a run's step_profile.json holds them"
     )
     table = Table(title=said, title_justify="left")
-    phases = [p for p in ("forward", "recompute", "backward") if b.phases[p]]
-    columns = ["stage", "ms", "share", *phases, "GFLOP", "MB", "GFLOP/s", "GB/s"]
-    columns += ["of matrix peak", "of bandwidth"] if known else []
-    columns += ["SM % (ncu)", "DRAM % (ncu)"] if counters else []
+    phases = [p for p in ("forward", "recompute", "backward") if b.phases[p] and whole]
+    columns = ["stage", "ms", "share", *phases, *(("GFLOP", "MB") if whole else ()), "GFLOP/s", "GB/s"]
+    columns += ["of matrix\npeak", "of band-\nwidth"] if known else []
+    columns += ["SM %\n(ncu)", "DRAM %\n(ncu)"] if counters else []
     for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     groups = ([s for s in r.stages if s.name.split("/")[0] == "moe"], [s for s in r.stages if s.name.split("/")[0] != "moe"])
     for group, label in zip(groups, ("all MoE", "the rest"), strict=True):
         for s in [*group, *([roofline.time_weighted(group, label)] if len(group) > 1 else [])]:
             parts = {g.name for g in group} if s.name == label else {s.name}
             cells = [s.name, _ms(s.seconds), _percent(s.seconds / b.busy_seconds)]
             cells += [_ms(sum(v for name, v in b.sums("stage", p).items() if name in parts)) for p in phases]
-            cells += [f"{s.flops / 1e9:.2f}", f"{s.bytes / 1e6:.0f}"]
+            cells += [f"{s.flops / 1e9:.2f}", f"{s.bytes / 1e6:.0f}"] if whole else []
             cells += [f"{s.flops_per_second / 1e9:.1f}", f"{s.bytes_per_second / 1e9:.2f}"]
             cells += [_percent(s.flops_share), _percent(s.bandwidth_share)] if known else []
             cells += [_plain(s.sm_percent), _plain(s.dram_percent)] if counters else []
@@ -203,15 +209,19 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
+# Of report.breakdown.takeaways, in its order: what fits beside a run's name in 80 characters.
+_HEADINGS = ("MoE /\nlayers", "matmul\n/ MoE", "dequant\n/ MoE", "optim.\n/ step", "backw. /\nforward", "recomp.\n/ step")
+
+
 def _takeaways(bars: Sequence[Bars]) -> Table:
     table = Table(title="takeaways, computed", title_justify="left")
-    table.add_column("share")
+    table.add_column("run")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for b in bars:
-        table.add_column(b.name.replace(",\n", ", "), justify="right")
-    columns = [takeaways(b) for b in bars]
-    for name in columns[0]:
-        ratio = "/" in name
-        table.add_row(name, *("" if c[name] is None else f"{c[name]:.2f}" if ratio else _percent(c[name]) for c in columns))
+        values = takeaways(b).items()
+        cells = ("" if v is None else f"{v:.2f}" if "/" in name else _percent(v) for name, v in values)
+        table.add_row(b.name.replace("\n", " "), *cells)
     return table
 
 

@@ -1,6 +1,6 @@
 """Makes tests/vectors/mixtral-cpu.xplane.pb.gz: two traced steps of a tiny Mixtral on a CPU. Needs moejax alone:
 
-    PYTHONPATH=. python tests/oracles/trace.py
+    PYTHONPATH=. python tests/oracles/trace.py        # JAX_PLATFORMS=cuda: mixtral-gpu.xplane.pb.gz, on a GPU
 
 What is kept is what the reader reads: programs that did not run in the trace, and the lines of the host's own threads, are left out.
 """
@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from models.build import build
 from models.config import PRESETS, LoRAConfig, Quantization
 from moejax.data.batch import Batch
 from moejax.profiling import xplane
+from moejax.profiling.capture import compile_profiled
 from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_train_step
 
@@ -35,12 +36,13 @@ def main() -> None:
     graphdef, trainable, frozen = split(model, full=False)
     schedule = optax.constant_schedule(1e-3)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    step = jax.jit(make_train_step(Objective(graphdef, full=False, remat="full"), optimizer, schedule, 0), donate_argnums=(0,))
+    function = make_train_step(Objective(graphdef, full=False, remat="full"), optimizer, schedule, 0)
     shape = (1, ROWS, TOKENS)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
     ones, positions = np.ones(shape, np.int32), np.broadcast_to(np.arange(TOKENS, dtype=np.int32), shape)
     batch = jax.device_put(Batch(tokens, np.roll(tokens, -1, -1), np.ones(shape, np.float32), ones, positions))
     state = initial_state(trainable, optimizer)
+    step = compile_profiled(jax.jit(function, donate_argnums=(0,)).lower(state, frozen, batch))
     for _ in range(3):
         state, metrics = step(state, frozen, batch)
     jax.block_until_ready(metrics)
@@ -53,7 +55,7 @@ def main() -> None:
                     state, metrics = step(state, frozen, batch)
                     jax.block_until_ready(metrics)
         content = smaller(xplane.find(Path(folder)).read_bytes())
-    out = Path(__file__).parent.parent / "vectors" / "mixtral-cpu.xplane.pb.gz"
+    out = Path(__file__).parent.parent / "vectors" / f"mixtral-{jax.default_backend()}.xplane.pb.gz"
     out.write_bytes(gzip.compress(content, 9, mtime=0))
     print(f"{out.name}: {out.stat().st_size / 1e3:.0f} kB")
 

@@ -62,6 +62,14 @@ def test_the_command_draws_and_prints(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "utilization.png").exists()  # a bare trace does not know the peaks
 
 
+@pytest.mark.parametrize("columns", [80, 200])
+def test_nothing_is_cut_in_a_narrow_terminal(columns, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["breakdown", TRACE, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out and ("recompute ┃ backward" in out) == (columns == 200)
+
+
 def test_json_says_what_the_tables_say(capsys):
     assert cli.main(["breakdown", TRACE, "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)
