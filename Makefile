@@ -36,7 +36,7 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(STAMP) reference4 ## one training step beside PyTorch's, on this machine
-	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python
+	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python --out benchmarks/results/$$(date +%F)-cpu-step.json
 
 curves: $(STAMP) reference4 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
 	@$(BIN)/python benchmarks/curves.py

@@ -2,9 +2,9 @@
 
     python benchmarks/side_by_side.py [--only RUN …] [--reference4 PYTHON] [--reference5 PYTHON]
 
-Profiles small models on this machine on both sides (moejax profile; benchmarks/torch_run.py --profile), draws them with `moejax breakdown`
-into docs/frameworks/, and writes the table between two marks in docs/frameworks.md and benchmarks/results/DATE-side-by-side.json. Shares
-compare with the paper's; seconds do not (another model, another machine).
+Profiles small models on this machine on both sides (moejax profile; benchmarks/torch_run.py --profile), draws them as `moejax breakdown`
+does (one of the figures goes to docs/frameworks/), and writes the table between two marks in docs/frameworks.md and
+benchmarks/results/DATE-side-by-side.json. Shares compare with the paper's; seconds do not (another model, another machine).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from curves_report import between
 from moejax import config as configuration
 from moejax.errors import UserError
 from moejax.profiling import command, schema
+from moejax.profiling.scopes import OUTSIDE
 from moejax.report.breakdown import Bars, draw, study, takeaways
 from moejax.training.step_profile import cpu_name
 
@@ -65,6 +67,7 @@ def described(folder: Path, bars: Bars) -> dict[str, Any]:
     p = schema.read(folder)
     seconds = {"step_seconds": p.step_seconds.model_dump(), "phases": dict(bars.phases), "idle": bars.idle}
     kept = {"layers": dict(bars.layers), "moe_kernels": dict(bars.kernels), "takeaways": takeaways(bars)}
+    kept["attributed"] = 1 - bars.layers.get(OUTSIDE, 0.0) / sum(bars.layers.values())
     return {"framework": p.framework, "versions": p.versions, "backend": p.moe.backend} | seconds | kept
 
 
@@ -78,6 +81,10 @@ def rows(name: str, result: dict[str, Any]) -> list[str]:
     for what in printed:
         cells = [_cell(what, side[what]) for side in (printed, theirs, ours)]
         lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
+    sides = [result["pytorch"], result["moejax"]]
+    seconds, attributed = [s["step_seconds"]["median"] for s in sides], [100 * s["attributed"] for s in sides]
+    lines.append(f"| {name} | a step | {sum(paper.phases.values()):.2f} s | {' | '.join(f'{s:.3f} s' for s in seconds)} |")
+    lines.append(f"| {name} | of the busy step, under a named stage | – | {' | '.join(f'{a:.1f} %' for a in attributed)} |")
     return lines
 
 
@@ -128,6 +135,8 @@ def main() -> int:
             batch = f"batch {RUNS[name][3]}"
             paper = [b for b in study(*name.split("-")[:2]) if batch in b.name]
             draw([ours.bars, theirs.bars, *paper], options.runs / "figures" / name)
+            if name == "mixtral-sparse":
+                shutil.copy(options.runs / "figures" / name / "moe_kernels.png", ROOT / "docs" / "frameworks")
             print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)
             about = {"command": "make frameworks", "date": time.strftime("%Y-%m-%d"), "device": cpu_name()}
             ordered = {n: results[n] for n in RUNS if n in results}
