@@ -193,15 +193,13 @@ def search(name: str, case: Case, settings: Settings, begin: Callable[..., Side]
     return tries
 
 
-def judge(cells: dict[str, Any], case: Case, settings: Settings, gpu: gpus.GPU | None) -> None:
-    """Adds to every cell: its share of the matrix rate, and dollars per 1,000 queries by the cheapest dated price of this GPU."""
-    rates = [
-        c["about"]["matrix_rate_flops"] for c in cells.values() if "error" not in c and c["about"].get("matrix_rate_flops")
-    ]
+def judge(cells: list[dict[str, Any]], case: Case, settings: Settings, gpu: gpus.GPU | None) -> None:
+    """Adds to every cell of a case: its share of the matrix rate (one rate for all of them), and dollars per 1,000 queries by the
+    cheapest dated price of this GPU."""
+    ran = [cell for cell in cells if "error" not in cell]
+    rates = [cell["about"]["matrix_rate_flops"] for cell in ran if cell["about"].get("matrix_rate_flops")]
     price = prices.cheapest(prices.DATED, gpu.name) if gpu is not None else None
-    for cell in cells.values():
-        if "error" in cell:
-            continue
+    for cell in ran:
         experiment = settings.experiment(case, cell["rows"])
         length = experiment.data.row_tokens
         count = flops.count(architecture(experiment, None), adapter_config(experiment))
@@ -266,7 +264,7 @@ def measure(name: str, settings: Settings, gpu: gpus.GPU | None, begin: Callable
     result["row_tokens"] = experiment.data.row_tokens
     for batch, take in (("same batch", same_batch), ("best batch", best_batch)):
         result[batch] = take(names, case, settings, begin)
-        judge(result[batch], case, settings, gpu)
+    judge([cell for batch in ("same batch", "best batch") for cell in result[batch].values()], case, settings, gpu)
     return result
 
 
