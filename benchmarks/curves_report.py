@@ -26,21 +26,26 @@ def between(page: Path, name: str, text: str) -> None:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| run | largest relative difference until routing differs | of all steps | routing first differs | mean loss of the last 50: "
-        "moejax, PyTorch |",
-        "|---|---|---|---|---|",
+        "| run | largest relative difference until routing differs | of all steps | routing first differs | control: PyTorch beside "
+        "itself | mean loss of the last 50: moejax, PyTorch |",
+        "|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
-        tie = r["routing_differs"]
+        tie, control = r["routing_differs"], r.get("control")
         where = "never" if tie is None else f"step {tie['step']}, layer {tie['layer']}"
         if tie is not None and tie["explains"]:
             where += f": experts {tie['experts'][0]} and {tie['experts'][1]} of one token are {tie['gap']:.1e} apart"
         elif tie is not None:
             where += ": several tokens"
-        mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else " **(no agreement)**"
+        mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else f" **(outside from step {r['first_step_outside']})**"
         before = "–" if tie is not None and tie["step"] == 1 else f"{r['largest_before_routing_differs']:.1e}"
         means = ", ".join(f"{mean:.4f}" for mean in r["mean_of_last"])
-        lines.append(f"| {name} | {before}{mark} | {r['largest_relative_difference']:.1e} | {where} | {means} |")
+        itself = "–" if control is None else f"{control['largest_relative_difference']:.1e}"
+        if control and control["first_step_outside"]:
+            itself += f", outside from step {control['first_step_outside']}"
+        if control and control["routing_differs_at"]:
+            itself += f", routing differs at step {control['routing_differs_at']}"
+        lines.append(f"| {name} | {before}{mark} | {r['largest_relative_difference']:.1e} | {where} | {itself} | {means} |")
     return "\n".join(lines) + "\n"
 
 
@@ -51,10 +56,15 @@ def figure(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(3.1 * len(results), 5.2), layout="constrained")
-    panels = drawing.subplots(2, len(results), squeeze=False, sharex=True, height_ratios=(1.3, 1))
-    for column, (name, r) in enumerate(results.items()):
-        upper, lower = panels[0][column], panels[1][column]
+    columns = -(-len(results) // 2) if len(results) > 4 else len(results)
+    bands = -(-len(results) // columns)
+    drawing = Figure(figsize=(3.1 * columns, 5.2 * bands), layout="constrained")
+    panels = drawing.subplots(2 * bands, columns, squeeze=False, sharex=True, height_ratios=(1.3, 1) * bands)
+    for empty in panels[-2:, len(results) - columns * (bands - 1) :].flat:
+        empty.set_axis_off()
+    for number, (name, r) in enumerate(results.items()):
+        band, column = divmod(number, columns)
+        upper, lower = panels[2 * band][column], panels[2 * band + 1][column]
         steps = range(1, r["steps"] + 1)
         upper.plot(steps, r["pytorch"], color="#d9822b", linewidth=2.6, alpha=0.6, label="PyTorch")
         upper.plot(steps, r["moejax"], color="#1f4e8c", linewidth=0.9, label="moejax")

@@ -54,9 +54,14 @@ def run(
     import handover
 
     handover.write(experiment, folder / "handover", stack_name=stack)
+    train(folder / "handover", stack, folder, interpreter, arguments or [])
+
+
+def train(handover: Path, stack: str, folder: Path, python: Path, arguments: list[str]) -> None:
+    """Train what was handed over, into `folder`. Raises UserError with what the runner said."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        command(folder / "handover", stack, interpreter, ["--out", str(folder), *(arguments or [])]),
+        command(handover, stack, python, ["--out", str(folder), *arguments]),
         env=environment, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     if done.returncode == OUT_OF_MEMORY:
@@ -65,7 +70,7 @@ def run(
         raise UserError(f"PyTorch ({stack}): {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
     if done.returncode:
         raise UserError(f"PyTorch ({stack}) ended with exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
-    if "--profile" in (arguments or []):
+    if "--profile" in arguments:
         schema.read(folder)  # it must hold to the contract
 
 

@@ -37,6 +37,9 @@ class Trainer:
         torch.manual_seed(content["experiment"]["seed"])
         self.side = stacks.build(content, folder, options.stack, options)
         contract.compare(self.side.first, content["digests"])
+        if options.nudge:
+            with torch.no_grad():
+                self.side.trainable[0].mul_(1 + torch.finfo(torch.float32).eps)
         t = self.training
         self.optimizer = torch.optim.AdamW(
             self.side.trainable,
@@ -206,6 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--experts", default="grouped_mm", help="today: transformers' experts_implementation")
     parser.add_argument("--scan", choices=("loop", "mamba_ssm"), default="loop", help="plain: the scan over time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--nudge", action="store_true", help="change the first trained weight by its last bit: what rounding alone does")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="of the GPU's memory, for two processes on one GPU")
     parser.add_argument("--peaks", action="store_true", help="with --serve: measure the device's matrix rate first")

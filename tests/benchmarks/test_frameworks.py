@@ -12,7 +12,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
 
 import contract
 import curves
+import curves_report
 import handover
+import side_by_side
 import torch_run
 
 from moejax import config as configuration
@@ -166,3 +168,36 @@ def test_curves_that_part_without_a_tie_do_not_agree():
 def test_curves_of_other_batches_are_refused():
     with pytest.raises(UserError, match="step 1: queries = 3 here, 2 in PyTorch"):
         curves.compare([record(1, 2.0) | {"queries": 3}], [record(1, 2.0)], claimed=True)
+
+
+def test_the_curves_table_says_where_a_run_leaves_the_tolerance():
+    apart = curves.compare([record(1, 2.0), record(2, 1.1)], [record(1, 2.0), record(2, 1.0)], claimed=True)
+    control = {"largest_relative_difference": 0.02, "first_step_outside": 81, "routing_differs_at": None}
+    bf16 = curves.compare([record(1, 2.0)], [record(1, 2.1)], claimed=False)
+    lines = curves_report.table({"dense": apart | {"control": control}, "bf16": bf16}).splitlines()
+    assert lines[2].startswith("| dense | 1.0e-01 **(outside from step 2)** | 1.0e-01 | never | 2.0e-02, outside from step 81 |")
+    assert lines[3].startswith("| bf16 | 4.8e-02 (no claim) | 4.8e-02 | never | – |")
+    assert {line.count("|") for line in lines} == {7}
+
+
+def test_a_table_is_put_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
+    curves_report.between(page, "x", "new\n")
+    assert page.read_text() == "a\n<!-- x: begin -->\nnew\n<!-- x: end -->\nb\n"
+    with pytest.raises(UserError, match="has no marks <!-- y: begin -->"):
+        curves_report.between(page, "y", "new\n")
+
+
+def test_shares_stand_beside_the_paper_s():
+    side = {
+        "step_seconds": {"median": 0.5},
+        "attributed": 0.987,
+        "takeaways": side_by_side.takeaways(side_by_side.study("mixtral", "sparse")[0]),
+    }
+    dense = side | {"step_seconds": {"median": 1.5}}
+    results = {name: {"moejax": s, "pytorch": s} for name, s in (("mixtral-sparse", side), ("mixtral-dense", dense))}
+    lines = side_by_side.table(results).splitlines()
+    assert {line.count("|") for line in lines} == {6}
+    assert "| 0.500 s | 0.500 s |" in next(line for line in lines if line.startswith("| mixtral-sparse | a step |"))
+    assert lines[-1].startswith("| mixtral | dense step / sparse step |") and lines[-1].endswith("| 3.00 | 3.00 |")
