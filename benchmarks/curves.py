@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -60,7 +61,7 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
 def run_case(name: str, steps: int, python: Path | None, folder: Path) -> dict[str, Any]:
     """Both sides of one case, one after the other."""
     config, stack, overrides = CASES[name]
-    slug = name.replace(" ", "-").lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
     overrides = [*COMMON, *overrides, f"training.steps={steps}", f"name={slug}", f"runs_dir={folder}"]
     experiment = configuration.load(ROOT / config, overrides)
     torch_folder = folder / f"{slug}-{stack}"

@@ -77,6 +77,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
         if r["routing_differs"] is not None:
             lower.axvline(r["routing_differs"]["step"], color="#2a8a4a", linewidth=0.9, linestyle=":")
         lower.set_xlabel("step", fontsize=8)
+        lower.tick_params(labelbottom=True)
         for axes in (upper, lower):
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)

@@ -81,9 +81,7 @@ def rows(name: str, result: dict[str, Any]) -> list[str]:
     for what in printed:
         cells = [_cell(what, side[what]) for side in (printed, theirs, ours)]
         lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
-    sides = [result["pytorch"], result["moejax"]]
-    seconds, attributed = [s["step_seconds"]["median"] for s in sides], [100 * s["attributed"] for s in sides]
-    lines.append(f"| {name} | a step | {sum(paper.phases.values()):.2f} s | {' | '.join(f'{s:.3f} s' for s in seconds)} |")
+    attributed = [100 * result[side]["attributed"] for side in ("pytorch", "moejax")]
     lines.append(f"| {name} | of the busy step, under a named stage | – | {' | '.join(f'{a:.1f} %' for a in attributed)} |")
     return lines
 
