@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-blackmamba test lint bench vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
+.PHONY: demo demo-blackmamba test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -36,7 +36,16 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(STAMP) reference4 ## one training step beside PyTorch's, on this machine
-	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python
+	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python --out benchmarks/results/$$(date +%F)-cpu-step.json
+
+curves: $(STAMP) reference4 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
+	@$(BIN)/python benchmarks/curves.py
+
+frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside PyTorch's and the paper's; the table of docs/frameworks.md
+	@$(BIN)/python benchmarks/side_by_side.py
+
+bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the real shapes, random weights
+	@$(BIN)/python benchmarks/gpu_frameworks.py --out benchmarks/results/$$(date +%F)-gpu-frameworks.json
 
 demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the same problems, and its accuracy before and after
 	@rm -rf runs/demo_blackmamba

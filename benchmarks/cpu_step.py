@@ -1,9 +1,11 @@
-"""One LoRA training step of a small Mixtral here and in PyTorch, in turn, on this machine: `make bench`.
+"""One training step here and in PyTorch, in turn, on this machine: `make bench`.
 
     python benchmarks/cpu_step.py --reference .venv-reference4/bin/python [--out FILE.json]
 
-8 layers, D 512, F 1024, E 8, k 2, 2048 tokens, LoRA rank 16 on experts and router, fp32, every layer recomputed in both. The two
-frameworks take turns, a step each, so that a noisy machine troubles both alike; the ratio of the medians is the result.
+mixtral: a LoRA step; 8 layers, D 512, F 1024, E 8, k 2, 2048 tokens, LoRA rank 16 on experts and router, beside transformers and PEFT.
+blackmamba: a step of full fine-tuning as configs/bench_blackmamba_tiny.yaml has it, beside plain PyTorch. Both in fp32, every layer
+recomputed in both. The two frameworks take turns, a step each, so that a noisy machine troubles both alike; the ratio of the medians is the
+result.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,7 @@ from models.config import LoRAConfig, MixtralConfig
 from moejax.data.batch import Batch
 from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_train_step
+from moejax.training.step_profile import cpu_name
 
 
 def make_step(sizes: dict[str, int]) -> Any:
@@ -72,16 +76,9 @@ def make_step(sizes: dict[str, int]) -> Any:
     return run
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", type=Path, required=True, help="Python of the PyTorch environment")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if not options.reference.exists():
-        print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
-        return 2
-    command = [str(options.reference), str(HERE / "pytorch" / "mixtral_lora_step.py"), "--serve"]
+def mixtral(reference: Path, steps: int) -> dict[str, Any]:
+    """A LoRA step beside transformers 4 and PEFT."""
+    command = [str(reference), str(HERE / "pytorch" / "mixtral_lora_step.py"), "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None and server.stdout is not None
 
@@ -92,26 +89,67 @@ def main() -> int:
 
         about = json.loads(server.stdout.readline())
         jax_step = make_step(about["sizes"])
-        pairs = [(jax_step(), torch_step()) for _ in range(options.steps + 2)][2:]
+        pairs = [(jax_step(), torch_step()) for _ in range(steps + 2)][2:]
         server.stdin.close()
     ours, theirs = ([p[i]["step_seconds"] for p in pairs] for i in (0, 1))
     tokens = about["sizes"]["rows"] * about["sizes"]["row_tokens"]
-    result = {
+    return {"sizes": about["sizes"], "versions": about["versions"]} | _sides(ours, theirs, tokens)
+
+
+def blackmamba(reference: Path, steps: int) -> dict[str, Any]:
+    """A step of full fine-tuning beside plain PyTorch."""
+    import handover
+    import turns
+
+    from moejax import config as configuration
+
+    path = HERE.parent / "configs" / "bench_blackmamba_tiny.yaml"
+    experiment = configuration.load(path, ["training.steps=2"])
+    with tempfile.TemporaryDirectory() as folder:
+        handover.write(experiment, Path(folder), stack_name="plain")
+        with turns.torch_side(Path(folder), "plain", reference) as torch, turns.jax_side(path, []) as ours:
+            about = torch.about
+            taken = turns.alternate({"moejax": ours, "pytorch": torch}, steps)
+    seconds = {name: [step["step_seconds"] for step in side] for name, side in taken.items()}
+    result = _sides(seconds["moejax"], seconds["pytorch"], taken["moejax"][0]["real_tokens"])
+    return {"config": f"configs/{path.name}", "versions": about["versions"]} | result
+
+
+def _sides(ours: list[float], theirs: list[float], tokens: int) -> dict[str, Any]:
+    medians = {"moejax_median": statistics.median(ours), "pytorch_median": statistics.median(theirs)}
+    speedup = medians["pytorch_median"] / medians["moejax_median"]
+    return {"tokens": tokens, "moejax_step_seconds": ours, "pytorch_step_seconds": theirs} | medians | {"speedup": speedup}
+
+
+CASES = {"mixtral": mixtral, "blackmamba": blackmamba}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True, help="Python of the PyTorch environment")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not options.reference.exists():
+        print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {
         "command": "make bench",
         "date": time.strftime("%Y-%m-%d"),
-        "sizes": about["sizes"],
-        "cores": os.cpu_count(),
-        "versions": about["versions"] | {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "moejax_step_seconds": ours,
-        "pytorch_step_seconds": theirs,
-        "moejax_median": statistics.median(ours),
-        "pytorch_median": statistics.median(theirs),
-        "speedup": statistics.median(theirs) / statistics.median(ours),
+        "device": cpu_name(),
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "cases": {},
     }
-    for name in ("moejax", "pytorch"):
-        median = result[f"{name}_median"]
-        print(f"{name:8} {median:.3f} s/step  {tokens / median:.0f} tokens/s  (median of {options.steps})")
-    print(f"moejax is {result['speedup']:.2f} times as fast")
+    for case in options.only:
+        found = result["cases"][case] = CASES[case](options.reference, options.steps)
+        for name in ("moejax", "pytorch"):
+            seconds, median = found[f"{name}_step_seconds"], found[f"{name}_median"]
+            spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+            print(
+                f"{case}: {name:8} {median:.3f} s/step ({spread})  {found['tokens'] / median:.0f} tokens/s  (median of {len(seconds)})"
+            )
+        print(f"{case}: moejax is {found['speedup']:.2f} times as fast", flush=True)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -79,14 +79,19 @@ def skew(model: Any) -> None:
     lora.b.set_value(b.at[..., :, 0].set(offsets[: b.shape[-2]]))
 
 
+def no_adaptation(model: Any) -> None:
+    """Every adapter's B is zero, as in a fresh one."""
+    for _, node in nnx.iter_modules(model.layers):
+        if hasattr(node, "b") and hasattr(node, "a"):
+            node.b.set_value(jnp.zeros_like(node.b.get_value()))
+
+
 def run_case(
     experiment: Any, config: Architecture, rows: int, length: int, batching: str, routing: str, steps: int
 ) -> dict[str, Any]:
     """Compile, run and time one case."""
     model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(0))
-    for _, node in nnx.iter_modules(model.layers):
-        if hasattr(node, "b") and hasattr(node, "a"):
-            node.b.set_value(jnp.zeros_like(node.b.get_value()))
+    no_adaptation(model)
     if routing == "skewed":
         skew(model)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)

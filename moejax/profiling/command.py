@@ -24,12 +24,15 @@ WIDE = 132  # characters that the whole table of stages takes
 
 @dataclass(frozen=True)
 class Run:
-    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone)."""
+    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone).
+
+    dense: whether every expert takes every token, where step_profile.json says so."""
 
     bars: Bars
     breakdown: Breakdown | None
     stages: list[Stage]
     peaks: Peaks
+    dense: bool | None = None
 
 
 def run(
@@ -40,7 +43,7 @@ def run(
     folder = Path(out) if out else _default_folder(Path(paths[0]))
     bars = [r.bars for r in loaded]
     if reference != "none":
-        kinds = list(dict.fromkeys(_setting(b) for b in bars)) if reference == "match" else _ALL
+        kinds = list(dict.fromkeys(_setting(r) for r in loaded)) if reference == "match" else _ALL
         bars += [b for model, kind in kinds for b in study(model, kind)]
     if as_json:
         json.dump([as_dict(r) for r in loaded], sys.stdout, indent=1)
@@ -59,10 +62,12 @@ def run(
 _ALL = [(model, kind) for model in ("mixtral", "blackmamba") for kind in ("dense", "sparse")]
 
 
-def _setting(bars: Bars) -> tuple[str, str]:
-    """Which of the study's models and kinds a run is to be compared with: its stages say."""
-    model = "blackmamba" if "mamba" in bars.layers else "mixtral"
-    return model, "sparse" if "moe/dispatch" in bars.kernels or "moe/topk" in bars.kernels else "dense"
+def _setting(r: Run) -> tuple[str, str]:
+    """Which of the study's models and kinds a run is to be compared with. A trace's stages say (PyTorch's k = E has them all)."""
+    kernels, dense = r.bars.kernels, r.dense
+    if dense is None:
+        dense = "moe/dispatch" not in kernels and "moe/topk" not in kernels
+    return "blackmamba" if "mamba" in r.bars.layers else "mixtral", "dense" if dense else "sparse"
 
 
 def _default_folder(path: Path) -> Path:
@@ -105,7 +110,7 @@ def _from_profile(profile: schema.StepProfile, name: str) -> Run:
     device = profile.device
     peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
     bars = Bars(f"{name}\n({profile.framework})", phases, profile.layers, profile.moe_kernels or {}, idle=idle)
-    return Run(bars, None, [], peaks)
+    return Run(bars, None, [], peaks, dense=profile.moe.top_k == profile.moe.experts)
 
 
 def as_dict(r: Run) -> dict[str, Any]:

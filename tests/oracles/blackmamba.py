@@ -2,17 +2,21 @@
 
     python tests/oracles/blackmamba.py
 
-No scan kernel, no packing, no chunks: a loop over time and a loop over experts, left to automatic differentiation.
+The model is benchmarks/pytorch/blackmamba.py: a loop over time and a loop over experts, left to automatic differentiation.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks" / "pytorch"))
+import blackmamba
 
 OUT = Path(__file__).parent.parent / "vectors" / "blackmamba.npz"
 SIZES = {
@@ -56,57 +60,9 @@ def make_weights() -> dict[str, torch.Tensor]:
     return {name: w.requires_grad_() for name, w in weights.items()}
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
-
-
-def mamba(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    inner, z = (x @ w[f"{name}.in_proj.weight"].T).split(INNER, dim=-1)
-    u = torch.zeros_like(inner) + w[f"{name}.conv1d.bias"]
-    for tap in range(4):
-        back = 3 - tap
-        shifted = F.pad(inner, (0, 0, back, 0))[:, : inner.shape[1]]
-        u = u + w[f"{name}.conv1d.weight"][:, 0, tap] * shifted
-    u = F.silu(u)
-    low, b, c = (u @ w[f"{name}.x_proj.weight"].T).split([RANK, N, N], dim=-1)
-    dt = F.softplus(low @ w[f"{name}.dt_proj.weight"].T + w[f"{name}.dt_proj.bias"])
-    y = scan(u, dt, -torch.exp(w[f"{name}.A_log"]), b, c, w[f"{name}.D"])
-    return (y * F.silu(z)) @ w[f"{name}.out_proj.weight"].T
-
-
-def scan(u, dt, a, b, c, d):  # type: ignore[no-untyped-def]
-    h, ys = torch.zeros(u.shape[0], *a.shape), []
-    for t in range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * a) * h + (dt[:, t] * u[:, t])[..., None] * b[:, t, None]
-        ys.append((h * c[:, t, None]).sum(-1) + d * u[:, t])
-    return torch.stack(ys, dim=1)
-
-
-def moe(x: torch.Tensor, w: dict[str, torch.Tensor], name: str, k: int, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    p = torch.sigmoid(x @ w[f"{name}.router.weight"].T + w[f"{name}.router.bias"])
-    weights, chosen = p.topk(k, dim=-1)
-    act = {"gelu": F.gelu, "silu": F.silu}[activation]
-    out = torch.zeros_like(x)
-    for e in range(E):
-        a, g = (x @ w[f"{name}.local_experts.{e}.linear_fc1.weight"].T).chunk(2, dim=-1)
-        y = (act(a) * g) @ w[f"{name}.local_experts.{e}.linear_fc2.weight"].T
-        out = out + y * (weights * (chosen == e)).sum(-1, keepdim=True)
-    return out, chosen
-
-
 def forward(w: dict[str, torch.Tensor], ids: torch.Tensor, k: int, activation: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    h = w["embedding.word_embeddings.weight"][ids]
-    residual, choices = torch.zeros_like(h), []
-    for layer in range(SIZES["num_layers"]):
-        residual = residual + h
-        n, name = rms_norm(residual, w[f"decoder.layers.{layer}.norm.weight"]), f"decoder.layers.{layer}.mixer"
-        if layer % 2 == 0:
-            h = mamba(n, w, name)
-        else:
-            h, chosen = moe(n, w, name, k, activation)
-            choices.append(chosen)
-    final = F.layer_norm(residual + h, (H,), w["decoder.final_layernorm.weight"], w["decoder.final_layernorm.bias"], eps=1e-5)
-    return final @ w["embedding.word_embeddings.weight"].T, choices
+    hidden, choices, _ = blackmamba.hidden_states(w, ids, blackmamba.Sizes(H, SIZES["num_layers"], E, N), k, activation)
+    return hidden @ w["embedding.word_embeddings.weight"].T, choices
 
 
 def write_torch_file() -> None:

@@ -107,6 +107,12 @@ def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys):
     schema.write(profile, folder / schema.FILE_NAME)
     assert cli.main(["breakdown", TRACE, str(folder), "--out", str(tmp_path / "figures")]) == 0
     assert "(pytorch)" in capsys.readouterr().out
+    # PyTorch chooses and dispatches with k = E too: k says which of the study's bars stand beside, not the stages.
+    for k, beside in ((2, "sparse, batch"), (8, "dense, batch")):
+        schema.write(profile.model_copy(update={"moe": schema.Moe(experts=8, top_k=k, backend="eager")}), folder / schema.FILE_NAME)
+        assert cli.main(["breakdown", str(folder), "--out", str(tmp_path / "figures")]) == 0
+        out = capsys.readouterr().out
+        assert all((kind in out) == (kind == beside) for kind in ("sparse, batch", "dense, batch"))
     schema.write(profile.model_copy(update={"phases": None}), folder / schema.FILE_NAME)
     assert cli.main(["breakdown", str(folder)]) == 2
     assert "holds no phases and there is no trace" in capsys.readouterr().err

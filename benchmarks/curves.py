@@ -1,0 +1,205 @@
+"""Do the two frameworks learn the same? 200 steps from one initialization on the same batches, here and in PyTorch: `make curves`.
+
+    python benchmarks/curves.py [--steps 200] [--only CASE …] [--reference .venv-reference4/bin/python]
+
+Writes benchmarks/results/DATE-curves.json, docs/frameworks/curves.png, and the table between the marks in docs/frameworks.md. In fp32
+losses must agree within 1e-4 (relative) until a token chooses another expert on one side; where that happens the step, the token and the
+gap between its two candidates are printed. How far rounding alone drives this training apart, a control says: PyTorch beside itself, one
+trained matrix changed by its last bit at the start. In bf16 both curves are shown and nothing is claimed. Threads: one each, unless
+OMP_NUM_THREADS says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
+
+import torch_run
+
+from moejax import config as configuration
+from moejax.errors import UserError
+from moejax.training.step_profile import cpu_name
+
+TOLERANCE = 1e-4
+TIE = 1e-4
+"""Two candidates whose probabilities are nearer than this tie: so far apart both sides' probabilities may lie by then."""
+LAST = 50
+COMMON = [
+    "training.epochs=null", "training.warmup_steps=20", "training.eval_every=null", "checkpoint.every=null", "data.batch_rows=4",
+    "data.row_tokens=128", "data.max_length=128",
+]  # fmt: skip
+MAMBA = ("configs/demo_blackmamba.yaml", "plain", ["training.label_smoothing=0.1"])
+BF16 = ["training.compute_dtype=bfloat16"]
+DENSE = ["quantization.format=none", "model.experts_per_token=8"]
+CASES: dict[str, tuple[str, str, list[str]]] = {
+    "mixtral QLoRA fp32": ("configs/demo.yaml", "study", []),
+    "mixtral LoRA fp32": ("configs/demo.yaml", "study", ["quantization.format=none"]),
+    "mixtral dense LoRA fp32": ("configs/demo.yaml", "study", DENSE),
+    "mixtral dense LoRA fp32, rate / 10": ("configs/demo.yaml", "study", [*DENSE, "training.learning_rate=2.0e-4"]),
+    "blackmamba sparse fp32": MAMBA,
+    "blackmamba dense fp32": (*MAMBA[:2], [*MAMBA[2], "model.experts_per_token=8"]),
+    "mixtral QLoRA bf16": ("configs/demo.yaml", "study", BF16),
+    "mixtral LoRA bf16": ("configs/demo.yaml", "study", ["quantization.format=none", *BF16]),
+    "blackmamba sparse bf16": (*MAMBA[:2], [*MAMBA[2], *BF16]),
+}
+"""Name: config, stack, overrides. NF4 codes are the same on both sides and stand for the same values; PyTorch's side holds those."""
+
+
+def run_case(name: str, steps: int, python: Path | None, folder: Path) -> dict[str, Any]:
+    """Both sides of one case, one after the other."""
+    config, stack, overrides = CASES[name]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    overrides = [*COMMON, *overrides, f"training.steps={steps}", f"name={slug}", f"runs_dir={folder}"]
+    experiment = configuration.load(ROOT / config, overrides)
+    torch_folder = folder / f"{slug}-{stack}"
+    torch_run.run(experiment, stack, torch_folder, python=python)
+    claimed = not name.endswith("bf16")
+    if claimed:
+        interpreter = torch_run.reference_python(stack, python)
+        torch_run.train(torch_folder / "handover", stack, torch_folder / "control", interpreter, ["--nudge"])
+    subprocess.run(["rm", "-rf", str(folder / slug)], check=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config", config, *overrides], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"train.py ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
+    ours, theirs = records(folder / slug), records(torch_folder)
+    versions = json.loads((torch_folder / "versions.json").read_text(encoding="utf-8"))
+    about = {"config": config, "stack": stack, "overrides": overrides[:-2], "versions": versions}
+    result = about | compare(ours, theirs, claimed=claimed)
+    if claimed:
+        control = compare(records(torch_folder / "control"), theirs, claimed=True)
+        names = ("largest_relative_difference", "first_step_outside")
+        split = control["routing_differs"]
+        result["control"] = {n: control[n] for n in names} | {"routing_differs_at": split and split["step"]}
+    return result
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a run's metrics.jsonl."""
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [r for r in lines if "loss" in r]
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *, claimed: bool) -> dict[str, Any]:
+    """Losses step by step; the first step whose routing differs, with the token nearest to a tie in the layer where it does; whether
+    the claim holds: within TOLERANCE until a tie, and a tie it is (None: no claim is made)."""
+    if [r["step"] for r in ours] != [r["step"] for r in theirs]:
+        raise UserError(f"the two sides have {len(ours)} and {len(theirs)} steps")
+    for a, b in zip(ours, theirs, strict=True):
+        for field in ("queries", "real_tokens", "supervised_tokens"):
+            if a[field] != b[field]:
+                raise UserError(f"step {a['step']}: {field} = {a[field]} here, {b[field]} in PyTorch: not the same batches")
+    relative = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs, strict=True)]
+    split = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a["expert_counts"] != b["expert_counts"]), None
+    )
+    outside = next((i for i, r in enumerate(relative) if r > TOLERANCE), None)
+    before = relative[: split if split is not None else len(relative)]
+    tie = None if split is None else _tie(ours[split], theirs[split])
+    holds = max(before, default=0.0) <= TOLERANCE and (tie is None or (tie["explains"] and tie["gap"] <= TIE))
+    return {
+        "steps": len(ours),
+        "moejax": [_short(r["loss"]) for r in ours],
+        "pytorch": [_short(r["loss"]) for r in theirs],
+        "largest_relative_difference": max(relative),
+        "largest_before_routing_differs": max(before, default=0.0),
+        "mean_of_last": [fmean(r["loss"] for r in side[-LAST:]) for side in (ours, theirs)],
+        "largest_expert_share": [fmean(_largest_share(r["expert_counts"]) for r in side) for side in (ours, theirs)],
+        "first_step_outside": None if outside is None else ours[outside]["step"],
+        "routing_differs": tie,
+        "agrees": holds if claimed else None,
+    }
+
+
+def _short(loss: float) -> float:
+    """An fp32 number has no more digits."""
+    return float(f"{loss:.8g}")
+
+
+def _largest_share(counts: list[list[float]]) -> float:
+    """The most loaded expert's share of its layer's choices, mean over layers."""
+    return fmean(max(layer) / sum(layer) for layer in counts)
+
+
+def _tie(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The first layer whose counts differ, and its token nearest to another choice."""
+    layer = next(i for i, (x, y) in enumerate(zip(a["expert_counts"], b["expert_counts"], strict=True)) if x != y)
+    moved = [x - y for x, y in zip(a["expert_counts"][layer], b["expert_counts"][layer], strict=True)]
+    nearest = b["nearest_ties"][layer]
+    found: dict[str, Any] = {"step": a["step"], "layer": layer, "counts_here_minus_pytorch": moved, "explains": False}
+    if nearest is not None:
+        gap, (micro, row, position), experts = nearest
+        found |= {"gap": gap, "micro_batch": micro, "row": row, "position": position, "experts": experts}
+        found["explains"] = {e for e, n in enumerate(moved) if n} == set(experts)
+    return found
+
+
+def say(name: str, result: dict[str, Any]) -> str:
+    """One line on a case."""
+    text = f"{name}: largest difference {result['largest_relative_difference']:.1e}"
+    tie = result["routing_differs"]
+    if tie is None:
+        return f"{text}, every expert chosen equally often at all {result['steps']} steps"
+    text += f"; up to step {tie['step'] - 1} {result['largest_before_routing_differs']:.1e}; "
+    text += f"at step {tie['step']} layer {tie['layer']} routes "
+    if not tie["explains"]:
+        return f"{text}several tokens otherwise"
+    return (
+        f"{text}the token at row {tie['row']}, position {tie['position']} otherwise: its experts {tie['experts'][0]} and "
+        f"{tie['experts'][1]} are {tie['gap']:.1e} apart"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--reference", type=Path, help="Python of the PyTorch environment, if it is not the Makefile's")
+    parser.add_argument("--runs", type=Path, default=Path("runs/curves"))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-curves.json")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        torch_run.reference_python("study", options.reference)
+        results = json.loads(options.out.read_text())["cases"] if options.out.exists() else {}
+        for name in options.only:
+            results[name] = run_case(name, options.steps, options.reference, options.runs)
+            print(say(name, results[name]), flush=True)
+            _write(results, options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    import curves_report
+
+    curves_report.write(results, ROOT / "docs")
+    # What parts although PyTorch stays beside itself is no rounding.
+    return int(any(r["agrees"] is False and r["control"]["first_step_outside"] is None for r in results.values()))
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    from importlib.metadata import version
+
+    about = {
+        "command": "make curves", "date": time.strftime("%Y-%m-%d"), "device": cpu_name(), "tolerance": TOLERANCE,
+        "versions": {"jax": version("jax"), "python": sys.version.split()[0]},
+    }  # fmt: skip
+    ordered = {name: results[name] for name in CASES if name in results}
+    path.write_text(json.dumps(about | {"cases": ordered}, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

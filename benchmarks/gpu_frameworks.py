@@ -1,0 +1,311 @@
+"""Both frameworks on one GPU at the real shapes, with random weights: `make bench-gpu`.
+
+    python benchmarks/gpu_frameworks.py [--cases NAME …] [--out FILE.json]
+    python benchmarks/gpu_frameworks.py --tiny           # the whole path with small models on a CPU
+
+Each case is measured twice. "same batch": all sides at once, each in its share of the memory, take turns step by step. "best batch": each
+side alone doubles its rows until memory is full, then tries the middle; its fastest batch is timed again, the sides' processes in turn. A
+cell that cannot be run holds the reason and the others go on. Weights are made on the device (NF4 codes without a 16-bit model), tokens are
+random, one query fills a row. The first steps are warm-up; compilation is apart. On a GPU nothing of this has been run yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # here; the sides' processes take the GPU
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
+
+import contract
+import handover
+import torch_run
+import turns
+from turns import Side, Stopped
+
+from moejax import config as configuration
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.estimator import gpus, prices
+from moejax.training import flops
+from moejax.training.state import adapter_config, architecture
+from moejax.training.step_profile import cpu_name
+
+RANDOM = [
+    "model.source=null", "data.source=null", "data.records=null", "data.bytes=null", "data.sha256=null", "data.batching=fixed",
+    "training.steps=1000000", "training.epochs=null", "checkpoint.every=null",
+]  # fmt: skip
+FORMULA = (
+    "share of the matrix rate = model FLOPs of a step / (median step seconds x matrix rate). Model FLOPs: moejax/training/flops.py, the "
+    "same for both sides, recomputation left out. Matrix rate: 2 n^3 / seconds of a square product, the best that any side measured here"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, by a config and overrides, and which stacks of PyTorch stand beside it. tiny: overrides for a CPU."""
+
+    config: str
+    overrides: tuple[str, ...]
+    stacks: tuple[str, ...]
+    tiny: tuple[str, ...]
+
+
+_TINY = ("training.compute_dtype=float32", "data.row_tokens=64", "data.max_length=64")
+# bitsandbytes reads 4-bit weights rightly on a CPU where rows are multiples of its blocks of 64.
+_MIXTRAL = ("model.preset=mixtral-tiny", "model.overrides.intermediate_size=128", *_TINY)
+_MAMBA = ("model.preset=blackmamba-tiny", "training.param_dtype=float32", *_TINY)
+_BF16 = "quantization.format=none"
+CASES = {
+    "Mixtral-8x7B, NF4, k = 2": Case("mixtral_8x7b_cs_sparse", (), ("study",), _MIXTRAL),
+    "Mixtral-8x7B, NF4, k = 8": Case("mixtral_8x7b_cs_dense", (), ("study",), _MIXTRAL),
+    "Mixtral-8x7B, bf16, k = 2": Case("mixtral_8x7b_cs_sparse", (_BF16,), ("study", "today"), _MIXTRAL),
+    "Mixtral, 8 of 32 layers, bf16, k = 2": Case(
+        "mixtral_8x7b_cs_sparse", (_BF16, "model.overrides.num_layers=8"), ("study", "today"), (*_MIXTRAL, "model.overrides.num_layers=2")
+    ),
+    "BlackMamba-2.8B, bf16, k = 2": Case("blackmamba_2.8b_cs_sparse", (), ("plain",), _MAMBA),
+    "BlackMamba-2.8B, bf16, k = 8": Case("blackmamba_2.8b_cs_dense", (), ("plain",), _MAMBA),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says. pythons: of each stack's environment; arguments: for every process of PyTorch's."""
+
+    tiny: bool
+    steps: int
+    row_tokens: int
+    rows: int
+    most_rows: int
+    pythons: dict[str, Path]
+    arguments: list[str]
+
+    def overrides(self, case: Case, rows: int) -> list[str]:
+        length = [f"data.row_tokens={self.row_tokens}", f"data.max_length={self.row_tokens}"]
+        return [*RANDOM, *length, *case.overrides, *(case.tiny if self.tiny else ()), f"data.batch_rows={rows}"]
+
+    def experiment(self, case: Case, rows: int) -> Experiment:
+        return configuration.load(ROOT / "configs" / f"{case.config}.yaml", self.overrides(case, rows))
+
+
+def start(name: str, case: Case, rows: int, settings: Settings, fraction: float) -> Side:
+    """One side's process ("moejax", or a stack), with `fraction` of the memory. Raises Stopped, UserError."""
+    if name == "moejax":
+        environment: dict[str, str | None] = {"XLA_CLIENT_MEM_FRACTION": f"{0.94 * fraction:.2f}"}
+        environment["JAX_PLATFORMS"] = "cpu" if settings.tiny else None
+        path = ROOT / "configs" / f"{case.config}.yaml"
+        return turns.jax_side(path, settings.overrides(case, rows), ["--random", "--peaks"], environment)
+    with tempfile.TemporaryDirectory() as folder:  # read when the process says that it is ready
+        handover.write_random(settings.experiment(case, rows), Path(folder), stack_name=name)
+        arguments = ["--base", "nf4", "--peaks", "--memory-fraction", f"{fraction:.2f}", *settings.arguments]
+        return turns.torch_side(Path(folder), name, settings.pythons[name], arguments)
+
+
+def reason(error: Exception) -> dict[str, Any]:
+    """A cell that could not be run."""
+    memory = isinstance(error, Stopped) and error.out_of_memory
+    return {"error": f"out of memory: {error}" if memory else str(error), "out_of_memory": memory}
+
+
+def same_batch(names: list[str], case: Case, settings: Settings, begin: Callable[..., Side]) -> dict[str, Any]:
+    """All sides at `settings.rows`, step by step in turn. One that cannot run leaves the others in the game."""
+    cells: dict[str, Any] = {}
+    fraction = 1.0 / len(names)
+    with ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name in names:
+            try:
+                sides[name] = stack.enter_context(begin(name, case, settings.rows, settings, fraction))
+            except (Stopped, UserError) as error:
+                cells[name] = reason(error)
+        while sides:
+            try:
+                taken = turns.alternate(sides, settings.steps)
+            except Stopped as error:  # one fell; the rest goes on without it
+                fallen = next(name for name, side in sides.items() if side.ended)
+                cells[fallen] = reason(error)
+                del sides[fallen]
+                continue
+            for name, side in sides.items():
+                cells[name] = {"rows": settings.rows, "about": side.about} | turns.summary(taken[name])
+            break
+    return {name: cells[name] for name in names}
+
+
+def best_batch(names: list[str], case: Case, settings: Settings, begin: Callable[..., Side]) -> dict[str, Any]:
+    """Each side's own fastest batch: found alone in the whole memory, then timed in two rounds, the sides in turn."""
+    tried = {name: search(name, case, settings, begin) for name in names}
+    cells: dict[str, Any] = {}
+    best = {}
+    for name, tries in tried.items():
+        ran = [t for t in tries if "error" not in t]
+        if ran:
+            best[name] = max(ran, key=lambda t: t["queries_per_second"])["rows"]
+            cells[name] = {"rows": best[name], "largest_rows_that_ran": max(t["rows"] for t in ran), "steps": []}
+        else:
+            cells[name] = {"error": tries[-1]["error"], "out_of_memory": tries[-1]["out_of_memory"]}
+    for _ in range(2):
+        for name, rows in best.items():
+            if "error" in cells[name]:
+                continue
+            try:
+                with begin(name, case, rows, settings, 1.0) as side:
+                    cells[name]["steps"] += turns.alternate({name: side}, -(-settings.steps // 2))[name]
+                    cells[name]["about"] = side.about
+            except Stopped as error:
+                cells[name] = reason(error) | {"rows": rows}
+    for name, cell in cells.items():
+        cell["tried"] = tried[name]
+        if "error" not in cell:
+            cell |= turns.summary(cell.pop("steps"))
+    return cells
+
+
+def search(name: str, case: Case, settings: Settings, begin: Callable[..., Side]) -> list[dict[str, Any]]:
+    """Rows doubled until memory is full, then one try half-way. Every try, with its speed or why it did not run."""
+    tries: list[dict[str, Any]] = []
+
+    def attempt(rows: int) -> bool:
+        try:
+            with begin(name, case, rows, settings, 1.0) as side:
+                tries.append({"rows": rows} | turns.summary(turns.alternate({name: side}, 3)[name]))
+        except (Stopped, UserError) as error:
+            tries.append({"rows": rows} | reason(error))
+        return "error" not in tries[-1]
+
+    rows = settings.rows
+    while rows <= settings.most_rows and attempt(rows):
+        rows *= 2
+    if len(tries) > 1 and tries[-1].get("out_of_memory"):
+        attempt(rows * 3 // 4)
+    return tries
+
+
+def judge(cells: list[dict[str, Any]], case: Case, settings: Settings, gpu: gpus.GPU | None) -> None:
+    """Adds to every cell of a case: its share of the matrix rate (one rate for all of them), and dollars per 1,000 queries by the
+    cheapest dated price of this GPU."""
+    ran = [cell for cell in cells if "error" not in cell]
+    rates = [cell["about"]["matrix_rate_flops"] for cell in ran if cell["about"].get("matrix_rate_flops")]
+    price = prices.cheapest(prices.DATED, gpu.name) if gpu is not None else None
+    for cell in ran:
+        experiment = settings.experiment(case, cell["rows"])
+        length = experiment.data.row_tokens
+        count = flops.count(architecture(experiment, None), adapter_config(experiment))
+        work = count.step(cell["rows"] * length, flops.visible_pairs([length] * cell["rows"]))
+        cell["model_flops"], cell["matrix_rate_flops"] = work, max(rates, default=None)
+        cell["share_of_matrix_rate"] = work / cell["median"] / max(rates) if rates else None
+        cell["compile_seconds"] = cell["about"].get("compile_seconds")
+        cell["usd_per_1000_queries"] = price.usd_per_hour / 3600 * 1000 / cell["queries_per_second"] if price else None
+        cell["price"] = price.told if price else "no dated price of this device (moejax/estimator/prices.py)"
+
+
+HEADER = ("case", "batch", "side", "rows x tokens", "s/step (spread)", "queries/s", "tokens/s", "of matrix rate", "peak memory",
+          "USD per 1,000 queries", "compiled in")  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    """All cells as Markdown."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for name, case in report["cases"].items():
+        for batch in ("same batch", "best batch"):
+            for side, cell in case.get(batch, {}).items():
+                lines.append("| " + " | ".join((name, batch, side, *_cells(cell, case["row_tokens"]))) + " |")
+    return "\n".join(lines)
+
+
+def _cells(cell: dict[str, Any], row_tokens: int) -> tuple[str, ...]:
+    if "error" in cell:
+        return (f"cannot run: {cell['error']}", *[""] * (len(HEADER) - 4))
+    peak = next((value for key, value in cell.items() if key.endswith("peak_bytes")), None)
+    share, usd, compiled = cell["share_of_matrix_rate"], cell["usd_per_1000_queries"], cell["compile_seconds"]
+    return (
+        f"{cell['rows']} x {row_tokens}",
+        f"{cell['median']:.3f} ({cell['fastest']:.3f} to {cell['slowest']:.3f})",
+        f"{cell['queries_per_second']:.2f}",
+        f"{cell['tokens_per_second']:.0f}",
+        "" if share is None else f"{100 * share:.1f} %",
+        "" if peak is None else f"{peak / 1e9:.2f} GB",
+        "no price" if usd is None else f"{usd:.3f}",
+        "" if compiled is None else f"{compiled:.0f} s",
+    )
+
+
+def device() -> str:
+    """What jax calls the first GPU here. Raises UserError where it finds none."""
+    code = "import jax; d = jax.local_devices()[0]; print(d.platform, d.device_kind, sep='|')"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    platform, _, kind = (said.stdout.strip().splitlines() or ["none|"])[-1].partition("|")
+    if platform != "gpu":
+        raise UserError(
+            "jax finds no GPU here: install moejax with the extra cuda12 or cuda13 (BUILD.md); --tiny runs on a CPU"
+        )
+    return kind
+
+
+def measure(name: str, settings: Settings, gpu: gpus.GPU | None, begin: Callable[..., Side] = start) -> dict[str, Any]:
+    """One case, both batches."""
+    case = CASES[name]
+    names = ["moejax", *(s for s in contract.STACKS if s in case.stacks)]
+    experiment = settings.experiment(case, settings.rows)
+    result: dict[str, Any] = {"config": f"configs/{case.config}.yaml", "overrides": settings.overrides(case, settings.rows)}
+    result["row_tokens"] = experiment.data.row_tokens
+    for batch, take in (("same batch", same_batch), ("best batch", best_batch)):
+        result[batch] = take(names, case, settings, begin)
+    judge([cell for batch in ("same batch", "best batch") for cell in result[batch].values()], case, settings, gpu)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), metavar="NAME", help="; ".join(CASES))
+    parser.add_argument("--tiny", action="store_true", help="small models in fp32 on a CPU")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of every side")
+    parser.add_argument("--row-tokens", type=int, default=128, help="tokens of a query; one fills a row")
+    parser.add_argument("--rows", type=int, default=8, help="rows of the batch that all sides run")
+    parser.add_argument("--most-rows", type=int, default=1024)
+    parser.add_argument("--reference4", type=Path, help="Python of that environment, if it is not the Makefile's")
+    parser.add_argument("--reference5", type=Path)
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--scan", choices=("loop", "mamba_ssm"), default="loop", help="of PyTorch's BlackMamba")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    given = {"reference4": options.reference4, "reference5": options.reference5}
+    try:
+        pythons = {s: torch_run.reference_python(s, given[contract.MAKE[s]]) for n in options.cases for s in CASES[n].stacks}
+        kind = cpu_name() if options.tiny else device()
+        gpu = None if options.tiny else gpus.of_device_kind(kind)
+        arguments = ["--attention", options.attention, "--scan", options.scan, "--device", "cpu" if options.tiny else "cuda"]
+        settings = Settings(
+            options.tiny, options.steps, options.row_tokens, options.rows, options.most_rows, pythons, arguments
+        )
+        report: dict[str, Any] = {
+            "command": " ".join(["python", "benchmarks/gpu_frameworks.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
+            "device": kind, "formula": FORMULA, "cases": {},
+        }  # fmt: skip
+        for name in options.cases:
+            report["cases"][name] = measure(name, settings, gpu)
+            print(f"{name}: done", flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{table(report)}\n\n{FORMULA}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Hand an experiment over to PyTorch: what `train.py` would train, with what, on which batches, from which weights.
+
+    python benchmarks/handover.py --config configs/demo.yaml --out FOLDER [key.sub=value …]
+
+FOLDER/experiment.json: the experiment as it is resolved, the architecture, parameter counts, and a digest of every weight as moejax holds
+it. base/ (or the source's own folder): the initial weights in Hub layout. adapter/: the initial LoRA weights in PEFT's per-expert format.
+batches.npz: the batch of every optimizer step, in the order in which moejax trains on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "pytorch")]
+
+import contract
+import jax
+import numpy as np
+
+from models.build import Model, build
+from models.config import MixtralConfig
+from models.ops.nf4 import NF4Tensor
+from moejax import config as configuration
+from moejax.config import Experiment
+from moejax.data.batching import stack
+from moejax.data.pipeline import load as load_data
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.errors import UserError
+from moejax.hub import peft, weights
+from moejax.hub.names import tensors
+from moejax.training.loop import steps_in, total_steps
+from moejax.training.parameters import base_and_active, groups_of
+from moejax.training.state import architecture, create_model, model_arguments
+
+DIGEST_LIMIT = 2_000_000_000
+"""Weights of larger models are not compared one by one: reading them twice would take longer than the runs."""
+
+
+def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None) -> dict[str, Any]:
+    """Write the folder; returns experiment.json's content. Raises UserError for what the config gets wrong, and for what `stack_name`
+    (one of contract.STACKS) cannot express."""
+    source = experiment.model.source
+    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    config = architecture(experiment, model_folder)
+    content = _begin(experiment, config, stack_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = create_model(experiment, config, model_folder)
+    base = model_folder
+    if base is None:
+        base = folder / "base"
+        weights.save_weights(_unquantized(experiment, config), base, np.float32)
+    steps = _write_batches(experiment, model_folder, config.vocab_size, folder / "batches.npz")
+    if experiment.adapter is not None:
+        peft.save_adapter(model, folder / "adapter", str(base))
+    content |= _described(model, source or str(experiment.model.preset))
+    compared = content["model"]["params_total"] <= DIGEST_LIMIT
+    content |= {"base": str(base.resolve()), "steps": steps, "digests": digests(model) if compared else None}
+    (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> dict[str, Any]:
+    """The same for random weights that each side makes on its device by itself, and one batch: for comparing speed at a real model's
+    size without its checkpoint. Raises UserError."""
+    config = architecture(experiment, None)
+    content = _begin(experiment, config, stack_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_batches(experiment, None, config.vocab_size, folder / "batches.npz", limit=1)
+    content |= _described(build(config, **model_arguments(experiment)), str(experiment.model.preset))
+    content |= {"base": None, "steps": experiment.training.steps, "digests": None}
+    (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[str, Any]:
+    kind = "mixtral" if isinstance(config, MixtralConfig) else "blackmamba"
+    content = {"format": contract.FORMAT, "kind": kind, "experiment": experiment.model_dump(mode="json")}
+    if stack_name is not None:
+        try:
+            contract.check(content, stack_name)
+        except contract.CannotRun as error:
+            raise UserError(str(error)) from None
+    return content
+
+
+def _described(model: Model, name: str) -> dict[str, Any]:
+    """What experiment.json says of the model, weights or not."""
+    groups = groups_of(model)
+    total, active = base_and_active(groups, model.config)
+    return {
+        "hub_config": model.config.to_hub_config(),
+        "model": {
+            "name": name,
+            "params_total": total,
+            "params_active": active,
+            "params_trainable": sum(g.parameters for g in groups.values() if g.trainable),
+            "experts": model.config.num_experts,
+            "experts_per_token": model.config.experts_per_token,
+        },
+    }
+
+
+def _unquantized(experiment: Experiment, config: Any) -> Model:
+    """The random weights of the experiment, before anything is quantized. A frozen base is drawn in the dtype it is kept in."""
+    arguments = model_arguments(experiment)
+    kept = arguments["param_dtype"] if experiment.adapter is None else arguments["dtype"]
+    arguments |= {"quantization": None, "adapter": None, "param_dtype": kept}
+    return build(config, key=jax.random.key(experiment.seed), **arguments)
+
+
+def _write_batches(experiment: Experiment, folder: Path | None, vocabulary: int, path: Path, limit: int | None = None) -> int:
+    """Every optimizer step's batch (the first `limit`), as `moejax.training.loop` takes them. Returns the number of steps."""
+    tokenizer = None
+    if experiment.data.source is not None:
+        tokenizer = load_tokenizer(experiment.tokenizer or str(folder), experiment.added_tokens)
+        check_vocabulary(tokenizer, vocabulary)
+    dataset = load_data(experiment.data, tokenizer, experiment.seed, vocabulary)
+    steps, count, arrays, epoch = total_steps(experiment, dataset), experiment.training.gradient_accumulation, {}, 0
+    steps = min(steps, limit or steps)
+    while (done := len(arrays) // 5) < steps:
+        batches = dataset.train.iterate(epoch)
+        for number in range(done, min(steps, done + steps_in(experiment, dataset, epoch))):
+            batch = stack(list(islice(batches, count)), count)
+            arrays |= {f"{number}/{name}": value for name, value in batch._asdict().items()}
+        epoch += 1
+    np.savez_compressed(path, **arrays)
+    return steps
+
+
+def digests(model: Model) -> dict[str, str]:
+    """Hub name -> SHA-256 of the weight: of its fp32 values, or of NF4's codes, scales and offset. Both sides must agree on each."""
+    found = {}
+    for name, places in tensors(model.config).items():
+        total = hashlib.sha256()
+        for place in places:
+            value = getattr(weights.attribute(model, place.path), place.attr).get_value()
+            index = tuple(i for i in (place.layer, place.expert) if i is not None) or ...
+            if isinstance(value, NF4Tensor):
+                for part in (value.codes, value.absmax, value.nested_absmax, value.offset):
+                    if part is not None:
+                        total.update(np.ascontiguousarray(part[index]).tobytes())
+            else:
+                total.update(np.ascontiguousarray(value[index], dtype=np.float32).tobytes())
+        found[name] = total.hexdigest()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    options = parser.parse_args()
+    try:
+        content = write(configuration.load(options.config, options.overrides), options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {content['steps']} steps of a {content['kind']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

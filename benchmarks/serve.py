@@ -1,0 +1,123 @@
+"""moejax's side of a comparison: training steps of an experiment on demand, as benchmarks/pytorch/run.py --serve does in PyTorch.
+
+    python benchmarks/serve.py --config FILE [--random] [--peaks] [key.sub=value …]
+
+Says {"ready": true, …} once the step is compiled, then answers every line "step" on stdin with one step's JSON line, always on the
+first batch.
+--random: weights made on the device, of the preset's sizes. --peaks: its matrix rate is measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import jax
+from gpu_step import matrix_rate, no_adaptation
+
+from models.build import build, random_weights
+from moejax import config as configuration
+from moejax.config import Experiment
+from moejax.data.batching import stack
+from moejax.data.pipeline import load as load_data
+from moejax.data.tokenizer import load_tokenizer
+from moejax.errors import UserError
+from moejax.hub import weights
+from moejax.training import memory
+from moejax.training.loop import segment_lengths
+from moejax.training.metrics import memory_bytes
+from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.state import architecture, create_model, initial_state, model_arguments, objective, split
+from moejax.training.step import make_train_step
+
+
+class Server:
+    """A compiled step, its state and one batch."""
+
+    def __init__(self, experiment: Experiment, random: bool = False, peaks: bool = False):
+        gpu, dtype = jax.local_devices()[0].platform == "gpu", experiment.training.compute_dtype
+        self.rate = matrix_rate(8192 if gpu else 1024, dtype) if peaks else None
+        source = experiment.model.source
+        folder = None if source is None else weights.resolve(source, experiment.model.revision)
+        config = architecture(experiment, folder)
+        tokenizer = (
+            load_tokenizer(experiment.tokenizer or str(folder), experiment.added_tokens) if experiment.data.source else None
+        )
+        dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
+        batches = dataset.train.iterate(0)
+        self.batch = stack(
+            [next(batches) for _ in range(experiment.training.gradient_accumulation)], experiment.training.gradient_accumulation
+        )
+        if random:
+            model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(experiment.seed))
+            no_adaptation(model)
+        else:
+            model = create_model(experiment, config, folder)
+        graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
+        schedule = make_schedule(experiment.training, experiment.training.steps or 1000)
+        optimizer = make_optimizer(experiment.training, schedule)
+        step = make_train_step(objective(experiment, graphdef), optimizer, schedule, experiment.seed)
+        self.state = initial_state(trainable, optimizer)
+        start = time.perf_counter()
+        self.compiled = jax.jit(step, donate_argnums=(0,)).lower(self.state, self.frozen, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.lengths = segment_lengths(self.batch.segment_ids)
+
+    def about(self) -> dict[str, Any]:
+        device = jax.local_devices()[0]
+        return {
+            "ready": True,
+            "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+            "device": device.device_kind,
+            "platform": device.platform,
+            "matrix_rate_flops": self.rate,
+            "compile_seconds": self.compile_seconds,
+            "compiler_peak_bytes": memory.compiler_peak_bytes(self.compiled),
+        }
+
+    def step(self) -> dict[str, Any]:
+        """One step, batch sent and loss read."""
+        start = time.perf_counter()
+        self.state, metrics = self.compiled(self.state, self.frozen, jax.device_put(self.batch))
+        loss = float(metrics["loss"])
+        seconds = time.perf_counter() - start
+        real = int((self.batch.segment_ids > 0).sum())
+        return {"step_seconds": seconds, "loss": loss, "queries": len(self.lengths), "real_tokens": real} | memory_bytes()
+
+
+def say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--peaks", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    options = parser.parse_args()
+    try:
+        server = Server(configuration.load(options.config, options.overrides), options.random, options.peaks)
+        say(server.about())
+        for line in sys.stdin:
+            known = line.strip() == "step"
+            say(server.step() if known else {"error": f'unknown command {line.strip()!r}: expected "step"'})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Where a step's time goes in both frameworks, beside what the paper printed: `make frameworks`.
+
+    python benchmarks/side_by_side.py [--only RUN …] [--reference4 PYTHON] [--reference5 PYTHON]
+
+Profiles small models on this machine on both sides (moejax profile; benchmarks/torch_run.py --profile), draws them as `moejax breakdown`
+does (one of the figures goes to docs/frameworks/), and writes the table between two marks in docs/frameworks.md and
+benchmarks/results/DATE-side-by-side.json. Shares compare with the paper's; seconds do not (another model, another machine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
+
+import contract
+import torch_run
+from curves_report import between
+
+from moejax import config as configuration
+from moejax.errors import UserError
+from moejax.profiling import command, schema
+from moejax.profiling.scopes import OUTSIDE
+from moejax.report.breakdown import Bars, draw, study, takeaways
+from moejax.training.step_profile import cpu_name
+
+MIXTRAL, MAMBA = "configs/bench_mixtral_tiny.yaml", "configs/bench_blackmamba_tiny.yaml"
+DENSE, MAMBA_ROWS = "model.experts_per_token=8", ["data.row_tokens=128", "data.max_length=128", "data.batch_rows=30"]
+RUNS: dict[str, tuple[str, str, list[str], int]] = {
+    "mixtral-sparse": (MIXTRAL, "study", [], 10),
+    "mixtral-dense": (MIXTRAL, "study", [DENSE], 10),
+    "blackmamba-sparse": (MAMBA, "plain", MAMBA_ROWS, 30),
+    "blackmamba-dense": (MAMBA, "plain", [*MAMBA_ROWS, DENSE], 30),
+    "mixtral-sparse-lora": (MIXTRAL, "today", ["quantization.format=none"], 10),
+}
+"""Run: config, stack, overrides, and the batch of the study's bars beside it. 4-bit weights are bitsandbytes' own in the first two."""
+
+
+def profile(name: str, pythons: dict[str, Path], folder: Path) -> list[Path]:
+    """Both sides' folders."""
+    config, stack, overrides, _ = RUNS[name]
+    overrides = [*overrides, f"name={name}", f"runs_dir={folder}"]
+    subprocess.run(["rm", "-rf", str(folder / name)], check=True)
+    ours = [sys.executable, "-m", "moejax.cli", "profile", config, *overrides]
+    done = subprocess.run(ours, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"moejax profile ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
+    experiment = configuration.load_profiled(ROOT / config, overrides)
+    theirs = folder / f"{name}-{stack}"
+    torch_run.run(experiment, stack, theirs, python=pythons[stack], arguments=["--profile", "--base", "nf4"])
+    return [folder / name, theirs]
+
+
+def described(folder: Path, bars: Bars) -> dict[str, Any]:
+    """What is kept of a run."""
+    p = schema.read(folder)
+    seconds = {"step_seconds": p.step_seconds.model_dump(), "phases": dict(bars.phases), "idle": bars.idle}
+    kept = {"layers": dict(bars.layers), "moe_kernels": dict(bars.kernels), "takeaways": takeaways(bars)}
+    kept["attributed"] = 1 - bars.layers.get(OUTSIDE, 0.0) / sum(bars.layers.values())
+    return {"framework": p.framework, "versions": p.versions, "backend": p.moe.backend} | seconds | kept
+
+
+def rows(name: str, result: dict[str, Any]) -> list[str]:
+    """The table's lines for one run: every computed observation, the paper's first."""
+    model, kind = name.split("-")[:2]
+    batch = RUNS[name][3]
+    paper = next(b for b in study(model, kind) if f"batch {batch}" in b.name)
+    printed, theirs, ours = takeaways(paper), result["pytorch"]["takeaways"], result["moejax"]["takeaways"]
+    lines = []
+    for what in printed:
+        cells = [_cell(what, side[what]) for side in (printed, theirs, ours)]
+        lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
+    attributed = [100 * result[side]["attributed"] for side in ("pytorch", "moejax")]
+    lines.append(f"| {name} | of the busy step, under a named stage | – | {' | '.join(f'{a:.1f} %' for a in attributed)} |")
+    return lines
+
+
+def _cell(what: str, value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if "/" in what else f"{100 * value:.0f} %"
+
+
+def ratios(results: dict[str, Any]) -> list[str]:
+    """Dense over sparse, of one step at the same batch."""
+    lines = []
+    for model in ("mixtral", "blackmamba"):
+        pair = [f"{model}-{kind}" for kind in ("dense", "sparse")]
+        if not all(name in results for name in pair):
+            continue
+        batch = RUNS[pair[0]][3]
+        paper = [
+            sum(next(b for b in study(model, k) if f"batch {batch}" in b.name).phases.values()) for k in ("dense", "sparse")
+        ]
+        sides = [[results[n][side]["step_seconds"]["median"] for n in pair] for side in ("pytorch", "moejax")]
+        cells = " | ".join(f"{dense / sparse:.2f}" for dense, sparse in (paper, *sides))
+        lines.append(f"| {model} | dense step / sparse step | {cells} |")
+    return lines
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| run | share | paper (A40) | PyTorch here | moejax here |", "|---|---|---|---|---|"]
+    for name, result in results.items():
+        lines += rows(name, result)
+    return "\n".join([*lines, *ratios(results)]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--reference4", type=Path, help="Python of that environment, if it is not the Makefile's")
+    parser.add_argument("--reference5", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/frameworks"))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-side-by-side.json")
+    options = parser.parse_args()
+    given = {"reference4": options.reference4, "reference5": options.reference5}
+    results = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.exists() else {}
+    try:
+        pythons = {s: torch_run.reference_python(s, given[contract.MAKE[s]]) for s in {RUNS[n][1] for n in options.only}}
+        for name in options.only:
+            folders = profile(name, pythons, options.runs)
+            ours, theirs = (command.load(folder) for folder in folders)
+            results[name] = {"moejax": described(folders[0], ours.bars), "pytorch": described(folders[1], theirs.bars)}
+            batch = f"batch {RUNS[name][3]}"
+            paper = [b for b in study(*name.split("-")[:2]) if batch in b.name]
+            draw([ours.bars, theirs.bars, *paper], options.runs / "figures" / name)
+            if name == "mixtral-sparse":
+                shutil.copy(options.runs / "figures" / name / "moe_kernels.png", ROOT / "docs" / "frameworks")
+            print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)
+            about = {"command": "make frameworks", "date": time.strftime("%Y-%m-%d"), "device": cpu_name()}
+            ordered = {n: results[n] for n in RUNS if n in results}
+            options.out.write_text(json.dumps(about | {"runs": ordered}, indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    between(ROOT / "docs" / "frameworks.md", "shares", table({n: results[n] for n in RUNS if n in results}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Train an experiment in PyTorch: the same config, data order, initial weights and LoRA initialization as `train.py`.
+
+    python benchmarks/torch_run.py --config configs/demo.yaml --stack study [--profile] [key.sub=value …]
+
+Stacks: study (transformers 4, PEFT 0.18), today (transformers 5, PEFT 0.21), plain (BlackMamba). The run's folder is runs/NAME-STACK and
+holds metrics.jsonl, and with --profile trace.json.gz and step_profile.json: `moejax breakdown runs/NAME-profile runs/NAME-profile-STACK`
+draws both. Nothing of PyTorch is imported here: it runs in the environment that `make reference4` or `make reference5` builds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "pytorch")]
+
+import contract
+
+from moejax import config as configuration
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.profiling import schema
+
+OUT_OF_MEMORY = 3
+
+
+class OutOfMemory(UserError):
+    """PyTorch's side ran out of memory; a comparison records it and goes on."""
+
+
+def reference_python(stack: str, given: Path | None = None) -> Path:
+    """Python of the stack's environment. Raises UserError naming the make target that builds it."""
+    target = contract.MAKE[stack]
+    python = given or HERE.parent / f".venv-{target}" / "bin" / "python"
+    if not python.exists():
+        raise UserError(f"{python} does not exist: `make {target}` builds the PyTorch environment of the stack {stack!r}")
+    return python
+
+
+def command(handover: Path, stack: str, python: Path, arguments: list[str]) -> list[str]:
+    return [str(python), str(HERE / "pytorch" / "run.py"), str(handover), "--stack", stack, *arguments]
+
+
+def run(
+    experiment: Experiment, stack: str, folder: Path, *, python: Path | None = None, arguments: list[str] | None = None
+) -> None:
+    """Hand the experiment over into folder/handover and train it into `folder`. Raises UserError with what the runner said."""
+    interpreter = reference_python(stack, python)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is written down here needs no accelerator
+    import handover
+
+    handover.write(experiment, folder / "handover", stack_name=stack)
+    train(folder / "handover", stack, folder, interpreter, arguments or [])
+
+
+def train(handover: Path, stack: str, folder: Path, python: Path, arguments: list[str]) -> None:
+    """Train what was handed over, into `folder`. Raises UserError with what the runner said."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        command(handover, stack, python, ["--out", str(folder), *arguments]),
+        env=environment, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == OUT_OF_MEMORY:
+        raise OutOfMemory(f"PyTorch ({stack}): {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode == 2:
+        raise UserError(f"PyTorch ({stack}): {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+    if done.returncode:
+        raise UserError(f"PyTorch ({stack}) ended with exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+    if "--profile" in arguments:
+        schema.read(folder)  # it must hold to the contract
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="experiment in YAML (see configs/)")
+    parser.add_argument("--stack", choices=contract.STACKS, required=True)
+    parser.add_argument("--profile", action="store_true", help="only the first steps, some traced, as `moejax profile` does")
+    parser.add_argument("--base", choices=("nf4", "dequantized"), default="dequantized", help="how NF4 weights are held")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds it")
+    parser.add_argument("--reference", type=Path, help="Python of the PyTorch environment, if it is not the Makefile's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    options = parser.parse_args()
+    arguments = ["--base", options.base, "--attention", options.attention]
+    arguments += ["--profile"] if options.profile else []
+    arguments += ["--device", options.device] if options.device else []
+    try:
+        load = configuration.load_profiled if options.profile else configuration.load
+        experiment = load(options.config, options.overrides)
+        folder = Path(experiment.runs_dir) / f"{experiment.name}-{options.stack}"
+        run(experiment, options.stack, folder, python=options.reference, arguments=arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"everything is in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

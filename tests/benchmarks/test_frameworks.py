@@ -1,0 +1,203 @@
+# ruff: noqa: E402 (benchmarks/ has to be on the path first)
+"""What is handed over to PyTorch's side, what it cannot express, and how the learning curves are compared. No torch here."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from support import ROOT
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
+
+import contract
+import curves
+import curves_report
+import handover
+import side_by_side
+import torch_run
+
+from moejax import config as configuration
+from moejax.config import Experiment, TrainingConfig
+from moejax.errors import UserError
+from moejax.hub import peft, weights
+from moejax.training.optimizer import make_schedule
+from moejax.training.state import architecture, create_model
+
+TINY = {
+    "name": "tiny",
+    "model": {"preset": "mixtral-tiny", "overrides": {"num_layers": 2, "hidden_size": 64, "intermediate_size": 64}},
+    "quantization": {"format": "nf4"},
+    "adapter": {"rank": 4},
+    "data": {"batching": "fixed", "row_tokens": 16, "max_length": 16, "batch_rows": 2},
+    "training": {"steps": 3, "gradient_accumulation": 2, "compute_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup", "ratio"), [(0, 0.0), (5, 0.1)])
+def test_learning_rate_is_optax_s(schedule, warmup, ratio):
+    config = TrainingConfig(steps=20, schedule=schedule, warmup_steps=warmup, min_learning_rate_ratio=ratio, learning_rate=3e-4)
+    ours = make_schedule(config, 20)
+    for done in range(21):
+        expected = float(ours(done))
+        assert contract.learning_rate(config.model_dump(), 20, done) == pytest.approx(expected, rel=2e-6, abs=1e-11), done
+
+
+def test_handover_is_what_train_would_train(tmp_path):
+    experiment = Experiment.model_validate(TINY)
+    content = handover.write(experiment, tmp_path, stack_name="study")
+    assert content == json.loads((tmp_path / "experiment.json").read_text()) == contract.read(tmp_path)
+    assert content["steps"] == 3 and content["kind"] == "mixtral"
+    with np.load(tmp_path / "batches.npz") as file:
+        batches = dict(file)
+    assert {name.partition("/")[2] for name in batches} == {"tokens", "targets", "loss_mask", "segment_ids", "positions"}
+    assert [batches[f"{step}/tokens"].shape for step in range(3)] == [(2, 2, 16)] * 3
+    model = create_model(experiment, architecture(experiment, None), None)
+    weights_ = handover._unquantized(experiment, model.config)
+    # The folder's weights, quantized again, are the codes of the run; the adapter is the run's first.
+    loaded = experiment.model_copy(
+        update={"model": experiment.model.model_copy(update={"source": content["base"], "preset": None})}
+    )
+    again = create_model(loaded, architecture(loaded, tmp_path / "base"), tmp_path / "base")
+    assert handover.digests(again) == content["digests"]
+    assert handover.digests(weights_) != content["digests"]
+    before = {name: np.asarray(lora.a.get_value()) for name, (_, lora) in peft.adapted(model).items()}
+    peft.load_adapter(model, tmp_path / "adapter")
+    for name, (_, lora) in peft.adapted(model).items():
+        assert np.array_equal(before[name], lora.a.get_value())
+
+
+def test_handover_takes_batches_in_training_order(tmp_path):
+    overrides = [
+        "training.epochs=null",
+        "training.steps=50",
+        "training.warmup_steps=0",
+        "data.batch_rows=64",
+        "training.eval_every=null",
+    ]
+    experiment = configuration.load(ROOT / "configs" / "demo.yaml", overrides)
+    handover._write_batches(
+        experiment, weights.resolve(str(ROOT / "assets" / "tiny-mixtral"), None), 512, tmp_path / "batches.npz"
+    )
+    from moejax.data.pipeline import load
+    from moejax.data.tokenizer import load_tokenizer
+
+    dataset = load(experiment.data, load_tokenizer(str(ROOT / "assets" / "tiny-mixtral")), 0, 512)
+    per_epoch = dataset.train.batches_per_epoch(0)
+    assert per_epoch < 50
+    with np.load(tmp_path / "batches.npz") as file:
+        assert np.array_equal(file["0/tokens"][0], next(dataset.train.iterate(0)).tokens)
+        assert np.array_equal(file[f"{per_epoch}/segment_ids"][0], next(dataset.train.iterate(1)).segment_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stack", "words"),
+    [
+        ({}, "plain", "model is a mixtral"),
+        ({"training": {"optimizer": "adafactor"}}, "study", "training.optimizer = adafactor"),
+        ({"model": {"aux_loss_coef": 0.01}}, "study", "model.aux_loss_coef = 0.01"),
+        ({"adapter": {"dropout": 0.1}}, "study", "adapter.dropout = 0.1"),
+        ({}, "today", "quantization.format = nf4"),
+        ({"quantization": {"format": "none"}, "adapter": {"targets": ["gate"]}}, "today", "adapter.targets"),
+    ],
+)
+def test_what_pytorch_cannot_express(changes, stack, words, tmp_path):
+    content = {name: TINY[name] | changes.get(name, {}) if name != "name" else "tiny" for name in TINY}
+    with pytest.raises(UserError, match=f"{words}.*cannot express it: ") as error:
+        handover.write(Experiment.model_validate(content), tmp_path, stack_name=stack)
+    assert not list(tmp_path.iterdir()) and "\n" not in str(error.value)
+
+
+def test_a_missing_environment_names_the_make_target(tmp_path):
+    for stack, target in (("study", "reference4"), ("today", "reference5"), ("plain", "reference4")):
+        with pytest.raises(UserError, match=f"`make {target}` builds the PyTorch environment"):
+            torch_run.reference_python(stack, tmp_path / "python")
+
+
+def test_a_folder_that_is_no_handover(tmp_path):
+    with pytest.raises(contract.CannotRun, match=r"experiment\.json does not exist"):
+        contract.read(tmp_path)
+    (tmp_path / "experiment.json").write_text('{"format": 99}')
+    with pytest.raises(contract.CannotRun, match="format = 99, expected 1"):
+        contract.read(tmp_path)
+
+
+def test_the_first_tensor_that_differs_is_named():
+    expected = {"a.weight": "1", "b.weight": "2", "c.weight": "3"}
+    contract.compare(expected, expected)
+    contract.compare({}, None)
+    with pytest.raises(contract.CannotRun, match=r"load the checkpoint differently: tensor 'b\.weight' differs"):
+        contract.compare(expected | {"b.weight": "x", "c.weight": "y"}, expected)
+    with pytest.raises(contract.CannotRun, match=r"tensor 'a\.weight' is missing in PyTorch"):
+        contract.compare({"b.weight": "2"}, expected)
+
+
+def test_random_weights_are_handed_over_as_sizes_alone(tmp_path):
+    experiment = Experiment.model_validate(TINY)
+    content = handover.write_random(experiment, tmp_path, stack_name="study")
+    assert content["base"] is None and content["digests"] is None and not (tmp_path / "adapter").exists()
+    whole = handover.write(experiment, tmp_path / "whole", stack_name="study")
+    assert content["model"] == whole["model"] and content["hub_config"] == whole["hub_config"]
+    with np.load(tmp_path / "batches.npz") as file, np.load(tmp_path / "whole" / "batches.npz") as other:
+        assert len(file.files) == 5 and np.array_equal(file["0/tokens"], other["0/tokens"])
+
+
+def record(step, loss, counts=((4, 4, 0),), ties=((0.1, (0, 0, 0), (1, 2)),)):
+    same = {"queries": 2, "real_tokens": 4, "supervised_tokens": 3}
+    return {"step": step, "loss": loss, "expert_counts": [list(c) for c in counts], "nearest_ties": list(ties)} | same
+
+
+def test_curves_name_the_token_that_ties():
+    ours = [record(1, 2.0), record(2, 1.0), record(3, 0.9)]
+    theirs = [record(1, 2.00002), record(2, 1.001, ((4, 3, 1),), ((3e-7, (0, 1, 5), (1, 2)),)), record(3, 0.8)]
+    result = curves.compare(ours, theirs, claimed=True)
+    assert result["agrees"] and result["first_step_outside"] == 2
+    assert result["largest_before_routing_differs"] == pytest.approx(1e-5, rel=1e-3)
+    tie = result["routing_differs"]
+    assert (tie["step"], tie["layer"], tie["row"], tie["position"], tie["gap"]) == (2, 0, 1, 5, 3e-7)
+    assert "row 1, position 5 otherwise: its experts 1 and 2 are 3.0e-07 apart" in curves.say("case", result)
+
+
+def test_curves_that_part_without_a_tie_do_not_agree():
+    result = curves.compare([record(1, 2.0)], [record(1, 2.1)], claimed=True)
+    assert result["agrees"] is False and result["routing_differs"] is None
+    assert curves.compare([record(1, 2.0)], [record(1, 2.1)], claimed=False)["agrees"] is None
+
+
+def test_curves_of_other_batches_are_refused():
+    with pytest.raises(UserError, match="step 1: queries = 3 here, 2 in PyTorch"):
+        curves.compare([record(1, 2.0) | {"queries": 3}], [record(1, 2.0)], claimed=True)
+
+
+def test_the_curves_table_says_where_a_run_leaves_the_tolerance():
+    apart = curves.compare([record(1, 2.0), record(2, 1.1)], [record(1, 2.0), record(2, 1.0)], claimed=True)
+    control = {"largest_relative_difference": 0.02, "first_step_outside": 81, "routing_differs_at": None}
+    bf16 = curves.compare([record(1, 2.0)], [record(1, 2.1)], claimed=False)
+    lines = curves_report.table({"dense": apart | {"control": control}, "bf16": bf16}).splitlines()
+    assert lines[2].startswith("| dense | 1.0e-01 **(outside from step 2)** | 1.0e-01 | never | 2.0e-02, outside from step 81 |")
+    assert lines[3].startswith("| bf16 | 4.8e-02 (no claim) | 4.8e-02 | never | – |")
+    assert {line.count("|") for line in lines} == {7}
+
+
+def test_a_table_is_put_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
+    curves_report.between(page, "x", "new\n")
+    assert page.read_text() == "a\n<!-- x: begin -->\nnew\n<!-- x: end -->\nb\n"
+    with pytest.raises(UserError, match="has no marks <!-- y: begin -->"):
+        curves_report.between(page, "y", "new\n")
+
+
+def test_shares_stand_beside_the_paper_s():
+    side = {
+        "step_seconds": {"median": 0.5},
+        "attributed": 0.987,
+        "takeaways": side_by_side.takeaways(side_by_side.study("mixtral", "sparse")[0]),
+    }
+    dense = side | {"step_seconds": {"median": 1.5}}
+    results = {name: {"moejax": s, "pytorch": s} for name, s in (("mixtral-sparse", side), ("mixtral-dense", dense))}
+    lines = side_by_side.table(results).splitlines()
+    assert {line.count("|") for line in lines} == {6}
+    assert "| mixtral-sparse | of the busy step, under a named stage | – | 98.7 % | 98.7 % |" in lines
+    assert lines[-1].startswith("| mixtral | dense step / sparse step |") and lines[-1].endswith("| 3.00 | 3.00 |")
