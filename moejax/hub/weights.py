@@ -136,7 +136,7 @@ def report(model: Model) -> list[str]:
         count[1] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
     lines = []
     for group, kinds in found.items():
-        parts = [f"{_short(size)} parameters, {kind}, {nbytes / 1e9:.3g} GB" for kind, (size, nbytes) in kinds.items()]
+        parts = [f"{_short(size)} parameters, {kind}, {_size(nbytes)}" for kind, (size, nbytes) in kinds.items()]
         left = sum(size for kind, (size, _) in kinds.items() if kind != "NF4")
         lines.append(f"{group}: {' and '.join(parts)}" + (f"; {_short(left)} left unquantized" if "NF4" in kinds else ""))
     return lines
@@ -161,6 +161,11 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{letter}"
     return str(count)
+
+
+def _size(nbytes: int) -> str:
+    unit, name = next((u, name) for u, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if nbytes >= u or u == 1.0)
+    return f"{nbytes / unit:.3g} {name}"
 
 
 def _leaf_name(path: Any) -> str:
