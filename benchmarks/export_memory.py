@@ -3,6 +3,7 @@
 python benchmarks/export_memory.py   # writes to a temporary folder and removes it; prints one line
 """
 
+import argparse
 import os
 import tempfile
 import threading
@@ -49,6 +50,7 @@ def write_base(model, folder: Path) -> None:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build(CONFIG, quantization=Quantization(), adapter=LoRAConfig())

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
     profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
     profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
-    profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. profile.steps=5 data.batch_rows=4")
+    profile.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="e.g. profile.steps=5 data.batch_rows=4")
     profile.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     load = commands.add_parser(
         "expert-load", help="tokens per expert and layer over a data set, by the base and the tuned model"
@@ -62,7 +62,10 @@ def _add_breakdown(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, a *.xplane.pb, or a step_profile.json")
     parser.add_argument("--out", default=None, metavar="DIR", help="where the figures go (default: RUN/breakdown)")
     parser.add_argument(
-        "--reference", choices=("match", "all", "none"), default="match", help="the study's bars beside: of the same model and k, …"
+        "--reference",
+        choices=("match", "all", "none"),
+        default="match",
+        help="the study's bars beside: of the same model and k (default), of all its settings, or none",
     )
     parser.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
@@ -98,7 +101,7 @@ def estimate_main(arguments: Sequence[str] | None = None) -> int:
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="experiment in YAML (see configs/)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single values, e.g. training.epochs=3")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="change single values, e.g. training.epochs=3")
     parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="show parameters, memory and schedule; load and train nothing")
 

@@ -44,7 +44,7 @@ def run() -> int:
     colours = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "error": "[red]error[/red]"}
     for f in findings:
         table.add_row(colours[f.status], f.what, f.found, f.advice)
-    Console().print(table, highlight=False)
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160).print(table, highlight=False)
     return int(any(f.status == "error" for f in findings))
 
 
@@ -135,6 +135,8 @@ def caches() -> Iterable[Finding]:
     hub_home = os.environ.get("HF_HOME", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"))
     for what, name, remedy in (
         ("compiled programs", os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/moejax/xla", "device.compilation_cache=DIR"),
+        ("quantized weights", "~/.cache/moejax/quantized", "quantization.cache=DIR"),
+        ("compiled memory figures", os.environ.get("MOEJAX_CACHE") or "~/.cache/moejax", "MOEJAX_CACHE=DIR"),
         ("Hub downloads", os.environ.get("HF_HUB_CACHE") or f"{hub_home}/hub", "HF_HOME=DIR"),
         ("runs", "runs", "runs_dir=DIR"),
     ):

@@ -93,7 +93,7 @@ def why_not_compiled(gpu: str) -> str | None:
     if gpu == HERE:
         return None
     if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
-        return "the extra `aot` is missing (pip install -e '.[aot]')"
+        return "the extra `aot` is missing (pip install -e '.[aot]', the plugin in jaxlib's version: BUILD.md)"
     from moejax.training import aot
 
     return None if gpu in aot.TARGETS else f"the compiler has no description of {gpu}"

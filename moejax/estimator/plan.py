@@ -117,7 +117,7 @@ def largest_batch(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
         larger = [g for g in sorted(table.values(), key=lambda g: (g.memory_gb, g.name)) if g.memory_gb >= needed]
         would = f"{', '.join(g.name for g in larger)} would do" if larger else "no GPU of the table would do"
         what = (
-            f"{job.model} by {job.method} holds {resident:.1f} GB before any activation"
+            f"{job.model} by {job.method} holds {resident:.1f} GB before any activation, and with one query {needed:.1f} GB by equation 1"
             if resident > gpu.memory_gb
             else f"{job.model} by {job.method} with one query of {job.longest} tokens needs {needed:.1f} GB by equation 1"
         )

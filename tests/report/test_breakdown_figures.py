@@ -78,7 +78,8 @@ def test_json_says_what_the_tables_say(capsys):
     assert {s["name"] for s in run["stages"]} >= {"moe/w1", "attention", "loss"}
 
 
-def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys):
+def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # names in one line
     from moejax.profiling import schema
 
     unknown = dict.fromkeys(("peak_flops", "peak_bytes_per_second", "peaks_measured", "memory_bytes"))
