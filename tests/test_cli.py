@@ -56,6 +56,19 @@ def test_dry_run_of_blackmamba(capsys):
     assert "628,770,832" in capsys.readouterr().out
 
 
+def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatch):
+    """Local ones alone: a URL or a Hub id needs a network to be looked for."""
+    assert cli.train_main(["--config", CONFIG, "--dry-run"]) == 0
+    assert "not there" not in capsys.readouterr().out
+    lost = [f"data.source={tmp_path}/lost.json", f"adapter.init_from={tmp_path}/lost", "data.records=null", "data.bytes=null"]
+    assert cli.train_main(["--config", CONFIG, "--dry-run", *lost]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not there")]
+    assert [line.split("(")[0].strip() for line in told] == [
+        f"not there: data.source = {tmp_path}/lost.json",
+        f"not there: adapter.init_from = {tmp_path}/lost",
+    ]
+
+
 def test_an_adapter_on_a_blackmamba_is_refused(capsys):
     config = str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml")
     assert cli.train_main(["--config", config, "--dry-run", "adapter={targets: [q_proj, w1]}"]) == 2

@@ -68,7 +68,28 @@ def report(experiment: Experiment) -> int:
     console.print(table)
     console.print(_fits(total, experiment.device.memory_fraction), highlight=False)
     console.print(_schedule(experiment), highlight=False)
+    for line in missing(experiment):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def missing(experiment: Experiment) -> list[str]:
+    """A line for each local file or folder that the config names and that is not there: a real run would stop at it."""
+    data = experiment.data.source
+    named = {
+        "data.source": data if data and data.endswith((".json", ".jsonl")) else None,
+        "model.source": experiment.model.source,
+        "adapter.init_from": experiment.adapter.init_from if experiment.adapter else None,
+    }
+    lines = []
+    for key, name in named.items():
+        # What looks like owner/name may be a Hub id, and a URL is fetched: neither can be checked without a network.
+        if name is None or name.startswith(("https://", "http://")):
+            continue
+        hub_id = key != "data.source" and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+        if not hub_id and not Path(name).expanduser().exists():
+            lines.append(f"not there: {key} = {name} (looked for from {Path.cwd()}); a run would stop here")
+    return lines
 
 
 def _fits(total: int, fraction: float) -> str:
@@ -84,7 +105,8 @@ def _fits(total: int, fraction: float) -> str:
 
 def _schedule(experiment: Experiment) -> str:
     d, t = experiment.data, experiment.training
-    shape = f"batch: {t.gradient_accumulation} micro-batches of {d.batch_rows} rows, {d.batching}, at most {d.longest_row} tokens a row"
+    micro = f"{t.gradient_accumulation} micro-batch{'es' if t.gradient_accumulation > 1 else ''}"
+    shape = f"batch: {micro} of {d.batch_rows} rows, {d.batching}, at most {d.longest_row} tokens a row"
     rate = f"learning rate {t.learning_rate:g}, {t.schedule}, {t.warmup_steps} warm-up steps, clip {t.clip_norm}"
     if t.steps is not None:
         return f"{shape}\nschedule: {t.steps} steps; {rate}"
