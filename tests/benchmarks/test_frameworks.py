@@ -201,3 +201,16 @@ def test_shares_stand_beside_the_paper_s():
     assert {line.count("|") for line in lines} == {6}
     assert "| mixtral-sparse | of the busy step, under a named stage | – | 98.7 % | 98.7 % |" in lines
     assert lines[-1].startswith("| mixtral | dense step / sparse step |") and lines[-1].endswith("| 3.00 | 3.00 |")
+
+
+def test_seconds_name_the_stages_in_which_pytorch_takes_less():
+    """By a millisecond or more; w1 and w3 as one, because one side may join them; a stage that one side lacks is not compared."""
+    torch = {"layers": {"norm": 0.002, "loss": 0.005, "embed": 0.001}, "moe_kernels": {"moe/w1": 0.02}}
+    ours = {"layers": {"norm": 0.004, "loss": 0.0055}, "moe_kernels": {"moe/w1": 0.015, "moe/w3": 0.004}}
+    sides = {"pytorch": torch, "moejax": ours}
+    for (side, stages), median in zip(sides.items(), (0.3, 0.2), strict=True):
+        sides[side] = stages | {"step_seconds": {"median": median, "p10": 0.1, "p90": 0.4}}
+    line = side_by_side.seconds({"run": sides}).splitlines()[2]
+    assert line == "| run | 300 (100 to 400) | 200 (100 to 400) | 1.50 times as fast | norm 2.0, 4.0 |"
+    ours["layers"]["norm"] = 0.002
+    assert side_by_side.seconds({"run": sides}).splitlines()[2].endswith("| nowhere |")
