@@ -29,7 +29,8 @@ def main():
     (out / "README.md").unlink()
     path = out / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": None}
-    config["target_modules"].sort()
+    for name in ("target_modules", "target_parameters"):  # PEFT keeps both in sets, whose order changes from run to run
+        config[name].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     with torch.no_grad():
         np.savez_compressed(out / "logits.npz", logits=model(input_ids=ids, attention_mask=mask).logits.numpy())
