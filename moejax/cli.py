@@ -75,7 +75,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a finished run's folder, e.g. runs/demo")
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument(
-        "--format", choices=("peft", "merged"), default=None, help="default: the adapter if one was trained, else the model"
+        "--format", choices=("peft", "fused", "merged"), default=None, help="default: the adapter if one was trained, else the model; "
+        "fused: an adapter for transformers 5 with PEFT 0.19 or later"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not reload what was written and compare its logits")
     parser.add_argument("--tolerance", type=float, default=None, help="largest logit difference, as a share of the largest logit")

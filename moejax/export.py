@@ -29,7 +29,7 @@ PROMPT = (
     "A box holds 12 apples. Tom takes 5 of them and puts 3 pears into it. How many pieces of fruit are in the box now? Write down "
     "each step, then the answer."
 )
-TOLERANCE = {"peft": 1e-5, "merged": 0.05}
+TOLERANCE = {"peft": 1e-5, "fused": 1e-5, "merged": 0.05}
 """Largest logit difference allowed, as a share of the largest logit. The adapter is the same numbers again; a merged matrix is
 rounded to bf16, and a token whose router is nearly undecided may then visit another expert."""
 
@@ -49,7 +49,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
     experiment = open_run(folder)
     trained = experiment.adapter is not None
     chosen = format_ or ("peft" if trained else "merged")
-    if chosen == "peft" and not trained:
+    if chosen != "merged" and not trained:
         raise UserError(f"{folder} trained the whole model, so there is no adapter to export: use --format merged")
     if target.exists():
         raise UserError(f"{target} exists already: choose another --out (nothing was overwritten)")
@@ -65,8 +65,9 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        if chosen == "peft":
-            peft.save_adapter(_abstract(experiment, sizes, folder), aside, str(source), experiment.model.revision)
+        if chosen != "merged":
+            model = _abstract(experiment, sizes, folder)
+            peft.save_adapter(model, aside, str(source), experiment.model.revision, fused=chosen == "fused")
         else:
             _write_merged(experiment, sizes, folder, base, aside, total, console)
         if verify:
@@ -86,7 +87,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    what = "adapter in PEFT's format" if chosen == "peft" else "merged bf16 model"
+    what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
     console.print(f"{what}: {target}{'' if verify else ' (not verified)'}", highlight=False, soft_wrap=True)
     return 0
 
@@ -145,7 +146,7 @@ def _compare(experiment: Experiment, sizes: Architecture, folder: Path, base: Pa
     if experiment.adapter is not None:
         peft.load_adapter(tuned, folder / "adapter")
     expected = _logits(tuned, tokens)
-    if chosen == "peft":
+    if chosen != "merged":
         peft.load_adapter(tuned, written)
         return compare(expected, _logits(tuned, tokens))
     del tuned

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's per-expert format (transformers 4, PEFT 0.18), which PEFT 0.21 on transformers 5 reads as well."""
+"""Adapters in PEFT's formats: per expert (transformers 4, PEFT 0.18; PEFT 0.21 on transformers 5 reads it as well), or fused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from models.build import Model
 from models.lora import LoRA
 from moejax.errors import UserError
+from moejax.hub.fused import fuse, unfuse
 from moejax.hub.names import Place, module_names
 from moejax.hub.weights import attribute
 
@@ -31,21 +32,17 @@ def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     return found
 
 
-def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, aside and renamed; then read them back and compare to the bit."""
+def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, aside and renamed; then read them back and compare to the bit.
+
+    fused: in the format of transformers 5 with PEFT 0.19 or later. Raises UserError where that cannot hold the adapter.
+    """
     pairs = adapted(model)
     tensors = {}
     for name, (place, lora) in pairs.items():
         index = (place.layer,) if place.expert is None else (place.layer, place.expert)
         for letter, variable in (("A", lora.a), ("B", lora.b)):
             tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(variable.get_value()[index])
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "adapter_model.safetensors.tmp"
-    save_file(tensors, str(aside), metadata={"format": "pt"})
-    written = load_file(str(aside))
-    if written.keys() != tensors.keys() or any(not np.array_equal(written[k], tensors[k]) for k in tensors):
-        raise UserError(f"{aside} reads back differently from what was written: a full or failing disk?")
-    aside.replace(folder / "adapter_model.safetensors")
     lora = next(iter(pairs.values()))[1]
     targets = sorted({_OUR_NAMES.get(place.path[-1], place.path[-1]) for place, _ in pairs.values()})
     config: dict[str, Any] = {
@@ -69,6 +66,15 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
         "use_rslora": False,
         "use_dora": False,
     }
+    if fused:
+        tensors, config = fuse(tensors, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "adapter_model.safetensors.tmp"
+    save_file(tensors, str(aside), metadata={"format": "pt"})
+    written = load_file(str(aside))
+    if written.keys() != tensors.keys() or any(not np.array_equal(written[k], tensors[k]) for k in tensors):
+        raise UserError(f"{aside} reads back differently from what was written: a full or failing disk?")
+    aside.replace(folder / "adapter_model.safetensors")
     config_aside = folder / "adapter_config.json.tmp"
     config_aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     config_aside.replace(folder / "adapter_config.json")
@@ -82,6 +88,8 @@ def load_adapter(model: Model, folder: Path) -> None:
         tensors = load_file(str(path))
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
+    if config.get("target_parameters"):
+        tensors = unfuse(tensors, config, model.config, path)
     _check_targets(model, tensors, path)
     buffers: dict[int, tuple[LoRA, np.ndarray, np.ndarray]] = {}
     for name, (place, lora) in adapted(model).items():
@@ -129,6 +137,9 @@ def _check_plain(config: dict[str, Any], path: Path) -> None:
         "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "target_parameters": None, "lora_bias": False,
         "trainable_token_indices": None, "layer_replication": None, "use_qalora": False,
     }  # fmt: skip
+    if config.get("target_parameters"):  # the fused format needs these; fused.unfuse checks what they say
+        for name in ("target_parameters", "rank_pattern", "alpha_pattern"):
+            del plain[name]
     for name, expected in plain.items():
         value = config.get(name, expected)
         if value != expected and not (value in (None, [], {}) and expected in (None, {})):
@@ -147,8 +158,8 @@ def _check_targets(model: Model, tensors: dict[str, np.ndarray], path: Path) -> 
     ours = {_OUR_NAMES.get(place.path[-1], place.path[-1]) for place, _ in adapted(model).values()}
     if theirs & {"experts", "base_layer"}:
         raise UserError(
-            f"{path} is in the format of transformers 5 with PEFT 0.19 or later (one adapter over all experts), which is not read here: "
-            "expected one pair per expert, as transformers 4 with PEFT 0.18 writes it"
+            f"{path} has tensors in the format of transformers 5 with PEFT 0.19 or later (one adapter over all experts), but "
+            "adapter_config.json has no target_parameters: expected both or neither; download the adapter again"
         )
     if theirs != ours:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Our side of check_adapter.py: a tiny model, a trained-looking adapter on every target, and the logits of both."""
+"""Our side of check_adapter.py: a tiny model, a trained-looking adapter on every target, in both formats, and the logits of both."""
 
 import sys
 from pathlib import Path
@@ -26,6 +26,7 @@ def main():
     tuned = model.logits(model(*arguments)[0])
     save_weights(model, folder / "base", jnp.float32)
     save_adapter(model, folder / "adapter", str(folder / "base"))
+    save_adapter(model, folder / "fused", str(folder / "base"), fused=True)
     np.savez(folder / "logits.npz", tokens=tokens, base=base, tuned=tuned)
 
 
