@@ -17,6 +17,7 @@ from flax import nnx
 
 from models.build import Model
 from models.cache import Cache, decode_step, init_cache, prefill
+from models.config import Architecture
 from moejax.errors import UserError
 
 SHORTEST = 16  # prompts are padded to this length times a power of two: one compile for all lengths of such a bucket
@@ -84,21 +85,21 @@ def _first(
 
 
 def _next(
-    model: Model, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, end: int
+    model: Model, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, end: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """After the end token, only that token."""
     logits, cache = decode_step(model, token, cache)
     return jnp.where(token == end, end, _choose(logits, step, draw)), cache
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
+@partial(jax.jit, static_argnums=(0, 5))
 def _generate(
-    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, steps: int, end: int
+    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, steps: int, end: jax.Array
 ) -> jax.Array:
     """int32 [B, steps]."""
     model: Model = nnx.merge(graphdef, state)
     first, cache = _first(model, tokens, lengths, draw, tokens.shape[1] + steps)
-    out = jnp.full((tokens.shape[0], steps), end, jnp.int32).at[:, 0].set(first)
+    out = jnp.full((tokens.shape[0], steps), end).at[:, 0].set(first)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
         step, token, _, _ = carry
@@ -119,9 +120,9 @@ def _begin(
     return _first(nnx.merge(graphdef, state), tokens, lengths, draw, capacity)
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=(3,))
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=(3,))
 def _go_on(
-    graphdef: Any, state: nnx.State, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, count: int, end: int
+    graphdef: Any, state: nnx.State, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, count: int, end: jax.Array
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """int32 [B, count], the last of them, and the cache."""
     model: Model = nnx.merge(graphdef, state)
@@ -134,17 +135,17 @@ def _go_on(
     return out.T, token, cache
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """The length that the prompts are padded to."""
+def padded_length(config: Architecture, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """The length that the prompts are padded to. Raises UserError for an empty prompt, and where they exceed the positions."""
     if any(not p for p in prompts):
         raise UserError(f"prompt {next(i for i, p in enumerate(prompts) if not p)} is empty: there is nothing to continue")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
     longest = max((len(p) for p in prompts), default=1)
-    if longest + max_new_tokens > model.config.max_position_embeddings:
+    if longest + max_new_tokens > config.max_position_embeddings:
         raise UserError(
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{model.config.max_position_embeddings} positions: shorten the prompt or ask for fewer new tokens"
+            f"{config.max_position_embeddings} positions: shorten the prompt or ask for fewer new tokens"
         )
     return max(SHORTEST, 1 << (longest - 1).bit_length())
 
@@ -193,14 +194,14 @@ def generate(
     Raises UserError for an empty prompt, and where prompt and answer exceed the model's positions.
     """
     graphdef, state = nnx.split(model)
-    length, names = _check(model, prompts, max_new_tokens), _names(prompts)
+    length, names = padded_length(model.config, prompts, max_new_tokens), _names(prompts)
     answers: list[list[int]] = []
     for first in range(0, len(prompts), batch_size):
         chosen = list(prompts[first : first + batch_size])
         missing = batch_size - len(chosen) if len(prompts) > batch_size else 0
         tokens, lengths = _padded(chosen + [[0]] * missing, length)
         draw = _draw(model, sampling, np.pad(names[first : first + batch_size], ((0, missing), (0, 0))))
-        out = np.asarray(_generate(graphdef, state, tokens, lengths, draw, max_new_tokens, end))[: len(chosen)]
+        out = np.asarray(_generate(graphdef, state, tokens, lengths, draw, max_new_tokens, jnp.int32(end)))[: len(chosen)]
         answers += [before(row, end) for row in out]
     return answers
 
@@ -217,17 +218,17 @@ def stream(
     """The tokens of `generate` as they come, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
     token, only that token. Everything is compiled before the first piece. Raises UserError as `generate` does."""
     graphdef, state = nnx.split(model)
-    length, draw = _check(model, prompts, max_new_tokens), _draw(model, sampling, _names(prompts))
+    length, draw = padded_length(model.config, prompts, max_new_tokens), _draw(model, sampling, _names(prompts))
     tokens, lengths = _padded(prompts, length)
     pieces = -(-(max_new_tokens - 1) // piece)
     token, cache = _begin(graphdef, state, tokens, lengths, draw, length + 1 + pieces * piece)
-    go_on = _go_on.lower(graphdef, state, token, cache, jnp.int32(1), draw, piece, end).compile() if pieces else None
+    go_on = _go_on.lower(graphdef, state, token, cache, jnp.int32(1), draw, piece, jnp.int32(end)).compile() if pieces else None
     out = np.asarray(token)[:, None]
     yield out
     ended = out[:, -1] == end
     step = 1
     while step < max_new_tokens and not ended.all() and go_on is not None:
-        more, token, cache = go_on(state, token, cache, jnp.int32(step), draw)
+        more, token, cache = go_on(state, token, cache, jnp.int32(step), draw, jnp.int32(end))
         out = np.asarray(more)[:, : max_new_tokens - step]
         yield out
         ended, step = out[:, -1] == end, step + piece

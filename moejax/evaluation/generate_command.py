@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.build import Model
+from models.config import Architecture
 from moejax.data.templates import render
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.generate import Sampling, before, cut, stream
+from moejax.evaluation.generate import Sampling, before, cut, padded_length, stream
 from moejax.evaluation.runs import open_run, tuned
 from moejax.hub import weights
 from moejax.training.state import architecture, create_model
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     written = options.prompt if options.prompt is not None else options.instruction
     if any(not text.strip() for text in written):
         raise UserError("an empty prompt: there is nothing to continue; give --prompt or --instruction a text")
-    model, tokenizer, template = load(Path(options.run))
+    make, sizes, tokenizer, template = load(Path(options.run))
     if options.prompt is None:
         if template == "text":
             raise UserError(f"{options.run} was trained with data.template = text, which has no instructions: use --prompt")
@@ -40,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
         texts = [render(template, record, tokenizer)[0] for record in records]
     else:
         texts = written
-    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+    padded_length(sizes, prompts, options.max_new_tokens)  # before a large model is loaded for nothing
+    model = make()
     answers = Answers(tokenizer, stops, len(prompts))
     pieces = stream(model, prompts, max_new_tokens=options.max_new_tokens, end=tokenizer.eos_token_id, sampling=sampling)
     answers.add(next(pieces))
@@ -64,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def load(folder: Path) -> tuple[Model, Any, str]:
-    """A run's tuned model (adapter beside the weights, not merged into them), its tokenizer and its template."""
+def load(folder: Path) -> tuple[Callable[[], Model], Architecture, Any, str]:
+    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer and template."""
     experiment = open_run(folder)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
@@ -74,9 +77,13 @@ def load(folder: Path) -> tuple[Model, Any, str]:
     sizes = architecture(experiment, model_folder)
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
     check_vocabulary(tokenizer, sizes.vocab_size)
-    if experiment.adapter is None:  # all weights were trained: nothing of the base is needed
-        return create_model(experiment, sizes, folder / "model"), tokenizer, experiment.data.template
-    return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder)), tokenizer, experiment.data.template
+
+    def make() -> Model:
+        if experiment.adapter is None:  # all weights were trained: nothing of the base is needed
+            return create_model(experiment, sizes, folder / "model")
+        return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder))
+
+    return make, sizes, tokenizer, experiment.data.template
 
 
 class Answers:

@@ -66,39 +66,40 @@ PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2]]
 
 def test_a_sampled_row_is_the_same_alone(model):
     sampling = Sampling(temperature=1.0, top_p=0.95, top_k=40, seed=3)
-    together = generate(model, PROMPTS, max_new_tokens=8, end=-1, sampling=sampling)
-    alone = [generate(model, [p], max_new_tokens=8, end=-1, sampling=sampling)[0] for p in PROMPTS]
-    in_twos = generate(model, PROMPTS[::-1], max_new_tokens=8, end=-1, sampling=sampling, batch_size=2)[::-1]
+    together = generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=sampling)
+    alone = [generate(model, [p], max_new_tokens=6, end=-1, sampling=sampling)[0] for p in PROMPTS]
+    in_twos = generate(model, PROMPTS[::-1], max_new_tokens=6, end=-1, sampling=sampling, batch_size=2)[::-1]
     assert together == alone == in_twos
-    assert together != generate(model, PROMPTS, max_new_tokens=8, end=-1, sampling=Sampling(1.0, 0.95, 40, seed=4))
-    copies = generate(model, [PROMPTS[0]] * 3, max_new_tokens=8, end=-1, sampling=sampling)
+    assert together != generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=Sampling(1.0, 0.95, 40, seed=4))
+    copies = generate(model, [PROMPTS[0]] * 3, max_new_tokens=6, end=-1, sampling=sampling)
     assert copies[0] == alone[0] and len({tuple(c) for c in copies}) == 3
 
 
 def test_one_candidate_is_greedy(model):
-    greedy = generate(model, PROMPTS, max_new_tokens=8, end=-1)
+    greedy = generate(model, PROMPTS, max_new_tokens=6, end=-1)
     for sampling in (Sampling(5.0, top_k=1), Sampling(5.0, top_p=1e-6), Sampling(1e-30)):
-        assert generate(model, PROMPTS, max_new_tokens=8, end=-1, sampling=sampling) == greedy
+        assert generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=sampling) == greedy
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0.9, seed=7)])
-def test_pieces_are_the_whole(model, sampling):
-    whole = generate(model, PROMPTS, max_new_tokens=10, end=-1, sampling=sampling)
-    end = whole[1][4]
-    pieces = list(stream(model, PROMPTS, max_new_tokens=10, end=end, sampling=sampling, piece=4))
-    assert [p.shape[1] for p in pieces] == [1, 4, 4, 1][: len(pieces)]
+def test_pieces_are_the_whole(model):
+    sampling = Sampling(1.0, 0.9, seed=7)
+    whole = generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=sampling)
+    end = whole[1][3]
+    pieces = list(stream(model, PROMPTS, max_new_tokens=6, end=end, sampling=sampling, piece=2))
+    assert [p.shape[1] for p in pieces] == [1, 2, 2, 1][: len(pieces)]
     cut_there = [w[: w.index(end)] if end in w else w for w in whole]
     assert [before(row, end) for row in np.concatenate(pieces, axis=1)] == cut_there
-    assert generate(model, PROMPTS, max_new_tokens=10, end=end, sampling=sampling) == cut_there
+    assert generate(model, PROMPTS, max_new_tokens=6, end=end, sampling=sampling) == cut_there
 
 
 def test_one_compile_per_bucket(model):
+    generate(model, [[1] * 3], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
     compiled = _generate._cache_size()
-    for length, settings in ((3, Sampling(1.0)), (16, Sampling(2.0, 0.5, 3, 9)), (9, Sampling(0.1))):
-        generate(model, [[1] * length], max_new_tokens=3, end=-1, sampling=settings)
+    for length, settings in ((16, Sampling(2.0, 0.5, 3, 9)), (9, Sampling(0.1))):
+        generate(model, [[1] * length], max_new_tokens=6, end=7, sampling=settings)
+    assert _generate._cache_size() == compiled
+    generate(model, [[1] * 17], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
     assert _generate._cache_size() == compiled + 1
-    generate(model, [[1] * 17], max_new_tokens=3, end=-1, sampling=Sampling(1.0))
-    assert _generate._cache_size() == compiled + 2
 
 
 def test_candidates_and_their_frequencies():

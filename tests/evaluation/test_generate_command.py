@@ -24,10 +24,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run):
     """The whole greedy answer, by the run's tuned model."""
-    model, tokenizer, template = load(run)
+    make, _, tokenizer, template = load(run)
     prompt = render(template, {"instruction": QUESTION, "input": "", "output": ""}, tokenizer)[0]
     ids = tokenizer.encode(prompt, add_special_tokens=False)
-    (tokens,) = generate(model, [ids], max_new_tokens=12, end=tokenizer.eos_token_id)
+    (tokens,) = generate(make(), [ids], max_new_tokens=12, end=tokenizer.eos_token_id)
     return prompt, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
