@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("run", help="a finished run's folder, e.g. runs/demo")
     evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
     evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+    _add_generate(commands.add_parser("generate", help="what a finished run's model answers to a prompt"))
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
     profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
     profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
@@ -56,6 +57,19 @@ def _prepare_jax(device: DeviceConfig) -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(device.compilation_cache).expanduser()))
         # jax leaves out what compiles in less than a second: most of what a start compiles, but for the step.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="RUN", help="a finished run's folder, e.g. runs/demo")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, as it stands; may be given several times")
+    asked.add_argument("--instruction", action="append", metavar="TEXT", help="the same, put into the template the run was trained with")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token; 1: as the model has it")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that have this share together")
+    parser.add_argument("--top-k", type=int, default=None, help="draw from the likeliest so many tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before this text; may be given several times")
 
 
 def _add_breakdown(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +152,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import exact_match
 
         return exact_match.run(options.run, options.data, options.limit)
+    if options.command == "generate":
+        from moejax.evaluation import generate_command
+
+        return generate_command.run(options)
     if options.command == "expert-load":
         from moejax.evaluation import expert_load
 

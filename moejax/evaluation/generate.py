@@ -1,10 +1,14 @@
-"""Greedy decoding of a batch of prompts with the cache: one compiled program for prefill and all steps."""
+"""Greedy and sampled decoding of a batch of prompts with the cache: prefill and all steps in one compiled program, or in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +17,89 @@ from flax import nnx
 
 from models.build import Model
 from models.cache import Cache, decode_step, init_cache, prefill
+from models.config import Architecture
 from moejax.errors import UserError
 
+SHORTEST = 16  # prompts are padded to this length times a power of two: one compile for all lengths of such a bucket
 
-@partial(jax.jit, static_argnums=(0, 4, 5))
-def _greedy(graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, steps: int, end: int) -> jax.Array:
-    """int32 [B, steps]; after the end token, only that token."""
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest. top_k, then top_p, leave only the likeliest to be drawn from.
+
+    Raises UserError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature = {self.temperature}: expected 0 (always the likeliest token) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: expected 0 < top_p <= 1 (1 leaves every token)")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k = {self.top_k}: expected at least 1 (leave it out for every token)")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed}: expected 0 <= seed < 2**32")
+
+
+class Draw(NamedTuple):
+    """Sampling as arrays: a change of them compiles nothing anew. keys: [B], one per row."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    keys: jax.Array
+
+
+def candidates(logits: jax.Array, top_p: jax.Array | float, top_k: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """ids int32 [B, V], likeliest first, and their logits [B, V]: -inf beyond the first top_k, and beyond the fewest of those that
+    together have at least the share top_p. Of equal logits the lower id comes first."""
+    ids = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
+    ranked = jnp.take_along_axis(logits, ids, axis=-1)
+    ranked = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ranked, -jnp.inf)
+    shares = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    # The sum may round to 1 before the last token: top_p = 1 must not depend on it.
+    return ids, jnp.where((before < top_p) | (jnp.asarray(top_p) >= 1), ranked, -jnp.inf)
+
+
+def _choose(logits: jax.Array, step: jax.Array | int, draw: Draw | None) -> jax.Array:
+    """int32 [B]: each row's token number `step` of its answer."""
+    if draw is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / draw.temperature  # at most 0: no overflow at low temperatures
+    ids, kept = candidates(scaled, draw.top_p, draw.top_k)
+    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(draw.keys, kept)
+    return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
+
+
+def _first(
+    model: Model, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, capacity: int
+) -> tuple[jax.Array, Cache]:
+    logits, cache = prefill(model, tokens, lengths, init_cache(model, tokens.shape[0], capacity))
+    return _choose(logits, 0, draw), cache
+
+
+def _next(
+    model: Model, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, end: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """After the end token, only that token."""
+    logits, cache = decode_step(model, token, cache)
+    return jnp.where(token == end, end, _choose(logits, step, draw)), cache
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _generate(
+    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, steps: int, end: jax.Array
+) -> jax.Array:
+    """int32 [B, steps]."""
     model: Model = nnx.merge(graphdef, state)
-    cache = init_cache(model, tokens.shape[0], tokens.shape[1] + steps)
-    logits, cache = prefill(model, tokens, lengths, cache)
-    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    out = jnp.full((tokens.shape[0], steps), end, jnp.int32).at[:, 0].set(first)
+    first, cache = _first(model, tokens, lengths, draw, tokens.shape[1] + steps)
+    out = jnp.full((tokens.shape[0], steps), end).at[:, 0].set(first)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
         step, token, _, _ = carry
@@ -31,33 +107,140 @@ def _greedy(graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Arr
 
     def body(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
         step, token, out, cache = carry
-        logits, cache = decode_step(model, token, cache)
-        following = jnp.where(token == end, end, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        following, cache = _next(model, token, cache, step, draw, end)
         return step + 1, following, out.at[:, step].set(following), cache
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, out, cache))[2]
 
 
-def generate(
-    model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end: int, batch_size: int = 64
-) -> list[list[int]]:
-    """Greedy continuations of token-id prompts, each cut before its end token. Prompts of different lengths share a batch."""
+@partial(jax.jit, static_argnums=(0, 5))
+def _begin(
+    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, capacity: int
+) -> tuple[jax.Array, Cache]:
+    return _first(nnx.merge(graphdef, state), tokens, lengths, draw, capacity)
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=(3,))
+def _go_on(
+    graphdef: Any, state: nnx.State, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, count: int, end: jax.Array
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """int32 [B, count], the last of them, and the cache."""
+    model: Model = nnx.merge(graphdef, state)
+
+    def body(carry: tuple[jax.Array, Cache], step: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        following, cache = _next(model, *carry, step, draw, end)
+        return (following, cache), following
+
+    (token, cache), out = jax.lax.scan(body, (token, cache), step + jnp.arange(count))
+    return out.T, token, cache
+
+
+def padded_length(config: Architecture, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """The length that the prompts are padded to. Raises UserError for an empty prompt, and where they exceed the positions."""
     if any(not p for p in prompts):
         raise UserError(f"prompt {next(i for i, p in enumerate(prompts) if not p)} is empty: there is nothing to continue")
-    graphdef, state = nnx.split(model)
-    longest = -(-max(len(p) for p in prompts) // 16) * 16
-    if longest + max_new_tokens > model.config.max_position_embeddings:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
+    longest = max((len(p) for p in prompts), default=1)
+    if longest + max_new_tokens > config.max_position_embeddings:
         raise UserError(
-            f"prompts of {longest} tokens and {max_new_tokens} new ones exceed the model's {model.config.max_position_embeddings} positions"
+            f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{config.max_position_embeddings} positions: shorten the prompt or ask for fewer new tokens"
         )
+    return max(SHORTEST, 1 << (longest - 1).bit_length())
+
+
+def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, np.array([len(p) for p in prompts], np.int32)
+
+
+def _names(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """uint32 [B, 2]: a checksum of each prompt, and how many equal ones stand before it.
+
+    Keys come from these and not from the row's number: a prompt's answer is the same whatever shares its batch, and the copies of
+    one prompt get different answers.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    names = np.zeros((len(prompts), 2), np.uint32)
+    for row, prompt in enumerate(prompts):
+        names[row] = zlib.crc32(np.asarray(prompt, "<i4").tobytes()), seen[tuple(prompt)]
+        seen[tuple(prompt)] += 1
+    return names
+
+
+def _draw(model: Model, sampling: Sampling, names: np.ndarray) -> Draw | None:
+    if sampling.temperature == 0:
+        return None
+    key = jax.random.key(sampling.seed)
+    keys = jax.vmap(lambda name: jax.random.fold_in(jax.random.fold_in(key, name[0]), name[1]))(jnp.asarray(names))
+    top_k = min(sampling.top_k or model.config.vocab_size, model.config.vocab_size)
+    return Draw(jnp.float32(sampling.temperature), jnp.float32(sampling.top_p), jnp.int32(top_k), keys)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end: int,
+    batch_size: int = 64,
+    sampling: Sampling = Sampling(),
+) -> list[list[int]]:
+    """Continuations of token-id prompts, each cut before its end token. Prompts of different lengths share a batch.
+
+    Raises UserError for an empty prompt, and where prompt and answer exceed the model's positions.
+    """
+    graphdef, state = nnx.split(model)
+    length, names = padded_length(model.config, prompts, max_new_tokens), _names(prompts)
     answers: list[list[int]] = []
     for first in range(0, len(prompts), batch_size):
         chosen = list(prompts[first : first + batch_size])
-        padded = chosen + [[0]] * (batch_size - len(chosen) if len(prompts) > batch_size else 0)
-        tokens = np.zeros((len(padded), longest), np.int32)
-        for row, prompt in enumerate(padded):
-            tokens[row, : len(prompt)] = prompt
-        lengths = np.array([len(p) for p in padded], np.int32)
-        out = np.asarray(_greedy(graphdef, state, tokens, lengths, max_new_tokens, end))[: len(chosen)]
-        answers += [row[: int(np.argmax(row == end))].tolist() if end in row else row.tolist() for row in out]
+        missing = batch_size - len(chosen) if len(prompts) > batch_size else 0
+        tokens, lengths = _padded(chosen + [[0]] * missing, length)
+        draw = _draw(model, sampling, np.pad(names[first : first + batch_size], ((0, missing), (0, 0))))
+        out = np.asarray(_generate(graphdef, state, tokens, lengths, draw, max_new_tokens, jnp.int32(end)))[: len(chosen)]
+        answers += [before(row, end) for row in out]
     return answers
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end: int,
+    sampling: Sampling = Sampling(),
+    piece: int = 4,
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate` as they come, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
+    token, only that token. Everything is compiled before the first piece. Raises UserError as `generate` does."""
+    graphdef, state = nnx.split(model)
+    length, draw = padded_length(model.config, prompts, max_new_tokens), _draw(model, sampling, _names(prompts))
+    tokens, lengths = _padded(prompts, length)
+    pieces = -(-(max_new_tokens - 1) // piece)
+    token, cache = _begin(graphdef, state, tokens, lengths, draw, length + 1 + pieces * piece)
+    go_on = _go_on.lower(graphdef, state, token, cache, jnp.int32(1), draw, piece, jnp.int32(end)).compile() if pieces else None
+    out = np.asarray(token)[:, None]
+    yield out
+    ended = out[:, -1] == end
+    step = 1
+    while step < max_new_tokens and not ended.all() and go_on is not None:
+        more, token, cache = go_on(state, token, cache, jnp.int32(step), draw, jnp.int32(end))
+        out = np.asarray(more)[:, : max_new_tokens - step]
+        yield out
+        ended, step = out[:, -1] == end, step + piece
+
+
+def before(tokens: np.ndarray, end: int) -> list[int]:
+    """The tokens of a row that stand before its end token."""
+    kept: list[int] = tokens.tolist()
+    return kept[: kept.index(end)] if end in kept else kept
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there was one."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)

@@ -1,4 +1,4 @@
-"""Greedy decoding of prompts of different lengths in one batch."""
+"""Decoding prompts of different lengths in one batch: greedy, sampled, in pieces."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from models.build import build
+from models.cache import decode_step, init_cache, prefill
 from models.config import PRESETS
 from moejax.errors import UserError
-from moejax.evaluation.generate import generate
+from moejax.evaluation.generate import Sampling, _generate, before, candidates, cut, generate, stream
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,103 @@ def test_bad_prompts(model):
         generate(model, [[1], []], max_new_tokens=2, end=0)
     with pytest.raises(UserError, match="exceed the model's 64 positions"):
         generate(model, [[1]], max_new_tokens=64, end=0)
+    with pytest.raises(UserError, match="max_new_tokens = 0"):
+        generate(model, [[1]], max_new_tokens=0, end=0)
+
+
+def test_cached_logits_of_a_padded_batch_equal_the_full_pass(model):
+    """At every step. (BlackMamba: tests/models/test_blackmamba.py.)"""
+    tokens, lengths = jax.random.randint(jax.random.key(1), (3, 20), 0, 50), jnp.array([9, 2, 5])
+    positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+    full = model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])
+    logits, cache = prefill(model, tokens[:, :9], lengths, init_cache(model, 3, 20))
+    for step in range(11):
+        np.testing.assert_allclose(logits, full[jnp.arange(3), lengths + step - 1], rtol=0, atol=1e-5)
+        logits, cache = decode_step(model, tokens[jnp.arange(3), lengths + step], cache)
+
+
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2]]
+
+
+def test_a_sampled_row_is_the_same_alone(model):
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=40, seed=3)
+    together = generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=sampling)
+    alone = [generate(model, [p], max_new_tokens=6, end=-1, sampling=sampling)[0] for p in PROMPTS]
+    in_twos = generate(model, PROMPTS[::-1], max_new_tokens=6, end=-1, sampling=sampling, batch_size=2)[::-1]
+    assert together == alone == in_twos
+    assert together != generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=Sampling(1.0, 0.95, 40, seed=4))
+    copies = generate(model, [PROMPTS[0]] * 3, max_new_tokens=6, end=-1, sampling=sampling)
+    assert copies[0] == alone[0] and len({tuple(c) for c in copies}) == 3
+
+
+def test_one_candidate_is_greedy(model):
+    greedy = generate(model, PROMPTS, max_new_tokens=6, end=-1)
+    for sampling in (Sampling(5.0, top_k=1), Sampling(5.0, top_p=1e-6), Sampling(1e-30)):
+        assert generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=sampling) == greedy
+
+
+def test_pieces_are_the_whole(model):
+    sampling = Sampling(1.0, 0.9, seed=7)
+    whole = generate(model, PROMPTS, max_new_tokens=6, end=-1, sampling=sampling)
+    end = whole[1][3]
+    pieces = list(stream(model, PROMPTS, max_new_tokens=6, end=end, sampling=sampling, piece=2))
+    assert [p.shape[1] for p in pieces] == [1, 2, 2, 1][: len(pieces)]
+    cut_there = [w[: w.index(end)] if end in w else w for w in whole]
+    assert [before(row, end) for row in np.concatenate(pieces, axis=1)] == cut_there
+    assert generate(model, PROMPTS, max_new_tokens=6, end=end, sampling=sampling) == cut_there
+
+
+def test_one_compile_per_bucket(model):
+    generate(model, [[1] * 3], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
+    compiled = _generate._cache_size()
+    for length, settings in ((16, Sampling(2.0, 0.5, 3, 9)), (9, Sampling(0.1))):
+        generate(model, [[1] * length], max_new_tokens=6, end=7, sampling=settings)
+    assert _generate._cache_size() == compiled
+    generate(model, [[1] * 17], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
+    assert _generate._cache_size() == compiled + 1
+
+
+def test_candidates_and_their_frequencies():
+    """Shares 0.1, 0.4, 0.2, 0.3: the fewest with 0.8 together are the tokens 1, 3, 2; of the likeliest two, 4/7 and 3/7."""
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])) + 5.0
+    for top_p, top_k, shares in (
+        (0.8, 4, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (0.69, 4, [0, 4 / 7, 0, 3 / 7]),
+        (1.0, 2, [0, 4 / 7, 0, 3 / 7]),
+        (0.5, 2, [0, 1, 0, 0]),  # top_k first: token 1 has 4/7 of what is left
+        (1.0, 4, [0.1, 0.4, 0.2, 0.3]),
+    ):
+        ids, kept = candidates(logits, top_p, top_k)
+        np.testing.assert_array_equal(ids[0], [1, 3, 2, 0])
+        np.testing.assert_allclose(jax.nn.softmax(kept[0])[jnp.argsort(ids[0])], shares, atol=1e-6)
+        drawn = ids[0][jax.random.categorical(jax.random.key(0), kept[0], shape=(20_000,))]
+        counts = np.bincount(drawn, minlength=4)
+        assert not counts[np.array(shares) == 0].any()
+        np.testing.assert_allclose(counts / 20_000, shares, atol=0.015)  # four standard deviations
+
+
+def test_equal_logits_and_the_last_token():
+    ids, kept = candidates(jnp.zeros((1, 5)), 1.0, 1)
+    assert ids[0, 0] == 0 and np.isfinite(kept[0]).tolist() == [True, False, False, False, False]
+    assert np.isfinite(candidates(jax.random.normal(jax.random.key(0), (1, 32000)), 1.0, 32000)[1]).all()
+
+
+def test_stop_strings():
+    assert cut("one\n\ntwo END", ["END", "\n\n"]) == ("one", True)
+    assert cut("one", ["END"]) == ("one", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature = -0.1: expected 0"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"top_p": 0.0}, "top_p = 0.0: expected 0 < top_p <= 1"),
+        ({"top_p": 1.1}, "top_p = 1.1"),
+        ({"top_k": 0}, "top_k = 0: expected at least 1"),
+        ({"seed": -1}, "seed = -1"),
+    ],
+)
+def test_bad_sampling(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)

@@ -1,0 +1,123 @@
+"""`moejax generate --run RUN --prompt TEXT`: what a finished run's model says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.build import Model
+from models.config import Architecture
+from moejax.data.templates import render
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.errors import UserError
+from moejax.evaluation.generate import Sampling, before, cut, padded_length, stream
+from moejax.evaluation.runs import open_run, tuned
+from moejax.hub import weights
+from moejax.training.state import architecture, create_model
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the answers (a single one as it comes) to standard output and tokens/s to standard error."""
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    stops = options.stop or []
+    if "" in stops:
+        raise UserError("--stop '': expected a text to stop at")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
+    written = options.prompt if options.prompt is not None else options.instruction
+    if any(not text.strip() for text in written):
+        raise UserError("an empty prompt: there is nothing to continue; give --prompt or --instruction a text")
+    make, sizes, tokenizer, template = load(Path(options.run))
+    if options.prompt is None:
+        if template == "text":
+            raise UserError(f"{options.run} was trained with data.template = text, which has no instructions: use --prompt")
+        records: list[Any] = [{"instruction": text, "input": "", "output": ""} for text in written]
+        texts = [render(template, record, tokenizer)[0] for record in records]
+    else:
+        texts = written
+    prompts = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+    padded_length(sizes, prompts, options.max_new_tokens)  # before a large model is loaded for nothing
+    model = make()
+    answers = Answers(tokenizer, stops, len(prompts))
+    pieces = stream(model, prompts, max_new_tokens=options.max_new_tokens, end=tokenizer.eos_token_id, sampling=sampling)
+    answers.add(next(pieces))
+    printed = answers.show(0) if len(prompts) == 1 else 0
+    start = time.perf_counter()  # the first token is prefill's; everything is compiled by now
+    first = answers.count()
+    for piece in pieces if not answers.finished() else ():
+        answers.add(piece)
+        if len(prompts) == 1:
+            printed = answers.show(printed)
+        if answers.finished():
+            break
+    seconds, count = time.perf_counter() - start, answers.count() - first
+    if len(prompts) == 1:
+        print(answers.text(0)[0][printed:])
+    else:
+        for row, text in enumerate(written):
+            print(f"--- {text}\n{answers.text(row)[0]}")
+    if count:
+        print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s (decoding, without prefill and compile)", file=sys.stderr)
+    return 0
+
+
+def load(folder: Path) -> tuple[Callable[[], Model], Architecture, Any, str]:
+    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer and template."""
+    experiment = open_run(folder)
+    source = experiment.model.source
+    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    if experiment.tokenizer is None and model_folder is None:
+        raise UserError(f"{folder}: its config names no tokenizer, so a prompt cannot become tokens")
+    sizes = architecture(experiment, model_folder)
+    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
+    check_vocabulary(tokenizer, sizes.vocab_size)
+
+    def make() -> Model:
+        if experiment.adapter is None:  # all weights were trained: nothing of the base is needed
+            return create_model(experiment, sizes, folder / "model")
+        return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder))
+
+    return make, sizes, tokenizer, experiment.data.template
+
+
+class Answers:
+    """What has come of each prompt's answer."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: int) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.tokens: list[list[int]] = [[] for _ in range(prompts)]
+        self.ended = [False] * prompts
+
+    def add(self, piece: np.ndarray) -> None:
+        for row, tokens in enumerate(piece):
+            if not self.ended[row]:
+                kept = before(tokens, self.tokenizer.eos_token_id)
+                self.tokens[row] += kept
+                self.ended[row] = len(kept) < len(tokens) or self.text(row)[1]
+
+    def text(self, row: int) -> tuple[str, bool]:
+        """An answer up to the first stop string, and whether there was one."""
+        return cut(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True), self.stops)
+
+    def finished(self) -> bool:
+        return all(self.ended)
+
+    def count(self) -> int:
+        return sum(map(len, self.tokens))
+
+    def show(self, printed: int) -> int:
+        """Print what of the first answer is new and certain. Returns the number of characters printed so far."""
+        text, stopped = self.text(0)
+        certain = len(text)
+        if not stopped:  # a character of several tokens may be incomplete, and a stop string may have begun
+            certain = len(text.rstrip("\ufffd"))
+            begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            certain = min(certain, len(text) - max(begun, default=0))
+        print(text[printed:certain], end="", flush=True)
+        return max(printed, certain)
