@@ -149,6 +149,8 @@ class _Step:
             experts = 6 * item * c.num_experts * n * c.intermediate_size
         else:
             experts = item * self.sorted_rows * (c.hidden_size + 2 * c.intermediate_size) + self.routing()
+        if self.rank and not c.dense and self.platform != "cpu":  # w1's, w3's and w2's adapter matrices as the products took them
+            experts += item * self.rank * c.num_experts * (2 * c.intermediate_size + c.hidden_size)
         return sizes.layers(c) * (mixer + experts + 4 * n * c.num_experts + self.low_rank * item * n)
 
     # The moments. Each returns the bytes that are alive beside arguments, saved activations and (in the backward pass) gradients.
@@ -260,7 +262,20 @@ class _Step:
             return masks + 3 * item * c.num_experts * n * c.intermediate_size + 3 * self.stream
         blocks = 3 * n * (c.num_heads + c.num_kv_heads) * c.head_dim if not isinstance(c, BlackMambaConfig) else 2 * n * c.hidden_size
         rows = 2 * self.sorted_rows * (c.hidden_size + c.intermediate_size)
-        return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream
+        return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream + self.adapted_expert()
+
+    def adapted_expert(self) -> int:
+        """What the last layer's forward pass holds on a GPU for one adapted expert, whatever the rows: its matrices as unpacked codes,
+        as values, and joined with their adapters; the layer's scaled adapters; and the last block of attention's output product joined
+        with its adapter, and the angles' cosines and sines. Small beside everything but a small batch of a small model."""
+        c = self.config
+        if not self.rank or self.platform == "cpu" or isinstance(c, BlackMambaConfig):
+            return 0
+        d, f = c.hidden_size, c.intermediate_size
+        forms = 6 * self.matrix + 2 * d * (f + self.rank) + f * (d + self.rank)
+        scaled = 3 * c.num_experts * self.rank * (d + f)
+        block = min(self.row_tokens, max(ATTENTION_BLOCKS[0], self.row_tokens // 4))
+        return self.item * (forms + scaled + self.rows * block * (d + self.rank) + self.tokens * c.head_dim)
 
 
 def _scaled(trained: tuple[sizes.Stored, ...], embed: int, dtype: str, platform: Platform) -> int:
