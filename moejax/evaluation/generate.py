@@ -77,9 +77,7 @@ def _choose(logits: jax.Array, step: jax.Array | int, draw: Draw | None) -> jax.
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
-def _first(
-    model: Model, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, capacity: int
-) -> tuple[jax.Array, Cache]:
+def _first(model: Model, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, capacity: int) -> tuple[jax.Array, Cache]:
     logits, cache = prefill(model, tokens, lengths, init_cache(model, tokens.shape[0], capacity))
     return _choose(logits, 0, draw), cache
 
@@ -122,7 +120,14 @@ def _begin(
 
 @partial(jax.jit, static_argnums=(0, 6), donate_argnums=(3,))
 def _go_on(
-    graphdef: Any, state: nnx.State, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, count: int, end: jax.Array
+    graphdef: Any,
+    state: nnx.State,
+    token: jax.Array,
+    cache: Cache,
+    step: jax.Array,
+    draw: Draw | None,
+    count: int,
+    end: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """int32 [B, count], the last of them, and the cache."""
     model: Model = nnx.merge(graphdef, state)

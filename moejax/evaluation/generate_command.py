@@ -63,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
         for row, text in enumerate(written):
             print(f"--- {text}\n{answers.text(row)[0]}")
     if count:
-        print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s (decoding, without prefill and compile)", file=sys.stderr)
+        print(
+            f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s (decoding, without prefill and compile)",
+            file=sys.stderr,
+        )
     return 0
 
 
