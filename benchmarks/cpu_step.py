@@ -5,7 +5,9 @@
 mixtral: a LoRA step; 8 layers, D 512, F 1024, E 8, k 2, 2048 tokens, LoRA rank 16 on experts and router, beside transformers and PEFT.
 blackmamba: a step of full fine-tuning as configs/bench_blackmamba_tiny.yaml has it, beside plain PyTorch. Both in fp32, every layer
 recomputed in both. The two frameworks take turns, a step each, so that a noisy machine troubles both alike; the ratio of the medians is the
-result.
+result. The table has the columns of benchmarks/gpu_frameworks.py. "Peak memory" is the compiler's for moejax's step, and what the whole
+process held for PyTorch: not the same thing. No side looks for a best batch of its own here: a CPU's memory is the
+machine's, and full means swapping.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,22 +26,29 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import handover
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import turns
+from gpu_frameworks import FORMULA, rate_cell, table
+from gpu_step import matrix_rate
 
 from models.build import build
 from models.config import LoRAConfig, MixtralConfig
+from moejax import config as configuration
 from moejax.data.batch import Batch
-from moejax.training.state import initial_state, split
+from moejax.training import flops, memory
+from moejax.training.state import architecture, initial_state, split
 from moejax.training.step import Objective, make_train_step
 from moejax.training.step_profile import cpu_name
 
+LORA_ALPHA = 32.0
 
-def make_step(sizes: dict[str, int]) -> Any:
-    """A function that runs one step and returns its seconds and loss."""
-    config = MixtralConfig(
+
+def mixtral_config(sizes: dict[str, int]) -> MixtralConfig:
+    return MixtralConfig(
         vocab_size=sizes["vocab"],
         hidden_size=sizes["hidden"],
         intermediate_size=sizes["intermediate"],
@@ -52,7 +60,12 @@ def make_step(sizes: dict[str, int]) -> Any:
         experts_per_token=sizes["experts_per_token"],
         max_position_embeddings=sizes["row_tokens"],
     )
-    model = build(config, key=jax.random.key(0), adapter=LoRAConfig(rank=sizes["lora_rank"], alpha=32.0), dtype=jnp.float32)
+
+
+def make_step(sizes: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """A function that runs one step and returns its seconds and loss; and what is known of the compiled step."""
+    adapter = LoRAConfig(rank=sizes["lora_rank"], alpha=LORA_ALPHA)
+    model = build(mixtral_config(sizes), key=jax.random.key(0), adapter=adapter, dtype=jnp.float32)
     graphdef, trainable, frozen = split(model, full=False)
     schedule = optax.constant_schedule(1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
@@ -65,15 +78,18 @@ def make_step(sizes: dict[str, int]) -> Any:
     positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     batch = jax.device_put(Batch(tokens, np.roll(tokens, -1, -1), mask, np.ones(shape, np.int32), positions))
     state = initial_state(trainable, optimizer)
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, batch).compile()
+    about = {"compile_seconds": time.perf_counter() - start, "compiler_peak_bytes": memory.compiler_peak_bytes(compiled)}
 
     def run() -> dict[str, float]:
         nonlocal state
         start = time.perf_counter()
-        state, metrics = step(state, frozen, batch)
+        state, metrics = compiled(state, frozen, batch)
         loss = float(metrics["loss"])
         return {"step_seconds": time.perf_counter() - start, "loss": loss}
 
-    return run
+    return run, about
 
 
 def mixtral(reference: Path, steps: int) -> dict[str, Any]:
@@ -88,37 +104,49 @@ def mixtral(reference: Path, steps: int) -> dict[str, Any]:
             return json.loads(server.stdout.readline())  # type: ignore[union-attr]
 
         about = json.loads(server.stdout.readline())
-        jax_step = make_step(about["sizes"])
+        sizes = about["sizes"]
+        rate = matrix_rate(1024, "float32")
+        jax_step, ours_about = make_step(sizes)
         pairs = [(jax_step(), torch_step()) for _ in range(steps + 2)][2:]
         server.stdin.close()
-    ours, theirs = ([p[i]["step_seconds"] for p in pairs] for i in (0, 1))
-    tokens = about["sizes"]["rows"] * about["sizes"]["row_tokens"]
-    return {"sizes": about["sizes"], "versions": about["versions"]} | _sides(ours, theirs, tokens)
+    size = {"queries": sizes["rows"], "real_tokens": sizes["rows"] * sizes["row_tokens"]}
+    taken = {name: [p[i] | size for p in pairs] for i, name in enumerate(("moejax", "pytorch"))}
+    count = flops.count(mixtral_config(sizes), LoRAConfig(rank=sizes["lora_rank"], alpha=LORA_ALPHA))
+    work = count.step(size["real_tokens"], flops.visible_pairs([sizes["row_tokens"]] * sizes["rows"]))
+    shape = {"rows": sizes["rows"], "row_tokens": sizes["row_tokens"]}
+    abouts = {"moejax": ours_about, "pytorch": {}}
+    return {"sizes": sizes, "versions": about["versions"]} | shape | _sides(taken, abouts, shape["rows"], work, rate)
 
 
 def blackmamba(reference: Path, steps: int) -> dict[str, Any]:
     """A step of full fine-tuning beside plain PyTorch."""
-    import handover
-    import turns
-
-    from moejax import config as configuration
-
     path = HERE.parent / "configs" / "bench_blackmamba_tiny.yaml"
     experiment = configuration.load(path, ["training.steps=2"])
     with tempfile.TemporaryDirectory() as folder:
         handover.write(experiment, Path(folder), stack_name="plain")
-        with turns.torch_side(Path(folder), "plain", reference) as torch, turns.jax_side(path, []) as ours:
-            about = torch.about
+        with turns.torch_side(Path(folder), "plain", reference) as torch, turns.jax_side(path, [], ["--peaks"]) as ours:
+            abouts = {"moejax": ours.about, "pytorch": torch.about}
             taken = turns.alternate({"moejax": ours, "pytorch": torch}, steps)
-    seconds = {name: [step["step_seconds"] for step in side] for name, side in taken.items()}
-    result = _sides(seconds["moejax"], seconds["pytorch"], taken["moejax"][0]["real_tokens"])
-    return {"config": f"configs/{path.name}", "versions": about["versions"]} | result
+    d = experiment.data
+    count = flops.count(architecture(experiment, None), None)
+    work = count.step(taken["moejax"][0]["real_tokens"], 0)  # no attention: no pairs
+    shape = {"rows": d.batch_rows, "row_tokens": d.longest_row}
+    result = _sides(taken, abouts, d.batch_rows, work, ours.about["matrix_rate_flops"])
+    return {"config": f"configs/{path.name}", "versions": abouts["pytorch"]["versions"]} | shape | result
 
 
-def _sides(ours: list[float], theirs: list[float], tokens: int) -> dict[str, Any]:
-    medians = {"moejax_median": statistics.median(ours), "pytorch_median": statistics.median(theirs)}
-    speedup = medians["pytorch_median"] / medians["moejax_median"]
-    return {"tokens": tokens, "moejax_step_seconds": ours, "pytorch_step_seconds": theirs} | medians | {"speedup": speedup}
+def _sides(
+    taken: dict[str, list[dict[str, Any]]], abouts: dict[str, dict[str, Any]], rows: int, work: float, rate: float
+) -> dict[str, Any]:
+    """Both sides' steps, and their cells of the table. work: model FLOPs of a step; rate: of a square product, measured here."""
+    cells = {}
+    for name, steps in taken.items():
+        peak = {key: value for key, value in abouts[name].items() if key == "compiler_peak_bytes"}
+        cells[name] = {"rows": rows, "about": abouts[name]} | peak | turns.summary(steps)
+        rate_cell(cells[name], work, rate, None)
+    medians = {f"{name}_median": cell["median"] for name, cell in cells.items()}
+    seconds = {f"{name}_step_seconds": cell["step_seconds"] for name, cell in cells.items()}
+    return {"same batch": cells} | seconds | medians | {"speedup": medians["pytorch_median"] / medians["moejax_median"]}
 
 
 CASES = {"mixtral": mixtral, "blackmamba": blackmamba}
@@ -143,15 +171,10 @@ def main() -> int:
     }
     for case in options.only:
         found = result["cases"][case] = CASES[case](options.reference, options.steps)
-        for name in ("moejax", "pytorch"):
-            seconds, median = found[f"{name}_step_seconds"], found[f"{name}_median"]
-            spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
-            print(
-                f"{case}: {name:8} {median:.3f} s/step ({spread})  {found['tokens'] / median:.0f} tokens/s  (median of {len(seconds)})"
-            )
         print(f"{case}: moejax is {found['speedup']:.2f} times as fast", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{table(result)}\n\n{FORMULA}.")
     return 0
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from models.build import build
 from models.config import LoRAConfig, MixtralConfig, Quantization
-from moejax.hub import merge, peft, weights
+from moejax.hub import merge, peft, save, weights
 from moejax.hub.names import tensors
 
 CONFIG = MixtralConfig(
@@ -46,7 +46,7 @@ def write_base(model, folder: Path) -> None:
         arrays = {n: (0.02 * rng.standard_normal(shapes[n], np.float32)).astype(ml_dtypes.bfloat16) for n in names}
         save_file(arrays, str(folder / file))
         where |= dict.fromkeys(names, file)
-    weights._write_json(folder / "model.safetensors.index.json", {"weight_map": where})
+    save.write_json(folder / "model.safetensors.index.json", {"weight_map": where})
 
 
 def main():

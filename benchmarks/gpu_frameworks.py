@@ -204,11 +204,16 @@ def judge(cells: list[dict[str, Any]], case: Case, settings: Settings, gpu: gpus
         length = experiment.data.row_tokens
         count = flops.count(architecture(experiment, None), adapter_config(experiment))
         work = count.step(cell["rows"] * length, flops.visible_pairs([length] * cell["rows"]))
-        cell["model_flops"], cell["matrix_rate_flops"] = work, max(rates, default=None)
-        cell["share_of_matrix_rate"] = work / cell["median"] / max(rates) if rates else None
-        cell["compile_seconds"] = cell["about"].get("compile_seconds")
-        cell["usd_per_1000_queries"] = price.usd_per_hour / 3600 * 1000 / cell["queries_per_second"] if price else None
-        cell["price"] = price.told if price else "no dated price of this device (moejax/estimator/prices.py)"
+        rate_cell(cell, work, max(rates, default=None), price)
+
+
+def rate_cell(cell: dict[str, Any], work: float, matrix_rate: float | None, price: prices.Price | None) -> None:
+    """Adds what follows from a step's model FLOPs (`FORMULA`) and an hour's price."""
+    cell["model_flops"], cell["matrix_rate_flops"] = work, matrix_rate
+    cell["share_of_matrix_rate"] = work / cell["median"] / matrix_rate if matrix_rate else None
+    cell["compile_seconds"] = cell["about"].get("compile_seconds")
+    cell["usd_per_1000_queries"] = price.usd_per_hour / 3600 * 1000 / cell["queries_per_second"] if price else None
+    cell["price"] = price.told if price else "no dated price of this device (moejax/estimator/prices.py)"
 
 
 HEADER = ("case", "batch", "side", "rows x tokens", "s/step (spread)", "queries/s", "tokens/s", "of matrix rate", "peak memory",

@@ -33,7 +33,7 @@ from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
-from moejax.hub import peft, weights
+from moejax.hub import peft, save, weights
 from moejax.hub.names import tensors
 from moejax.training.loop import steps_in, total_steps
 from moejax.training.parameters import base_and_active, groups_of
@@ -55,7 +55,7 @@ def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None
     base = model_folder
     if base is None:
         base = folder / "base"
-        weights.save_weights(_unquantized(experiment, config), base, np.float32)
+        save.save_weights(_unquantized(experiment, config), base, np.float32)
     steps = _write_batches(experiment, model_folder, config.vocab_size, folder / "batches.npz")
     if experiment.adapter is not None:
         peft.save_adapter(model, folder / "adapter", str(base))

@@ -24,13 +24,13 @@ from gpu_step import matrix_rate, no_adaptation
 from models.build import build, random_weights
 from moejax import config as configuration
 from moejax.config import Experiment
+from moejax.data.batch import segment_lengths
 from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import weights
 from moejax.training import memory
-from moejax.training.loop import segment_lengths
 from moejax.training.metrics import memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.state import architecture, create_model, initial_state, model_arguments, objective, split

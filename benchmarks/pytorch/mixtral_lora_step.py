@@ -10,6 +10,7 @@ reading the loss: what moejax's step does. Weights are random, and so are tokens
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
@@ -100,7 +101,9 @@ class TrainStep:
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         value = loss.item()
-        return {"step_seconds": time.perf_counter() - start, "loss": value}
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"step_seconds": seconds, "loss": value, "host_peak_bytes": peak}
 
     def describe(self, settings: argparse.Namespace) -> dict[str, object]:
         return {

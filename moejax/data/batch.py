@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Batch(NamedTuple):
     """Rows of tokens, each array [rows, T] (or [A, rows, T]: A micro-batches). numpy on the host, jax on the device.
@@ -18,3 +20,12 @@ class Batch(NamedTuple):
     loss_mask: Any
     segment_ids: Any
     positions: Any
+
+
+def segment_lengths(segment_ids: np.ndarray) -> list[int]:
+    """Tokens of every query in the rows [..., T]; 0 is padding."""
+    lengths: list[int] = []
+    for row in segment_ids.reshape(-1, segment_ids.shape[-1]):
+        counts = np.bincount(row)[1:]
+        lengths.extend(int(n) for n in counts if n)
+    return lengths

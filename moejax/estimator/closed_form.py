@@ -85,6 +85,7 @@ class _Step:
     chunk: int
     remat: bool
     low_rank: int  # ranks of the adapters outside the experts, together
+    other_adapters: int  # bytes of their matrices
     mixer_trained: bool  # attention has weights or adapters that are trained
     balanced: bool  # a load-balancing loss reads the router's probabilities
 
@@ -119,13 +120,18 @@ class _Step:
             return 0
         return 4 * (3 * self.tokens * c.experts_per_token + self.sorted_rows + 2 * c.num_experts)
 
+    @property
+    def block(self) -> int:
+        """Queries of a block of the attention."""
+        smallest, largest = ATTENTION_BLOCKS
+        return min(self.row_tokens, largest, max(smallest, -(-self.row_tokens // 4)))
+
     def scores(self) -> tuple[int, int]:
         """Elements of attention scores, [rows, heads, block, keys up to the block's end]: of the last block, and of all blocks."""
         c = self.config
         if isinstance(c, BlackMambaConfig):
             return 0, 0
-        smallest, largest = ATTENTION_BLOCKS
-        size = min(largest, max(smallest, -(-self.row_tokens // 4)))
+        size = self.block
         ends = [min(start + size, self.row_tokens) for start in range(0, self.row_tokens, size)]
         blocks = [(end - start) * end for start, end in zip(range(0, self.row_tokens, size), ends, strict=True)]
         return self.rows * c.num_heads * blocks[-1], self.rows * c.num_heads * sum(blocks)
@@ -149,9 +155,11 @@ class _Step:
             experts = 6 * item * c.num_experts * n * c.intermediate_size
         else:
             experts = item * self.sorted_rows * (c.hidden_size + 2 * c.intermediate_size) + self.routing()
-        if self.rank and not c.dense and self.platform != "cpu":  # w1's, w3's and w2's adapter matrices as the products took them
-            experts += item * self.rank * c.num_experts * (2 * c.intermediate_size + c.hidden_size)
-        return sizes.layers(c) * (mixer + experts + 4 * n * c.num_experts + self.low_rank * item * n)
+        small = 0
+        if self.small_arrays and not c.dense:  # adapters' matrices as the products took them; two norms' statistics, four numbers each
+            experts += item * self.rank * c.num_experts * (2 * c.intermediate_size + c.hidden_size) + 2 * 4 * 4 * n
+            small = self.other_adapters
+        return sizes.layers(c) * (mixer + experts + 4 * n * c.num_experts + self.low_rank * item * n) + small
 
     # The moments. Each returns the bytes that are alive beside arguments, saved activations and (in the backward pass) gradients.
 
@@ -262,20 +270,27 @@ class _Step:
             return masks + 3 * item * c.num_experts * n * c.intermediate_size + 3 * self.stream
         blocks = 3 * n * (c.num_heads + c.num_kv_heads) * c.head_dim if not isinstance(c, BlackMambaConfig) else 2 * n * c.hidden_size
         rows = 2 * self.sorted_rows * (c.hidden_size + c.intermediate_size)
-        return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream + self.adapted_expert()
+        return masks + item * (rows + blocks + self.low_rank * n) + 2 * self.stream + self.adapted()
 
-    def adapted_expert(self) -> int:
-        """What the last layer's forward pass holds on a GPU for one adapted expert, whatever the rows: its matrices as unpacked codes,
-        as values, and joined with their adapters; the layer's scaled adapters; and the last block of attention's output product joined
-        with its adapter, and the angles' cosines and sines. Small beside everything but a small batch of a small model."""
+    @property
+    def small_arrays(self) -> bool:
+        """Whether to count what was read off a GPU's program with adapted experts, and matters in a small batch of a small model."""
+        return self.rank > 0 and self.platform != "cpu" and not self.recurrent
+
+    def adapted(self) -> int:
+        """What adapters add to the last layer's forward pass. Of one expert: its matrices as unpacked codes, as values, and joined with
+        their adapters. The layer's scaled adapters; the others' matrices, transposed for all layers ahead of the loop, twice. The last
+        block of the attention's output joined with an adapter. Rotary angles; a second time two low-rank rows; the router's scores,
+        shares and order."""
         c = self.config
-        if not self.rank or self.platform == "cpu" or isinstance(c, BlackMambaConfig):
+        if not self.small_arrays or isinstance(c, BlackMambaConfig):
             return 0
         d, f = c.hidden_size, c.intermediate_size
-        forms = 6 * self.matrix + 2 * d * (f + self.rank) + f * (d + self.rank)
+        expert = 6 * self.matrix + 2 * d * (f + self.rank) + f * (d + self.rank)
         scaled = 3 * c.num_experts * self.rank * (d + f)
-        block = min(self.row_tokens, max(ATTENTION_BLOCKS[0], self.row_tokens // 4))
-        return self.item * (forms + scaled + self.rows * block * (d + self.rank) + self.tokens * c.head_dim)
+        token = c.head_dim + 2 * self.rank + 3 * c.num_experts
+        block = self.rows * self.block * (d + self.rank)
+        return self.item * (expert + scaled + block + self.tokens * token) + 2 * self.other_adapters
 
 
 def _scaled(trained: tuple[sizes.Stored, ...], embed: int, dtype: str, platform: Platform) -> int:
@@ -302,6 +317,7 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
     step = _Step(
         config, platform, rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
         rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
+        sum(w.bytes for w in trained if ".lora_" in w.name and not w.name.startswith(("w1", "w2", "w3"))),
         adapter is None or any(name in sizes.ATTENTION for name in adapter.targets), experiment.model.aux_loss_coef > 0,
     )  # fmt: skip
     by_dtype: dict[str, int] = {}

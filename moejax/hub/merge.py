@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 from models.build import Model
 from models.ops import nf4
 from moejax.hub.names import Place, tensors
-from moejax.hub.weights import attribute, index_of, open_tensors, read_tensor, stored_shape, write_config
+from moejax.hub.save import write_config
+from moejax.hub.weights import attribute, index_of, open_tensors, read_tensor, stored_shape
 
 SHARD_BYTES = 2_000_000_000
 

@@ -1,4 +1,4 @@
-"""Whole models in Hub layout: read into a model (quantized tensor by tensor), and written from one."""
+"""Whole models in Hub layout, read into a model, quantized tensor by tensor. `save` writes them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors.numpy import save_file
 
 from models.build import Model, materialize_lora
-from models.config import Architecture, MixtralConfig, from_hub_config
+from models.config import Architecture, from_hub_config
 from models.ops import nf4
 from moejax.errors import UserError
 from moejax.hub import quantized_cache
@@ -376,44 +374,6 @@ def stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _describe(config: Architecture) -> str:
     kind = type(config).__name__.removesuffix("Config")
     return f"{kind} of {config.num_layers} layers and {config.num_experts} experts"
-
-
-def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
-    """Write an unquantized model in Hub layout (config.json, generation_config.json, model.safetensors), adapters left out.
-
-    The file is written aside and renamed: a half-written one is never taken for a whole.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for name, places in tensors(model.config).items():
-        parts = []
-        for place in places:
-            value = getattr(attribute(model, place.path), place.attr).get_value()
-            if isinstance(value, nf4.NF4Tensor):
-                raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
-            parts.append(np.asarray(value[index_of(place)].astype(dtype)))
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        arrays[name] = array[:, None] if name.endswith("conv1d.weight") else array
-    aside = folder / "model.safetensors.tmp"
-    save_file(arrays, str(aside), metadata={"format": "pt"})
-    aside.replace(folder / "model.safetensors")
-    write_config(model.config, folder, dtype)
-
-
-def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
-    """config.json and generation_config.json of a model whose weights are stored in `dtype`."""
-    hub_config = c.to_hub_config()
-    if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
-        hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
-    _write_json(folder / "config.json", hub_config)
-    generation = {"_from_model_config": True, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
-    _write_json(folder / "generation_config.json", generation)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 def attribute(model: Any, path: tuple[str, ...]) -> Any:

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from models.build import Model, build
 from moejax.config import Experiment
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import stack
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from moejax.errors import UserError
-from moejax.hub import peft, weights
+from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
 from moejax.training import flops, memory, prediction, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
@@ -344,7 +344,7 @@ class Trainer:
     def _export(self) -> None:
         """The adapter in PEFT's format, or the whole model in the Hub's."""
         if self.experiment.adapter is None:
-            weights.save_weights(self.model(), self.folder / "model")
+            save.save_weights(self.model(), self.folder / "model")
         else:
             peft.save_adapter(self.model(), self.folder / "adapter", self.experiment.model.source or "")
 
@@ -392,12 +392,3 @@ class Trainer:
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
         if steady:
             prediction.conclude(self.folder, self.console)
-
-
-def segment_lengths(segment_ids: np.ndarray) -> list[int]:
-    """Tokens of every query in the rows [..., T]; 0 is padding."""
-    lengths: list[int] = []
-    for row in segment_ids.reshape(-1, segment_ids.shape[-1]):
-        counts = np.bincount(row)[1:]
-        lengths.extend(int(n) for n in counts if n)
-    return lengths

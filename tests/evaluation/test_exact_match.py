@@ -10,7 +10,7 @@ from support import ROOT
 from models.build import build
 from models.config import PRESETS
 from moejax import cli, config
-from moejax.hub.weights import save_weights
+from moejax.hub.save import save_weights
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Decoding prompts of different lengths in one batch: greedy, sampled, in pieces."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from models.build import build
 from models.cache import decode_step, init_cache, prefill
@@ -19,16 +22,23 @@ def model():
 
 
 def full_pass(model, prompt, steps, end):
-    """Greedy by computing everything anew for each token."""
-    tokens = list(prompt)
-    for _ in range(steps):
-        ids = jnp.array([tokens])
-        logits = model.logits(model(ids, jnp.ones_like(ids), jnp.arange(len(tokens))[None])[0])
-        following = int(jnp.argmax(logits[0, -1]))
+    """Greedy by computing everything anew for each token. Rows are filled up: what follows a token never reaches it."""
+    graphdef, state = nnx.split(model)
+    length, ids = len(prompt) + steps, np.zeros((1, 24), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for place in range(len(prompt), length):
+        following = int(np.argmax(full_logits(graphdef, state, ids)[0, place - 1]))
         if following == end:
-            break
-        tokens.append(following)
-    return tokens[len(prompt) :]
+            return ids[0, len(prompt) : place].tolist()
+        ids[0, place] = following
+    return ids[0, len(prompt) : length].tolist()
+
+
+@partial(jax.jit, static_argnums=0)
+def full_logits(graphdef, state, tokens):
+    model = nnx.merge(graphdef, state)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])
 
 
 def test_batches_answer_as_each_alone(model):
@@ -53,12 +63,14 @@ def test_bad_prompts(model):
 def test_cached_logits_of_a_padded_batch_equal_the_full_pass(model):
     """At every step. (BlackMamba: tests/models/test_blackmamba.py.)"""
     tokens, lengths = jax.random.randint(jax.random.key(1), (3, 20), 0, 50), jnp.array([9, 2, 5])
-    positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
-    full = model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])
-    logits, cache = prefill(model, tokens[:, :9], lengths, init_cache(model, 3, 20))
+    graphdef, state = nnx.split(model)
+    full = full_logits(graphdef, state, tokens)
+    begin = jax.jit(lambda state, tokens: prefill(nnx.merge(graphdef, state), tokens, lengths, init_cache(model, 3, 20)))
+    go_on = jax.jit(lambda state, tokens, cache: decode_step(nnx.merge(graphdef, state), tokens, cache))
+    logits, cache = begin(state, tokens[:, :9])
     for step in range(11):
         np.testing.assert_allclose(logits, full[jnp.arange(3), lengths + step - 1], rtol=0, atol=1e-5)
-        logits, cache = decode_step(model, tokens[jnp.arange(3), lengths + step], cache)
+        logits, cache = go_on(state, tokens[jnp.arange(3), lengths + step], cache)
 
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2]]

@@ -16,7 +16,8 @@ from models.build import build
 from models.config import Quantization
 from moejax.errors import UserError
 from moejax.hub import quantized_cache, safetensors_file
-from moejax.hub.weights import load_weights, read_config, report, save_weights
+from moejax.hub.save import save_weights
+from moejax.hub.weights import load_weights, read_config, report
 
 KEY = jax.random.key(0)
 

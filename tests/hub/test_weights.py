@@ -13,7 +13,8 @@ from models.build import build
 from models.config import PRESETS, LoRAConfig, Quantization
 from moejax.errors import UserError
 from moejax.hub.peft import load_adapter, save_adapter
-from moejax.hub.weights import load_weights, read_config, resolve, save_weights
+from moejax.hub.save import save_weights
+from moejax.hub.weights import load_weights, read_config, resolve
 
 CONFIG = PRESETS["mixtral-tiny"].replace(
     vocab_size=32, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4

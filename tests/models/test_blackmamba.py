@@ -15,7 +15,8 @@ from models.cache import decode_step, init_cache, prefill
 from models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization, from_hub_config
 from moejax.data.batch import Batch
 from moejax.hub.names import tensors
-from moejax.hub.weights import attribute, load_weights, save_weights
+from moejax.hub.save import save_weights
+from moejax.hub.weights import attribute, load_weights
 from moejax.training.state import split
 
 CASES = {"top1": (1, "gelu"), "top2": (2, "gelu"), "dense": (4, "gelu"), "top2_silu": (2, "silu")}

@@ -10,7 +10,7 @@ import numpy as np
 from models.build import build
 from models.config import LORA_TARGETS, PRESETS, LoRAConfig
 from moejax.hub.peft import adapted, save_adapter
-from moejax.hub.weights import save_weights
+from moejax.hub.save import save_weights
 
 
 def main():
