@@ -48,7 +48,7 @@ class Task:
 
 
 def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.10g}"
+    return None if value is None else f"{value:.15g}"
 
 
 def _same_number(answer: str, expected: str) -> bool:
@@ -81,6 +81,8 @@ def _read_choice(choice: Choice, method: Method, record: Record) -> Example:
     if adapters and method == "generated":
         return Example(_record(record["instruction"], record, record.get("output") or ""), record["answer"])
     question = choice.parsed(record) if adapters else choice.read(record)
+    if not 0 <= question.right < len(question.options):
+        raise ValueError(f"it has {len(question.options)} answers, and the right one is number {question.right + 1}")
     expected = choice.words[question.right]
     asked = _record(choice.instruction(question), {}, f"the correct answer is {expected}")
     if method == "generated":
