@@ -31,7 +31,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """name, and in words the rule by which an answer is right. hub: name, configuration and split for `datasets`.
+    """name, and in words the rule by which an answer is right. hub: name, configuration and split for `datasets`. max_new_tokens: how
+    long an answer may become where nobody says otherwise (as in LLM-Adapters' evaluation; 64 for the bundled problems).
 
     read: an Example of a record; raises ValueError or KeyError where the record is not of this task.
     answer: what a generated output answers, or None; right: whether that is what was expected.
@@ -43,6 +44,7 @@ class Task:
     hub: tuple[str, str | None, str]
     columns: tuple[str, ...]
     read: Callable[[Record], Example]
+    max_new_tokens: int = 32
     answer: Callable[[str], str | None] = lambda output: None
     right: Callable[[str, str], bool] = lambda answer, expected: answer == expected
 
@@ -125,12 +127,13 @@ def _tasks() -> dict[str, Task]:
         def answer(output: str, number: Callable[[str], float | None] = number) -> str | None:
             return _number(number(output))
 
-        tasks.append(Task(name, rule, "generated", hub, ("question", "answer"), _read_problem, answer, _same_number))
+        longest = 64 if name == "problems" else 256
+        tasks.append(Task(name, rule, "generated", hub, ("question", "answer"), _read_problem, longest, answer, _same_number))
     for name, choice in SETS.items():
         for method, rule in RULES.items():
             read = partial(_read_choice, choice, method)
             find_word = partial(first_word, choice.words)
-            tasks.append(Task(f"{name}-{method}", rule, method, HUB[name], choice.columns, read, find_word))
+            tasks.append(Task(f"{name}-{method}", rule, method, HUB[name], choice.columns, read, answer=find_word))
     return {task.name: task for task in tasks}
 
 

@@ -163,7 +163,9 @@ def test_bad_input(tokenizer, untrained):
         example = Example({"instruction": instruction, "input": "", "output": ""}, "1", candidates, ("ending1",))
         return evaluate(untrained, t, find(task), [example] if examples is None else examples, max_new_tokens=new, rows=rows)
 
-    with pytest.raises(UserError, match=r"gsm8k, example 0: .* tokens and 8 new ones exceed the model's 256 positions: shorten"):
+    with pytest.raises(
+        UserError, match=r"gsm8k, example 0: .* tokens and 8 new ones exceed the model's 256 positions: shorten"
+    ):
         run("word " * 300)
     with pytest.raises(UserError, match=r"hellaswag-loglikelihood, example 0: .* tokens exceed the model's 256 positions"):
         run(task="hellaswag-loglikelihood", candidates=(("word " * 300, " a"),))
