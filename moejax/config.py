@@ -74,7 +74,8 @@ class ModelConfig(_Section):
         if base is None:
             if self.preset is None:
                 raise UserError(
-                    f"model.source = {self.source!r} cannot be read here and model.preset is not set: set one of them"
+                    f"model.source = {self.source!r} is no folder here, and nothing is downloaded to learn its sizes: "
+                    f"add model.preset (one of {', '.join(PRESETS)}), or give the folder of a downloaded copy"
                 )
             base = PRESETS[self.preset]
         if self.experts_per_token is not None:
