@@ -196,7 +196,7 @@ class TrainingConfig(_Section):
     label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["full", "none"] = "full"
+    remat: Literal["none", "dots", "full", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
     loss_chunk_tokens: Positive = 1024
     eval_every: Positive | None = None
 

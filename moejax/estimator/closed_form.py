@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from models.config import Architecture, BlackMambaConfig
+from moejax.errors import UserError
 from moejax.estimator import sizes
 from moejax.estimator.sizes import ITEM
 
@@ -335,6 +336,8 @@ def _scaled(trained: tuple[sizes.Stored, ...], embed: int, dtype: str, platform:
 def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform) -> Breakdown:
     """The closed form for one step of this experiment with so many rows a micro-batch."""
     t, adapter = experiment.training, experiment.adapter
+    if t.remat not in ("none", "full"):
+        raise UserError(f"training.remat = {t.remat}: the closed form knows none and full")
     weights = sizes.stored(experiment, config)
     trained = tuple(w for w in weights if w.trained)
     rank = adapter.rank if adapter else 0

@@ -26,7 +26,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokeniz
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import flops, memory, prediction, run_folder, step_profile
+from moejax.training import device_check, flops, memory, prediction, remat, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -65,6 +65,8 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     mistake of the user's.
     """
     console = Console()
+    device_check.check(experiment, jax.local_devices()[0])
+    experiment = remat.of_run(experiment) if resume else experiment
     folder = run_folder.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
@@ -87,6 +89,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
             experiment.profile.check(total_steps(experiment, dataset))
         except ValueError as error:
             raise UserError(str(error)) from None
+    experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
         continue_adapter(experiment, model)
