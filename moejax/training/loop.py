@@ -26,7 +26,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokeniz
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import device_check, flops, memory, prediction, remat, run_folder, step_profile
+from moejax.training import device_check, flops, memory, pinning, prediction, remat, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -66,10 +66,12 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     """
     console = Console()
     device_check.check(experiment, jax.local_devices()[0])
-    experiment = remat.of_run(experiment) if resume else experiment
+    if resume:
+        experiment = pinning.adopted(remat.of_run(experiment))
     folder = run_folder.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
@@ -349,7 +351,8 @@ class Trainer:
         if self.experiment.adapter is None:
             save.save_weights(self.model(), self.folder / "model")
         else:
-            peft.save_adapter(self.model(), self.folder / "adapter", self.experiment.model.source or "")
+            m = self.experiment.model
+            peft.save_adapter(self.model(), self.folder / "adapter", m.source or "", m.revision)
 
     def _report_profile(self) -> None:
         """step_profile.json and a short table, where steps were traced."""
