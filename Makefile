@@ -73,7 +73,7 @@ reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 
 	@touch $@
 
 vectors: reference4 reference5 ## remake tests/vectors with PyTorch
-	@for script in mixtral lora nf4 blackmamba; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
+	@for script in mixtral lora nf4 blackmamba evaluation; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
 	@OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/lora_fused.py
 
 clean: ## remove environments, runs and generated text

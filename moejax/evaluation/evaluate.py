@@ -114,6 +114,8 @@ def _by_likelihood(
     for index, example in enumerate(examples):
         for context, continuation in example.candidates:
             pair = encode_pair(tokenizer, context, continuation)
+            if not pair[1]:
+                raise UserError(f"{task.name}, example {index}: the answer {continuation!r} has no token of its own to score")
             _check(task, index, sum(map(len, pair)), 0, model.config.max_position_embeddings)
             pairs.append(pair)
     scores = iter(loglikelihoods(model, pairs, rows=rows, progress=progress))
