@@ -14,6 +14,7 @@ from rich.table import Table
 from models.build import build
 from moejax.config import Experiment
 from moejax.estimator import gpus
+from moejax.training import held_out
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.state import architecture, model_arguments, split
@@ -41,6 +42,7 @@ def _folder(experiment: Experiment) -> Path | None:
 
 def report(experiment: Experiment) -> int:
     """Print the tables. Returns exit code 0."""
+    asked = held_out.dry(experiment)
     console = Console(width=110)
     groups = parameter_groups(experiment)
     table = Table(title=f"parameters of {experiment.name}", title_justify="left")
@@ -68,7 +70,7 @@ def report(experiment: Experiment) -> int:
     console.print(table)
     console.print(_fits(total, experiment.device.memory_fraction), highlight=False)
     console.print(_schedule(experiment), highlight=False)
-    for line in missing(experiment):
+    for line in [*asked, *missing(experiment)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -118,7 +118,7 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
     if both:
         same = " (it is the same file)" if Path(e.data).exists() and Path(e.data).samefile(str(data.source)) else ""
         raise UserError(
-            f"eval.data = {e.data}{same}: {len(both)} of its {len(examples)} problems are trained on (in {data.source}), the first is record "
+            f"eval.data = {e.data}{same}: {len(both)} of its {len(examples)} problems are trained on (in {data.source}), first record "
             f"{both[0]}: right answers to them show what was remembered. Hold other problems out, or set eval.allow_overlap=true"
         )
 

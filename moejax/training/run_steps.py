@@ -1,12 +1,24 @@
-"""How many optimizer steps a run has, and after which of them it counts right answers."""
+"""The optimizer steps of a run: how many, what goes into each, and after which of them right answers are counted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate, count, takewhile
+from typing import NamedTuple
 
 from moejax.config import Experiment
+from moejax.data.batch import Batch
+from moejax.data.batching import stack
 from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
+from moejax.training.checkpoint import Position
+
+
+class Work(NamedTuple):
+    """One optimizer step's input: micro-batches [A, rows, T], and where the data stands after it."""
+
+    batch: Batch
+    after: Position
 
 
 def steps_in(experiment: Experiment, dataset: Dataset, epoch: int) -> int:
@@ -18,6 +30,23 @@ def total_steps(experiment: Experiment, dataset: Dataset) -> int:
     """Optimizer steps of the whole run."""
     t = experiment.training
     return t.steps or sum(steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1))
+
+
+def works(experiment: Experiment, dataset: Dataset, position: Position, step: int) -> Iterator[Work]:
+    """Optimizer steps from `position`, where `step` of them are done, to the last."""
+    epoch, skip, last = position.epoch, position.step_in_epoch, total_steps(experiment, dataset)
+    accumulation = experiment.training.gradient_accumulation
+    while step < last:
+        steps = steps_in(experiment, dataset, epoch)
+        batches = dataset.train.iterate(epoch, start=skip * accumulation)
+        for index in range(skip, steps):
+            if step == last:
+                return
+            micro = [b for _, b in zip(range(accumulation), batches, strict=False)]
+            step += 1
+            after = Position(epoch + 1, 0) if index + 1 == steps else Position(epoch, index + 1)
+            yield Work(stack(micro, accumulation), after)
+        epoch, skip = epoch + 1, 0
 
 
 def scored_steps(experiment: Experiment, dataset: Dataset) -> frozenset[int]:
