@@ -173,7 +173,7 @@ class Trainer:
             self._report_profile()
             return 128 + self._stop
         if self.keep:
-            self._export(self.folder)
+            self._export()
         self._summary()
         self._report_profile()
         return 0
@@ -330,8 +330,9 @@ class Trainer:
         """The model as it stands."""
         return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
 
-    def _export(self, folder: Path) -> None:
-        """adapter/ in PEFT's format, or model/ in the Hub's, in `folder`."""
+    def _export(self, folder: Path | None = None) -> None:
+        """adapter/ in PEFT's format, or model/ in the Hub's, in `folder` (default: the run's)."""
+        folder = folder or self.folder
         if self.experiment.adapter is not None:
             peft.save_adapter(self.model(), folder / "adapter", self.experiment.model.source or "")
             return

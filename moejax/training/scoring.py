@@ -13,10 +13,10 @@ from models.build import Model
 from moejax.data.batching import Batches
 from moejax.errors import UserError
 from moejax.evaluation.evaluate import evaluate, write
+from moejax.evaluation.recorded import Record, percent, recorded
 from moejax.training.held_out import HeldOut
 
 BEST = "best"  # the folder of the best model in a run's folder
-Record = dict[str, float]
 
 
 class Stopped(Exception):
@@ -120,17 +120,3 @@ class Scoring:
     def _value(self, step: int) -> str:
         r = self.results[step]
         return percent(r) if self.metric == "eval/accuracy" else f"{r[self.metric]:.4f}"
-
-
-def percent(record: Record) -> str:
-    """Accuracy with its 95 % interval."""
-    share, low, high = (100 * record[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
-    return f"{share:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def recorded(folder: Path) -> dict[int, Record]:
-    """step -> the evaluation in metrics.jsonl, the last one where a step has several; none without the file."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = (json.loads(line) for line in lines if '"eval/accuracy"' in line)
-    return {r.pop("step"): r for r in records}
