@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
     evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
     _add_generate(commands.add_parser("generate", help="what a finished run's model answers to a prompt"))
+    _add_eval(commands.add_parser("eval", help="a run's or a model's accuracy on a task (gsm8k, hellaswag-generated, …)"))
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
     profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
     profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
@@ -73,6 +74,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=None, help="draw from the likeliest so many tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before this text; may be given several times")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
+    parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-loglikelihood")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .json or .jsonl file, or a name for `datasets`")
+    parser.add_argument("--split", default=None, help="of a name for `datasets` (default: the task's)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N examples")
+    parser.add_argument("--base", action="store_true", help="the model that the run began with: without its adapter")
+    parser.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="of a generated answer (default: the task's)")
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="examples computed together (default: 16)")
+    parser.add_argument("--out", default=None, metavar="DIR", help="default: RUN/eval/NAME, or NAME-base with --base")
 
 
 def _add_breakdown(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +172,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import generate_command
 
         return generate_command.run(options)
+    if options.command == "eval":
+        from moejax.evaluation import eval_command
+
+        return eval_command.run(options)
     if options.command == "expert-load":
         from moejax.evaluation import expert_load
 

@@ -63,10 +63,8 @@ class Choice:
         found = re.fullmatch(rf"(.*?)\s*\b{name}1:(.*)\s*Answer format:.*", text[len(self.head) :], re.DOTALL)
         if found is None:
             raise ValueError(f"its instruction has no {name}1: … Answer format: …")
-        options = tuple(part.strip() for part in re.split(rf"\b{name}\d:", found[2]))
-        if right >= len(options):
-            raise ValueError(f"its answer is {answer!r}, and it has {len(options)} answers")
-        return Question(found[1].strip(), options, right)
+        options = re.split(rf"\b{name}\d:", found[2])
+        return Question(found[1].strip(), tuple(part.strip() for part in options), right)
 
 
 def _hellaswag(record: Record) -> Question:

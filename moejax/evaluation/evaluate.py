@@ -74,6 +74,30 @@ def evaluate(
     return Result(task.name, task.rule, n, correct, correct / n, low, high, seconds, tokens, predictions)
 
 
+def prompts_of(
+    tokenizer: Any, task: Task, examples: Sequence[Example], template: str, max_new_tokens: int, positions: int
+) -> tuple[list[str], list[list[int]]]:
+    """The prompts of a generated rule, and their token ids. Raises UserError for an empty one and for one that `positions` do not hold."""
+    texts = [prompt(template, example, tokenizer) for example in examples]
+    ids = [encoded(tokenizer, text) for text in texts]
+    for index, tokens in enumerate(ids):
+        _check(task, index, len(tokens), max_new_tokens, positions)
+    return texts, ids
+
+
+def pairs_of(tokenizer: Any, task: Task, examples: Sequence[Example], positions: int) -> list[tuple[list[int], list[int]]]:
+    """What a log-likelihood rule compares: all examples' (context, continuation), one after the other. Raises UserError as above."""
+    pairs = []
+    for index, example in enumerate(examples):
+        for context, continuation in example.candidates:
+            pair = encode_pair(tokenizer, context, continuation)
+            if not pair[1]:
+                raise UserError(f"{task.name}, example {index}: the answer {continuation!r} has no token of its own to score")
+            _check(task, index, sum(map(len, pair)) - 1, 0, positions)  # the last token is only predicted
+            pairs.append(pair)
+    return pairs
+
+
 def _generated(
     model: Model,
     tokenizer: Any,
@@ -84,10 +108,8 @@ def _generated(
     rows: int,
     progress: Progress | None,
 ) -> tuple[list[dict[str, Any]], int]:
-    prompts = [prompt(template, example, tokenizer) for example in examples]
-    ids = [encoded(tokenizer, text) for text in prompts]
-    for index, tokens in enumerate(ids):
-        _check(task, index, len(tokens), max_new_tokens, model.config.max_position_embeddings)
+    positions = model.config.max_position_embeddings
+    prompts, ids = prompts_of(tokenizer, task, examples, template, max_new_tokens, positions)
     answers: list[list[int]] = [[] for _ in ids]
     done = 0
     for chosen in in_groups([bucket(len(tokens)) for tokens in ids], rows):
@@ -110,14 +132,7 @@ def _generated(
 def _by_likelihood(
     model: Model, tokenizer: Any, task: Task, examples: Sequence[Example], rows: int, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    pairs = []
-    for index, example in enumerate(examples):
-        for context, continuation in example.candidates:
-            pair = encode_pair(tokenizer, context, continuation)
-            if not pair[1]:
-                raise UserError(f"{task.name}, example {index}: the answer {continuation!r} has no token of its own to score")
-            _check(task, index, sum(map(len, pair)), 0, model.config.max_position_embeddings)
-            pairs.append(pair)
+    pairs = pairs_of(tokenizer, task, examples, model.config.max_position_embeddings)
     scores = iter(loglikelihoods(model, pairs, rows=rows, progress=progress))
     predictions = []
     for example in examples:
@@ -127,13 +142,14 @@ def _by_likelihood(
             values = [value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
         best = values.index(max(values))
         context, continuation = example.candidates[best]
+        answer = example.names[best]
         predictions.append(
             {
                 "prompt": context,
                 "output": continuation,
-                "answer": example.names[best],
+                "answer": answer,
                 "expected": example.expected,
-                "correct": example.names[best] == example.expected,
+                "correct": answer == example.expected,
                 "scores": values,
             }
         )

@@ -31,7 +31,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """name, and in words the rule by which an answer is right. hub: name, configuration and split for `datasets`.
+    """name, and in words the rule by which an answer is right. hub: name, configuration and split for `datasets`. max_new_tokens: how
+    long an answer may become where nobody says otherwise (as in LLM-Adapters' evaluation; 64 for the bundled problems).
 
     read: an Example of a record; raises ValueError or KeyError where the record is not of this task.
     answer: what a generated output answers, or None; right: whether that is what was expected.
@@ -43,12 +44,13 @@ class Task:
     hub: tuple[str, str | None, str]
     columns: tuple[str, ...]
     read: Callable[[Record], Example]
+    max_new_tokens: int = 32
     answer: Callable[[str], str | None] = lambda output: None
     right: Callable[[str, str], bool] = lambda answer, expected: answer == expected
 
 
 def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.10g}"
+    return None if value is None else f"{value:.15g}"
 
 
 def _same_number(answer: str, expected: str) -> bool:
@@ -81,6 +83,8 @@ def _read_choice(choice: Choice, method: Method, record: Record) -> Example:
     if adapters and method == "generated":
         return Example(_record(record["instruction"], record, record.get("output") or ""), record["answer"])
     question = choice.parsed(record) if adapters else choice.read(record)
+    if not 0 <= question.right < len(question.options):
+        raise ValueError(f"it has {len(question.options)} answers, and the right one is number {question.right + 1}")
     expected = choice.words[question.right]
     asked = _record(choice.instruction(question), {}, f"the correct answer is {expected}")
     if method == "generated":
@@ -123,12 +127,13 @@ def _tasks() -> dict[str, Task]:
         def answer(output: str, number: Callable[[str], float | None] = number) -> str | None:
             return _number(number(output))
 
-        tasks.append(Task(name, rule, "generated", hub, ("question", "answer"), _read_problem, answer, _same_number))
+        longest = 64 if name == "problems" else 256
+        tasks.append(Task(name, rule, "generated", hub, ("question", "answer"), _read_problem, longest, answer, _same_number))
     for name, choice in SETS.items():
         for method, rule in RULES.items():
             read = partial(_read_choice, choice, method)
             find_word = partial(first_word, choice.words)
-            tasks.append(Task(f"{name}-{method}", rule, method, HUB[name], choice.columns, read, find_word))
+            tasks.append(Task(f"{name}-{method}", rule, method, HUB[name], choice.columns, read, answer=find_word))
     return {task.name: task for task in tasks}
 
 
