@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load.add_argument("--config", default=None, metavar="FILE", help="instead of a run: the base model of this experiment")
     load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
+    compare = commands.add_parser("compare", help="accuracy by epoch of runs with an eval: section, beside the study's Figure 3")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
+    compare.add_argument("--plot", default=None, metavar="FILE", help="draw the figure into this .png, .svg or .pdf")
     _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
     commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
     options = parser.parse_args(arguments)
@@ -177,6 +180,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import expert_load
 
         return expert_load.run(options.run, options.config, options.data, options.limit)
+    if options.command == "compare":
+        from moejax.report import accuracy
+
+        return accuracy.run(options.runs, options.plot)
     if options.command == "export":
         from moejax import export
 

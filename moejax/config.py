@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
 from moejax.errors import UserError
+from moejax.eval_config import EvalConfig
 
 
 def _number(value: Any) -> Any:
@@ -270,6 +271,7 @@ class Experiment(_Section):
     )
     data: DataConfig
     training: TrainingConfig
+    eval: EvalConfig | None = Field(None, description="null: no answers are counted while training")
     checkpoint: CheckpointConfig = CheckpointConfig()
     device: DeviceConfig = DeviceConfig()
     profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
@@ -304,8 +306,7 @@ def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment
     """
     content = _read(path, overrides)
     named = {override.partition("=")[0] for override in overrides}
-    if content.get("profile") is None:
-        content["profile"] = {}
+    content |= {"profile": {} if content.get("profile") is None else content["profile"], "eval": None}
     if "name" not in named and isinstance(content.get("name"), str):
         content["name"] += "-profile"
     training, profile = content.get("training"), content["profile"]

@@ -15,6 +15,7 @@ from models.build import build
 from moejax.config import Experiment
 from moejax.estimator import gpus
 from moejax.estimator.units import gigabytes
+from moejax.training import held_out
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.state import architecture, model_arguments, split
@@ -42,6 +43,7 @@ def _folder(experiment: Experiment) -> Path | None:
 
 def report(experiment: Experiment) -> int:
     """Print the tables. Returns exit code 0."""
+    asked = held_out.dry(experiment)
     console = Console(width=110)
     groups = parameter_groups(experiment)
     table = Table(title=f"parameters of {experiment.name}", title_justify="left")
@@ -69,7 +71,7 @@ def report(experiment: Experiment) -> int:
     console.print(table)
     console.print(_fits(total, experiment), highlight=False)
     console.print(_schedule(experiment), highlight=False)
-    for line in missing(experiment):
+    for line in [*asked, *missing(experiment)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
