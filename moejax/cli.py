@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moejax import __version__, estimating
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
+from moejax.report import command as report
 
 if TYPE_CHECKING:
     from moejax.config import DeviceConfig
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
     _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
+    report.add_arguments(commands.add_parser("report", help="one page (HTML, Markdown) of what `moejax characterize` measured"))
     commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
     options = parser.parse_args(arguments)
     return guarded(options)
@@ -164,6 +166,8 @@ def run(options: argparse.Namespace) -> int:
         from moejax import export
 
         return export.run(options.run, options.out, options.format, not options.no_verify, options.tolerance)
+    if options.command == "report":
+        return report.run(options.folders, options.out)
     if options.command == "doctor":
         from moejax import doctor
 

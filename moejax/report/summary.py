@@ -1,0 +1,149 @@
+"""Five sentences computed from the results: what ran, what fits, how fast, where the time goes, what the models are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moejax import reference
+from moejax.report import breakdown
+from moejax.report.compare import Source
+from moejax.report.grid import derived, published
+from moejax.report.naming import DATASET, family, said
+from moejax.report.page import Number, Text, text
+from moejax.report.quantities import rounded
+from moejax.report.results import Row
+from moejax.report.sections_time import NOT_LAYERS, study_settings
+from moejax.report.status import trials
+
+UNKNOWN = "not measured"
+
+
+def sentences(sources: Sequence[Source]) -> tuple[Text, ...]:
+    """Always five; what was not measured is said to be so."""
+    return tuple(
+        _join([_prefixed(s, part(s), len(sources) > 1) for s in sources], "; ", ".")
+        for part in (_ran, _fits, _fast, _where, _models)
+    )
+
+
+def _prefixed(source: Source, content: Text, several: bool) -> Text:
+    return text(f"{source.label}: ", *content) if several else _capital(content)
+
+
+def _capital(content: Text) -> Text:
+    first = content[0]
+    return (first[0].upper() + first[1:], *content[1:]) if isinstance(first, str) and first else content
+
+
+def _join(parts: Sequence[Text], between: str, end: str = "") -> Text:
+    joined: Text = ()
+    for part in parts:
+        joined = (*joined, *((between,) if joined else ()), *part)
+    return (*joined, end) if end else joined
+
+
+def _ran(source: Source) -> Text:
+    all_trials = [t for _, t in trials(source).values()]
+    done = sum(t.status == "done" for t in all_trials)
+    seconds = sum(t.seconds or 0.0 for t in all_trials)
+    environment = source.study.environment
+    memory = f" with {rounded(environment.memory_bytes, 'B')}" if environment.memory_bytes else ""
+    models = ", ".join(f"{m.name} ({said('method', m.method)})" for m in source.study.models)
+    return text(
+        f"on {environment.device}{memory}, {done} of {len(all_trials)} trials gave a result in {rounded(seconds, 's')}, with {models}, "
+        f"jax {environment.versions.get('jax', 'of an unknown version')}"
+    )
+
+
+def _fits(source: Source) -> Text:
+    rows = source.study.of("largest_batch", metric="proved_batch")
+    if not rows:
+        return text("the largest batch: ", UNKNOWN)
+    printed = {(m.model, m.dataset, m.kind): m.printed for m in reference.max_batches()}
+    parts = []
+    for model, data in dict.fromkeys((r.model, r.data) for r in rows):
+        own = [r for r in rows if (r.model, r.data) == (model, data)]
+        numbers = _join([text(source.number(r), f" {r.routing}") for r in own], ", ")
+        theirs = [
+            text(published(found), f" {r.routing}")
+            for r in own
+            if (found := printed.get((family([source], model), DATASET.get(data or "", ""), r.routing or "")))
+        ]
+        beside = ((" (study on an A40: ",), *(_join(theirs, ", "),), (")",)) if theirs else ()
+        parts.append((*text(f"{model} on {said('data', data)} "), *numbers, *(f for t in beside for f in t)))
+    return (*text("the largest batch that ran, in queries, is for "), *_join(parts, "; for "))
+
+
+def _fast(source: Source) -> Text:
+    rows = [r for r in source.study.of("throughput", metric="queries_per_second") if r.batching != "pack"]
+    if not rows:
+        return text("throughput: ", UNKNOWN)
+    parts = []
+    for model, data in dict.fromkeys((r.model, r.data) for r in rows):
+        best = {}
+        for routing in ("sparse", "dense"):
+            if own := [r for r in rows if (r.model, r.data, r.routing) == (model, data, routing)]:
+                best[routing] = max(own, key=lambda r: r.value)
+        said_rates = _join([text(source.number(r), f" {k} (batch {r.batch:g})") for k, r in best.items()], " and ")
+        part: Text = (*text(f"{model} on {said('data', data)} trains at most "), *said_rates)
+        if len(best) == 2:
+            part = (*part, ", ", derived(best["sparse"].value / best["dense"].value), " times as many")
+            theirs = _study_ratio(source, model, data)
+            part = (*part, *((" (study: ", theirs, ")") if theirs else ()))
+        parts.append(part)
+    return (*text("in queries a second, "), *_join(parts, "; "))
+
+
+def _study_ratio(source: Source, model: str, data: str | None) -> Number | None:
+    for curve in reference.curves():
+        if (curve.gpu, curve.model, curve.dataset) == ("a40", family([source], model), DATASET.get(data or "")):
+            best = {k: max(q for _, q in curve.kind(k)) for k in ("sparse", "dense")}
+            return derived(best["sparse"] / best["dense"])
+    return None
+
+
+def _where(source: Source) -> Text:
+    parts = []
+    for model in dict.fromkeys(r.model for r in source.study.of("layers", metric="seconds")):
+        rows = source.study.of("layers", metric="seconds", model=model, routing="sparse")
+        if not rows:
+            continue
+        batch = max(r.batch or 0 for r in rows)
+        layers = {r.scope: float(r.value) for r in rows if r.batch == batch}
+        stages = _of(source.study.of("stages", metric="seconds", model=model, routing="sparse"), batch)
+        shares = breakdown.takeaways(breakdown.Bars("", {k: v for k, v in stages.items() if k != "idle"}, layers, {}))
+        moe, step = sum(v for k, v in layers.items() if k not in NOT_LAYERS), shares["optimizer, of the step"]
+        largest = max((s for s in study_settings(family([source], model)) if s[0] == "sparse"), key=lambda s: s[1])
+        theirs = breakdown.takeaways(largest[2])
+        part: Text = text(f"{model}'s mixture of experts takes ", derived(layers.get("moe", 0.0) / moe, "share"), " of its layers' time")
+        part = (*part, " (study: ", derived(theirs["MoE, of the layers' time"] or 0.0, "share"), ")")
+        if step is not None:
+            their_step = theirs["optimizer, of the step"] or 0.0
+            part = (*part, ", the optimizer ", derived(step, "share"), " of the step (", derived(their_step, "share"), ")")
+        parts.append(part)
+    if not parts:
+        return text("where the time goes: ", UNKNOWN)
+    return (*text("at the largest sparse batch that was profiled, "), *_join(parts, "; "))
+
+
+def _of(rows: Sequence[Row], batch: float) -> dict[str, float]:
+    return {r.scope: float(r.value) for r in rows if r.batch == batch}
+
+
+def _models(source: Source) -> Text:
+    errors = source.study.of("fit_throughput", metric="mean_error", scope="moejax")
+    costs = source.study.of("cost", metric="usd")
+    parts: list[Text] = []
+    if errors:
+        low, high = min(errors, key=lambda r: r.value), max(errors, key=lambda r: r.value)
+        span = text(source.number(low)) if low is high else text("between ", source.number(low), " and ", source.number(high))
+        parts.append((*text("the step model misses the measured step times by "), *span, " on average"))
+    for model in dict.fromkeys(r.model for r in costs):
+        cheapest = min((r for r in costs if r.model == model), key=lambda r: r.value)
+        setting = ", ".join(s for s in (cheapest.routing or "", said("data", cheapest.data) if cheapest.data else "") if s)
+        parts.append(text(f"fine-tuning {model} ({setting}) costs least on {cheapest.scope}: ", source.number(cheapest)))
+    if any(family([source], r.model) == "mixtral" for r in costs):
+        row = min(reference.cost_table(), key=lambda r: r.usd)
+        parts.append(text(f"the study's Mixtral-8x7B on {row.gpu}: ", published(row.usd, "$")))
+    return _join(parts, "; ") if parts else text("the cost model: ", UNKNOWN)
+
