@@ -23,16 +23,17 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     declared = source is None or source == config.source
     name = source or config.source
     assert name is not None
+    given = "--data" if source is not None and source != config.source else "data.source"
     if name.endswith((".json", ".jsonl")):
-        path = _downloaded(name) if name.startswith(("https://", "http://")) else Path(name)
+        path = _downloaded(name, given) if name.startswith(("https://", "http://")) else Path(name)
         if not path.is_file():
-            raise UserError(f"data file {path} does not exist (data.source: a .json or .jsonl file, or a name for `datasets`)")
+            raise UserError(f"data file {path} does not exist ({given}: a .json or .jsonl file, or a name for `datasets`)")
         content = path.read_bytes()
         if declared:
             _check_identity(name, content, config)
         records = _parse(name, content)
     else:
-        records = _from_datasets(name, config)
+        records = _from_datasets(name, config, given)
     if not records:
         raise UserError(f"{name} holds no records")
     if declared and config.records is not None and len(records) != config.records:
@@ -42,15 +43,15 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     return [_normalized(name, index, record, config) for index, record in enumerate(records)]
 
 
-def _downloaded(url: str) -> Path:
+def _downloaded(url: str, given: str) -> Path:
     import datasets
 
     try:
         return Path(datasets.DownloadManager().download(url))
     except Exception as error:
         raise UserError(
-            f"data.source = {url}: the download failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
-            "Check the network, or point data.source to a local copy"
+            f"{given} {url}: the download failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"Check the network, or point {given} to a local copy"
         ) from error
 
 
@@ -88,15 +89,15 @@ def _parse(path: str, content: bytes) -> list[Any]:
     return records
 
 
-def _from_datasets(name: str, config: DataConfig) -> list[Any]:
+def _from_datasets(name: str, config: DataConfig, given: str) -> list[Any]:
     import datasets
 
     try:
         return list(datasets.load_dataset(name, config.config_name, split=config.split))
     except Exception as error:
         raise UserError(
-            f"data.source = {name!r}: `datasets` could not load it ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
-            "Expected a local .json/.jsonl file or a data set's name; without a network, point data.source to a file"
+            f"{given} {name!r}: `datasets` could not load it ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"Expected a local .json/.jsonl file or a data set's name; without a network, point {given} to a file"
         ) from error
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax.errors import UserError
-from moejax.profiling import roofline, schema, xplane
+from moejax.profiling import roofline, schema, torch_trace, xplane
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
 from moejax.report.breakdown import ALL, Bars, draw, study, takeaways
@@ -75,14 +75,19 @@ def _default_folder(path: Path) -> Path:
 
 
 def load(path: Path, ncu: Path | None = None) -> Run:
-    """A run by its trace if it has one, else by its step_profile.json. Raises UserError where there is neither, or the trace's own."""
+    """A run by its trace if it has one (torch.profiler's: *.json.gz), else by its step_profile.json. Raises UserError where there is
+    neither, or the trace's own."""
     name = path.name if path.is_dir() else path.name.split(".")[0]
+    if path.name.endswith((".json.gz", ".pt.trace.json")):
+        torch = torch_trace.analyze(torch_trace.read(path))
+        phases = torch.phases
+        return Run(Bars(f"{name}\n(pytorch)", phases, torch.layers, torch.moe_kernels, idle=phases.pop("idle")), None, [], _NO_PEAKS)
     described = path / schema.FILE_NAME if path.is_dir() else path
     if path.suffix == ".json" or (described.is_file() and not _has_trace(path)):
         return _from_profile(schema.read(path), name)
     trace = xplane.read(xplane.find(path))
     b = analyze(trace)
-    peaks = Peaks(None, None, "unknown")
+    peaks = _NO_PEAKS
     if path.is_dir() and described.is_file():
         device = schema.read(described).device
         peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
@@ -94,6 +99,9 @@ def load(path: Path, ncu: Path | None = None) -> Run:
     rows = [*moe, roofline.time_weighted(moe, ALL)] if moe else []
     shares = {s.name: (s.flops_share, s.bandwidth_share) for s in rows if s.flops_share is not None}
     return Run(Bars(name, phases, b.layers, b.moe_kernels, idle=idle, utilization=shares), b, stages, peaks)
+
+
+_NO_PEAKS = Peaks(None, None, "unknown")
 
 
 def _has_trace(path: Path) -> bool:
@@ -164,7 +172,7 @@ def _print(r: Run, console: Console) -> None:
 
 def _phases(r: Run) -> Table:
     table = Table()
-    for column in ("phase", "ms", "share"):
+    for column in ("phase", "ms", "of step"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     whole = sum(r.bars.phases.values()) + (r.bars.idle or 0.0)
     for name, seconds in r.bars.phases.items():
@@ -190,7 +198,7 @@ def _stages(r: Run, whole: bool) -> Table:
     )
     table = Table(title=said, title_justify="left")
     phases = [p for p in ("forward", "recompute", "backward") if b.phases[p] and whole]
-    columns = ["stage", "ms", "share", *phases, *(("GFLOP", "MB") if whole else ()), "GFLOP/s", "GB/s"]
+    columns = ["stage", "ms", "of busy", *phases, *(("GFLOP", "MB") if whole else ()), "GFLOP/s", "GB/s"]
     columns += ["of matrix\npeak", "of band-\nwidth"] if known else []
     columns += ["SM %\n(ncu)", "DRAM %\n(ncu)"] if counters else []
     for column in columns:
@@ -215,7 +223,7 @@ def _ms(seconds: float) -> str:
 
 
 # Of report.breakdown.takeaways, in its order: what fits beside a run's name in 80 characters.
-_HEADINGS = ("MoE /\nlayers", "matmul\n/ MoE", "dequant\n/ MoE", "optim.\n/ step", "backw. /\nforward", "recomp.\n/ step")
+_HEADINGS = ("MoE /\nlayers", "matmul\n/ MoE", "dequant\n/ MoE", "optim.\n/ step", "backw.+rec.\n/ forward", "recomp.\n/ step")
 
 
 def _takeaways(bars: Sequence[Bars]) -> Table:

@@ -62,7 +62,7 @@ class Row:
     model: str
     method: Literal["qlora", "lora", "full"]
     routing: Literal["sparse", "dense"] | None
-    data: Literal["cs", "math", "problems", "fixed"] | None
+    data: Literal["cs", "math", "problems", "fixed", "other"] | None
     batching: Literal["pad_longest", "pack", "fixed"] | None
     seq_len: int | None
     batch: int | float | None

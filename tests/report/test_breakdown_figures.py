@@ -133,3 +133,13 @@ def test_bad_input_is_one_message(name, content, message, tmp_path, capsys):
     assert cli.main(["breakdown", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err
+
+
+def test_a_trace_of_pytorch_is_read_too(tmp_path, capsys):
+    assert cli.main(["breakdown", str(VECTORS / "torch-mixtral.json.gz"), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "torch-mixtral (pytorch)" in out and "recompute" in out and (tmp_path / "moe_kernels.svg").is_file()
+    cut = tmp_path / "cut.json.gz"
+    cut.write_bytes((VECTORS / "torch-mixtral.json.gz").read_bytes()[:5000])
+    assert cli.main(["breakdown", str(cut)]) == 2
+    assert f"{cut} is no trace of torch.profiler, or is cut off" in capsys.readouterr().err
