@@ -51,7 +51,7 @@ def labels(studies: Sequence[results.Study], folders: Sequence[Path]) -> list[st
     for key in _TELLING:
         if key in differing and _unique(found := [_said(key, f.get(key)) for f in facts]):
             return found
-    chosen = [k for k in _TELLING if k in differing] or [k for k in differing if k not in _TELLING][:2]
+    chosen = [k for k in _TELLING if k in differing] or list({k.rsplit(".", 1)[-1]: k for k in reversed(differing)}.values())[-2:]
     if chosen and _unique(found := [", ".join(_said(k, f.get(k)) for k in chosen) for f in facts]):
         return found
     names = [f.resolve().name for f in folders]
@@ -73,14 +73,15 @@ def _facts(study: results.Study) -> dict[str, Any]:
     environment = study.environment
     memory = rounded(environment.memory_bytes, "B") if environment.memory_bytes else None
     facts: dict[str, Any] = {"device": environment.device, "memory": memory, **environment.versions, "preset": study.preset}
-    facts |= {f"config.{key}": json.dumps(value) if isinstance(value, list) else value for key, value in _flat(study.config)}
+    facts |= {f"config.{key}": json.dumps(value) if isinstance(value, list) else value for key, value in flat(study.config)}
     return facts | {"commit": environment.git_commit, "cpu": environment.cpu}
 
 
-def _flat(content: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+def flat(content: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    """Nested settings as (dotted key, value)."""
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
+            yield from flat(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value
 

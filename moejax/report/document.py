@@ -42,14 +42,15 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Sequence[Source]], tuple[Block, 
     (
         "throughput",
         "Figure 8: throughput by batch size",
-        "Queries trained on per second, padding and loading included.",
+        "Queries trained on per second of training steps. Programs were compiled and run once before the clock started; a padded batch "
+        "takes the time of its padding too.",
         sections_rate.throughput,
     ),
     (
         "utilization",
         "Figures 9 and 10: how busy the device is",
         "Ours: the work that the program must do, as a share of the device's peak. The study's: the share of time in which "
-        "the multiprocessors or the memory had anything to do, by Nsight Compute. The first is never larger.",
+        "the multiprocessors or the memory had anything to do, by Nsight Compute: a busy device may still do little work.",
         sections_time.utilization,
     ),
     (

@@ -26,6 +26,7 @@ KERNELS = {
     "moe/w3_dequant": "#f3b878", "moe/router": "#009E73", "moe/router_dequant": "#7fd1b6", "moe/topk": "#CC79A7", "moe/act": "#d9c100",
     "moe/dispatch": "#6a4c93", "moe/combine": "#b39ad6", "moe/lora": "#8a5a44", "moe": "#8a8f98",
 }  # fmt: skip
+MARKERS, PACKED_MARKERS = ("o", "D", "^", "v", "p"), ("X", "P", "*", "<", ">")
 BEFORE_AFTER = {"before": "#56B4E9", "after": "#D55E00"}
 OTHER = "#8a8f98"
 P = ParamSpec("P")
@@ -132,10 +133,10 @@ class Panel:
 
 
 @drawn
-def curves(panels: Sequence[Panel], *, xlog: bool = False, height: float = 2.2) -> Figure:
-    """A panel under another. An axis of values is logarithmic where they span more than a factor of 20."""
+def curves(panels: Sequence[Panel], *, xlog: bool = False, whole: bool = True, height: float = 2.2) -> Figure:
+    """A panel under another. An axis of values is logarithmic where they span more than a factor of 20. whole: so are all x."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     entries = {
         line.label: dict(
@@ -156,7 +157,9 @@ def curves(panels: Sequence[Panel], *, xlog: bool = False, height: float = 2.2) 
         axes.grid(axis="y", which="major")
         if values and max(values) > 20 * min(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(0, 1.08 * max(values, default=1))
         if xlog:
@@ -165,7 +168,7 @@ def curves(panels: Sequence[Panel], *, xlog: bool = False, height: float = 2.2) 
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=whole, min_n_ticks=1))
     _legend(figure, list(entries.items()), columns=2)
     return figure
 
@@ -183,20 +186,20 @@ class Dots:
 
 @drawn
 def dots(
-    panels: Sequence[tuple[str, Sequence[Dots], Sequence[str]]], names: Callable[[str], str], xlabel: str, scale: float = 100
+    panels: Sequence[tuple[str, str, Sequence[Dots], Sequence[str]]], names: Callable[[str], str], scale: float = 100
 ) -> Figure:
-    """Panels of (title, settings, the lines from the top): values times `scale` on one line per name, each setting with its sign."""
+    """Panels of (title, label of the values, settings, the lines from the top): values times `scale`, each setting with its sign."""
     from matplotlib.figure import Figure
 
     entries = {
         d.label: dict(color=d.color, marker=d.marker, linestyle="none", markerfacecolor=PAPER if d.hollow else d.color)
-        for _, settings, _ in panels
+        for _, _, settings, _ in panels
         for d in settings
     }
     heights = [0.21 * len(order) + 0.6 for *_, order in panels]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.19 * -(-len(entries) // 2)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for axes, (title, settings, order) in zip(grid[:, 0], panels, strict=True):
+    for axes, (title, xlabel, settings, order) in zip(grid[:, 0], panels, strict=True):
         for setting in settings:
             points = [(scale * v, y) for y, name in enumerate(order) if (v := setting.values.get(name)) is not None]
             if points:

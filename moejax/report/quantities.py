@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 _SECONDS = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
-BARE = ("", "1", "queries", "queries/s", "tokens", "tokens/s", "tokens/query", "(tokens/query)^2", "steps", "USD/h", "h", "count", "points")
+BARE = (
+    "", "1", "1 or 0", "queries", "queries/s", "tokens", "tokens/s", "tokens/query", "(tokens/query)^2", "steps", "USD/h", "h", "points",
+    "tokens/GB",
+)  # fmt: skip
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 

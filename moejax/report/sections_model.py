@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from moejax import reference
@@ -22,57 +23,90 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     if not rows:
         return ()
     proved = [(s, r) for s, r in rows_of(sources, "largest_batch") if r.metric == "proved_batch"]
-    naming, grid = Naming([r for _, r in (*rows, *proved)], ("model", "data", "batching")), Grid(sources, "equation 1")
-    published_fit = reference.max_batch_figure()
+    naming, grid = Naming([r for _, r in (*rows, *proved)], ("model", "data")), Grid(sources, "equation 1")
+    theirs = reference.max_batch_figure()
     for source, row in rows:
         if row.metric in _EQUATION_1:
-            grid.put(f"{naming.name(row)}: coefficients", row.metric, source, text(source.number(row)))
+            grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(source.number(row)))
     for name, row in {naming.name(r): r for _, r in rows if r.metric in _EQUATION_1}.items():
         model = family(sources, row.model)
         for index, coefficient in enumerate(("c0", "c1")):
-            cell: Text = (published(published_fit.printed[model][index]),)
-            if model in published_fit.artifact:
-                cell = (*cell, " (drawn with ", published(published_fit.artifact[model][index]), ")")
-            grid.put(f"{name}: coefficients", coefficient, None, cell)
-        grid.put(f"{name}: coefficients", "model_gb", None, text(published(published_fit.model_gb[model], "GB")))
+            cell: Text = (published(theirs.printed[model][index]),)
+            if model in theirs.artifact:
+                cell = (*cell, " (drawn with ", published(theirs.artifact[model][index]), ")")
+            grid.put(f"{name}: coefficients", _coefficient(coefficient), None, cell)
+        grid.put(f"{name}: coefficients", _coefficient("model_gb"), None, text(published(theirs.model_gb[model], "GB")))
     predicted = [(s, r) for s, r in rows if r.metric == "predicted_batch"]
     for source, row in predicted:
-        grid.put(naming.name(row), f"{row.routing}: by equation 1", source, text(source.number(row)))
+        group = f"{naming.name(row)}: the largest batch"
+        grid.put(group, f"{row.routing}, {row.scope or 'here'}, by equation 1", source, text(source.number(row)))
     for source, row in proved:
-        grid.put(naming.name(row), f"{row.routing}: ran", source, text(source.number(row)))
-    for gb, batch in published_fit.ground_truth.items():
-        grid.put("study: Mixtral-8x7B, sparse, by GPU memory", f"{gb} GB: ran", None, text(published(batch)))
-    for gb, batch in published_fit.printed_projection.items():
-        grid.put("study: Mixtral-8x7B, sparse, by GPU memory", f"{gb} GB: by equation 1", None, text(published(batch)))
-    blocks: list[Block] = []
-    if predicted:
-        blocks.append(_batch_figure(sources, naming, predicted, proved, published_fit))
-    table = grid.table(text("Equation 1: batch = C0·(GPU memory - model) / (tokens·((1 - C1) + C1·k/E)). GB are 1e9 bytes."))
-    return (*blocks, Fold("The numbers of this figure", (table,)))
+        grid.put(f"{naming.name(row)}: the largest batch", f"{row.routing}, here, as it ran", source, text(source.number(row)))
+    for gb, batch in theirs.ground_truth.items():
+        grid.put(_STUDY_13, f"{gb} GB, as it ran", None, text(published(batch)))
+    for gb, batch in theirs.printed_projection.items():
+        grid.put(_STUDY_13, f"{gb} GB, by equation 1", None, text(published(batch)))
+    blocks = (_batch_figure(sources, naming, predicted, proved, theirs),) if predicted else ()
+    caption = (
+        "Equation 1: batch = C0·(GPU memory - model) / (tokens·((1 - C1) + C1·k/E)), C0 in tokens/GB, GB of 1e9 bytes; \"here\": within "
+        f"this sweep's memory limit. {naming.constant()}"
+    )
+    return (*blocks, Fold("The numbers of this figure", (grid.table(text(caption)),)))
+
+
+_STUDY_13 = "study: Mixtral-8x7B, sparse, by GPU memory"
+_COEFFICIENTS = {"c0": "C0", "c1": "C1", "model_gb": "model", "rmse_gb": "RMSE", "points": "points"}
+
+
+def _coefficient(metric: str) -> str:
+    return _COEFFICIENTS.get(metric, metric)
 
 
 Rows = list[tuple[Source, Row]]
 
 
 def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, proved: Rows, theirs: reference.Equation1) -> Figure:
-    ran, said = "ran", "by equation 1"
+    panels = []
+    for setting in dict.fromkeys(naming.name(r) for _, r in predicted):
+        lines = []
+        for source in sources:
+            limit = source.study.memory_limit.bytes or source.study.environment.memory_bytes
+            for routing, color in figures.ROUTING.items():
+                own = [r for s, r in predicted if s is source and (naming.name(r), r.routing) == (setting, routing)]
+                ran = [r for s, r in proved if s is source and (naming.name(r), r.routing) == (setting, routing)]
+                label = f"{source.label}, {routing}" if len(sources) > 1 else routing
+                points = [(gb, float(r.value)) for r in own if (gb := _gigabytes(r.scope)) is not None]
+                if points:
+                    lines.append(figures.Line(f"{label}: equation 1", tuple(sorted(points)), color, "None", "--"))
+                if ran and limit:
+                    at = tuple((limit / 1e9, float(r.value)) for r in ran)
+                    lines.append(figures.Line(f"{label}: ran", at, color, figures.MARKERS[source.index % 5], ""))
+        if lines:
+            panels.append(figures.Panel(setting, tuple(lines), "memory, GB", "largest batch"))
+    ran_there = tuple((float(gb), float(b)) for gb, b in theirs.ground_truth.items())
+    said_there = tuple((float(gb), float(b)) for gb, b in theirs.printed_projection.items())
+    panels.append(
+        figures.Panel(
+            _STUDY_13,
+            (
+                figures.Line("study: ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True),
+                figures.Line("study: equation 1 (printed)", said_there, figures.ROUTING["sparse"], "x", ":"),
+            ),
+            "memory, GB",
+            "largest batch",
+        )
+    )
+    title = "The largest batch by memory: as it ran (dots) and by equation 1 (dashes)."
+    told = "; ".join(
+        f"{p.title}, {line.label}: " + ", ".join(f"{y:g} at {x:.3g} GB" for x, y in line.points) for p in panels for line in p.lines
+    )
+    figure = figures.curves(panels, height=1.8, whole=False)
+    return Figure("fit_batch-1", title, embed(figure, "fit_batch-1", title, told))
 
-    def line(source: Source, row: Row) -> str:
-        return naming.name(row, row.routing or "", source.label if len(sources) > 1 else "")
 
-    def values(rows: Rows) -> dict[str, float]:
-        return {line(s, r): float(r.value) for s, r in rows}
-
-    ours = [figures.Dots(ran, values(proved), figures.ROUTING["sparse"]), figures.Dots(said, values(predicted), "#000000", "s", True)]
-    study_ran = {f"{gb} GB": float(b) for gb, b in theirs.ground_truth.items()}
-    study_said = {f"{gb} GB": float(b) for gb, b in theirs.printed_projection.items()}
-    study = [figures.Dots(ran, study_ran, figures.ROUTING["sparse"]), figures.Dots(said, study_said, "#000000", "s", True)]
-    order = list(dict.fromkeys(line(s, r) for s, r in (*predicted, *proved)))
-    panels = [("ours", ours, order), ("study: Mixtral-8x7B, sparse, by GPU memory", study, [*study_ran, *study_said])]
-    title = "The largest batch, as it ran and by equation 1."
-    told = "; ".join(f"{k}: {v:g}" for k, v in values(proved).items())
-    figure = figures.dots(panels, str, "queries", scale=1)
-    return Figure("fit_batch-1", title, embed(figure, "fit_batch-1", title, f"Dots by setting. Largest batch that ran: {told}."))
+def _gigabytes(scope: str) -> float | None:
+    match = re.fullmatch(r"([\d.e+-]+) GB", scope)
+    return float(match[1]) if match else None
 
 
 _WORDS = {"equation 2 (printed)": "equation 2 as printed", "equation 2 (fitted)": "equation 2 as fitted", "moejax": "moejax's step model"}
@@ -82,15 +116,15 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     rows = rows_of(sources, "fit_throughput")
     if not rows:
         return ()
-    naming, grid = Naming((r for _, r in rows), ("model", "data", "batching")), Grid(sources, "")
+    naming, grid = Naming((r for _, r in rows), ("model", "data")), Grid(sources, "")
     measured = [(s, r) for s, r in rows_of(sources, "throughput") if r.metric == "queries_per_second"]
     panels = []
-    for setting in dict.fromkeys(naming.name(r) for _, r in rows):
+    for scope in dict.fromkeys(r.scope for _, r in rows):
+        for source, row in rows:
+            if row.scope == scope and row.metric != "predicted":
+                grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", row.metric.replace("_", " "), source, text(source.number(row)))
+    for setting in dict.fromkeys(naming.name(r) for _, r in rows if r.metric == "predicted"):
         mine = [(s, r) for s, r in rows if naming.name(r) == setting]
-        for scope in dict.fromkeys(r.scope for _, r in mine):
-            for source, row in mine:
-                if row.scope == scope and row.metric != "predicted":
-                    grid.put(f"{setting}: {_WORDS.get(scope, scope)}", row.metric.replace("_", " "), source, text(source.number(row)))
         curve = _curve(sources, mine[0][1])
         if curve:
             _study_fits(grid, setting, curve)
@@ -98,7 +132,8 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
             for source, row in mine:
                 if row.scope == scope and row.metric == "predicted":
                     what = f"{setting}: queries a second by {_WORDS.get(scope, scope)}"
-                    grid.put(what, f"{row.routing}, batch {row.batch:g}", source, text(source.number(row)))
+                    packed = " (packed)" if row.batching == "pack" else ""
+                    grid.put(what, f"{row.routing}, batch {row.batch:g}{packed}", source, text(source.number(row)))
         lines = _fit_lines(sources, mine, measured)
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
@@ -148,7 +183,7 @@ def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[fi
                 if s is source and (r.model, r.data, r.routing) == (first.model, first.data, routing) and r.batching != "pack"
             ]
             if own:
-                marker = ("o", "D", "^", "v", "P")[source.index % 5]
+                marker = figures.MARKERS[source.index % 5]
                 lines.append(figures.Line(f"{before}{routing}: measured", tuple(sorted(own)), color, marker, ""))
             for scope, dash in (("moejax", "-"), ("equation 2 (fitted)", "--")):
                 said = [
@@ -185,7 +220,7 @@ def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
     rows = rows_of(sources, "cost")
     if not rows:
         return ()
-    naming, groups = Naming(r for _, r in rows), []
+    naming, groups = Naming((r for _, r in rows), ("model", "method", "data")), []
     several = len(sources) > 1
     for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
         mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]

@@ -13,14 +13,13 @@ from moejax.report.page import Block, Figure, Fold, Text, text
 from moejax.report.results import Row
 from moejax.report.svg import embed
 
-_LARGEST = {
-    "proved_batch": "largest batch that ran",
+_MEMORY = {
     "predicted_batch": "predicted by the compiler",
     "failed_batch": "did not run",
     "peak_bytes": "peak memory of the largest",
     "memory_limit": "memory limit",
     "would_fit_batch": "would fit",
-    "would_fit_seq_len": "would fit, tokens a query",
+    "would_fit_seq_len": "would fit here, tokens a query",
 }
 
 
@@ -28,33 +27,33 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     rows = rows_of(sources, "largest_batch")
     if not rows:
         return ()
-    naming, grid = Naming(r for _, r in rows), Grid(sources, "queries")
-    for line in _LARGEST:
-        for source, row in rows:
-            if row.metric == line:
-                where = f" ({row.scope})" if row.scope else ""
-                grid.put(naming.name(row, row.routing or ""), f"{_LARGEST[line]}{where}", source, text(source.number(row)))
+    naming = Naming((r for _, r in rows), ("model", "method", "data", "seq_len"))
+    grid, more = Grid(sources, "queries"), Grid(sources, "", None)
     printed = {(m.model, m.dataset, m.kind): m for m in reference.max_batches()}
-    for _, row in rows:
-        key = (family(sources, row.model), DATASET.get(row.data or "", ""), row.routing or "")
-        group = naming.name(row, row.routing or "")
-        if found := printed.pop(key, None):
+    for source, row in rows:
+        setting, routing = naming.name(row), row.routing or ""
+        if row.metric == "proved_batch":
+            grid.put(setting, routing, source, text(source.number(row)))
+        if found := printed.pop((family(sources, row.model), DATASET.get(row.data or "", ""), routing), None):
             cell: Text = (published(found.printed),)
             if found.swept != found.printed:
                 cell = (*cell, " (in its sweeps: ", published(found.swept), ")")
-            grid.put(group, _LARGEST["proved_batch"], None, cell)
-    return (grid.table(text(f"The largest batch, in queries. {naming.constant()}")),)
-
-
-_MARKERS = ("o", "D", "^", "v", "P")
+            grid.put(setting, routing, None, cell)
+    for line in _MEMORY:
+        for source, row in rows:
+            if row.metric == line:
+                where = f" ({row.scope})" if row.scope else ""
+                more.put(naming.name(row, row.routing or ""), f"{_MEMORY[line]}{where}", source, text(source.number(row)))
+    caption = f"The largest batch that ran, in queries. {naming.constant()}"
+    blocks: tuple[Block, ...] = (grid.table(text(caption)),) if grid.cells else ()
+    return (*blocks, Fold("Predicted, refused, and the memory", (more.table(text("By the compiler and as it ran.")),)))
 
 
 def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     rows = [(s, r) for s, r in rows_of(sources, "throughput") if r.metric == "queries_per_second"]
     if not rows:
         return ()
-    columns = ("model", "method", "data", "seq_len")
-    naming, grid = Naming((r for _, r in rows), columns), Grid(sources, "queries a second")
+    naming, grid = Naming((r for _, r in rows), ("model", "method", "data")), Grid(sources, "queries a second")
     panels = []
     packings = {r.batching for _, r in rows}
     for setting in dict.fromkeys(naming.name(r) for _, r in rows):
@@ -74,7 +73,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
                     label = ", ".join(
                         [*([source.label] if len(sources) > 1 else []), routing or "", *([said("batching", batching)] if batching else [])]
                     )
-                    marker, color = _MARKERS[source.index % 5], figures.ROUTING.get(routing or "", figures.OTHER)
+                    marker = (figures.PACKED_MARKERS if batching == "pack" else figures.MARKERS)[source.index % 5]
+                    color = figures.ROUTING.get(routing or "", figures.OTHER)
                     lines.append(figures.Line(label, points, color, marker, "--" if batching == "pack" else "-"))
         lines += _study_curves(sources, grid, mine[0][1], setting)
         panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
@@ -133,7 +133,7 @@ def length(sources: Sequence[Source]) -> tuple[Block, ...]:
                     if name == "step_seconds" and own:
                         points = tuple((float(r.seq_len or 0), float(r.value)) for r in own)
                         label = f"{source.label}, {routing}" if len(sources) > 1 else routing
-                        lines.append(figures.Line(label, points, figures.ROUTING[routing], _MARKERS[source.index % 5]))
+                        lines.append(figures.Line(label, points, figures.ROUTING[routing], figures.MARKERS[source.index % 5]))
         model = family(sources, mine[0][1].model)
         for routing in ("sparse", "dense"):
             for words, quantity in _LENGTH.values():

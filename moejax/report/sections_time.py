@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from moejax import reference
 from moejax.report import breakdown, figures
-from moejax.report.compare import Source, batches, role
-from moejax.report.grid import STUDY, Grid, derived, published
+from moejax.report.compare import DENSE, LARGEST, ONE, Source, batches, role
+from moejax.report.grid import Grid, derived, published
 from moejax.report.naming import Naming, family, rows_of
 from moejax.report.page import Block, Figure, Fold, text
 from moejax.report.quantities import rounded
@@ -161,8 +161,8 @@ def utilization(sources: Sequence[Source]) -> tuple[Block, ...]:
             shown = _utilization_ours(grids[metric], [(s, r) for s, r in mine if r.metric == metric], setting, len(sources) > 1)
             shown += _utilization_theirs(grids[metric], model_family, setting, index)
             order = [k for k in (*figures.KERNELS, MOE_WHOLE) if any(k in d.values for d in shown)]
-            panels.append((f"{title}, {meaning.split(' (')[0]}", shown, order))
-        figure = figures.dots(panels, kernel_name, "%")
+            panels.append((title, meaning.split(" (")[0] + ", %", shown, order))
+        figure = figures.dots(panels, kernel_name)
         anchor = f"utilization-{len(blocks) + 1}"
         title = (
             f"How busy the device is in the kernels of the MoE: {setting}. Ours: of the device's peak matrix rate (top) and bandwidth "
@@ -187,9 +187,8 @@ def _utilization_ours(grid: Grid, rows: list[tuple[Source, Row]], setting: str, 
             for scope in _ordered(here, figures.KERNELS):
                 grid.put(group, kernel_name(scope), source, text(source.number(here[scope])))
             label = f"{routing}, batch {batch:g}" + (f", {source.label}" if several else "")
-            marker = "osD^v"[list(dict.fromkeys(s for s, _ in rows)).index(source) % 5]
             values = {scope: float(r.value) for scope, r in here.items()}
-            shown.append(figures.Dots(label, values, _shade(routing, batch), marker))
+            shown.append(figures.Dots(label, values, _shade(routing, what), figures.MARKERS[source.index % 5]))
     return shown
 
 
@@ -210,15 +209,13 @@ def _utilization_theirs(grid: Grid, model_family: str, setting: str, index: int)
         grid.put(group, "batch, queries", None, text(f"{batch:g}"))
         for scope in _ordered(values, figures.KERNELS):
             grid.put(group, kernel_name(scope), None, text(published(values[scope], "share")))
-        if batch == 1 or batch == max(sizes[routing]):
-            shown.append(figures.Dots(f"study: {routing}, batch {batch:g}", values, _shade(routing, batch), "s", hollow=True))
+        if what in (ONE, LARGEST):
+            shown.append(figures.Dots(f"study: {routing}, batch {batch:g}", values, _shade(routing, what), "s", hollow=True))
     return shown
 
 
-def _shade(routing: str, batch: float) -> str:
-    """A routing's colour, lighter for a batch of one."""
-    light = {"sparse": "#6bb7e3", "dense": "#f0a673"}
-    return light.get(routing, figures.OTHER) if batch == 1 else figures.ROUTING.get(routing, figures.OTHER)
+def _shade(routing: str, what: str) -> str:
+    """A routing's colour, lighter for what is smaller than the largest batch."""
+    light = {("sparse", ONE): "#7cc3ec", ("dense", ONE): "#f0a673", ("sparse", DENSE): "#3d97cb"}
+    return light.get((routing, what), figures.ROUTING.get(routing, figures.OTHER))
 
-
-__all__ = ["KERNELS", "LAYERS", "STAGES", "STUDY", "seconds", "utilization"]

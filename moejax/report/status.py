@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from moejax.report import compare
 from moejax.report.compare import Source
 from moejax.report.page import Block, Code, Commands, Fold, Group, Items, Link, Paragraph, Table, Text, text
 from moejax.report.quantities import rounded
@@ -41,13 +43,27 @@ def unfinished(sources: Sequence[Source]) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
+# A trial may measure more than the experiment that it is planned as.
+_BREAKDOWN = ("stages", "layers", "kernels", "utilization")
+_ALSO = {"stages": _BREAKDOWN, "length": _BREAKDOWN, "fit_throughput": ("fit_batch",)}
+
+
+def of(source: Source, experiment: str) -> dict[str, Trial]:
+    """The trials that gave values of an experiment, or should have."""
+    gave = {r.trial for r in source.study.of(experiment)}
+    found = trials(source).items()
+    done = {name: t for name, (kind, t) in found if name in gave or kind == experiment}
+    owed = {name: t for name, (kind, t) in found if t.status != "done" and experiment in _ALSO.get(kind, ())}
+    return {name: t for name, (_, t) in found if name in done or name in owed}
+
+
 def gaps(sources: Sequence[Source], experiment: str) -> tuple[Block, ...]:
     """Which trials of an experiment have no result."""
     items: list[Text] = []
     for source in sources:
         where = f"{source.label}: " if len(sources) > 1 else ""
-        for name, (kind, trial) in trials(source).items():
-            if kind == experiment and trial.status != "done":
+        for name, trial in of(source, experiment).items():
+            if trial.status != "done":
                 why = f": {trial.message}" if trial.message else ""
                 items.append(text(where, Code(name), f" {_WORDS[trial.status]}{why}"))
     if not items:
@@ -60,7 +76,7 @@ def commands(sources: Sequence[Source], experiment: str) -> tuple[Block, ...]:
     """What made the numbers of an experiment."""
     lines = []
     for source in sources:
-        own = list(dict.fromkeys(t.command for kind, t in trials(source).values() if kind == experiment and t.command))
+        own = list(dict.fromkeys(t.command for t in of(source, experiment).values() if t.command))
         if own and len(sources) > 1:
             lines.append(f"# {source.label}")
         lines += own
@@ -119,6 +135,12 @@ def trial_tables(sources: Sequence[Source]) -> tuple[Block, ...]:
 def environment(sources: Sequence[Source]) -> tuple[Block, ...]:
     """The environments side by side; what differs comes first."""
     columns = [dict(_environment(s)) for s in sources]
+    if len(sources) > 1:  # of the settings, what differs
+        flat = [dict(compare.flat(s.study.config)) for s in sources]
+        for key in dict.fromkeys(k for f in flat for k in f):
+            if len({repr(f.get(key)) for f in flat}) > 1:
+                for column, found in zip(columns, flat, strict=True):
+                    column[f"setting {key}"] = str(found.get(key))
     names = list(dict.fromkeys(k for c in columns for k in c))
     differing = [n for n in names if len({c.get(n) for c in columns}) > 1]
     same = [n for n in names if n not in differing]
@@ -127,7 +149,11 @@ def environment(sources: Sequence[Source]) -> tuple[Block, ...]:
         if lines:
             rows = tuple((text(n), *(text(c.get(n) or "–") for c in columns)) for n in lines)
             groups.append(Group(text(title) if len(sources) > 1 and differing else (), rows))
-    return (Table(text("Where and with what it ran."), ("", *(s.label for s in sources)), tuple(groups)),)
+    table = Table(text("Where and with what it ran."), ("", *(s.label for s in sources)), tuple(groups))
+    settings = tuple(
+        Fold(f"The settings of {s.label}", (Commands(tuple(json.dumps(s.study.config, indent=1).splitlines())),)) for s in sources
+    )
+    return (table, *settings)
 
 
 def _environment(source: Source) -> Iterator[tuple[str, str | None]]:
@@ -148,5 +174,3 @@ def _environment(source: Source) -> Iterator[tuple[str, str | None]]:
     yield "made (UTC)", study.created
     yield "environment's fingerprint", it.fingerprint
     yield "configuration's hash", study.config_hash
-    for key, value in study.config.items():
-        yield f"config: {key}", str(value)

@@ -85,13 +85,13 @@ def _fast(source: Source) -> Text:
             if own := [r for r in rows if (r.model, r.data, r.routing) == (model, data, routing)]:
                 best[routing] = max(own, key=lambda r: r.value)
         said_rates = _join([text(source.number(r), f" {k} (batch {r.batch:g})") for k, r in best.items()], " and ")
-        part: Text = (*text(f"{model} on {said('data', data)} trains at most "), *said_rates)
+        part: Text = (*text(f"{model} on {said('data', data)} "), *said_rates)
         if len(best) == 2:
             part = (*part, ", ", derived(best["sparse"].value / best["dense"].value), " times as many")
             theirs = _study_ratio(source, model, data)
             part = (*part, *((" (study: ", theirs, ")") if theirs else ()))
         parts.append(part)
-    return (*text("in queries a second, "), *_join(parts, "; "))
+    return (*text("the highest throughput, in queries a second, is for "), *_join(parts, "; for "))
 
 
 def _study_ratio(source: Source, model: str, data: str | None) -> Number | None:

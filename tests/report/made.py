@@ -105,24 +105,28 @@ def _load(trial, at):
 def _fits(trial, model, method, largest, speed):
     whole = (model, method, None, None, None, None, None)
     values = [(*whole, "", metric, value, unit) for metric, value, unit in (
-        ("c0", 61.7, "tokens/GB"), ("c1", 0.887, "share"), ("model_gb", 23.4, "GB"), ("rmse_gb", 0.41, "GB"), ("points", 12, "count"),
+        ("c0", 61.7, "tokens/GB"), ("c1", 0.887, "share"), ("model_gb", 23.4, "GB"), ("rmse_gb", 0.41, "GB"), ("points", 12, "points"),
     )]  # fmt: skip
     for routing, most in largest.items():
         for data in ("cs", "math"):
-            values.append((model, method, routing, data, "pad_longest", 1024, None, "", "predicted_batch", most + 1, "queries"))
+            for gb, batch in ((24, most // 2), (48, most + 1), (80, 2 * most)):
+                at = (model, method, routing, data, "fixed", 1024, None)
+                values.append((*at, f"{gb} GB", "predicted_batch", batch, "queries"))
     trial(f"fit_batch-{model}", "fit_batch", values)
+    ours = (model, method, None, None, None, None, None)
+    values = [(*ours, "moejax", k, v, u) for k, v, u in (
+        ("t0_seconds", 0.301, "s"), ("token_seconds", 1.2e-4, "s"), ("expert_token_seconds", 9.1e-4, "s"), ("rmse", 0.021, "queries/s"),
+        ("mean_error", 0.0132, "share"), ("points", 11, "points"),
+    )]  # fmt: skip
+    trial(f"fit_throughput-{model}", "fit_throughput", values)
     for data in ("cs", "math"):
         here = (model, method, None, data, "pad_longest", 1024, None)
         values = []
         for scope in ("equation 2 (printed)", "equation 2 (fitted)"):
             values += [(*here, scope, k, v, u) for k, v, u in (
                 ("c2", 0.71, "queries/s"), ("c3", 1.8, "1"), ("c4", 0.55, "queries/s"), ("rmse", 0.213, "queries/s"),
-                ("points", 11, "count"),
+                ("points", 11, "points"),
             )]  # fmt: skip
-        values += [(*here, "moejax", k, v, u) for k, v, u in (
-            ("t0_seconds", 0.301, "s"), ("token_seconds", 1.2e-4, "s"), ("expert_token_seconds", 9.1e-4, "s"), ("rmse", 0.021, "queries/s"),
-            ("mean_error", 0.0132, "share"), ("points", 11, "count"),
-        )]  # fmt: skip
         for routing, most in largest.items():
             for batch in range(1, most + 1):
                 rate = speed * batch / (0.3 + 0.2 * batch * (1 if routing == "sparse" else 2.5))
@@ -138,6 +142,6 @@ def _fits(trial, model, method, largest, speed):
             at = (model, method, "sparse", data, "pad_longest", 1024, largest["sparse"], gpu)
             values += [(*at, k, v, u) for k, v, u in (
                 ("batch", largest["sparse"], "queries"), ("queries_per_second", rate, "queries/s"), ("usd_per_hour", usd_per_hour, "USD/h"),
-                ("hours", hours, "h"), ("usd", hours * usd_per_hour, "USD"), ("measured", measured, "1"),
+                ("hours", hours, "h"), ("usd", hours * usd_per_hour, "USD"), ("measured", measured, "1 or 0"),
             )]  # fmt: skip
         trial(f"cost-{model}-{data}", "cost", values)
