@@ -75,7 +75,9 @@ def shares(blocks: Sequence[Bars], colors: Mapping[str, str], names: Callable[[s
     axes = figure.subplots()
     y, ticks, labels = 0.0, [], []
     for block in blocks:
-        axes.text(0, y + 0.1, block.heading, fontweight="bold", va="center", fontsize=8.5)
+        # From the figure's edge: a long name of a device has the whole width.
+        heading = axes.annotate(block.heading, (0.012, y + 0.1), xycoords=("figure fraction", "data"), fontweight="bold", va="center")
+        heading.set_in_layout(False)
         y += 0.85
         for bar in block.bars:
             _share_bar(axes, y, bar, order, colors)

@@ -46,7 +46,7 @@ class Grid:
         compared = len(self.sources) == 2
         head = [self.first, *(s.label for s in self.sources)]
         if compared:
-            head.append(f"{head[2]} / {head[1]}")
+            head.append("2nd / 1st")
         groups = []
         for title, lines in self.cells.items():
             rows = []
@@ -60,8 +60,8 @@ class Grid:
 
 
 def _ratio(first: Text, second: Text) -> Text:
-    """Of two cells with one number each."""
-    a, b = ([f for f in cell if isinstance(f, Number)] for cell in (first, second))
+    """Of two cells' measured numbers, where each has one."""
+    a, b = ([f for f in cell if isinstance(f, Number) and f.source == "ours"] for cell in (first, second))
     if len(a) != 1 or len(b) != 1 or float(a[0].exact) == 0:
         return NOTHING
     value = float(b[0].exact) / float(a[0].exact)

@@ -49,6 +49,7 @@ th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 400; }
 tr.group th { font-weight: 600; padding-top: .8rem; text-align: left; }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--soft); vertical-align: bottom; }
+data { white-space: nowrap; }
 .study { color: var(--soft); }
 details { margin: .6rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .45rem .8rem; }
 summary { cursor: pointer; color: var(--link); }
@@ -60,8 +61,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
   th, td { padding-right: .5rem; } table { font-size: .82rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } :root { color-scheme: light; --paper: #fff; --ink: #000;
   --soft: #444; --line: #ccc; --wash: #fff; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
-  details { border: 0; padding: 0; } details::details-content { content-visibility: visible; block-size: auto; }
-  .scroll { overflow: visible; } }
+  .scroll { overflow: visible; } details:not([open]) { display: none; } }
 """
 
 

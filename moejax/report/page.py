@@ -89,7 +89,7 @@ class Commands:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that a reader opens. Open in print."""
+    """Blocks that a reader opens. Printed when open."""
 
     summary: str
     blocks: tuple[Block, ...]

@@ -176,8 +176,8 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
     panels: list[tuple[str, Sequence[str], dict[str, list[float]]]] = []
     counts, variances = reference.tokens_per_expert(), reference.printed_variance()
     drawn: set[tuple[str, str]] = set()
-    for setting in dict.fromkeys(naming.name(r) for _, r in rows):
-        mine = [(s, r) for s, r in rows if naming.name(r) == setting]
+    for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
+        mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]
         key = (family(sources, mine[0][1].model), _STUDY_LOAD.get(mine[0][1].data or "", ""))
         for when, words in _WHEN.items():
             for source, row in mine:

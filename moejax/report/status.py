@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -43,7 +42,7 @@ def unfinished(sources: Sequence[Source]) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-# A trial may measure more than the experiment that it is planned as.
+# A trial may measure more than the experiment that it is planned as (one of a length, where that is the breakdown's).
 _BREAKDOWN = ("stages", "layers", "kernels", "utilization")
 _ALSO = {"stages": _BREAKDOWN, "length": _BREAKDOWN, "fit_throughput": ("fit_batch",)}
 
@@ -52,9 +51,14 @@ def of(source: Source, experiment: str) -> dict[str, Trial]:
     """The trials that gave values of an experiment, or should have."""
     gave = {r.trial for r in source.study.of(experiment)}
     found = trials(source).items()
-    done = {name: t for name, (kind, t) in found if name in gave or kind == experiment}
-    owed = {name: t for name, (kind, t) in found if t.status != "done" and experiment in _ALSO.get(kind, ())}
-    return {name: t for name, (_, t) in found if name in done or name in owed}
+    own = {name for name, (kind, _) in found if name in gave or kind == experiment}
+    at = source.study.config.get("sizes", {}).get("breakdown_tokens")
+    owed = {
+        name
+        for name, (kind, t) in found
+        if t.status != "done" and experiment in _ALSO.get(kind, ()) and (kind != "length" or name.endswith(f"/{at}"))
+    }
+    return {name: t for name, (_, t) in found if name in own or name in owed}
 
 
 def gaps(sources: Sequence[Source], experiment: str) -> tuple[Block, ...]:
@@ -151,7 +155,7 @@ def environment(sources: Sequence[Source]) -> tuple[Block, ...]:
             groups.append(Group(text(title) if len(sources) > 1 and differing else (), rows))
     table = Table(text("Where and with what it ran."), ("", *(s.label for s in sources)), tuple(groups))
     settings = tuple(
-        Fold(f"The settings of {s.label}", (Commands(tuple(json.dumps(s.study.config, indent=1).splitlines())),)) for s in sources
+        Fold(f"The settings of {s.label}", (Commands(tuple(f"{k}: {v}" for k, v in compare.flat(s.study.config))),)) for s in sources
     )
     return (table, *settings)
 
