@@ -3,7 +3,6 @@
 import json
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 
 import made
 import pages
@@ -11,7 +10,6 @@ import pytest
 
 from moejax import cli, reference
 from moejax.report import compare, results
-from moejax.report.results import Row, Trial
 
 SECTIONS = [e.replace("_", "-") for e in results.EXPERIMENTS]
 
