@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.characterize.measure import OutOfMemory, Session, random_rows
+from moejax.characterize.measure import Session, random_rows
 from moejax.characterize.outcome import Outcome, Trial
 from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches, stack
@@ -78,10 +78,19 @@ def attempt(t: Trial, rows: int) -> Outcome:
     return Outcome(facts={"peak_bytes": compiled.peak_bytes, "argument_bytes": compiled.argument_bytes, "step_seconds": seconds[-1]})
 
 
+def _fitting_session(t: Trial) -> Session:
+    """For `compile_fitting`: the device's own limit counts too."""
+    return Session(t.task.setting, t.limit or usable_bytes(), artificial=t.limit is not None)
+
+
 def throughput(t: Trial, rows: int) -> Outcome:
     """Train on so many queries of the data, every program compiled and run once before the clock starts."""
     s = t.task.setting
     session = Session(s, t.limit)
+    if t.task.batching == "pack":
+        assert t.task.row_tokens is not None
+        session = _fitting_session(t)
+        rows, _ = session.compile_fitting(rows, t.task.row_tokens)
     batches = list(_full_batches(t, rows, t.study.sizes.queries))
     firsts = {b.tokens.shape: b for b in batches}
     compiled = {shape: session.compile(shape[1], shape[2]) for shape in firsts}
@@ -130,18 +139,12 @@ def _full_batches(t: Trial, rows: int, wanted: int) -> Iterator[Batch]:
 
 
 def breakdown(t: Trial, rows: int) -> Outcome:
-    """Where the time of a step of fixed rows goes, and what it reaches of the device's peaks. At another length than the breakdown's only
-    the latter (the length study)."""
+    """Where the time of a step of fixed rows goes, and what it reaches of the device's peaks. At another length than the breakdown's only the
+    latter (the length study)."""
     s, sizes, length = t.task.setting, t.study.sizes, t.task.row_tokens
     assert length is not None
-    session, compiled = Session(s, t.limit or usable_bytes(), artificial=t.limit is not None), None
-    while compiled is None:
-        try:
-            compiled = session.compile(rows, length, traced=True)
-        except OutOfMemory:
-            if rows == 1 or t.task.batch == 1:
-                raise
-            rows -= max(1, rows // 20)  # as many tokens as the largest batch has: rows of another length may take a little more
+    session = _fitting_session(t)
+    rows, compiled = session.compile_fitting(rows, length, traced=True)
     session.load()
     batches = [random_rows(s, rows, length, seed) for seed in range(WARM + sizes.timed + sizes.traced)]
     seconds = [session.step(compiled.program, b) for b in batches[: WARM + sizes.timed]][WARM:]
@@ -186,9 +189,9 @@ def expert_load(t: Trial, rows: int) -> Outcome:
     from moejax.evaluation.expert_load import count, summarize
 
     s, sizes = t.task.setting, t.study.sizes
-    session = Session(s, t.limit)
+    session = _fitting_session(t)
     assert t.task.row_tokens is not None
-    compiled = session.compile(rows, t.task.row_tokens)
+    rows, compiled = session.compile_fitting(rows, t.task.row_tokens)
     session.load()
     data = s.experiment.data.model_copy(
         update={"batching": "pack", "row_tokens": t.task.row_tokens, "batch_rows": rows, "max_length": s.longest}

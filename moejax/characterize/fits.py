@@ -205,6 +205,7 @@ def _price(gpu: str) -> prices.Price | None:
 def _cost_rows(task: Task, s: Setting, best: Measured, gpu: str, batch: float, rate: float, queries: int, told: dict[str, str],
                measured: bool) -> list[Row]:  # fmt: skip
     hours, price = queries / rate / 3600, _price(gpu)
+    batch = int(batch) if float(batch).is_integer() else batch
     values: list[tuple[str, float, str]] = [
         ("batch", batch, "queries"), ("queries_per_second", rate, "queries/s"), ("queries", queries, "queries"), ("hours", hours, "h"),
         ("measured", int(measured), "1 or 0"),
@@ -212,5 +213,5 @@ def _cost_rows(task: Task, s: Setting, best: Measured, gpu: str, batch: float, r
     if price is not None:
         told[gpu] = price.told
         values += [("usd_per_hour", price.usd_per_hour, "USD/h"), ("usd", hours * price.usd_per_hour, "USD")]
-    where = of_point(best) | {"batch": int(batch) if float(batch).is_integer() else batch, "scope": gpu}
+    where = of_point(best) | {"batch": batch, "scope": gpu}
     return [_row(task, s, "cost", *value, **where) for value in values]

@@ -37,22 +37,37 @@ class Session:
     def __init__(self, setting: Setting, limit: int | None, *, artificial: bool = True):
         self.setting, self.limit, self.artificial = setting, limit, artificial
         self.experiment, self.architecture = setting.experiment, setting.architecture
+        self._compiled: dict[tuple[int, int, bool], aot.Compiled] = {}
         self._state: Any = None
         self._frozen: Any = None
         self._graphdef: Any = None
 
     def compile(self, rows: int, row_tokens: int, *, traced: bool = False) -> aot.Compiled:
         """The step for so many rows. Raises OutOfMemory where it exceeds the limit: before any weight is there."""
-        compiler = {"compiler": compile_profiled} if traced else {}
-        compiled = aot.compile_step(
-            self.experiment, self.architecture, rows=rows, row_tokens=row_tokens, gpu=None, **compiler  # type: ignore[arg-type]
-        )
+        key = rows, row_tokens, traced
+        if key not in self._compiled:
+            compiler = {"compiler": compile_profiled} if traced else {}
+            self._compiled[key] = aot.compile_step(
+                self.experiment, self.architecture, rows=rows, row_tokens=row_tokens, gpu=None, **compiler  # type: ignore[arg-type]
+            )
+        compiled = self._compiled[key]
         if self.limit is not None and compiled.peak_bytes > self.limit:
             told = "RESOURCE_EXHAUSTED (artificial limit, --memory-limit)" if self.artificial else "more than the device has"
             raise OutOfMemory(
                 f"{told}: {rows} rows of {row_tokens} tokens take {compiled.peak_bytes:,} bytes by the compiler, {self.limit:,} are allowed"
             )
         return compiled
+
+    def compile_fitting(self, rows: int, row_tokens: int, *, traced: bool = False) -> tuple[int, aot.Compiled]:
+        """(rows, the step): so many rows, or a few less. For rows of another length than the largest batch was found with: as many tokens
+        may take a little more memory. Raises OutOfMemory where not one row fits."""
+        while True:
+            try:
+                return rows, self.compile(rows, row_tokens, traced=traced)
+            except OutOfMemory:
+                if rows == 1:
+                    raise
+                rows -= max(1, rows // 20)
 
     def load(self) -> None:
         """Weights and optimizer state, as training starts with them."""

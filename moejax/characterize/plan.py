@@ -63,7 +63,7 @@ def tasks(study: Study) -> list[Task]:
     for s in study.settings:
         if s.routing == "sparse":
             found.append(Task(f"expert_load/{s.key}", "expert_load", s, "pack", None, sizes_.pack_row_tokens or s.longest))
-    for s in {s.model: s for s in reversed(study.settings)}.values():
+    for s in {s.model: s for s in study.settings}.values():
         found += [Task(f"fit/{s.model}", "fit", s), Task(f"cost/{s.model}", "cost", s)]
     return found
 

@@ -69,7 +69,7 @@ PRESETS = {
         "BlackMamba-2.8B, all weights, both data sets", ("blackmamba_2.8b_cs_sparse", "blackmamba_2.8b_math_sparse"), STUDY
     ),
     "quick": Preset("Mixtral-8x7B (or --config) with few points", ("mixtral_8x7b_cs_sparse",), QUICK),
-    "cpu-demo": Preset("both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=128_000_000),
+    "cpu-demo": Preset("both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=176_000_000),
 }  # fmt: skip
 
 

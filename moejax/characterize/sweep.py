@@ -51,7 +51,7 @@ def environment(study: Study) -> tuple[Environment, MemoryLimit]:
 
 @dataclass
 class Sweep:
-    """A study in its folder. say: called with each trial's line; changed: after each trial, with the seconds that are left."""
+    """A study in its folder: what is to run, what has run."""
 
     study: Study
     content: results.Study
@@ -103,8 +103,9 @@ class Sweep:
 
     @property
     def waiting(self) -> list[Task]:
-        """Trials that are to run: never run, or failed."""
-        return [t for t in self.tasks if t.name not in self.done or not self.done[t.name].final]
+        """Trials that are to run: never run, or failed; and with them what is computed from all."""
+        names = {t.name for t in self.tasks if t.name not in self.done or not self.done[t.name].final}
+        return [t for t in self.tasks if t.name in names or (names and t.kind in ("fit", "cost"))]
 
     def left_seconds(self, waiting: list[Task]) -> float:
         """What these will take, by the plan and by how it held so far."""
@@ -115,6 +116,9 @@ class Sweep:
     def run(self, told: Callable[[Task, Result | None, float], None]) -> None:
         """Every waiting trial in turn. told(task, None, seconds left) before one, told(task, result, seconds left) after it."""
         waiting = self.waiting
+        for task in waiting:
+            if task.kind in ("fit", "cost"):
+                children.result_path(self.runner.folder, task.name).unlink(missing_ok=True)
         for index, task in enumerate(waiting):
             told(task, None, self.left_seconds(waiting[index:]))
             result = self._run(task)
