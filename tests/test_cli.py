@@ -61,7 +61,7 @@ def test_dry_run_of_a_tiny_model_in_fp32(capsys):
     """Small sizes in MB, and a GPU without bf16 will do. A Hub id alone says no sizes."""
     assert cli.train_main(["--config", str(ROOT / "configs/bench_mixtral_tiny.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "27.1 MB" in out and "0.000" not in out and "V100-32" in out and "no bf16" not in out
+    assert "27.1 MB" in out and " 0.000 " not in out and "V100-32" in out and "no bf16" not in out
     assert cli.train_main(["--config", CONFIG, "--dry-run", "model.preset=null", "model.source=acme/large"]) == 2
     err = capsys.readouterr().err
     assert "model.source = 'acme/large' is no folder here" in err and "add model.preset (one of mixtral-8x7b, " in err

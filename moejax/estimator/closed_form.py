@@ -209,7 +209,8 @@ class _Step:
 
     def kept_of_mixer(self) -> int:
         """What the expert half finds of the mixer's recomputation: a BlackMamba's pair is recomputed as a whole; where everything is
-        fp32, XLA recomputes the attention's scores before it comes to the experts."""
+        fp32, XLA recomputes the attention's scores before it comes to the experts, on a GPU only if the base is trained (in every program
+        looked at, with adapters on the attention or not; why its scheduler goes by that is not known)."""
         c, n = self.config, self.tokens
         if isinstance(c, BlackMambaConfig):
             unit = 4 * n * c.inner_size
@@ -248,15 +249,19 @@ class _Step:
         return 2 * 4 * (last if item < 4 else 0) + 2 * item * every + 3 * item * n * c.hidden_size + partial + item * heads * c.hidden_size
 
     def _attention_fp32(self) -> int:
-        """The same on a GPU where all is fp32 and the base frozen: nothing is converted, so that of every block of queries the weights and
-        the scores' gradient wait for the keys' and values' gradients, and of the last one (the first, the smallest) also the gradient of
-        the weights. Beside them the stream's gradient; rotated queries and the output's gradient; keys and values, transposed; sines and
-        cosines twice; the gradients of the queries whose blocks are done. Adapters there: the normed stream, the three projections as one
-        product, values and both gradients once more, low-rank rows."""
+        """The same on a GPU where all is fp32 and the base frozen: nothing is converted.
+
+        Scores: of every block of queries the weights and the scores' gradient wait for the keys' and values' gradients, and of one block
+        also the gradient of the weights; which one is XLA's choice (of 512 tokens the largest block comes first, of 256 the smallest), so
+        the mean is taken. Beside them the stream's gradient; rotated queries and the output's gradient; keys and values, transposed;
+        sines and cosines twice; the gradients of the queries of other blocks. With adapters on the attention also the normed stream, the
+        three projections as one product, values and both gradients once more, low-rank rows.
+        """
         c, n = self.config, self.tokens
         assert not isinstance(c, BlackMambaConfig)
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        scores = 2 * self.scores()[1] + self.rows * c.num_heads * self.block**2
+        every, blocks = self.scores()[1], -(-self.row_tokens // self.block)
+        scores = 2 * every + every // blocks
         token = c.hidden_size + 2 * heads + 2 * kv + 2 * c.head_dim
         if self.mixer_trained:
             token += c.hidden_size + heads + 3 * kv + self.low_rank
