@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from models.config import Architecture
 from models.layers import ExpertLinear, Linear, trainable
 from models.ops import grouped_matmul as gm
+from models.ops import linear
 
 
 class RouterStats(NamedTuple):
@@ -75,9 +76,11 @@ class MoE(nnx.Module):
     def _sparse(
         self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> jax.Array:
-        plan = gm.choose(self.backend, self.platform, x.shape[0], self.experts, self.k)._replace(
-            activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout
-        )
+        weight = self.w1.weight.get_value()
+        plan = gm.choose(
+            self.backend, self.platform, x.shape[0], self.experts, self.k,
+            hidden=x.shape[1], intermediate=linear.out_size(weight), nf4=linear.is_nf4(weight),
+        )._replace(activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout)  # fmt: skip
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, self.experts, plan.tile)
             groups = gm.Groups(*(checkpoint_name(a, "dispatch") for a in groups))

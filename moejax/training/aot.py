@@ -125,7 +125,7 @@ class Compiled:
 def compile_step(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, gpu: str | None) -> Compiled:
     """Compile one optimizer step of this experiment for `gpu` (None: this machine's device) from shapes alone."""
     sharding = SingleDeviceSharding(jax.local_devices()[0] if gpu is None else device(gpu))
-    platform = jax.default_backend() if gpu is None else "gpu"
+    platform = None if gpu is None else TARGETS[gpu].name
     model = build(config, **model_arguments(experiment), platform=platform)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
     schedule = make_schedule(experiment.training, 1000)

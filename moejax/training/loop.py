@@ -26,7 +26,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokeniz
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import flops, memory, prediction, run_folder, step_profile
+from moejax.training import experts, flops, memory, prediction, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -69,6 +69,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     config = architecture(experiment, model_folder)
+    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
         continue_adapter(experiment, build(config, **model_arguments(experiment)))
