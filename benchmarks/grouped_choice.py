@@ -6,7 +6,8 @@
 
 A shape is TOKENSxHIDDENxINTERMEDIATE, 8 experts, k = 2. Each candidate runs forward and backward (frozen weights, rank-16 adapters on all
 projections, hidden rows recomputed) under a uniform and a skewed routing (loads of the study's Figure 11: one expert with three times its
-share); the sum of the two medians decides. Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful
+share); the sum of the two medians decides, and the loop is
+beaten only by more than `MARGIN`. Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful
 FLOPs, and of one dense product of the same useful size; beside each candidate: the largest difference of output and gradients from the
 loop in fp32, and `ragged`'s FLOPs by the compiler, which is timed but never chosen where it is dense.
 """
@@ -28,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from routing import SKEWED, experts_of
 
 from models.moe import GATED
@@ -37,6 +37,8 @@ from models.ops import grouped_matmul as gm
 from moejax.training import experts as of_run
 
 E, K, RANK = 8, 2, 16
+MARGIN = 1.15
+"""By how much another backend must beat the loop: `capacity` compiles the experts' programs four times over, and costs memory for it."""
 SHAPES = {"cpu": "4096x512x1024,1280x256x512,512x256x512", "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632"}
 TILES = {
     "cpu": ((64, 32), (128, 32), (256, 32), (256, 64)),
@@ -140,25 +142,41 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     useful = 6 * 2 * tokens * K * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
-    both = {
-        name: sum(medians[f"{name}, {routing}"] for routing in ("uniform", "skewed"))
-        for name in plans
-        if f"{name}, skewed" in medians and f"{name}, uniform" in medians
-    }
-    allowed = {name: s for name, s in both.items() if name != "ragged" or ragged < of_run.DENSE_FROM}
-    winner = min(allowed, key=lambda name: allowed[name])
-    loops = [name for name in allowed if name.startswith("loop")]
-    tile = plans[min(loops, key=lambda name: allowed[name])]
-    entry = {
-        "rows_per_expert": tokens * K // E, "hidden": d, "intermediate": f, "nf4": storage != "array",
-        "backend": plans[winner].backend, "tile": tile.tile, "small_tile": tile.small_tile,
-    }  # fmt: skip
+    winner, entry = decide(plans, medians, ragged)
+    entry = {"rows_per_expert": tokens * K // E, "hidden": d, "intermediate": f, "nf4": storage != "array"} | entry
     return {
         "shape": shape, "storage": storage, "dtype": jnp.dtype(dtype).name, "winner": winner, "entry": entry, "medians": medians,
         "of_dense": {name: s / medians["dense"] for name, s in medians.items()},
         "useful_flops_per_second": {name: useful / s for name, s in medians.items()},
         "difference_from_fp32": errors, "seconds": seconds,
     }  # fmt: skip
+
+
+def decide(plans: dict[str, gm.Plan], medians: dict[str, float], ragged: float) -> tuple[str, dict[str, Any]]:
+    """The winner's name, and what the table says of it: the backend, and the best loop's tile."""
+    both = {
+        name: sum(medians[f"{name}, {routing}"] for routing in ("uniform", "skewed"))
+        for name in plans
+        if f"{name}, skewed" in medians and f"{name}, uniform" in medians
+    }
+    loop = min((name for name in both if name.startswith("loop")), key=lambda name: both[name])
+    others = [name for name in ("capacity", "ragged") if name in both and (name != "ragged" or ragged < of_run.DENSE_FROM)]
+    rival = min(others, key=lambda name: both[name], default=loop)
+    winner = rival if both[rival] * MARGIN < both[loop] else loop
+    return winner, {"backend": plans[winner].backend, "tile": plans[loop].tile, "small_tile": plans[loop].small_tile}
+
+
+def again(path: Path) -> list[dict[str, Any]]:
+    """Entries by this file's rule from the seconds of a result that is already there."""
+    result, entries = json.loads(path.read_text()), []
+    for case in result["cases"]:
+        tokens, d, f = (int(n) for n in case["shape"].split("x"))
+        plans = candidates("cpu" if result["device"] == "cpu" else "gpu", tokens, d, f, case["entry"]["nf4"])
+        case["winner"], entry = decide(plans, case["medians"], result["ragged_flops_of_useful"])
+        case["entry"] |= entry
+        entries.append(case["entry"])
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return entries
 
 
 def update(kind: str, entries: list[dict[str, Any]], source: str) -> None:
@@ -181,9 +199,13 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--decide", type=Path, help="a result of this command: decide again from its seconds, and update the table")
     o = parser.parse_args()
     if o.update and o.out is None:
         parser.error("--update needs --out: the table names the file with the seconds")
+    if o.decide:
+        update(json.loads(o.decide.read_text())["device"], again(o.decide), str(o.decide))
+        return 0
     kind, ragged = grouped_choice.here(), of_run.ragged_cost()
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/grouped_choice.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), "device": kind,

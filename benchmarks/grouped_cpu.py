@@ -29,6 +29,7 @@ from routing import SKEWED, experts_of
 from models.moe import GATED
 from models.ops import grouped_matmul as gm
 
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name, default in (("tokens", 4096), ("hidden", 512), ("intermediate", 1024), ("experts", 8), ("k", 2), ("repeat", 15)):

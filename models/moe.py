@@ -66,11 +66,12 @@ class MoE(nnx.Module):
         with jax.named_scope("topk"):
             indices = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.k)[1].astype(jnp.int32)
             indices = checkpoint_name(indices, "router_indices")
-            picked = jnp.take_along_axis(probabilities, indices, axis=-1)
+            chosen = indices[..., None] == jnp.arange(self.experts)
+            # One of the summands is not zero: a gather, but one whose gradient is no scatter.
+            picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
             weights = picked if self.sigmoid else picked / jnp.sum(picked, axis=-1, keepdims=True)
             weights = checkpoint_name(weights, "router_weights")
-            chosen = (indices[..., None] == jnp.arange(self.experts)) & valid[:, None, None]
-            counts = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
+            counts = jnp.sum(chosen & valid[:, None, None], axis=(0, 1), dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
 
     def _sparse(
