@@ -12,6 +12,7 @@ from moejax.report.compare import Source
 from moejax.report.grid import STUDY, Grid, derived, published
 from moejax.report.naming import DATASET, Naming, family, rows_of
 from moejax.report.page import Block, Figure, Fold, Group, Number, Table, Text, text
+from moejax.report.quantities import digits
 from moejax.report.results import Row
 from moejax.report.svg import embed
 
@@ -27,7 +28,9 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     theirs = reference.max_batch_figure()
     for source, row in rows:
         if row.metric in _EQUATION_1:
-            grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(source.number(row)))
+            number = source.number(row)  # C1 is a share and not said in percent, as the study has it
+            plain = Number(digits(row.value), number.exact, number.source, number.place) if row.metric == "c1" else number
+            grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(plain))
     for name, row in {naming.name(r): r for _, r in rows if r.metric in _EQUATION_1}.items():
         model = family(sources, row.model)
         for index, coefficient in enumerate(("c0", "c1")):
@@ -122,7 +125,7 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     for scope in dict.fromkeys(r.scope for _, r in rows):
         for source, row in rows:
             if row.scope == scope and row.metric != "predicted":
-                grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", row.metric.replace("_", " "), source, text(source.number(row)))
+                grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", _fitted(row.metric), source, text(source.number(row)))
     for setting in dict.fromkeys(naming.name(r) for _, r in rows if r.metric == "predicted"):
         mine = [(s, r) for s, r in rows if naming.name(r) == setting]
         curve = _curve(sources, mine[0][1])
@@ -154,6 +157,16 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     return (*blocks, Fold("The numbers of this figure", (grid.table(text(caption)),)))
 
 
+_FITTED = {
+    "c2": "C2, queries/s", "c3": "C3", "c4": "C4, queries/s", "rmse": "RMSE, queries/s", "t0_seconds": "t0",
+    "token_seconds": "u, per token", "expert_token_seconds": "v, per token through all experts", "mean_error": "mean error, of the step's seconds", "points": "points",
+}  # fmt: skip
+
+
+def _fitted(metric: str) -> str:
+    return _FITTED.get(metric, metric.replace("_", " "))
+
+
 def _curve(sources: Sequence[Source], row: Row) -> reference.Curve | None:
     key = ("a40", family(sources, row.model), DATASET.get(row.data or "", ""))
     return next((c for c in reference.curves() if (c.gpu, c.model, c.dataset) == key), None)
@@ -168,7 +181,7 @@ def _study_fits(grid: Grid, setting: str, curve: reference.Curve) -> None:
             cell: Text = (published(value, unit) if name == "c3" else derived(value, unit),)
             if (form, name) == ("fitted", "rmse"):
                 cell = (*cell, " (printed: ", published(curve.printed_rmse), ")")
-            grid.put(group, name, None, cell)
+            grid.put(group, _fitted(name), None, cell)
 
 
 def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[figures.Line]:
@@ -212,7 +225,8 @@ def _study_panel(curve: reference.Curve) -> figures.Panel:
 
 
 _COST = {
-    "batch": "batch", "queries_per_second": "queries/s", "usd_per_hour": "$/hour", "hours": "hours", "usd": "$", "measured": "here",
+    "queries": "queries", "batch": "batch", "queries_per_second": "queries/s", "usd_per_hour": "$/hour", "hours": "hours", "usd": "$",
+    "measured": "here",
 }  # fmt: skip
 
 
@@ -234,14 +248,15 @@ def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
         groups.append(Group(text(setting), tuple(lines)))
     table_4 = tuple(
         (
-            text(r.gpu), text(published(r.max_batch)), text(published(r.queries_per_second)), text(published(r.usd_per_hour)), text("–"),
-            text(published(r.usd, "$")), text("–"),
+            text(r.gpu), text("–"), text(published(r.max_batch)), text(published(r.queries_per_second)), text(published(r.usd_per_hour)),
+            text("–"), text(published(r.usd, "$")), text("–"),
         )
         for r in reference.cost_table()
     )  # fmt: skip
     groups.append(Group(text(f"{STUDY.replace(', A40', '')}, Mixtral-8x7B, sparse (Table IV)"), table_4))
     caption = (
-        "What fine-tuning costs, by GPU. \"here\": measured on this device, or carried over from it by the GPUs' data sheets. "
+        "What fine-tuning on so many queries costs, by GPU. \"here\": measured on this device, or carried over from it by the GPUs' data "
+        "sheets. "
         f"{naming.constant()}"
     )
     return (Table(text(caption), ("GPU", *_COST.values()), tuple(groups)),)

@@ -179,7 +179,7 @@ def test_two_are_compared(two):
         ([{"versions": {"jax": "0.10.2"}}, {"versions": {"jax": "0.11.0"}}], ["jax 0.10.2", "jax 0.11.0"]),
         ([{"config": {"moe": {"backend": "loop"}}}, {"config": {"moe": {"backend": "tiles"}}}], ["backend loop", "backend tiles"]),
         (
-            [{"device": "A", "versions": {"jax": "1"}}, {"device": "B", "versions": {"jax": "1"}}, {"device": "B", "versions": {"jax": "2"}}],
+            [{"device": d, "versions": {"jax": v}} for d, v in ("A1", "B1", "B2")],
             ["A, jax 1", "B, jax 1", "B, jax 2"],
         ),
         ([{}, {}], ["first", "second"]),
@@ -214,7 +214,7 @@ def test_the_page_stands_alone(one):
 
 
 def test_the_same_as_markdown(one):
-    folders, page, file = one
+    _, page, file = one
     content = file.with_suffix(".md").read_text()
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", content):
         assert ET.parse(file.parent / path).getroot().tag.endswith("svg")
