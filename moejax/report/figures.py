@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.9  # inches
-LEGEND_LETTERS, HEADING_LETTERS, TITLE_LETTERS = 58, 52, 46  # the most in a line; more is cut: the tables have every name in full
+LEGEND_LETTERS, HEADING_LETTERS, TITLE_LETTERS = 58, 56, 46  # the most in a line; more is cut: the tables have every name in full
 # Okabe and Ito's colours; shades of one where parts belong together.
 ROUTING = {"sparse": "#0072B2", "dense": "#D55E00"}
 PHASES = {
@@ -236,7 +236,7 @@ def grouped(
         for i, (name, values) in enumerate(series.items()):
             xs = [x + (i - (len(series) - 1) / 2) * width for x in range(len(groups))]
             axes.bar(xs, values, width, color=colors[name], edgecolor=PAPER, linewidth=0.3)
-        axes.set_title(_wrapped(title, TITLE_LETTERS // 2), fontsize=7.5)
+        axes.set_title(_wrapped(title, TITLE_LETTERS // 2 + 3), fontsize=7.5)
         axes.set_xticks(range(len(groups)), groups, fontsize=7.5)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
@@ -259,7 +259,9 @@ def _legend_height(labels: Collection[str], most: int) -> float:
 
 
 def _wrapped(words: str, letters: int) -> str:
-    """At most two lines of so many letters."""
+    """At most two lines of so many letters; where there are two already, each by itself."""
+    if "\n" in words:
+        return "\n".join(textwrap.shorten(line, letters, placeholder=" …") for line in words.splitlines())
     lines = textwrap.wrap(words, letters)
     return "\n".join(lines if len(lines) <= 2 else [lines[0], textwrap.shorten(" ".join(lines[1:]), letters, placeholder=" …")])
 

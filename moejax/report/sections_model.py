@@ -77,13 +77,13 @@ def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, pr
             for routing, color in figures.ROUTING.items():
                 own = [r for s, r in predicted if s is source and (naming.name(r), r.routing) == (setting, routing)]
                 ran = [r for s, r in proved if s is source and (naming.name(r), r.routing) == (setting, routing)]
-                label = f"{source.label}, {routing}" if len(sources) > 1 else routing
+                after = f", {source.label}" if len(sources) > 1 else ""
                 points = [(gb, float(r.value)) for r in own if (gb := _gigabytes(r.scope)) is not None]
                 if points:
-                    lines.append(figures.Line(f"{label}: equation 1", tuple(sorted(points)), color, "None", "--"))
+                    lines.append(figures.Line(f"{routing}: equation 1{after}", tuple(sorted(points)), color, "None", "--"))
                 if ran and limit:
                     at = tuple((limit / 1e9, float(r.value)) for r in ran)
-                    lines.append(figures.Line(f"{label}: ran", at, color, figures.MARKERS[source.index % 5], ""))
+                    lines.append(figures.Line(f"{routing}: ran{after}", at, color, figures.MARKERS[source.index % 5], ""))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "memory, GB", "largest batch"))
     ran_there = tuple((float(gb), float(b)) for gb, b in theirs.ground_truth.items())
@@ -158,8 +158,9 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
 
 
 _FITTED = {
-    "c2": "C2, queries/s", "c3": "C3", "c4": "C4, queries/s", "rmse": "RMSE, queries/s", "t0_seconds": "t0",
-    "token_seconds": "u, per token", "expert_token_seconds": "v, per token through all experts", "mean_error": "mean error, of the step's seconds", "points": "points",
+    "c2": "C2, queries/s", "c3": "C3", "c4": "C4, queries/s", "rmse": "RMSE, queries/s", "t0_seconds": "t0", "points": "points",
+    "token_seconds": "u, per token", "expert_token_seconds": "v, per token through all experts",
+    "mean_error": "mean error, of the step's seconds",
 }  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[fi
     lines = []
     first = mine[0][1]
     for source in sources:
-        before = f"{source.label}, " if len(sources) > 1 else ""
+        after = f", {source.label}" if len(sources) > 1 else ""
         for routing, color in figures.ROUTING.items():
             own = [
                 (float(r.batch or 0), float(r.value))
@@ -197,7 +198,7 @@ def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[fi
             ]
             if own:
                 marker = figures.MARKERS[source.index % 5]
-                lines.append(figures.Line(f"{before}{routing}: measured", tuple(sorted(own)), color, marker, ""))
+                lines.append(figures.Line(f"{routing}: measured{after}", tuple(sorted(own)), color, marker, ""))
             for scope, dash in (("moejax", "-"), ("equation 2 (fitted)", "--")):
                 said = [
                     (float(r.batch or 0), float(r.value))
@@ -206,7 +207,7 @@ def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[fi
                 ]
                 if said:
                     name = "step model" if scope == "moejax" else "equation 2"
-                    lines.append(figures.Line(f"{before}{routing}: {name}", tuple(sorted(said)), color, "None", dash))
+                    lines.append(figures.Line(f"{routing}: {name}{after}", tuple(sorted(said)), color, "None", dash))
     return lines
 
 

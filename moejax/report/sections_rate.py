@@ -70,9 +70,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
                         packed = f" ({said('batching', batching)})" if batching and len(packings) > 1 else ""
                         grid.put(group, f"batch {row.batch:g}{packed}", source, text(source.number(row)))
                     points = tuple(sorted((float(r.batch or 0), float(r.value)) for r in own))
-                    label = ", ".join(
-                        [*([source.label] if len(sources) > 1 else []), routing or "", *([said("batching", batching)] if batching else [])]
-                    )
+                    words = [routing or "", said("batching", batching) if batching else "", source.label if len(sources) > 1 else ""]
+                    label = ", ".join(w for w in words if w)
                     marker = (figures.PACKED_MARKERS if batching == "pack" else figures.MARKERS)[source.index % 5]
                     color = figures.ROUTING.get(routing or "", figures.OTHER)
                     lines.append(figures.Line(label, points, color, marker, "--" if batching == "pack" else "-"))
@@ -132,7 +131,7 @@ def length(sources: Sequence[Source]) -> tuple[Block, ...]:
                         grid.put(f"{setting}, {routing}: {words}", f"{row.seq_len}", source, text(source.number(row), batch))
                     if name == "step_seconds" and own:
                         points = tuple((float(r.seq_len or 0), float(r.value)) for r in own)
-                        label = f"{source.label}, {routing}" if len(sources) > 1 else routing
+                        label = f"{routing}, {source.label}" if len(sources) > 1 else routing
                         lines.append(figures.Line(label, points, figures.ROUTING[routing], figures.MARKERS[source.index % 5]))
         model = family(sources, mine[0][1].model)
         for routing in ("sparse", "dense"):
@@ -176,6 +175,7 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
     panels: list[tuple[str, Sequence[str], dict[str, list[float]]]] = []
     counts, variances = reference.tokens_per_expert(), reference.printed_variance()
     drawn: set[tuple[str, str]] = set()
+    one_routing = len({r.routing for _, r in rows}) == 1
     for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
         mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]
         key = (family(sources, mine[0][1].model), _STUDY_LOAD.get(mine[0][1].data or "", ""))
@@ -198,15 +198,18 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
             series = {w: _shares([r for s, r in mine if s is source], w) for w in _WHEN}
             series = {w: v for w, v in series.items() if v}
             if series:
-                on = f" on {source.label}" if len(sources) > 1 else ""
-                panels.append((f"{setting}{on}", [str(i) for i in range(max(map(len, series.values())))], series))
+                title = naming.name(mine[0][1], "" if one_routing else mine[0][1].routing or "")
+                on = f"\n{source.label}" if len(sources) > 1 else ""
+                panels.append((f"{title}{on}", [str(i) for i in range(max(map(len, series.values())))], series))
         if key in counts and key not in drawn:
             drawn.add(key)
             series = {w: _percent(counts[key[0], key[1] + t]) for w, t in (("before", ""), ("after", "_tuned"))}
             panels.append((f"study: {key[0]}, {'HellaSwag' if key[1] == 'HE' else 'GSM8K'}", [str(i) for i in range(8)], series))
     title = "Each expert's share of all choices, mean over the layers, before and after fine-tuning. The study's: PyTorch."
     figure = figures.grouped(panels, figures.BEFORE_AFTER, "expert", "share, %")
-    told = " ".join(f"{name}: " + "; ".join(f"{w} {_said(v)}" for w, v in series.items()) + "." for name, _, series in panels)
+    told = " ".join(
+        f"{name.replace(chr(10), ' on ')}: " + "; ".join(f"{w} {_said(v)}" for w, v in series.items()) + "." for name, _, series in panels
+    )
     return (
         Figure("expert_load-1", title, embed(figure, "expert_load-1", title, f"Bars by expert, percent. {told}")),
         Fold("The numbers of this figure", (grid.table(text(f"Tokens per query by expert, mean over the layers. {naming.constant()}")),)),
