@@ -131,11 +131,14 @@ def _table(table: Table) -> str:
         )
         bodies.append(f"<tbody>{title}{rows}</tbody>")
     words = "" if any(isinstance(f, Number) for g in table.groups for r in g.rows for c in r for f in c) else ' class="words"'
-    # A region that scrolls sideways must be within the keyboard's reach.
-    return (
-        f'<div class="scroll" tabindex="0"><table{words}><caption>{_text(table.caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
-    )
+    # A region that scrolls sideways must be within the keyboard's reach, and have a name.
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(_plain(table.caption))}">'
+    caption = f"<caption>{_text(table.caption)}</caption>"
+    return f"{region}<table{words}>{caption}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
+
+
+def _plain(content: Text) -> str:
+    return "".join(f if isinstance(f, str) else f.text for f in content)
 
 
 def _text(content: Text) -> str:
