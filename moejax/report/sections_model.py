@@ -10,7 +10,7 @@ from moejax.estimator import paper
 from moejax.report import figures
 from moejax.report.compare import Source
 from moejax.report.grid import STUDY, Grid, derived, published
-from moejax.report.naming import DATASET, Naming, family, rows_of
+from moejax.report.naming import Naming, dataset, family, rows_of
 from moejax.report.page import Block, Figure, Fold, Group, Number, Table, Text, text
 from moejax.report.quantities import digits
 from moejax.report.results import Row
@@ -126,14 +126,16 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
         for source, row in rows:
             if row.scope == scope and row.metric != "predicted":
                 grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", _fitted(row.metric), source, text(source.number(row)))
-    for setting in dict.fromkeys(naming.name(r) for _, r in rows if r.metric == "predicted"):
-        mine = [(s, r) for s, r in rows if naming.name(r) == setting]
+    predicted = [(s, r) for s, r in rows if r.metric == "predicted"]
+    for setting in dict.fromkeys(naming.name(r) for _, r in predicted):
+        mine = [(s, r) for s, r in predicted if naming.name(r) == setting]
         curve = _curve(sources, mine[0][1])
         if curve:
-            _study_fits(grid, setting, curve)
+            same = dataset(mine[0][1].data)[1]
+            _study_fits(grid, setting if same else f"study: {curve.model}, commonsense", curve)
         for scope in dict.fromkeys(r.scope for _, r in mine):
             for source, row in mine:
-                if row.scope == scope and row.metric == "predicted":
+                if row.scope == scope:
                     what = f"{setting}: queries a second by {_WORDS.get(scope, scope)}"
                     packed = " (packed)" if row.batching == "pack" else ""
                     grid.put(what, f"{row.routing}, batch {row.batch:g}{packed}", source, text(source.number(row)))
@@ -169,7 +171,7 @@ def _fitted(metric: str) -> str:
 
 
 def _curve(sources: Sequence[Source], row: Row) -> reference.Curve | None:
-    key = ("a40", family(sources, row.model), DATASET.get(row.data or "", ""))
+    key = ("a40", family(sources, row.model), dataset(row.data)[0])
     return next((c for c in reference.curves() if (c.gpu, c.model, c.dataset) == key), None)
 
 
@@ -182,7 +184,7 @@ def _study_fits(grid: Grid, setting: str, curve: reference.Curve) -> None:
             cell: Text = (published(value, unit) if name == "c3" else derived(value, unit),)
             if (form, name) == ("fitted", "rmse"):
                 cell = (*cell, " (printed: ", published(curve.printed_rmse), ")")
-            grid.put(group, _fitted(name), None, cell)
+            grid.cells.setdefault(group, {}).setdefault(_fitted(name), {})[len(grid.sources)] = cell
 
 
 def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[figures.Line]:
@@ -203,7 +205,7 @@ def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[fi
                 said = [
                     (float(r.batch or 0), float(r.value))
                     for s, r in mine
-                    if s is source and (r.scope, r.metric, r.routing) == (scope, "predicted", routing) and r.batching != "pack"
+                    if s is source and (r.scope, r.routing) == (scope, routing) and r.batching != "pack"
                 ]
                 if said:
                     name = "step model" if scope == "moejax" else "equation 2"

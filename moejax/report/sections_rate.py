@@ -8,7 +8,7 @@ from moejax import reference
 from moejax.report import figures
 from moejax.report.compare import Source
 from moejax.report.grid import Grid, derived, published
-from moejax.report.naming import DATASET, Naming, family, rows_of, said
+from moejax.report.naming import DATASET, Naming, dataset, family, rows_of, said
 from moejax.report.page import Block, Figure, Fold, Text, text
 from moejax.report.results import Row
 from moejax.report.svg import embed
@@ -34,11 +34,12 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
         setting, routing = naming.name(row), row.routing or ""
         if row.metric == "proved_batch":
             grid.put(setting, routing, source, text(source.number(row)))
-        if found := printed.pop((family(sources, row.model), DATASET.get(row.data or "", ""), routing), None):
-            cell: Text = (published(found.printed),)
-            if found.swept != found.printed:
-                cell = (*cell, " (in its sweeps: ", published(found.swept), ")")
-            grid.put(setting, routing, None, cell)
+        theirs, same = dataset(row.data)
+        if same and (found := printed.pop((family(sources, row.model), theirs, routing), None)):
+            grid.put(setting, routing, None, _printed(found))
+    for model in dict.fromkeys(family(sources, r.model) for _, r in rows if not dataset(r.data)[1]):
+        for routing in ("sparse", "dense"):  # of other data: apart
+            grid.put(f"study: {model}, commonsense", routing, None, _printed(printed[model, DATASET["cs"], routing]))
     for line in _MEMORY:
         for source, row in rows:
             if row.metric == line:
@@ -47,6 +48,11 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     caption = f"The largest batch that ran, in queries. {naming.constant()}"
     blocks: tuple[Block, ...] = (grid.table(text(caption)),) if grid.cells else ()
     return (*blocks, Fold("Predicted, refused, and the memory", (more.table(text("By the compiler and as it ran.")),)))
+
+
+def _printed(found: reference.MaxBatch) -> Text:
+    cell: Text = (published(found.printed),)
+    return cell if found.swept == found.printed else (*cell, " (in its sweeps: ", published(found.swept), ")")
 
 
 def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
@@ -77,7 +83,7 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
                     lines.append(figures.Line(label, points, color, marker, "--" if batching == "pack" else "-"))
         lines += _study_curves(sources, grid, mine[0][1], setting)
         panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
-    title = "Throughput by batch size. Filled: ours; hollow: the study's, PyTorch on an A40 (where it has the data set)."
+    title = "Throughput by batch size. Filled: ours; hollow: the study's, PyTorch on an A40."
     figure = figures.curves(panels)
     caption = f"Queries a second by batch size. {naming.constant()}"
     return (
@@ -87,7 +93,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
 
 
 def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str) -> list[figures.Line]:
-    model, data = family(sources, row.model), DATASET.get(row.data or "")
+    model, (data, same) = family(sources, row.model), dataset(row.data)
+    group = setting if same else f"study: {model}, commonsense"
     lines = []
     for curve in reference.curves():
         if (curve.gpu, curve.model, curve.dataset) != ("a40", model, data):
@@ -96,9 +103,10 @@ def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str)
             points = tuple((float(b), q) for b, q in curve.kind(routing))
             for batch, rate in curve.kind(routing):
                 line = f"batch {batch}"
-                padded = next((name for name in grid.cells.get(f"{setting}, {routing}", {}) if name.startswith(f"{line} (padded")), line)
-                grid.put(f"{setting}, {routing}", padded, None, text(published(rate, "queries/s")))
-            lines.append(figures.Line(f"study: {routing}", points, figures.ROUTING[routing], "s", ":", hollow=True))
+                padded = next((name for name in grid.cells.get(f"{group}, {routing}", {}) if name.startswith(f"{line} (padded")), line)
+                grid.cells.setdefault(f"{group}, {routing}", {}).setdefault(padded, {})[len(sources)] = text(published(rate, "queries/s"))
+            words = "study" if same else "study, commonsense"
+            lines.append(figures.Line(f"{words}: {routing}", points, figures.ROUTING[routing], "s", ":", hollow=True))
     return lines
 
 

@@ -5,6 +5,7 @@ import time
 
 import made
 import pytest
+from support import ROOT
 
 from docs.make_screenshots import Browser
 from moejax import cli
@@ -25,15 +26,19 @@ def browser(tmp_path_factory):
     found.process.wait(timeout=30)
 
 
-@pytest.fixture(scope="module", params=["one", "two"])
+DEMO = ROOT / "tests" / "report" / "fixtures" / "cpu_demo"
+
+
+@pytest.fixture(scope="module", params=["demo", "two"])
 def opened(request, browser, tmp_path_factory):
-    """The report of one made-up study, and of two."""
+    """The report of cpu-demo, and of two made-up studies."""
     folder = tmp_path_factory.mktemp(request.param)
     # Real GPUs have long names: nothing of them may run out of a figure.
     results.write(made.study("NVIDIA A100-SXM4-40GB"), folder / "a")
     results.write(made.study("NVIDIA RTX PRO 6000 Blackwell Server Edition", 2.0, {"sparse": 6, "dense": 2}), folder / "b")
     file = folder / "report.html"
-    assert cli.main(["report", *[str(folder / n) for n in ("a", "b")[: ("one", "two").index(request.param) + 1]], "--out", str(file)]) == 0
+    folders = [DEMO] if request.param == "demo" else [folder / "a", folder / "b"]
+    assert cli.main(["report", *map(str, folders), "--out", str(file)]) == 0
     browser.events.clear()
     browser.ask("Page.navigate", url=file.as_uri())
     browser.until("document.readyState == 'complete'")
