@@ -97,7 +97,7 @@ class Mixtral(LanguageModel):
         def body(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, RouterStats]:
             weights, index = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return layer_of(weights, index)(x, segment_ids, positions, key, remat == "none")
+            return layer_of(weights, index)(x, segment_ids, positions, key, remat != "full")
 
         xs = (state, jnp.arange(self.config.num_layers))
         x = self.embed(tokens, self.dtype)

@@ -95,6 +95,7 @@ class MoE(nnx.Module):
     def _dense(self, x: jax.Array, weights: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         up = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
         gate = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3))
+        up, gate = checkpoint_name(up, "hidden"), checkpoint_name(gate, "hidden")
         with jax.named_scope("act"):
             activation = self.gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
         return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from models.ops.linear import Weight, dequantized, out_size, part, with_frozen
 
@@ -300,7 +301,7 @@ def _mlp(plan, x, row_weights, sizes, inputs, output, key):  # type: ignore[no-u
 
 def _mlp_forward(plan, *operands):  # type: ignore[no-untyped-def]
     y, kept = _run(plan, plan.keep, *operands)
-    return y, (operands, kept)
+    return y, (operands, [checkpoint_name(rows, "hidden") for rows in kept])
 
 
 def _mlp_backward(plan, residuals, dy):  # type: ignore[no-untyped-def]

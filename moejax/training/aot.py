@@ -131,11 +131,12 @@ def compile_step(
 
     compiler: what makes an executable of the lowering; for a trace, `profiling.capture.compile_profiled`.
     """
-    sharding = SingleDeviceSharding(jax.local_devices()[0] if gpu is None else device(gpu))
+    # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
+    sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
     platform = jax.default_backend() if gpu is None else "gpu"
     model = build(config, **model_arguments(experiment), platform=platform)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
-    schedule = make_schedule(experiment.training, 1000)
+    schedule = make_schedule(experiment.training, experiment.training.steps or 1000)
     optimizer = make_optimizer(experiment.training, schedule)
     step = make_train_step(objective(experiment, graphdef), optimizer, schedule, experiment.seed)
     state = jax.eval_shape(lambda t: initial_state(t, optimizer), trainable)

@@ -219,6 +219,9 @@ def test_the_command(capsys):
     assert code == 0 and found["row_tokens"] == 2048 and a40["queries"] > 10 * a40["rows"] > 0 and l4["rows"] == 0
     assert "GB more than" in l4["problem"] and "A40" in l4["problem"].split("; ")[1] and "would do" in l4["problem"]
     assert sum(a40["parts_gb"].values()) == pytest.approx(a40["peak_gb"]) and a40["peak_gb"] <= a40["usable_gb"]
+    tiny = ("--config", str(estimating.ROOT / "configs" / "bench_mixtral_tiny.yaml"), "--closed-form", "--gpu", "A40", "--rows", "10")
+    code, out, _ = run(capsys, *tiny)
+    assert code == 0 and " MB" in out and " 0.000" not in out
     code, out, _ = run(capsys, *SPARSE, "--gpu", "A40", "--rows", "3", "--json")
     assert json.loads(out)["gpus"][0]["rows"] == 3
 
