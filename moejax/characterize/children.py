@@ -116,13 +116,14 @@ def _reason(code: int, log: Path) -> str:
 
 def search(first: int, runs: Callable[[int], bool]) -> tuple[int, int]:
     """(largest that runs, smallest that does not), two neighbours, each tried. `first`: where to begin; 0 runs by definition."""
-    low, high, rows = 0, None, max(1, first)
+    low, high, rows, step = 0, None, max(1, first), 1
     while high is None or high - low > 1:
         if runs(rows):
             low = rows
-            rows = low + max(1, low // 50) if high is None and rows != first else low + 1 if high is None else (low + high) // 2
         else:
             high = rows
-            # The prediction was a little too high, if it was: one less, then steps that grow, then the middle.
-            rows = (low + high) // 2 if low else max(1, high - max(1, 2 * (first - high)))
+        if high is not None and low:
+            rows = (low + high) // 2
+        else:  # the prediction is a little off, if it is: steps that grow, up or down, until one runs and one does not
+            rows, step = low + step if high is None else max(1, high - step), 2 * step
     return low, high

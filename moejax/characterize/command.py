@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print the trials and how long each is expected to take; run nothing")
     parser.add_argument("--memory-limit", metavar="BYTES", help="an artificial limit, e.g. 2GB: as if the device had no more")
     parser.add_argument("--pretrained", action="store_true", help="the configs' own weights and data sets, downloaded; else random ones")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="change single values of every config")
+    what = "change single values of every config, or, by sweep.NAME, of the sweep"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=what)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -139,8 +139,8 @@ def _full_batches(t: Trial, rows: int, wanted: int) -> Iterator[Batch]:
 
 
 def breakdown(t: Trial, rows: int) -> Outcome:
-    """Where the time of a step of fixed rows goes, and what it reaches of the device's peaks. At another length than the breakdown's only the
-    latter (the length study)."""
+    """Where the time of a step of fixed rows goes, and what it reaches of the device's peaks; at another length than the breakdown's only
+    the latter, which is the length study."""
     s, sizes, length = t.task.setting, t.study.sizes, t.task.row_tokens
     assert length is not None
     session = _fitting_session(t)

@@ -28,7 +28,11 @@ from moejax.training.state import create_model, initial_state, model_arguments, 
 
 
 class OutOfMemory(Exception):
-    """A step that the device, or the artificial limit, has no room for."""
+    """A step that the device, or the artificial limit, has no room for. `share`: of what it takes is there."""
+
+    def __init__(self, told: str, share: float):
+        super().__init__(told)
+        self.share = share
 
 
 class Session:
@@ -54,7 +58,8 @@ class Session:
         if self.limit is not None and compiled.peak_bytes > self.limit:
             told = "RESOURCE_EXHAUSTED (artificial limit, --memory-limit)" if self.artificial else "more than the device has"
             raise OutOfMemory(
-                f"{told}: {rows} rows of {row_tokens} tokens take {compiled.peak_bytes:,} bytes by the compiler, {self.limit:,} are allowed"
+                f"{told}: {rows} rows of {row_tokens} tokens take {compiled.peak_bytes:,} bytes by the compiler, of {self.limit:,} allowed",
+                self.limit / compiled.peak_bytes,
             )
         return compiled
 
@@ -64,10 +69,10 @@ class Session:
         while True:
             try:
                 return rows, self.compile(rows, row_tokens, traced=traced)
-            except OutOfMemory:
+            except OutOfMemory as error:
                 if rows == 1:
                     raise
-                rows -= max(1, rows // 20)
+                rows = max(1, min(rows - 1, int(rows * error.share)))
 
     def load(self) -> None:
         """Weights and optimizer state, as training starts with them."""

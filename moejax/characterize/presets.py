@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -61,7 +63,7 @@ QUICK = replace(
 # Few shapes: on a CPU nearly all the time goes into starting and compiling. The problems' queries have 45 to 48 tokens: 4 in a row of 192.
 CPU_DEMO = replace(
     QUICK, batches=(1, "1/2", "largest"), pack_row_tokens=192, queries=128, breakdown_tokens=64, lengths=(64, 256, 1024),
-    dense_lengths=(64,), tune_steps=40, load_queries=64,
+    dense_lengths=(64,), tune_steps=40, load_queries=64, timed=3, traced=1,
 )  # fmt: skip
 PRESETS = {
     "study-mixtral": Preset("Mixtral-8x7B by QLoRA, both data sets", ("mixtral_8x7b_cs_sparse", "mixtral_8x7b_math_sparse"), STUDY),
@@ -71,6 +73,48 @@ PRESETS = {
     "quick": Preset("Mixtral-8x7B (or --config) with few points", ("mixtral_8x7b_cs_sparse",), QUICK),
     "cpu-demo": Preset("both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=176_000_000),
 }  # fmt: skip
+
+
+def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
+    """(sizes changed by `sweep.NAME=VALUE`, the other overrides). Raises UserError for a size that is none, or a value that fits none."""
+    import yaml
+
+    rest: list[str] = []
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not name.startswith("sweep."):
+            rest.append(text)
+            continue
+        name = name.removeprefix("sweep.")
+        known = Sizes.__dataclass_fields__
+        if name not in known or not equals:
+            raise UserError(f"override {text!r}: expected sweep.NAME=VALUE with one of {', '.join(known)}")
+        read = yaml.safe_load(value)
+        wanted = getattr(sizes, name)
+        read = tuple(read) if isinstance(read, list) else read
+        if not _fits(name, read, wanted):
+            raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}")
+        changes[name] = read
+    return replace(sizes, **changes), rest
+
+
+def _fits(name: str, value: Any, like: Any) -> bool:
+    """Whether a value can stand for this size."""
+    if name == "routings":
+        return isinstance(value, tuple) and bool(value) and set(value) <= {"sparse", "dense"}
+    if name in ("batches", "packed"):
+        return isinstance(value, tuple) and bool(value) and all(_is_batch(v) for v in value)
+    whole = value if isinstance(like, tuple) else (value,)
+    if name == "pack_row_tokens" and value is None:
+        return True
+    return isinstance(whole, tuple) and all(type(v) is int and v >= 1 for v in whole)
+
+
+def _is_batch(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "largest" or bool(re.fullmatch(r"1/[1-9][0-9]*", value))
+    return type(value) is int and value >= 1
 
 
 def queries_of(batch: Batch, largest: int) -> int:

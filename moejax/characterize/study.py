@@ -12,7 +12,7 @@ import numpy as np
 
 from models.config import Architecture, BlackMambaConfig
 from moejax import config as experiments
-from moejax.characterize.presets import PRESETS, Preset, Sizes
+from moejax.characterize.presets import PRESETS, Preset, Sizes, override
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimating import ROOT, architecture_of
@@ -130,7 +130,7 @@ def resolve(
     if preset is None and not files:
         raise UserError(f"what is to be characterized? --config FILE (see configs/), or --preset {' | '.join(PRESETS)}")
     known: Preset | None = PRESETS[preset] if preset else None
-    sizes_ = known.sizes if known else Sizes()
+    sizes_, overrides = override(known.sizes if known else Sizes(), overrides)
     if not files:
         assert known is not None
         files = [str(ROOT / "configs" / f"{name}.yaml") for name in known.configs]
