@@ -35,8 +35,8 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.hub.names import tensors
-from moejax.training.loop import steps_in, total_steps
 from moejax.training.parameters import base_and_active, groups_of
+from moejax.training.run_steps import steps_in, total_steps
 from moejax.training.state import architecture, create_model, model_arguments
 
 DIGEST_LIMIT = 2_000_000_000
@@ -81,6 +81,8 @@ def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> di
 
 def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[str, Any]:
     kind = "mixtral" if isinstance(config, MixtralConfig) else "blackmamba"
+    if experiment.training.remat not in ("none", "full"):
+        raise UserError(f"training.remat = {experiment.training.remat}: PyTorch's side knows full and none: set one of them")
     content = {"format": contract.FORMAT, "kind": kind, "experiment": experiment.model_dump(mode="json")}
     if stack_name is not None:
         try:
