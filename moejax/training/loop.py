@@ -77,6 +77,8 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
     console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
     console.print(dataset.table())
+    if asked is not None and asked.why_no_loss:
+        console.print(f"no eval/loss: {asked.why_no_loss}", highlight=False, soft_wrap=True)
     check_profile(experiment, dataset)
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
