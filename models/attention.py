@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.config import MixtralConfig
 from models.layers import Linear, rotate
@@ -39,7 +40,7 @@ class Attention(nnx.Module):
         """x: [B, T, D]; segment_ids, positions: int32 [B, T]."""
         with jax.named_scope("attention"):
             q, k, v = self._project(x, positions, dropout_key)
-            out = segment_attention(q, k, v, segment_ids)
+            out = checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
             return self.o_proj(out.reshape(*x.shape[:2], -1), _fold(dropout_key, 3))
 
     def cached(self, x: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:

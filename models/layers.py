@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.lora import LoRA
 from models.ops import linear
@@ -19,12 +20,16 @@ from models.ops.grouped_matmul import Projection
 from models.ops.linear import OfLayer
 
 INIT_STD = 0.02
-REMAT_POLICIES = ("none", "full")
+REMAT_POLICIES = ("none", "dots", "full")
+"""From the one that recomputes nothing to the one that keeps least."""
 ROUTING_NAMES = ("router_indices", "router_weights", "dispatch")
 """What every rematerialization policy keeps: recomputation must never change an expert choice."""
 HALFWAY_NAMES = ("halfway", "attention_log_sums")
 """The stream between the two halves of a layer, and one number per query and head: each half is then recomputed by itself, and of
 the attention only q, k and v (its output and what follows are needed for nothing but the stream)."""
+
+DOT_NAMES = ("linear", "mixed", "scan_states", "hidden")
+"""What the products of a layer computed: of its linear layers, of the attention or the scan (and the scan's states), of the experts."""
 
 
 class Frozen(nnx.Variable):
@@ -85,7 +90,7 @@ class Linear(nnx.Module):
             y = linear.with_frozen(linear.matmul, self.scope, weight, x)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
-        return y if self.lora is None else y + self.lora(x, dropout_key)
+        return checkpoint_name(y if self.lora is None else y + self.lora(x, dropout_key), "linear")
 
 
 class ExpertLinear(nnx.Module):
@@ -180,11 +185,11 @@ def _of_experts(variable: nnx.Variable) -> bool:
 
 
 def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`none` keeps what autodiff keeps; `full` keeps the stream before each half of a layer, and the routing. Raises ValueError for
-    another name."""
+    """`none` keeps what autodiff keeps; `dots` the stream before each half of a layer, the routing, and what products computed (norms,
+    activations and dequantization are done again); `full` the stream and the routing. Raises ValueError for another name."""
     if remat == "none":
         return body
-    if remat == "full":
-        policy = jax.checkpoint_policies.save_only_these_names(*ROUTING_NAMES, *HALFWAY_NAMES)
-        return jax.checkpoint(body, policy=policy, prevent_cse=False)
-    raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")
+    kept = {"dots": (*ROUTING_NAMES, *HALFWAY_NAMES, *DOT_NAMES), "full": (*ROUTING_NAMES, *HALFWAY_NAMES)}
+    if remat not in kept:
+        raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")
+    return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*kept[remat]), prevent_cse=False)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.config import BlackMambaConfig
 from models.layers import Linear
@@ -104,5 +105,6 @@ class Mamba(nnx.Module):
         with jax.named_scope("scan"):
             a, d = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d))
             y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=self.scan_form)
+        y = checkpoint_name(y, "mixed")
         gated = (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype)
         return self.out_proj(gated), last

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moejax import __version__, estimating
+from moejax.characterize import command as characterize
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
+from moejax.report import command as report
 
 if TYPE_CHECKING:
     from moejax.config import DeviceConfig
@@ -49,12 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
     compare.add_argument("--plot", default=None, metavar="FILE", help="draw the figure into this .png, .svg or .pdf")
     _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
+    characterize.add_arguments(commands.add_parser("characterize", help="the study's experiments on this machine, one resumable sweep"))
+    report.add_arguments(commands.add_parser("report", help="one page (HTML, Markdown) of what `moejax characterize` measured"))
     commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
     options = parser.parse_args(arguments)
     return guarded(options)
 
 
-def _prepare_jax(device: DeviceConfig) -> None:
+def prepare_jax(device: DeviceConfig) -> None:
     """jax's settings, which it reads when it is imported. What the environment sets wins."""
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(device.memory_fraction))
     if device.compilation_cache is not None:
@@ -188,6 +192,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax import export
 
         return export.run(options.run, options.out, options.format, not options.no_verify, options.tolerance)
+    if options.command == "characterize":
+        return characterize.run(options)
+    if options.command == "report":
+        return report.run(options.folders, options.out)
     if options.command == "doctor":
         from moejax import doctor
 
@@ -196,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
 
     profile = options.command == "profile"
     experiment = (config.load_profiled if profile else config.load)(options.config, options.overrides)
-    _prepare_jax(experiment.device)
+    prepare_jax(experiment.device)
     if profile:
         from moejax.training import loop
 

@@ -52,7 +52,7 @@ class ModelConfig(_Section):
         default_factory=dict, description="fields of the architecture by name"
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
-    moe_backend: Literal["auto", "loop"] = "auto"
+    moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
 
     @model_validator(mode="after")
@@ -75,7 +75,8 @@ class ModelConfig(_Section):
         if base is None:
             if self.preset is None:
                 raise UserError(
-                    f"model.source = {self.source!r} cannot be read here and model.preset is not set: set one of them"
+                    f"model.source = {self.source!r} is no folder here, and nothing is downloaded to learn its sizes: "
+                    f"add model.preset (one of {', '.join(PRESETS)}), or give the folder of a downloaded copy"
                 )
             base = PRESETS[self.preset]
         if self.experts_per_token is not None:
@@ -196,7 +197,7 @@ class TrainingConfig(_Section):
     label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["full", "none"] = "full"
+    remat: Literal["none", "dots", "full", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
     loss_chunk_tokens: Positive = 1024
     eval_every: Positive | None = None
 

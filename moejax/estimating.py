@@ -191,6 +191,10 @@ def _memory(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     experiment = config.load(options.config, options.overrides)
+    if experiment.training.remat == "auto":  # the largest batch is that of the policy that keeps least
+        experiment = config.load(options.config, [*options.overrides, "training.remat=full"])
+        if not options.json:
+            print("training.remat = auto: counted as full, which the largest batch needs; with room left a run recomputes less")
     architecture = architecture_of(experiment)
     row_tokens = options.seq_len or experiment.data.longest_row
     if row_tokens > architecture.max_position_embeddings:

@@ -50,6 +50,7 @@ def check(content: dict[str, Any], stack: str) -> None:
         f"training.param_dtype = {t['param_dtype']}": adapter is None
         and kind == "mixtral"
         and t["param_dtype"] != t["compute_dtype"],
+        f"training.remat = {t['remat']}": t["remat"] not in ("none", "full"),
         "adapter.targets": stack == "today" and bool(adapter) and not {"w1", "w2", "w3"} <= set(adapter["targets"]),
     }
     reasons = {
@@ -59,6 +60,7 @@ def check(content: dict[str, Any], stack: str) -> None:
         "adapter.dropout": "two frameworks cannot draw the same masks",
         "quantization.format": "bitsandbytes stores linear layers in 4 bits, and transformers 5 keeps experts as stacked parameters",
         "training.param_dtype": "transformers holds one copy of a Mixtral's weights: it must be equal to training.compute_dtype",
+        "training.remat": "its layers are recomputed whole or not at all: full or none, the same for both sides",
         "adapter.targets": "transformers 5 holds w1 and w3 in one parameter: w1, w2 and w3 are adapted together or not at all",
     }
     for what, wrong in problems.items():

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 FORMS = ("sequential", "associative", "chunked", "chunked_associative")
 CHUNKS = {"chunked": 16, "chunked_associative": 32}
@@ -203,7 +204,7 @@ def _chunked(associative, chunk, *operands):  # type: ignore[no-untyped-def]
 
 def _chunked_forward(associative, chunk, *operands):  # type: ignore[no-untyped-def]
     y, last, boundaries = _forward(associative, chunk, *operands)
-    return (y, last), (operands[:-1], boundaries)
+    return (y, last), (operands[:-1], checkpoint_name(boundaries, "scan_states"))
 
 
 def _chunked_backward(associative, chunk, residuals, cotangents):  # type: ignore[no-untyped-def]

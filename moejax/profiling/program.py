@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -227,10 +227,11 @@ class Program:
                 return whole
         return min(whole, total)
 
-    def executions(self, events_per_run: Mapping[str, float]) -> dict[int, float]:
+    def executions(self, events_per_run: Mapping[str, float], trips: Callable[[str], float] | None = None) -> dict[int, float]:
         """How often each computation (by id) runs in one run of the program.
 
-        events_per_run: events of an instruction by its name; needed for loops whose trip count the compiler does not know.
+        events_per_run: events of an instruction by its name; needed for loops whose trip count the compiler does not know. Without a
+        trace `trips` says the (mean) count of such a loop, by its path.
         """
         counts = {self.entry: 1.0}
         waiting = [self.entry]
@@ -240,25 +241,29 @@ class Program:
                 if i.opcode not in CONTAINERS:
                     continue
                 for called in i.called_computation_ids:
-                    times = self._times(i, called, counts[computation], events_per_run)
+                    times = self._times(i, called, counts[computation], events_per_run, trips)
                     counts[called] = counts.get(called, 0.0) + times
                     waiting.append(called)
         return counts
 
-    def _times(self, caller: Any, called: int, outer: float, events_per_run: Mapping[str, float]) -> float:
+    def _times(
+        self, caller: Any, called: int, outer: float, events_per_run: Mapping[str, float], trips: Callable[[str], float] | None
+    ) -> float:
         if caller.opcode not in ("while", "conditional"):
             return outer
-        trips = _known_trips(caller)
+        known = _known_trips(caller)
+        if caller.opcode == "while" and known is not None:
+            return outer * known
         if caller.opcode == "while" and trips is not None:
-            return outer * trips
+            return outer * trips(caller.metadata.op_name)
         body = [i for i in self.computations[called].instructions if i.opcode not in _FREE]
         seen = [events_per_run[i.name] for i in body if i.name in events_per_run]
         return statistics.median(seen) if seen else 0.0
 
-    def costs(self, events_per_run: Mapping[str, float]) -> dict[Place, Cost]:
+    def costs(self, events_per_run: Mapping[str, float], trips: Callable[[str], float] | None = None) -> dict[Place, Cost]:
         """FLOPs and bytes of one run of the program, by place; a fusion's are split as its time is, its FLOPs where they arise."""
         total: dict[Place, Cost] = defaultdict(Cost)
-        for computation, count in self.executions(events_per_run).items():
+        for computation, count in self.executions(events_per_run, trips).items():
             for i in self.computations[computation].instructions:
                 moved = self._bytes(i)
                 parts = list(self._fused(i)) if i.opcode == "fusion" else [i]

@@ -25,7 +25,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokeniz
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import flops, held_out, memory, prediction, run_folder, step_profile
+from moejax.training import device_check, experts, flops, held_out, memory, pinning, prediction, remat, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -59,10 +59,15 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     mistake of the user's.
     """
     console = Console()
+    device_check.check(experiment, jax.local_devices()[0])
+    if resume:
+        experiment = pinning.adopted(remat.of_run(experiment))
     folder = run_folder.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
+    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
         continue_adapter(experiment, build(config, **model_arguments(experiment)))
@@ -80,6 +85,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     if asked is not None and asked.why_no_loss:
         console.print(f"no eval/loss: {asked.why_no_loss}", highlight=False, soft_wrap=True)
     check_profile(experiment, dataset)
+    experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
         continue_adapter(experiment, model)
@@ -334,9 +340,9 @@ class Trainer:
 
     def _export(self, folder: Path | None = None) -> None:
         """adapter/ in PEFT's format, or model/ in the Hub's, in `folder` (default: the run's)."""
-        folder = folder or self.folder
+        folder, m = folder or self.folder, self.experiment.model
         if self.experiment.adapter is not None:
-            peft.save_adapter(self.model(), folder / "adapter", self.experiment.model.source or "")
+            peft.save_adapter(self.model(), folder / "adapter", m.source or "", m.revision)
             return
         save.save_weights(self.model(), folder / "model")
         if self.tokenizer is not None:

@@ -94,6 +94,8 @@ def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:
 
 def objective(experiment: Experiment, graphdef: Any) -> Objective:
     t = experiment.training
+    if t.remat == "auto":
+        raise UserError("training.remat = auto is resolved by a training run only: set none, dots or full here")
     return Objective(
         graphdef,
         full=experiment.adapter is None,

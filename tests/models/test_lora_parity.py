@@ -46,7 +46,7 @@ def adapter_tensors(model):
     return out
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_logits_loss_and_gradients(case, remat, reference_batch):
     vectors, model = case
     b = reference_batch

@@ -32,7 +32,7 @@ def test_logits(case, models_by_case, reference_batch, mixtral_vectors):
     np.testing.assert_allclose(np.asarray(logits)[real], mixtral_vectors[f"{case}/logits"][real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradients_and_counts(case, remat, models_by_case, reference_batch, mixtral_vectors):
     model = models_by_case[case]

@@ -1,0 +1,71 @@
+"""`training.remat: auto`: the policy that recomputes least among those whose step fits into the device's memory, by the compiler.
+
+Resolved once, before the model is made; everything behind it sees the policy's own name, and the run's config.yaml keeps it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from models.config import Architecture
+from models.layers import REMAT_POLICIES
+from moejax import estimating
+from moejax.config import Experiment, load
+from moejax.training import memory
+
+RESERVE = 0.03
+"""Of the usable memory, left free by a policy that is not the last resort: the compiler's peak may be so much below the allocator's."""
+HOPELESS = 1.2
+"""What the closed form puts at more than this share of the memory is not compiled."""
+
+
+def with_policy(experiment: Experiment, policy: str) -> Experiment:
+    return experiment.model_copy(update={"training": experiment.training.model_copy(update={"remat": policy})})
+
+
+def of_run(experiment: Experiment) -> Experiment:
+    """`auto` of a run that is resumed: what the run chose when it began, so that it goes on with the same program."""
+    config = Path(experiment.runs_dir) / experiment.name / "config.yaml"
+    if experiment.training.remat != "auto" or not config.is_file():
+        return experiment
+    return with_policy(experiment, load(config).training.remat)
+
+
+def resolve(experiment: Experiment, config: Architecture, steps: int, console: Console) -> Experiment:
+    """The experiment with a policy in the place of `auto`; says which and why. The step that counts is that of the longest rows.
+
+    steps: of the whole run. They stand in the program (the schedule): with them it is the one that the run will compile, and find.
+    """
+    if experiment.training.remat != "auto":
+        return experiment
+    limit = memory.usable_bytes()
+    if limit is None:
+        chosen, why = "full", "how much memory there is is not known here"
+    else:
+        of_all_steps = experiment.training.model_copy(update={"steps": steps})
+        chosen, told = choose(experiment.model_copy(update={"training": of_all_steps}), config, limit)
+        host = " of the host's available memory" if jax.local_devices()[0].platform == "cpu" else ""
+        why = f"{', '.join(told)} of {limit / 1e9:.1f} GB{host}"
+    console.print(f"training.remat: {chosen} ({why})", highlight=False, markup=False, soft_wrap=True)
+    return with_policy(experiment, chosen)
+
+
+def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[str, list[str]]:
+    """(policy, what each one tried takes) within `limit` bytes. `full` is taken unseen: if it does not fit either, the check of the
+    compiled step says so. Figures that were compiled before, by the same versions for the same device, come from the cache on disk."""
+    told = []
+    rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
+    for policy in REMAT_POLICIES[:-1]:
+        asked = estimating.Oracle(with_policy(experiment, policy), config, estimating.HERE, row_tokens, None)
+        estimated = asked.breakdown(rows).total if policy == "none" else 0
+        if estimated > HOPELESS * limit:
+            told.append(f"{policy}: about {estimated / 1e9:.1f} by arithmetic")
+            continue
+        peak = asked.peak_bytes(rows)
+        told.append(f"{policy}: {peak / 1e9:.1f}")
+        if peak <= (1 - RESERVE) * limit:
+            return policy, told
+    return REMAT_POLICIES[-1], told

@@ -1,0 +1,55 @@
+"""FLOPs and bytes of a compiled step, counted from its instructions for a given routing: no clock, no trace, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from models.config import Architecture
+from models.ops import grouped_matmul as gm
+from moejax.profiling.program import Cost, Program
+from moejax.profiling.scopes import Place
+from moejax.profiling.xplane import MESSAGES
+
+
+def program_of(compiled: Any) -> Program:
+    """The optimized module of a compiled program, also of one for a device that is not there."""
+    module = compiled.runtime_executable().hlo_modules()[0]
+    return Program(MESSAGES["HloModuleProto"].FromString(module.as_serialized_hlo_module_proto()))
+
+
+def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:
+    """Tokens of each expert if every one has its share: [E]."""
+    return np.full(config.num_experts, tokens * config.experts_per_token // config.num_experts)
+
+
+def tile_trips(plan: gm.Plan, loads: np.ndarray) -> Callable[[str], float]:
+    """How often the grouped products' two loops run for `loads` [..., E] (tokens of an expert): the mean over everything in it. The
+    answer is for a loop's path; one that is none of the two raises ValueError."""
+    whole = loads // plan.tile
+    small = -(-(loads - whole * plan.tile) // plan.small_tile)
+
+    def trips(path: str) -> float:
+        if "small_tiles" in path:
+            return float(np.mean(small))
+        if "tiles" in path:
+            return float(np.mean(whole))
+        raise ValueError(f"{path or 'a loop without a path'}: how often this loop runs is not known")
+
+    return trips
+
+
+def costs(
+    compiled: Any, config: Architecture, backend: str, platform: str, tokens: int, loads: np.ndarray | None = None
+) -> dict[Place, Cost]:
+    """FLOPs and bytes of one run of a train step with micro-batches of `tokens` tokens, by phase and stage. loads: see `tile_trips`;
+    None: uniform routing."""
+    plan = gm.choose(backend, platform, tokens, config.num_experts, config.experts_per_token)
+    return program_of(compiled).costs({}, tile_trips(plan, uniform_loads(config, tokens) if loads is None else loads))
+
+
+def total(found: dict[Place, Cost]) -> Cost:
+    """The sum over all places."""
+    return sum(found.values(), Cost())

@@ -1,0 +1,139 @@
+"""`training.remat: auto` becomes one policy, early, and everyone else refuses it."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from rich.console import Console
+from support import ROOT, loss_and_gradients
+
+from models.build import build
+from models.config import PRESETS
+from moejax import estimating
+from moejax.errors import UserError
+from moejax.estimator import closed_form
+from moejax.training import aot, loop, remat
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
+
+import contract  # noqa: E402
+import handover  # noqa: E402
+
+SIZES = PRESETS["mixtral-tiny"]
+
+
+@pytest.fixture
+def peaks(monkeypatch, tmp_path):
+    """Compiled peaks of our choosing: peaks({"none": bytes, …}) -> the policies that were asked for, in order."""
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+
+    def play(table, limit, closed=0):
+        asked = []
+
+        def peak_bytes(self, rows):
+            assert self.gpu == estimating.HERE and rows == self.experiment.data.batch_rows
+            asked.append(self.experiment.training.remat)
+            return int(table[asked[-1]])
+
+        monkeypatch.setattr(estimating.Oracle, "peak_bytes", peak_bytes)
+        monkeypatch.setattr(estimating.Oracle, "breakdown", lambda self, rows: type("Told", (), {"total": int(closed)}))
+        monkeypatch.setattr(remat.memory, "usable_bytes", lambda: None if limit is None else int(limit))
+        return asked
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("limit", "closed", "chosen", "asked", "said"),
+    [
+        (100e9, 80e9, "none", ["none"], "none (none: 80.0 of 100.0 GB of the host's available memory)"),
+        (81e9, 80e9, "dots", ["none", "dots"], "dots (none: 80.0, dots: 50.0 of 81.0 GB"),  # 80 of 81 leaves less than the reserve
+        (60e9, 80e9, "dots", ["dots"], "dots (none: about 80.0 by arithmetic, dots: 50.0 of 60.0 GB"),
+        (30e9, 80e9, "full", ["dots"], "full (none: about 80.0 by arithmetic, dots: 50.0 of 30.0 GB"),
+        (None, 80e9, "full", [], "full (how much memory there is is not known here)"),
+    ],
+)
+def test_the_cheapest_that_fits(limit, closed, chosen, asked, said, peaks, make_experiment, capsys):
+    seen = peaks({"none": 80e9, "dots": 50e9}, limit, closed)
+    experiment = make_experiment(training={"remat": "auto"})
+    resolved = remat.resolve(experiment, SIZES, 20, Console(width=200))
+    assert resolved.training.remat == chosen and seen == asked
+    assert f"training.remat: {said}" in capsys.readouterr().out
+    assert resolved == remat.with_policy(experiment, chosen)
+
+
+def test_a_named_policy_is_left_alone(peaks, make_experiment):
+    seen = peaks({}, 1)
+    experiment = make_experiment(training={"remat": "none"})
+    assert remat.resolve(experiment, SIZES, 20, Console()) is experiment and not seen
+
+
+def test_a_run_keeps_its_choice_and_resumes_with_it(make_experiment, monkeypatch, tmp_path, capsys):
+    """With real figures of this machine; the second start has another memory, and goes on with the program it began with."""
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remat.memory, "usable_bytes", lambda: 10**12)
+    training = {"remat": "auto", "steps": 2, "gradient_accumulation": 1}
+    experiment = make_experiment(training=training, profile={"start_step": 2, "steps": 1})
+    assert loop.run(experiment, resume=False) == 0
+    assert "training.remat: none (none: 0.0 of 1000.0 GB" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "run"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["remat"] == "none"
+    assert json.loads((folder / "step_profile.json").read_text())["remat"] == "none"
+    monkeypatch.setattr(remat.memory, "usable_bytes", lambda: 10)
+    assert remat.of_run(experiment).training.remat == "none"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.memory, "check", lambda *a: 1)
+        assert loop.run(experiment, resume=True) == 0
+
+
+def instructions(text):
+    """A module without what tells where in the source it comes from, which is no part of the cache's key either."""
+    lines = [line for line in text.splitlines() if " = " in line or line.startswith("HloModule")]
+    return [re.sub(r", metadata=\{[^}]*\}", "", line) for line in lines]
+
+
+def test_the_program_asked_about_is_the_one_that_runs(make_experiment, tmp_path, monkeypatch):
+    """Or the choice would be compiled twice, and its figure be another program's."""
+    experiment = make_experiment(training={"remat": "none", "steps": 3, "gradient_accumulation": 2})
+    texts = []
+    compile_ = loop.Trainer._compile
+
+    def keep(self, batch):
+        program = compile_(self, batch)
+        texts.append(program.as_text())
+        return program
+
+    monkeypatch.setattr(loop.Trainer, "_compile", keep)
+    assert loop.run(experiment, resume=False) == 0
+    architecture = experiment.model.architecture(None)
+    asked = aot.compile_step(experiment, architecture, rows=experiment.data.batch_rows, row_tokens=64, gpu=None)
+    assert instructions(asked.program.as_text()) == instructions(texts[0])
+
+
+def test_others_refuse_auto(make_experiment, tmp_path):
+    experiment = make_experiment(training={"remat": "auto"})
+    with pytest.raises(UserError, match=r"training\.remat = auto is resolved by a training run only: set none, dots or full"):
+        aot.compile_step(experiment, SIZES, rows=1, row_tokens=8, gpu=None)
+    for policy in ("auto", "dots"):
+        other = remat.with_policy(experiment, policy)
+        with pytest.raises(UserError, match=f"remat = {policy}: the closed form knows none and full"):
+            closed_form.breakdown(other, SIZES, rows=1, row_tokens=8, platform="cpu")
+        with pytest.raises(UserError, match=f"remat = {policy}: PyTorch's side knows full and none"):
+            handover.write_random(other, tmp_path, stack_name="study")
+        content = {"experiment": other.model_dump(mode="json"), "kind": "mixtral"}
+        with pytest.raises(contract.CannotRun, match=f"remat = {policy}: PyTorch's side cannot express it"):
+            contract.check(content, "study")
+
+
+def test_policies_agree(reference_batch, reference_config):
+    """Loss and gradients under `dots` are those under `none`: what is computed again is computed alike."""
+    import jax
+    import numpy as np
+
+    model = build(reference_config, key=jax.random.key(0), dtype="float32")
+    results = [loss_and_gradients(model, reference_batch, remat=policy) for policy in ("none", "dots")]
+    for a, b in zip(*(jax.tree.leaves(r[2]) for r in results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    assert np.isclose(results[0][0], results[1][0], rtol=1e-6)
