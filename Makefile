@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-blackmamba test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
+.PHONY: demo demo-blackmamba demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -52,6 +52,12 @@ demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the s
 	@$(BIN)/python train.py --config configs/demo_blackmamba.yaml
 	@$(BIN)/moejax exact-match runs/demo_blackmamba --data assets/problems/test.json
 
+demo-sparse-vs-dense: $(STAMP) ## the demo's task for ten epochs with 2 of 8 experts and with all; accuracy by epoch beside the study's
+	@rm -rf runs/demo_sparse runs/demo_dense
+	@$(BIN)/python train.py --config configs/demo_sparse_vs_dense.yaml name=demo_sparse
+	@$(BIN)/python train.py --config configs/demo_sparse_vs_dense.yaml name=demo_dense model.experts_per_token=8
+	@$(BIN)/moejax compare runs/demo_sparse runs/demo_dense --plot runs/sparse_vs_dense.png
+
 pretrain-tiny-blackmamba: $(STAMP) ## remake assets/tiny-blackmamba (some 10 minutes on 2 cores)
 	@$(BIN)/python -m moejax.data.problems pretrain assets/generated
 	@rm -rf runs/pretrain_tiny_blackmamba
@@ -73,7 +79,7 @@ reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 
 	@touch $@
 
 vectors: reference4 reference5 ## remake tests/vectors with PyTorch
-	@for script in mixtral lora nf4 blackmamba; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
+	@for script in mixtral lora nf4 blackmamba evaluation; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
 	@OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/lora_fused.py
 
 clean: ## remove environments, runs and generated text

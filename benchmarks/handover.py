@@ -35,8 +35,8 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.hub.names import tensors
-from moejax.training.loop import steps_in, total_steps
 from moejax.training.parameters import base_and_active, groups_of
+from moejax.training.run_steps import steps_in, total_steps
 from moejax.training.state import architecture, create_model, model_arguments
 
 DIGEST_LIMIT = 2_000_000_000

@@ -46,6 +46,7 @@ class Browser:
         os.close(to_child)
         os.close(from_child)
         self._rest, self._number, self._session = b"", 0, ""
+        self.events: list[dict[str, Any]] = []  # what it told unasked, of the domains that were enabled
         targets = self.ask("Target.getTargets")["targetInfos"]
         page = next(t["targetId"] for t in targets if t["type"] == "page")
         self._session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
@@ -67,6 +68,7 @@ class Browser:
                 if "error" in decoded:
                     raise RuntimeError(f"{method}: {decoded['error']['message']}")
                 return decoded["result"]
+            self.events.append(decoded)
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moejax import __version__, estimating
+from moejax.characterize import command as characterize
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
+from moejax.report import command as report
 
 if TYPE_CHECKING:
     from moejax.config import DeviceConfig
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
     evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
     _add_generate(commands.add_parser("generate", help="what a finished run's model answers to a prompt"))
+    _add_eval(commands.add_parser("eval", help="a run's or a model's accuracy on a task (gsm8k, hellaswag-generated, …)"))
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
     profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
     profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
@@ -44,13 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load.add_argument("--config", default=None, metavar="FILE", help="instead of a run: the base model of this experiment")
     load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
+    compare = commands.add_parser("compare", help="accuracy by epoch of runs with an eval: section, beside the study's Figure 3")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
+    compare.add_argument("--plot", default=None, metavar="FILE", help="draw the figure into this .png, .svg or .pdf")
     _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
+    characterize.add_arguments(commands.add_parser("characterize", help="the study's experiments on this machine, one resumable sweep"))
+    report.add_arguments(commands.add_parser("report", help="one page (HTML, Markdown) of what `moejax characterize` measured"))
     commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
     options = parser.parse_args(arguments)
     return guarded(options)
 
 
-def _prepare_jax(device: DeviceConfig) -> None:
+def prepare_jax(device: DeviceConfig) -> None:
     """jax's settings, which it reads when it is imported. What the environment sets wins."""
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(device.memory_fraction))
     if device.compilation_cache is not None:
@@ -70,6 +78,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=None, help="draw from the likeliest so many tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before this text; may be given several times")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
+    parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-loglikelihood")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .json or .jsonl file, or a name for `datasets`")
+    parser.add_argument("--split", default=None, help="of a name for `datasets` (default: the task's)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N examples")
+    parser.add_argument("--base", action="store_true", help="the model that the run began with: without its adapter")
+    parser.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="of a generated answer (default: the task's)")
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="examples computed together (default: 16)")
+    parser.add_argument("--out", default=None, metavar="DIR", help="default: RUN/eval/NAME, or NAME-base with --base")
 
 
 def _add_breakdown(parser: argparse.ArgumentParser) -> None:
@@ -156,14 +176,26 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import generate_command
 
         return generate_command.run(options)
+    if options.command == "eval":
+        from moejax.evaluation import eval_command
+
+        return eval_command.run(options)
     if options.command == "expert-load":
         from moejax.evaluation import expert_load
 
         return expert_load.run(options.run, options.config, options.data, options.limit)
+    if options.command == "compare":
+        from moejax.report import accuracy
+
+        return accuracy.run(options.runs, options.plot)
     if options.command == "export":
         from moejax import export
 
         return export.run(options.run, options.out, options.format, not options.no_verify, options.tolerance)
+    if options.command == "characterize":
+        return characterize.run(options)
+    if options.command == "report":
+        return report.run(options.folders, options.out)
     if options.command == "doctor":
         from moejax import doctor
 
@@ -172,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
 
     profile = options.command == "profile"
     experiment = (config.load_profiled if profile else config.load)(options.config, options.overrides)
-    _prepare_jax(experiment.device)
+    prepare_jax(experiment.device)
     if profile:
         from moejax.training import loop
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
 from moejax.errors import UserError
+from moejax.eval_config import EvalConfig
 
 
 def _number(value: Any) -> Any:
@@ -51,7 +52,7 @@ class ModelConfig(_Section):
         default_factory=dict, description="fields of the architecture by name"
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
-    moe_backend: Literal["auto", "loop"] = "auto"
+    moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
 
     @model_validator(mode="after")
@@ -74,7 +75,8 @@ class ModelConfig(_Section):
         if base is None:
             if self.preset is None:
                 raise UserError(
-                    f"model.source = {self.source!r} cannot be read here and model.preset is not set: set one of them"
+                    f"model.source = {self.source!r} is no folder here, and nothing is downloaded to learn its sizes: "
+                    f"add model.preset (one of {', '.join(PRESETS)}), or give the folder of a downloaded copy"
                 )
             base = PRESETS[self.preset]
         if self.experts_per_token is not None:
@@ -269,6 +271,7 @@ class Experiment(_Section):
     )
     data: DataConfig
     training: TrainingConfig
+    eval: EvalConfig | None = Field(None, description="null: no answers are counted while training")
     checkpoint: CheckpointConfig = CheckpointConfig()
     device: DeviceConfig = DeviceConfig()
     profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
@@ -303,8 +306,7 @@ def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment
     """
     content = _read(path, overrides)
     named = {override.partition("=")[0] for override in overrides}
-    if content.get("profile") is None:
-        content["profile"] = {}
+    content |= {"profile": {} if content.get("profile") is None else content["profile"], "eval": None}
     if "name" not in named and isinstance(content.get("name"), str):
         content["name"] += "-profile"
     training, profile = content.get("training"), content["profile"]

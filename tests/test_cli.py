@@ -51,9 +51,20 @@ def test_dry_run_of_blackmamba(capsys):
     out = capsys.readouterr().out
     fits, small = (next(line for line in out.splitlines() if line.startswith(start)) for start in ("fits before", "does not fit"))
     assert "44.53" in out and "A100-80" in fits and "A40" not in fits and "A40" in small  # fp32 masters: not on 48 GB
+    assert "no bf16, which the training section asks for: V100-16, V100-32" in out and "V100" not in fits + small
     one = ["--config", str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml"), "--dry-run", "model.experts_per_token=1"]
     assert cli.train_main(one) == 0
     assert "628,770,832" in capsys.readouterr().out
+
+
+def test_dry_run_of_a_tiny_model_in_fp32(capsys):
+    """Small sizes in MB, and a GPU without bf16 will do. A Hub id alone says no sizes."""
+    assert cli.train_main(["--config", str(ROOT / "configs/bench_mixtral_tiny.yaml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "27.1 MB" in out and " 0.000 " not in out and "V100-32" in out and "no bf16" not in out
+    assert cli.train_main(["--config", CONFIG, "--dry-run", "model.preset=null", "model.source=acme/large"]) == 2
+    err = capsys.readouterr().err
+    assert "model.source = 'acme/large' is no folder here" in err and "add model.preset (one of mixtral-8x7b, " in err
 
 
 def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatch):

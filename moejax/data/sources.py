@@ -31,7 +31,7 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
         content = path.read_bytes()
         if declared:
             _check_identity(name, content, config)
-        records = _parse(name, content)
+        records = parse(name, content)
     else:
         records = _from_datasets(name, config, given)
     if not records:
@@ -64,7 +64,7 @@ def _check_identity(path: str, content: bytes, config: DataConfig) -> None:
             raise UserError(f"{path} has sha256 {found}, data.sha256 declares {config.sha256}: another version of the data")
 
 
-def _parse(path: str, content: bytes) -> list[Any]:
+def parse(path: str, content: bytes) -> list[Any]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -184,7 +184,7 @@ class _Step:
         rows = 3 * item * self.sorted_rows * c.hidden_size
         tile = tile_rows(self.platform, n, c.num_experts, c.experts_per_token)
         hidden = 6 * item * tile * c.intermediate_size
-        adapters = 4 * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)
+        adapters = (4 + item) * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)  # sums of gradients; scaled
         if self.platform == "cpu" and not self.remat:  # what was kept of the layer, cut out of the stack
             hidden += 2 * item * self.sorted_rows * c.intermediate_size + 4 * item * n * c.hidden_size
         if self.trained is None:
@@ -209,7 +209,8 @@ class _Step:
 
     def kept_of_mixer(self) -> int:
         """What the expert half finds of the mixer's recomputation: a BlackMamba's pair is recomputed as a whole; where everything is
-        fp32, XLA recomputes the attention's scores before it comes to the experts."""
+        fp32, XLA recomputes the attention's scores before it comes to the experts, on a GPU only if the base is trained (in every program
+        looked at, with adapters on the attention or not; why its scheduler goes by that is not known)."""
         c, n = self.config, self.tokens
         if isinstance(c, BlackMambaConfig):
             unit = 4 * n * c.inner_size
@@ -217,7 +218,7 @@ class _Step:
             if self.platform != "cpu":  # in_proj's output, seven of fp32, three of the compute dtype
                 return unit * 7 + 5 * self.item * n * c.inner_size + states + 2 * 4 * n * c.hidden_size
             return 18 * unit + states + 5 * 4 * n * c.hidden_size
-        if self.item < 4:
+        if self.item < 4 or (self.platform != "cpu" and self.trained is None):
             return 0
         width = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
         count = 2 if self.platform == "cpu" and self.trained is None and (c.dense or not self.remat) else 1
@@ -241,20 +242,50 @@ class _Step:
             rows = (1 if self.mixer_trained else 2) * n * (1 if c.dense else c.experts_per_token) * c.hidden_size
             count, sizes_of_kv = (3, 8) if self.mixer_trained else (2, 6)
             return item * ((1 if c.dense and self.trained else count) * every + 6 * n * c.hidden_size + sizes_of_kv * n * kv + rows)
+        if item == 4 and self.trained is None:
+            return self._attention_fp32()
         block = max(1, n * min(1.0, max(ATTENTION_BLOCKS[0], self.row_tokens / 4) / self.row_tokens))
         partial = int(4 * 1.25 * n * kv) + int(5 * item * block * heads)
         return 2 * 4 * (last if item < 4 else 0) + 2 * item * every + 3 * item * n * c.hidden_size + partial + item * heads * c.hidden_size
 
+    def _attention_fp32(self) -> int:
+        """The same on a GPU where all is fp32 and the base frozen: nothing is converted.
+
+        Scores: of every block of queries the weights and the scores' gradient wait for the keys' and values' gradients, and of one block
+        also the gradient of the weights; which one is XLA's choice (of 512 tokens the largest block comes first, of 256 the smallest), so
+        the mean is taken. Beside them the stream's gradient; rotated queries and the output's gradient; keys and values, transposed;
+        sines and cosines twice; the gradients of the queries of other blocks. With adapters on the attention also the normed stream, the
+        three projections as one product, values and both gradients once more, low-rank rows.
+        """
+        c, n = self.config, self.tokens
+        assert not isinstance(c, BlackMambaConfig)
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        every, blocks = self.scores()[1], -(-self.row_tokens // self.block)
+        scores = 2 * every + every // blocks
+        token = c.hidden_size + 2 * heads + 2 * kv + 2 * c.head_dim
+        if self.mixer_trained:
+            token += c.hidden_size + heads + 3 * kv + self.low_rank
+        return self.item * (scores + n * token + (n - self.rows * self.block) * heads)
+
     def _mamba(self) -> int:
-        """The scan's operands and gradients, fp32 [N, I]; a chunk's states, [chunk, rows, states, I]; the layer's expert gradients."""
+        """The scan's operands and gradients, [N, I]; a chunk's states, [chunk, rows, states, I]; sparse experts' gradients.
+
+        On a GPU, in fp32: dt·u and dt, both once more time first, the scan's output, its gradient twice, two gradients of operands; in the
+        compute dtype: in_proj's output (two), the convolution's with its slopes (three), dt's product, the gated output's gradient. Without
+        rematerialization eight of these are among the saved. Of a chunk: a scan's result and the upper half of its tree, both operands of
+        [chunk/4], [chunk/4 - 1], [chunk/8 - 1] …: 2.375 times its states; three operands cut out. B, C and their gradients, x_proj's rows.
+        """
         c, n = self.config, self.tokens
         assert isinstance(c, BlackMambaConfig)
         unit, chunk = 4 * n * c.inner_size, SCAN_CHUNK[kind(self.platform)]
         states = unit * c.state_size // chunk
         of_chunk = 4 * chunk * self.rows * c.state_size * c.inner_size
-        weights = 3 * c.num_experts * self.matrix * (4 if not c.dense and self.platform != "cpu" else 0)
+        written = self.platform == "cpu" or (self.remat and self.item == 4)  # the experts' gradients, into the stack of all layers
+        weights = 0 if c.dense or written else 3 * c.num_experts * self.matrix * 4
         if self.platform != "cpu":
-            used = 8 * unit + 6 * self.item * n * c.inner_size + 2 * of_chunk + n * c.hidden_size * (4 + self.item)
+            wide, computed = (8, 7) if self.remat else (6, 1)
+            used = wide * unit + (computed * n * c.inner_size + n * (c.rank + 2 * c.state_size)) * self.item + 4 * 4 * n * c.state_size
+            used += int(2.375 * of_chunk) + 3 * 4 * chunk * self.rows * c.inner_size + n * c.hidden_size * (4 + self.item)
         else:
             used = 14 * unit + 12 * of_chunk + 4 * 4 * n * c.hidden_size
         return used + states + weights

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
+from moejax.estimator.units import Gigabytes
 
 if TYPE_CHECKING:
     from moejax.estimator.gpus import GPU
@@ -149,7 +150,8 @@ def _predict(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
     else:
-        _predictions(_title(job), found, _asked(offers, found, options.spot))
+        missing = _unpriced([p.gpu for p in found if p.price is None], options)
+        _predictions(_title(job), found, [*_asked(offers, found, options.spot), *missing])
     _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table))
     return 0
 
@@ -175,11 +177,14 @@ def _plan(options: argparse.Namespace) -> int:
         print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
     else:
         _predictions(_title(job), made.options, _asked(offers, made.options, options.spot))
+        unpriced = [gpu for gpu, why in made.left_out.items() if why in ("no price", "no spot price")]
         for gpu, why in made.left_out.items():
-            if options.gpu or why not in ("no price", "no spot price"):
+            if gpu not in unpriced:
                 print(f"left out: {gpu}: {why}")
+        for line in _unpriced(unpriced, options):
+            print(f"left out: {line}")
         for name, p in answers.items():
-            print(f"{name}: " + ("none" if p is None else f"{p.gpu}, batch {p.batch}: {_hours(p)}, {_usd(p)}"))
+            print(f"{name}: " + (_least(name, made.options) if p is None else f"{p.gpu}, batch {p.batch}: {_hours(p)}, {_usd(p)}"))
     _draw(options, lambda draw: lambda folder: draw.options(folder, job, made))
     return 0
 
@@ -210,6 +215,27 @@ def _usd(p: Prediction) -> str:
     if p.usd is None or p.price is None:
         return "no price"
     return f"{p.usd:,.2f} USD{_between(p.usd_interval, ',.2f')} at {p.price.told}"
+
+
+def _least(answer: str, options: Sequence[Prediction]) -> str:
+    """Where no option answers: what the nearest one needs."""
+    if "USD" in answer:
+        p = min(options, key=lambda p: float("inf") if p.usd is None else p.usd)
+        return f"none; the cheapest needs {_usd(p)}: {p.gpu}, batch {p.batch}, {_hours(p)}"
+    p = min(options, key=lambda p: p.hours)
+    return f"none; the fastest needs {_hours(p)}: {p.gpu}, batch {p.batch}, {_usd(p)}"
+
+
+def _unpriced(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """GPUs without a price, said once: which set was asked, and which has one."""
+    from moejax.estimator import prices
+
+    told = []
+    for name in names:
+        sets = [key for key, offers in prices.SETS.items() if prices.cheapest(offers, name) and key != options.prices]
+        told.append(f"{name} (--prices {sets[0]} has one)" if sets and not options.spot else name)
+    kind = "spot price" if options.spot else "price"
+    return [f"no {kind} in {options.prices}: {', '.join(told)}; --prices FILE brings your own"] if told else []
 
 
 def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
@@ -250,6 +276,8 @@ def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, Gigabytes):
+        return f"{value}"
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3f}"
     return str(value)

@@ -33,6 +33,7 @@ class GPU:
     device_bytes: int | None = None
     matrix_flops_per_second: float | None = None
     source: str = DATA_SHEET
+    bf16: bool = True  # whether it computes in bfloat16
 
     @property
     def ridge_flops_per_byte(self) -> float:
@@ -61,8 +62,8 @@ _TABLE = (
     _gpu("L40S", 48, 864, 362, 350, "AD102-L40S", device_kind=r"\bL40S\b"),
     _gpu("RTX-4090", 24, 1008, 165, 450, "AD102-4090", "RTX4090", "4090", "RTX 4090", device_kind=r"\bRTX 4090\b"),
     _gpu("A10G", 24, 600, 70, 300, "GA102-A10G", device_kind=r"\bA10G\b"),
-    _gpu("V100-16", 16, 900, 125, 300, "GV100", "V100", "V100-16GB", device_kind=r"\bV100\b.*16GB"),
-    _gpu("V100-32", 32, 900, 125, 300, "GV100", "V100-32GB", device_kind=r"\bV100\b"),
+    _gpu("V100-16", 16, 900, 125, 300, "GV100", "V100", "V100-16GB", device_kind=r"\bV100\b.*16GB", bf16=False),
+    _gpu("V100-32", 32, 900, 125, 300, "GV100", "V100-32GB", device_kind=r"\bV100\b", bf16=False),
 )  # fmt: skip
 
 GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _TABLE}

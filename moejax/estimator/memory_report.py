@@ -12,6 +12,7 @@ from moejax.errors import UserError
 from moejax.estimator import memory
 from moejax.estimator.commands import print_json, show_table
 from moejax.estimator.gpus import GPU, GPUS
+from moejax.estimator.units import Gigabytes, gigabytes
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -70,7 +71,7 @@ def table(
     show_table(f"{experiment.name}: rows of {asked[0][1].row_tokens} tokens, {_share(experiment)}", columns, cells, notes)
     shown = [line for line in lines if line["parts_gb"]]
     names = list(dict.fromkeys(name for line in shown for name in line["parts_gb"]))
-    parts = [(name, *(line["parts_gb"].get(name, 0.0) for line in shown)) for name in names]
+    parts = [(name, *(Gigabytes(line["parts_gb"].get(name, 0.0)) for line in shown)) for name in names]
     parts.append(("peak", *(line["peak_gb"] for line in shown)))
     moments = sorted({f"temporaries: {line['moment']}" for line in shown})
     rest = "rest: what the closed form does not account for of the compiler's peak; negative where it is too high"
@@ -111,8 +112,9 @@ def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, rows: int | None, padd
     parts = made.parts(None if peaks.reason is not None else peak)
     by = "closed form" if peaks.reason is not None else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)"
     return {
-        "gpu": gpu.name, "usable_gb": limit / 1e9, "rows": chosen, "queries": None if per_row is None else int(chosen * per_row),
-        "peak_gb": peak / 1e9, "next_peak_gb": None if after is None or chosen == 0 else after / 1e9, "free_gb": (limit - peak) / 1e9,
+        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": chosen, "queries": None if per_row is None else int(chosen * per_row),
+        "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
+        "free_gb": gigabytes(limit - peak),
         "by": by, "reason": peaks.reason, "problem": problem, "moment": made.moment, "closed_form_gb": made.total / 1e9,
         "parts_gb": {name: size / 1e9 for name, size in parts.items()},
     }  # fmt: skip

@@ -85,10 +85,12 @@ def figures_14_15() -> Section:
         fitted, printed = (paper.fit_curve(curve, form) for form in ("fitted", "printed"))
         again = paper.rmse_as_printed(curve)
         rows.append(
-            (curve.name, curve.printed_rmse, again, round(again, 2) - curve.printed_rmse, paper.rmse(curve, fitted),
+            (curve.name, curve.printed_rmse, again, again - curve.printed_rmse, paper.rmse(curve, fitted),
              paper.rmse(curve, printed), fitted.c2, fitted.c3, fitted.c4)
         )  # fmt: skip
+    same = sum(round(row[2], 2) == row[1] for row in rows)
     notes = (
+        f"difference: recomputed less printed; {same} of {len(rows)} recomputed round to the two digits that are printed.",
         "Printed: C2·ln(batch/(sparsity·C3)) + C4. Fitted by the artifact: C2·ln(batch^(1/(sparsity·C3))) + C4 (its C2 to C4 here).",
         "The printed RMSE score dense points without the exponent (H100: the first one; its others with the sparse exponent).",
     )

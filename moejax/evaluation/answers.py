@@ -7,18 +7,34 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-# A comma belongs to a number only between groups of three digits: `3,4` are two numbers.
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+# A comma belongs to a number only between groups of three digits: `3,4` are two numbers. A minus (hyphen or U+2212) is a sign unless
+# it follows a letter or a digit: `10-4`, `COVID-19`. A point belongs to a number if a digit follows: `5.`, `...5`.
+_NUMBER = re.compile(
+    r"(?:(?<![^\W_])(?P<minus>[-\u2212])[$\u20ac\u00a3]?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
+)
 
 
 def final_number(text: str) -> float | None:
-    """The last number in a text: `The answer is 1,234.50.` gives 1234.5. A hyphen between two digits (`3-4`) is no sign."""
+    """The last number in a text: `The answer is 1,234.50.` gives 1234.5.
+
+    As in LLM-Adapters, nothing is worked out: a fraction's last number is its denominator, and a unit or a per cent sign is left out.
+    """
     found = None
     for match in _NUMBER.finditer(text):
-        digits = match.group().replace(",", "")
-        joined = match.start() > 0 and text[match.start() - 1].isdigit()
-        found = float(digits.lstrip("-") if joined else digits)
+        found = _value(match)
     return found
+
+
+def strict_number(text: str) -> float | None:
+    """The number that follows the first `####`, as GSM8K's own solutions end; None without one."""
+    found = re.search(rf"####\s*[$\u20ac\u00a3]?{_NUMBER.pattern}", text)
+    return None if found is None else _value(found)
+
+
+def _value(match: re.Match[str]) -> float:
+    size = float(match["digits"].replace(",", ""))
+    return -size if match["minus"] else size
 
 
 def correct(text: str, answer: str) -> bool:

@@ -152,7 +152,20 @@ def padded_length(config: Architecture, prompts: Sequence[Sequence[int]], max_ne
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the model's "
             f"{config.max_position_embeddings} positions: shorten the prompt or ask for fewer new tokens"
         )
-    return max(SHORTEST, 1 << (longest - 1).bit_length())
+    return bucket(longest)
+
+
+def bucket(length: int) -> int:
+    """The length that a sequence is padded to: 16, 32, 64, …"""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def in_groups(keys: Sequence[Any], rows: int) -> list[list[int]]:
+    """Indices in batches of at most `rows` of one key, the largest key first: what memory does not hold fails early."""
+    groups: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return [group[at : at + rows] for _, group in sorted(groups.items(), reverse=True) for at in range(0, len(group), rows)]
 
 
 def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

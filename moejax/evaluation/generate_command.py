@@ -1,25 +1,20 @@
-"""`moejax generate --run RUN --prompt TEXT`: what a finished run's model says."""
+"""`moejax generate --run RUN --prompt TEXT`: what a finished run's model says, or a model's folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.build import Model
-from models.config import Architecture
 from moejax.data.templates import render
-from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, before, cut, padded_length, stream
-from moejax.evaluation.runs import open_run, tuned
-from moejax.hub import weights
-from moejax.training.state import architecture, create_model
+from moejax.evaluation.runs import load
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,25 +63,6 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def load(folder: Path) -> tuple[Callable[[], Model], Architecture, Any, str]:
-    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer and template."""
-    experiment = open_run(folder)
-    source = experiment.model.source
-    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
-    if experiment.tokenizer is None and model_folder is None:
-        raise UserError(f"{folder}: its config names no tokenizer, so a prompt cannot become tokens")
-    sizes = architecture(experiment, model_folder)
-    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
-    check_vocabulary(tokenizer, sizes.vocab_size)
-
-    def make() -> Model:
-        if experiment.adapter is None:  # all weights were trained: nothing of the base is needed
-            return create_model(experiment, sizes, folder / "model")
-        return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder))
-
-    return make, sizes, tokenizer, experiment.data.template
 
 
 class Answers:

@@ -1,16 +1,24 @@
-"""A finished run's folder: its experiment, and its tuned model."""
+"""A finished run's folder, or a model's: its experiment, its model, and how it is asked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from models.build import Model
+import jax
+import jax.numpy as jnp
+
+from models.build import Model, build
 from models.config import Architecture
 from moejax import config as experiments
 from moejax.config import Experiment
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
-from moejax.hub import peft
-from moejax.training.state import create_model
+from moejax.hub import peft, weights
+from moejax.training.state import architecture, create_model
+
+Loaded = tuple[Callable[[], Model], Architecture, Any, str]
 
 
 def open_run(folder: Path) -> Experiment:
@@ -26,3 +34,54 @@ def tuned(experiment: Experiment, sizes: Architecture, folder: Path, base: Model
         return create_model(experiment, sizes, folder / "model")
     peft.load_adapter(base, folder / "adapter")
     return base
+
+
+def load(folder: Path, base: bool = False) -> Loaded:
+    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer and template.
+
+    base: the model that the run began with, as it was then (in NF4 where the run has it so). A model's folder in Hub layout is loaded
+    in bf16 (on a CPU in fp32), and asked in the template `mistral`. Raises UserError where there is nothing of the kind.
+    """
+    if not (folder / "config.yaml").exists() and (folder / "config.json").is_file():
+        return _load_model(folder, base)
+    experiment = open_run(folder)
+    source = experiment.model.source
+    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    if experiment.tokenizer is None and model_folder is None:
+        raise UserError(f"{folder}: its config names no tokenizer, so a prompt cannot become tokens")
+    if base and model_folder is None and experiment.adapter is None:
+        raise UserError(
+            f"{folder} is a run without adapter and without model.source: it began with random weights, not with a base"
+        )
+    if experiment.adapter is not None and not base and not (folder / "adapter").is_dir():
+        raise UserError(
+            f"{folder}: its config has an adapter, and there is no adapter/ in it: was the run stopped before its end?"
+        )
+    sizes = architecture(experiment, model_folder)
+    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
+    check_vocabulary(tokenizer, sizes.vocab_size)
+
+    def make() -> Model:
+        if base:  # a fresh adapter's B is zero: the model is its base
+            return create_model(experiment, sizes, model_folder)
+        if experiment.adapter is None:  # all weights were trained: nothing of the base is needed
+            return create_model(experiment, sizes, folder / "model")
+        return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder))
+
+    return make, sizes, tokenizer, experiment.data.template
+
+
+def _load_model(folder: Path, base: bool) -> Loaded:
+    if base:
+        raise UserError(
+            f"{folder} is a model, and no run: there is no adapter to leave out (without --base it is evaluated as it is)"
+        )
+    sizes = weights.read_config(folder)
+    tokenizer = load_tokenizer(str(folder))
+    check_vocabulary(tokenizer, sizes.vocab_size)
+
+    def make() -> Model:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return weights.load_weights(build(sizes, dtype=dtype, param_dtype=dtype), folder, jax.random.key(0))
+
+    return make, sizes, tokenizer, "mistral"

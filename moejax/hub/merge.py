@@ -18,7 +18,8 @@ from models.build import Model
 from models.ops import nf4
 from moejax.hub.names import Place, tensors
 from moejax.hub.save import write_config
-from moejax.hub.weights import attribute, index_of, open_tensors, read_tensor, stored_shape
+from moejax.hub.stored import open_tensors
+from moejax.hub.weights import attribute, index_of, read_tensor, stored_shape
 
 SHARD_BYTES = 2_000_000_000
 
@@ -78,7 +79,9 @@ def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) ->
     raw = read_tensor(files, name, _whole_shape(model, places), base)
     place = places[0]  # a tensor that holds two of our matrices is a BlackMamba's: neither quantized nor adapted
     module = attribute(model, place.path)
-    if isinstance(getattr(module, place.attr).get_value(), nf4.NF4Tensor):
+    if isinstance(raw, nf4.NF4Tensor):
+        raw = nf4.dequantize(raw, jnp.float32)
+    elif isinstance(getattr(module, place.attr).get_value(), nf4.NF4Tensor):
         double = getattr(module, place.attr).get_value().offset is not None
         raw = nf4.dequantize(nf4.quantize(raw, double=double), jnp.float32)
     value = np.asarray(raw, np.float32)

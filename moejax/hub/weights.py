@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +17,13 @@ from models.build import Model, materialize_lora
 from models.config import Architecture, from_hub_config
 from models.ops import nf4
 from moejax.errors import UserError
-from moejax.hub import quantized_cache
+from moejax.hub import bitsandbytes, quantized_cache
 from moejax.hub.names import Place, tensors
 from moejax.hub.quantized_cache import Keeper
-from moejax.hub.safetensors_file import Reader
-from moejax.hub.torch_file import TorchFile
+from moejax.hub.snapshot import resolve
+from moejax.hub.stored import open_tensors, read_json, weight_files
 
-_DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
-
-
-def resolve(source: str, revision: str | None = None, field: str = "model.source") -> Path:
-    """The folder of a model or adapter: `source` itself, or the Hub's snapshot of that id (downloaded where it is not cached).
-
-    field: where the config names it, for messages. Raises UserError where neither is there.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/")) or source.count("/") != 1:
-        raise UserError(
-            f"{field} = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_DOWNLOAD)))
-        if not any(folder.glob("*.safetensors")):  # BlackMamba's checkpoints are PyTorch's
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_DOWNLOAD, "pytorch_model.bin"]))
-        return folder
-    except Exception as error:
-        raise UserError(
-            f"{field} = {source!r} is no local folder, and the Hub could not be asked ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}). Check the id and the network, or give a folder"
-        ) from error
+__all__ = ["load_weights", "open_tensors", "read_config", "read_tensor", "report", "resolve"]
 
 
 def read_config(folder: Path) -> Architecture:
@@ -64,17 +37,6 @@ def read_config(folder: Path) -> Architecture:
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: {what}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file where it cannot be read or is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
-    return content
 
 
 def load_weights(
@@ -99,7 +61,10 @@ def load_weights(
     with ExitStack() as stack:
         files = open_tensors(folder, stack)
         _refuse_unknown(files, places, model.config, folder)
+        bitsandbytes.check(files, ((n, abstract[".".join((*p.path, p.attr))]) for n, several in places.items() for p in several))
         quantized = any(isinstance(value, nf4.NF4Tensor) for value in abstract.values())
+        if any(isinstance(source, bitsandbytes.Quantized) for source in files.values()):
+            cache = None  # the checkpoint is as small, and as fast to read
         path = _cache_path(cache, folder, leaves, repr(model.config)) if cache is not None and quantized else None
         kept = None if path is None else quantized_cache.read(path, leaves)
         if kept is not None:
@@ -120,7 +85,7 @@ def load_weights(
 
 def stored_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files, as far as they are there."""
-    return sum(path.stat().st_size for path in _files(folder) if path.is_file())
+    return sum(path.stat().st_size for path in weight_files(folder) if path.is_file())
 
 
 def report(model: Model) -> list[str]:
@@ -171,8 +136,6 @@ def _leaf_name(path: Any) -> str:
 
 
 _LAYOUTS = {
-    ".quant_state.": "a checkpoint that bitsandbytes quantized",
-    ".absmax": "a checkpoint that bitsandbytes quantized",
     ".qweight": "a GPTQ or AWQ checkpoint",
     ".weight_scale": "an 8-bit checkpoint",
 }
@@ -194,107 +157,8 @@ def _refuse_unknown(files: Any, places: Any, config: Architecture, folder: Path)
         )
 
 
-class _Source(NamedTuple):
-    """Where a tensor is read: a file's tensor, or one expert's rows of a fused one."""
-
-    file: Any
-    name: str
-    nbytes: int
-    expert: int | None = None
-    rows: slice = slice(None)
-
-    def read(self) -> Any:
-        value = self.file.get_tensor(self.name)
-        return value if self.expert is None else value[self.expert, self.rows]
-
-    def release(self) -> None:
-        if isinstance(self.file, Reader):
-            self.file.release(self.name)
-
-
-_FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(gate_up_proj|down_proj)|(gate)\.weight)$")
-
-
-def open_tensors(folder: Path, stack: ExitStack) -> dict[str, _Source]:
-    """tensor name -> where it is read. Fused expert tensors appear under their experts' names. Raises UserError naming the file."""
-    shards = _shards(folder)
-    if not shards and (folder / "pytorch_model.bin").is_file():
-        torch_file = stack.enter_context(TorchFile(folder / "pytorch_model.bin"))
-        names = torch_file.keys()
-        return {name: _Source(torch_file, name, torch_file.nbytes(name)) for name in names}
-    found: dict[str, _Source] = {}
-    where = _weight_map(folder)
-    held: set[str] = set()
-    for path in shards or [folder / "model.safetensors"]:
-        if not path.is_file():
-            raise UserError(
-                f"{folder} lacks {path.name}"
-                + (", which its index names" if where else " (or a pytorch_model.bin, or an index and its shards)")
-            )
-        file = Reader(path)
-        for name in file.names():
-            if where.get(name, path.name) == path.name:
-                held.add(name)
-                found |= _expanded(file, name)
-    lost = sorted(where.keys() - held)
-    if lost:
-        raise UserError(
-            f"{folder}: {where[lost[0]]} lacks tensor {lost[0]!r}, which the index says it holds ({len(lost)} such): download it again"
-        )
-    return found
-
-
-def _expanded(file: Reader, name: str) -> dict[str, _Source]:
-    """The tensors of one expert each that a file's tensor holds; itself where it is not fused."""
-    match = _FUSED.match(name)
-    if not match:
-        return {name: _Source(file, name, file.nbytes(name))}
-    layer, fused, gate = match.groups()
-    block = f"{layer}.block_sparse_moe"
-    if gate:
-        return {f"{block}.gate.weight": _Source(file, name, file.nbytes(name))}
-    shape = file.shape(name)
-    if len(shape) != 3 or (fused == "gate_up_proj" and shape[1] % 2):
-        raise UserError(f"{file.path}: tensor {name!r} has shape {list(shape)}, expected [experts, rows, columns]")
-    half = shape[1] // 2
-    parts = {"w1": slice(0, half), "w3": slice(half, None)} if fused == "gate_up_proj" else {"w2": slice(None)}
-    size = file.nbytes(name) // (shape[0] * len(parts))
-    return {
-        f"{block}.experts.{e}.{w}.weight": _Source(file, name, size, e, rows) for e in range(shape[0]) for w, rows in parts.items()
-    }
-
-
-_INDEX = "model.safetensors.index.json"
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, as the folder's index has it; empty without one."""
-    index = folder / _INDEX
-    if not index.is_file():
-        return {}
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
-        raise UserError(f"{index} lacks weight_map: expected the file of every tensor in it")
-    for shard in sorted(set(where.values())):
-        if Path(shard).name != shard:
-            raise UserError(f"{index} names a file {shard!r}: expected files of the same folder")
-    return where
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or the single one."""
-    named = sorted(set(_weight_map(folder).values()))
-    if named:
-        return [folder / name for name in named]
-    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
-
-
-def _files(folder: Path) -> list[Path]:
-    return _shards(folder) or [folder / "pytorch_model.bin"]
-
-
 def _cache_path(cache: Path, folder: Path, leaves: dict[str, Any], settings: str) -> Path:
-    return cache / f"{quantized_cache.key(_files(folder), leaves, settings)}.safetensors"
+    return cache / f"{quantized_cache.key(weight_files(folder), leaves, settings)}.safetensors"
 
 
 def _progress(console: Console | None) -> Progress:
@@ -303,7 +167,7 @@ def _progress(console: Console | None) -> Progress:
 
 
 def _fill(
-    variable: str, abstract: Any, parts: list[tuple[str, Place]], files: dict[str, _Source], folder: Path, keep: Keeper, advance: Any
+    variable: str, abstract: Any, parts: list[tuple[str, Place]], files: dict[str, Any], folder: Path, keep: Keeper, advance: Any
 ) -> Any:
     """The stacked value [L, (E,) …] of one variable, from its tensors in order of layer and expert."""
     quantized = isinstance(abstract, nf4.NF4Tensor)
@@ -313,7 +177,9 @@ def _fill(
     for name, place in parts:
         shape = abstract.shape if quantized else abstract.shape[abstract.ndim - _rank(place, abstract.ndim) :]
         value = _read(files, name, place, shape, folder)
-        stored = nf4.quantize(value, double=abstract.offset is not None) if quantized else value.astype(abstract.dtype)
+        if quantized and not isinstance(value, nf4.NF4Tensor):
+            value = nf4.quantize(value, double=abstract.offset is not None)
+        stored = value if quantized else value.astype(abstract.dtype)
         index = tuple(i for i in (place.layer, place.expert) if i is not None)
         position = tuple(jnp.int32(i) for i in index)
         for i, leaf in enumerate(jax.tree.leaves(stored)):
@@ -337,20 +203,24 @@ def index_of(place: Place) -> Any:
     return tuple(i for i in (place.layer, place.expert) if i is not None) or ...
 
 
-def _read(files: dict[str, _Source], name: str, place: Place, shape: tuple[int, ...], folder: Path) -> jax.Array:
+def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path) -> Any:
     half = None if place.half is None else slice(place.half * shape[0], (place.half + 1) * shape[0])
-    return read_tensor(files, name, stored_shape(place, tuple(shape)), folder, half).reshape(shape)
+    value = read_tensor(files, name, stored_shape(place, tuple(shape)), folder, half)
+    return value if isinstance(value, nf4.NF4Tensor) else value.reshape(shape)
 
 
-def read_tensor(
-    files: dict[str, _Source], name: str, shape: tuple[int, ...], folder: Path, rows: slice | None = None
-) -> jax.Array:
-    """One tensor of a checkpoint (or some rows of it), as stored. Raises UserError where it is missing, of another shape or no number."""
+def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path, rows: slice | None = None) -> Any:
+    """One tensor of a checkpoint (or some rows of it), as stored: an array, or an `NF4Tensor` where bitsandbytes quantized it.
+
+    Raises UserError where it is missing, of another shape or no number.
+    """
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing")
     raw, where = files[name].read(), files[name].file.path
     if tuple(raw.shape) != shape:
         raise UserError(f"{where}: tensor {name!r} has shape {list(raw.shape)}, expected {list(shape)}")
+    if isinstance(raw, nf4.NF4Tensor):
+        return raw
     if raw.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise UserError(f"{where}: tensor {name!r} is {raw.dtype}: expected bfloat16, float16 or float32")
     value = jnp.asarray(raw if rows is None else raw[rows])

@@ -7,6 +7,7 @@ The extra `aot` brings the CUDA plugin and ptxas: a machine without a GPU compil
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,11 +123,17 @@ class Compiled:
     program: Any
 
 
-def compile_step(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, gpu: str | None) -> Compiled:
-    """Compile one optimizer step of this experiment for `gpu` (None: this machine's device) from shapes alone."""
+def compile_step(
+    experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, gpu: str | None,
+    compiler: Callable[[Any], Any] = lambda lowering: lowering.compile(),
+) -> Compiled:  # fmt: skip
+    """Compile one optimizer step of this experiment for `gpu` (None: this machine's device) from shapes alone.
+
+    compiler: what makes an executable of the lowering; for a trace, `profiling.capture.compile_profiled`.
+    """
     # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
     sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
-    platform = jax.default_backend() if gpu is None else "gpu"
+    platform = None if gpu is None else TARGETS[gpu].name
     model = build(config, **model_arguments(experiment), platform=platform)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
     schedule = make_schedule(experiment.training, experiment.training.steps or 1000)
@@ -138,7 +145,7 @@ def compile_step(experiment: Experiment, config: Architecture, *, rows: int, row
     batch = Batch(integers, integers, jax.ShapeDtypeStruct(shape, jnp.float32), integers, integers)
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (state, frozen, batch))
     start = time.perf_counter()
-    program = jax.jit(step, donate_argnums=(0,)).lower(*arguments).compile()
+    program = compiler(jax.jit(step, donate_argnums=(0,)).lower(*arguments))
     seconds = time.perf_counter() - start
     analysis: Any = program.memory_analysis()
     return Compiled(

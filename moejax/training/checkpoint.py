@@ -73,9 +73,12 @@ class Checkpoints:
         leaves = [restored.state[name] for name in _named(state)]
         return jax.tree.unflatten(jax.tree.structure(state), leaves), Position(**restored.position)
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
+    def wait(self) -> None:
+        """Until everything is on disk."""
         self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
         self.manager.close()
 
 

@@ -14,6 +14,8 @@ from rich.table import Table
 from models.build import build
 from moejax.config import Experiment
 from moejax.estimator import gpus
+from moejax.estimator.units import gigabytes
+from moejax.training import held_out
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.state import architecture, model_arguments, split
@@ -41,6 +43,7 @@ def _folder(experiment: Experiment) -> Path | None:
 
 def report(experiment: Experiment) -> int:
     """Print the tables. Returns exit code 0."""
+    asked = held_out.dry(experiment)
     console = Console(width=110)
     groups = parameter_groups(experiment)
     table = Table(title=f"parameters of {experiment.name}", title_justify="left")
@@ -48,7 +51,7 @@ def report(experiment: Experiment) -> int:
         table.add_column(column, justify="right" if column in ("parameters", "GB") else "left")
     for name, group in groups.items():
         state = "yes" if group.trainable else "frozen"
-        table.add_row(name, f"{group.parameters:,}", group.dtype, f"{group.bytes / 1e9:.3f}", state)
+        table.add_row(name, f"{group.parameters:,}", group.dtype, f"{gigabytes(group.bytes)}", state)
     sizes = architecture(experiment, _folder(experiment))
     base, active = base_and_active(groups, sizes)
     trained = [g for g in groups.values() if g.trainable]
@@ -58,17 +61,17 @@ def report(experiment: Experiment) -> int:
     table.add_section()
     table.add_row("base model", f"{base:,}", "", "", "")
     table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", "")
-    table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
-    table.add_row("weights in memory", "", "", f"{stored / 1e9:.3f}", "")
-    table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{optimizer / 1e9:.3f}", "")
-    table.add_row("gradients", "", trained[0].dtype, f"{gradients / 1e9:.3f}", "")
+    table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gigabytes(gradients)}", "")
+    table.add_row("weights in memory", "", "", f"{gigabytes(stored)}", "")
+    table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{gigabytes(optimizer)}", "")
+    table.add_row("gradients", "", trained[0].dtype, f"{gigabytes(gradients)}", "")
     table.add_section()
     total = stored + optimizer + gradients
-    table.add_row("before activations", "", "", f"{total / 1e9:.3f}", "")
+    table.add_row("before activations", "", "", f"{gigabytes(total)}", "")
     console.print(table)
-    console.print(_fits(total, experiment.device.memory_fraction), highlight=False)
+    console.print(_fits(total, experiment), highlight=False)
     console.print(_schedule(experiment), highlight=False)
-    for line in missing(experiment):
+    for line in [*asked, *missing(experiment)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -92,14 +95,18 @@ def missing(experiment: Experiment) -> list[str]:
     return lines
 
 
-def _fits(total: int, fraction: float) -> str:
-    """Which GPUs have more than `total` bytes of usable memory. What else a step takes depends on its rows: the compiler says."""
-    usable = {gpu.name: fraction * (gpu.device_bytes or gpu.memory_gb * 1e9) for gpu in gpus.GPUS.values()}
+def _fits(total: int, experiment: Experiment) -> str:
+    """Which GPUs have more than `total` bytes of usable memory. What else a step takes depends on its rows: the compiler says.
+    GPUs without bf16 are named apart where the experiment asks for it."""
+    fraction, t = experiment.device.memory_fraction, experiment.training
+    without = [gpu.name for gpu in gpus.GPUS.values() if not gpu.bf16 and "bfloat16" in (t.compute_dtype, t.param_dtype)]
+    usable = {gpu.name: fraction * (gpu.device_bytes or gpu.memory_gb * 1e9) for gpu in gpus.GPUS.values() if gpu.name not in without}
     fits = [name for name, size in usable.items() if size > total]
     small = [name for name in usable if name not in fits]
     return (
         f"fits before activations (usable: {fraction:g} of the memory): {', '.join(fits) or 'none'}\n"
         f"does not fit: {', '.join(small) or 'none'}"
+        + (f"\nno bf16, which the training section asks for: {', '.join(without)}" if without else "")
     )
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,17 +18,19 @@ from rich.console import Console
 from models.build import Model, build
 from moejax.config import Experiment
 from moejax.data.batch import Batch, segment_lengths
-from moejax.data.batching import stack
+from moejax.data.batching import Batches
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import device_check, flops, memory, prediction, remat, run_folder, step_profile
+from moejax.training import device_check, experts, flops, held_out, memory, pinning, prediction, remat, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.run_steps import Work, check_profile, scored_steps, steps_in, total_steps, works
+from moejax.training.scoring import Scoring
 from moejax.training.state import (
     adapter_config,
     architecture,
@@ -41,13 +42,6 @@ from moejax.training.state import (
     split,
 )
 from moejax.training.step import Objective, TrainState, make_eval_step, make_train_step
-
-
-class Work(NamedTuple):
-    """One optimizer step's input: micro-batches [A, rows, T], and where the data stands after it."""
-
-    batch: Batch
-    after: Position
 
 
 class Pending(NamedTuple):
@@ -66,11 +60,14 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     """
     console = Console()
     device_check.check(experiment, jax.local_devices()[0])
-    experiment = remat.of_run(experiment) if resume else experiment
+    if resume:
+        experiment = pinning.adopted(remat.of_run(experiment))
     folder = run_folder.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
+    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
         continue_adapter(experiment, build(config, **model_arguments(experiment)))
@@ -81,35 +78,18 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     )
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
+    asked = held_out.prepare(experiment, tokenizer, config.max_position_embeddings)
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
     console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
     console.print(dataset.table())
-    if experiment.profile is not None:
-        try:
-            experiment.profile.check(total_steps(experiment, dataset))
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    check_profile(experiment, dataset)
     experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
         continue_adapter(experiment, model)
     run_folder.write_config(folder, experiment)
-    trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep)
-    code = trainer.train()
-    if code == 0 and keep and tokenizer is not None and experiment.adapter is None:
-        save_tokenizer(tokenizer, folder / "model")
-    return code
-
-
-def steps_in(experiment: Experiment, dataset: Dataset, epoch: int) -> int:
-    """Optimizer steps of an epoch."""
-    return -(-dataset.train.batches_per_epoch(epoch) // experiment.training.gradient_accumulation)
-
-
-def total_steps(experiment: Experiment, dataset: Dataset) -> int:
-    """Optimizer steps of the whole run."""
-    t = experiment.training
-    return t.steps or sum(steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1))
+    trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep, asked=asked, tokenizer=tokenizer)
+    return trainer.train()
 
 
 class Trainer:
@@ -125,13 +105,15 @@ class Trainer:
         *,
         resume: bool,
         keep: bool = True,
+        asked: held_out.HeldOut | None = None,
+        tokenizer: Any = None,
     ):
         self.experiment, self.dataset, self.folder, self.console, self.keep = experiment, dataset, folder, console, keep
+        self.tokenizer = tokenizer
         self.config = model.config
         t = experiment.training
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
         self.objective: Objective = objective(experiment, graphdef)
-        self.accumulation = t.gradient_accumulation
         self.total_steps = total_steps(experiment, dataset)
         schedule = make_schedule(t, self.total_steps)
         optimizer = make_optimizer(t, schedule)
@@ -153,6 +135,7 @@ class Trainer:
             )
         self.start_step, self.last_saved = self.step, self.step if saved else None
         self.writer = MetricWriter(folder, self.step if resume else None)
+        self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment))
         self.peak_flops, self.peak_source = flops.peak_flops(t.compute_dtype)
         self.compile_seconds, self.compiler_peak = 0.0, 0
@@ -206,7 +189,10 @@ class Trainer:
         pending: Pending | None = None
         if self.step == 0 and self.dataset.evaluation is not None and t.eval_every:
             self._evaluate(display)
-        for work in self._work():
+        self._score(display)
+        if self._stop is not None:  # before anything goes beyond the step whose evaluation is missing
+            return
+        for work in works(self.experiment, self.dataset, self.position, self.step):
             step_function = self._compile(work.batch)
             number = self.step + 1
             if pending is not None and self.capture.covers(number):
@@ -225,7 +211,8 @@ class Trainer:
             evaluate = self.dataset.evaluation is not None and (
                 (last and self.keep) or bool(t.eval_every and self.step % t.eval_every == 0)
             )
-            due = bool(c.every and self.step % c.every == 0) or (evaluate and c.best)
+            scored = self.scoring is not None and self.scoring.due(self.step)
+            due = bool(c.every and self.step % c.every == 0) or (evaluate and c.best) or scored
             if evaluate or due or last or self._stop is not None:
                 self._finish(pending, display)  # a checkpoint must never hold a state whose loss was not finite
                 pending = None
@@ -233,23 +220,9 @@ class Trainer:
                 if self.keep:
                     self.checkpoints.save(self.step, self.state, self.position, eval_loss)
                     self.last_saved = self.step
+            self._score(display)
             if self._stop is not None:
                 return
-
-    def _work(self) -> Iterator[Work]:
-        """Optimizer steps from the present position to the last."""
-        epoch, skip, step = self.position.epoch, self.position.step_in_epoch, self.step
-        while step < self.total_steps:
-            steps = steps_in(self.experiment, self.dataset, epoch)
-            batches = self.dataset.train.iterate(epoch, start=skip * self.accumulation)
-            for index in range(skip, steps):
-                if step == self.total_steps:
-                    return
-                micro = [b for _, b in zip(range(self.accumulation), batches, strict=False)]
-                step += 1
-                after = Position(epoch + 1, 0) if index + 1 == steps else Position(epoch, index + 1)
-                yield Work(stack(micro, self.accumulation), after)
-            epoch, skip = epoch + 1, 0
 
     def _compile(self, batch: Batch) -> Any:
         """The step compiled for this batch's shape; its memory is checked before it is first run."""
@@ -320,18 +293,37 @@ class Trainer:
         }
         return record | memory_bytes() | expert_load(values["expert_counts"], len(lengths))
 
-    def _evaluate(self, display: Display) -> float:
-        """Mean loss per supervised token on the held-out part."""
-        assert self.dataset.evaluation is not None
+    def _mean_loss(self, batches: Batches) -> tuple[float, float]:
+        """Mean loss per supervised token, and how many there are."""
         loss = tokens = 0.0
-        for batch in self.dataset.evaluation.iterate(0):
+        for batch in batches.iterate(0):
             part, count = self._eval_step(self.state.trainable, self.frozen, jax.device_put(batch))
             loss, tokens = loss + float(part), tokens + float(count)
-        self.eval_loss = loss / max(tokens, 1.0)
+        return loss / max(tokens, 1.0), tokens
+
+    def _evaluate(self, display: Display) -> float:
+        """Mean loss on the held-out part."""
+        assert self.dataset.evaluation is not None
+        self.eval_loss, tokens = self._mean_loss(self.dataset.evaluation)
         self.writer.write(self.step, {"eval_loss": self.eval_loss})
         display.note(f"step {self.step}: evaluation loss {self.eval_loss:.4f} over {tokens:.0f} tokens")
         self._finished_at = time.perf_counter()
         return self.eval_loss
+
+    def _score(self, display: Display) -> None:
+        """Count right answers, if that is due after this step. Its state is saved by now: a resumed run does not train it again."""
+        if self.scoring is None or not self.scoring.due(self.step) or self._stop is not None:
+            return
+        epoch = self.position.epoch
+        part = self.position.step_in_epoch / steps_in(self.experiment, self.dataset, epoch)
+        record = self.scoring.measure(self.step, epoch + part, self.model(), self._mean_loss, lambda: self._stop is not None)
+        if record is not None:
+            self.checkpoints.wait()  # what is told of a step must not be there before its checkpoint is
+            if self.experiment.checkpoint.best and self.scoring.best() == self.step:
+                self.scoring.keep_best(self._export)
+            self.writer.write(self.step, record)
+            display.note(self.scoring.told(self.step))
+        self._finished_at = time.perf_counter()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:  # the second time at once
@@ -344,12 +336,15 @@ class Trainer:
         """The model as it stands."""
         return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
 
-    def _export(self) -> None:
-        """The adapter in PEFT's format, or the whole model in the Hub's."""
-        if self.experiment.adapter is None:
-            save.save_weights(self.model(), self.folder / "model")
-        else:
-            peft.save_adapter(self.model(), self.folder / "adapter", self.experiment.model.source or "")
+    def _export(self, folder: Path | None = None) -> None:
+        """adapter/ in PEFT's format, or model/ in the Hub's, in `folder` (default: the run's)."""
+        folder, m = folder or self.folder, self.experiment.model
+        if self.experiment.adapter is not None:
+            peft.save_adapter(self.model(), folder / "adapter", m.source or "", m.revision)
+            return
+        save.save_weights(self.model(), folder / "model")
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder / "model")
 
     def _report_profile(self) -> None:
         """step_profile.json and a short table, where steps were traced."""
@@ -392,6 +387,7 @@ class Trainer:
                 f"model FLOP utilization {100 * utilization:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s ({self.peak_source})",
                 f"memory: compiler peak {self.compiler_peak / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
+        lines += [] if self.scoring is None else self.scoring.summary()
         self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
         if steady:
             prediction.conclude(self.folder, self.console)

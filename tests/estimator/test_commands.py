@@ -82,6 +82,12 @@ def test_plan(capsys, tmp_path):
     assert code == 0 and (tmp_path / "plan.png").exists()
     assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
     assert "left out: A10G" in out
+    assert "left out: no price in 2026: A40 (--prices study has one), L4, " in out
+    code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "A40,H100")
+    assert code == 0 and "no price in 2026: A40 (--prices study has one); --prices FILE brings your own" in out
+    code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--gpu", "A100-80,H100", "--budget", "0.5", "--deadline", "0.5")
+    assert "fastest under 0.5 USD: none; the cheapest needs 25.55 USD" in out and "A100-80, batch 17" in out
+    assert "cheapest within 0.5 h: none; the fastest needs 8." in out and "H100, batch 17" in out
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "0.5", "--json")
     assert code == 0 and json.loads(out)["answers"]["fastest under 0.5 USD"] is None
 

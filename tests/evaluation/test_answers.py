@@ -5,7 +5,7 @@ import json
 import pytest
 from support import ROOT
 
-from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
+from moejax.evaluation.answers import commonest, correct, final_number, strict_number, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,78 @@ from moejax.evaluation.answers import commonest, correct, final_number, wilson_i
         ("so 5.", 5),
         ("no number at all", None),
         ("", None),
+        ("$1,234.50", 1234.5),
+        ("They earn -$1,250.75 a day", -1250.75),
+        ("a loss of $-8", -8),
+        ("It grew by 50%", 50),
+        ("that is 12.5 %", 12.5),
+        ("1/2", 2),  # nothing is worked out: a fraction's last number is its denominator
+        ("3 1/4 cups", 4),
+        ("The answer is 3.", 3),
+        ("-7", -7),
+        ("The answer is \u22127.", -7),  # a typeset minus
+        ("x=-7", -7),
+        ("(-7)", -7),
+        ("pages 3\u20137", 7),  # an en dash is no minus
+        ("2024-11-25", 25),
+        ("on 11/25/2024", 2024),
+        ("at 10:30", 30),
+        ("the 3rd", 3),
+        ("COVID-19", 19),
+        ("a 12-year-old", 12),
+        ("version 1.2.3", 3),
+        ("The answer is ...5", 5),
+        ("I think 5...", 5),
+        ("12,34", 34),  # no group of three
+        ("1,2345", 2345),
+        ("1,234,56", 56),
+        ("one of 1,000,000, or 2,000", 2000),
+        ("5 km/h or 3 m", 3),
+        ("9 apples \u00d7 $2 = $18", 18),
+        ("**42**", 42),
+        ("\\boxed{42}", 42),
+        ("42\n\n7", 7),
+        ("4 2", 2),
+        ("2e3", 3),
+        ("x\u00b2 + y\u00b2", None),  # superscripts are no digits
+        ("-", None),
+        ("$.75", 0.75),
+        ("\uff11\uff12", 12),  # full-width digits
+        ("The answer is seventy-two.", None),
+        ("-.5", -0.5),
+        ("--5", -5),
+        ("+5", 5),
+        ("\u20ac3.00!", 3),
     ],
 )
 def test_final_number(text, number):
+    """The rule: the last number in the text, however it stands there. A minus counts unless it follows a letter or a digit; a comma
+    between groups of three; a point before a digit."""
     assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 5 + 4 = 9\n#### 9", 9),
+        ("#### 1,234", 1234),
+        ("#### -3", -3),
+        ("#### $12.50", 12.5),
+        ("####7", 7),
+        ("#### 7 #### 8", 7),  # the first, as GSM8K's own evaluation
+        ("9", None),
+        ("The answer is 9.", None),
+        ("#### nine 9", None),
+        ("### 9", None),
+        ("", None),
+    ],
+)
+def test_strict_number(text, number):
+    assert strict_number(text) == number
+
+
+def test_a_number_too_large_for_a_float_is_wrong_and_no_error():
+    assert not correct("9" * 400, "9" * 400)
 
 
 @pytest.mark.parametrize(

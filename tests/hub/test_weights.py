@@ -152,7 +152,7 @@ def change(folder, edit):
         (lambda t: t[GATE].fill(np.inf), f"'{GATE}' holds NaN or infinity"),
         (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), f"'{GATE}' is int8: expected bfloat16, float16 or float32"),
         (lambda t: t.pop("lm_head.weight"), "tensor 'lm_head.weight' is missing"),
-        (lambda t: t.update({GATE + ".absmax": t[GATE]}), "bitsandbytes quantized, which is not read here"),
+        (lambda t: t.update({GATE + ".absmax": t[GATE]}), "belongs to a quantized matrix, and .*nf4' is missing"),
         (lambda t: t.update({"model.layers.0.mlp.experts.gate_up_proj": t[GATE]}), "has shape .4, 32., expected .experts, rows, columns"),
         (lambda t: t.update({"model.layers.7.x": t[GATE]}), "1 tensors have no place"),
     ],

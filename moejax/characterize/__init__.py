@@ -1,0 +1,1 @@
+"""The study's experiments on the machine at hand: plan, child processes, results (`moejax characterize`)."""

@@ -1,0 +1,136 @@
+"""How large a study is: which configs, which batch sizes, how many queries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from moejax.errors import UserError
+
+Batch = int | str  # queries, or a share of the largest batch: "1/2"; "largest"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a sweep runs of each config. Lengths in tokens; a batch is a number of queries, or a share of the largest ("1/4", "largest").
+
+    batches, packed: of throughput, padded to the longest query and packed (there a batch is worth so many of the longest queries).
+    queries: trained on in each throughput trial. breakdown_tokens: of a row in the breakdown at batch 1 and at the largest.
+    lengths, dense_lengths: of rows at the largest batch, sparse and dense. tune_steps: between the two counts of the experts' load, over
+    load_queries. timed, traced: steps of a breakdown. Seconds and counts, nothing of the model.
+    """
+
+    routings: tuple[str, ...] = ("sparse", "dense")
+    batches: tuple[Batch, ...] = (1, "1/4", "1/2", "largest")
+    packed: tuple[Batch, ...] = (1, "1/4", "1/2", "largest")
+    pack_row_tokens: int | None = None  # None: as long as the longest query, rounded up to 8
+    queries: int = 1000
+    breakdown_tokens: int = 128
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    dense_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    tune_steps: int = 300
+    load_queries: int = 1000
+    timed: int = 10
+    traced: int = 3
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON has it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Sizes:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """configs: files of configs/. memory_limit: bytes of a device that has no limit of its own (a CPU)."""
+
+    what: str
+    configs: tuple[str, ...]
+    sizes: Sizes
+    memory_limit: int | None = None
+
+
+STUDY = Sizes()
+QUICK = replace(
+    STUDY, batches=(1, "largest"), packed=("largest",), queries=100, lengths=(128, 512), dense_lengths=(128,), tune_steps=50,
+    load_queries=200, timed=5, traced=2,
+)  # fmt: skip
+# Few shapes: on a CPU nearly all the time goes into starting and compiling. The problems' queries have 45 to 48 tokens: 4 in a row of 192.
+CPU_DEMO = replace(
+    QUICK, batches=(1, "1/2", "largest"), pack_row_tokens=192, queries=128, breakdown_tokens=64, lengths=(64, 256, 1024),
+    dense_lengths=(64,), tune_steps=40, load_queries=64, timed=3, traced=1,
+)  # fmt: skip
+PRESETS = {
+    "study-mixtral": Preset("Mixtral-8x7B by QLoRA, both data sets", ("mixtral_8x7b_cs_sparse", "mixtral_8x7b_math_sparse"), STUDY),
+    "study-blackmamba": Preset(
+        "BlackMamba-2.8B, all weights, both data sets", ("blackmamba_2.8b_cs_sparse", "blackmamba_2.8b_math_sparse"), STUDY
+    ),
+    "quick": Preset("Mixtral-8x7B (or --config) with few points", ("mixtral_8x7b_cs_sparse",), QUICK),
+    "cpu-demo": Preset("both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=176_000_000),
+}  # fmt: skip
+
+
+def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
+    """(sizes changed by `sweep.NAME=VALUE`, the other overrides). Raises UserError for a size that is none, or a value that fits none."""
+    import yaml
+
+    rest: list[str] = []
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not name.startswith("sweep."):
+            rest.append(text)
+            continue
+        name = name.removeprefix("sweep.")
+        known = Sizes.__dataclass_fields__
+        if name not in known or not equals:
+            raise UserError(f"override {text!r}: expected sweep.NAME=VALUE with one of {', '.join(known)}")
+        read = yaml.safe_load(value)
+        wanted = getattr(sizes, name)
+        read = tuple(read) if isinstance(read, list) else read
+        if not _fits(name, read, wanted):
+            raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}")
+        changes[name] = read
+    return replace(sizes, **changes), rest
+
+
+def _fits(name: str, value: Any, like: Any) -> bool:
+    """Whether a value can stand for this size."""
+    if name == "routings":
+        return isinstance(value, tuple) and bool(value) and set(value) <= {"sparse", "dense"}
+    if name in ("batches", "packed"):
+        return isinstance(value, tuple) and bool(value) and all(_is_batch(v) for v in value)
+    whole = value if isinstance(like, tuple) else (value,)
+    if name == "pack_row_tokens" and value is None:
+        return True
+    return isinstance(whole, tuple) and all(type(v) is int and v >= 1 for v in whole)
+
+
+def _is_batch(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "largest" or bool(re.fullmatch(r"1/[1-9][0-9]*", value))
+    return type(value) is int and value >= 1
+
+
+def queries_of(batch: Batch, largest: int) -> int:
+    """How many queries a batch is, where `largest` fit. At least 1."""
+    return batch if isinstance(batch, int) else largest if batch == "largest" else max(1, int(Fraction(batch) * largest))
+
+
+def parse_bytes(text: str) -> int:
+    """`2GB`, `500MB`, `16GiB` or plain bytes. Raises UserError."""
+    units = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    number = text.strip().rstrip("kKmMgGtTiIbB")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        found = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        found = 0
+    if found < 1:
+        raise UserError(f"--memory-limit {text}: expected bytes, e.g. 2GB, 500MB or 16GiB")
+    return found

@@ -1,0 +1,194 @@
+"""What is studied: every config with every routing, resolved to plain data that the results keep and the child processes read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from models.config import Architecture, BlackMambaConfig
+from moejax import config as experiments
+from moejax.characterize.presets import PRESETS, Preset, Sizes, override
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.estimating import ROOT, architecture_of
+from moejax.estimator import closed_form, lengths, memory, sizes
+from moejax.report.results import Model
+
+if TYPE_CHECKING:
+    from moejax.data.tokenize import Query
+
+ANSWER = 1 / 3  # of a random query: what is supervised
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model with one data set and one routing. `longest`: tokens of the longest query, rounded up to 8. random_*: not from a file."""
+
+    model: str
+    family: Literal["mixtral", "blackmamba"]
+    method: Literal["qlora", "lora", "full"]
+    routing: Literal["sparse", "dense"]
+    data: Literal["cs", "math", "problems", "fixed", "other"]
+    random_weights: bool
+    random_data: bool
+    longest: int
+    experiment: Experiment
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}/{self.data}/{self.routing}"
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.experiment)
+
+    @property
+    def records(self) -> int:
+        """Queries of one epoch."""
+        return self.experiment.data.records or len(self.queries())
+
+    def closed_form_rows(self, row_tokens: int, limit: float, platform: closed_form.Platform) -> int:
+        """How many rows fit into `limit` bytes by arithmetic."""
+
+        def peak(rows: int) -> int:
+            return closed_form.breakdown(self.experiment, self.architecture, rows=rows, row_tokens=row_tokens, platform=platform).total
+
+        return memory.largest_rows(peak, limit).rows
+
+    def queries(self, at_least: int = 1) -> list[Query]:
+        """The tokenized queries; of random ones so many, with the lengths of the study's data set."""
+        from moejax.data import pipeline
+        from moejax.data.tokenize import Query
+        from moejax.data.tokenizer import load_tokenizer
+
+        e, vocabulary = self.experiment, self.architecture.vocab_size
+        if not self.random_data:
+            source = e.tokenizer or str(e.model.source)
+            tokenizer = None if e.data.source is None else load_tokenizer(source, e.added_tokens)
+            return pipeline.load(e.data, tokenizer, e.seed, vocabulary).tokenized.queries
+        known = lengths.of_study({"cs": "commonsense_15k", "math": "math_14k"}[self.data])
+        random = np.random.default_rng(e.seed)
+        drawn = random.choice(known.tokens, at_least, p=known.counts / known.counts.sum())
+        drawn = np.minimum(drawn, min(lengths.STUDY_CUTOFF, e.data.max_length))
+        return [Query(random.integers(0, vocabulary, n).astype(np.int32), int(n * (1 - ANSWER))) for n in drawn.tolist()]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings and sizes, and the bytes that a step may take where that is not the device's own limit."""
+
+    settings: tuple[Setting, ...]
+    sizes: Sizes
+    memory_limit: int | None
+
+    def setting(self, key: str) -> Setting:
+        return next(s for s in self.settings if s.key == key)
+
+    def first_data(self) -> tuple[Setting, ...]:
+        """Of each model and routing the setting with its first data set: for what does not depend on the data."""
+        found: dict[tuple[str, str], Setting] = {}
+        for s in self.settings:
+            found.setdefault((s.model, s.routing), s)
+        return tuple(found.values())
+
+    def models(self) -> list[Model]:
+        """As the results name them."""
+        found = {}
+        for s in self.settings:
+            total = sum(w.size for w in sizes.stored(s.experiment, s.architecture) if "lora" not in w.name)
+            weights = "random" if s.random_weights else str(s.experiment.model.source)
+            found[s.model] = Model(s.model, s.family, s.method, weights, total)
+        return list(found.values())
+
+    def config(self) -> dict[str, Any]:
+        """Everything that decides what is run, as plain JSON data."""
+        own = ("model", "family", "method", "routing", "data", "random_weights", "random_data", "longest")
+        settings = {s.key: {k: getattr(s, k) for k in own} | {"experiment": s.experiment.model_dump(mode="json")} for s in self.settings}
+        return {"sizes": self.sizes.as_dict(), "memory_limit": self.memory_limit, "settings": settings}
+
+
+def from_config(config: dict[str, Any]) -> Study:
+    """The study that `Study.config` described."""
+    settings = []
+    for content in config["settings"].values():
+        experiment = Experiment.model_validate_json(json.dumps(content["experiment"]))
+        settings.append(Setting(**(content | {"experiment": experiment})))
+    return Study(tuple(settings), Sizes.of(config["sizes"]), config["memory_limit"])
+
+
+def resolve(
+    preset: str | None, files: Sequence[str], overrides: Sequence[str], memory_limit: int | None, pretrained: bool
+) -> Study:
+    """The study that a command line asks for. Raises UserError."""
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+    if preset is None and not files:
+        raise UserError(f"what is to be characterized? --config FILE (see configs/), or --preset {' | '.join(PRESETS)}")
+    known: Preset | None = PRESETS[preset] if preset else None
+    sizes_, overrides = override(known.sizes if known else Sizes(), overrides)
+    if not files:
+        assert known is not None
+        files = [str(ROOT / "configs" / f"{name}.yaml") for name in known.configs]
+    if memory_limit is None and known:
+        memory_limit = known.memory_limit
+    settings: dict[str, Setting] = {}
+    for file in files:
+        experiment = experiments.load(file, overrides)
+        for routing in sizes_.routings:
+            s = _setting(experiment, routing, pretrained)
+            if s.key in settings:
+                raise UserError(f"--config {file}: {s.key} is there already: give configs of different models or data")
+            settings[s.key] = s
+    return Study(tuple(settings.values()), sizes_, memory_limit)
+
+
+def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
+    source, data = experiment.model.source, experiment.data
+    base = architecture_of(experiment)
+    k = base.num_experts if routing == "dense" else base.experts_per_token if not base.dense else 2
+    updates = {
+        "model": experiment.model.model_dump(mode="json") | {"experts_per_token": k},
+        # A batch is what one step takes at once; nothing is evaluated, saved or traced but by the trials themselves.
+        "training": experiment.training.model_dump(mode="json") | {"gradient_accumulation": 1, "eval_every": None},
+        "profile": None,
+        "data": data.model_dump(mode="json") | {"holdout": 0, "eval_source": None},
+    }
+    experiment = Experiment.model_validate_json(json.dumps(experiment.model_dump(mode="json") | updates))
+    label = _data_label(data.source)
+    random_data = data.source is not None and not pretrained and not Path(data.source).is_file()
+    if random_data and label not in ("cs", "math"):
+        raise UserError(
+            f"data.source = {data.source} is no file here. --pretrained downloads it; a path (data.source=PATH) reads it. Without either "
+            "only commonsense_15k and math_14k can stand in, as random tokens with their published lengths"
+        )
+    content: dict[str, Any] = dict(
+        model=Path(source).name if source and Path(source).is_dir() else experiment.model.preset or str(source),
+        family="blackmamba" if isinstance(base, BlackMambaConfig) else "mixtral",
+        method="full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora",
+        routing=routing, data=label, random_weights=source is None or (not pretrained and not Path(source).is_dir()),
+        random_data=random_data, experiment=experiment,
+    )  # fmt: skip
+    return Setting(**content, longest=_longest(Setting(**content, longest=0)))
+
+
+def _data_label(source: str | None) -> Literal["cs", "math", "problems", "fixed", "other"]:
+    if source is None:
+        return "fixed"
+    name = source.rsplit("/", 1)[-1]
+    if "problems/" in source:
+        return "problems"
+    return "cs" if name.startswith("commonsense") else "math" if name.startswith("math") else "other"
+
+
+def _longest(s: Setting) -> int:
+    if s.random_data:
+        known = lengths.of_study({"cs": "commonsense_15k", "math": "math_14k"}[s.data])
+        longest = min(known.longest, lengths.STUDY_CUTOFF, s.experiment.data.max_length)
+    else:
+        longest = max(len(q.ids) for q in s.queries())
+    return -(-longest // 8) * 8

@@ -1,0 +1,113 @@
+"""`python -m moejax.characterize.trial DIR TRIAL [--rows N]`: one trial of a study, in a process of its own.
+
+It reads the study from DIR/characterize.json and writes DIR/trials/TRIAL.json (an attempt at a batch: TRIAL@N.json) when it is over; a
+process that dies leaves nothing there, and the parent says so. When its parent dies, it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moejax.characterize import plan, study
+from moejax.errors import UserError
+from moejax.report import results
+
+
+def result_path(folder: Path, trial: str, rows: int | None = None) -> Path:
+    """Where a trial's result lies; of an attempt, with its rows."""
+    return folder / "trials" / f"{trial}{'' if rows is None else f'@{rows}'}.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("trial", metavar="TRIAL")
+    parser.add_argument("--rows", type=int, help="of a step")
+    options = parser.parse_args()
+    _end_with_parent()
+    try:
+        return run(options.folder, options.trial, options.rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(folder: Path, trial: str, rows: int | None) -> int:
+    """Measure and write. Returns 0 for a trial that came to an end, out of memory included."""
+    found = results.read(folder)
+    parts = study.from_config(found.config)
+    task = next((t for t in plan.tasks(parts) if t.name == trial), None)
+    if task is None:
+        raise UserError(f"{folder} has no trial {trial!r}: its plan is in {folder / results.STUDY_FILE}")
+    start = time.perf_counter()
+    if task.kind in ("fit", "cost"):
+        from moejax.characterize import fits
+
+        outcome: Any = fits.run(task, parts, found, folder)
+        status, message = "done", outcome.message
+    else:
+        status, message, outcome = _measure(task, parts, found, rows)
+    content = {
+        "status": status, "message": message, "seconds": time.perf_counter() - start,
+        "rows": [asdict(r) for r in outcome.rows] if outcome else [], "facts": outcome.facts if outcome else {},
+    }  # fmt: skip
+    path = result_path(folder, trial, rows if task.kind == "prove" else None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results.replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"{trial}: {status}{'' if message is None else f': {message}'}")
+    return 0
+
+
+def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: int | None) -> tuple[str, str | None, Any]:
+    """(status, message, outcome); out of memory is a status."""
+    from moejax.cli import prepare_jax
+
+    prepare_jax(task.setting.experiment.device)
+    import jax
+
+    from moejax.characterize import experiments
+    from moejax.characterize.measure import OutOfMemory
+
+    t = experiments.Trial(task, parts, found.environment, parts.memory_limit)
+    measure: Any = {
+        "prove": experiments.attempt, "throughput": experiments.throughput, "breakdown": experiments.breakdown,
+        "length": experiments.breakdown, "expert_load": experiments.expert_load,
+    }.get(task.kind)  # fmt: skip
+    try:
+        if task.kind == "predict":
+            outcome = experiments.predict(t)
+            return "done" if outcome.facts["rows"] else "out_of_memory", outcome.message, outcome
+        if rows is None or rows < 1:
+            raise UserError(f"{task.name}: --rows is missing: how many rows a step has")
+        outcome = measure(t, rows)
+        return "done", outcome.message, outcome
+    except OutOfMemory as error:
+        return "out_of_memory", str(error), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return "out_of_memory", str(error).splitlines()[0][:300], None
+
+
+def _end_with_parent() -> None:
+    """A study that was killed must not leave a process on the device."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

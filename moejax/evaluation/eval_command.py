@@ -1,0 +1,74 @@
+"""`moejax eval RUN --task NAME --data FILE`: how often a run's or a model's answers are right, and where they are kept."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from moejax.errors import UserError
+from moejax.evaluation.evaluate import Result, evaluate, pairs_of, prompts_of, write
+from moejax.evaluation.runs import load
+from moejax.evaluation.tasks import find
+from moejax.evaluation.tasks import load as load_examples
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints accuracy, interval and speed; writes predictions.jsonl and result.json to --out or RUN/eval/TASK."""
+    task = find(options.task)
+    new = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    for name, value in (("--limit", options.limit), ("--rows", options.rows), ("--max-new-tokens", new)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: expected 1 or more")
+    folder = Path(options.run)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: expected a finished run's, or a model's in Hub layout")
+    out = _out(folder, task.name, options.base, options.out)
+    examples = load_examples(task, options.data, options.split, options.limit)
+    make, sizes, tokenizer, template = load(folder, options.base)
+    positions = sizes.max_position_embeddings  # before a large model is loaded for nothing
+    if task.method == "generated":
+        prompts_of(tokenizer, task, examples, template, new, positions)
+    else:
+        pairs_of(tokenizer, task, examples, positions)
+    model = make()
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(task.name, total=len(examples))
+        result = evaluate(
+            model,
+            tokenizer,
+            task,
+            examples,
+            max_new_tokens=new,
+            rows=options.rows,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            template=template,
+        )
+    write(result, out)
+    Console().print(
+        f"{report(result, 'base' if options.base else None)}\n{out}/predictions.jsonl, result.json",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _out(folder: Path, task: str, base: bool, given: str | None) -> Path:
+    if given is None and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is no run's folder, so nothing is written there: give --out DIR")
+    out = folder / "eval" / f"{task}{'-base' if base else ''}" if given is None else Path(given)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: expected a folder, or a name that is free")
+    return out
+
+
+def report(result: Result, which: str | None = None) -> str:
+    """The result in two lines: accuracy with its interval; the rule, and the speed."""
+    name = result.task if which is None else f"{result.task} ({which})"
+    ends = f"95 % interval {100 * result.low:.1f} to {100 * result.high:.1f} %"
+    speed = f"{result.seconds:.1f} s with compilation"
+    if result.generated_tokens:
+        speed += f", {result.generated_tokens:,} tokens generated, {result.generated_tokens / result.seconds:.1f} tokens/s"
+    return f"{name}: {100 * result.accuracy:.1f} % right ({result.correct} of {result.n}), {ends}\nrule: {result.rule}; {speed}"

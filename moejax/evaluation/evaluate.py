@@ -1,0 +1,189 @@
+"""One model on one task: every answer and its verdict, the accuracy and its interval; and how they are kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from models.build import Model
+from moejax.data.templates import render
+from moejax.errors import UserError
+from moejax.evaluation.answers import wilson_interval
+from moejax.evaluation.generate import bucket, generate, in_groups
+from moejax.evaluation.loglikelihood import encode_pair, encoded, loglikelihoods
+from moejax.evaluation.tasks import Example, Task
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """accuracy = correct / n; low, high: its 95 % Wilson interval. seconds: of the whole evaluation, compilation included.
+
+    generated_tokens: all answers' tokens, end tokens not counted (0 for a log-likelihood rule). predictions: prompt, output, answer,
+    expected and correct of each example, in their order; with log-likelihoods also `scores`, one per answer.
+    """
+
+    task: str
+    rule: str
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    seconds: float
+    generated_tokens: int
+    predictions: list[dict[str, Any]]
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    rows: int,
+    progress: Progress | None = None,
+    template: str = "mistral",
+) -> Result:
+    """The model's answers to the examples, greedily decoded or by log-likelihood as the task says.
+
+    rows: examples computed together. progress(done, all) is called after each batch. template: how an instruction becomes a prompt
+    (data.template); a log-likelihood rule uses none. Raises UserError for an empty or too long prompt, naming the example.
+    """
+    if not examples:
+        raise UserError(f"{task.name}: there are no examples")
+    if rows < 1:
+        raise UserError(f"rows = {rows}: expected 1 or more")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer names no end-of-sequence token: an answer would have no end")
+    start = time.perf_counter()
+    if task.method == "generated":
+        predictions, tokens = _generated(model, tokenizer, task, examples, template, max_new_tokens, rows, progress)
+    else:
+        predictions, tokens = _by_likelihood(model, tokenizer, task, examples, rows, progress), 0
+    seconds = time.perf_counter() - start
+    correct = sum(p["correct"] for p in predictions)
+    low, high = wilson_interval(correct, len(predictions))
+    n = len(predictions)
+    return Result(task.name, task.rule, n, correct, correct / n, low, high, seconds, tokens, predictions)
+
+
+def prompts_of(
+    tokenizer: Any, task: Task, examples: Sequence[Example], template: str, max_new_tokens: int, positions: int
+) -> tuple[list[str], list[list[int]]]:
+    """The prompts of a generated rule, and their token ids. Raises UserError for an empty one and for one that `positions` do not hold."""
+    texts = [prompt(template, example, tokenizer) for example in examples]
+    ids = [encoded(tokenizer, text) for text in texts]
+    for index, tokens in enumerate(ids):
+        _check(task, index, len(tokens), max_new_tokens, positions)
+    return texts, ids
+
+
+def pairs_of(tokenizer: Any, task: Task, examples: Sequence[Example], positions: int) -> list[tuple[list[int], list[int]]]:
+    """What a log-likelihood rule compares: all examples' (context, continuation), one after the other. Raises UserError as above."""
+    pairs = []
+    for index, example in enumerate(examples):
+        for context, continuation in example.candidates:
+            pair = encode_pair(tokenizer, context, continuation)
+            if not pair[1]:
+                raise UserError(f"{task.name}, example {index}: the answer {continuation!r} has no token of its own to score")
+            _check(task, index, sum(map(len, pair)) - 1, 0, positions)  # the last token is only predicted
+            pairs.append(pair)
+    return pairs
+
+
+def _generated(
+    model: Model,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    template: str,
+    max_new_tokens: int,
+    rows: int,
+    progress: Progress | None,
+) -> tuple[list[dict[str, Any]], int]:
+    positions = model.config.max_position_embeddings
+    prompts, ids = prompts_of(tokenizer, task, examples, template, max_new_tokens, positions)
+    answers: list[list[int]] = [[] for _ in ids]
+    done = 0
+    for chosen in in_groups([bucket(len(tokens)) for tokens in ids], rows):
+        filled = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (rows - len(chosen))  # one program for a bucket's every batch
+        outputs = generate(model, filled, max_new_tokens=max_new_tokens, end=tokenizer.eos_token_id, batch_size=rows)
+        for index, output in zip(chosen, outputs, strict=False):
+            answers[index] = output
+        done += len(chosen)
+        if progress is not None:
+            progress(done, len(ids))
+    predictions = []
+    for text, example, tokens in zip(prompts, examples, answers, strict=True):
+        output = tokenizer.decode(tokens, skip_special_tokens=True)
+        answer = task.answer(output)
+        right = answer is not None and task.right(answer, example.expected)
+        predictions.append({"prompt": text, "output": output, "answer": answer, "expected": example.expected, "correct": right})
+    return predictions, sum(map(len, answers))
+
+
+def _by_likelihood(
+    model: Model, tokenizer: Any, task: Task, examples: Sequence[Example], rows: int, progress: Progress | None
+) -> list[dict[str, Any]]:
+    pairs = pairs_of(tokenizer, task, examples, model.config.max_position_embeddings)
+    scores = iter(loglikelihoods(model, pairs, rows=rows, progress=progress))
+    predictions = []
+    for example in examples:
+        values = [next(scores).loglikelihood for _ in example.candidates]
+        if task.method == "loglikelihood-normalized":  # per character, without the space before, as the harness's acc_norm
+            texts = [continuation.removeprefix(" ") for _, continuation in example.candidates]
+            values = [value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
+        best = values.index(max(values))
+        context, continuation = example.candidates[best]
+        answer = example.names[best]
+        predictions.append(
+            {
+                "prompt": context,
+                "output": continuation,
+                "answer": answer,
+                "expected": example.expected,
+                "correct": answer == example.expected,
+                "scores": values,
+            }
+        )
+    return predictions
+
+
+def prompt(template: str, example: Example, tokenizer: Any) -> str:
+    """What the model reads. With the template `text`, which has no instructions: the question as it stands."""
+    if template == "text":
+        return "\n".join(part for part in (example.record["instruction"], example.record["input"]) if part)
+    return render(template, example.record, tokenizer)[0]
+
+
+def _check(task: Task, index: int, length: int, new: int, positions: int) -> None:
+    if length == 0:
+        raise UserError(f"{task.name}, example {index}: its prompt is empty: there is nothing to continue")
+    if length + new > positions:
+        asked = f"{length} tokens and {new} new ones" if new else f"{length} tokens"
+        raise UserError(
+            f"{task.name}, example {index}: {asked} exceed the model's {positions} positions: shorten the prompt"
+            + (" or ask for fewer new tokens" if new else "")
+        )
+
+
+def write(result: Result, folder: Path) -> None:
+    """predictions.jsonl (one line an example) and result.json (all the rest) in `folder`; each replaces an older one at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = asdict(result)
+    predictions = summary.pop("predictions")
+    _replace(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    _replace(folder / "result.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,73 @@
+"""From `model.source` to a folder: a local one, or the Hub's snapshot at one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from moejax.errors import UserError
+
+_DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+
+
+def resolve(source: str, revision: str | None = None, field: str = "model.source") -> Path:
+    """The folder of a model or adapter: `source` itself, or the Hub's snapshot of that id (downloaded where it is not cached).
+
+    source: a folder, `org/name`, or `org/name@REVISION`. field: where the config names it, for messages. HF_TOKEN, HF_HUB_OFFLINE,
+    HF_HUB_CACHE and HF_ENDPOINT are huggingface_hub's. Raises UserError where neither is there.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    name, _, at = source.partition("@")
+    if source.startswith((".", "/")) or name.count("/") != 1:
+        raise UserError(
+            f"{field} = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=list(_DOWNLOAD)))
+        if not any(folder.glob("*.safetensors")):  # BlackMamba's checkpoints are PyTorch's
+            folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_DOWNLOAD, "pytorch_model.bin"]))
+        return folder
+    except Exception as error:
+        raise UserError(_why(error, f"{field} = {source!r}", at or revision)) from error
+
+
+def commit(source: str, folder: Path) -> str | None:
+    """The commit of the Hub's snapshot that `resolve(source)` gave; None for a local folder."""
+    hub = not Path(source).is_dir() and folder.parent.name == "snapshots"
+    return folder.name if hub else None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision can never mean another content: a full SHA, and no branch or tag."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _why(error: Exception, what: str, revision: str | None) -> str:
+    """One message for what huggingface_hub could not do, and the remedy."""
+    from huggingface_hub import constants, errors
+
+    at = f" at revision {revision!r}" if revision else ""
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE:
+            return (
+                f"{what} is no local folder, and HF_HUB_OFFLINE is set: {constants.HF_HUB_CACHE} has no whole copy of it{at}. Unset "
+                "HF_HUB_OFFLINE to download it, set HF_HUB_CACHE to where it is, or give a folder"
+            )
+        return (
+            f"{what} is no local folder, {constants.HF_HUB_CACHE} has no whole copy of it{at}, and the Hub ({constants.ENDPOINT}) could "
+            "not be reached: check the network (behind a proxy HTTPS_PROXY, for a mirror HF_ENDPOINT), or give a folder"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{what}: the Hub has no revision {revision!r} of it: expected a branch, a tag or a commit"
+    if isinstance(error, errors.RepositoryNotFoundError):  # also what gated and private ones are to those who may not see them
+        token = "the token of HF_TOKEN may not read it" if os.environ.get("HF_TOKEN") else "a private or gated one needs HF_TOKEN"
+        return f"{what}: no such folder, and the Hub shows no such repository: check the id; {token}"
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return (
+        f"{what} is no local folder, and the Hub could not be asked ({type(error).__name__}: {reason}). Check the id and the network, or "
+        "give a folder"
+    )

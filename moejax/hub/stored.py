@@ -1,0 +1,126 @@
+"""Where the tensors of a folder in Hub layout lie: its index, its shards, one expert's rows of a fused tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moejax.errors import UserError
+from moejax.hub import bitsandbytes
+from moejax.hub.safetensors_file import Reader
+from moejax.hub.torch_file import TorchFile
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming the file where it cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
+    return content
+
+
+class Source(NamedTuple):
+    """Where a tensor is read: a file's tensor, or one expert's rows of a fused one."""
+
+    file: Any
+    name: str
+    nbytes: int
+    expert: int | None = None
+    rows: slice = slice(None)
+
+    def read(self) -> Any:
+        value = self.file.get_tensor(self.name)
+        return value if self.expert is None else value[self.expert, self.rows]
+
+    def release(self) -> None:
+        if isinstance(self.file, Reader):
+            self.file.release(self.name)
+
+
+_FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(gate_up_proj|down_proj)|(gate)\.weight)$")
+
+
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """tensor name -> where it is read: a `Source`, or a `bitsandbytes.Quantized`. Raises UserError naming the file.
+
+    Fused expert tensors appear under their experts' names.
+    """
+    files = shards(folder)
+    if not files and (folder / "pytorch_model.bin").is_file():
+        torch_file = stack.enter_context(TorchFile(folder / "pytorch_model.bin"))
+        names = torch_file.keys()
+        return {name: Source(torch_file, name, torch_file.nbytes(name)) for name in names}
+    held: dict[str, Any] = {}
+    where = _weight_map(folder)
+    for path in files or [folder / "model.safetensors"]:
+        if not path.is_file():
+            raise UserError(
+                f"{folder} lacks {path.name}"
+                + (", which its index names" if where else " (or a pytorch_model.bin, or an index and its shards)")
+            )
+        file = Reader(path)
+        held |= {name: Source(file, name, file.nbytes(name)) for name in file.names() if where.get(name, path.name) == path.name}
+    lost = sorted(where.keys() - held.keys())
+    if lost:
+        raise UserError(
+            f"{folder}: {where[lost[0]]} lacks tensor {lost[0]!r}, which the index says it holds ({len(lost)} such): download it again"
+        )
+    found: dict[str, Any] = {}
+    for name, source in bitsandbytes.gather(held).items():
+        found |= _expanded(source.file, name) if isinstance(source, Source) else {name: source}
+    return found
+
+
+def _expanded(file: Reader, name: str) -> dict[str, Source]:
+    """The tensors of one expert each that a file's tensor holds; itself where it is not fused."""
+    match = _FUSED.match(name)
+    if not match:
+        return {name: Source(file, name, file.nbytes(name))}
+    layer, fused, gate = match.groups()
+    block = f"{layer}.block_sparse_moe"
+    if gate:
+        return {f"{block}.gate.weight": Source(file, name, file.nbytes(name))}
+    shape = file.shape(name)
+    if len(shape) != 3 or (fused == "gate_up_proj" and shape[1] % 2):
+        raise UserError(f"{file.path}: tensor {name!r} has shape {list(shape)}, expected [experts, rows, columns]")
+    half = shape[1] // 2
+    parts = {"w1": slice(0, half), "w3": slice(half, None)} if fused == "gate_up_proj" else {"w2": slice(None)}
+    size = file.nbytes(name) // (shape[0] * len(parts))
+    return {
+        f"{block}.experts.{e}.{w}.weight": Source(file, name, size, e, rows) for e in range(shape[0]) for w, rows in parts.items()
+    }
+
+
+_INDEX = "model.safetensors.index.json"
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, as the folder's index has it; empty without one."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return {}
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+        raise UserError(f"{index} lacks weight_map: expected the file of every tensor in it")
+    for shard in sorted(set(where.values())):
+        if Path(shard).name != shard:
+            raise UserError(f"{index} names a file {shard!r}: expected files of the same folder")
+    return where
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, or the single one."""
+    named = sorted(set(_weight_map(folder).values()))
+    if named:
+        return [folder / name for name in named]
+    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return shards(folder) or [folder / "pytorch_model.bin"]

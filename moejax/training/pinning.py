@@ -1,0 +1,61 @@
+"""What a run took from the Hub, by commit: a rerun of its config.yaml loads the same, whatever a branch has become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moejax.config import Experiment, load
+from moejax.hub import snapshot
+
+
+def pinned(experiment: Experiment, model_folder: Path | None) -> Experiment:
+    """The experiment with the commits of what `model.source` (it was resolved to `model_folder`) and `adapter.init_from` name.
+
+    Local folders have none. Raises UserError where init_from is nowhere.
+    """
+    model, adapter = experiment.model, experiment.adapter
+    if model.source is not None and model_folder is not None:
+        commit = snapshot.commit(model.source, model_folder)
+        if commit is not None:
+            experiment = _with(experiment, "model", revision=commit)
+    if adapter is not None and adapter.init_from is not None:
+        commit = snapshot.commit(adapter.init_from, snapshot.resolve(adapter.init_from, field="adapter.init_from"))
+        if commit is not None:
+            experiment = _with(experiment, "adapter", init_from=f"{_name(adapter.init_from)}@{commit}")
+    return experiment
+
+
+def adopted(experiment: Experiment) -> Experiment:
+    """The experiment with the commits of the run of this name, where it names no other: what a resumed run goes on with.
+
+    A run that is not there, or took something else, is `run_folder.prepare`'s to refuse.
+    """
+    path = Path(experiment.runs_dir) / experiment.name / "config.yaml"
+    if not path.is_file():
+        return experiment
+    before = load(path)
+    then, now = before.model, experiment.model
+    if then.source == now.source and _pins(then.revision, now.revision):
+        experiment = _with(experiment, "model", revision=then.revision)
+    theirs, ours = (None if e.adapter is None else e.adapter.init_from for e in (before, experiment))
+    if theirs and ours and _name(theirs) == _name(ours) and _pins(_at(theirs), _at(ours)):
+        experiment = _with(experiment, "adapter", init_from=theirs)
+    return experiment
+
+
+def _pins(then: str | None, now: str | None) -> bool:
+    """Whether the run was pinned to a commit and the command names a branch, or nothing."""
+    return snapshot.is_commit(then) and not snapshot.is_commit(now)
+
+
+def _with(experiment: Experiment, section: str, **changes: Any) -> Experiment:
+    return experiment.model_copy(update={section: getattr(experiment, section).model_copy(update=changes)})
+
+
+def _name(source: str) -> str:
+    return source.partition("@")[0]
+
+
+def _at(source: str) -> str | None:
+    return source.partition("@")[2] or None

@@ -1,0 +1,79 @@
+"""The optimizer steps of a run: how many, what goes into each, and after which of them right answers are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, count, takewhile
+from typing import NamedTuple
+
+from moejax.config import Experiment
+from moejax.data.batch import Batch
+from moejax.data.batching import stack
+from moejax.data.pipeline import Dataset
+from moejax.errors import UserError
+from moejax.training.checkpoint import Position
+
+
+class Work(NamedTuple):
+    """One optimizer step's input: micro-batches [A, rows, T], and where the data stands after it."""
+
+    batch: Batch
+    after: Position
+
+
+def steps_in(experiment: Experiment, dataset: Dataset, epoch: int) -> int:
+    """Optimizer steps of an epoch."""
+    return -(-dataset.train.batches_per_epoch(epoch) // experiment.training.gradient_accumulation)
+
+
+def total_steps(experiment: Experiment, dataset: Dataset) -> int:
+    """Optimizer steps of the whole run."""
+    t = experiment.training
+    return t.steps or sum(steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1))
+
+
+def works(experiment: Experiment, dataset: Dataset, position: Position, step: int) -> Iterator[Work]:
+    """Optimizer steps from `position`, where `step` of them are done, to the last."""
+    epoch, skip, last = position.epoch, position.step_in_epoch, total_steps(experiment, dataset)
+    accumulation = experiment.training.gradient_accumulation
+    while step < last:
+        steps = steps_in(experiment, dataset, epoch)
+        batches = dataset.train.iterate(epoch, start=skip * accumulation)
+        for index in range(skip, steps):
+            if step == last:
+                return
+            micro = [b for _, b in zip(range(accumulation), batches, strict=False)]
+            step += 1
+            after = Position(epoch + 1, 0) if index + 1 == steps else Position(epoch, index + 1)
+            yield Work(stack(micro, accumulation), after)
+        epoch, skip = epoch + 1, 0
+
+
+def scored_steps(experiment: Experiment, dataset: Dataset) -> frozenset[int]:
+    """The steps after which `eval:` has answers counted: 0, what it says, and the last. None without such a section."""
+    e, last = experiment.eval, total_steps(experiment, dataset)
+    if e is None:
+        return frozenset()
+    steps = {0, last, *range(0, last, e.every_steps or last)}
+    if e.each_epoch:
+        ends = accumulate(steps_in(experiment, dataset, epoch) for epoch in count())
+        steps |= set(takewhile(lambda end: end < last, ends))
+    return frozenset(steps)
+
+
+def check_profile(experiment: Experiment, dataset: Dataset) -> None:
+    """Raises UserError where the traced steps do not come, or an evaluation would come between them and be counted as their time."""
+    p, every = experiment.profile, experiment.training.eval_every
+    if p is None:
+        return
+    try:
+        p.check(total_steps(experiment, dataset))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    scored = scored_steps(experiment, dataset)
+    for step in range(p.start_step, p.last_step):
+        if step in scored or (every and dataset.evaluation is not None and step % every == 0):
+            raise UserError(
+                f"profile traces steps {p.start_step} to {p.last_step}, and an evaluation comes after step {step}: its time would be "
+                f"counted as theirs. Trace others, e.g. profile.start_step={step + 1}, or fewer (profile.steps)"
+            )

@@ -1,0 +1,196 @@
+"""The parent, with children that pretend: order, resuming, deaths, other folders."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moejax.characterize import children
+from moejax.characterize.sweep import Sweep
+from moejax.errors import UserError
+from moejax.report import results
+
+PREDICT = "largest_batch/mixtral-tiny/problems/sparse/predict"
+PROVE = "largest_batch/mixtral-tiny/problems/sparse/prove"
+PADDED = "throughput/mixtral-tiny/problems/sparse/padded/"
+PACKED = "throughput/mixtral-tiny/problems/sparse/packed/largest"
+
+
+def run(sweep):
+    """Run what waits; returns the trials that were told as ended, with their status."""
+    ended = []
+    sweep.run(lambda task, result, left: ended.append((task.name, result.status)) if result else None)
+    return ended
+
+
+def close(sweep: Sweep):
+    os.close(sweep.runner.lock)
+
+
+def test_whole_study(open_sweep, ran, tmp_path):
+    sweep = open_sweep({PROVE: 6})
+    before = results.read(tmp_path / "out")
+    assert not before.finished and {t.status for t in before.trials.values()} == {"pending"}
+    ended = run(sweep)
+    assert [name for name, _ in ended] == [t.name for t in sweep.tasks] and {status for _, status in ended} == {"done"}
+    # The prediction says 5; 6 runs too, 7 does not: two neighbours in the end.
+    assert [name for name in ran() if PROVE in name] == [f"{PROVE}@{n}" for n in (5, 6, 8, 7)]
+    study = results.read(tmp_path / "out")
+    assert study.finished and len(study.plan) == len(study.trials) == len(sweep.tasks)
+    proved = {r.metric: r.value for r in study.of("largest_batch")}
+    assert proved == {"proved_batch": 6, "failed_batch": 7, "peak_bytes": 1000}
+    largest = next(r for r in study.rows if r.trial == PADDED + "largest")
+    assert largest.batch == 6 and largest.value == 0.1 + 0.2
+    assert study.trials[PADDED + "largest"].command.endswith("--rows 6")
+    close(sweep)
+
+
+def test_nothing_finished_runs_again(open_sweep, ran):
+    first = open_sweep()
+    run(first)
+    close(first)
+    before = ran()
+    again = open_sweep()
+    assert again.waiting == [] and run(again) == [] and ran() == before
+    close(again)
+
+
+@pytest.mark.parametrize(("what", "told"), [("crash", "exit code 1: RuntimeError: no luck today"), ("die", "killed by SIGKILL")])
+def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_path, what, told):
+    sweep = open_sweep({PADDED + "1": what})
+    ended = dict(run(sweep))
+    assert ended.pop(PADDED + "1") == "failed" and set(ended.values()) == {"done"}
+    close(sweep)
+    study = results.read(tmp_path / "out")
+    assert study.finished and told in study.trials[PADDED + "1"].message
+    assert PADDED + "1" not in {r.trial for r in study.rows}
+    # The same command tries the failed one again, and computes anew what depends on all.
+    before = ran()
+    sweep = open_sweep()
+    ended = run(sweep)
+    assert ended == [(PADDED + "1", "done"), ("fit/mixtral-tiny", "done"), ("cost/mixtral-tiny", "done")]
+    assert ran()[len(before) :] == [name for name, _ in ended]
+    close(sweep)
+
+
+def test_dependent_trials_are_not_run_where_nothing_fits(open_sweep, ran, tmp_path):
+    sweep = open_sweep({PREDICT: "oom"})
+    ended = dict(run(sweep))
+    assert {name: s for name, s in ended.items() if s != "out_of_memory"} == {"fit/mixtral-tiny": "done", "cost/mixtral-tiny": "done"}
+    assert [n for n in ran() if not n.startswith(("fit", "cost"))] == [PREDICT]
+    assert "RESOURCE_EXHAUSTED" in results.read(tmp_path / "out").trials[PACKED].message
+    close(sweep)
+
+
+def test_dependent_trials_fail_with_what_they_wait_for(open_sweep, ran):
+    sweep = open_sweep({PROVE: "crash"})
+    ended = dict(run(sweep))
+    assert ended[PROVE] == ended[PACKED] == ended[PADDED + "1"] == "failed"
+    assert PACKED not in ran()
+    assert f"not run: {PROVE}" in sweep.done[PACKED].message and "no luck today" in sweep.done[PACKED].message
+    close(sweep)
+
+
+def test_same_rows_are_not_run_twice(open_sweep, ran):
+    sweep = open_sweep({PROVE: 1}, overrides=["sweep.batches=[1, 1/2, largest]"])
+    run(sweep)
+    assert [n for n in ran() if n.startswith(PADDED)] == [PADDED + "1"]
+    assert "had 1 rows too" in sweep.done[PADDED + "1of2"].message and sweep.done[PADDED + "largest"].status == "done"
+    close(sweep)
+
+
+DRIVER = """
+import sys; sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+import conftest
+from moejax.characterize import study
+from moejax.characterize.sweep import Sweep
+from moejax.report.results import MemoryLimit
+folder = Path(sys.argv[3])
+wanted = study.resolve(None, [str(folder / "tiny.yaml")], conftest.SIZES, 10**7, False)
+start = (sys.executable, str(conftest.FAKE), str(folder))
+Sweep.open(wanted, folder / "out", None, "a command", conftest.ENVIRONMENT, MemoryLimit(10**7, True), start=start).run(lambda *_: None)
+"""
+
+
+def gone(process):
+    """Whether it ended, waited for by nobody or not."""
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_killed_in_the_middle_and_resumed(open_sweep, ran, tmp_path):
+    """The parent is killed while a trial runs: the trial's process ends by itself, what had finished stays, the rest is run."""
+    close(open_sweep({PACKED: "hang"}, out=tmp_path / "other"))
+    here = Path(__file__).parent
+    parent = subprocess.Popen([sys.executable, "-c", DRIVER, str(here), str(here.parent), str(tmp_path)])
+    hangs = tmp_path / "hangs.txt"
+    while not hangs.exists() or not hangs.read_text():
+        assert parent.poll() is None, "the driver ended before its trial was reached"
+        time.sleep(0.05)
+    child = int(hangs.read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    before = ran()
+    killed = results.read(tmp_path / "out")
+    assert not killed.finished and killed.trials[PACKED].status == "pending" and killed.trials[PADDED + "1"].status == "done"
+    sweep = open_sweep()  # waits for the lock that the orphan holds
+    assert gone(child)
+    assert [name for name, _ in run(sweep)] == [t.name for t in sweep.tasks][-4:]
+    assert ran()[len(before) :] == [PACKED, "expert_load/mixtral-tiny/problems/sparse", "fit/mixtral-tiny", "cost/mixtral-tiny"]
+    assert results.read(tmp_path / "out").finished
+    close(sweep)
+
+
+def test_folder_in_use(open_sweep, monkeypatch):
+    monkeypatch.setattr("moejax.characterize.sweep.time.sleep", lambda seconds: None)
+    sweep = open_sweep()
+    with pytest.raises(UserError, match="another `moejax characterize` is at work in it"):
+        open_sweep()
+    close(sweep)
+
+
+def test_folder_of_another_configuration(open_sweep, tmp_path, fake_environment):
+    close(open_sweep())
+    kept = (tmp_path / "out" / results.STUDY_FILE).read_text()
+    with pytest.raises(UserError, match=r"another configuration. Changed: settings.*learning_rate: 0.001 -> 0.5"):
+        open_sweep(overrides=["training.learning_rate=0.5"])
+    with pytest.raises(UserError, match=r"sizes.queries: 8 -> 9"):
+        open_sweep(overrides=["sweep.queries=9"])
+    with pytest.raises(UserError, match=r"another environment. Changed: versions.jax: '0' -> '1'"):
+        open_sweep(environment=dataclasses.replace(fake_environment, versions={"jax": "1"}))
+    assert (tmp_path / "out" / results.STUDY_FILE).read_text() == kept
+
+
+def test_folder_with_other_files(open_sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"holds other files and no characterize.json"):
+        open_sweep()
+
+
+def test_folder_of_an_older_schema(open_sweep, tmp_path):
+    close(open_sweep())
+    file = tmp_path / "out" / results.STUDY_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 0}))
+    with pytest.raises(UserError, match=r"schema_version = 0, this moejax reads version 1"):
+        open_sweep()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 40, 99, 100, 101, 130, 1000])
+def test_search_ends_at_two_neighbours(limit):
+    tried = []
+
+    def runs(rows):
+        tried.append(rows)
+        return rows <= limit
+
+    assert children.search(100, runs) == (limit, limit + 1)
+    assert {limit, limit + 1} - {0} <= set(tried) and len(tried) == len(set(tried)) <= 40
+    assert limit != 100 or tried == [100, 101]
