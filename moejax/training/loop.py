@@ -82,6 +82,8 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
     console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
     console.print(dataset.table())
+    if asked is not None and asked.why_no_loss:
+        console.print(f"no eval/loss: {asked.why_no_loss}", highlight=False, soft_wrap=True)
     check_profile(experiment, dataset)
     experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):

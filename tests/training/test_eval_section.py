@@ -248,7 +248,7 @@ def test_records_held_out_of_the_training_file_are_no_overlap(written, tmp_path,
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"eval": EVAL | {"max_new_tokens": 2040}}, r"longest prompt .* has \d+ tokens; with eval\.max_new_tokens = 2040 .* positions"),
+        ({"eval": EVAL | {"max_new_tokens": 2040}}, r"eval\.max_new_tokens = 2040: .*exceed the model's 2048 positions"),
         ({"eval": EVAL | {"metric": "loss", "data": "BARE"}}, "eval.metric = loss, but there is no loss: .* without an `output`"),
         ({"eval": EVAL, "data": {"source": None, "batching": "fixed"}}, "eval asks questions, but data.source is null"),
         (
@@ -266,6 +266,14 @@ def test_what_cannot_be(sections, message, make_experiment, tmp_path):
     with pytest.raises(UserError, match=message):
         loop.run(make_experiment("never", **sections), resume=False)
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_reference_texts_there_is_no_loss_and_the_run_says_so(make_experiment, tmp_path, capsys):
+    (tmp_path / "bare.json").write_text(json.dumps([{"instruction": "How many?", "answer": "3"}]))
+    experiment = make_experiment(training={"steps": 1}, eval=EVAL | {"data": str(tmp_path / "bare.json")})
+    assert loop.run(experiment, resume=False) == 0
+    assert "no eval/loss: " in capsys.readouterr().out
+    assert all("eval/loss" not in record for _, record in evaluations(folder_of(experiment)))
 
 
 def test_out_of_memory_names_the_evaluation(make_experiment, monkeypatch):
