@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from routing import SKEWED, experts_of
 
 from models.moe import GATED
-from models.ops import grouped_choice, nf4
+from models.ops import grouped_choice, grouped_table, nf4
 from models.ops import grouped_matmul as gm
 from moejax.training import experts as of_run
 
@@ -181,12 +181,12 @@ def again(path: Path) -> list[dict[str, Any]]:
 
 def update(kind: str, entries: list[dict[str, Any]], source: str) -> None:
     """The device's entries of these shapes replaced, all others kept."""
-    table = json.loads(grouped_choice.TABLE.read_text(encoding="utf-8"))
+    table = json.loads(grouped_table.TABLE.read_text(encoding="utf-8"))
     names = ("rows_per_expert", "hidden", "intermediate", "nf4")
     new = {tuple(e[n] for n in names): e | {"measured": source} for e in entries}
     kept = [e for e in table.get(kind, []) if tuple(e[n] for n in names) not in new]
     table[kind] = sorted([*kept, *new.values()], key=lambda e: tuple(e[n] for n in names))
-    grouped_choice.TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
+    grouped_table.TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:

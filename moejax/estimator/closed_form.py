@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from models.config import Architecture, BlackMambaConfig
+from models.ops import grouped_table
 from moejax.errors import UserError
 from moejax.estimator import sizes
 from moejax.estimator.sizes import ITEM
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
 SCAN_CHUNK = {"gpu": 32, "cpu": 16}  # of models/ops/selective_scan.py
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
-TILES = {"gpu": (512, 64), "cpu": (128, 32)}  # large and small, of models/ops/grouped_matmul.py
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,12 @@ def kind(platform: Platform) -> str:
     return "cpu" if platform == "cpu" else "gpu"
 
 
-def tile_rows(platform: Platform, tokens: int, experts: int, experts_per_token: int) -> int:
-    """Rows of a large tile of the grouped products: a power of two, at most half the mean group."""
-    half = max(1, tokens * experts_per_token // experts) // 2
-    return min(TILES[kind(platform)][0], max(8, 1 << max(half, 1).bit_length() - 1))
+def tile_rows(platform: Platform, tokens: int, config: Architecture, nf4: bool) -> int:
+    """Rows of a large tile of the grouped products, as the step takes them (models/ops/grouped_table.py)."""
+    return grouped_table.entry(
+        kind(platform), tokens, config.num_experts, config.experts_per_token,
+        hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=nf4,
+    )[1]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Step:
     other_adapters: int  # bytes of their matrices
     mixer_trained: bool  # attention has weights or adapters that are trained
     balanced: bool  # a load-balancing loss reads the router's probabilities
+    nf4: bool  # experts are stored in 4 bits
 
     @property
     def tokens(self) -> int:
@@ -112,7 +115,7 @@ class _Step:
     def sorted_rows(self) -> int:
         """M."""
         c = self.config
-        return self.tokens * c.experts_per_token + tile_rows(self.platform, self.tokens, c.num_experts, c.experts_per_token)
+        return self.tokens * c.experts_per_token + tile_rows(self.platform, self.tokens, c, self.nf4)
 
     def routing(self) -> int:
         """Of one layer, saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
@@ -182,7 +185,7 @@ class _Step:
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         c, n, item = self.config, self.tokens, self.item
         rows = 3 * item * self.sorted_rows * c.hidden_size
-        tile = tile_rows(self.platform, n, c.num_experts, c.experts_per_token)
+        tile = tile_rows(self.platform, n, c, self.nf4)
         hidden = 6 * item * tile * c.intermediate_size
         adapters = (4 + item) * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)  # sums of gradients; scaled
         if self.platform == "cpu" and not self.remat:  # what was kept of the layer, cut out of the stack
@@ -198,7 +201,7 @@ class _Step:
         c, item = self.config, self.item
         wide = item * c.num_experts * self.tokens * c.intermediate_size
         if self.platform == "cpu":
-            count = 12 if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
+            count = (11 if item == 4 else 12) if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
         elif self.trained is not None:
             count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
@@ -353,6 +356,7 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
         rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
         sum(w.bytes for w in trained if ".lora_" in w.name and not w.name.startswith(("w1", "w2", "w3"))),
         adapter is None or any(name in sizes.ATTENTION for name in adapter.targets), experiment.model.aux_loss_coef > 0,
+        experiment.quantization.format == "nf4" and "experts" in experiment.quantization.modules,
     )  # fmt: skip
     by_dtype: dict[str, int] = {}
     for w in weights:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from models.config import Architecture
-from models.ops.grouped_choice import choose, here, measured
+from models.ops.grouped_choice import choose, here
 from models.ops.grouped_matmul import Plan
 from models.ops.grouped_ragged import ragged_dot
+from models.ops.grouped_table import measured
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.profiling import xplane
