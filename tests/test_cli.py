@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from moejax import cli
+from moejax import cli, config
 
 CONFIG = str(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml")
 
@@ -113,3 +113,15 @@ def test_missing_data_is_told_before_anything_is_written(tmp_path, capsys):
 def test_imports_without_jax(module):
     done = python("-c", f"import sys, {module}; sys.exit('jax' in sys.modules)")
     assert done.returncode == 0, f"{module} imports jax\n{done.stderr}"
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a", "--run"], ["export", "--out", "x"], ["exact-match", "--data", "d.json"]])
+def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command, monkeypatch, tmp_path):
+    """Also where there is no run: the command itself says so."""
+    told = []
+    monkeypatch.setattr(cli, "prepare_jax", lambda device: told.append(device.compilation_cache))
+    (tmp_path / "config.yaml").write_text(
+        "name: a\nmodel: {preset: mixtral-tiny}\ndata: {batching: fixed}\ntraining: {steps: 1}\ndevice: {compilation_cache: /elsewhere}\n"
+    )
+    assert cli.main([*command, str(tmp_path)]) == 2 and cli.main([*command, str(tmp_path / "none")]) == 2
+    assert told == ["/elsewhere", config.DeviceConfig().compilation_cache]

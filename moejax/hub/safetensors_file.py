@@ -76,7 +76,7 @@ class Reader:
         entry = self._entries[name]
         array = aligned(self.shape(name) if shape is None else shape, _DTYPES[entry["dtype"]])
         offset = self._start + entry["data_offsets"][0] + first * array.itemsize
-        rest = array.reshape(-1).view(np.uint8).data
+        rest = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         try:
             while rest:
                 count = os.preadv(self._file.fileno(), [rest[:_PIECE]], offset)
