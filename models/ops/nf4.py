@@ -84,14 +84,19 @@ class NF4Tensor:
 
 
 def quantize(weight: jax.Array | np.ndarray, *, double: bool = True, batch_axes: int = 0) -> NF4Tensor:
-    """Quantize `weight` (any float dtype, concrete); the first `batch_axes` axes are separate tensors."""
+    """Quantize `weight` (any float dtype, concrete); the first `batch_axes` axes are separate tensors.
+
+    Raises ValueError where it holds NaN or infinity: a block's scale would be so.
+    """
     if batch_axes:
         parts = [quantize(w, double=double, batch_axes=batch_axes - 1) for w in weight]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     codes, absmax = _quantize_blocks(jnp.asarray(weight))
+    scales = np.asarray(absmax)
+    if not np.isfinite(scales).all():
+        raise ValueError("a weight that is NaN or infinite cannot be quantized")
     if not double:
         return NF4Tensor(codes, absmax, None, None, weight.shape)
-    scales = np.asarray(absmax)
     offset = _torch_mean(scales)
     eight, nested_absmax = _quantize_dynamic(scales - offset)
     return NF4Tensor(codes, jnp.asarray(eight), jnp.asarray(nested_absmax), jnp.asarray(offset), weight.shape)
@@ -116,17 +121,41 @@ def abstract(shape: tuple[int, ...], *, leading: tuple[int, ...] = (), double: b
 def _quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes uint8 [ceil(n/2)] and block scales fp32 [ceil(n/64)]."""
     n = weight.size
+    if n % (BLOCK * _PIECE) == 0 and n > BLOCK * _PIECE:
+        # A piece after the other: the fp32 form of a large matrix is four times what it comes in, and new memory costs more than the codes.
+        codes, absmax = jax.lax.map(_quantize_whole_blocks, weight.reshape(-1, _PIECE, BLOCK))
+        return codes.reshape(-1), absmax.reshape(-1)
     blocks = jnp.pad(weight.reshape(-1).astype(jnp.float32), (0, -n % BLOCK)).reshape(-1, BLOCK)
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
-    divisor = jnp.where(absmax == 0, 1.0, absmax)
-    scaled = blocks * (1.0 / divisor)[:, None]
-    if n % BLOCK:  # the reference divides in the last, partial block, and multiplies by a reciprocal elsewhere
-        scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
-    middles = (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2)
-    index = jnp.sum(jnp.clip(scaled, -1, 1)[..., None] > middles, axis=-1, dtype=jnp.uint8).reshape(-1)[: n + n % 2]
+    if n % BLOCK == 0:
+        return _quantize_whole_blocks(blocks)
+    absmax, divisor, scaled = _scaled(blocks)
+    scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])  # the reference divides in the last, partial block: elsewhere a reciprocal
+    index = _index(scaled).reshape(-1)[: n + n % 2]
     if n % 2:
         index = index.at[-1].set(7)  # the padding weight is zero
     return (index[0::2] << 4) | index[1::2], absmax
+
+
+_PIECE = 16384  # blocks
+
+
+def _quantize_whole_blocks(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[blocks, 64] -> codes uint8 [32 · blocks], scales fp32 [blocks]."""
+    absmax, _, scaled = _scaled(blocks.astype(jnp.float32))
+    index = _index(scaled).reshape(-1)
+    return (index[0::2] << 4) | index[1::2], absmax
+
+
+def _scaled(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scales of fp32 blocks, what they are divided by, and the quotients."""
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    divisor = jnp.where(absmax == 0, 1.0, absmax)
+    return absmax, divisor, blocks * (1.0 / divisor)[:, None]
+
+
+def _index(scaled: jax.Array) -> jax.Array:
+    middles = (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2)
+    return jnp.sum(jnp.clip(scaled, -1, 1)[..., None] > middles, axis=-1, dtype=jnp.uint8)
 
 
 def _quantize_dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,9 +68,13 @@ def fuse(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> tuple[dict
     }
 
 
-def unfuse(tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture, path: Path) -> dict[str, np.ndarray]:
-    """The fused adapter's tensors as those of a per-expert one of rank settings["r"], the same deltas exactly.
+def unfuse(
+    tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture, path: Path, wanted: int | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, settings) of the fused adapter as those of a per-expert one of rank settings["r"], the same deltas exactly.
 
+    A gate_up_proj of twice the rank is two pairs of rank r. Where PEFT trained it on, it is not: its w1 and w3 share an A of rank 2r.
+    wanted = 2r reads that as it is, and fills every other pair up to rank 2r with zeros (which have no gradient, so they stay zeros).
     Raises UserError, with file and tensor, for a pair that is not whole, of another rank, scale or shape, not finite, or of rank 2r
     and not two pairs of rank r.
     """
@@ -84,6 +88,7 @@ def unfuse(tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Arch
     kinds = {"gate": "gate", "experts": outer, "experts.base_layer": "gate_up"}
     shapes = {"gate": (1, hidden, experts), "gate_up": (experts, hidden, 2 * inner), "down": (experts, inner, hidden)}
     out: dict[str, np.ndarray] = {}
+    doubled = False
     for name in tensors:
         match = _FUSED.fullmatch(name)
         kind = kinds[match[2]] if match else None
@@ -117,17 +122,33 @@ def unfuse(tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Arch
         if kind == "gate_up":
             parts = {"w1": slice(0, r), "w3": slice(rank - r, rank)}
             halves = dict(zip(parts, np.split(b, 2, axis=1), strict=True))
-            if rank == 2 * r and (halves["w1"][:, :, r:].any() or halves["w3"][:, :, :r].any()):
+            doubled |= rank == 2 * r
+            if rank == wanted == 2 * r:
+                parts = dict.fromkeys(parts, slice(None))
+            elif rank == 2 * r and (halves["w1"][:, :, r:].any() or halves["w3"][:, :, :r].any()):
                 raise UserError(
                     f"{path}: tensor {name_b!r} of rank {rank} mixes w1 and w3, so it is not two pairs of rank {r}: expected zeros in "
-                    "both off-diagonal blocks. Train it in PEFT with one rank for all targets"
+                    f"both off-diagonal blocks. adapter.rank={rank} adapter.alpha={alpha:g} reads it as it is"
                 )
             pairs = {w: (a[:, part], halves[w][:, :, part]) for w, part in parts.items()}
         for w, (pair_a, pair_b) in pairs.items():
             for e in range(count):
                 out[f"{prefix}experts.{e}.{w}.lora_A.weight"] = pair_a[e]
                 out[f"{prefix}experts.{e}.{w}.lora_B.weight"] = pair_b[e]
-    return out
+    if not doubled or wanted != 2 * r:
+        return out, settings
+    return {name: _filled_up(value, name, 2 * r) for name, value in out.items()}, settings | {
+        "r": 2 * r,
+        "lora_alpha": 2 * settings["lora_alpha"],
+    }
+
+
+def _filled_up(value: np.ndarray, name: str, rank: int) -> np.ndarray:
+    """A or B of at most this rank, with zeros up to it."""
+    axis = 0 if ".lora_A." in name else 1
+    missing = [(0, 0), (0, 0)]
+    missing[axis] = (0, max(0, rank - value.shape[axis]))
+    return np.pad(value, missing)
 
 
 _PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))

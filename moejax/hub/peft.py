@@ -89,7 +89,8 @@ def load_adapter(model: Model, folder: Path) -> None:
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     if config.get("target_parameters"):
-        tensors = unfuse(tensors, config, model.config, path)
+        rank = next((lora.a.get_value().shape[-2] for _, lora in adapted(model).values()), None)
+        tensors, config = unfuse(tensors, config, model.config, path, rank)
     _check_targets(model, tensors, path)
     buffers: dict[int, tuple[LoRA, np.ndarray, np.ndarray]] = {}
     for name, (place, lora) in adapted(model).items():

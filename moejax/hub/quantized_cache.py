@@ -66,11 +66,11 @@ def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
         values = ahead(pool, (partial(_copy, reader, name, layer) for name, layer in pieces))
         for (name, layer), value in zip(pieces, values, strict=True):
             if layer is None:
-                arrays[name] = jax.block_until_ready(jnp.asarray(value))
+                arrays[name] = jax.block_until_ready(jax.device_put(value))
             else:
                 if layer == 0:
                     arrays[name] = jnp.zeros(leaves[name].shape, leaves[name].dtype)
-                arrays[name] = jax.block_until_ready(put(arrays[name], jnp.asarray(value), (jnp.int32(layer),)))
+                arrays[name] = jax.block_until_ready(put(arrays[name], jax.device_put(value), (jnp.int32(layer),)))
     return arrays
 
 

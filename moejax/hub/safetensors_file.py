@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,14 +24,33 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 _PIECE = 1 << 24  # bytes asked for at once
+_HUGE = 1 << 22
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of any numbers at an address that is a multiple of 64: on a CPU jax takes it as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)  # a fault for every 2 MB in the place of every 4 kB
+        return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class Staging:
+    """Two pieces of memory, lent in turn: a reader fills one while the other is used. New memory would cost as much as reading does."""
+
+    def __init__(self) -> None:
+        self._memory, self._next = [aligned((0,), np.uint8)] * 2, 0
+
+    def lend(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of any numbers, at an address that is a multiple of 64; the last but one that was lent is taken back."""
+        size, self._next = math.prod(shape) * np.dtype(dtype).itemsize, 1 - self._next
+        if self._memory[self._next].size < size:
+            self._memory[self._next] = aligned((size,), np.uint8)
+        return self._memory[self._next][:size].view(dtype).reshape(shape)
 
 
 class Reader:
@@ -40,9 +59,12 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
         try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        try:
             with safe_open(str(path), framework="numpy") as checked:  # the library judges header, sizes and offsets
                 self.metadata: dict[str, str] = checked.metadata() or {}
-            self._file = path.open("rb")
             length = int.from_bytes(self._file.read(8), "little")
             self.header = self._file.read(length)
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -68,13 +90,15 @@ class Reader:
         shape, offset = tuple(entry["shape"]), self._start + entry["data_offsets"][0]
         return np.frombuffer(self._map, _DTYPES[entry["dtype"]], math.prod(shape), offset).reshape(shape)
 
-    def copy(self, name: str, first: int = 0, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor, or `shape` numbers of it from the `first` on, read into memory of its own that jax takes without another copy.
+    def copy(
+        self, name: str, first: int = 0, shape: tuple[int, ...] | None = None, allocate: Callable[..., np.ndarray] | None = None
+    ) -> np.ndarray:
+        """A tensor, or `shape` numbers of it from the `first` on, read into what `allocate` gives (default: `aligned`).
 
         Reading asks the disk for larger pieces than touching the map does. Raises UserError where the file cannot be read.
         """
         entry = self._entries[name]
-        array = aligned(self.shape(name) if shape is None else shape, _DTYPES[entry["dtype"]])
+        array = (allocate or aligned)(self.shape(name) if shape is None else shape, _DTYPES[entry["dtype"]])
         offset = self._start + entry["data_offsets"][0] + first * array.itemsize
         rest = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         try:

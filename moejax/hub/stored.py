@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes
-from moejax.hub.safetensors_file import Reader
+from moejax.hub.safetensors_file import Reader, Staging
 from moejax.hub.torch_file import TorchFile
 
 
@@ -40,13 +40,13 @@ class Source(NamedTuple):
         value = self.file.get_tensor(self.name)
         return value if self.expert is None else value[self.expert, self.rows]
 
-    def copy(self) -> np.ndarray:
-        """The same in memory of its own."""
+    def copy(self, staging: Staging) -> np.ndarray:
+        """The same in memory that `staging` lends."""
         if not isinstance(self.file, Reader):
             return np.array(self.read())
         value = self.read()
         first = 0 if self.expert is None else (self.expert * self.file.shape(self.name)[1] + (self.rows.start or 0)) * value.shape[-1]
-        return self.file.copy(self.name, first, value.shape)
+        return self.file.copy(self.name, first, value.shape, staging.lend)
 
     def release(self) -> None:
         if isinstance(self.file, Reader):

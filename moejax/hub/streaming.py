@@ -16,6 +16,7 @@ from models.ops import nf4
 from moejax.errors import UserError
 from moejax.hub.names import Place, attribute, tensors
 from moejax.hub.quantized_cache import Keeper, ahead, put
+from moejax.hub.safetensors_file import Staging
 
 
 def fill(
@@ -35,9 +36,11 @@ def fill(
     targets = {(path, attr): parts for (path, attr), parts in by_variable(model).items() if under in (None, path[0])}
     values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}
 
+    staging = Staging()
+
     def reading(name: str, place: Place, abstract: Any) -> Callable[[], Any]:
         shape = abstract.shape if isinstance(abstract, nf4.NF4Tensor) else abstract.shape[_leading(place) :]
-        return lambda: _read(files, name, place, tuple(shape), folder)
+        return lambda: _read(files, name, place, tuple(shape), folder, staging)
 
     calls = (reading(name, place, values[target]) for target, parts in targets.items() for name, place in parts)
     with ThreadPoolExecutor(1) as pool:
@@ -70,7 +73,7 @@ def _value(
         for i, leaf in enumerate(jax.tree.leaves(stored)):
             if keep is not None:
                 keep.put(names[i], leaf, index)
-            # A copy: on a CPU `leaf` may be a view of the file, and would change with it.
+            # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
             buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
         # What was read must be done with before its pages are given back, and before more is queued than memory holds.
         jax.block_until_ready(buffers)
@@ -83,17 +86,17 @@ def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
     """A tensor in the form that the model stores it in."""
     if isinstance(value, nf4.NF4Tensor):
         return value
-    value = jnp.asarray(value)
+    value = jax.device_put(value)  # on a CPU the same memory: jnp.asarray would copy
     if not isinstance(abstract, nf4.NF4Tensor):
         _check_finite(value, name, files)
         return value.astype(abstract.dtype)
-    stored = nf4.quantize(value, double=abstract.offset is not None)
-    # A number that is not finite makes its block's scale so, and that makes the mean of all scales so.
-    _check_finite(stored.absmax if stored.offset is None else stored.offset, name, files)
-    return stored
+    try:
+        return nf4.quantize(value, double=abstract.offset is not None)
+    except ValueError:
+        raise _not_finite(name, files) from None
 
 
-def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path) -> Any:
+def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path, staging: Staging) -> Any:
     """A copy of a tensor in the host's memory, as stored."""
     half = None if place.half is None else slice(place.half * shape[0], (place.half + 1) * shape[0])
     raw = _checked(files, name, stored_shape(place, shape), folder)
@@ -101,7 +104,7 @@ def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...]
         return raw
     if half is not None:
         return np.array(raw[half]).reshape(shape)
-    return files[name].copy().reshape(shape)
+    return files[name].copy(staging).reshape(shape)
 
 
 def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
@@ -131,7 +134,11 @@ def _checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: P
 
 def _check_finite(value: Any, name: str, files: dict[str, Any]) -> None:
     if not bool(_all_finite(value)):
-        raise UserError(f"{files[name].file.path}: tensor {name!r} holds NaN or infinity")
+        raise _not_finite(name, files)
+
+
+def _not_finite(name: str, files: dict[str, Any]) -> UserError:
+    return UserError(f"{files[name].file.path}: tensor {name!r} holds NaN or infinity")
 
 
 @jax.jit

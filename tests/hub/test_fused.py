@@ -138,7 +138,7 @@ TWICE = {"rank_pattern": {"gate_up_proj": 8}, "alpha_pattern": {"gate_up_proj": 
             lambda t: t.update({UP_A.replace("layers.0", "layers.9"): t[UP_A], UP_B.replace("layers.0", "layers.9"): t[UP_B]}),
             r"no place",
         ),
-        (TWICE, widened, r"of rank 8 mixes w1 and w3"),
+        (TWICE, widened, r"of rank 8 mixes w1 and w3.*adapter\.rank=8 adapter\.alpha=16 reads it"),
         (
             {"rank_pattern": {"gate_up_proj": 8}},
             None,
@@ -161,6 +161,33 @@ def test_what_does_not_fit(change, edit, message, folder, reference_config):
         save_file(tensors, str(folder / "adapter_model.safetensors"))
     with pytest.raises(UserError, match=message):
         peft.continue_from(make_model(reference_config), folder, "org/base")
+
+
+def test_what_peft_trained_on_at_twice_the_rank_is_read_as_it_is(folder, reference_config):
+    """w1 and w3 with one A of rank 2r and every number of B: the deltas by PEFT's reshapes; the other targets unchanged, with zeros."""
+    path, tensors, experts = folder / "adapter_config.json", files(folder), reference_config.num_experts
+    path.write_text(json.dumps(json.loads(path.read_text()) | TWICE))
+    narrow = make_model(reference_config)
+    peft.load_adapter(narrow, VECTORS / "peft_fused")
+    rng = np.random.default_rng(0)
+    for name in [n for n in tensors if ".base_layer." in n]:
+        shape = np.array(tensors[name].shape) * ([2, 1] if ".lora_A." in name else [1, 2])
+        tensors[name] = rng.standard_normal(shape, np.float32)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    model = make_model(reference_config, rank=8)
+    peft.continue_from(model, folder, "org/base")
+    before, ours = pairs(narrow), pairs(model)
+    a, b = tensors[UP_A], tensors[UP_B]
+    delta = np.einsum("ore,eri->eoi", b.reshape(b.shape[0], -1, experts), a.reshape(experts, -1, a.shape[1]))
+    for e in range(experts):
+        name = f"model.layers.0.block_sparse_moe.experts.{e}."
+        found = [ours[f"{name}{w}", "B"][0, e] @ ours[f"{name}{w}", "A"][0, e] for w in ("w1", "w3")]
+        np.testing.assert_allclose(np.concatenate(found), delta[e], atol=1e-5)
+    for (name, letter), value in before.items():
+        if name.rpartition(".")[2] not in ("w1", "w3"):
+            part = ours[name, letter][..., :4, :] if letter == "A" else ours[name, letter][..., :4]
+            np.testing.assert_array_equal(part, value)
+            assert np.count_nonzero(ours[name, letter]) == np.count_nonzero(value)
 
 
 def test_another_rank_or_targets_than_the_models(folder, reference_config):

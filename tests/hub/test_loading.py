@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +95,41 @@ def test_a_tensor_of_integers_is_refused(folder):
     rewrite(folder, lambda t: t | {"model.norm.weight": np.ones(32, np.int32)})
     with pytest.raises(UserError, match=r"model.safetensors: tensor 'model.norm.weight' is int32: expected bfloat16"):
         load(folder)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+def test_one_bad_number_in_what_is_quantized(dtype, number, double, folder):
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+    def spoil(tensors):
+        tensors = {key: np.array(value.astype(dtype)) for key, value in tensors.items()}
+        tensors[name][3, 5] = number
+        return tensors
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError, match=rf"model\.safetensors: tensor '{name}' holds NaN or infinity"):
+        load_weights(build(CONFIG, quantization=Quantization(double=double)), folder, KEY)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_file_that_may_not_be_read(name, whole):
+    """As another user where the tests run as root, who may read everything."""
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder, user = Path(folder_name), os.geteuid()
+        for path in whole.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / name).touch()
+        (folder / name).chmod(0)
+        folder.chmod(0o755)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            with pytest.raises(UserError, match=rf"{name} .*Permission denied"):
+                load_weights(build(read_config(folder)), folder, KEY)
+        finally:
+            os.seteuid(user)
 
 
 def test_report_counts_every_weight(folder):

@@ -49,13 +49,16 @@ def main():
         print(f"ours, {name}: loaded {difference:.2g}, merged {merged:.2g}")
         worst = max(worst, difference, merged)
         np.savez(folder / f"resaved_{name}.npz", logits=logits)
-    for name, parameters, modules in (
-        ("all", PARAMETERS, ATTENTION),
-        ("experts", ["gate_up_proj", "down_proj"], []),
-        ("up", ["gate_up_proj"], []),
-        ("down", ["down_proj"], ["q_proj"]),
+    twice = dict(rank_pattern={"gate_up_proj": 8}, alpha_pattern={"gate_up_proj": 16})
+    for name, parameters, modules, patterns in (
+        ("all", PARAMETERS, ATTENTION, {}),
+        ("experts", ["gate_up_proj", "down_proj"], [], {}),
+        ("up", ["gate_up_proj"], [], {}),
+        ("down", ["down_proj"], ["q_proj"], {}),
+        ("doubled", PARAMETERS, ATTENTION, twice),
     ):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM")
+        settings = dict(r=4, lora_alpha=8, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM")
+        config = LoraConfig(**settings, **patterns)
         model = get_peft_model(base(), config).eval()
         fill(model)
         model.save_pretrained(folder / f"theirs_{name}")

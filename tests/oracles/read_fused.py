@@ -23,7 +23,8 @@ def main():
         settings = json.loads((adapter / "adapter_config.json").read_text())
         parameters = settings.get("target_parameters") or []
         targets = (*settings["target_modules"], *(w for name in parameters for w in MATRICES[name.rpartition(".")[2]]))
-        config = LoRAConfig(rank=settings["r"], alpha=settings["lora_alpha"], targets=targets)
+        mixed = 2 if adapter.name == "theirs_doubled" else 1  # its w1 and w3 share an A of twice the rank
+        config = LoRAConfig(rank=mixed * settings["r"], alpha=mixed * settings["lora_alpha"], targets=targets)
         model = build(weights.read_config(folder / "base"), adapter=config, dtype=jnp.float32)
         weights.load_weights(model, folder / "base", jax.random.key(0))
         peft.continue_from(model, adapter, str(folder / "base"))
