@@ -1,6 +1,6 @@
-"""Memory and speed of merging: a random 1.1 GB Mixtral (bf16, shards) with an adapter over NF4, merged into shards of 100 MB.
+"""Memory and speed of merging and of verifying: a random Mixtral (bf16, shards) with an adapter over NF4, merged into shards.
 
-python benchmarks/export_memory.py   # writes to a temporary folder and removes it; prints one line
+python benchmarks/export_memory.py --layers 34   # 6.3 GB, and as much merged, in a folder that is removed; 6 (the default): 1.1 GB
 """
 
 import argparse
@@ -20,15 +20,12 @@ from safetensors.numpy import save_file
 
 from models.build import build
 from models.config import LoRAConfig, MixtralConfig, Quantization
-from moejax.hub import merge, peft, save, weights
+from moejax.hub import layerwise, merge, peft, save, weights
 from moejax.hub.names import tensors
 
 CONFIG = MixtralConfig(
-    vocab_size=4096, hidden_size=1024, intermediate_size=3584, num_layers=6, num_heads=16, num_kv_heads=4, head_dim=64
+    vocab_size=4096, hidden_size=1024, intermediate_size=3584, num_heads=16, num_kv_heads=4, head_dim=64
 )
-SHARD_BYTES = 100_000_000
-
-
 def own_bytes() -> int:
     """Memory of this process that is no mapped file (Linux)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -38,7 +35,7 @@ def own_bytes() -> int:
 def write_base(model, folder: Path) -> None:
     """Random weights in Hub layout, one file a layer."""
     rng = np.random.default_rng(0)
-    shapes = {name: merge._whole_shape(model, places) for name, places in tensors(CONFIG).items()}
+    shapes = {name: merge._whole_shape(model, places) for name, places in tensors(model.config).items()}
     sizes = {name: int(np.prod(shape)) * 2 for name, shape in shapes.items()}
     where = {}
     for i, names in enumerate(merge.plan_shards(sizes, 200_000_000)):
@@ -49,34 +46,51 @@ def write_base(model, folder: Path) -> None:
     save.write_json(folder / "model.safetensors.index.json", {"weight_map": where})
 
 
+def watched(action):
+    """(seconds, by how many bytes the process grew meanwhile at most, result)"""
+    before, peak, done = own_bytes(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], own_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        result = action()
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
+    return seconds, peak[0] - before, result
+
+
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=6)
+    config = CONFIG.replace(num_layers=parser.parse_args().layers)
+    arguments = {"quantization": Quantization(), "adapter": LoRAConfig()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = build(CONFIG, quantization=Quantization(), adapter=LoRAConfig())
+        model = build(config, **arguments)
         write_base(model, folder)
         for lora in {id(lora): lora for _, lora in peft.adapted(model).values()}.values():
             for variable in (lora.a, lora.b):
                 variable.set_value(jnp.full(variable.get_value().shape, 0.01, jnp.float32))
+        peft.save_adapter(model, folder / "adapter", "base")
         with ExitStack() as stack:  # the first call compiles
             merge.merged_tensor(model, "lm_head.weight", weights.open_tensors(folder, stack), folder)
-        before, peak, done = own_bytes(), [0], threading.Event()
-
-        def watch():
-            while not done.wait(0.01):
-                peak[0] = max(peak[0], own_bytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.perf_counter()
-        total = merge.save_merged(model, folder, folder / "merged", shard_bytes=SHARD_BYTES)
-        seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
-    print(
-        f"merged {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s of bf16); memory rose by at most "
-        f"{(peak[0] - before) / 1e9:.2f} GB with shards of {SHARD_BYTES / 1e9:.1f} GB"
-    )
+        seconds, rose, total = watched(lambda: merge.save_merged(model, folder, folder / "merged", shard_bytes=2_000_000_000))
+        print(f"merged {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s of bf16); memory rose by {rose / 1e9:.2f} GB")
+        del model
+        tokens = np.arange(1, 65, dtype=np.int32)
+        for what, source, kind in (
+            ("the trained model (NF4 and adapter)", folder, {"adapters": [folder / "adapter"], **arguments}),
+            ("the merged one", folder / "merged", {"param_dtype": jnp.bfloat16}),
+        ):
+            seconds, rose, _ = watched(lambda s=source, k=kind: layerwise.logits(config, s, tokens, **k))
+            print(f"logits of {what} in {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s of bf16); memory rose by {rose / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -58,3 +58,19 @@ def test_abstract_has_the_shapes_of_quantize(shape, double):
     real = nf4.quantize(jnp.ones((2, *shape)), double=double, batch_axes=1)
     abstract = nf4.abstract(shape, leading=(2,), double=double)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract)
+
+
+def test_a_large_matrix_is_quantized_in_pieces_to_the_same_bits():
+    """More than nf4._PIECE blocks go piece by piece; one piece alone does not."""
+    rows = nf4._PIECE
+    weight = jax.random.normal(jax.random.key(0), (3 * rows, 64), jnp.bfloat16)
+    whole = nf4.quantize(weight, double=False)
+    parts = [nf4.quantize(weight[i * rows : (i + 1) * rows], double=False) for i in range(3)]
+    for name in ("codes", "absmax"):
+        np.testing.assert_array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(number):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        nf4.quantize(np.full((2, 64), number, np.float32))
