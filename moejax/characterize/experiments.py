@@ -47,7 +47,7 @@ def predict(t: Trial) -> Outcome:
         fits = ", ".join(f"{r.scope} ({r.value})" for r in out.rows if r.metric == "would_fit_batch")
         length = next((r.value for r in out.rows if r.metric == "would_fit_seq_len"), 0)
         out.message = (
-            f"not one query of {s.longest} tokens fits into {limit / 1e9:.3f} GB: the step takes {found.next_peak / 1e9:.3f} GB. By the "
+            f"not one query of {s.longest} tokens fits into {limit / 1e6:,.1f} MB: the step takes {found.next_peak / 1e6:,.1f} MB. By the "
             f"closed form {'a query of ' + str(length) + ' tokens fits here' if length else 'no shorter query fits here either'}; the "
             f"longest fits on: {fits or 'no GPU of the table'}"
         )

@@ -53,12 +53,13 @@ class Setting:
         return self.experiment.data.records or len(self.queries())
 
     def closed_form_rows(self, row_tokens: int, limit: float, platform: closed_form.Platform) -> int:
-        """How many rows fit into `limit` bytes by arithmetic."""
+        """How many rows fit into `limit` bytes by arithmetic, at most `memory.ROWS_LIMIT` less 1 (a toy on a GPU)."""
 
         def peak(rows: int) -> int:
             return closed_form.breakdown(self.experiment, self.architecture, rows=rows, row_tokens=row_tokens, platform=platform).total
 
-        return memory.largest_rows(peak, limit).rows
+        most = memory.ROWS_LIMIT - 1
+        return most if peak(most) <= limit else memory.largest_rows(peak, limit).rows
 
     def queries(self, at_least: int = 1) -> list[Query]:
         """The tokenized queries; of random ones so many, with the lengths of the study's data set."""
