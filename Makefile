@@ -23,20 +23,21 @@ demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and
 	@$(BIN)/python train.py --config configs/demo.yaml
 	@$(BIN)/moejax exact-match runs/demo --data assets/problems/test.json
 
-test: lint $(VENV)/.profile ## ruff, mypy and the test suite
+test: lint $(VENV)/.profile $(VENV)/.eval ## ruff, mypy and the test suite
 	@$(BIN)/python -m pytest -q -n 2
 
-# TensorBoard's Profile tab, for the test that asks it for a trace.
-$(VENV)/.profile: $(STAMP)
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[profile]' -c constraints.txt
+# For tests: TensorBoard's Profile tab, which one asks for a trace, and lm-evaluation-harness (neither needs PyTorch).
+$(VENV)/.profile $(VENV)/.eval: $(VENV)/.%: $(STAMP)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[$*]' -c constraints.txt
 	@touch $@
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) reference4 ## one training step beside PyTorch's, on this machine
+bench: $(STAMP) reference4 ## one training step and greedy decoding beside PyTorch's, on this machine
 	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python --out benchmarks/results/$$(date +%F)-cpu-step.json
+	@$(BIN)/python benchmarks/decoding.py --reference .venv-reference4/bin/python --out benchmarks/results/$$(date +%F)-decoding.json
 
 curves: $(STAMP) reference4 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
 	@$(BIN)/python benchmarks/curves.py

@@ -1,55 +1,93 @@
-"""Compile a config's step for GPUs that are not there, and print the compiler's peak by rows.
+"""Compile configs' steps for GPUs that are not there: the compiler's peak, seconds of compiling, FLOPs and bytes of a step.
 
     python benchmarks/aot_memory.py --config configs/mixtral_8x7b_cs_sparse.yaml --gpu H100 --rows 1,8,32 --row-tokens 512
+    python benchmarks/aot_memory.py --config configs/mixtral_8x7b_*.yaml configs/blackmamba_2.8b_*.yaml --gpu H100,A100-80 --rows own \\
+        --out benchmarks/results/<date>-aot-steps.json
+    python benchmarks/aot_memory.py --remat none,dots,full --rows 1,8
+
+`--rows own`: the config's own rows and their length. FLOPs and bytes are counted from the compiled instructions, with uniform routing
+(moejax/training/step_cost.py); null for the backend `capacity`, whose branch depends on the routing.
 
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moejax import config
+from moejax import config, estimating
 from moejax.errors import UserError
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/mixtral_8x7b_cs_sparse.yaml")
-    parser.add_argument("--gpu", default="H100")
-    parser.add_argument("--rows", default="1,8,32")
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--dump", type=Path, help="write the optimized HLO of the last program here")
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    from moejax.training import aot
+def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dict[str, Any], Any]:
+    """One step for one GPU: what is told of it, and the program."""
+    from models.ops.grouped_choice import choose
+    from moejax.training import aot, step_cost
 
+    sizes, tokens = experiment.model.architecture(None), rows * row_tokens
+    c = aot.compile_step(experiment, sizes, rows=rows, row_tokens=row_tokens, gpu=gpu)
+    backend = experiment.model.moe_backend
+    plan = choose(
+        backend, "gpu", tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
+        intermediate=sizes.intermediate_size, nf4=experiment.quantization.format == "nf4",
+    )  # fmt: skip
+    cost = None
+    if sizes.dense or plan.backend != "capacity":
+        found = step_cost.costs(c.program, None if sizes.dense else plan, step_cost.uniform_loads(sizes, tokens))
+        cost = step_cost.total(found)
+    return {
+        "config": experiment.name,
+        "gpu": gpu,
+        "backend": "dense" if sizes.dense else plan.backend,
+        "remat": experiment.training.remat,
+        "rows": rows,
+        "row_tokens": row_tokens,
+        "peak_gb": round(c.peak_bytes / 1e9, 3),
+        "arguments_gb": round(c.argument_bytes / 1e9, 3),
+        "tflop": None if cost is None else round(cost.flops / 1e12, 2),
+        "moved_gb": None if cost is None else round(cost.bytes / 1e9, 1),
+        "compile_seconds": round(c.compile_seconds, 1),
+    }, c.program
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", default=["configs/mixtral_8x7b_cs_sparse.yaml"])
+    parser.add_argument("--gpu", default="H100", help="comma-separated")
+    parser.add_argument("--rows", default="1,8,32", help="comma-separated, or `own`")
+    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--remat", default=None, help="comma-separated policies; by default the config's own")
+    parser.add_argument("--dump", type=Path, help="write the optimized HLO of the last program here")
+    parser.add_argument("--out", type=Path, help="JSON of everything, with versions")
+    parser.add_argument("overrides", nargs="*", default=[])
+    options = parser.parse_intermixed_args()
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/aot_memory.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
+        "versions": estimating.versions(), "steps": [],
+    }  # fmt: skip
     try:
-        experiment = config.load(options.config, options.overrides)
-        architecture = experiment.model.architecture(None)
-        for rows in (int(r) for r in options.rows.split(",")):
-            c = aot.compile_step(experiment, architecture, rows=rows, row_tokens=options.row_tokens, gpu=options.gpu)
-            print(
-                json.dumps(
-                    {
-                        "config": experiment.name,
-                        "gpu": options.gpu,
-                        "rows": rows,
-                        "row_tokens": options.row_tokens,
-                        "peak_gb": round(c.peak_bytes / 1e9, 3),
-                        "arguments_gb": round(c.argument_bytes / 1e9, 3),
-                        "compile_seconds": round(c.compile_seconds, 1),
-                    }
-                ),
-                flush=True,
-            )
+        for path, gpu in itertools.product(options.config, options.gpu.split(",")):
+            for remat in options.remat.split(",") if options.remat else [None]:
+                chosen = [] if remat is None else [f"training.remat={remat}"]
+                experiment = config.load(path, [*options.overrides, *chosen])
+                own = options.rows == "own"
+                for rows in [experiment.data.batch_rows] if own else [int(r) for r in options.rows.split(",")]:
+                    length = experiment.data.longest_row if own else options.row_tokens
+                    told, program = compiled(experiment, gpu, rows, length)
+                    print(json.dumps(told), flush=True)
+                    report["steps"].append(told)
+                    if options.out:
+                        options.out.write_text(json.dumps(report, indent=1) + "\n")
         if options.dump:
-            options.dump.write_text(c.program.as_text())
+            options.dump.write_text(program.as_text())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

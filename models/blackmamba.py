@@ -22,6 +22,7 @@ from models.layers import Embedding, LanguageModel, LayerNorm, RMSNorm, remateri
 from models.mamba import Mamba, MambaState
 from models.moe import MoE, RouterStats
 from models.ops import selective_scan as ss
+from models.ops.grouped_choice import here
 
 
 class LayerPair(nnx.Module):
@@ -93,7 +94,7 @@ class BlackMamba(LanguageModel):
         platform: str | None = None,
     ):
         keys = jax.random.split(key)
-        platform = platform or jax.default_backend()
+        platform = platform or here()
         form = ss.choose(scan, platform)
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = Embedding(keys[0], config.vocab_size, config.hidden_size, param_dtype)

@@ -21,6 +21,7 @@ from models.attention import Attention, KeyValues
 from models.config import MixtralConfig
 from models.layers import Embedding, LanguageModel, Linear, RMSNorm, rematerialized, scannable, stack_layers
 from models.moe import MoE, RouterStats
+from models.ops.grouped_choice import here
 
 
 class DecoderLayer(nnx.Module):
@@ -70,7 +71,7 @@ class Mixtral(LanguageModel):
         platform: str | None = None,
     ):
         keys = jax.random.split(key, 3)
-        platform = platform or jax.default_backend()
+        platform = platform or here()
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = Embedding(keys[0], config.vocab_size, config.hidden_size, param_dtype)
         self.layers = stack_layers(

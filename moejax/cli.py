@@ -67,6 +67,16 @@ def prepare_jax(device: DeviceConfig) -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+def _device_of(run: str | None) -> DeviceConfig:
+    """The device section of a run's config; the defaults where there is none to read (the command itself says what is wrong)."""
+    from moejax import config
+
+    try:
+        return config.load(Path(run or "") / "config.yaml").device
+    except UserError:
+        return config.DeviceConfig()
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="RUN", help="a finished run's folder, e.g. runs/demo")
     asked = parser.add_mutually_exclusive_group(required=True)
@@ -168,6 +178,8 @@ def run(options: argparse.Namespace) -> int:
         from moejax.profiling import command
 
         return command.run(options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json)
+    if options.command in ("exact-match", "generate", "eval", "expert-load", "export"):
+        prepare_jax(_device_of(options.run))
     if options.command == "exact-match":
         from moejax.evaluation import exact_match
 

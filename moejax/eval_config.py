@@ -20,7 +20,7 @@ class EvalConfig(BaseModel):
     limit: _Positive | None = Field(None, description="only the first so many problems")
     each_epoch: bool = False
     every_steps: _Positive | None = None
-    max_new_tokens: _Positive = 256
+    max_new_tokens: _Positive | None = Field(None, description="where an answer ends; null: as many tokens as the task allows")
     rows: _Positive = Field(64, description="problems answered at a time")
     metric: Literal["accuracy", "loss"] = Field("accuracy", description="what decides which model is kept in best/")
     allow_overlap: bool = Field(False, description="go on where held-out problems are in the training data too")

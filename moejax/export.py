@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.build import Model, build
 from models.config import Architecture
@@ -21,8 +19,7 @@ from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer, save_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.runs import open_run
-from moejax.hub import merge, peft, weights
-from moejax.training import memory
+from moejax.hub import layerwise, merge, peft, weights
 from moejax.training.state import adapter_config, architecture, quantization_config
 
 PROMPT = (
@@ -59,8 +56,6 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
     base = weights.resolve(str(source), experiment.model.revision) if trained else folder / "model"
     sizes = architecture(experiment, base)
     total = model_bytes(sizes)
-    if verify:
-        _check_memory(total)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -72,7 +67,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
             _write_merged(experiment, sizes, folder, base, aside, total, console)
         if verify:
             limit = TOLERANCE[chosen] if tolerance is None else tolerance
-            compared = _compare(experiment, sizes, folder, base, aside, chosen)
+            compared = _compare(experiment, sizes, folder, base, aside, chosen, console)
             console.print(_verdict(compared, limit), highlight=False, soft_wrap=True)
             # not (a <= b): logits that are not numbers fail too.
             if not compared.share <= limit:
@@ -81,7 +76,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
                     "report this; --tolerance sets another limit"
                 )
         aside.replace(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"{target} could not be written ({error}): nothing is left of it. Free some space or choose another --out"
         ) from None
@@ -126,32 +121,29 @@ def _tokenizer(experiment: Experiment, base: Path) -> Any:
     return None if source is None else load_tokenizer(source, experiment.added_tokens)
 
 
-def _check_memory(total: int) -> None:
-    limit = memory.usable_bytes()
-    if limit is not None and total > limit:
-        raise UserError(
-            f"the reloaded model takes {total / 1e9:.2f} GB and {limit / 1e9:.2f} GB are usable here, so it cannot be verified: use a "
-            "larger machine (JAX_PLATFORMS=cpu where the host has the memory), or --no-verify"
-        )
-
-
-def _compare(experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str) -> Comparison:
-    """The trained and the reloaded model, one after the other in memory, both computed in fp32."""
+def _compare(
+    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, console: Console
+) -> Comparison:
+    """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory."""
     tokens = _prompt(experiment, base, sizes)
-    key = jax.random.key(0)
     stored = jnp.dtype(experiment.training.compute_dtype if experiment.adapter else experiment.training.param_dtype)
-    arguments: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": stored, "frozen_dtype": stored}
-    tuned = build(sizes, quantization=quantization_config(experiment), adapter=adapter_config(experiment), **arguments)
-    weights.load_weights(tuned, base, key)
-    if experiment.adapter is not None:
-        peft.load_adapter(tuned, folder / "adapter")
-    expected = _logits(tuned, tokens)
-    if chosen != "merged":
-        peft.load_adapter(tuned, written)
-        return compare(expected, _logits(tuned, tokens))
-    del tuned
-    reloaded = build(weights.read_config(written), dtype=jnp.float32, param_dtype=jnp.bfloat16)
-    return compare(expected, _logits(weights.load_weights(reloaded, written, key), tokens))
+    trained: dict[str, Any] = {"param_dtype": stored, "frozen_dtype": stored, "quantization": quantization_config(experiment)}
+    trained |= {"adapter": adapter_config(experiment)}
+    own = [] if experiment.adapter is None else [folder / "adapter"]
+    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        walks = 2 if chosen == "merged" else 1
+        task = bar.add_task("verifying", total=walks * sizes.num_layers // layerwise.layers_in(sizes))
+
+        def logits(sizes: Architecture, source: Path, **arguments: Any) -> list[np.ndarray]:
+            return layerwise.logits(sizes, source, tokens, advance=lambda: bar.advance(task), **arguments)
+
+        if chosen != "merged":
+            expected, actual = logits(sizes, base, adapters=[*own, written], **trained)
+        else:
+            (expected,) = logits(sizes, base, adapters=own, **trained)
+            (actual,) = logits(weights.read_config(written), written, param_dtype=jnp.bfloat16)
+    return compare(expected, actual)
 
 
 def compare(expected: np.ndarray, actual: np.ndarray) -> Comparison:
@@ -173,16 +165,3 @@ def _prompt(experiment: Experiment, base: Path, sizes: Architecture) -> np.ndarr
     tokenizer = _tokenizer(experiment, base)
     ids = list(range(1, 65)) if tokenizer is None else tokenizer.encode(PROMPT)
     return np.array(ids, np.int32)[: sizes.max_position_embeddings] % sizes.vocab_size
-
-
-def _logits(model: Model, tokens: np.ndarray) -> np.ndarray:
-    """fp32 [T, V]."""
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
-        whole: Model = nnx.merge(graphdef, state)
-        hidden, _ = whole(tokens, jnp.ones_like(tokens), jnp.arange(tokens.shape[1])[None])
-        return whole.logits(hidden)[0]
-
-    return np.asarray(forward(state, jnp.asarray(tokens)[None]))

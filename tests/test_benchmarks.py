@@ -55,3 +55,30 @@ def test_gpu_scan_tiny(tmp_path):
     for case in report["cases"]:
         assert case["seconds"]["median"] > 0 and case["floor_bytes"] > 0
         assert case["largest_difference"] < 1e-4
+
+
+def run_tiny(tmp_path, script, *arguments):
+    out = tmp_path / "result.json"
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments, "--out", str(out)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_grouped_choice_tiny(tmp_path):
+    report = run_tiny(tmp_path, "grouped_choice", "--tiny")
+    assert [c["storage"] for c in report["cases"]] == ["array", "nf4-double"] and report["ragged_flops_of_useful"] > 2
+    for case in report["cases"]:
+        assert case["entry"]["backend"] in ("loop", "capacity")  # ragged is dense on a CPU
+        assert all(d < 1e-5 for d in case["difference_from_fp32"].values())
+
+
+def test_dequant_forms_small(tmp_path):
+    forms = run_tiny(tmp_path, "dequant_forms", "--shape", "64x128", "--repeat", "1")["forms"]
+    assert set(forms) == {"pair", "take", "tree", "steps"} and forms["pair"]["large_fusions"] == 1
+
+
+def test_gpu_attention_tiny(tmp_path):
+    cases = run_tiny(tmp_path, "gpu_attention", "--tiny", "--repeat", "1")["cases"]
+    assert {c["form"] for c in cases} == {"ours", "xla"} and all(c["difference"] < 2e-2 for c in cases)

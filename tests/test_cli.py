@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from moejax import cli
+from moejax import cli, config
 
 CONFIG = str(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml")
 
@@ -61,7 +61,7 @@ def test_dry_run_of_a_tiny_model_in_fp32(capsys):
     """Small sizes in MB, and a GPU without bf16 will do. A Hub id alone says no sizes."""
     assert cli.train_main(["--config", str(ROOT / "configs/bench_mixtral_tiny.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "27.1 MB" in out and "0.000" not in out and "V100-32" in out and "no bf16" not in out
+    assert "27.1 MB" in out and " 0.000 " not in out and "V100-32" in out and "no bf16" not in out
     assert cli.train_main(["--config", CONFIG, "--dry-run", "model.preset=null", "model.source=acme/large"]) == 2
     err = capsys.readouterr().err
     assert "model.source = 'acme/large' is no folder here" in err and "add model.preset (one of mixtral-8x7b, " in err
@@ -113,3 +113,15 @@ def test_missing_data_is_told_before_anything_is_written(tmp_path, capsys):
 def test_imports_without_jax(module):
     done = python("-c", f"import sys, {module}; sys.exit('jax' in sys.modules)")
     assert done.returncode == 0, f"{module} imports jax\n{done.stderr}"
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a", "--run"], ["export", "--out", "x"], ["exact-match", "--data", "d.json"]])
+def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command, monkeypatch, tmp_path):
+    """Also where there is no run: the command itself says so."""
+    told = []
+    monkeypatch.setattr(cli, "prepare_jax", lambda device: told.append(device.compilation_cache))
+    (tmp_path / "config.yaml").write_text(
+        "name: a\nmodel: {preset: mixtral-tiny}\ndata: {batching: fixed}\ntraining: {steps: 1}\ndevice: {compilation_cache: /elsewhere}\n"
+    )
+    assert cli.main([*command, str(tmp_path)]) == 2 and cli.main([*command, str(tmp_path / "none")]) == 2
+    assert told == ["/elsewhere", config.DeviceConfig().compilation_cache]

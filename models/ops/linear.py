@@ -36,6 +36,11 @@ def out_size(weight: Weight) -> int:
     return (weight.stacked if isinstance(weight, OfLayer) else weight).shape[-2]
 
 
+def is_nf4(weight: Weight) -> bool:
+    """Whether it is stored in 4 bits."""
+    return isinstance(weight.stacked if isinstance(weight, OfLayer) else weight, NF4Tensor)
+
+
 def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
     """The weight as an array of `dtype`; the time that NF4 takes for it stands under `scope` in a profile."""
     weight = part(weight)

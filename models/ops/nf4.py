@@ -7,6 +7,7 @@ into a codebook of 16 normal quantiles (QLoRA, arXiv 2305.14314). Double quantiz
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,31 +144,75 @@ def _quantize_dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index.reshape(-1)[:n], absmax
 
 
+def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """table[index] without a check: an index of 4 or 8 bits cannot leave its table."""
+    return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
 def block_scales(weight: NF4Tensor) -> jax.Array:
     """fp32 scales [..., ceil(n/64)], with the second quantization undone."""
     if weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
     blocks = weight.absmax.shape[-1]
     nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, axis=-1)[..., :blocks]
-    product = jnp.take(jnp.asarray(DYNAMIC_MAP), weight.absmax.astype(jnp.int32)) * nested
+    product = _look_up(DYNAMIC_MAP, weight.absmax) * nested
     # Product and sum round separately in the reference. The maximum changes no value, but a compiler that would contract the
     # two into a fused multiply-add (another last bit) cannot do it through it.
     return jnp.maximum(product, jnp.finfo(jnp.float32).min) + weight.offset[..., None]
 
 
-def dequantize(weight: NF4Tensor, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """[..., *shape] in `dtype`: codebook value times block scale in fp32, then cast."""
+def _pair(codes: jax.Array) -> jax.Array:
+    """One look-up for each byte, in a table of 256 pairs (2 KB)."""
+    return _look_up(np.stack([np.repeat(CODEBOOK, 16), np.tile(CODEBOOK, 16)], axis=-1), codes)
+
+
+def _take(codes: jax.Array) -> jax.Array:
+    """One look-up for each weight, in the table of 16."""
+    return _look_up(CODEBOOK, jnp.stack([codes >> 4, codes & 15], axis=-1))
+
+
+def _tree(codes: jax.Array) -> jax.Array:
+    """15 selects, by the bits of the code from the lowest. A compiler may hoist the constants out of a loop as whole arrays."""
+    index = jnp.stack([codes >> 4, codes & 15], axis=-1)
+    values: list[Any] = [jnp.float32(value) for value in CODEBOOK]
+    for bit in range(4):
+        is_set = (index >> bit) & 1 != 0
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    value: jax.Array = values[0]
+    return value
+
+
+def _steps(codes: jax.Array) -> jax.Array:
+    """Arithmetic: the level of each of 15 thresholds, added up where the code has reached it, as integers of the same bits: exact."""
+    index = jnp.stack([codes >> 4, codes & 15], axis=-1).astype(jnp.int32)
+    bits = CODEBOOK.view(np.int32)
+    total = jnp.full(index.shape, bits[0])
+    for threshold in range(1, 16):
+        total = total + (index >= threshold).astype(jnp.int32) * (bits[threshold] - bits[threshold - 1])  # wraps around, and back
+    return jax.lax.bitcast_convert_type(total, jnp.float32)
+
+
+LOOK_UPS: dict[str, Callable[[jax.Array], jax.Array]] = {"pair": _pair, "take": _take, "tree": _tree, "steps": _steps}
+"""Codes uint8 [...] -> their two weights, fp32 [..., 2], before scaling. All exact: which is fastest depends on the compiler
+(`benchmarks/dequant_forms.py`)."""
+
+
+def _values(codes: jax.Array) -> jax.Array:
+    """The look-up for the platform that is compiled for: on a CPU `pair` was measured fastest; elsewhere nothing was yet."""
+    values: jax.Array = jax.lax.platform_dependent(codes, cpu=_pair, default=_take)
+    return values
+
+
+def dequantize(weight: NF4Tensor, dtype: Any = jnp.float32, look_up: Callable[[jax.Array], jax.Array] = _values) -> jax.Array:
+    """[..., *shape] in `dtype`: codebook value times block scale in fp32, then cast. look_up: one of `LOOK_UPS`; all give the same."""
     n = math.prod(weight.shape)
     leading = weight.codes.shape[:-1]
     scales = block_scales(weight)
-    nibbles = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1)
+    values = look_up(weight.codes)
     if n % BLOCK:
-        nibbles = nibbles.reshape(*leading, -1)[..., :n]
-        values = jnp.take(jnp.asarray(CODEBOOK), nibbles.astype(jnp.int32)) * jnp.repeat(scales, BLOCK, axis=-1)[..., :n]
+        values = values.reshape(*leading, -1)[..., :n] * jnp.repeat(scales, BLOCK, axis=-1)[..., :n]
     else:
-        # One table gather on 16 entries: a select tree would be hoisted out of a layer scan as 16 broadcast constants.
-        nibbles = nibbles.reshape(*leading, -1, BLOCK)
-        values = jnp.take(jnp.asarray(CODEBOOK), nibbles.astype(jnp.int32)) * scales[..., None]
+        values = values.reshape(*leading, -1, BLOCK) * scales[..., None]
     return values.reshape(*leading, *weight.shape).astype(dtype)
 
 

@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", highlight=False, soft_wrap=True)
         return 130
     finally:
+        sweep.close()
         if progress:
             progress.stop()
     failed = [name for name, t in sweep.content.trials.items() if t.status == "failed"]

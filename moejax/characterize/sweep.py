@@ -101,6 +101,11 @@ class Sweep:
         self.content = replace(self.content, trials=trials, rows=rows, finished=finished)
         results.write(self.content, self.runner.folder)
 
+    def close(self) -> None:
+        """Let go of the folder: another study of this process may take it."""
+        if self.runner.lock is not None:
+            os.close(self.runner.lock)
+
     @property
     def waiting(self) -> list[Task]:
         """Trials that are to run: never run, or failed; and with them what is computed from all."""

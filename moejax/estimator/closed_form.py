@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from models.config import Architecture, BlackMambaConfig
+from models.ops import grouped_table
 from moejax.errors import UserError
 from moejax.estimator import sizes
 from moejax.estimator.sizes import ITEM
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
 SCAN_CHUNK = {"gpu": 32, "cpu": 16}  # of models/ops/selective_scan.py
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
-TILES = {"gpu": (512, 64), "cpu": (128, 32)}  # large and small, of models/ops/grouped_matmul.py
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,12 @@ def kind(platform: Platform) -> str:
     return "cpu" if platform == "cpu" else "gpu"
 
 
-def tile_rows(platform: Platform, tokens: int, experts: int, experts_per_token: int) -> int:
-    """Rows of a large tile of the grouped products: a power of two, at most half the mean group."""
-    half = max(1, tokens * experts_per_token // experts) // 2
-    return min(TILES[kind(platform)][0], max(8, 1 << max(half, 1).bit_length() - 1))
+def tile_rows(platform: Platform, tokens: int, config: Architecture, nf4: bool) -> int:
+    """Rows of a large tile of the grouped products, as the step takes them (models/ops/grouped_table.py)."""
+    return grouped_table.entry(
+        kind(platform), tokens, config.num_experts, config.experts_per_token,
+        hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=nf4,
+    )[1]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Step:
     other_adapters: int  # bytes of their matrices
     mixer_trained: bool  # attention has weights or adapters that are trained
     balanced: bool  # a load-balancing loss reads the router's probabilities
+    nf4: bool  # experts are stored in 4 bits
 
     @property
     def tokens(self) -> int:
@@ -112,7 +115,7 @@ class _Step:
     def sorted_rows(self) -> int:
         """M."""
         c = self.config
-        return self.tokens * c.experts_per_token + tile_rows(self.platform, self.tokens, c.num_experts, c.experts_per_token)
+        return self.tokens * c.experts_per_token + tile_rows(self.platform, self.tokens, c, self.nf4)
 
     def routing(self) -> int:
         """Of one layer, saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
@@ -182,7 +185,7 @@ class _Step:
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         c, n, item = self.config, self.tokens, self.item
         rows = 3 * item * self.sorted_rows * c.hidden_size
-        tile = tile_rows(self.platform, n, c.num_experts, c.experts_per_token)
+        tile = tile_rows(self.platform, n, c, self.nf4)
         hidden = 6 * item * tile * c.intermediate_size
         adapters = (4 + item) * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)  # sums of gradients; scaled
         if self.platform == "cpu" and not self.remat:  # what was kept of the layer, cut out of the stack
@@ -198,7 +201,7 @@ class _Step:
         c, item = self.config, self.item
         wide = item * c.num_experts * self.tokens * c.intermediate_size
         if self.platform == "cpu":
-            count = 12 if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
+            count = (11 if item == 4 else 12) if self.recurrent else 7 if self.trained is None else 8 if self.balanced else 9
         elif self.trained is not None:
             count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
@@ -209,7 +212,8 @@ class _Step:
 
     def kept_of_mixer(self) -> int:
         """What the expert half finds of the mixer's recomputation: a BlackMamba's pair is recomputed as a whole; where everything is
-        fp32, XLA recomputes the attention's scores before it comes to the experts."""
+        fp32, XLA recomputes the attention's scores before it comes to the experts, on a GPU only if the base is trained (in every program
+        looked at, with adapters on the attention or not; why its scheduler goes by that is not known)."""
         c, n = self.config, self.tokens
         if isinstance(c, BlackMambaConfig):
             unit = 4 * n * c.inner_size
@@ -248,15 +252,19 @@ class _Step:
         return 2 * 4 * (last if item < 4 else 0) + 2 * item * every + 3 * item * n * c.hidden_size + partial + item * heads * c.hidden_size
 
     def _attention_fp32(self) -> int:
-        """The same on a GPU where all is fp32 and the base frozen: nothing is converted, so that of every block of queries the weights and
-        the scores' gradient wait for the keys' and values' gradients, and of the last one (the first, the smallest) also the gradient of
-        the weights. Beside them the stream's gradient; rotated queries and the output's gradient; keys and values, transposed; sines and
-        cosines twice; the gradients of the queries whose blocks are done. Adapters there: the normed stream, the three projections as one
-        product, values and both gradients once more, low-rank rows."""
+        """The same on a GPU where all is fp32 and the base frozen: nothing is converted.
+
+        Scores: of every block of queries the weights and the scores' gradient wait for the keys' and values' gradients, and of one block
+        also the gradient of the weights; which one is XLA's choice (of 512 tokens the largest block comes first, of 256 the smallest), so
+        the mean is taken. Beside them the stream's gradient; rotated queries and the output's gradient; keys and values, transposed;
+        sines and cosines twice; the gradients of the queries of other blocks. With adapters on the attention also the normed stream, the
+        three projections as one product, values and both gradients once more, low-rank rows.
+        """
         c, n = self.config, self.tokens
         assert not isinstance(c, BlackMambaConfig)
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        scores = 2 * self.scores()[1] + self.rows * c.num_heads * self.block**2
+        every, blocks = self.scores()[1], -(-self.row_tokens // self.block)
+        scores = 2 * every + every // blocks
         token = c.hidden_size + 2 * heads + 2 * kv + 2 * c.head_dim
         if self.mixer_trained:
             token += c.hidden_size + heads + 3 * kv + self.low_rank
@@ -348,6 +356,7 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
         rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
         sum(w.bytes for w in trained if ".lora_" in w.name and not w.name.startswith(("w1", "w2", "w3"))),
         adapter is None or any(name in sizes.ATTENTION for name in adapter.targets), experiment.model.aux_loss_coef > 0,
+        experiment.quantization.format == "nf4" and "experts" in experiment.quantization.modules,
     )  # fmt: skip
     by_dtype: dict[str, int] = {}
     for w in weights:

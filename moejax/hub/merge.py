@@ -12,14 +12,14 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from models.build import Model
 from models.ops import nf4
-from moejax.hub.names import Place, tensors
+from moejax.hub.names import Place, attribute, index_of, tensors
+from moejax.hub.safetensors_file import Writer
 from moejax.hub.save import write_config
 from moejax.hub.stored import open_tensors
-from moejax.hub.weights import attribute, index_of, read_tensor, stored_shape
+from moejax.hub.streaming import read_tensor, stored_shape
 
 SHARD_BYTES = 2_000_000_000
 
@@ -31,8 +31,8 @@ def save_merged(
 
     model: abstract but for its adapters (`models.build.build` without a key, `peft.load_adapter`); it says what is quantized. A
     quantized matrix is merged as it was trained against: to NF4 and back, then the adapter's part, in fp32, then rounded once.
-    base: the folder its weights are read from. One tensor at a time: host memory holds one shard and its serialized copy, never the
-    model. progress: called with the bytes of each tensor. Raises UserError as `weights.load_weights` does; OSError for a full disk.
+    base: the folder its weights are read from. Host memory holds one tensor. progress: called with the bytes of each. Raises UserError as
+    `weights.load_weights` does, and for a full disk.
     """
     sizes = {name: 2 * math.prod(_whole_shape(model, places)) for name, places in tensors(model.config).items()}
     shards = plan_shards(sizes, shard_bytes)
@@ -41,15 +41,16 @@ def save_merged(
         for i in range(1, len(shards) + 1)
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    shapes = {name: (_whole_shape(model, places), ml_dtypes.bfloat16) for name, places in tensors(model.config).items()}
     with ExitStack() as stack:
         source = open_tensors(base, stack)
         for file, names in zip(files, shards, strict=True):
-            arrays = {}
-            for name in names:
-                arrays[name] = merged_tensor(model, name, source, base).astype(ml_dtypes.bfloat16)
-                if progress is not None:
-                    progress(sizes[name])
-            save_file(arrays, str(folder / file), metadata={"format": "pt"})
+            with Writer(folder / file, {name: shapes[name] for name in names}, {"format": "pt"}) as writer:
+                for name in names:
+                    writer.write(name, merged_tensor(model, name, source, base).astype(ml_dtypes.bfloat16))
+                    source[name].release()
+                    if progress is not None:
+                        progress(sizes[name])
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},

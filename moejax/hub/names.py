@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.config import Architecture, MixtralConfig
 
@@ -19,6 +19,18 @@ class Place(NamedTuple):
     expert: int | None = None
     attr: str = "weight"
     half: int | None = None
+
+
+def attribute(model: Any, path: tuple[str, ...]) -> Any:
+    """The module at a path of attributes."""
+    for name in path:
+        model = getattr(model, name)
+    return model
+
+
+def index_of(place: Place) -> Any:
+    """The index of one tensor in its stacked variable."""
+    return tuple(i for i in (place.layer, place.expert) if i is not None) or ...
 
 
 _LAYER = {

@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from models.build import Model
 from models.lora import LoRA
 from moejax.errors import UserError
 from moejax.hub.fused import fuse, unfuse
-from moejax.hub.names import Place, module_names
-from moejax.hub.weights import attribute
+from moejax.hub.names import Place, attribute, module_names
+from moejax.hub.safetensors_file import write_file
 
 _PREFIX = "base_model.model."
 _OUR_NAMES = {"router": "gate"}
@@ -70,7 +70,7 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
         tensors, config = fuse(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / "adapter_model.safetensors.tmp"
-    save_file(tensors, str(aside), metadata={"format": "pt"})
+    write_file(aside, tensors)
     written = load_file(str(aside))
     if written.keys() != tensors.keys() or any(not np.array_equal(written[k], tensors[k]) for k in tensors):
         raise UserError(f"{aside} reads back differently from what was written: a full or failing disk?")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from rich.console import Console
 from moejax import __version__
 from moejax.errors import UserError
 from moejax.hub.safetensors_file import Reader, Writer
+
+T = TypeVar("T")
 
 FORMAT = 1  # raise it when codes, scales or names change
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
@@ -52,24 +56,47 @@ def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
         return None
     if set(reader.names()) != set(leaves) or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
-    arrays = {}
-    for name in leaves:
-        view = reader.get_tensor(name)
-        if view.nbytes <= _at_once_bytes() or view.ndim < 2:
-            # A copy, also on a CPU: an array that is a view of the file would change with the file.
-            arrays[name] = jax.block_until_ready(jnp.array(view, copy=True))
-        else:  # a layer at a time, so that the host holds no more of it
-            buffer = jnp.zeros(view.shape, view.dtype)
-            for index, part in enumerate(view):
-                buffer = jax.block_until_ready(put(buffer, jnp.asarray(part), (jnp.int32(index),)))
-            arrays[name] = buffer
-        reader.release(name)
+    pieces: list[tuple[str, int | None]] = []
+    for name, leaf in leaves.items():
+        # What is not copied whole goes a layer at a time, so that the host holds no more of it.
+        small = math.prod(leaf.shape) * np.dtype(numpy_dtype(leaf.dtype)).itemsize <= _at_once_bytes() or len(leaf.shape) < 2
+        pieces += [(name, None)] if small else [(name, layer) for layer in range(leaf.shape[0])]
+    arrays: dict[str, jax.Array] = {}
+    with ThreadPoolExecutor(1) as pool:
+        values = ahead(pool, (partial(_copy, reader, name, layer) for name, layer in pieces))
+        for (name, layer), value in zip(pieces, values, strict=True):
+            if layer is None:
+                arrays[name] = jax.block_until_ready(jnp.asarray(value))
+            else:
+                if layer == 0:
+                    arrays[name] = jnp.zeros(leaves[name].shape, leaves[name].dtype)
+                arrays[name] = jax.block_until_ready(put(arrays[name], jnp.asarray(value), (jnp.int32(layer),)))
     return arrays
 
 
+def _copy(reader: Reader, name: str, layer: int | None) -> np.ndarray:
+    """A tensor of the cache, or one layer of it. A copy, also on a CPU: an array that is a view of the file would change with the file."""
+    if layer is None:
+        return reader.copy(name)
+    shape = reader.shape(name)[1:]
+    return reader.copy(name, layer * math.prod(shape), shape)
+
+
 def _at_once_bytes() -> float:
-    """What may be copied whole. On a CPU all of it: the copy is the model, and the fastest way there."""
+    """What may be copied whole. On a CPU all of it: the copy is the model, and jax takes it as it is."""
     return math.inf if jax.default_backend() == "cpu" else 1 << 28
+
+
+def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of `calls` in order; each is being made while the one before it is used."""
+    pending = None
+    for call in calls:
+        following = pool.submit(call)
+        if pending is not None:
+            yield pending.result()
+        pending = following
+    if pending is not None:
+        yield pending.result()
 
 
 @partial(jax.jit, donate_argnums=0)

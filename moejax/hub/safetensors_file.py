@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,17 @@ _DTYPES: dict[str, Any] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+_PIECE = 1 << 24  # bytes asked for at once
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of any numbers at an address that is a multiple of 64: on a CPU jax takes it as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 class Reader:
     """The tensors of one file as read-only views of its memory map. Raises UserError where the file is not whole."""
 
@@ -30,10 +42,10 @@ class Reader:
         try:
             with safe_open(str(path), framework="numpy") as checked:  # the library judges header, sizes and offsets
                 self.metadata: dict[str, str] = checked.metadata() or {}
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.header = file.read(length)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = path.open("rb")
+            length = int.from_bytes(self._file.read(8), "little")
+            self.header = self._file.read(length)
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
         self._start = 8 + length
@@ -56,6 +68,25 @@ class Reader:
         shape, offset = tuple(entry["shape"]), self._start + entry["data_offsets"][0]
         return np.frombuffer(self._map, _DTYPES[entry["dtype"]], math.prod(shape), offset).reshape(shape)
 
+    def copy(self, name: str, first: int = 0, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A tensor, or `shape` numbers of it from the `first` on, read into memory of its own that jax takes without another copy.
+
+        Reading asks the disk for larger pieces than touching the map does. Raises UserError where the file cannot be read.
+        """
+        entry = self._entries[name]
+        array = aligned(self.shape(name) if shape is None else shape, _DTYPES[entry["dtype"]])
+        offset = self._start + entry["data_offsets"][0] + first * array.itemsize
+        rest = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+        try:
+            while rest:
+                count = os.preadv(self._file.fileno(), [rest[:_PIECE]], offset)
+                if not count:
+                    raise OSError(f"it ends {len(rest)} bytes early")
+                rest, offset = rest[count:], offset + count
+        except OSError as error:
+            raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error}): download it again") from None
+        return array
+
     def release(self, name: str) -> None:
         """Give the pages of a tensor back: a later read takes them from the file again."""
         begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
@@ -63,6 +94,13 @@ class Reader:
         if hasattr(mmap, "MADV_DONTNEED") and end > begin:
             first = begin // page * page
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Arrays as one file; written aside and renamed, with the rights that the umask gives. Raises UserError where it cannot be written."""
+    with Writer(path, {name: (value.shape, value.dtype) for name, value in tensors.items()}, {"format": "pt"}) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)
 
 
 class Writer:

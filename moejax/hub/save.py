@@ -8,14 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from models.build import Model
 from models.config import Architecture, MixtralConfig
 from models.ops import nf4
 from moejax.errors import UserError
-from moejax.hub.names import tensors
-from moejax.hub.weights import attribute, index_of
+from moejax.hub.names import attribute, index_of, tensors
+from moejax.hub.safetensors_file import write_file
 
 
 def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
@@ -34,9 +33,7 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
             parts.append(np.asarray(value[index_of(place)].astype(dtype)))
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         arrays[name] = array[:, None] if name.endswith("conv1d.weight") else array
-    aside = folder / "model.safetensors.tmp"
-    save_file(arrays, str(aside), metadata={"format": "pt"})
-    aside.replace(folder / "model.safetensors")
+    write_file(folder / "model.safetensors", arrays)
     write_config(model.config, folder, dtype)
 
 

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes
 from moejax.hub.safetensors_file import Reader
@@ -37,6 +39,14 @@ class Source(NamedTuple):
     def read(self) -> Any:
         value = self.file.get_tensor(self.name)
         return value if self.expert is None else value[self.expert, self.rows]
+
+    def copy(self) -> np.ndarray:
+        """The same in memory of its own."""
+        if not isinstance(self.file, Reader):
+            return np.array(self.read())
+        value = self.read()
+        first = 0 if self.expert is None else (self.expert * self.file.shape(self.name)[1] + (self.rows.start or 0)) * value.shape[-1]
+        return self.file.copy(self.name, first, value.shape)
 
     def release(self) -> None:
         if isinstance(self.file, Reader):

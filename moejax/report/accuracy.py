@@ -160,7 +160,7 @@ def draw(runs: Sequence[ScoredRun], path: Path) -> None:
                 axes.plot(curve, LINES[index], color=color, marker="os"[index], markersize=3.5, label=f"{NAMES[model]}, {kind}")
         axes.set_title(f"the study's Figure 3: {DATASETS[data]}", fontsize=10)
     ours.set_ylabel("right answers, %")
-    ours.set_ylim(0, 100)
+    ours.set_ylim(0, 103)
     for axes in (ours, *studies):
         axes.set_xlabel("epoch")
         axes.grid(axis="y", color="#e2e8f0", linewidth=0.7)

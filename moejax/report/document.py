@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from moejax import __version__
 from moejax.report import sections_model, sections_rate, sections_time, status, summary
 from moejax.report.compare import Source
 from moejax.report.grid import Grid
 from moejax.report.naming import Naming, metric, rows_of
-from moejax.report.page import Block, Fold, Items, Page, Paragraph, Section, numbers, text
+from moejax.report.page import Block, Code, Fold, Items, Page, Paragraph, Section, numbers, text
 
 PAPER = "arXiv 2408.04693"
 _SECTIONS: tuple[tuple[str, str, str, Callable[[Sequence[Source]], tuple[Block, ...]]], ...] = (
@@ -86,7 +87,9 @@ def build(sources: Sequence[Source]) -> Page:
     """Everything that is known, in the study's order."""
     sections = [_section(sources, *spec) for spec in _SECTIONS]
     sections.append(Section("Trials", "trials", status.trial_tables(sources)))
-    sections.append(Section("Environment and commands", "environment", status.environment(sources)))
+    made = Code(" ".join(("moejax report", *(str(s.folder) for s in sources))))
+    how = Paragraph(text("This page: ", made, f" (moejax {__version__})."))
+    sections.append(Section("Environment and commands", "environment", (how, *status.environment(sources))))
     lead = (
         *status.unfinished(sources),
         *status.does_not_fit(sources),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.9  # inches
+LEGEND_LETTERS, HEADING_LETTERS, TITLE_LETTERS = 58, 56, 46  # the most in a line; more is cut: the tables have every name in full
 # Okabe and Ito's colours; shades of one where parts belong together.
 ROUTING = {"sparse": "#0072B2", "dense": "#D55E00"}
 PHASES = {
@@ -71,12 +73,13 @@ def shares(blocks: Sequence[Bars], colors: Mapping[str, str], names: Callable[[s
     present = {part for block in blocks for bar in block.bars for part, value in bar.parts.items() if value > 0}
     order = [p for p in colors if p in present] + sorted(present - colors.keys())
     lines = sum(len(b.bars) + 1.1 for b in blocks)
-    figure = Figure(figsize=(WIDTH, 0.24 * lines + 0.75 + 0.19 * -(-len(order) // 3)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.24 * lines + 0.75 + _legend_height([names(p) for p in order], 3)), layout="constrained")
     axes = figure.subplots()
     y, ticks, labels = 0.0, [], []
     for block in blocks:
         # From the figure's edge: a long name of a device has the whole width.
-        heading = axes.annotate(block.heading, (0.012, y + 0.1), xycoords=("figure fraction", "data"), fontweight="bold", va="center")
+        words = textwrap.shorten(block.heading, HEADING_LETTERS, placeholder=" …")
+        heading = axes.annotate(words, (0.012, y + 0.1), xycoords=("figure fraction", "data"), fontweight="bold", va="center")
         heading.set_in_layout(False)
         y += 0.85
         for bar in block.bars:
@@ -147,13 +150,13 @@ def curves(panels: Sequence[Panel], *, xlog: bool = False, whole: bool = True, h
         for panel in panels
         for line in panel.lines
     }
-    figure = Figure(figsize=(WIDTH, height * len(panels) + 0.19 * -(-len(entries) // 2) + 0.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height * len(panels) + _legend_height(entries, 2) + 0.1), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         for line in panel.lines:
             xs, ys = zip(*line.points, strict=True)
             axes.plot(xs, ys, markersize=4, linewidth=1.3, **entries[line.label])
         values = [y for line in panel.lines for _, y in line.points if y > 0]
-        axes.set_title(panel.title)
+        axes.set_title(_wrapped(panel.title, TITLE_LETTERS))
         axes.set_xlabel(panel.xlabel)
         axes.set_ylabel(panel.ylabel)
         axes.grid(axis="y", which="major")
@@ -171,7 +174,7 @@ def curves(panels: Sequence[Panel], *, xlog: bool = False, whole: bool = True, h
             axes.minorticks_off()
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=whole, min_n_ticks=1))
-    _legend(figure, list(entries.items()), columns=2)
+    _legend(figure, list(entries.items()), most=2)
     return figure
 
 
@@ -199,7 +202,7 @@ def dots(
         for d in settings
     }
     heights = [0.21 * len(order) + 0.6 for *_, order in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.19 * -(-len(entries) // 2)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + _legend_height(entries, 2)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for axes, (title, xlabel, settings, order) in zip(grid[:, 0], panels, strict=True):
         for setting in settings:
@@ -214,7 +217,7 @@ def dots(
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(xlabel)
-    _legend(figure, list(entries.items()), columns=2)
+    _legend(figure, list(entries.items()), most=2)
     return figure
 
 
@@ -226,14 +229,14 @@ def grouped(
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(WIDTH, 1.75 * rows + 0.35), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.9 * rows + 0.35), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False)
     for axes, (title, groups, series) in zip(grid.flat, panels, strict=False):
         width = 0.84 / len(series)
         for i, (name, values) in enumerate(series.items()):
             xs = [x + (i - (len(series) - 1) / 2) * width for x in range(len(groups))]
             axes.bar(xs, values, width, color=colors[name], edgecolor=PAPER, linewidth=0.3)
-        axes.set_title(title, fontsize=8)
+        axes.set_title(_wrapped(title, TITLE_LETTERS // 2 + 3), fontsize=7.5)
         axes.set_xticks(range(len(groups)), groups, fontsize=7.5)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
@@ -244,13 +247,34 @@ def grouped(
     return figure
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]], columns: int = 3) -> None:
+def _columns(labels: Iterable[str], most: int) -> int:
+    """How many columns of a legend fit side by side: letters and signs are some 0.072 inches wide."""
+    longest = max((min(len(label), LEGEND_LETTERS) for label in labels), default=1)
+    return max(1, min(most, int(WIDTH / 0.072 / (longest + 6))))
+
+
+def _legend_height(labels: Collection[str], most: int) -> float:
+    """Inches of the legend of these."""
+    return 0.19 * -(-len(labels) // _columns(labels, most))
+
+
+def _wrapped(words: str, letters: int) -> str:
+    """At most two lines of so many letters; where there are two already, each by itself."""
+    if "\n" in words:
+        return "\n".join(textwrap.shorten(line, letters, placeholder=" …") for line in words.splitlines())
+    lines = textwrap.wrap(words, letters)
+    return "\n".join(lines if len(lines) <= 2 else [lines[0], textwrap.shorten(" ".join(lines[1:]), letters, placeholder=" …")])
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]], most: int = 3) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    labels = [textwrap.shorten(name, LEGEND_LETTERS, placeholder=" …") for name, _ in entries]
+    columns = _columns(labels, most)
     handles = [
         Line2D([], [], label=name, markersize=4.5, linewidth=1.3, **style) if "marker" in style else Patch(label=name, **style)
-        for name, style in entries
+        for name, (_, style) in zip(labels, entries, strict=True)
     ]
     figure.legend(
         handles=handles, loc="outside lower left", ncols=columns, fontsize=7.5, handlelength=1.6, columnspacing=1.2, labelcolor=INK

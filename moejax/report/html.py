@@ -42,9 +42,10 @@ figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+caption span { display: block; max-width: calc(100vw - 3.4rem); }
 th, td { padding: .28rem .7rem .28rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-.words td { text-align: left; }
+.words td { text-align: left; overflow-wrap: anywhere; }
 .words th { text-align: left; }
 tbody th { font-weight: 400; }
 tr.group th { font-weight: 600; padding-top: .8rem; text-align: left; }
@@ -131,11 +132,14 @@ def _table(table: Table) -> str:
         )
         bodies.append(f"<tbody>{title}{rows}</tbody>")
     words = "" if any(isinstance(f, Number) for g in table.groups for r in g.rows for c in r for f in c) else ' class="words"'
-    # A region that scrolls sideways must be within the keyboard's reach.
-    return (
-        f'<div class="scroll" tabindex="0"><table{words}><caption>{_text(table.caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
-    )
+    # A region that scrolls sideways must be within the keyboard's reach, and have a name.
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(_plain(table.caption))}">'
+    caption = f"<caption><span>{_text(table.caption)}</span></caption>"
+    return f"{region}<table{words}>{caption}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
+
+
+def _plain(content: Text) -> str:
+    return "".join(f if isinstance(f, str) else f.text for f in content)
 
 
 def _text(content: Text) -> str:

@@ -17,6 +17,11 @@ DATASET = {"cs": "commonsense_15k", "math": "math_14k"}
 """Our name of a data set -> the study's."""
 
 
+def dataset(data: str | None) -> tuple[str, bool]:
+    """The study's data set beside which ours stands, and whether it is the same; it has no others: commonsense."""
+    return DATASET.get(data or "", DATASET["cs"]), data in DATASET
+
+
 class Naming:
     """Names of the settings of some rows (an experiment's, of all folders)."""
 

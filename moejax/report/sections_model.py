@@ -10,8 +10,9 @@ from moejax.estimator import paper
 from moejax.report import figures
 from moejax.report.compare import Source
 from moejax.report.grid import STUDY, Grid, derived, published
-from moejax.report.naming import DATASET, Naming, family, rows_of
+from moejax.report.naming import Naming, dataset, family, rows_of
 from moejax.report.page import Block, Figure, Fold, Group, Number, Table, Text, text
+from moejax.report.quantities import digits
 from moejax.report.results import Row
 from moejax.report.svg import embed
 
@@ -27,7 +28,9 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     theirs = reference.max_batch_figure()
     for source, row in rows:
         if row.metric in _EQUATION_1:
-            grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(source.number(row)))
+            number = source.number(row)  # C1 is a share and not said in percent, as the study has it
+            plain = Number(digits(row.value), number.exact, number.source, number.place) if row.metric == "c1" else number
+            grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(plain))
     for name, row in {naming.name(r): r for _, r in rows if r.metric in _EQUATION_1}.items():
         model = family(sources, row.model)
         for index, coefficient in enumerate(("c0", "c1")):
@@ -74,13 +77,13 @@ def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, pr
             for routing, color in figures.ROUTING.items():
                 own = [r for s, r in predicted if s is source and (naming.name(r), r.routing) == (setting, routing)]
                 ran = [r for s, r in proved if s is source and (naming.name(r), r.routing) == (setting, routing)]
-                label = f"{source.label}, {routing}" if len(sources) > 1 else routing
+                after = f", {source.label}" if len(sources) > 1 else ""
                 points = [(gb, float(r.value)) for r in own if (gb := _gigabytes(r.scope)) is not None]
                 if points:
-                    lines.append(figures.Line(f"{label}: equation 1", tuple(sorted(points)), color, "None", "--"))
+                    lines.append(figures.Line(f"{routing}: equation 1{after}", tuple(sorted(points)), color, "None", "--"))
                 if ran and limit:
                     at = tuple((limit / 1e9, float(r.value)) for r in ran)
-                    lines.append(figures.Line(f"{label}: ran", at, color, figures.MARKERS[source.index % 5], ""))
+                    lines.append(figures.Line(f"{routing}: ran{after}", at, color, figures.MARKERS[source.index % 5], ""))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "memory, GB", "largest batch"))
     ran_there = tuple((float(gb), float(b)) for gb, b in theirs.ground_truth.items())
@@ -122,15 +125,17 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     for scope in dict.fromkeys(r.scope for _, r in rows):
         for source, row in rows:
             if row.scope == scope and row.metric != "predicted":
-                grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", row.metric.replace("_", " "), source, text(source.number(row)))
-    for setting in dict.fromkeys(naming.name(r) for _, r in rows if r.metric == "predicted"):
-        mine = [(s, r) for s, r in rows if naming.name(r) == setting]
+                grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", _fitted(row.metric), source, text(source.number(row)))
+    predicted = [(s, r) for s, r in rows if r.metric == "predicted"]
+    for setting in dict.fromkeys(naming.name(r) for _, r in predicted):
+        mine = [(s, r) for s, r in predicted if naming.name(r) == setting]
         curve = _curve(sources, mine[0][1])
         if curve:
-            _study_fits(grid, setting, curve)
+            same = dataset(mine[0][1].data)[1]
+            _study_fits(grid, setting if same else f"study: {curve.model}, commonsense", curve)
         for scope in dict.fromkeys(r.scope for _, r in mine):
             for source, row in mine:
-                if row.scope == scope and row.metric == "predicted":
+                if row.scope == scope:
                     what = f"{setting}: queries a second by {_WORDS.get(scope, scope)}"
                     packed = " (packed)" if row.batching == "pack" else ""
                     grid.put(what, f"{row.routing}, batch {row.batch:g}{packed}", source, text(source.number(row)))
@@ -154,8 +159,19 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     return (*blocks, Fold("The numbers of this figure", (grid.table(text(caption)),)))
 
 
+_FITTED = {
+    "c2": "C2, queries/s", "c3": "C3", "c4": "C4, queries/s", "rmse": "RMSE, queries/s", "t0_seconds": "t0", "points": "points",
+    "token_seconds": "u, per token", "expert_token_seconds": "v, per token through all experts",
+    "mean_error": "mean error, of the step's seconds",
+}  # fmt: skip
+
+
+def _fitted(metric: str) -> str:
+    return _FITTED.get(metric, metric.replace("_", " "))
+
+
 def _curve(sources: Sequence[Source], row: Row) -> reference.Curve | None:
-    key = ("a40", family(sources, row.model), DATASET.get(row.data or "", ""))
+    key = ("a40", family(sources, row.model), dataset(row.data)[0])
     return next((c for c in reference.curves() if (c.gpu, c.model, c.dataset) == key), None)
 
 
@@ -168,14 +184,14 @@ def _study_fits(grid: Grid, setting: str, curve: reference.Curve) -> None:
             cell: Text = (published(value, unit) if name == "c3" else derived(value, unit),)
             if (form, name) == ("fitted", "rmse"):
                 cell = (*cell, " (printed: ", published(curve.printed_rmse), ")")
-            grid.put(group, name, None, cell)
+            grid.cells.setdefault(group, {}).setdefault(_fitted(name), {})[len(grid.sources)] = cell
 
 
 def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[figures.Line]:
     lines = []
     first = mine[0][1]
     for source in sources:
-        before = f"{source.label}, " if len(sources) > 1 else ""
+        after = f", {source.label}" if len(sources) > 1 else ""
         for routing, color in figures.ROUTING.items():
             own = [
                 (float(r.batch or 0), float(r.value))
@@ -184,16 +200,16 @@ def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[fi
             ]
             if own:
                 marker = figures.MARKERS[source.index % 5]
-                lines.append(figures.Line(f"{before}{routing}: measured", tuple(sorted(own)), color, marker, ""))
+                lines.append(figures.Line(f"{routing}: measured{after}", tuple(sorted(own)), color, marker, ""))
             for scope, dash in (("moejax", "-"), ("equation 2 (fitted)", "--")):
                 said = [
                     (float(r.batch or 0), float(r.value))
                     for s, r in mine
-                    if s is source and (r.scope, r.metric, r.routing) == (scope, "predicted", routing) and r.batching != "pack"
+                    if s is source and (r.scope, r.routing) == (scope, routing) and r.batching != "pack"
                 ]
                 if said:
                     name = "step model" if scope == "moejax" else "equation 2"
-                    lines.append(figures.Line(f"{before}{routing}: {name}", tuple(sorted(said)), color, "None", dash))
+                    lines.append(figures.Line(f"{routing}: {name}{after}", tuple(sorted(said)), color, "None", dash))
     return lines
 
 
@@ -212,7 +228,8 @@ def _study_panel(curve: reference.Curve) -> figures.Panel:
 
 
 _COST = {
-    "batch": "batch", "queries_per_second": "queries/s", "usd_per_hour": "$/hour", "hours": "hours", "usd": "$", "measured": "here",
+    "queries": "queries", "batch": "batch", "queries_per_second": "queries/s", "usd_per_hour": "$/hour", "hours": "hours", "usd": "$",
+    "measured": "here",
 }  # fmt: skip
 
 
@@ -234,14 +251,15 @@ def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
         groups.append(Group(text(setting), tuple(lines)))
     table_4 = tuple(
         (
-            text(r.gpu), text(published(r.max_batch)), text(published(r.queries_per_second)), text(published(r.usd_per_hour)), text("–"),
-            text(published(r.usd, "$")), text("–"),
+            text(r.gpu), text("–"), text(published(r.max_batch)), text(published(r.queries_per_second)), text(published(r.usd_per_hour)),
+            text("–"), text(published(r.usd, "$")), text("–"),
         )
         for r in reference.cost_table()
     )  # fmt: skip
     groups.append(Group(text(f"{STUDY.replace(', A40', '')}, Mixtral-8x7B, sparse (Table IV)"), table_4))
     caption = (
-        "What fine-tuning costs, by GPU. \"here\": measured on this device, or carried over from it by the GPUs' data sheets. "
+        "What fine-tuning on so many queries costs, by GPU. \"here\": measured on this device, or carried over from it by the GPUs' data "
+        "sheets. "
         f"{naming.constant()}"
     )
     return (Table(text(caption), ("GPU", *_COST.values()), tuple(groups)),)

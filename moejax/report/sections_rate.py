@@ -8,7 +8,7 @@ from moejax import reference
 from moejax.report import figures
 from moejax.report.compare import Source
 from moejax.report.grid import Grid, derived, published
-from moejax.report.naming import DATASET, Naming, family, rows_of, said
+from moejax.report.naming import DATASET, Naming, dataset, family, rows_of, said
 from moejax.report.page import Block, Figure, Fold, Text, text
 from moejax.report.results import Row
 from moejax.report.svg import embed
@@ -34,11 +34,12 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
         setting, routing = naming.name(row), row.routing or ""
         if row.metric == "proved_batch":
             grid.put(setting, routing, source, text(source.number(row)))
-        if found := printed.pop((family(sources, row.model), DATASET.get(row.data or "", ""), routing), None):
-            cell: Text = (published(found.printed),)
-            if found.swept != found.printed:
-                cell = (*cell, " (in its sweeps: ", published(found.swept), ")")
-            grid.put(setting, routing, None, cell)
+        theirs, same = dataset(row.data)
+        if same and (found := printed.pop((family(sources, row.model), theirs, routing), None)):
+            grid.put(setting, routing, None, _printed(found))
+    for model in dict.fromkeys(family(sources, r.model) for _, r in rows if not dataset(r.data)[1]):
+        for routing in ("sparse", "dense"):  # of other data: apart
+            grid.put(f"study: {model}, commonsense", routing, None, _printed(printed[model, DATASET["cs"], routing]))
     for line in _MEMORY:
         for source, row in rows:
             if row.metric == line:
@@ -47,6 +48,11 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     caption = f"The largest batch that ran, in queries. {naming.constant()}"
     blocks: tuple[Block, ...] = (grid.table(text(caption)),) if grid.cells else ()
     return (*blocks, Fold("Predicted, refused, and the memory", (more.table(text("By the compiler and as it ran.")),)))
+
+
+def _printed(found: reference.MaxBatch) -> Text:
+    cell: Text = (published(found.printed),)
+    return cell if found.swept == found.printed else (*cell, " (in its sweeps: ", published(found.swept), ")")
 
 
 def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
@@ -70,15 +76,14 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
                         packed = f" ({said('batching', batching)})" if batching and len(packings) > 1 else ""
                         grid.put(group, f"batch {row.batch:g}{packed}", source, text(source.number(row)))
                     points = tuple(sorted((float(r.batch or 0), float(r.value)) for r in own))
-                    label = ", ".join(
-                        [*([source.label] if len(sources) > 1 else []), routing or "", *([said("batching", batching)] if batching else [])]
-                    )
+                    words = [routing or "", said("batching", batching) if batching else "", source.label if len(sources) > 1 else ""]
+                    label = ", ".join(w for w in words if w)
                     marker = (figures.PACKED_MARKERS if batching == "pack" else figures.MARKERS)[source.index % 5]
                     color = figures.ROUTING.get(routing or "", figures.OTHER)
                     lines.append(figures.Line(label, points, color, marker, "--" if batching == "pack" else "-"))
         lines += _study_curves(sources, grid, mine[0][1], setting)
         panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
-    title = "Throughput by batch size. Filled: ours; hollow: the study's, PyTorch on an A40 (where it has the data set)."
+    title = "Throughput by batch size. Filled: ours; hollow: the study's, PyTorch on an A40."
     figure = figures.curves(panels)
     caption = f"Queries a second by batch size. {naming.constant()}"
     return (
@@ -88,7 +93,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
 
 
 def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str) -> list[figures.Line]:
-    model, data = family(sources, row.model), DATASET.get(row.data or "")
+    model, (data, same) = family(sources, row.model), dataset(row.data)
+    group = setting if same else f"study: {model}, commonsense"
     lines = []
     for curve in reference.curves():
         if (curve.gpu, curve.model, curve.dataset) != ("a40", model, data):
@@ -97,9 +103,10 @@ def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str)
             points = tuple((float(b), q) for b, q in curve.kind(routing))
             for batch, rate in curve.kind(routing):
                 line = f"batch {batch}"
-                padded = next((name for name in grid.cells.get(f"{setting}, {routing}", {}) if name.startswith(f"{line} (padded")), line)
-                grid.put(f"{setting}, {routing}", padded, None, text(published(rate, "queries/s")))
-            lines.append(figures.Line(f"study: {routing}", points, figures.ROUTING[routing], "s", ":", hollow=True))
+                padded = next((name for name in grid.cells.get(f"{group}, {routing}", {}) if name.startswith(f"{line} (padded")), line)
+                grid.cells.setdefault(f"{group}, {routing}", {}).setdefault(padded, {})[len(sources)] = text(published(rate, "queries/s"))
+            words = "study" if same else "study, commonsense"
+            lines.append(figures.Line(f"{words}: {routing}", points, figures.ROUTING[routing], "s", ":", hollow=True))
     return lines
 
 
@@ -132,7 +139,7 @@ def length(sources: Sequence[Source]) -> tuple[Block, ...]:
                         grid.put(f"{setting}, {routing}: {words}", f"{row.seq_len}", source, text(source.number(row), batch))
                     if name == "step_seconds" and own:
                         points = tuple((float(r.seq_len or 0), float(r.value)) for r in own)
-                        label = f"{source.label}, {routing}" if len(sources) > 1 else routing
+                        label = f"{routing}, {source.label}" if len(sources) > 1 else routing
                         lines.append(figures.Line(label, points, figures.ROUTING[routing], figures.MARKERS[source.index % 5]))
         model = family(sources, mine[0][1].model)
         for routing in ("sparse", "dense"):
@@ -176,6 +183,7 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
     panels: list[tuple[str, Sequence[str], dict[str, list[float]]]] = []
     counts, variances = reference.tokens_per_expert(), reference.printed_variance()
     drawn: set[tuple[str, str]] = set()
+    one_routing = len({r.routing for _, r in rows}) == 1
     for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
         mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]
         key = (family(sources, mine[0][1].model), _STUDY_LOAD.get(mine[0][1].data or "", ""))
@@ -198,15 +206,18 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
             series = {w: _shares([r for s, r in mine if s is source], w) for w in _WHEN}
             series = {w: v for w, v in series.items() if v}
             if series:
-                on = f" on {source.label}" if len(sources) > 1 else ""
-                panels.append((f"{setting}{on}", [str(i) for i in range(max(map(len, series.values())))], series))
+                title = naming.name(mine[0][1], "" if one_routing else mine[0][1].routing or "")
+                on = f"\n{source.label}" if len(sources) > 1 else ""
+                panels.append((f"{title}{on}", [str(i) for i in range(max(map(len, series.values())))], series))
         if key in counts and key not in drawn:
             drawn.add(key)
             series = {w: _percent(counts[key[0], key[1] + t]) for w, t in (("before", ""), ("after", "_tuned"))}
             panels.append((f"study: {key[0]}, {'HellaSwag' if key[1] == 'HE' else 'GSM8K'}", [str(i) for i in range(8)], series))
     title = "Each expert's share of all choices, mean over the layers, before and after fine-tuning. The study's: PyTorch."
     figure = figures.grouped(panels, figures.BEFORE_AFTER, "expert", "share, %")
-    told = " ".join(f"{name}: " + "; ".join(f"{w} {_said(v)}" for w, v in series.items()) + "." for name, _, series in panels)
+    told = " ".join(
+        f"{name.replace(chr(10), ' on ')}: " + "; ".join(f"{w} {_said(v)}" for w, v in series.items()) + "." for name, _, series in panels
+    )
     return (
         Figure("expert_load-1", title, embed(figure, "expert_load-1", title, f"Bars by expert, percent. {told}")),
         Fold("The numbers of this figure", (grid.table(text(f"Tokens per query by expert, mean over the layers. {naming.constant()}")),)),

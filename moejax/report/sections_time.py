@@ -120,8 +120,8 @@ def _theirs(grid: Grid, model_family: str, setting: str, kind: _Kind, name: Call
             line = BACKWARD if (kind, scope) == (STAGES, "backward") else name(scope)
             grid.put(group, line, None, (published(parts[scope], "s"), " · ", derived(parts[scope] / whole, "share")))
         bars.append(figures.Bar(f"{routing}, batch {batch:g}", parts, rounded(whole, "s")))
-    words = {"mixtral": "Mixtral-8x7B by QLoRA", "blackmamba": "BlackMamba-2.8B, all weights"}[model_family]
-    return figures.Bars(f"study: {words}{', one layer' if kind is KERNELS else ''}; PyTorch, A40", tuple(bars))
+    words = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}[model_family]
+    return figures.Bars(f"study (PyTorch, A40): {words}{', one layer' if kind is KERNELS else ''}", tuple(bars))
 
 
 def _ordered(parts: Mapping[str, object], colors: Mapping[str, str]) -> list[str]:

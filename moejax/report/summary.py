@@ -89,23 +89,28 @@ def _fits(source: Source, brief: bool) -> Said:
 
 def _fast(source: Source, brief: bool) -> Said:
     rows = [r for r in source.study.of("throughput", metric="queries_per_second") if r.batching != "pack"]
-    begin = "the highest throughput, in queries a second, is "
+    begin = "the highest throughput of padded batches, in queries a second, is "
     if not rows:
         return begin, text(UNKNOWN)
     parts = []
     for model, data in _settings(rows, brief):
-        best = {}
-        for routing in ("sparse", "dense"):
-            if own := [r for r in rows if (r.model, r.data, r.routing) == (model, data, routing)]:
-                best[routing] = max(own, key=lambda r: r.value)
+        best = _best([r for r in rows if (r.model, r.data) == (model, data)])
         said_rates = _join([text(source.number(r), f" {k} (batch {r.batch:g})") for k, r in best.items()], " and ")
         part: Text = (*text(f"{model} on {said('data', data)} "), *said_rates)
         if len(best) == 2:
             part = (*part, ", ", derived(best["sparse"].value / best["dense"].value), " times as many")
             theirs = None if brief else _study_ratio(source, model, data)
             part = (*part, *((" (study: ", theirs, ")") if theirs else ()))
+        packed = [r for r in source.study.of("throughput", metric="queries_per_second", model=model, data=data) if r.batching == "pack"]
+        if packed and not brief:
+            part = (*part, ", and packed ", *_join([text(source.number(r), f" {k}") for k, r in _best(packed).items()], " and "))
         parts.append(part)
     return begin, ("for ", *_join(parts, ", for " if brief else "; for "))
+
+
+def _best(rows: Sequence[Row]) -> dict[str, Row]:
+    """Routing -> the row of the largest value."""
+    return {k: max(own, key=lambda r: r.value) for k in ("sparse", "dense") if (own := [r for r in rows if r.routing == k])}
 
 
 def _study_ratio(source: Source, model: str, data: str | None) -> Number | None:

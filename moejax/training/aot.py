@@ -133,7 +133,7 @@ def compile_step(
     """
     # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
     sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
-    platform = jax.default_backend() if gpu is None else "gpu"
+    platform = None if gpu is None else TARGETS[gpu].name
     model = build(config, **model_arguments(experiment), platform=platform)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
     schedule = make_schedule(experiment.training, experiment.training.steps or 1000)

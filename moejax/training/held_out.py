@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from moejax.data.sources import load_records
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig
 from moejax.evaluation import tasks
-from moejax.evaluation.evaluate import prompt
+from moejax.evaluation.evaluate import pairs_of, prompts_of
 from moejax.evaluation.tasks import Example, Task
 
 
@@ -25,6 +24,7 @@ class HeldOut:
     settings: EvalConfig
     task: Task
     examples: list[Example]
+    max_new_tokens: int
     tokenizer: Any
     template: str
     batches: Batches | None
@@ -45,8 +45,14 @@ def prepare(experiment: Experiment, tokenizer: Any, positions: int) -> HeldOut |
     task, examples = _read(experiment, e)
     _refuse_overlap(experiment, e, examples)
     template = experiment.data.template
-    if task.method == "generated":
-        _check_lengths(e, [prompt(template, example, tokenizer) for example in examples], tokenizer, positions)
+    new = e.max_new_tokens or task.max_new_tokens
+    try:
+        if task.method == "generated":
+            prompts_of(tokenizer, task, examples, template, new, positions)
+        else:
+            pairs_of(tokenizer, task, examples, positions)
+    except UserError as error:
+        raise UserError(f"eval.data = {e.data}, eval.max_new_tokens = {new}: {error}") from None
     batches, why = None, ""
     if template == "text":
         why = "data.template = text knows no answers apart from their questions"
@@ -56,7 +62,7 @@ def prepare(experiment: Experiment, tokenizer: Any, positions: int) -> HeldOut |
         batches = in_order(experiment.data, [example.record for example in examples], tokenizer, experiment.seed)
     if why and e.metric == "loss":
         raise UserError(f"eval.metric = loss, but there is no loss: {why}. Choose eval.metric=accuracy, or other data")
-    return HeldOut(e, task, examples, tokenizer, template, batches, why)
+    return HeldOut(e, task, examples, new, tokenizer, template, batches, why)
 
 
 def dry(experiment: Experiment) -> list[str]:
@@ -91,15 +97,6 @@ def _read(experiment: Experiment, e: EvalConfig) -> tuple[Task, list[Example]]:
         return task, tasks.load(task, e.data, e.split, e.limit)
     except UserError as error:
         raise UserError(f"eval.data: {error}") from None
-
-
-def _check_lengths(e: EvalConfig, prompts: Sequence[str], tokenizer: Any, positions: int) -> None:
-    longest = max(len(tokenizer.encode(text, add_special_tokens=False, verbose=False)) for text in prompts)
-    if longest + e.max_new_tokens > positions:
-        raise UserError(
-            f"eval: the longest prompt of {e.data} has {longest} tokens; with eval.max_new_tokens = {e.max_new_tokens} that exceeds the "
-            f"model's {positions} positions: lower eval.max_new_tokens to {max(1, positions - longest)}, or leave long problems out"
-        )
 
 
 def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Example]) -> None:

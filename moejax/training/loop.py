@@ -25,7 +25,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokeniz
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import device_check, flops, held_out, memory, pinning, prediction, remat, run_folder, step_profile
+from moejax.training import device_check, experts, flops, held_out, memory, pinning, prediction, remat, run_folder, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -67,6 +67,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
+    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
         continue_adapter(experiment, build(config, **model_arguments(experiment)))
@@ -81,6 +82,8 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
     console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
     console.print(dataset.table())
+    if asked is not None and asked.why_no_loss:
+        console.print(f"no eval/loss: {asked.why_no_loss}", highlight=False, soft_wrap=True)
     check_profile(experiment, dataset)
     experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):

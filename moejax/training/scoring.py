@@ -59,7 +59,7 @@ class Scoring:
             loss = {} if h.batches is None else {"eval/loss": mean_loss(h.batches)[0]}
             result = evaluate(
                 model, h.tokenizer, h.task, h.examples, template=h.template,
-                max_new_tokens=h.settings.max_new_tokens, rows=h.settings.rows, progress=progress,
+                max_new_tokens=h.max_new_tokens, rows=h.settings.rows, progress=progress,
             )  # fmt: skip
         except Stopped:
             return None
@@ -68,7 +68,7 @@ class Scoring:
                 raise
             raise UserError(
                 f"out of memory in the evaluation after step {step}: {str(error).splitlines()[0]}. Lower eval.rows "
-                f"({h.settings.rows}) or eval.max_new_tokens ({h.settings.max_new_tokens})"
+                f"({h.settings.rows}) or eval.max_new_tokens ({h.max_new_tokens})"
             ) from error
         write(result, self.folder / "eval" / f"step-{step}")
         self.results[step] = {

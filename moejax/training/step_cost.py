@@ -41,13 +41,12 @@ def tile_trips(plan: gm.Plan, loads: np.ndarray) -> Callable[[str], float]:
     return trips
 
 
-def costs(
-    compiled: Any, config: Architecture, backend: str, platform: str, tokens: int, loads: np.ndarray | None = None
-) -> dict[Place, Cost]:
-    """FLOPs and bytes of one run of a train step with micro-batches of `tokens` tokens, by phase and stage. loads: see `tile_trips`;
-    None: uniform routing."""
-    plan = gm.choose(backend, platform, tokens, config.num_experts, config.experts_per_token)
-    return program_of(compiled).costs({}, tile_trips(plan, uniform_loads(config, tokens) if loads is None else loads))
+def costs(compiled: Any, plan: gm.Plan | None, loads: np.ndarray) -> dict[Place, Cost]:
+    """FLOPs and bytes of one run of a train step, by phase and stage. plan: of its grouped products, None for a dense step; loads: see
+    `tile_trips`. Raises ValueError for the backend `capacity`, whose branch depends on the routing."""
+    if plan is not None and plan.backend == "capacity":
+        raise ValueError("backend capacity: which of its branches runs is not in the program")
+    return program_of(compiled).costs({}, None if plan is None else tile_trips(plan, loads))
 
 
 def total(found: dict[Place, Cost]) -> Cost:

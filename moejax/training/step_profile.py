@@ -22,7 +22,7 @@ from moejax.errors import UserError
 from moejax.profiling import breakdown, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
-from moejax.training import flops, memory, metrics
+from moejax.training import experts, flops, memory, metrics
 from moejax.training.parameters import base_and_active, groups_of
 
 
@@ -96,7 +96,8 @@ def assemble(measured: Measured, found: breakdown.Breakdown) -> schema.StepProfi
     experiment, config = measured.experiment, measured.model.config
     groups = groups_of(measured.model)
     total, active = base_and_active(groups, config)
-    dense = config.experts_per_token == config.num_experts
+    _, rows, row_tokens = measured.traced[-1]["shape"]
+    backend = experts.backend(experiment, config, rows * row_tokens)
     quantized = experiment.quantization.format != "none"
     return schema.StepProfile(
         schema_version=1,
@@ -113,7 +114,7 @@ def assemble(measured: Measured, found: breakdown.Breakdown) -> schema.StepProfi
         method="full" if experiment.adapter is None else "qlora" if quantized else "lora",
         precision=experiment.training.compute_dtype,
         remat=experiment.training.remat,
-        moe=schema.Moe(experts=config.num_experts, top_k=config.experts_per_token, backend="dense" if dense else "loop"),
+        moe=schema.Moe(experts=config.num_experts, top_k=config.experts_per_token, backend=backend),
         batch=_batch(experiment.data.batching, measured.traced),
         step_seconds=_step_seconds(measured.step_seconds),
         compile_seconds=measured.compile_seconds,

@@ -209,5 +209,5 @@ class TestFlops:
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"ragged.*expected one of"):
-        gm.choose("ragged", "cpu", 1, 8, 2)
+    with pytest.raises(ValueError, match=r"triton.*expected one of"):
+        gm.choose("triton", "cpu", 1, 8, 2)

@@ -37,6 +37,13 @@ def test_bit_identical(case, double, vectors):
         np.testing.assert_array_equal(np.asarray(value, np.float32), vectors[f"{key}/{dtype}"])
 
 
+@pytest.mark.parametrize("name", nf4.LOOK_UPS)
+def test_every_look_up_is_the_codebook_to_the_bit(name):
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    expected = np.stack([np.repeat(nf4.CODEBOOK, 16), np.tile(nf4.CODEBOOK, 16)], axis=-1)
+    np.testing.assert_array_equal(np.asarray(jax.jit(nf4.LOOK_UPS[name])(codes)).view(np.int32), expected.view(np.int32))
+
+
 def test_leading_axes_are_separate_tensors():
     weight = jax.random.normal(jax.random.key(0), (2, 3, 16, 64)) * jnp.arange(1, 7.0).reshape(2, 3, 1, 1)
     stacked = nf4.quantize(weight, batch_axes=2)

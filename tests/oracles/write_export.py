@@ -3,15 +3,13 @@
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from support import ROOT, finished_run
 
-from models.build import build
 from moejax import export
 from moejax.data.tokenizer import load_tokenizer
-from moejax.hub import merge, weights
+from moejax.hub import layerwise, merge, weights
 
 
 def main():
@@ -23,8 +21,7 @@ def main():
     model = export._abstract(experiment, weights.read_config(base), folder / "run")
     merge.save_merged(model, base, written, shard_bytes=1_000_000)
     tokens = np.array(load_tokenizer(str(folder / "merged")).encode(export.PROMPT), np.int32)
-    reloaded = build(weights.read_config(written), dtype=jnp.float32, param_dtype=jnp.bfloat16)
-    logits = export._logits(weights.load_weights(reloaded, written, jax.random.key(0)), tokens)
+    (logits,) = layerwise.logits(weights.read_config(written), written, tokens, param_dtype=jnp.bfloat16)
     np.savez(folder / "logits.npz", tokens=tokens, logits=logits, prompt=export.PROMPT)
     return code
 

@@ -43,7 +43,7 @@ def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finis
                 packed = (*setting, data, "pack", 1024, most + 0.37, "")
                 rate = 1.31 * speed * most / (1 if routing == "sparse" else 2.5)
                 trial(f"throughput-{model}-{routing}-{data}-pack", "throughput", [(*packed, "queries_per_second", rate, "queries/s")])
-            for batch in sorted({1, most, *([largest["dense"]] if routing == "sparse" else [])}):
+            for batch in sorted({1, most, *([largest["dense"]] if routing == "sparse" and "dense" in largest else [])}):
                 _breakdown(trial, (*setting, "fixed", "fixed", 128, batch), family, speed)
             _lengths(trial, setting, most, speed)
         for data in ("cs", "math"):
@@ -142,6 +142,7 @@ def _fits(trial, model, method, largest, speed):
             at = (model, method, "sparse", data, "pad_longest", 1024, largest["sparse"], gpu)
             values += [(*at, k, v, u) for k, v, u in (
                 ("batch", largest["sparse"], "queries"), ("queries_per_second", rate, "queries/s"), ("usd_per_hour", usd_per_hour, "USD/h"),
-                ("hours", hours, "h"), ("usd", hours * usd_per_hour, "USD"), ("measured", measured, "1 or 0"),
+                ("hours", hours, "h"),
+                ("queries", 150_000, "queries"), ("usd", hours * usd_per_hour, "USD"), ("measured", measured, "1 or 0"),
             )]  # fmt: skip
         trial(f"cost-{model}-{data}", "cost", values)

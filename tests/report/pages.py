@@ -62,9 +62,8 @@ class _Reader(HTMLParser):
                 self.heads.append("")
         elif tag == "data":
             head = self.heads[self.column] if 0 <= self.column < len(self.heads) else ""
-            self.cell = Cell(
-                attributes["value"], attributes["data-source"], attributes.get("data-place", ""), "", self.section, self.group, self.line, head
-            )
+            place = attributes.get("data-place", "")
+            self.cell = Cell(attributes["value"], attributes["data-source"], place, "", self.section, self.group, self.line, head)
 
     def handle_endtag(self, tag):
         if tag == "data":

@@ -9,7 +9,8 @@ import pages
 import pytest
 
 from moejax import cli
-from moejax.report import results
+from moejax.report import compare, document, results
+from moejax.report import page as page_model
 from moejax.report.results import Row, Trial
 
 
@@ -70,17 +71,20 @@ def test_nothing_has_run_yet(tmp_path, capsys):
 
 @pytest.mark.parametrize("experiment", results.EXPERIMENTS)
 def test_any_experiment_may_be_missing_or_alone(experiment, tmp_path, capsys):
-    study = made.study()
-    for keep in (True, False):
-        rows = [r for r in study.rows if (r.experiment == experiment) == keep]
-        page, content = written(tmp_path, replace(study, rows=rows), capsys)
-        assert {c.place for c in page.cells if c.source == "ours"} == {f"0:{n}" for n in pages.csv_lines(tmp_path / "study")}
-        assert len(page.ids) == len(set(page.ids))
+    study = made.study(largest={"sparse": 2})
+    alone = [r for r in study.rows if r.experiment == experiment]
+    page, _ = written(tmp_path, replace(study, rows=alone), capsys)
+    assert {c.place for c in page.cells if c.source == "ours"} == {f"0:{n}" for n in pages.csv_lines(tmp_path / "study")}
+    assert len(page.ids) == len(set(page.ids))
+    results.write(replace(study, rows=[r for r in study.rows if r not in alone]), tmp_path / "without")
+    report = document.build(compare.load([tmp_path / "without"]))
+    assert {n.place for n in page_model.numbers(report) if n.place} == {f"0:{n}" for n in pages.csv_lines(tmp_path / "without")}
 
 
 def test_a_metric_of_a_later_minor_version_is_shown_all_the_same(tmp_path, capsys):
     study = made.study()
-    extra = [Row("t", e, "mixtral-made", "qlora", "sparse", "cs", None, None, 2, "new scope", "new_metric", 4711, "x") for e in results.EXPERIMENTS]
+    at = ("mixtral-made", "qlora", "sparse", "cs", None, None, 2, "new scope", "new_metric")
+    extra = [Row("t", e, *at, 4711, "x") for e in results.EXPERIMENTS]
     page, _ = written(tmp_path, replace(study, rows=study.rows + extra), capsys)
     assert [c.section for c in page.cells if c.value == "4711"] == [e.replace("_", "-") for e in results.EXPERIMENTS]
 

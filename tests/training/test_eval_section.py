@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 from support import ROOT, tiny_experiments
@@ -34,14 +35,24 @@ def no_seconds(pairs):
     return [(step, {k: v for k, v in record.items() if k != "eval/seconds"}) for step, record in pairs]
 
 
-def test_when_it_comes_and_what_it_leaves(make_experiment, capsys):
-    """Untrained, after every epoch, at the end; the decoder compiled once; predictions, TensorBoard, best/."""
+def test_when_it_comes_and_what_it_leaves(make_experiment, monkeypatch, capsys):
+    """Untrained, after every epoch, at the end; the decoder compiled once; predictions, TensorBoard, best/; in no step's seconds."""
+    evaluate, now, later = scoring.evaluate, time.perf_counter, [0.0]
+
+    def and_wait(*arguments, **settings):
+        later[0] += 1e6
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr(scoring, "evaluate", and_wait)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + later[0])
     experiment = make_experiment(data={"holdout": 0}, training={"steps": 12}, eval=EVAL | {"every_steps": 4, "metric": "loss"})
     before = generate._generate._cache_size()
     assert loop.run(experiment, resume=False) == 0
     assert generate._generate._cache_size() == before + 1
     folder = folder_of(experiment)
     found = evaluations(folder)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["step_seconds"] < 1e6 for line in steps if "loss" in line)
     # 60 records in rows of 64 tokens: 15 micro-batches of 4 an epoch, two micro-batches a step.
     assert [step for step, _ in found] == [0, 4, 8, 12]
     assert [record["eval/epoch"] for _, record in found] == [0, 4 / 8, 1, 1 + 4 / 8]
@@ -237,7 +248,7 @@ def test_records_held_out_of_the_training_file_are_no_overlap(written, tmp_path,
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"eval": EVAL | {"max_new_tokens": 2040}}, r"longest prompt .* has \d+ tokens; with eval\.max_new_tokens = 2040 .* positions"),
+        ({"eval": EVAL | {"max_new_tokens": 2040}}, r"eval\.max_new_tokens = 2040: .*exceed the model's 2048 positions"),
         ({"eval": EVAL | {"metric": "loss", "data": "BARE"}}, "eval.metric = loss, but there is no loss: .* without an `output`"),
         ({"eval": EVAL, "data": {"source": None, "batching": "fixed"}}, "eval asks questions, but data.source is null"),
         (
@@ -255,6 +266,14 @@ def test_what_cannot_be(sections, message, make_experiment, tmp_path):
     with pytest.raises(UserError, match=message):
         loop.run(make_experiment("never", **sections), resume=False)
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_reference_texts_there_is_no_loss_and_the_run_says_so(make_experiment, tmp_path, capsys):
+    (tmp_path / "bare.json").write_text(json.dumps([{"instruction": "How many?", "answer": "3"}]))
+    experiment = make_experiment(training={"steps": 1}, eval=EVAL | {"data": str(tmp_path / "bare.json")})
+    assert loop.run(experiment, resume=False) == 0
+    assert "no eval/loss: " in capsys.readouterr().out
+    assert all("eval/loss" not in record for _, record in evaluations(folder_of(experiment)))
 
 
 def test_out_of_memory_names_the_evaluation(make_experiment, monkeypatch):

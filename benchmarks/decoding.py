@@ -1,0 +1,110 @@
+"""Greedy decoding of a batch here and by transformers' generate, in turn, on this machine: part of `make bench`.
+
+    python benchmarks/decoding.py --reference .venv-reference4/bin/python [--rows 16] [--out FILE.json]
+
+The bundled Mixtral in fp32 on both sides, the first problems of assets/problems/test.json as prompts of different lengths in one batch, 64
+tokens each, which nothing ends; prompt and all tokens are timed, compilation is not. The sides take turns, a batch each; the ratio of the
+medians is the result, and both must have said the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import jax
+import jax.numpy as jnp
+import turns
+
+from models.build import build
+from moejax.data.templates import render
+from moejax.data.tokenizer import load_tokenizer
+from moejax.evaluation.generate import generate
+from moejax.hub import weights
+from moejax.training.step_profile import cpu_name
+
+MODEL, PROBLEMS = HERE.parent / "assets/tiny-mixtral", HERE.parent / "assets/problems/test.json"
+
+
+def prompts_of(rows: int) -> list[list[int]]:
+    tokenizer = load_tokenizer(str(MODEL))
+    records = json.loads(PROBLEMS.read_text())[:rows]
+    return [tokenizer.encode(render("mistral", record, tokenizer)[0], add_special_tokens=False) for record in records]
+
+
+def compare(reference: Path, rows: int, new: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each side's batches, their medians, and the ratio of those."""
+    prompts = prompts_of(rows)
+    config = weights.read_config(MODEL)
+    model = weights.load_weights(build(config, dtype=jnp.float32), MODEL, jax.random.key(0))
+
+    def ours() -> dict[str, Any]:
+        start = time.perf_counter()
+        tokens = generate(model, prompts, max_new_tokens=new, end=-1, batch_size=rows)
+        return {"step_seconds": time.perf_counter() - start, "tokens": tokens}
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prompts.json"
+        file.write_text(json.dumps(prompts))
+        command = [str(reference), str(HERE / "pytorch" / "generate.py"), str(MODEL), str(file), str(new)]
+        with turns.Side(command, {"PYTHONPATH": None}) as torch:
+            pairs = [(ours(), torch.step()) for _ in range(rounds + 2)][2:]
+            about = torch.about
+    seconds = {name: [p[i]["step_seconds"] for p in pairs] for i, name in enumerate(("moejax", "pytorch"))}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "rows": rows,
+        "prompt_tokens": [len(p) for p in prompts],
+        "new_tokens": new,
+        "same_tokens": all(a["tokens"] == b["tokens"] for a, b in pairs),
+        "seconds": seconds,
+        "median_seconds": medians,
+        "tokens_per_second": {name: rows * new / median for name, median in medians.items()},
+        "speedup": medians["pytorch"] / medians["moejax"],
+        "reference": about,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True, help="Python of the PyTorch environment")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 64], help="batches to compare (default: 1 16 64)")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not options.reference.exists():
+        print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {
+        "command": "make bench",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": cpu_name(),
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "cases": [],
+    }
+    print("decoding, tokens/s (assets/tiny-mixtral, fp32)\n rows   moejax  transformers  times  same tokens")
+    for rows in options.rows:
+        case = compare(options.reference, rows, options.new_tokens, options.rounds)
+        rate = case["tokens_per_second"]
+        same = "yes" if case["same_tokens"] else "NO"
+        print(f"{rows:5} {rate['moejax']:8.0f} {rate['pytorch']:13.0f} {case['speedup']:6.1f}  {same}", flush=True)
+        result["cases"].append(case)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(case["same_tokens"] for case in result["cases"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""NF4 to bf16 by each form of the code look-up: bytes per second, beside a copy of as many bytes; and what the compiler fuses.
+
+    python benchmarks/dequant_forms.py --out benchmarks/results/<date>-dequant-<device>.json      # one expert matrix of Mixtral-8x7B
+    python benchmarks/dequant_forms.py --shape 512x256 --dtype float32 --out …                   # what `make frameworks` has on a CPU
+    JAX_PLATFORMS=cpu python benchmarks/dequant_forms.py --gpu H100,A100-80   # only compile, for GPUs that are not there (extra `aot`)
+
+As the model does it: 8 experts' codes in one stack, one expert's matrix at a time in a loop, each used once, by a product with one
+row: it is in the time, and told by itself for matrices that need no dequantization. The bytes are those that must move: half a byte a
+weight read, the result written. `large fusions`: what writes at least one element for each weight; one is the aim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+
+from models.ops import nf4
+from models.ops.linear import part
+from moejax.errors import UserError
+from moejax.profiling import xplane
+from moejax.profiling.program import Program, elements
+
+EXPERTS = 8
+
+
+def stack(shape: tuple[int, int], double: bool) -> nf4.NF4Tensor:
+    """Random codes of 8 matrices."""
+    a = nf4.abstract(shape, leading=(EXPERTS,), double=double)
+    bits = [jax.random.bits(jax.random.key(i), s.shape, jnp.uint8) for i, s in enumerate((a.codes, a.absmax))]
+    if a.nested_absmax is None or a.offset is None:
+        return nf4.NF4Tensor(bits[0], jnp.full(a.absmax.shape, 0.05), None, None, shape)
+    return nf4.NF4Tensor(*bits, jnp.full(a.nested_absmax.shape, 0.005), jnp.full(a.offset.shape, 0.05), shape)
+
+
+def loop(make: Any, row: jax.Array, weights: Any) -> jax.Array:
+    """Sum over the experts of row · Wᵀ."""
+
+    def body(total: jax.Array, e: jax.Array) -> tuple[jax.Array, None]:
+        w = jax.lax.optimization_barrier(make(part(weights, e)))
+        return total + jnp.einsum("ti,oi->to", row, w), None
+
+    return jax.lax.scan(body, jnp.zeros((1, weights.shape[-2]), row.dtype), jnp.arange(EXPERTS))[0]
+
+
+def large_fusions(compiled: Any, weights: int) -> int:
+    """Instructions outside fusions that write at least one element a weight: no product, and no mere view."""
+    module = compiled.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto()
+    program = Program(xplane.MESSAGES["HloModuleProto"].FromString(module))
+    return sum(
+        elements(i.shape) >= weights
+        for computation in program.executions({})
+        for i in program.computations[computation].instructions
+        if i.opcode in ("fusion", "copy", "gather", "concatenate", "convert", "transpose", "dynamic-slice", "broadcast")
+    )
+
+
+def fused(form: str, shape: tuple[int, int], dtype: Any, double: bool, sharding: Any) -> int:
+    """Of one expert's matrix out of the stack, compiled for the device of `sharding`."""
+    codes = nf4.abstract(shape, leading=(EXPERTS,), double=double)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), codes)
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+    function = jax.jit(lambda t, e: nf4.dequantize(part(t, e), dtype, nf4.LOOK_UPS[form]))
+    return large_fusions(function.lower(arguments, index).compile(), math.prod(shape))
+
+
+def median(function: Any, arguments: tuple[Any, ...], repeat: int) -> float:
+    compiled = jax.jit(function)
+    jax.block_until_ready(compiled(*arguments))
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", default="14336x4096", help="OUTxIN")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--single", action="store_true", help="block scales in fp32, not in 8 bits")
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--gpu", help="comma-separated: compile for these, measure nothing")
+    parser.add_argument("--out", type=Path)
+    o = parser.parse_args()
+    shape, dtype = tuple(int(n) for n in o.shape.split("x")), jnp.dtype(o.dtype)
+    if o.gpu:
+        from moejax.training import aot
+
+        try:
+            for gpu in o.gpu.split(","):
+                sharding = jax.sharding.SingleDeviceSharding(aot.device(gpu))
+                counts = {form: fused(form, shape, dtype, not o.single, sharding) for form in nf4.LOOK_UPS}  # type: ignore[arg-type]
+                print(f"{gpu}: large fusions " + ", ".join(f"{form} {count}" for form, count in counts.items()))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+    weights = stack(shape, not o.single)  # type: ignore[arg-type]
+    row = jnp.ones((1, shape[1]), dtype)
+    n = math.prod(shape)
+    moved = EXPERTS * n * (0.5 + dtype.itemsize)
+    copied = jnp.ones(int(moved / 8), jnp.float32)  # read and written: as many bytes
+    rate = moved / median(lambda x: x + 1, (copied,), o.repeat)
+    del copied
+    plain = jnp.ones((EXPERTS, *shape), dtype)
+    product = median(lambda row, w: loop(lambda x: x, row, w), (row, plain), o.repeat)
+    del plain
+    report: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/dequant_forms.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
+        "device": jax.local_devices()[0].device_kind, "cores": os.cpu_count(),
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+        "shape": list(shape), "dtype": o.dtype, "copy_bytes_per_second": rate, "product_seconds": product / EXPERTS, "forms": {},
+    }  # fmt: skip
+    print(f"the product alone {1e3 * product / EXPERTS:.3f} ms a matrix, a copy {rate / 1e9:.2f} GB/s")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for form, look_up in nf4.LOOK_UPS.items():
+        run = lambda row, w, f=look_up: loop(lambda t: nf4.dequantize(t, dtype, f), row, w)  # noqa: E731
+        seconds = median(run, (row, weights), o.repeat) / EXPERTS
+        report["forms"][form] = {
+            "seconds": seconds, "bytes_per_second": moved / EXPERTS / seconds, "of_copy": moved / EXPERTS / seconds / rate,
+            "large_fusions": fused(form, shape, dtype, not o.single, here),  # type: ignore[arg-type]
+        }  # fmt: skip
+        f = report["forms"][form]
+        print(
+            f"{form:<6} {1e3 * seconds:9.3f} ms a matrix, {f['bytes_per_second'] / 1e9:8.2f} GB/s, {100 * f['of_copy']:4.0f} % of a copy, "
+            f"{f['large_fusions']} large fusions",
+            flush=True,
+        )
+    if o.out:
+        o.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Measure the grouped matmul's backends and tiles on this device, and write the fastest into models/ops/grouped_choice.json.
+
+    python benchmarks/grouped_choice.py --out benchmarks/results/<date>-grouped-choice-<device>.json --update   # the shapes of this device
+    python benchmarks/grouped_choice.py --shapes 4096x512x1024 --storage array --dtype float32                  # only look
+    python benchmarks/grouped_choice.py --tiny                                                                  # a small one, in seconds
+
+A shape is TOKENSxHIDDENxINTERMEDIATE, 8 experts, k = 2. Each candidate runs forward and backward (frozen weights, rank-16 adapters on all
+projections, hidden rows recomputed) under a uniform and a skewed routing (loads of the study's Figure 11: one expert with three times its
+share); the sum of the two medians decides, and the loop is
+beaten only by more than `MARGIN`. Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful
+FLOPs, and of one dense product of the same useful size; beside each candidate: the largest difference of output and gradients from the
+loop in fp32, and `ragged`'s FLOPs by the compiler, which is timed but never chosen where it is dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+from routing import SKEWED, experts_of
+
+from models.moe import GATED
+from models.ops import grouped_choice, grouped_table, nf4
+from models.ops import grouped_matmul as gm
+from moejax.training import experts as of_run
+
+E, K, RANK = 8, 2, 16
+MARGIN = 1.15
+"""By how much another backend must beat the loop: `capacity` compiles the experts' programs four times over, and costs memory for it."""
+SHAPES = {"cpu": "4096x512x1024,1280x256x512,512x256x512", "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632"}
+TILES = {
+    "cpu": ((64, 32), (128, 32), (256, 32), (256, 64)),
+    "gpu": ((128, 64), (256, 64), (512, 64), (512, 128), (1024, 128)),
+}
+
+
+def projections(d: int, f: int, storage: str, dtype: Any) -> tuple[tuple[gm.Projection, ...], gm.Projection]:
+    """w1, w3 and w2 with adapters; NF4 codes are random bits, made on the device."""
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+
+    def weight(o: int, i: int) -> Any:
+        if storage == "array":
+            return (0.02 * jax.random.normal(next(keys), (E, o, i))).astype(dtype)
+        shape = nf4.abstract((o, i), leading=(E,), double=storage == "nf4-double")
+        scales = jnp.full(shape.absmax.shape, 0.05) if shape.offset is None else jax.random.bits(next(keys), shape.absmax.shape, jnp.uint8)
+        nested = None if shape.nested_absmax is None else jnp.full(shape.nested_absmax.shape, 0.005)
+        offset = None if shape.offset is None else jnp.full(shape.offset.shape, 0.05)
+        return nf4.NF4Tensor(jax.random.bits(next(keys), shape.codes.shape, jnp.uint8), scales, nested, offset, shape.shape)
+
+    def projection(o: int, i: int) -> gm.Projection:
+        a, b = (0.02 * jax.random.normal(next(keys), s) for s in ((E, RANK, i), (E, o, RANK)))
+        return gm.Projection(weight(o, i), gm.LoRAWeights(a, b))
+
+    return (projection(f, d), projection(f, d)), projection(d, f)
+
+
+def step(plan: gm.Plan, inputs: Any, output: Any) -> Any:
+    """jitted: rows x, dy, sizes -> y, dx, and the adapters' gradients. The weights are arguments, not constants of the program."""
+
+    def run(x: jax.Array, dy: jax.Array, sizes: jax.Array, inputs: Any, output: Any) -> Any:
+        def f(x: jax.Array, loras: Any) -> jax.Array:
+            *ins, out = (p._replace(lora=lora) for p, lora in zip((*inputs, output), loras, strict=True))
+            return gm.grouped_mlp(plan, x, jnp.ones(x.shape[0], x.dtype), sizes, tuple(ins), out)
+
+        y, pull = jax.vjp(f, x, [p.lora for p in (*inputs, output)])
+        return y, *pull(dy)
+
+    compiled = jax.jit(run)
+    return lambda x, dy, sizes: compiled(x, dy, sizes, inputs, output)
+
+
+def dense(d: int, f: int, rows: int, dtype: Any) -> Any:
+    """One product of the useful size and its backward pass, hidden rows recomputed: what no grouping can beat by FLOPs."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    w1, w3, w2 = ((0.02 * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, ((f, d), (f, d), (d, f)), strict=True))
+
+    def run(x: jax.Array, dy: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> Any:
+        y, pull = jax.vjp(jax.checkpoint(lambda x: GATED["silu"](x @ w1.T, x @ w3.T) @ w2.T), x)
+        return y, *pull(dy)
+
+    compiled, x = jax.jit(run), jnp.ones((rows, d), dtype)
+    return lambda: compiled(x, x, w1, w3, w2)
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Largest over all arrays, of each one's largest element."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - e)) / jnp.max(jnp.abs(e))) for a, e in pairs)
+
+
+def candidates(platform: str, tokens: int, d: int, f: int, is_nf4: bool) -> dict[str, gm.Plan]:
+    base = gm.choose("auto", "", tokens, E, K, hidden=d, intermediate=f, nf4=is_nf4)._replace(activation=GATED["silu"])
+    rows = tokens * K // E
+    tiles = {(min(t, max(8, rows // 2)), min(s, max(8, rows // 2))) for t, s in TILES[platform]}
+    plans = {f"loop {t}/{s}": base._replace(backend="loop", tile=t, small_tile=s) for t, s in sorted(tiles)}
+    return plans | {"capacity": base._replace(backend="capacity"), "ragged": base._replace(backend="ragged")}
+
+
+def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ragged: float) -> dict[str, Any]:
+    """All candidates of one shape: medians by routing, differences, and who won."""
+    tokens, d, f = (int(n) for n in shape.split("x"))
+    weights = projections(d, f, storage, dtype)
+    plans, calls, errors = candidates(platform, tokens, d, f, storage != "array"), {}, {}
+    calls["dense"] = dense(d, f, tokens * K, dtype)
+    for routing, loads in (("uniform", None), ("skewed", SKEWED)):
+        choices = jnp.asarray(experts_of(tokens, E, K, loads))
+        reference = None
+        for name, plan in plans.items():
+            groups = gm.group(choices, jnp.ones(tokens, bool), E, plan.tile)
+            x = gm.dispatch(jax.random.normal(jax.random.key(2), (tokens, d)), groups)
+            arguments = (x.astype(dtype), jnp.ones_like(x, dtype), groups.sizes)
+            try:
+                call = step(plan, *weights)
+                found = call(*arguments)
+                if reference is None:
+                    fp32 = step(plan, *jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, weights))
+                    reference = fp32(x, jnp.ones_like(x), groups.sizes)
+                rows = tokens * K
+                cut = [(t[0][:rows], t[1][:rows], t[2]) for t in (found, reference)]
+                errors[f"{name}, {routing}"] = difference(*cut)
+                calls[f"{name}, {routing}"] = lambda call=call, arguments=arguments: call(*arguments)
+            except jax.errors.JaxRuntimeError as error:  # out of memory: the others go on
+                errors[f"{name}, {routing}"] = str(error)[:200]
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeat + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    useful = 6 * 2 * tokens * K * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
+    winner, entry = decide(plans, medians, ragged)
+    entry = {"rows_per_expert": tokens * K // E, "hidden": d, "intermediate": f, "nf4": storage != "array"} | entry
+    return {
+        "shape": shape, "storage": storage, "dtype": jnp.dtype(dtype).name, "winner": winner, "entry": entry, "medians": medians,
+        "of_dense": {name: s / medians["dense"] for name, s in medians.items()},
+        "useful_flops_per_second": {name: useful / s for name, s in medians.items()},
+        "difference_from_fp32": errors, "seconds": seconds,
+    }  # fmt: skip
+
+
+def decide(plans: dict[str, gm.Plan], medians: dict[str, float], ragged: float) -> tuple[str, dict[str, Any]]:
+    """The winner's name, and what the table says of it: the backend, and the best loop's tile."""
+    both = {
+        name: sum(medians[f"{name}, {routing}"] for routing in ("uniform", "skewed"))
+        for name in plans
+        if f"{name}, skewed" in medians and f"{name}, uniform" in medians
+    }
+    loop = min((name for name in both if name.startswith("loop")), key=lambda name: both[name])
+    others = [name for name in ("capacity", "ragged") if name in both and (name != "ragged" or ragged < of_run.DENSE_FROM)]
+    rival = min(others, key=lambda name: both[name], default=loop)
+    winner = rival if both[rival] * MARGIN < both[loop] else loop
+    return winner, {"backend": plans[winner].backend, "tile": plans[loop].tile, "small_tile": plans[loop].small_tile}
+
+
+def again(path: Path) -> list[dict[str, Any]]:
+    """Entries by this file's rule from the seconds of a result that is already there."""
+    result, entries = json.loads(path.read_text()), []
+    for case in result["cases"]:
+        tokens, d, f = (int(n) for n in case["shape"].split("x"))
+        plans = candidates("cpu" if result["device"] == "cpu" else "gpu", tokens, d, f, case["entry"]["nf4"])
+        case["winner"], entry = decide(plans, case["medians"], result["ragged_flops_of_useful"])
+        case["entry"] |= entry
+        entries.append(case["entry"])
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return entries
+
+
+def update(kind: str, entries: list[dict[str, Any]], source: str) -> None:
+    """The device's entries of these shapes replaced, all others kept."""
+    table = json.loads(grouped_table.TABLE.read_text(encoding="utf-8"))
+    names = ("rows_per_expert", "hidden", "intermediate", "nf4")
+    new = {tuple(e[n] for n in names): e | {"measured": source} for e in entries}
+    kept = [e for e in table.get(kind, []) if tuple(e[n] for n in names) not in new]
+    table[kind] = sorted([*kept, *new.values()], key=lambda e: tuple(e[n] for n in names))
+    grouped_table.TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    parser.add_argument("--shapes", default=SHAPES[platform], help="comma-separated TOKENSxHIDDENxINTERMEDIATE")
+    parser.add_argument("--storage", default="array,nf4-double", help="comma-separated: array, nf4, nf4-double")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32" if platform == "cpu" else "bfloat16")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--decide", type=Path, help="a result of this command: decide again from its seconds, and update the table")
+    o = parser.parse_args()
+    if o.update and o.out is None:
+        parser.error("--update needs --out: the table names the file with the seconds")
+    if o.decide:
+        update(json.loads(o.decide.read_text())["device"], again(o.decide), str(o.decide))
+        return 0
+    kind, ragged = grouped_choice.here(), of_run.ragged_cost()
+    result: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/grouped_choice.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), "device": kind,
+        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}, "cores": os.cpu_count(), "ragged_flops_of_useful": ragged,
+        "cases": [],
+    }  # fmt: skip
+    for storage in o.storage.split(","):
+        for shape in ("64x32x48" if o.tiny else o.shapes).split(","):
+            case = measure(platform, shape, storage, jnp.dtype(o.dtype), 2 if o.tiny else o.repeat, ragged)
+            result["cases"].append(case)
+            print(f"{shape} {storage} {o.dtype}: {case['winner']}")
+            for name, median in case["medians"].items():
+                print(f"  {name:<24} {1e3 * median:9.3f} ms, {case['of_dense'][name]:5.2f} of dense", flush=True)
+            if o.out:
+                o.out.write_text(json.dumps(result, indent=1) + "\n")
+    if o.update:
+        source = o.out.resolve()
+        update(kind, [c["entry"] for c in result["cases"]], str(source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

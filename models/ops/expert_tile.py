@@ -1,0 +1,198 @@
+"""Some rows through one expert's matrices, forward and backward: the part that the grouped matmul's backends share."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.ops.linear import Weight, dequantized, part
+
+
+class Plan(NamedTuple):
+    """Static choices of one grouped MLP.
+
+    backend, tile, small_tile: `loop`'s products have so many rows, and those for what is left of a group; capacities: rows per
+    expert that `capacity` has a program for, ascending; activation: the hidden row from the rows of the input projections;
+    names: the profile's scopes of the projections, output last; trainable: the weights want gradients too; keep: hidden rows are
+    saved for the backward pass, not computed again; dropout: of the adapters' inputs, active with a key.
+    """
+
+    backend: str
+    tile: int
+    small_tile: int
+    activation: Callable[..., jax.Array] = operator.mul
+    names: tuple[str, ...] = ("w1", "w3", "w2")
+    trainable: bool = False
+    keep: bool = False
+    dropout: float = 0.0
+    capacities: tuple[int, ...] = ()
+
+
+class LoRAWeights(NamedTuple):
+    """One adapter pair per expert; the scale alpha/rank is already in `b`. a: [E, R, I]; b: [E, O, R]."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+class Projection(NamedTuple):
+    """One matrix per expert, [E, O, I], an array or NF4; and its adapters."""
+
+    weight: Weight
+    lora: LoRAWeights | None = None
+
+
+Pairs = tuple[LoRAWeights | None, ...]
+
+
+class Gradients(NamedTuple):
+    """What a tile adds to the gradients of an expert's weights (None: not trained) and adapters, output last. fp32."""
+
+    weights: list[jax.Array] | None
+    adapters: list[LoRAWeights | None]
+
+
+def pairs_of(inputs: Sequence[Projection], output: Projection) -> Pairs:
+    """The adapters of all projections, output last."""
+    return (*(p.lora for p in inputs), output.lora)
+
+
+class Adapters:
+    """One expert's adapters on projections that read the same rows. Without dropout one product serves them all: `A` side by side."""
+
+    def __init__(self, plan: Plan, pairs: Pairs, key: jax.Array | None, dtype: Any):
+        self.pairs = {i: LoRAWeights(*(w.astype(dtype) for w in p)) for i, p in enumerate(pairs) if p is not None}
+        self.count = len(pairs)
+        self.keep, self.key = 1.0 - plan.dropout, key if plan.dropout else None
+        self.groups = [[i] for i in self.pairs] if self.key is not None else [list(self.pairs)] * bool(self.pairs)
+
+    def _a(self, members: list[int]) -> jax.Array:
+        return jnp.concatenate([self.pairs[i].a for i in members])  # [ΣR, I]
+
+    def _split(self, x: jax.Array, members: list[int], axis: int) -> list[jax.Array]:
+        return jnp.split(x, np.cumsum([self.pairs[i].a.shape[0] for i in members])[:-1].tolist(), axis=axis)
+
+    def _dropped(self, x: jax.Array, member: int, row: jax.Array) -> jax.Array:
+        """The same mask for the same rows in the forward and the backward pass: `row` is the first one's number."""
+        if self.key is None:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(self.key, member), row), self.keep, x.shape)
+        return jnp.where(keep, x / self.keep, jnp.zeros((), x.dtype))
+
+    def down(self, x: jax.Array, row: jax.Array) -> dict[int, jax.Array]:
+        """A dropout(x) of each adapter: [t, I] -> {projection: [t, R]}."""
+        low: dict[int, jax.Array] = {}
+        with jax.named_scope("lora"):
+            for members in self.groups:
+                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], row), self._a(members))
+                low.update(zip(members, self._split(product, members, 1), strict=True))
+        return low
+
+    def up(self, y: jax.Array, low: dict[int, jax.Array], member: int) -> jax.Array:
+        """y + B low, for one projection."""
+        if member not in low:
+            return y
+        with jax.named_scope("lora"):
+            return y + jnp.einsum("tr,or->to", low[member], self.pairs[member].b)
+
+    def zeros(self) -> list[LoRAWeights | None]:
+        """Sums of the gradients, fp32. B's is summed up transposed, [R, O]: the product that compilers do well."""
+        sums: list[LoRAWeights | None] = [None] * self.count
+        for i, (a, b) in self.pairs.items():
+            sums[i] = LoRAWeights(jnp.zeros(a.shape), jnp.zeros(b.shape[::-1]))
+        return sums
+
+    def backward(
+        self, x: jax.Array, low: dict[int, jax.Array], dys: Sequence[jax.Array], row: jax.Array
+    ) -> tuple[jax.Array, list[LoRAWeights | None]]:
+        """dx, and dA = dLᵀ dropout(x), dB = dYᵀ L as `zeros` has them, where dL = dY B."""
+        dx = jnp.zeros((), x.dtype)
+        gradients: list[LoRAWeights | None] = [None] * self.count
+        with jax.named_scope("lora"):
+            for members in self.groups:
+                dropped, a = self._dropped(x, members[0], row), self._a(members)
+                dlow = jnp.concatenate([jnp.einsum("to,or->tr", dys[i], self.pairs[i].b) for i in members], axis=1)
+                das = self._split(jnp.einsum("tr,ti->ri", dlow, dropped, preferred_element_type=jnp.float32), members, 0)
+                for i, da in zip(members, das, strict=True):
+                    db = jnp.einsum("tr,to->ro", low[i], dys[i], preferred_element_type=jnp.float32)
+                    gradients[i] = LoRAWeights(da, db)
+                dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], row)
+        return dx, gradients
+
+
+class Expert:
+    """One expert's matrices (`ws`, `w_out`, in the dtype of the rows) and adapters, and what they do to a tile of rows [t, I].
+
+    `row` in the methods: the number of the tile's first row, for dropout's masks; `p`: the rows' routing weights [t].
+    """
+
+    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], pairs: Pairs, key: jax.Array | None, dtype: Any):
+        *self.ws, self.w_out = matrices
+        key_out = None if key is None else jax.random.fold_in(key, len(plan.names))
+        self.plan = plan
+        self.adapters, self.adapters_out = Adapters(plan, pairs[:-1], key, dtype), Adapters(plan, pairs[-1:], key_out, dtype)
+
+    def _hidden(self, rows: jax.Array, row: jax.Array) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+        """The input projections of a tile, and the low-rank rows on the way."""
+        low = self.adapters.down(rows, row)
+        hidden = []
+        for i, w in enumerate(self.ws):
+            with jax.named_scope(self.plan.names[i]):
+                hidden.append(self.adapters.up(jnp.einsum("ti,oi->to", rows, w), low, i))
+        return hidden, low
+
+    def _activated(self, hidden: list[jax.Array], p: jax.Array) -> jax.Array:
+        with jax.named_scope("act"):
+            return self.plan.activation(*hidden) * p[:, None]
+
+    def forward(self, rows: jax.Array, p: jax.Array, row: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """The output rows [t, O], and the hidden rows, one array for each input projection."""
+        hidden, _ = self._hidden(rows, row)
+        act = self._activated(hidden, p)
+        with jax.named_scope(self.plan.names[-1]):
+            y = self.adapters_out.up(jnp.einsum("ti,oi->to", act, self.w_out), self.adapters_out.down(act, row), 0)
+        return y, hidden
+
+    def backward(
+        self, rows: jax.Array, p: jax.Array, dy: jax.Array, row: jax.Array, hidden: list[jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array, Gradients]:
+        """dx = dH W of every projection, dp, and the sums. dy: zero on rows that are not the expert's; hidden: None computes them again."""
+        names = self.plan.names
+        if hidden is not None:
+            low = self.adapters.down(rows, row)
+        else:
+            with jax.named_scope("rematted_computation"):
+                hidden, low = self._hidden(rows, row)
+        act, pull = jax.vjp(self._activated, hidden, p)
+        with jax.named_scope(names[-1]):
+            dact = jnp.einsum("to,oi->ti", dy, self.w_out)
+            through, out_gradients = self.adapters_out.backward(act, self.adapters_out.down(act, row), [dy], row)
+        dhidden, dp = pull(dact + through)
+        dx, gradients = self.adapters.backward(rows, low, dhidden, row)
+        for i, (w, dh) in enumerate(zip(self.ws, dhidden, strict=True)):
+            with jax.named_scope(names[i]):
+                dx = dx + jnp.einsum("to,oi->ti", dh, w)
+        dws = None
+        if self.plan.trainable:
+            with jax.named_scope("dw"):
+                pairs = [*((dh, rows) for dh in dhidden), (dy, act)]
+                dws = [jnp.einsum("to,ti->oi", g, r, preferred_element_type=jnp.float32) for g, r in pairs]
+        return dx, dp, Gradients(dws, [*gradients, *out_gradients])
+
+    def zeros(self) -> Gradients:
+        """Sums of no tile."""
+        dws = [jnp.zeros(w.shape, jnp.float32) for w in (*self.ws, self.w_out)] if self.plan.trainable else None
+        return Gradients(dws, [*self.adapters.zeros(), *self.adapters_out.zeros()])
+
+
+def matrices(
+    plan: Plan, inputs: Sequence[Projection], output: Projection, dtype: Any, e: jax.Array | None = None
+) -> list[jax.Array]:
+    """Expert e's matrices (None: all experts', [E, O, I]) in `dtype`, output last; the dequantization under its scope."""
+    projections = (*inputs, output)
+    return [dequantized(part(p.weight, e), dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]

@@ -1,0 +1,49 @@
+"""Which backend of the grouped matmul runs, and with which tile: a table of measurements by device, else a rule.
+
+`grouped_choice.json` is written by `benchmarks/grouped_choice.py`: for each kind of device the shapes that were measured there, what was
+fastest, and the file with the seconds. A shape between them takes the nearest one's choice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from models.ops.expert_tile import Plan
+from models.ops.grouped_table import entry
+
+BACKENDS = ("loop", "capacity", "ragged")
+CAPACITIES = (1.125, 1.5, 2.0)
+"""Rows per expert that `capacity` is compiled for, in mean loads; a larger load goes through the loop."""
+
+
+def here() -> str:
+    """What is compiled for where this runs: "cpu", or the GPU's kind as jax names it ("NVIDIA H100 80GB HBM3")."""
+    platform = jax.default_backend()
+    return platform if platform == "cpu" else str(jax.local_devices()[0].device_kind)
+
+
+def choose(
+    backend: str,
+    platform: str,
+    tokens: int,
+    experts: int,
+    experts_per_token: int,
+    *,
+    hidden: int = 1024,
+    intermediate: int = 1024,
+    nf4: bool = False,
+) -> Plan:
+    """The plan for this device and size. Raises ValueError for a backend that does not exist.
+
+    platform: "cpu", "gpu", or a GPU's kind. A forced backend takes its tile from the table all the same.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
+    found, tile, small_tile = entry(
+        platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, nf4=nf4
+    )
+    mean_group = max(1, tokens * experts_per_token // experts)
+    capacities = sorted({min(tokens, 8 * math.ceil(mean_group * c / 8)) for c in CAPACITIES})
+    return Plan(found if backend == "auto" else backend, tile, small_tile, capacities=tuple(capacities))

@@ -1,0 +1,97 @@
+"""Backend `loop`: one expert after the other, its group tile by tile.
+
+The hidden activations [M, F] never exist as a whole. Rows are sorted, so a tile that runs over the end of its group only writes rows that
+the next group overwrites: no mask, no copy, no token dropped for any routing; the price is half a small tile of padding per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
+from models.ops.linear import out_size
+
+
+def _rows(array: jax.Array, row: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, row, count)
+
+
+def _put(array: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, row, 0)
+
+
+def _over_tiles(plan: Plan, start: jax.Array, size: jax.Array, body: Callable[..., Any], state: Any) -> Any:
+    """body(row, first, count, state) for each tile of a group: large tiles while they fit, then small ones for the rest.
+
+    `first`: the number of the group's rows before the tile. Large tiles read the weights less often, small ones pad less.
+    """
+    whole = size // plan.tile
+
+    def tiles(count: int, offset: Any) -> Callable[..., Any]:
+        return lambda i, state: body(start + offset + i * count, offset + i * count, count, state)
+
+    with jax.named_scope("tiles"):
+        state = jax.lax.fori_loop(0, whole, tiles(plan.tile, 0), state)
+    rest = size - whole * plan.tile
+    with jax.named_scope("small_tiles"):
+        return jax.lax.fori_loop(0, -(-rest // plan.small_tile), tiles(plan.small_tile, whole * plan.tile), state)
+
+
+def _over_experts(
+    plan: Plan, body: Callable[..., Any], state: Any, sizes: jax.Array, projections: tuple[Any, Any], key: Any, dtype: Any
+) -> Any:
+    """Scan `body(state, expert, first row, rows)`. Weights are sliced and dequantized inside, where they are used."""
+    inputs, output = projections
+
+    def step(state: Any, xs: Any) -> Any:
+        e, start, size, pairs = xs
+        return body(state, Expert(plan, matrices(plan, inputs, output, dtype, e), pairs, key, dtype), start, size)
+
+    return jax.lax.scan(
+        step, state, (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs_of(inputs, output))
+    )
+
+
+def forward(
+    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
+
+    def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
+        def tile(row: jax.Array, _: Any, count: int, state: Any) -> Any:
+            y, kept = state
+            part, hidden = expert.forward(_rows(x, row, count), _rows(p, row, count), row)
+            return _put(y, part, row), [_put(k, h, row) for k, h in zip(kept, hidden, strict=True)] if keep else kept
+
+        return _over_tiles(plan, start, size, tile, state), None
+
+    def empty(projection: Projection) -> jax.Array:
+        return jnp.zeros((x.shape[0], out_size(projection.weight)), x.dtype)
+
+    state = (empty(output), [empty(p) for p in inputs] if keep else [])
+    result: tuple[jax.Array, list[jax.Array]] = _over_experts(plan, expert, state, sizes, (inputs, output), key, x.dtype)[0]
+    return result
+
+
+def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
+    """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
+    x, p, sizes, inputs, output, key = operands
+
+    def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
+        def tile(row: jax.Array, first: jax.Array, count: int, state: Any) -> Any:
+            (dx, dp), sums = state
+            inside = (first + jnp.arange(count) < size)[:, None]
+            dy_rows = jnp.where(inside, _rows(dy, row, count), jnp.zeros((), dy.dtype))
+            hidden = [_rows(k, row, count) for k in kept] if plan.keep else None
+            dx_rows, dp_rows, parts = expert.backward(_rows(x, row, count), _rows(p, row, count), dy_rows, row, hidden)
+            return (_put(dx, dx_rows, row), _put(dp, dp_rows, row)), jax.tree.map(jnp.add, sums, parts)
+
+        return _over_tiles(plan, start, size, tile, (state, expert.zeros()))
+
+    zeros = (jnp.zeros_like(x), jnp.zeros_like(p))
+    (dx, dp), gradients = _over_experts(plan, expert, zeros, sizes, (inputs, output), key, x.dtype)
+    return dx, dp, gradients

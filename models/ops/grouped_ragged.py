@@ -1,0 +1,65 @@
+"""Backend `ragged`: XLA's own `ragged_dot`. Only where it is asked for: on most devices XLA expands it to the dense product, E / k times
+the useful FLOPs, and all experts' dequantized matrices of a projection exist at once. `moejax/training/experts.py` looks at what the
+compiler makes of it before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.ops.expert_tile import Gradients, LoRAWeights, Plan, Projection, matrices, pairs_of
+
+_DIMENSIONS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
+def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """y[m] = W[e(m)] x[m]: [M, I], [E, O, I] -> [M, O]; rows behind the last group are zero."""
+    return jax.lax.ragged_dot_general(x, w, sizes, _DIMENSIONS)
+
+
+def _mlp(plan: Plan, x: jax.Array, p: jax.Array, sizes: jax.Array, ws: list[jax.Array], pairs: Any, key: Any) -> jax.Array:
+    live = jnp.arange(x.shape[0]) < jnp.sum(sizes)
+
+    def project(i: int, rows: jax.Array) -> jax.Array:
+        with jax.named_scope(plan.names[i]):
+            y = ragged_dot(rows, ws[i], sizes)
+            if pairs[i] is None:
+                return y
+            with jax.named_scope("lora"):
+                if plan.dropout and key is not None:
+                    keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - plan.dropout, rows.shape)
+                    rows = jnp.where(keep, rows / (1 - plan.dropout), jnp.zeros((), rows.dtype))
+                a, b = (w.astype(x.dtype) for w in pairs[i])
+                return y + ragged_dot(ragged_dot(rows, a, sizes), b, sizes)
+
+    hidden = [project(i, x) for i in range(len(ws) - 1)]
+    with jax.named_scope("act"):
+        act = jnp.where(live[:, None], plan.activation(*hidden) * p[:, None], jnp.zeros((), x.dtype))
+    return project(len(ws) - 1, act)
+
+
+def forward(
+    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The output rows [M, O]. Hidden rows are never kept: the backward pass computes them again."""
+    return _mlp(plan, x, p, sizes, matrices(plan, inputs, output, x.dtype), pairs_of(inputs, output), key), []
+
+
+def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
+    """dx, dp, and the gradients of weights and adapters, [E, …]; sums over rows in XLA's accumulator, rounded to the compute dtype."""
+    x, p, sizes, inputs, output, key = operands
+    ws = matrices(plan, inputs, output, x.dtype)
+
+    def of(x: jax.Array, p: jax.Array, pairs: Any, trained: Any) -> jax.Array:
+        return _mlp(plan, x, p, sizes, ws if trained is None else trained, pairs, key)
+
+    live = jnp.arange(x.shape[0]) < jnp.sum(sizes)
+    _, pull = jax.vjp(of, x, p, pairs_of(inputs, output), ws if plan.trainable else None)
+    dx, dp, dpairs, dws = pull(jnp.where(live[:, None], dy, jnp.zeros((), dy.dtype)))
+    transposed = [None if d is None else LoRAWeights(d.a, jnp.swapaxes(d.b, 1, 2)) for d in dpairs]
+    return dx, dp, Gradients(dws, transposed)

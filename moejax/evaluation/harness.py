@@ -1,0 +1,154 @@
+"""lm-evaluation-harness on our models (extra `eval`): its model interface, so that its tasks run on a run's folder or a model's.
+
+    from moejax.evaluation.harness import MoejaxLM
+    lm_eval.simple_evaluate(MoejaxLM("runs/demo"), tasks=["hellaswag"])
+
+Texts become tokens as in training: nothing is put before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("lm-evaluation-harness is not installed: pip install -e '.[eval]'", name=error.name) from error
+from tqdm import tqdm
+
+from models.build import Model
+from moejax.errors import UserError
+from moejax.evaluation.generate import Sampling, bucket, cut, generate, in_groups
+from moejax.evaluation.loglikelihood import encoded, loglikelihoods
+from moejax.evaluation.runs import load
+
+MAX_NEW_TOKENS = 256  # the harness's own default, where a task names no length
+ENDLESS = 2**31 - 1  # the positions of a model that knows none
+KNOWN = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "temperature", "top_p", "top_k", "seed")
+
+
+class MoejaxLM(TemplateLM):
+    """A finished run (its adapter applied) or a model's folder. batch_size: requests computed together. base: without the adapter.
+
+    Give `model` and `tokenizer` instead of a folder for a model that is loaded already. Raises UserError as `moejax eval` does.
+    """
+
+    def __init__(
+        self,
+        run: str | Path | None = None,
+        batch_size: int | str = 16,
+        base: bool = False,
+        model: Model | None = None,
+        tokenizer: Any = None,
+        **_: Any,  # the harness also hands over device and max_batch_size
+    ) -> None:
+        super().__init__()
+        if (run is None) == (model is None):
+            raise UserError("MoejaxLM: give a folder (run=…), or a model and its tokenizer")
+        if run is not None:
+            make, _sizes, tokenizer, _template = load(Path(run), base)
+            model = make()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"batch_size = {batch_size}: expected a number from 1 on (it is not searched for here)")
+        assert model is not None
+        self.model, self.tokenizer, self.rows = model, tokenizer, int(batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at most: a Mixtral's positions; 2048 for a BlackMamba, which was trained on such rows."""
+        positions = self.model.config.max_position_embeddings
+        return positions if positions < ENDLESS else 2048
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """With the tokenizer's own chat template. Raises UserError where it has none."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError("this tokenizer has no chat template: leave out apply_chat_template")
+        return str(
+            self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return encoded(self.tokenizer, string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """A context that is too long loses its beginning, as in the harness's own models."""
+        pairs = []
+        for _texts, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(f"a continuation of {len(continuation)} tokens exceeds the model's {self.max_length} positions")
+            pairs.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
+        with tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods") as bar:
+            scores = loglikelihoods(self.model, pairs, rows=self.rows, progress=lambda done, _: bar.update(done - bar.n))
+        answers = [(score.loglikelihood, score.greedy) for score in scores]
+        for (texts, _context, _continuation), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts after the end-of-sequence token, each token predicted once; long texts in windows of `max_length`."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(index)
+        sums = [0.0] * len(requests)
+        for owner, (value, _greedy) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            sums[owner] += value
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy, or sampled where a task says so (do_sample and temperature); cut before the first of its `until` texts."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        settings = [_settings(request.args[1]) for request in requests]
+        answers = [""] * len(requests)
+        bounds = [self.max_length - new for new, _, _ in settings]
+        if any(bound < 1 for bound in bounds):
+            raise UserError(
+                f"a task asks for {self.max_length - min(bounds)} new tokens: the model has {self.max_length} positions"
+            )
+        prompts = [(p or [self.prefix_token_id])[-bound:] for p, bound in zip(prompts, bounds, strict=True)]
+        keys = [(bucket(len(p)), new, repr(sampling)) for p, (new, sampling, _) in zip(prompts, settings, strict=True)]
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
+            for chosen in in_groups(keys, self.rows):
+                new, sampling, _ = settings[chosen[0]]
+                filled = [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (self.rows - len(chosen))
+                outputs = generate(
+                    self.model, filled, max_new_tokens=new, end=self.eot_token_id, batch_size=self.rows, sampling=sampling
+                )
+                for index, output in zip(chosen, outputs, strict=False):
+                    text = self.tokenizer.decode(output, skip_special_tokens=True)
+                    answers[index] = cut(text, settings[index][2])[0]
+                    self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+                bar.update(len(chosen))
+        return answers
+
+
+def _settings(asked: dict[str, Any]) -> tuple[int, Sampling, list[str]]:
+    """(new tokens, sampling, texts to stop at) of a task's generation_kwargs. Raises UserError for one that is not known here."""
+    unknown = [name for name in asked if name not in KNOWN]
+    if unknown:
+        raise UserError(f"generation_kwargs {', '.join(unknown)}: not known here (there are {', '.join(KNOWN)})")
+    until = asked.get("until") or []
+    stops = [until] if isinstance(until, str) else [text for text in until if text]
+    new = next((asked[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in asked), MAX_NEW_TOKENS)
+    temperature = float(asked.get("temperature", 1.0)) if asked.get("do_sample") else 0.0
+    sampling = Sampling(temperature, float(asked.get("top_p", 1.0)), asked.get("top_k") or None, int(asked.get("seed", 0)))
+    return int(new), sampling, stops

@@ -1,0 +1,155 @@
+"""Tensors from files into a model's variables, one at a time: read ahead by a thread while the one before is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.build import Model
+from models.ops import nf4
+from moejax.errors import UserError
+from moejax.hub.names import Place, attribute, tensors
+from moejax.hub.quantized_cache import Keeper, ahead, put
+
+
+def fill(
+    model: Model,
+    files: dict[str, Any],
+    folder: Path,
+    *,
+    under: str | None = None,
+    keep: Keeper | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Give the base weights of an abstract model (those under attribute `under`, or all) their values from `files`.
+
+    keep: the cache that gets a copy. advance: called with the bytes of each tensor. Raises UserError, with file and tensor, where one
+    is missing, has another shape, or holds NaN.
+    """
+    targets = {(path, attr): parts for (path, attr), parts in by_variable(model).items() if under in (None, path[0])}
+    values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}
+
+    def reading(name: str, place: Place, abstract: Any) -> Callable[[], Any]:
+        shape = abstract.shape if isinstance(abstract, nf4.NF4Tensor) else abstract.shape[_leading(place) :]
+        return lambda: _read(files, name, place, tuple(shape), folder)
+
+    calls = (reading(name, place, values[target]) for target, parts in targets.items() for name, place in parts)
+    with ThreadPoolExecutor(1) as pool:
+        read = ahead(pool, calls)
+        for (path, attr), parts in targets.items():
+            variable = getattr(attribute(model, path), attr)
+            variable.set_value(_value(".".join((*path, attr)), values[path, attr], parts, read, files, keep, advance))
+
+
+def by_variable(model: Model) -> dict[tuple[tuple[str, ...], str], list[tuple[str, Place]]]:
+    """(path of modules, variable) -> the names and places of the tensors that it is made of, in order of layer and expert."""
+    out: dict[tuple[tuple[str, ...], str], list[tuple[str, Place]]] = {}
+    for name, several in tensors(model.config).items():
+        for place in several:
+            out.setdefault((place.path, place.attr), []).append((name, place))
+    return out
+
+
+def _value(
+    variable: str, abstract: Any, parts: list[tuple[str, Place]], read: Iterator[Any], files: dict[str, Any], keep: Any, advance: Any
+) -> Any:
+    """The stacked value [L, (E,) …] of one variable."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    names = [".".join(filter(None, (variable, leaf_name(path)))) for path, _ in flat]
+    buffers: list[Any] = [None if parts[0][1].layer is None else jnp.zeros(leaf.shape, leaf.dtype) for _, leaf in flat]
+    for name, place in parts:
+        stored = _stored(next(read), abstract, name, files)
+        index = tuple(i for i in (place.layer, place.expert) if i is not None)
+        position = tuple(jnp.int32(i) for i in index)
+        for i, leaf in enumerate(jax.tree.leaves(stored)):
+            if keep is not None:
+                keep.put(names[i], leaf, index)
+            # A copy: on a CPU `leaf` may be a view of the file, and would change with it.
+            buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
+        # What was read must be done with before its pages are given back, and before more is queued than memory holds.
+        jax.block_until_ready(buffers)
+        files[name].release()
+        advance(files[name].nbytes // (2 if place.half is not None else 1))
+    return jax.tree.unflatten(treedef, buffers)
+
+
+def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
+    """A tensor in the form that the model stores it in."""
+    if isinstance(value, nf4.NF4Tensor):
+        return value
+    value = jnp.asarray(value)
+    if not isinstance(abstract, nf4.NF4Tensor):
+        _check_finite(value, name, files)
+        return value.astype(abstract.dtype)
+    stored = nf4.quantize(value, double=abstract.offset is not None)
+    # A number that is not finite makes its block's scale so, and that makes the mean of all scales so.
+    _check_finite(stored.absmax if stored.offset is None else stored.offset, name, files)
+    return stored
+
+
+def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path) -> Any:
+    """A copy of a tensor in the host's memory, as stored."""
+    half = None if place.half is None else slice(place.half * shape[0], (place.half + 1) * shape[0])
+    raw = _checked(files, name, stored_shape(place, shape), folder)
+    if isinstance(raw, nf4.NF4Tensor):
+        return raw
+    if half is not None:
+        return np.array(raw[half]).reshape(shape)
+    return files[name].copy().reshape(shape)
+
+
+def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
+    """One tensor of a checkpoint, as stored: an array, or an `NF4Tensor` where bitsandbytes quantized it.
+
+    Raises UserError where it is missing, of another shape or no number.
+    """
+    raw = _checked(files, name, shape, folder)
+    if isinstance(raw, nf4.NF4Tensor):
+        return raw
+    value = jnp.asarray(raw)
+    _check_finite(value, name, files)
+    return value
+
+
+def _checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
+    """A tensor as its source gives it, of this shape and of a kind that is read."""
+    if name not in files:
+        raise UserError(f"{folder}: tensor {name!r} is missing")
+    raw, where = files[name].read(), files[name].file.path
+    if tuple(raw.shape) != shape:
+        raise UserError(f"{where}: tensor {name!r} has shape {list(raw.shape)}, expected {list(shape)}")
+    if not isinstance(raw, nf4.NF4Tensor) and raw.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise UserError(f"{where}: tensor {name!r} is {raw.dtype}: expected bfloat16, float16 or float32")
+    return raw
+
+
+def _check_finite(value: Any, name: str, files: dict[str, Any]) -> None:
+    if not bool(_all_finite(value)):
+        raise UserError(f"{files[name].file.path}: tensor {name!r} holds NaN or infinity")
+
+
+@jax.jit
+def _all_finite(value: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(value))
+
+
+def stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A checkpoint's shape of a tensor that is `shape` here: twice the rows for two halves; torch's depthwise kernel is [D, 1, K]."""
+    if place.path[-1] == "conv" and place.attr == "weight":
+        return (shape[0], 1, shape[1])
+    return (2 * shape[0], *shape[1:]) if place.half is not None else shape
+
+
+def leaf_name(path: Any) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def _leading(place: Place) -> int:
+    """How many axes of a variable stand before those of one tensor: layer, expert."""
+    return (place.layer is not None) + (place.expert is not None)

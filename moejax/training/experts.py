@@ -1,0 +1,83 @@
+"""How a run's experts are multiplied: the backend and its tile for the run's batch, told at the start, refused where it cannot work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.config import Architecture
+from models.ops.grouped_choice import choose, here
+from models.ops.grouped_matmul import Plan
+from models.ops.grouped_ragged import ragged_dot
+from models.ops.grouped_table import measured
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.profiling import xplane
+from moejax.profiling.program import Program
+
+DENSE_FROM = 2.0
+"""Of a grouped product's useful FLOPs: from here on the compiler has made a dense one of it."""
+
+
+def plan(experiment: Experiment, config: Architecture, tokens: int) -> Plan | None:
+    """What `models.moe` will choose here for so many tokens; None where all experts see all tokens."""
+    if config.experts_per_token == config.num_experts:
+        return None
+    q = experiment.quantization
+    return choose(
+        experiment.model.moe_backend, here(), tokens, config.num_experts, config.experts_per_token,
+        hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=q.format == "nf4" and "experts" in q.modules,
+    )  # fmt: skip
+
+
+def backend(experiment: Experiment, config: Architecture, tokens: int) -> str:
+    """The backend's name, "dense" where there is nothing to group."""
+    chosen = plan(experiment, config, tokens)
+    return "dense" if chosen is None else chosen.backend
+
+
+def announce(experiment: Experiment, config: Architecture) -> str:
+    """One line for the start of a run. Raises UserError for a backend that is no use on this device."""
+    tokens = experiment.data.batch_rows * experiment.data.longest_row
+    chosen = plan(experiment, config, tokens)
+    if chosen is None:
+        return "experts: dense, every token through every expert in batched products"
+    if chosen.backend == "ragged":
+        refuse_dense(ragged_cost(), here())
+    nf4 = experiment.quantization.format == "nf4"
+    rows = tokens * config.experts_per_token // config.num_experts
+    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, nf4)
+    source = f"not measured on {here()}" if entry is None else f"measured: {entry['measured']}"
+    why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"
+    what = {
+        "loop": f"tiles of {chosen.tile} and {chosen.small_tile} rows",
+        "capacity": f"{', '.join(map(str, chosen.capacities))} rows an expert, then the loop",
+        "ragged": "XLA's own grouped product",
+    }[chosen.backend]
+    return f"experts: {chosen.backend}, {what} ({why})"
+
+
+def ragged_cost(device: Any = None) -> float:
+    """FLOPs that the compiler makes of a `ragged_dot` over 8 experts for `device` (default: the first one here), of the useful ones."""
+    rows, size, experts = 512, 64, 8
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0] if device is None else device)
+
+    def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    arguments = (shape(rows, size), shape(experts, size, size), shape(experts, dtype=jnp.int32))
+    executable: Any = jax.jit(ragged_dot).lower(*arguments).compile().runtime_executable()
+    module = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
+    program = Program(xplane.MESSAGES["HloModuleProto"].FromString(module))
+    return sum(cost.flops for cost in program.costs({}).values()) / (2 * rows * size * size)
+
+
+def refuse_dense(cost: float, device: str) -> None:
+    """Raises UserError where a grouped product is compiled to a dense one."""
+    if cost >= DENSE_FROM:
+        raise UserError(
+            f"model.moe_backend = 'ragged': on {device} the compiler makes a dense product of it, {cost:.1f} times the useful FLOPs "
+            "(8 experts); expected a grouped one. Use auto, loop or capacity, which run on every device"
+        )

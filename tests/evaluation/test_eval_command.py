@@ -1,0 +1,189 @@
+"""`moejax eval` on runs, their bases and models' folders; `moejax generate` on a BlackMamba."""
+
+import json
+import shutil
+
+import pytest
+from support import ROOT, finished_run
+
+from moejax import cli
+from moejax.data.templates import render
+from moejax.evaluation.evaluate import evaluate
+from moejax.evaluation.generate import generate
+from moejax.evaluation.runs import load
+from moejax.evaluation.tasks import find
+from moejax.evaluation.tasks import load as load_examples
+
+PROBLEMS = str(ROOT / "assets/problems/test.json")
+ENDINGS = [
+    {"ctx": "Tom has 4 apples. He finds 3 new ones.", "endings": ["Now Tom has 7 apples.", "Blue."], "label": 0},
+    {"ctx": "Tom has 9 apples.", "endings": ["He sings.", "He loses 3. Now Tom has 6 apples."], "label": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    finished_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_whole(tmp_path_factory):
+    """A run without adapter: a BlackMamba whose weights were all trained (they are the bundled ones)."""
+    folder = tmp_path_factory.mktemp("runs") / "blackmamba"
+    model = {"source": str(ROOT / "assets/tiny-blackmamba")}
+    finished_run(folder, model=model, adapter=None, quantization={"format": "none"})
+    shutil.copytree(ROOT / "assets/tiny-blackmamba", folder / "model")
+    return folder
+
+
+def kept(folder):
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return json.loads((folder / "result.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_a_run_and_its_base(run, capsys):
+    """The command's figures are evaluate's, with the adapter and without."""
+    task = find("problems")
+    outputs = []
+    for base in (False, True):
+        arguments = [
+            "eval",
+            str(run),
+            "--task",
+            "problems",
+            "--data",
+            PROBLEMS,
+            "--limit",
+            "5",
+            "--rows",
+            "4",
+            "--max-new-tokens",
+            "12",
+        ]
+        assert cli.main(arguments + ["--base"] * base) == 0
+        result, predictions = kept(run / "eval" / ("problems-base" if base else "problems"))
+        make, _, tokenizer, template = load(run, base)
+        expected = evaluate(
+            make(), tokenizer, task, load_examples(task, PROBLEMS, limit=5), max_new_tokens=12, rows=4, template=template
+        )
+        assert predictions == expected.predictions
+        assert (result["task"], result["n"], result["correct"]) == ("problems", 5, expected.correct)
+        out = capsys.readouterr().out
+        low, high = 100 * result["low"], 100 * result["high"]
+        name = "problems (base)" if base else "problems"
+        assert out.startswith(f"{name}: {100 * result['accuracy']:.1f} % right ({result['correct']} of 5)")
+        assert f"95 % interval {low:.1f} to {high:.1f} %" in out and "tokens/s" in out and task.rule in out
+        outputs.append([p["output"] for p in predictions])
+    assert outputs[0] != outputs[1]
+
+
+def test_likelihoods_of_a_run_without_adapter(trained_whole, tmp_path, capsys):
+    """Full fine-tuning: its own weights, and with --base those it began with; a folder of choice."""
+    data = tmp_path / "endings.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in ENDINGS))
+    scores = []
+    for extra in ([], ["--base", "--out", str(tmp_path / "base")]):
+        assert cli.main(["eval", str(trained_whole), "--task", "hellaswag-loglikelihood", "--data", str(data), *extra]) == 0
+        out = capsys.readouterr().out
+        folder = tmp_path / "base" if extra else trained_whole / "eval/hellaswag-loglikelihood"
+        result, predictions = kept(folder)
+        assert result["generated_tokens"] == 0 and "tokens/s" not in out
+        assert [p["correct"] for p in predictions] == [
+            p["answer"] == f"ending{r['label'] + 1}" for p, r in zip(predictions, ENDINGS, strict=True)
+        ]
+        scores.append([p["scores"] for p in predictions])
+    assert scores[0] == scores[1]  # the same weights
+
+
+def test_a_models_folder(tmp_path, capsys):
+    arguments = ["eval", str(ROOT / "assets/tiny-mixtral"), "--task", "gsm8k-strict", "--data", PROBLEMS, "--limit", "2"]
+    assert cli.main([*arguments, "--max-new-tokens", "4", "--out", str(tmp_path / "out")]) == 0
+    assert kept(tmp_path / "out")[0]["task"] == "gsm8k-strict" and capsys.readouterr().out.startswith("gsm8k-strict: ")
+    assert not (ROOT / "assets/tiny-mixtral/eval").exists()
+
+
+def bad(arguments, capsys):
+    capsys.readouterr()
+    assert cli.main(["eval", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--task": "gsm8"}, "unknown task 'gsm8': did you mean gsm8k"),
+        ({"--task": "hellaswag"}, "did you mean hellaswag-generated, hellaswag-loglikelihood"),
+        ({"--data": "nowhere.json"}, "data file nowhere.json does not exist"),
+        ({"--task": "piqa-generated"}, "record 0: its answer is '77': expected one of solution1, solution2"),
+        ({"--limit": "0"}, "--limit 0: expected 1 or more"),
+        ({"--rows": "0"}, "--rows 0"),
+        ({"--max-new-tokens": "0"}, "--max-new-tokens 0"),
+        (
+            {"--max-new-tokens": "2048"},
+            "tokens and 2048 new ones exceed the model's 2048 positions: shorten the prompt or ask",
+        ),
+        ({"--split": "test"}, "a file has no splits"),
+        ({"--out": __file__}, "is a file: expected a folder"),
+    ],
+)
+def test_bad_options(changes, message, run, capsys):
+    options = {"--task": "problems", "--data": PROBLEMS} | changes
+    assert message in bad([run, *(part for pair in options.items() for part in pair)], capsys)
+
+
+def test_bad_data(run, tmp_path, capsys):
+    for records, message in (
+        ([{"instruction": "How many?", "output": "3"}], "record 0 has no `answer`"),
+        ([{"instruction": " ", "answer": "3"}], "its prompt is empty"),
+    ):
+        (tmp_path / "data.json").write_text(json.dumps(records))
+        assert message in bad([run, "--task", "gsm8k", "--data", tmp_path / "data.json"], capsys)
+    assert not (run / "eval/gsm8k").exists()
+
+
+def test_bad_runs(run, trained_whole, tmp_path, capsys):
+    asked = ["--task", "problems", "--data", PROBLEMS]
+    assert "nowhere is no folder" in bad(["nowhere", *asked], capsys)
+    assert "is no finished run" in bad([tmp_path, *asked, "--out", tmp_path / "x"], capsys)
+    assert "give --out DIR" in bad([ROOT / "assets/tiny-mixtral", *asked], capsys)
+    assert "there is no adapter to leave out" in bad(
+        [ROOT / "assets/tiny-mixtral", *asked, "--base", "--out", tmp_path / "x"], capsys
+    )
+    overrides = {"vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    random = {"model": {"preset": "mixtral-tiny", "overrides": overrides}, "adapter": None, "quantization": {"format": "none"}}
+    finished_run(tmp_path / "random", tokenizer=str(ROOT / "assets/tiny-mixtral/tokenizer.json"), **random)
+    (tmp_path / "random/model").mkdir()
+    assert "a run without adapter and without model.source" in bad([tmp_path / "random", *asked, "--base"], capsys)
+    shutil.copytree(run, tmp_path / "stopped")
+    (tmp_path / "stopped/adapter").rename(tmp_path / "stopped/model")
+    assert "its config has an adapter, and there is no adapter/ in it" in bad([tmp_path / "stopped", *asked], capsys)
+    text = (ROOT / "assets/tiny-mixtral/tokenizer.json").read_text().replace('"</s>"', '"<stop>"')
+    (tmp_path / "tokenizer.json").write_text(text)
+    finished_run(tmp_path / "endless", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert "names no end-of-sequence token" in bad([tmp_path / "endless", *asked], capsys)
+
+
+def test_a_blackmamba_answers(trained_whole, capsys):
+    """`moejax generate` on a run of full fine-tuning and on a model's folder: what `generate` says, in the template."""
+    make, _, tokenizer, template = load(trained_whole)
+    question = "Tom has 4 apples. Ana has 5 more. How many apples does Ana have?"
+    prompt = render(template, {"instruction": question, "input": "", "output": ""}, tokenizer)[0]
+    (tokens,) = generate(
+        make(), [tokenizer.encode(prompt, add_special_tokens=False)], max_new_tokens=24, end=tokenizer.eos_token_id
+    )
+    expected = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "First" in expected
+    for asked in (["--instruction", question], ["--prompt", prompt]):
+        assert cli.main(["generate", "--run", str(trained_whole), *asked, "--max-new-tokens", "24"]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+    assert (
+        cli.main(
+            ["generate", "--run", str(ROOT / "assets/tiny-blackmamba"), "--instruction", question, "--max-new-tokens", "24"]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.startswith("First ")

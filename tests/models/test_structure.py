@@ -1,0 +1,131 @@
+"""What the compiled programs do, read from their instructions: no work twice, no scatter backward, one fusion for a dequantization."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from traces import module
+
+from models.build import build
+from models.config import PRESETS, LoRAConfig, Quantization
+from models.mamba import Mamba
+from models.ops import nf4
+from models.ops.linear import part
+from moejax.profiling.program import Program, elements
+from moejax.profiling.scopes import place
+from moejax.training import aot
+
+WRITERS = {"fusion", "copy", "gather", "concatenate", "convert", "transpose", "dynamic-slice", "broadcast", "call"}
+
+
+def writers(program, at_least):
+    """Instructions outside fusions that write so many elements."""
+    found = []
+    for computation in program.executions({}):
+        instructions = program.computations[computation].instructions
+        found += [i for i in instructions if i.opcode in WRITERS and elements(i.shape) >= at_least]
+    return found
+
+
+class TestDequantization:
+    """One expert's matrix out of a stack: one fusion reads the codes and writes every weight once."""
+
+    shape = (256, 512)
+
+    def arguments(self, sharding, double):
+        codes = nf4.abstract(self.shape, leading=(8,), double=double)
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), codes)
+        return abstract, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+
+    def check(self, sharding, double):
+        program = Program(module(lambda t, e: nf4.dequantize(part(t, e), jnp.bfloat16), *self.arguments(sharding, double)))
+        (fusion,) = writers(program, math.prod(self.shape))
+        assert fusion.opcode == "fusion" and program._bytes(fusion) >= 2.5 * math.prod(self.shape)
+        # Half a byte in and two out a weight; block scales in fp32 once more (1/16 byte), the table.
+        assert program._bytes(fusion) <= 2.6 * math.prod(self.shape) + 4096
+
+    @pytest.mark.parametrize("double", [False, True])
+    def test_on_this_machine(self, double):
+        self.check(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), double)
+
+    @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed")
+    @pytest.mark.parametrize("gpu", ["H100", "A100-80"])
+    def test_for_gpus_that_are_not_there(self, gpu):
+        self.check(jax.sharding.SingleDeviceSharding(aot.device(gpu)), True)
+
+
+@pytest.fixture(scope="module")
+def sparse_step():
+    """The gradient of a small QLoRA Mixtral, all layers recomputed."""
+    from flax import nnx
+
+    config = PRESETS["mixtral-tiny"].replace(num_layers=2)
+    model = build(
+        config, key=jax.random.key(0), quantization=Quantization(), adapter=LoRAConfig(4, 8.0, 0.0, ("w1", "w2", "w3", "gate")),
+        dtype=jnp.float32, backend="loop",
+    )  # fmt: skip
+    graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    tokens = jnp.zeros((2, 64), jnp.int32)
+
+    def loss(trained, frozen):
+        hidden, _ = nnx.merge(graphdef, trained, frozen)(tokens, tokens + 1, tokens, remat="full")
+        return jnp.sum(hidden)
+
+    return Program(module(jax.grad(loss), trained, frozen))
+
+
+def placed(program):
+    """(instruction, its place, the last part of its path), of all instructions that have a path."""
+    for i in program.instructions.values():
+        if i.metadata.op_name:
+            yield i, place(i.metadata.op_name), i.metadata.op_name.rpartition("/")[2]
+
+
+def test_experts_have_no_scatter_in_the_backward_pass(sparse_step):
+    scatters = {(p.phase, p.stage) for i, p, name in placed(sparse_step) if "scatter" in name or i.opcode == "scatter"}
+    assert {s for s in scatters if s[1].startswith("moe")} == {("forward", "moe/dispatch")}  # of a permutation of integers
+
+
+def test_one_permutation_serves_all_projections(sparse_step):
+    """One sort a layer, in the forward pass; the backward pass has neither sort nor top-k."""
+    sorts = [(p.phase, p.stage) for i, p, _ in placed(sparse_step) if i.opcode == "sort" and p.stage == "moe/dispatch"]
+    assert sorts == [("forward", "moe/dispatch")]
+    again = {p.phase for i, p, name in placed(sparse_step) if p.stage == "moe/topk" and (i.opcode == "sort" or "top_k" in name)}
+    assert again <= {"forward"}
+
+
+def test_w1_and_w3_run_in_one_pass(sparse_step):
+    """Every loop over tiles that multiplies by w1 multiplies by w3 too."""
+
+    def products(computation):
+        """Stages of the matrix products of a computation, and of what it calls; not of loops inside."""
+        found = set()
+        for i in sparse_step.computations[computation].instructions:
+            if i.opcode == "dot":
+                found.add(place(i.metadata.op_name).stage)
+            elif i.opcode in ("call", "fusion"):
+                found |= set().union(*(products(c) for c in i.called_computation_ids))
+        return found & {"moe/w1", "moe/w3"}
+
+    loops = [i for i in sparse_step.instructions.values() if i.opcode == "while"]
+    passes = [stages for i in loops for c in i.called_computation_ids if (stages := products(c))]
+    assert passes and all(stages == {"moe/w1", "moe/w3"} for stages in passes)
+
+
+def test_convolution_and_silu_are_one_fusion():
+    """Nothing of the size of the row is written between the taps and the activation."""
+    from flax import nnx
+
+    config = PRESETS["blackmamba-tiny"]
+    graphdef, state = nnx.split(Mamba(jax.random.key(0), config, jnp.float32, "chunked"))
+    x, segments = jnp.zeros((2, 64, config.inner_size)), jnp.ones((2, 64), jnp.int32)
+
+    def convolved(state, x):
+        with jax.named_scope("mamba"), jax.named_scope("conv"):
+            return jax.nn.silu(nnx.merge(graphdef, state).conv(x, segments))
+
+    program = Program(module(convolved, state, x))
+    written = [i for i in writers(program, x.size) if i.opcode != "call"]
+    assert len(written) <= 2, [i.name for i in written]  # the inputs moved by the taps, and all the rest

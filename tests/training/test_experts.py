@@ -1,0 +1,64 @@
+"""The experts' backend: told at the start, refused where the compiler would make something else of it."""
+
+import importlib.util
+
+import pytest
+from support import ROOT
+
+from models.config import PRESETS
+from models.ops import grouped_choice
+from moejax import config
+from moejax.errors import UserError
+from moejax.training import aot, experts
+
+CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"
+
+
+def experiment(*overrides):
+    loaded = config.load(CONFIG, overrides)
+    return loaded, loaded.model.architecture(None)
+
+
+def test_the_choice_is_told_with_its_reason(monkeypatch):
+    monkeypatch.setattr(grouped_choice, "_table", lambda: {})
+    assert experts.announce(*experiment()) == "experts: loop, tiles of 128 and 32 rows (auto, not measured on cpu)"
+    entry = {"rows_per_expert": 320, "hidden": 256, "intermediate": 512, "nf4": True, "backend": "capacity", "tile": 64, "small_tile": 16}
+    monkeypatch.setattr(grouped_choice, "_table", lambda: {"cpu": [entry | {"measured": "results/x.json"}]})
+    told = experts.announce(*experiment())
+    assert told == "experts: capacity, 360, 480, 640 rows an expert, then the loop (auto, measured: results/x.json)"
+    assert experts.backend(*experiment(), 1280) == "capacity"
+    assert experts.announce(*experiment("model.moe_backend=loop")) == "experts: loop, tiles of 64 and 16 rows (model.moe_backend)"
+    assert experts.announce(*experiment("model.experts_per_token=8")).startswith("experts: dense")
+
+
+def test_ragged_is_refused_where_it_is_dense():
+    """On a CPU XLA multiplies every row by every expert's matrix: 8 times the useful FLOPs."""
+    assert experts.ragged_cost() > 7.9
+    with pytest.raises(UserError, match=r"'ragged': on cpu the compiler makes a dense product of it, 8\.\d times.*Use auto, loop or cap"):
+        experts.announce(*experiment("model.moe_backend=ragged"))
+    experts.refuse_dense(1.1, "a device that groups")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed")
+def test_what_ragged_costs_on_a_gpu_is_read_without_one():
+    assert 0.9 < experts.ragged_cost(aot.device("H100")) < 8.5
+
+
+def test_the_nearest_measured_shape_decides(monkeypatch):
+    def entry(rows, hidden, nf4, tile):
+        shape = {"rows_per_expert": rows, "hidden": hidden, "intermediate": hidden, "nf4": nf4}
+        return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
+
+    table = {"NVIDIA X": [entry(256, 1024, False, 64), entry(4096, 1024, False, 256), entry(4096, 1024, True, 512)]}
+    monkeypatch.setattr(grouped_choice, "_table", lambda: table)
+
+    def tile(tokens, nf4=False, kind="NVIDIA X"):
+        return grouped_choice.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, nf4=nf4).tile
+
+    assert [tile(1200), tile(8192), tile(8192, nf4=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 512]
+
+
+def test_the_architecture_of_the_real_model_is_unmeasured_until_a_gpu_was_there():
+    real = PRESETS["mixtral-8x7b"]
+    plan = grouped_choice.choose("auto", aot.TARGETS["H100"].name, 4096, real.num_experts, 2, hidden=4096, intermediate=14336, nf4=True)
+    assert plan.backend == "loop" and plan.tile == 512
