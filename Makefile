@@ -48,7 +48,7 @@ frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside Py
 bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the real shapes, random weights
 	@$(BIN)/python benchmarks/gpu_frameworks.py --out benchmarks/results/$$(date +%F)-gpu-frameworks.json
 
-characterize-demo: $(STAMP) ## the study's experiments on both bundled models, and the page about them (some 8 minutes on 2 cores)
+characterize-demo: $(STAMP) ## the study's experiments on both bundled models, and the page about them (some 9 minutes on 2 cores)
 	@$(BIN)/moejax characterize --preset cpu-demo --out runs/characterize-demo
 	@$(BIN)/moejax report runs/characterize-demo
 
