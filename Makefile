@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo demo-blackmamba demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
+.PHONY: demo demo-blackmamba characterize-demo demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -47,6 +47,10 @@ frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside Py
 
 bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the real shapes, random weights
 	@$(BIN)/python benchmarks/gpu_frameworks.py --out benchmarks/results/$$(date +%F)-gpu-frameworks.json
+
+characterize-demo: $(STAMP) ## the study's experiments on both bundled models, and the page about them (some 9 minutes on 2 cores)
+	@$(BIN)/moejax characterize --preset cpu-demo --out runs/characterize-demo
+	@$(BIN)/moejax report runs/characterize-demo
 
 demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the same problems, and its accuracy before and after
 	@rm -rf runs/demo_blackmamba

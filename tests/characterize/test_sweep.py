@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_study import ENVIRONMENT
 
 from moejax.characterize import children
 from moejax.characterize.sweep import Sweep
@@ -108,14 +109,14 @@ def test_same_rows_are_not_run_twice(open_sweep, ran):
 DRIVER = """
 import sys; sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
-import conftest
+import small_study
 from moejax.characterize import study
 from moejax.characterize.sweep import Sweep
 from moejax.report.results import MemoryLimit
 folder = Path(sys.argv[3])
-wanted = study.resolve(None, [str(folder / "tiny.yaml")], conftest.SIZES, 10**7, False)
-start = (sys.executable, str(conftest.FAKE), str(folder))
-Sweep.open(wanted, folder / "out", None, "a command", conftest.ENVIRONMENT, MemoryLimit(10**7, True), start=start).run(lambda *_: None)
+wanted = study.resolve(None, [str(folder / "tiny.yaml")], small_study.SIZES, 10**7, False)
+start = (sys.executable, str(small_study.FAKE), str(folder))
+Sweep.open(wanted, folder / "out", None, "a command", small_study.ENVIRONMENT, MemoryLimit(10**7, True), start=start).run(lambda *_: None)
 """
 
 
@@ -156,7 +157,7 @@ def test_folder_in_use(open_sweep, monkeypatch):
     close(sweep)
 
 
-def test_folder_of_another_configuration(open_sweep, tmp_path, fake_environment):
+def test_folder_of_another_configuration(open_sweep, tmp_path):
     close(open_sweep())
     kept = (tmp_path / "out" / results.STUDY_FILE).read_text()
     with pytest.raises(UserError, match=r"another configuration. Changed: settings.*learning_rate: 0.001 -> 0.5"):
@@ -164,7 +165,7 @@ def test_folder_of_another_configuration(open_sweep, tmp_path, fake_environment)
     with pytest.raises(UserError, match=r"sizes.queries: 8 -> 9"):
         open_sweep(overrides=["sweep.queries=9"])
     with pytest.raises(UserError, match=r"another environment. Changed: versions.jax: '0' -> '1'"):
-        open_sweep(environment=dataclasses.replace(fake_environment, versions={"jax": "1"}))
+        open_sweep(environment=dataclasses.replace(ENVIRONMENT, versions={"jax": "1"}))
     assert (tmp_path / "out" / results.STUDY_FILE).read_text() == kept
 
 

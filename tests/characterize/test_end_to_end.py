@@ -1,0 +1,117 @@
+"""The real thing, as small as it goes: every kind of trial in its process, an artificial out-of-memory, the command line's refusals."""
+
+import json
+import os
+
+import pytest
+from small_study import SIZES, write_config
+
+from moejax import cli
+from moejax.estimator.prices import SETS
+from moejax.report import results
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Children compile once for all trials (the largest batch is predicted, proved and timed with one program), and quickly."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    yield
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("study")
+    arguments = ["characterize", "--config", write_config(folder), "--memory-limit", "6MB", "--out", str(folder / "out"), *SIZES]
+    assert cli.main(arguments) == 0
+    return folder / "out"
+
+
+def test_every_part_ran(study):
+    found = results.read(study)
+    assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
+    assert found.finished and {r.experiment for r in found.rows} == set(results.EXPERIMENTS)
+    assert found.memory_limit == results.MemoryLimit(6_000_000, True)
+    assert found.environment.platform == "cpu" and found.environment.peaks == "measured" and "jax" in found.environment.versions
+    assert [p.trial for p in found.plan] == list(found.trials) and all(p.expected_seconds > 0 for p in found.plan)
+
+
+def test_the_largest_batch_ran_and_one_above_was_refused(study):
+    found = results.read(study)
+    values = {r.metric: r for r in found.of("largest_batch")}
+    largest = values["proved_batch"].value
+    assert values["predicted_batch"].value == largest >= 1 and values["failed_batch"].value == largest + 1
+    assert values["peak_bytes"].value <= 6_000_000
+    assert (values["memory_limit"].value, values["memory_limit"].scope) == (6_000_000, "artificial")
+    trial = found.trials["largest_batch/mixtral-tiny/problems/sparse/prove"]
+    assert f"{largest + 1}: RESOURCE_EXHAUSTED (artificial limit" in trial.message
+    refused = json.loads((study / "trials" / f"largest_batch/mixtral-tiny/problems/sparse/prove@{largest + 1}.json").read_text())
+    assert refused["status"] == "out_of_memory"
+
+
+def test_figures_are_consistent(study):
+    found = results.read(study)
+    for r in found.rows:
+        if r.metric == "queries_per_second" and r.experiment == "throughput":
+            own = {o.metric: o.value for o in found.rows if (o.trial, o.experiment) == (r.trial, r.experiment)}
+            assert own["queries"] >= 8 and own["queries"] / own["seconds"] == pytest.approx(r.value)
+            assert own["queries"] / own["steps"] == pytest.approx(r.batch)
+    phases = {r.scope: r.value for r in found.of("stages", batch=1)}
+    assert set(phases) == {"forward", "recompute", "backward", "optimizer", "other", "idle"}
+    layers = sum(r.value for r in found.of("layers", batch=1))
+    assert layers == pytest.approx(sum(v for k, v in phases.items() if k != "idle"))
+    moe = sum(r.value for r in found.of("kernels", batch=1))
+    assert moe == pytest.approx(next(r.value for r in found.of("layers", batch=1, scope="moe")))
+    for when in ("before", "after"):
+        shares = [r.value for r in found.of("expert_load", metric="share") if r.scope.startswith(f"{when}/")]
+        assert len(shares) == 4 and sum(shares) == pytest.approx(1)
+    assert not found.of("cost", metric="usd")  # a CPU has no price
+    assert {p.gpu for p in SETS["2026"]}.isdisjoint(r.scope for r in found.of("cost"))
+
+
+def test_a_model_that_cannot_fit_says_what_would(tmp_path, cache, capsys):
+    out = tmp_path / "out"
+    arguments = ["characterize", "--config", write_config(tmp_path), "--memory-limit", "100kB", "--out", str(out), *SIZES]
+    assert cli.main(arguments) == 1  # the fits have nothing to be computed from
+    found = results.read(out)
+    predicted = found.trials["largest_batch/mixtral-tiny/problems/sparse/predict"]
+    assert predicted.status == "out_of_memory" and "not one query of 48 tokens fits into 0.1 MB" in predicted.message
+    assert next(r.value for r in found.of("largest_batch", metric="would_fit_batch", scope="A40")) > 1000
+    rest = {t.status for name, t in found.trials.items() if name.startswith(("throughput", "length", "stages", "expert_load"))}
+    assert rest == {"out_of_memory"} and not found.of("throughput")
+    assert "no throughput trial of mixtral-tiny came to an end" in found.trials["fit/mixtral-tiny"].message
+    assert "2 of 10 trials failed" in capsys.readouterr().err
+
+
+def test_plan_runs_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["characterize", "--config", write_config(tmp_path), "--memory-limit", "6MB", "--out", str(out), "--plan", *SIZES]) == 0
+    printed = capsys.readouterr().out
+    assert "10 trials" in printed and "throughput/mixtral-tiny/problems/sparse/padded/largest" in printed and "artificial limit" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "x"], "what is to be characterized? --config FILE (see configs/), or --preset study-mixtral |"),
+        (["--preset", "fast", "--out", "x"], "--preset fast: expected one of study-mixtral,"),
+        (["--preset", "cpu-demo", "--out", "x", "--memory-limit", "lots"], "--memory-limit lots: expected bytes, e.g. 2GB"),
+        (["--preset", "quick", "--out", "x", "sweep.querys=3"], "override 'sweep.querys=3': expected sweep.NAME=VALUE with one of"),
+        (["--preset", "cpu-demo", "--out", "x", "sweep.batches=[0]"], "override 'sweep.batches=[0]': expected a value like"),
+        (["--preset", "quick", "--out", "x"], "has no memory limit of its own, so nothing would ever be too large: set one"),
+        (["--preset", "quick", "--out", "x", "data.source=nowhere.json"], "data.source = nowhere.json is no file here. --pretrained"),
+    ],
+)  # fmt: skip
+def test_refusals(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["characterize", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
