@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,8 @@ from moejax.hub.names import tensors
 CONFIG = MixtralConfig(
     vocab_size=4096, hidden_size=1024, intermediate_size=3584, num_heads=16, num_kv_heads=4, head_dim=64
 )
+
+
 def own_bytes() -> int:
     """Memory of this process that is no mapped file (Linux)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -66,6 +69,11 @@ def watched(action):
     return seconds, peak[0] - before, result
 
 
+def _told(total, seconds, rose):
+    speed = total / 1e6 / seconds
+    return f"{total / 1e9:.2f} GB of bf16 in {seconds:.1f} s ({speed:.0f} MB/s); memory rose by at most {rose / 1e9:.2f} GB"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
@@ -81,16 +89,17 @@ def main():
         peft.save_adapter(model, folder / "adapter", "base")
         with ExitStack() as stack:  # the first call compiles
             merge.merged_tensor(model, "lm_head.weight", weights.open_tensors(folder, stack), folder)
-        seconds, rose, total = watched(lambda: merge.save_merged(model, folder, folder / "merged", shard_bytes=2_000_000_000))
-        print(f"merged {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s of bf16); memory rose by {rose / 1e9:.2f} GB")
-        del model
+        merged = partial(merge.save_merged, model, folder, folder / "merged", shard_bytes=2_000_000_000)
+        seconds, rose, total = watched(merged)
+        print(f"merged {_told(total, seconds, rose)}")
+        del model, merged
         tokens = np.arange(1, 65, dtype=np.int32)
         for what, source, kind in (
             ("the trained model (NF4 and adapter)", folder, {"adapters": [folder / "adapter"], **arguments}),
             ("the merged one", folder / "merged", {"param_dtype": jnp.bfloat16}),
         ):
             seconds, rose, _ = watched(lambda s=source, k=kind: layerwise.logits(config, s, tokens, **k))
-            print(f"logits of {what} in {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s of bf16); memory rose by {rose / 1e9:.2f} GB")
+            print(f"logits of {what}: {_told(total, seconds, rose)}")
 
 
 if __name__ == "__main__":
