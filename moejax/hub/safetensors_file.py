@@ -24,19 +24,14 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 _PIECE = 1 << 24  # bytes asked for at once
-_HUGE = 1 << 22
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of any numbers at an address that is a multiple of 64: on a CPU jax takes it as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)  # a fault for every 2 MB in the place of every 4 kB
-        return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    # Not numpy's own memory: it asks for huge pages, which the kernel may spend seconds a gigabyte on making beside a full page cache.
+    memory = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    return memory[:size].view(dtype).reshape(shape)
 
 
 class Staging:
