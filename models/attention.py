@@ -15,7 +15,7 @@ from models.ops.attention import masked_attention, segment_attention
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of one layer, [B, S, G, C], slot s holding position s."""
+    """Keys and values of all layers, [L, B, G, S, C], slot s holding position s."""
 
     k: jax.Array
     v: jax.Array
@@ -43,14 +43,17 @@ class Attention(nnx.Module):
             out = checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
             return self.o_proj(out.reshape(*x.shape[:2], -1), _fold(dropout_key, 3))
 
-    def cached(self, x: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-        """Write the keys and values of x at `positions`, attend to everything at or before them. Returns output and cache."""
+    def cached(self, x: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array) -> tuple[jax.Array, KeyValues]:
+        """Write the keys and values of x at `positions` of `layer`, attend to everything at or before them. Returns output and cache.
+
+        The whole cache comes in and goes out: a loop that carries it writes the new tokens in place, and copies no layer.
+        """
         with jax.named_scope("attention"):
             q, k, v = self._project(x, positions, None)
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = KeyValues(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            mask = jnp.arange(cache.k.shape[1])[None, None, :] <= positions[:, :, None]
-            return self.o_proj(masked_attention(q, *cache, mask).reshape(*x.shape[:2], -1)), cache
+            cache = KeyValues(*(old.at[layer, rows, :, positions].set(new) for old, new in zip(cache, (k, v), strict=True)))
+            mask = jnp.arange(cache.k.shape[3])[None, None, :] <= positions[:, :, None]
+            return self.o_proj(masked_attention(q, cache.k[layer], cache.v[layer], mask).reshape(*x.shape[:2], -1)), cache
 
     def _project(
         self, x: jax.Array, positions: jax.Array, dropout_key: jax.Array | None

@@ -41,9 +41,11 @@ class DecoderLayer(nnx.Module):
         x = checkpoint_name(x, "halfway")
         return self._experts(x, segment_ids > 0, dropout_key, keep)
 
-    def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-        """The same layer for tokens [B, T] at `positions`, over the keys and values seen so far."""
-        out, cache = self.attention.cached(self.attention_norm(x), positions, cache)
+    def cached(
+        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """The same layer, number `layer`, for tokens [B, T] at `positions`, over the keys and values seen so far."""
+        out, cache = self.attention.cached(self.attention_norm(x), positions, cache, layer)
         return self._experts(x + out, valid, None, False)[0], cache
 
     def _experts(
@@ -107,22 +109,23 @@ class Mixtral(LanguageModel):
         return self.norm(x), stats
 
     def init_cache(self, batch: int, length: int) -> KeyValues:
-        """Empty keys and values: zeros [L, B, S, G, C]."""
+        """Empty keys and values: zeros [L, B, G, S, C]."""
         c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
         return KeyValues(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def cached(
         self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues
     ) -> tuple[jax.Array, KeyValues]:
-        """The forward pass over a cache [L, B, S, G, C]: what `models.cache` is made of. Inference only."""
+        """The forward pass over a cache [L, B, G, S, C]: what `models.cache` is made of. Inference only."""
         graphdef, state = nnx.split(self.layers)
 
-        def body(x: jax.Array, layer: tuple[nnx.State, KeyValues]) -> tuple[jax.Array, KeyValues]:
-            weights, kv = layer
-            return nnx.merge(graphdef, weights).cached(x, valid, positions, kv)
+        def body(carry: tuple[jax.Array, KeyValues], layer: tuple[nnx.State, jax.Array]) -> tuple[tuple[jax.Array, KeyValues], None]:
+            (x, kv), (weights, number) = carry, layer
+            return nnx.merge(graphdef, weights).cached(x, valid, positions, kv, number), None
 
-        x, cache = jax.lax.scan(body, self.embed(tokens, self.dtype), (state, cache))
+        numbers = jnp.arange(self.config.num_layers)
+        (x, cache), _ = jax.lax.scan(body, (self.embed(tokens, self.dtype), cache), (state, numbers))
         return self.norm(x), cache
 
 

@@ -42,18 +42,25 @@ def _over_tiles(plan: Plan, start: jax.Array, size: jax.Array, body: Callable[..
 
 
 def _over_experts(
-    plan: Plan, body: Callable[..., Any], state: Any, sizes: jax.Array, projections: tuple[Any, Any], key: Any, dtype: Any
-) -> Any:
-    """Scan `body(state, expert, first row, rows)`. Weights are sliced and dequantized inside, where they are used."""
+    plan: Plan, body: Callable[..., Any], state: Any, sizes: jax.Array, projections: tuple[Any, Any], key: Any, dtype: Any,
+    most: int | None = None,
+) -> Any:  # fmt: skip
+    """Scan `body(state, expert, first row, rows)`. Weights are sliced and dequantized inside, where they are used.
+
+    most: no more experts than so many can have rows, and no more are visited.
+    """
     inputs, output = projections
 
     def step(state: Any, xs: Any) -> Any:
         e, start, size, pairs = xs
         return body(state, Expert(plan, matrices(plan, inputs, output, dtype, e), pairs, key, dtype), start, size)
 
-    return jax.lax.scan(
-        step, state, (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs_of(inputs, output))
-    )
+    xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs_of(inputs, output))
+    if most is not None and most < sizes.shape[0]:
+        # In their order: a tile may write over the rows behind its group, which later experts write again.
+        visited = jnp.sort(jax.lax.top_k(sizes, most)[1])
+        xs = jax.tree.map(lambda a: a[visited], xs)
+    return jax.lax.scan(step, state, xs)
 
 
 def forward(
@@ -73,7 +80,9 @@ def forward(
         return jnp.zeros((x.shape[0], out_size(projection.weight)), x.dtype)
 
     state = (empty(output), [empty(p) for p in inputs] if keep else [])
-    result: tuple[jax.Array, list[jax.Array]] = _over_experts(plan, expert, state, sizes, (inputs, output), key, x.dtype)[0]
+    # While decoding there may be fewer rows than experts: the weights of the others are not touched.
+    most = x.shape[0] - plan.tile
+    result: tuple[jax.Array, list[jax.Array]] = _over_experts(plan, expert, state, sizes, (inputs, output), key, x.dtype, most)[0]
     return result
 
 
