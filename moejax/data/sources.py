@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import DataConfig
-from moejax.errors import UserError
+from moejax.errors import UserError, first_line
 
 Record = dict[str, Any]
 
@@ -24,16 +24,13 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     name = source or config.source
     assert name is not None
     given = "--data" if source is not None and source != config.source else "data.source"
-    if name.endswith((".json", ".jsonl")):
-        path = _downloaded(name, given) if name.startswith(("https://", "http://")) else Path(name)
-        if not path.is_file():
-            raise UserError(f"data file {path} does not exist ({given}: a .json or .jsonl file, or a name for `datasets`)")
-        content = path.read_bytes()
+    if is_file(name):
+        content = read_file(name, given)
         if declared:
             _check_identity(name, content, config)
         records = parse(name, content)
     else:
-        records = _from_datasets(name, config, given)
+        records = from_datasets(name, config.config_name, config.split, given)
     if not records:
         raise UserError(f"{name} holds no records")
     if declared and config.records is not None and len(records) != config.records:
@@ -43,6 +40,19 @@ def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
     return [_normalized(name, index, record, config) for index, record in enumerate(records)]
 
 
+def is_file(name: str) -> bool:
+    """Whether a source is a file, here or behind a URL; else it is a name for `datasets`."""
+    return name.endswith((".json", ".jsonl"))
+
+
+def read_file(name: str, given: str) -> bytes:
+    """A file's bytes; a URL is downloaded once. given: what named it. Raises UserError where there is none."""
+    path = _downloaded(name, given) if name.startswith(("https://", "http://")) else Path(name)
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist ({given}: a .json or .jsonl file, or a name for `datasets`)")
+    return path.read_bytes()
+
+
 def _downloaded(url: str, given: str) -> Path:
     import datasets
 
@@ -50,7 +60,7 @@ def _downloaded(url: str, given: str) -> Path:
         return Path(datasets.DownloadManager().download(url))
     except Exception as error:
         raise UserError(
-            f"{given} {url}: the download failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"{given} {url}: the download failed ({type(error).__name__}: {first_line(error)}). "
             f"Check the network, or point {given} to a local copy"
         ) from error
 
@@ -80,7 +90,7 @@ def parse(path: str, content: bytes) -> list[Any]:
             raise UserError(f"{path}: expected a JSON list of records, got {type(records).__name__}")
         return records
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold a line separator of Unicode's
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -89,14 +99,15 @@ def parse(path: str, content: bytes) -> list[Any]:
     return records
 
 
-def _from_datasets(name: str, config: DataConfig, given: str) -> list[Any]:
+def from_datasets(name: str, configuration: str | None, split: str | None, given: str) -> list[Any]:
+    """The records of a name for `datasets`. Raises UserError where it cannot be loaded."""
     import datasets
 
     try:
-        return list(datasets.load_dataset(name, config.config_name, split=config.split))
+        return list(datasets.load_dataset(name, configuration, split=split))
     except Exception as error:
         raise UserError(
-            f"{given} {name!r}: `datasets` could not load it ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"{given} {name!r}: `datasets` could not load it ({type(error).__name__}: {first_line(error)}). "
             f"Expected a local .json/.jsonl file or a data set's name; without a network, point {given} to a file"
         ) from error
 

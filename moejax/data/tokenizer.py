@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import UserError
+from moejax.errors import UserError, first_line
 
 
 def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
@@ -43,7 +43,7 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:
         raise UserError(
-            f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+            f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {first_line(error)}). "
             "Expected a tokenizer.json, a folder that has one, or a Hub id"
         ) from error
     tokenizer.add_tokens(list(added), special_tokens=True)

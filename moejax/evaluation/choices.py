@@ -92,7 +92,10 @@ def _lettered(question: str) -> Callable[[Record], Question]:
 
 
 def _boolq(record: Record) -> Question:
-    right = 0 if str(record["answer"]).lower() in ("true", "1") else 1
+    said = str(record["answer"]).lower()
+    if said not in ("true", "1", "false", "0"):
+        raise ValueError(f"its answer is {record['answer']!r}: expected true or false")
+    right = 0 if said in ("true", "1") else 1
     question = str(record["question"]).rstrip("?")
     return Question(f"{question}?", ("true", "false"), right, str(record.get("passage") or ""))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import Progress
 
@@ -33,19 +34,24 @@ def run(options: argparse.Namespace) -> int:
         prompts_of(tokenizer, task, examples, template, new, positions)
     else:
         pairs_of(tokenizer, task, examples, positions)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}: the answers could not be kept there") from None
     model = make()
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(task.name, total=len(examples))
-        result = evaluate(
-            model,
-            tokenizer,
-            task,
-            examples,
-            max_new_tokens=new,
-            rows=options.rows,
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
-            template=template,
-        )
+        try:
+            result = evaluate(
+                model, tokenizer, task, examples, max_new_tokens=new, rows=options.rows, template=template,
+                progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            )  # fmt: skip
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"out of memory: {str(error).splitlines()[0]}. Lower --rows ({options.rows}) or --max-new-tokens ({new})"
+            ) from error
     write(result, out)
     Console().print(
         f"{report(result, 'base' if options.base else None)}\n{out}/predictions.jsonl, result.json",

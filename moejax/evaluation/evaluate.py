@@ -16,6 +16,7 @@ from moejax.evaluation.answers import wilson_interval
 from moejax.evaluation.generate import bucket, generate, in_groups
 from moejax.evaluation.loglikelihood import encode_pair, encoded, loglikelihoods
 from moejax.evaluation.tasks import Example, Task
+from moejax.files import replace_text
 
 Progress = Callable[[int, int], None]
 
@@ -179,11 +180,5 @@ def write(result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summary = asdict(result)
     predictions = summary.pop("predictions")
-    _replace(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
-    _replace(folder / "result.json", json.dumps(summary, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    replace_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    replace_text(folder / "result.json", json.dumps(summary, indent=2) + "\n")

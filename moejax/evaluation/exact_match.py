@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,18 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from models.build import Model
-from moejax.data.sources import Record, load_records
-from moejax.data.templates import render
+from moejax.data.sources import load_records
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.answers import commonest, correct, wilson_interval
-from moejax.evaluation.generate import generate
+from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
+from moejax.evaluation.evaluate import evaluate
 from moejax.evaluation.runs import open_run, tuned
+from moejax.evaluation.tasks import find
+from moejax.files import replace_text
 from moejax.hub import weights
 from moejax.training.state import architecture, create_model
 
-MAX_NEW_TOKENS = 64
+ROWS = 64  # problems answered together
 
 
 def run(run_folder: str, data: str, limit: int | None) -> int:
@@ -32,48 +31,42 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     source = experiment.model.source
     if source is None:
         raise UserError(f"{folder}: its base has random weights; only a run with model.source can be compared with its base")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: expected 1 or more")
     records = load_records(experiment.data, data)[:limit]
-    unanswered = next((i for i, r in enumerate(records) if not r["answer"]), None)
+    unanswered = next((i for i, r in enumerate(records) if not r["answer"] or final_number(str(r["answer"])) is None), None)
     if unanswered is not None:
-        raise UserError(f"{data}, record {unanswered} has no `answer`: exact match needs one")
+        raise UserError(f"{data}, record {unanswered} has no `answer` that is a number: exact match needs one")
+    task = find("problems")
+    examples = [task.read(r) for r in records]
     model_folder = weights.resolve(source, experiment.model.revision)
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
     sizes = architecture(experiment, model_folder)
     model = create_model(experiment, sizes, model_folder)
     guess = commonest([r["answer"] for r in load_records(experiment.data)])
-    rows: list[tuple[str, list[bool], float]] = [(f"always {guess}", [correct(guess, r["answer"]) for r in records], 0.0)]
+    right = {f"always {guess}": sum(correct(guess, r["answer"]) for r in records)}
     predictions: list[dict[str, Any]] = []
     for name in ("base", "tuned"):  # a fresh adapter's B is zero: the model is its base
         if name == "tuned":
             model = tuned(experiment, sizes, folder, model)
-        verdicts, outputs, seconds = answer_all(model, tokenizer, experiment.data.template, records)
-        rows.append((name, verdicts, seconds))
+        template, longest = experiment.data.template, task.max_new_tokens
+        result = evaluate(model, tokenizer, task, examples, max_new_tokens=longest, rows=ROWS, template=template)
+        right[name] = result.correct
         predictions += [
-            {"model": name, "instruction": r["instruction"], "output": o, "answer": r["answer"], "correct": v}
-            for r, o, v in zip(records, outputs, verdicts, strict=True)
+            {"model": name, "instruction": r["instruction"], "output": p["output"], "answer": r["answer"], "correct": p["correct"]}
+            for r, p in zip(records, result.predictions, strict=True)
         ]
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions), encoding="utf-8")
-    accuracy = {name: sum(verdicts) / len(verdicts) for name, verdicts, _ in rows}
-    result = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
-    (folder / "exact_match.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    accuracy = {name: count / len(records) for name, count in right.items()}
+    summary = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
+    replace_text(folder / "exact_match.json", json.dumps(summary, indent=2) + "\n")
     table = Table(title=f"exact match on {len(records)} held-out problems", title_justify="left")
     for column in ("model", "right", "accuracy", "95 % interval"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for name, verdicts, _ in rows:
-        share, n = sum(verdicts) / len(verdicts), len(verdicts)
-        low, high = wilson_interval(sum(verdicts), n)
-        table.add_row(name, f"{sum(verdicts)}/{n}", f"{100 * share:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")
+    for name, count in right.items():
+        low, high = wilson_interval(count, len(records))
+        table.add_row(name, f"{count}/{len(records)}", f"{100 * accuracy[name]:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")
     console.print(table)
     example = next(p for p in predictions if p["model"] == "tuned")
     console.print(f"[bold]{example['instruction']}[/bold]\n{example['output']}", highlight=False)
     return 0
-
-
-def answer_all(model: Model, tokenizer: Any, template: str, records: list[Record]) -> tuple[list[bool], list[str], float]:
-    """Greedy answers, whether each is right, and the seconds it took."""
-    prompts = [tokenizer.encode(render(template, record, tokenizer)[0], add_special_tokens=False) for record in records]
-    start = time.perf_counter()
-    tokens = generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS, end=tokenizer.eos_token_id)
-    outputs = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    verdicts = [correct(output, record["answer"]) for output, record in zip(outputs, records, strict=True)]
-    return verdicts, outputs, time.perf_counter() - start

@@ -127,7 +127,8 @@ class MoejaxLM(TemplateLM):
         prompts = [(p or [self.prefix_token_id])[-bound:] for p, bound in zip(prompts, bounds, strict=True)]
         keys = [(bucket(len(p)), new, repr(sampling)) for p, (new, sampling, _) in zip(prompts, settings, strict=True)]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
-            for chosen in in_groups(keys, self.rows):
+            # All of a group in one call, which makes batches of them: it gives copies of a prompt (a task's repeats) draws of their own.
+            for chosen in in_groups(keys, max(1, len(requests))):
                 new, sampling, _ = settings[chosen[0]]
                 filled = [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (self.rows - len(chosen))
                 outputs = generate(

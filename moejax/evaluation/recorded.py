@@ -52,7 +52,8 @@ class ScoredRun:
         path = self.folder / "eval" / f"step-{step}" / "predictions.jsonl"
         if not path.is_file():
             raise UserError(f"{path} is not there: was the folder copied without eval/?")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: an answer may hold a line separator of Unicode's.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def open_scored(folder: Path) -> ScoredRun:
@@ -83,6 +84,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: an answer may hold a line separator of Unicode's.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except ValueError as error:
         raise UserError(f"{path}: no whole JSON ({error})") from None

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from moejax.data.sources import Record, parse
+from moejax.data.sources import Record, from_datasets, is_file, parse, read_file
 from moejax.errors import UserError
 from moejax.evaluation.answers import final_number, strict_number
 from moejax.evaluation.choices import SETS, Candidates, Choice
@@ -167,23 +166,13 @@ def load(task: Task, source: str, split: str | None = None, limit: int | None = 
 
 
 def _records(task: Task, source: str, split: str | None) -> list[Any]:
-    if source.endswith((".json", ".jsonl")):
+    given = "the task's data"
+    if is_file(source):
         if split is not None:
             raise UserError(f"split {split!r} of {source}: a file has no splits; they belong to a name for `datasets`")
-        path = Path(source)
-        if not path.is_file():
-            raise UserError(f"data file {path} does not exist (expected a .json or .jsonl file, or a name for `datasets`)")
-        return parse(source, path.read_bytes())
-    import datasets
-
+        return parse(source, read_file(source, given))
     _, configuration, usual = task.hub
-    try:
-        return list(datasets.load_dataset(source, configuration, split=split or usual))
-    except Exception as error:
-        raise UserError(
-            f"{source!r}: `datasets` could not load it ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
-            "Expected a local .json or .jsonl file, or a data set's name; without a network, give a file"
-        ) from error
+    return from_datasets(source, configuration, split or usual, given)
 
 
 def _example(task: Task, source: str, index: int, record: Any) -> Example:

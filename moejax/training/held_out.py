@@ -72,7 +72,8 @@ def dry(experiment: Experiment) -> list[str]:
         return []
     task = tasks.find(e.task)
     when = ["at step 0", *(["each epoch"] if e.each_epoch else []), *([f"every {e.every_steps} steps"] if e.every_steps else [])]
-    lines = [f"eval: {task.name} ({task.rule}) {', '.join(when)} and at the end; best/ by {e.metric}"]
+    best = f"; best/ by {e.metric}" if experiment.checkpoint.best else ""
+    lines = [f"eval: {task.name} ({task.rule}) {', '.join(when)} and at the end{best}"]
     if not _local(e.data):
         return [*lines, f"eval.data = {e.data} is no local file: not read by a dry run"]
     if not Path(e.data).is_file():
@@ -113,7 +114,8 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
         seen = {_question(record) for record in trained}
         both = [i for i, example in enumerate(examples) if _question(example.record) in seen]
     if both:
-        same = " (it is the same file)" if Path(e.data).exists() and Path(e.data).samefile(str(data.source)) else ""
+        files = [Path(e.data), Path(str(data.source))]
+        same = " (it is the same file)" if all(f.exists() for f in files) and files[0].samefile(files[1]) else ""
         raise UserError(
             f"eval.data = {e.data}{same}: {len(both)} of its {len(examples)} problems are trained on (in {data.source}), first record "
             f"{both[0]}: right answers to them show what was remembered. Hold other problems out, or set eval.allow_overlap=true"

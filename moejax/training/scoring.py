@@ -14,6 +14,7 @@ from moejax.data.batching import Batches
 from moejax.errors import UserError
 from moejax.evaluation.evaluate import evaluate, write
 from moejax.evaluation.recorded import Record, percent, recorded
+from moejax.files import replace_text
 from moejax.training.held_out import HeldOut
 
 BEST = "best"  # the folder of the best model in a run's folder
@@ -94,11 +95,10 @@ class Scoring:
         step = self.best()
         assert step is not None
         folder = self.folder / BEST
+        (folder / "evaluation.json").unlink(missing_ok=True)  # it must not speak of a model that is being replaced
         export(folder)
         (folder / "config.yaml").write_bytes((self.folder / "config.yaml").read_bytes())
-        aside = folder / "evaluation.tmp"
-        aside.write_text(json.dumps({"step": step, "metric": self.metric, **self.results[step]}, indent=1) + "\n", encoding="utf-8")
-        aside.replace(folder / "evaluation.json")
+        replace_text(folder / "evaluation.json", json.dumps({"step": step, "metric": self.metric, **self.results[step]}, indent=1) + "\n")
 
     def told(self, step: int) -> str:
         """One evaluation in words."""
@@ -115,7 +115,8 @@ class Scoring:
         if step is None:
             return []
         untrained = f"; untrained {self._value(0)}" if 0 in self.results else ""
-        return [f"best {self.metric}: {self._value(step)} after step {step}{untrained}; that model is in {self.folder / BEST}"]
+        kept = f"; that model is in {self.folder / BEST}" if (self.folder / BEST).is_dir() else ""
+        return [f"best {self.metric}: {self._value(step)} after step {step}{untrained}{kept}"]
 
     def _value(self, step: int) -> str:
         r = self.results[step]

@@ -36,8 +36,10 @@ def make_run(tmp_path):
                 }
             )  # fmt: skip
             (folder / f"eval/step-{step}").mkdir(parents=True)
-            answers = [{"prompt": f"{i}?", "expected": "1", "correct": r} for i, r in enumerate(right)]
-            (folder / f"eval/step-{step}/predictions.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
+            # Written as evaluate.write does, with a separator of Unicode's in an answer.
+            answers = [{"prompt": f"{i}?", "output": "a\x85b\u2028c", "expected": "1", "correct": r} for i, r in enumerate(right)]
+            lines_ = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+            (folder / f"eval/step-{step}/predictions.jsonl").write_text(lines_, encoding="utf-8")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return str(folder)
 

@@ -13,6 +13,7 @@ from moejax.evaluation.generate import generate
 from moejax.evaluation.runs import load
 from moejax.evaluation.tasks import find
 from moejax.evaluation.tasks import load as load_examples
+from moejax.hub.save import save_weights
 
 PROBLEMS = str(ROOT / "assets/problems/test.json")
 ENDINGS = [
@@ -22,19 +23,15 @@ ENDINGS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tuned"
-    finished_run(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained_whole(tmp_path_factory):
-    """A run without adapter: a BlackMamba whose weights were all trained (they are the bundled ones)."""
+    """A run without adapter: a BlackMamba whose weights were all trained (the bundled ones, the last norm doubled)."""
     folder = tmp_path_factory.mktemp("runs") / "blackmamba"
     model = {"source": str(ROOT / "assets/tiny-blackmamba")}
     finished_run(folder, model=model, adapter=None, quantization={"format": "none"})
-    shutil.copytree(ROOT / "assets/tiny-blackmamba", folder / "model")
+    make, *_ = load(ROOT / "assets/tiny-blackmamba")
+    model = make()
+    model.norm.weight.set_value(2 * model.norm.weight.get_value())
+    save_weights(model, folder / "model")
     return folder
 
 
@@ -94,7 +91,9 @@ def test_likelihoods_of_a_run_without_adapter(trained_whole, tmp_path, capsys):
             p["answer"] == f"ending{r['label'] + 1}" for p, r in zip(predictions, ENDINGS, strict=True)
         ]
         scores.append([p["scores"] for p in predictions])
-    assert scores[0] == scores[1]  # the same weights
+    again = ["eval", str(ROOT / "assets/tiny-blackmamba"), "--task", "hellaswag-loglikelihood", "--data", str(data)]
+    assert cli.main([*again, "--out", str(tmp_path / "bundled")]) == 0
+    assert scores[1] == [p["scores"] for p in kept(tmp_path / "bundled")[1]] != scores[0]
 
 
 def test_a_models_folder(tmp_path, capsys):
@@ -128,6 +127,7 @@ def bad(arguments, capsys):
         ),
         ({"--split": "test"}, "a file has no splits"),
         ({"--out": __file__}, "is a file: expected a folder"),
+        ({"--out": f"{__file__}/x"}, "Not a directory: the answers could not be kept there"),
     ],
 )
 def test_bad_options(changes, message, run, capsys):

@@ -73,3 +73,5 @@ def test_bad_input(run, tmp_path, capsys):
     (tmp_path / "open.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
     assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "open.json")]) == 2
     assert "record 0 has no `answer`" in capsys.readouterr().err
+    assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "train.json"), "--limit", "0"]) == 2
+    assert "--limit 0: expected 1 or more" in capsys.readouterr().err

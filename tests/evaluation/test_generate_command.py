@@ -15,13 +15,6 @@ QUESTION = "Tom has 4 apples and buys 5. How many has he?"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tuned"
-    finished_run(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(run):
     """The whole greedy answer, by the run's tuned model."""
     make, _, tokenizer, template = load(run)

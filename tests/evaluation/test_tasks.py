@@ -206,6 +206,10 @@ def test_a_name_for_datasets(tmp_path):
         ("hellaswag-loglikelihood", [{"instruction": "a", "answer": "ending1"}], "its instruction does not begin with"),
         ("hellaswag-loglikelihood", [{"ctx": "a", "endings": ["b"], "label": ""}], "invalid literal"),
         ("hellaswag-loglikelihood", [{"ctx": "a", "label": 0}], "has no 'endings'"),
+        *(
+            ("boolq-generated", [{"question": "a", "answer": missing}], "record 0: its answer is .*: expected true or false")
+            for missing in (None, "", -1, "yes")
+        ),
         (
             "hellaswag-loglikelihood",
             [{"ctx": "a", "endings": ["b"], "label": 3}],
@@ -232,6 +236,8 @@ def test_bad_sources(tmp_path):
     task = find("gsm8k")
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         load(task, "nowhere.json")
+    with pytest.raises(UserError, match=r"https://localhost:1/a\.json: the download failed"):
+        load(task, "https://localhost:1/a.json")
     with pytest.raises(UserError, match="a file has no splits"):
         load(task, written(tmp_path, {"instruction": "a", "answer": "1"}), split="test")
     with pytest.raises(UserError, match="limit = 0"):

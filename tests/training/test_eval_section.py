@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from support import ROOT, tiny_experiments
@@ -10,10 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loop import BLACKMAMBA, adapter, folder_of, losses, stop_at
 
 from moejax import cli, config
+from moejax.data import sources
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation import generate
+from moejax.evaluation import generate, tasks
 from moejax.training import loop, scoring
 from moejax.training.loop import Trainer
 from moejax.training.run_steps import scored_steps
@@ -222,6 +224,17 @@ def test_mistakes_are_named_before_anything_is_trained(changes, message, dry, wr
     assert cli.main(["train", "--config", path, *(["--dry-run"] if dry else [])]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_overlap_with_data_that_is_no_local_file(written, tmp_path, capsys, monkeypatch):
+    """As in the study's configs, whose data.source is a URL."""
+    train = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "tail.json").write_text(json.dumps(train[:2]))
+    path = written(eval=EVAL | {"data": str(tmp_path / "tail.json")}, data={"source": "https://example.org/train.json"})
+    monkeypatch.setattr(sources, "read_file", lambda name, given: json.dumps(train).encode())
+    monkeypatch.setattr(tasks, "read_file", lambda name, given: Path(name).read_bytes())
+    assert cli.main(["train", "--config", path]) == 2
+    assert "tail.json: 2 of its 2 problems are trained on (in https://example.org/train.json)" in capsys.readouterr().err
 
 
 def test_a_missing_file(written, tmp_path, capsys):
