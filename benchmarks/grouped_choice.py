@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 import jax.numpy as jnp
+from choices import update
 from routing import SKEWED, experts_of
 
 from models.moe import GATED
@@ -37,6 +38,7 @@ from models.ops import grouped_matmul as gm
 from moejax.training import experts as of_run
 
 E, K, RANK = 8, 2, 16
+SHAPE = ("rows_per_expert", "hidden", "intermediate", "nf4")
 MARGIN = 1.15
 """By how much another backend must beat the loop: `capacity` compiles the experts' programs four times over, and costs memory for it."""
 SHAPES = {"cpu": "4096x512x1024,1280x256x512,512x256x512", "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632"}
@@ -179,16 +181,6 @@ def again(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def update(kind: str, entries: list[dict[str, Any]], source: str) -> None:
-    """The device's entries of these shapes replaced, all others kept."""
-    table = json.loads(grouped_table.TABLE.read_text(encoding="utf-8"))
-    names = ("rows_per_expert", "hidden", "intermediate", "nf4")
-    new = {tuple(e[n] for n in names): e | {"measured": source} for e in entries}
-    kept = [e for e in table.get(kind, []) if tuple(e[n] for n in names) not in new]
-    table[kind] = sorted([*kept, *new.values()], key=lambda e: tuple(e[n] for n in names))
-    grouped_table.TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
@@ -204,7 +196,7 @@ def main() -> int:
     if o.update and o.out is None:
         parser.error("--update needs --out: the table names the file with the seconds")
     if o.decide:
-        update(json.loads(o.decide.read_text())["device"], again(o.decide), str(o.decide))
+        update(grouped_table.TABLE, SHAPE, json.loads(o.decide.read_text())["device"], again(o.decide), o.decide)
         return 0
     kind, ragged = grouped_choice.here(), of_run.ragged_cost()
     result: dict[str, Any] = {
@@ -222,8 +214,7 @@ def main() -> int:
             if o.out:
                 o.out.write_text(json.dumps(result, indent=1) + "\n")
     if o.update:
-        source = o.out.resolve()
-        update(kind, [c["entry"] for c in result["cases"]], str(source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name))
+        update(grouped_table.TABLE, SHAPE, kind, [c["entry"] for c in result["cases"]], o.out)
     return 0
 
 

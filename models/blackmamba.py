@@ -33,7 +33,7 @@ class LayerPair(nnx.Module):
     ):
         keys = jax.random.split(key)
         self.mamba_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.mamba = Mamba(keys[0], config, dtype, scan)
+        self.mamba = Mamba(keys[0], config, dtype, scan, platform)
         self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.moe = MoE(keys[1], config, dtype, backend, platform)
         self.compute = compute
@@ -95,11 +95,11 @@ class BlackMamba(LanguageModel):
     ):
         keys = jax.random.split(key)
         platform = platform or here()
-        form = ss.choose(scan, platform)
+        ss.choose(scan, platform, 1, 1, 1)  # refuses a form that does not exist
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = Embedding(keys[0], config.vocab_size, config.hidden_size, param_dtype)
         self.layers = stack_layers(
-            lambda k: LayerPair(k, config, param_dtype, self.dtype, backend, form, platform), keys[1], config.num_layers // 2
+            lambda k: LayerPair(k, config, param_dtype, self.dtype, backend, scan, platform), keys[1], config.num_layers // 2
         )
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
 

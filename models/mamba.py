@@ -57,7 +57,7 @@ class Mamba(nnx.Module):
     dt, the scan and the gate in fp32, the products in the compute dtype.
     """
 
-    def __init__(self, key: jax.Array, config: BlackMambaConfig, dtype: Any, scan_form: str):
+    def __init__(self, key: jax.Array, config: BlackMambaConfig, dtype: Any, scan: str, platform: str):
         keys = jax.random.split(key, 6)
         h, d, n, r = config.hidden_size, config.inner_size, config.state_size, config.rank
         scope = "dequant"
@@ -72,7 +72,7 @@ class Mamba(nnx.Module):
         self.a_log: nnx.Variable = nnx.Param(a_log.astype(dtype), axes=("channels", "state"))
         self.d: nnx.Variable = nnx.Param(jnp.ones(d, dtype), axes=("channels",))
         self.out_proj = Linear(keys[5], d, h, dtype, scope=scope, axes=("embed", "channels"))
-        self.sizes, self.scan_form = (r, n), scan_form
+        self.sizes, self.scan, self.platform = (r, n), scan, platform
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """segment_ids: int32 [B, T]; nothing passes from one segment to the next."""
@@ -104,7 +104,8 @@ class Mamba(nnx.Module):
             dt = jnp.where(valid[..., None], dt, 0.0)
         with jax.named_scope("scan"):
             a, d = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d))
-            y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=self.scan_form)
+            form, chunk = ss.choose(self.scan, self.platform, *u.shape)
+            y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=form, chunk=chunk)
         y = checkpoint_name(y, "mixed")
         gated = (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype)
         return self.out_proj(gated), last

@@ -44,9 +44,9 @@ def test_gpu_step_tiny(model, tmp_path):
     assert cases[2]["largest_expert_share"] > cases[0]["largest_expert_share"]
 
 
-def test_gpu_scan_tiny(tmp_path):
+def test_scan_choice_tiny(tmp_path):
     out = tmp_path / "result.json"
-    command = [sys.executable, "benchmarks/gpu_scan.py", "--tiny", "--out", str(out)]
+    command = [sys.executable, "benchmarks/scan_choice.py", "--tiny", "--out", str(out)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

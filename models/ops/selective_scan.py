@@ -23,18 +23,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from models.ops import scan_table
+from models.ops.scan_table import CHUNKS
+
 FORMS = ("sequential", "associative", "chunked", "chunked_associative")
-CHUNKS = {"chunked": 16, "chunked_associative": 32}
-"""Tokens of a chunk: measured best on two CPU cores; for a GPU a guess that keeps memory low, until one measures it."""
 
 
-def choose(form: str, platform: str) -> str:
-    """The form for `auto`: step by step inside a chunk on a CPU, associative inside a chunk elsewhere. Raises ValueError."""
-    if form not in ("auto", *FORMS):
+def choose(form: str, platform: str, rows: int, length: int, channels: int) -> tuple[str, int | None]:
+    """Form and chunk for this device ("cpu", "gpu" or a GPU's kind) and operands [rows, length, channels]. Raises ValueError.
+
+    `auto` is the table's (`scan_table`); a forced chunked form takes the chunk it has where nothing was measured.
+    """
+    if form == "auto":
+        return scan_table.entry(platform, rows, length, channels)
+    if form not in FORMS:
         raise ValueError(f"scan form = {form!r}: expected one of {['auto', *FORMS]}")
-    if form != "auto":
-        return form
-    return "chunked" if platform == "cpu" else "chunked_associative"
+    return form, CHUNKS.get(form)
 
 
 def selective_scan(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from models.config import Architecture, BlackMambaConfig
-from models.ops import grouped_table
+from models.ops import grouped_table, scan_table
 from moejax.errors import UserError
 from moejax.estimator import sizes
 from moejax.estimator.sizes import ITEM
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from moejax.estimator.gpus import GPU
 
 Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
-SCAN_CHUNK = {"gpu": 32, "cpu": 16}  # of models/ops/selective_scan.py
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 
 
@@ -112,6 +111,11 @@ class _Step:
         return self.config.hidden_size * self.config.intermediate_size
 
     @property
+    def scan_chunk(self) -> int:
+        assert isinstance(self.config, BlackMambaConfig)
+        return scan_table.entry(kind(self.platform), self.rows, self.row_tokens, self.config.inner_size)[1]
+
+    @property
     def sorted_rows(self) -> int:
         """M."""
         c = self.config
@@ -150,7 +154,7 @@ class _Step:
             halves = self.stream if isinstance(c, BlackMambaConfig) else 2 * self.stream + 4 * n * c.num_heads
             return sizes.layers(c) * (halves + self.routing())
         if isinstance(c, BlackMambaConfig):
-            states = 4 * n * c.inner_size * c.state_size // SCAN_CHUNK[kind(self.platform)]
+            states = 4 * n * c.inner_size * c.state_size // self.scan_chunk
             mixer = 17 * item * n * c.inner_size + states + 6 * 4 * n * c.hidden_size
         else:
             width = c.hidden_size + (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
@@ -217,7 +221,7 @@ class _Step:
         c, n = self.config, self.tokens
         if isinstance(c, BlackMambaConfig):
             unit = 4 * n * c.inner_size
-            states = unit * c.state_size // SCAN_CHUNK[kind(self.platform)]
+            states = unit * c.state_size // self.scan_chunk
             if self.platform != "cpu":  # in_proj's output, seven of fp32, three of the compute dtype
                 return unit * 7 + 5 * self.item * n * c.inner_size + states + 2 * 4 * n * c.hidden_size
             return 18 * unit + states + 5 * 4 * n * c.hidden_size
@@ -280,7 +284,7 @@ class _Step:
         """
         c, n = self.config, self.tokens
         assert isinstance(c, BlackMambaConfig)
-        unit, chunk = 4 * n * c.inner_size, SCAN_CHUNK[kind(self.platform)]
+        unit, chunk = 4 * n * c.inner_size, self.scan_chunk
         states = unit * c.state_size // chunk
         of_chunk = 4 * chunk * self.rows * c.state_size * c.inner_size
         written = self.platform == "cpu" or (self.remat and self.item == 4)  # the experts' gradients, into the stack of all layers
@@ -299,7 +303,7 @@ class _Step:
         c, n, item = self.config, self.tokens, self.item
         masks = 5 * self.scores()[1]
         if isinstance(c, BlackMambaConfig):
-            masks = n * c.state_size * c.inner_size + 4 * SCAN_CHUNK[kind(self.platform)] * self.rows * c.state_size * c.inner_size
+            masks = n * c.state_size * c.inner_size + 4 * self.scan_chunk * self.rows * c.state_size * c.inner_size
             masks += 9 * item * n * c.inner_size
         if c.dense:
             return masks + 3 * item * c.num_experts * n * c.intermediate_size + 3 * self.stream

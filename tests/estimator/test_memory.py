@@ -92,10 +92,9 @@ def test_tiles_are_those_of_the_model(nf4):
 
 
 def test_constants_are_those_of_the_operations():
-    from models.ops import attention, nf4, selective_scan
+    from models.ops import attention, nf4
 
     assert (attention.SMALLEST_BLOCK, attention.LARGEST_BLOCK) == closed_form.ATTENTION_BLOCKS
-    assert {"chunked": closed_form.SCAN_CHUNK["cpu"], "chunked_associative": closed_form.SCAN_CHUNK["gpu"]} == selective_scan.CHUNKS
     assert (nf4.BLOCK, nf4.NESTED_BLOCK) == (sizes.NF4_BLOCK, sizes.NESTED_BLOCK)
 
 

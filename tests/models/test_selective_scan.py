@@ -1,10 +1,16 @@
 """The forms of the selective scan agree with a loop in fp64, packed or alone, in values and gradients."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import ROOT
 
+from models.config import PRESETS
+from models.mamba import Mamba
+from models.ops import scan_table
 from models.ops import selective_scan as ss
 
 B, T, D, N = 2, 37, 6, 4
@@ -112,5 +118,37 @@ def test_memory_is_at_most_a_tenth_of_an_associative_scan():
 
 def test_unknown_form_is_refused():
     with pytest.raises(ValueError, match=r"'fast'.*expected one of"):
-        ss.choose("fast", "cpu")
-    assert ss.choose("auto", "cpu") == "chunked" and ss.choose("auto", "cuda") == "chunked_associative"
+        ss.choose("fast", "cpu", 8, 256, 512)
+
+
+def test_form_and_chunk_are_the_nearest_measured_shapes(monkeypatch):
+    def entry(rows, length, form, chunk):
+        return {"rows": rows, "length": length, "channels": 1024, "form": form, "chunk": chunk}
+
+    table = {"NVIDIA X": [entry(1, 512, "chunked", 8), entry(16, 512, "chunked_associative", 64), entry(16, 8192, "chunked", 128)]}
+    monkeypatch.setattr(scan_table, "_table", lambda: table)
+    assert ss.choose("auto", "NVIDIA X", 1, 256, 1024) == ("chunked", 8)
+    assert ss.choose("auto", "NVIDIA X", 1, 512, 8192) == ("chunked_associative", 64)  # as wide as 8 rows of 1024
+    assert ss.choose("auto", "NVIDIA X", 16, 4096, 1024) == ("chunked", 128)
+    assert ss.choose("auto", "cpu", 8, 256, 512) == ("chunked", 16)
+    assert ss.choose("auto", "NVIDIA Y", 8, 256, 512) == ("chunked_associative", 32)
+    assert ss.choose("chunked", "NVIDIA X", 1, 256, 1024) == ("chunked", 16) and ss.choose("associative", "cpu", 1, 1, 1)[1] is None
+
+
+def test_the_model_runs_the_tables_form(monkeypatch):
+    """The program of a layer holds the chosen chunk's states: [chunk, rows, states, channels]."""
+    config = PRESETS["blackmamba-tiny"]
+    mamba = Mamba(jax.random.key(0), config, jnp.float32, "auto", "cpu")
+    x, segments = jnp.ones((2, 64, config.hidden_size)), jnp.ones((2, 64), jnp.int32)
+    for chunk in (8, 64):
+        found = {"rows": 2, "length": 64, "channels": 256, "form": "chunked", "chunk": chunk}
+        monkeypatch.setattr(scan_table, "_table", lambda found=found: {"cpu": [found]})
+        program = str(jax.make_jaxpr(lambda x: mamba(x, segments))(x))
+        assert f"f32[{chunk},2,{config.state_size},{config.inner_size}]" in program
+
+
+def test_every_entry_of_the_table_names_its_measurement():
+    for entries in scan_table._table().values():
+        for entry in entries:
+            result = json.loads((ROOT / entry["measured"]).read_text())
+            assert {k: v for k, v in entry.items() if k != "measured"} in result["entries"]

@@ -119,7 +119,7 @@ def test_convolution_and_silu_are_one_fusion():
     from flax import nnx
 
     config = PRESETS["blackmamba-tiny"]
-    graphdef, state = nnx.split(Mamba(jax.random.key(0), config, jnp.float32, "chunked"))
+    graphdef, state = nnx.split(Mamba(jax.random.key(0), config, jnp.float32, "chunked", "cpu"))
     x, segments = jnp.zeros((2, 64, config.inner_size)), jnp.ones((2, 64), jnp.int32)
 
     def convolved(state, x):
