@@ -36,8 +36,8 @@ def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dic
     c = aot.compile_step(experiment, sizes, rows=rows, row_tokens=row_tokens, gpu=gpu)
     backend = experiment.model.moe_backend
     plan = choose(
-        backend, "gpu", tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
-        intermediate=sizes.intermediate_size, nf4=experiment.quantization.format == "nf4",
+        backend, aot.TARGETS[gpu].name, tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
+        intermediate=sizes.intermediate_size, nf4=experiment.quantization.experts_in_nf4,
     )  # fmt: skip
     cost = None
     if sizes.dense or plan.backend != "capacity":

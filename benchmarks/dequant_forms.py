@@ -29,8 +29,7 @@ import jax.numpy as jnp
 from models.ops import nf4
 from models.ops.linear import part
 from moejax.errors import UserError
-from moejax.profiling import xplane
-from moejax.profiling.program import Program, elements
+from moejax.profiling.program import Program, elements, module_of
 
 EXPERTS = 8
 
@@ -56,8 +55,7 @@ def loop(make: Any, row: jax.Array, weights: Any) -> jax.Array:
 
 def large_fusions(compiled: Any, weights: int) -> int:
     """Instructions outside fusions that write at least one element a weight: no product, and no mere view."""
-    module = compiled.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto()
-    program = Program(xplane.MESSAGES["HloModuleProto"].FromString(module))
+    program = Program(module_of(compiled))
     return sum(
         elements(i.shape) >= weights
         for computation in program.executions({})

@@ -67,12 +67,12 @@ def prepare_jax(device: DeviceConfig) -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
-def _device_of(run: str | None) -> DeviceConfig:
-    """The device section of a run's config; the defaults where there is none to read (the command itself says what is wrong)."""
+def _device_of(file: str | Path | None) -> DeviceConfig:
+    """The device section of a config; the defaults where there is none to read (the command itself says what is wrong)."""
     from moejax import config
 
     try:
-        return config.load(Path(run or "") / "config.yaml").device
+        return config.DeviceConfig() if file is None else config.load(file).device
     except UserError:
         return config.DeviceConfig()
 
@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
 
         return command.run(options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json)
     if options.command in ("exact-match", "generate", "eval", "expert-load", "export"):
-        prepare_jax(_device_of(options.run))
+        prepare_jax(_device_of(Path(options.run) / "config.yaml" if options.run else getattr(options, "config", None)))
     if options.command == "exact-match":
         from moejax.evaluation import exact_match
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
 from moejax.errors import UserError
-from moejax.eval_config import EvalConfig
+from moejax.eval_config import EvalConfig, Place
 
 
 def _number(value: Any) -> Any:
@@ -45,7 +45,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_strings)]
 class ModelConfig(_Section):
     """Which model. `source`: a Hub id or a folder in Hub layout; null: random weights in the architecture of `preset`."""
 
-    source: str | None = None
+    source: Place | None = None
     revision: str | None = None
     preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
     overrides: dict[str, int | float | bool | str] = Field(default_factory=dict, description="fields of the architecture by name")
@@ -96,6 +96,10 @@ class QuantizationConfig(_Section):
     modules: Names = QUANTIZED_MODULES
     cache: str | None = "~/.cache/moejax/quantized"
 
+    @property
+    def experts_in_nf4(self) -> bool:
+        return self.format == "nf4" and "experts" in self.modules
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.modules:
@@ -111,7 +115,7 @@ class AdapterConfig(_Section):
     alpha: Real = 32.0
     dropout: Real = 0.0
     targets: Names = ("w1", "w2", "w3", "gate")
-    init_from: str | None = Field(
+    init_from: Place | None = Field(
         None, description="an adapter in PEFT's format to continue from (folder or Hub id); null: a new one"
     )
 
@@ -136,7 +140,7 @@ class FieldNames(_Section):
 class DataConfig(_Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
-    source: str | None = Field(
+    source: Place | None = Field(
         None, description="a .json or .jsonl file, or a name for `datasets`; null: random tokens (fixed only)"
     )
     config_name: str | None = None
@@ -153,7 +157,7 @@ class DataConfig(_Section):
     batch_rows: Positive = Field(1, description="rows of one micro-batch")
     shuffle: bool = True
     holdout: Annotated[int, Field(ge=0)] = Field(0, description="records taken from the end for the evaluation loss")
-    eval_source: str | None = Field(None, description="a file or name with held-out records, instead of holdout")
+    eval_source: Place | None = Field(None, description="a file or name with held-out records, instead of holdout")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -259,11 +263,11 @@ class Experiment(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
-    runs_dir: str = "runs"
+    runs_dir: Place = "runs"
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     adapter: AdapterConfig | None = None
-    tokenizer: str | None = Field(None, description="tokenizer.json, folder or Hub id; null: the model's")
+    tokenizer: Place | None = Field(None, description="tokenizer.json, folder or Hub id; null: the model's")
     added_tokens: Names = Field(
         (), description="special tokens behind the tokenizer's own, in this order; </s> ends a sequence, [PAD] pads"
     )

@@ -81,11 +81,12 @@ def versions() -> dict[str, str]:
 
 
 def _sources() -> str:
-    """Hash of everything that the step is made of."""
+    """Hash of everything that the step is made of: sources, and the tables that choose what is compiled."""
     from moejax.estimator.memory import digest
 
     training = [ROOT / "moejax" / "training" / f"{name}.py" for name in ("aot", "optimizer", "state", "step")]
-    return digest([*(ROOT / "models").rglob("*.py"), *training])
+    models = [path for path in (ROOT / "models").rglob("*") if path.suffix in (".py", ".json")]
+    return digest([*models, *training])
 
 
 def why_not_compiled(gpu: str) -> str | None:
@@ -125,11 +126,22 @@ class Oracle:
         known = gpus.of_device_kind(jax.local_devices()[0].device_kind)
         return "sm9" if known is None else closed_form.platform_of(known)
 
+    @property
+    def device(self) -> str:
+        """What the step is for, as the table of the grouped products' tiles names it."""
+        from moejax.estimator import closed_form, gpus
+
+        if self.gpu != HERE:
+            return closed_form.device_of(gpus.find(self.gpu))
+        from models.ops.grouped_choice import here
+
+        return here()
+
     def breakdown(self, rows: int) -> Breakdown:
         from moejax.estimator import closed_form
 
         return closed_form.breakdown(
-            self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=self.platform
+            self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=self.platform, device=self.device
         )
 
     def peak_bytes(self, rows: int) -> int:

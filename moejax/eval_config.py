@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _Positive = Annotated[int, Field(ge=1)]
+
+
+def _expanded(value: Any) -> Any:
+    """A leading ~ is the user's home, as a shell has it."""
+    try:
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+    except RuntimeError:  # ~NAME of a user who is not there
+        return value
+
+
+Place = Annotated[str, BeforeValidator(_expanded)]
+"""A file or folder, or a name for the Hub or `datasets`."""
 
 
 class EvalConfig(BaseModel):
@@ -15,7 +28,7 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
     task: str = Field(description="prompts and the rule by which an answer is right, by name: see moejax eval")
-    data: str = Field(description="held-out problems: a .json or .jsonl file, or a name for `datasets`")
+    data: Place = Field(description="held-out problems: a .json or .jsonl file, or a name for `datasets`")
     split: str | None = None
     limit: _Positive | None = Field(None, description="only the first so many problems")
     each_epoch: bool = False

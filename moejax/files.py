@@ -1,10 +1,15 @@
-"""Files that are replaced whole or not at all: written beside their place under a name that no other writer has, then renamed."""
+"""Files that are replaced whole or not at all: written beside their place under a name that no other writer has, then renamed.
+
+What is renamed is on the disk before it: a machine that stops leaves the old file or the new one, not the new name with half a content.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -12,7 +17,7 @@ _NUMBERS = count()  # next() is atomic: two threads get two
 
 
 def aside(path: Path) -> Path:
-    """A file beside `path` that only this call's writer writes: NAME.HOST-PID-NUMBER.tmp. The caller renames or removes it.
+    """A file beside `path` that only this call's writer writes: NAME.HOST-PID-NUMBER.tmp. The caller removes it, or `settle`s it.
 
     Those that writers of the same file left behind when they were killed on this machine are removed.
     """
@@ -24,14 +29,28 @@ def aside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_NUMBERS)}.tmp")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, in place of what was there. A failure (OSError) leaves the old file and nothing beside it."""
+def settle(new: Path, path: Path) -> None:
+    """Rename a closed file to `path`, in place of what was there, once its bytes are on the disk. Raises OSError."""
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there at the end of the block replaces `path`. A failure leaves the old file and nothing beside it."""
     new = aside(path)
     try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        yield new
+        settle(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str, *, newline: str | None = None) -> None:
+    """Write UTF-8 text, in place of what was there. A failure (OSError) leaves the old file and nothing beside it."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8", newline=newline)
 
 
 def _runs(pid: int) -> bool:

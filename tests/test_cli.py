@@ -125,3 +125,16 @@ def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command,
     )
     assert cli.main([*command, str(tmp_path)]) == 2 and cli.main([*command, str(tmp_path / "none")]) == 2
     assert told == ["/elsewhere", config.DeviceConfig().compilation_cache]
+
+
+def test_expert_load_of_a_config_keeps_compiled_programs_where_that_config_says(monkeypatch, tmp_path):
+    """Not where a config.yaml says that happens to lie in the current folder."""
+    told = []
+    monkeypatch.setattr(cli, "prepare_jax", lambda device: told.append(device.compilation_cache))
+    monkeypatch.chdir(tmp_path)
+    text = "name: a\nmodel: {preset: mixtral-tiny}\ndata: {batching: fixed}\ntraining: {steps: 1}\ndevice: {compilation_cache: %s}\n"
+    (tmp_path / "config.yaml").write_text(text % "/other")
+    (tmp_path / "mine.yaml").write_text(text % "/mine")
+    assert cli.main(["expert-load", "--config", "mine.yaml", "--data", "d.json"]) == 2  # it names no tokenizer
+    assert cli.main(["expert-load", "--data", "d.json"]) == 2
+    assert told == ["/mine", config.DeviceConfig().compilation_cache]

@@ -45,6 +45,14 @@ def test_overrides(load):
     assert experiment.adapter.rank == 8 and experiment.adapter.targets == ("w1", "gate")
 
 
+def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    experiment = load("model.source=~/model", "data.source=~/d.json", "tokenizer=~nobody-of-that-name/t.json", "runs_dir=~/runs")
+    assert (experiment.model.source, experiment.data.source) == ("/home/me/model", "/home/me/d.json")
+    assert (experiment.tokenizer, experiment.runs_dir) == ("~nobody-of-that-name/t.json", "/home/me/runs")
+    assert load("model.source=a/b~c").model.source == "a/b~c"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from moejax.profiling.program import module_of
 from moejax.profiling.xplane import MESSAGES, Event, Trace
 
 PROGRAM = 7
@@ -11,9 +12,7 @@ PROGRAM = 7
 
 def module(function, *arguments):
     """The optimized HloModuleProto of a jitted function."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    serialized = compiled.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto()
-    return MESSAGES["HloModuleProto"].FromString(serialized)
+    return module_of(jax.jit(function).lower(*arguments).compile())
 
 
 def leaves(module):

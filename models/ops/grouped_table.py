@@ -17,6 +17,11 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     return table
 
 
+def devices() -> tuple[str, ...]:
+    """What was measured, as jax names it: "cpu", and kinds of GPUs."""
+    return tuple(_table())
+
+
 def measured(platform: str, rows_per_expert: int, matrix: int, nf4: bool) -> dict[str, Any] | None:
     """The table's entry nearest to this shape: in mean rows of an expert and weights of a matrix, of the same storage where there is
     one; None for a device that has none."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from models.config import Architecture, BlackMambaConfig
 from models.ops import grouped_table, scan_table
 from moejax.errors import UserError
-from moejax.estimator import sizes
+from moejax.estimator import gpus, sizes
 from moejax.estimator.sizes import ITEM
 
 if TYPE_CHECKING:
@@ -65,10 +65,19 @@ def kind(platform: Platform) -> str:
     return "cpu" if platform == "cpu" else "gpu"
 
 
-def tile_rows(platform: Platform, tokens: int, config: Architecture, nf4: bool) -> int:
-    """Rows of a large tile of the grouped products, as the step takes them (models/ops/grouped_table.py)."""
+def device_of(gpu: GPU) -> str:
+    """The GPU as jax names it, in the table of what was measured; "gpu" where nothing was measured on one."""
+    kinds = {found.name: kind for kind in grouped_table.devices() if (found := gpus.of_device_kind(kind)) is not None}
+    return kinds.get(gpu.name, "gpu")
+
+
+def tile_rows(device: str, tokens: int, config: Architecture, nf4: bool) -> int:
+    """Rows of a large tile of the grouped products, as the step takes them (models/ops/grouped_table.py).
+
+    device: "cpu", "gpu" or a GPU's kind as jax names it: the one that the step is for.
+    """
     return grouped_table.entry(
-        kind(platform), tokens, config.num_experts, config.experts_per_token,
+        device, tokens, config.num_experts, config.experts_per_token,
         hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=nf4,
     )[1]  # fmt: skip
 
@@ -79,6 +88,7 @@ class _Step:
 
     config: Architecture
     platform: Platform
+    device: str
     rows: int
     row_tokens: int
     item: int  # bytes of what is computed in
@@ -119,7 +129,7 @@ class _Step:
     def sorted_rows(self) -> int:
         """M."""
         c = self.config
-        return self.tokens * c.experts_per_token + tile_rows(self.platform, self.tokens, c, self.nf4)
+        return self.tokens * c.experts_per_token + tile_rows(self.device, self.tokens, c, self.nf4)
 
     def routing(self) -> int:
         """Of one layer, saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
@@ -189,7 +199,7 @@ class _Step:
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         c, n, item = self.config, self.tokens, self.item
         rows = 3 * item * self.sorted_rows * c.hidden_size
-        tile = tile_rows(self.platform, n, c, self.nf4)
+        tile = tile_rows(self.device, n, c, self.nf4)
         hidden = 6 * item * tile * c.intermediate_size
         adapters = (4 + item) * self.rank * 3 * c.num_experts * (c.hidden_size + c.intermediate_size)  # sums of gradients; scaled
         if self.platform == "cpu" and not self.remat:  # what was kept of the layer, cut out of the stack
@@ -345,8 +355,13 @@ def _scaled(trained: tuple[sizes.Stored, ...], embed: int, dtype: str, platform:
     return {"sm80": 2 * experts // 3, "sm8": experts}.get(platform, 0)
 
 
-def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform) -> Breakdown:
-    """The closed form for one step of this experiment with so many rows a micro-batch."""
+def breakdown(
+    experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None
+) -> Breakdown:
+    """The closed form for one step of this experiment with so many rows a micro-batch.
+
+    device: see `tile_rows`; None: a CPU, or a GPU on which nothing was measured.
+    """
     t, adapter = experiment.training, experiment.adapter
     if t.remat not in ("none", "full"):
         raise UserError(f"training.remat = {t.remat}: the closed form knows none and full")
@@ -356,11 +371,11 @@ def breakdown(experiment: Experiment, config: Architecture, *, rows: int, row_to
     on_experts = adapter is not None and any(name in ("w1", "w2", "w3") for name in adapter.targets)
     others = 0 if adapter is None else sum(name not in ("w1", "w2", "w3") for name in adapter.targets)
     step = _Step(
-        config, platform, rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
+        config, platform, device or kind(platform), rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
         rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
         sum(w.bytes for w in trained if ".lora_" in w.name and not w.name.startswith(("w1", "w2", "w3"))),
         adapter is None or any(name in sizes.ATTENTION for name in adapter.targets), experiment.model.aux_loss_coef > 0,
-        experiment.quantization.format == "nf4" and "experts" in experiment.quantization.modules,
+        experiment.quantization.experts_in_nf4,
     )  # fmt: skip
     by_dtype: dict[str, int] = {}
     for w in weights:

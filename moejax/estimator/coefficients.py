@@ -22,6 +22,7 @@ from moejax.estimator import gpus, transfer
 from moejax.estimator.gpus import GPU
 from moejax.estimator.roofline import STUDY_MODELS
 from moejax.estimator.step_time import FloatArray, spread
+from moejax.files import replace_text
 
 SCHEMA_VERSION = 1
 _NUMBERS = ("t0_seconds", "token_seconds", "expert_token_seconds")
@@ -154,7 +155,7 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
 
 
 def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | None = None) -> None:
-    """The file that `read` reads: aside, then renamed."""
+    """The file that `read` reads. Raises UserError where it cannot be written."""
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "entries": [
@@ -166,10 +167,7 @@ def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | No
     }  # fmt: skip
     if paper is not None:
         document["paper"] = paper
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
     try:
-        aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        replace_text(Path(path), json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error

@@ -16,6 +16,7 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.estimator.coefficients import Entry, StepTime
 from moejax.estimator.gpus import GPU
+from moejax.files import replace_text
 
 PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
 _TOLD = ("compiler_peak_bytes", "gpu", "model", "method", "share", "time", "disturbed_steps")
@@ -38,10 +39,7 @@ def step_time(time: Document) -> StepTime:
 
 
 def write_json(path: Path, document: Document) -> None:
-    """Aside, then renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    replace_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def read_prediction(folder: Path) -> Document:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
 from moejax.estimator.gpus import GPU
+from moejax.files import replace_text
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -68,11 +69,9 @@ def cached(key: dict[str, Any], compile_it: Callable[[], Peak], *, folder: Path 
     except (OSError, ValueError, KeyError, TypeError):
         pass
     peak = compile_it()
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps({"key": key, "peak": asdict(peak)}, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        replace_text(path, json.dumps({"key": key, "peak": asdict(peak)}, indent=1) + "\n")
     except OSError:
         pass
     return peak, False

@@ -160,8 +160,8 @@ def _closed_form_batch(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     )  # fmt: skip
 
     def peak(rows: int) -> int:
-        platform = closed_form.platform_of(gpu)
-        return closed_form.breakdown(experiment, config, rows=rows, row_tokens=row, platform=platform).total
+        platform, device = closed_form.platform_of(gpu), closed_form.device_of(gpu)
+        return closed_form.breakdown(experiment, config, rows=rows, row_tokens=row, platform=platform, device=device).total
 
     found = memory.largest_rows(peak, memory.usable_bytes(gpu, fraction))
     if not found.rows:

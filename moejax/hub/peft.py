@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from models.build import Model
 from models.lora import LoRA
 from moejax.errors import UserError
+from moejax.files import replace_text
 from moejax.hub.fused import fuse, unfuse
 from moejax.hub.names import Place, attribute, module_names
 from moejax.hub.safetensors_file import write_file
@@ -33,7 +34,7 @@ def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
 
 
 def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, aside and renamed; then read them back and compare to the bit.
+    """Write adapter_model.safetensors and adapter_config.json; the weights are read back and compared to the bit before they replace any.
 
     fused: in the format of transformers 5 with PEFT 0.19 or later. Raises UserError where that cannot hold the adapter.
     """
@@ -69,15 +70,15 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
     if fused:
         tensors, config = fuse(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "adapter_model.safetensors.tmp"
-    write_file(aside, tensors)
-    written = load_file(str(aside))
-    if written.keys() != tensors.keys() or any(not np.array_equal(written[k], tensors[k]) for k in tensors):
-        raise UserError(f"{aside} reads back differently from what was written: a full or failing disk?")
-    aside.replace(folder / "adapter_model.safetensors")
-    config_aside = folder / "adapter_config.json.tmp"
-    config_aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    config_aside.replace(folder / "adapter_config.json")
+    path = folder / "adapter_model.safetensors"
+
+    def compare(new: Path) -> None:
+        written = load_file(str(new))
+        if written.keys() != tensors.keys() or any(not np.array_equal(written[k], tensors[k]) for k in tensors):
+            raise UserError(f"{path} reads back differently from what was written: a full or failing disk?")
+
+    write_file(path, tensors, compare)
+    replace_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_adapter(model: Model, folder: Path) -> None:

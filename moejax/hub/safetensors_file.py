@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moejax.errors import UserError
+from moejax.files import aside, settle
 
 _DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
@@ -115,9 +116,9 @@ class Reader:
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Arrays as one file; written aside and renamed, with the rights that the umask gives. Raises UserError where it cannot be written."""
-    with Writer(path, {name: (value.shape, value.dtype) for name, value in tensors.items()}, {"format": "pt"}) as writer:
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], check: Callable[[Path], None] | None = None) -> None:
+    """Arrays as one file, with the rights that the umask gives. check: as `Writer`'s. Raises UserError where it cannot be written."""
+    with Writer(path, {name: (value.shape, value.dtype) for name, value in tensors.items()}, {"format": "pt"}, check) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
 
@@ -125,11 +126,18 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 class Writer:
     """One file of tensors whose shapes are known before their values; written aside and renamed when it is whole.
 
-    Used as a context: leaving it by an exception (also a full disk's) leaves no file.
+    Used as a context: leaving it by an exception (also a full disk's) leaves no file. check: called with the whole file before it is
+    renamed; what it raises leaves the old file.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]], metadata: Mapping[str, str]):
-        self._path, self._aside = path, path.with_name(path.name + ".tmp")
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], Any]],
+        metadata: Mapping[str, str],
+        check: Callable[[Path], None] | None = None,
+    ):
+        self._path, self._aside, self._check = path, aside(path), check
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         end = 0
         for name, (shape, dtype) in tensors.items():
@@ -169,7 +177,9 @@ class Writer:
                 if kind is None:
                     if self._left:
                         raise ValueError(f"{self._path}: {self._left} bytes were never written")
-                    self._aside.replace(self._path)
+                    if self._check is not None:
+                        self._check(self._aside)
+                    settle(self._aside, self._path)
             except OSError as error:
                 raise self._failed(error) from None
         finally:

@@ -13,6 +13,7 @@ from models.build import Model
 from models.config import Architecture, MixtralConfig
 from models.ops import nf4
 from moejax.errors import UserError
+from moejax.files import replace_text
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.safetensors_file import write_file
 
@@ -48,6 +49,4 @@ def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")

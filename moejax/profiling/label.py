@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moejax.files import replacing
 from moejax.profiling.program import Program
 from moejax.profiling.xplane import MESSAGES, Trace
 
@@ -15,7 +16,7 @@ from moejax.profiling.xplane import MESSAGES, Trace
 def label(path: Path, trace: Trace, program: str) -> int:
     """Name the events of `program` (the step's) in a CPU's trace file after their stage and phase. Returns how many instructions.
 
-    `trace` is what was read from `path`. The file is written aside and renamed; a second time changes nothing.
+    `trace` is what was read from `path`. The file is replaced whole; a second time changes nothing.
     """
     names: dict[str, str] = {}
     for module in trace.programs.values():
@@ -34,7 +35,6 @@ def label(path: Path, trace: Trace, program: str) -> int:
             if entry.name in names:
                 entry.display_name = names[entry.name]
                 labelled += 1
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(space.SerializeToString())
-    aside.replace(path)
+    with replacing(path) as new:
+        new.write_bytes(space.SerializeToString())
     return labelled

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from moejax.profiling import scopes
 from moejax.profiling.scopes import NOWHERE, Place
+from moejax.profiling.xplane import MESSAGES
 
 CONTAINERS = frozenset({"while", "call", "conditional", "async-start", "async-done", "async-update"})
 """What only runs other instructions: no work of their own."""
@@ -59,6 +60,12 @@ def elements(shape: Any) -> int:
     if shape.tuple_shapes:
         return sum(elements(s) for s in shape.tuple_shapes)
     return 0 if shape.element_type in _NO_BYTES else math.prod(shape.dimensions)
+
+
+def module_of(compiled: Any) -> Any:
+    """The optimized HloModuleProto of a compiled jax function, also of one for a device that is not there."""
+    module = compiled.runtime_executable().hlo_modules()[0]
+    return MESSAGES["HloModuleProto"].FromString(module.as_serialized_hlo_module_proto())
 
 
 def size(shape: Any) -> float:

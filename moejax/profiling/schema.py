@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moejax.errors import UserError
+from moejax.files import replace_text
 
 FILE_NAME = "step_profile.json"
 VERSION = 1
@@ -124,10 +125,8 @@ class StepProfile(_Section):
 
 
 def write(profile: StepProfile, path: Path) -> None:
-    """Write the file, aside and then renamed: what is there is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(profile.model_dump(mode="json"), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Write the file: what is there is whole."""
+    replace_text(path, json.dumps(profile.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> StepProfile:

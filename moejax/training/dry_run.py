@@ -89,8 +89,8 @@ def missing(experiment: Experiment) -> list[str]:
         # What looks like owner/name may be a Hub id, and a URL is fetched: neither can be checked without a network.
         if name is None or name.startswith(("https://", "http://")):
             continue
-        hub_id = key != "data.source" and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-        if not hub_id and not Path(name).expanduser().exists():
+        hub_id = key != "data.source" and name.count("/") == 1 and not name.startswith((".", "/"))
+        if not hub_id and not Path(name).exists():
             lines.append(f"not there: {key} = {name} (looked for from {Path.cwd()}); a run would stop here")
     return lines
 

@@ -14,8 +14,7 @@ from models.ops.grouped_ragged import ragged_dot
 from models.ops.grouped_table import measured
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.profiling import xplane
-from moejax.profiling.program import Program
+from moejax.profiling.program import Program, module_of
 
 DENSE_FROM = 2.0
 """Of a grouped product's useful FLOPs: from here on the compiler has made a dense one of it."""
@@ -25,10 +24,9 @@ def plan(experiment: Experiment, config: Architecture, tokens: int) -> Plan | No
     """What `models.moe` will choose here for so many tokens; None where all experts see all tokens."""
     if config.experts_per_token == config.num_experts:
         return None
-    q = experiment.quantization
     return choose(
         experiment.model.moe_backend, here(), tokens, config.num_experts, config.experts_per_token,
-        hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=q.format == "nf4" and "experts" in q.modules,
+        hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=experiment.quantization.experts_in_nf4,
     )  # fmt: skip
 
 
@@ -46,9 +44,8 @@ def announce(experiment: Experiment, config: Architecture) -> str:
         return "experts: dense, every token through every expert in batched products"
     if chosen.backend == "ragged":
         refuse_dense(ragged_cost(), here())
-    nf4 = experiment.quantization.format == "nf4"
     rows = tokens * config.experts_per_token // config.num_experts
-    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, nf4)
+    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, experiment.quantization.experts_in_nf4)
     source = f"not measured on {here()}" if entry is None else f"measured: {entry['measured']}"
     why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"
     what = {
@@ -68,9 +65,7 @@ def ragged_cost(device: Any = None) -> float:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     arguments = (shape(rows, size), shape(experts, size, size), shape(experts, dtype=jnp.int32))
-    executable: Any = jax.jit(ragged_dot).lower(*arguments).compile().runtime_executable()
-    module = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
-    program = Program(xplane.MESSAGES["HloModuleProto"].FromString(module))
+    program = Program(module_of(jax.jit(ragged_dot).lower(*arguments).compile()))
     return sum(cost.flops for cost in program.costs({}).values()) / (2 * rows * size * size)
 
 

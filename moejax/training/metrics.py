@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
 
+from moejax.files import replace_text
+
 
 class MetricWriter:
     """Appends one JSON line per record to `metrics.jsonl` and the same numbers to TensorBoard events in `folder`."""
@@ -41,11 +43,9 @@ class MetricWriter:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go. Written aside, then renamed."""
+    """A resumed run repeats the steps after its checkpoint: their old lines go. Replaced whole."""
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def expert_load(counts: np.ndarray, queries: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def pinned(experiment: Experiment, model_folder: Path | None) -> Experiment:
     if model.source is not None and model_folder is not None:
         commit = snapshot.commit(model.source, model_folder)
         if commit is not None:
-            experiment = _with(experiment, "model", revision=commit)
+            experiment = _with(experiment, "model", source=_name(model.source), revision=commit)
     if adapter is not None and adapter.init_from is not None:
         commit = snapshot.commit(adapter.init_from, snapshot.resolve(adapter.init_from, field="adapter.init_from"))
         if commit is not None:
@@ -36,8 +36,8 @@ def adopted(experiment: Experiment) -> Experiment:
         return experiment
     before = load(path)
     then, now = before.model, experiment.model
-    if then.source == now.source and _pins(then.revision, now.revision):
-        experiment = _with(experiment, "model", revision=then.revision)
+    if then.source and now.source and _name(then.source) == _name(now.source) and _pins(then.revision, _at(now.source) or now.revision):
+        experiment = _with(experiment, "model", source=then.source, revision=then.revision)
     theirs, ours = (None if e.adapter is None else e.adapter.init_from for e in (before, experiment))
     if theirs and ours and _name(theirs) == _name(ours) and _pins(_at(theirs), _at(ours)):
         experiment = _with(experiment, "adapter", init_from=theirs)

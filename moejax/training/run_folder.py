@@ -9,6 +9,7 @@ import yaml
 
 from moejax.config import Experiment, dump, load
 from moejax.errors import UserError
+from moejax.files import replace_text
 
 
 def prepare(experiment: Experiment, *, resume: bool) -> Path:
@@ -39,9 +40,7 @@ def write_config(folder: Path, experiment: Experiment) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(dump(experiment), encoding="utf-8")
-        aside.replace(path)
+        replace_text(path, dump(experiment))
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -9,15 +9,8 @@ import numpy as np
 
 from models.config import Architecture
 from models.ops import grouped_matmul as gm
-from moejax.profiling.program import Cost, Program
+from moejax.profiling.program import Cost, Program, module_of
 from moejax.profiling.scopes import Place
-from moejax.profiling.xplane import MESSAGES
-
-
-def program_of(compiled: Any) -> Program:
-    """The optimized module of a compiled program, also of one for a device that is not there."""
-    module = compiled.runtime_executable().hlo_modules()[0]
-    return Program(MESSAGES["HloModuleProto"].FromString(module.as_serialized_hlo_module_proto()))
 
 
 def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:
@@ -46,7 +39,7 @@ def costs(compiled: Any, plan: gm.Plan | None, loads: np.ndarray) -> dict[Place,
     `tile_trips`. Raises ValueError for the backend `capacity`, whose branch depends on the routing."""
     if plan is not None and plan.backend == "capacity":
         raise ValueError("backend capacity: which of its branches runs is not in the program")
-    return program_of(compiled).costs({}, None if plan is None else tile_trips(plan, loads))
+    return Program(module_of(compiled)).costs({}, None if plan is None else tile_trips(plan, loads))
 
 
 def total(found: dict[Place, Cost]) -> Cost:

@@ -1,6 +1,7 @@
 """Memory: sizes to the byte, the closed form beside the compiler's figure on this machine, the largest batch, the cache, the command."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -82,13 +83,30 @@ def test_tiles_are_those_of_the_model(nf4):
     from models.ops.grouped_matmul import choose
 
     small = CASES["lora, sparse"].model.architecture(None)
-    for platform in ("cpu", "sm9"):
+    for platform in ("cpu", "gpu"):
         for model in (small, replace(small, hidden_size=512, intermediate_size=1024)):
             sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "nf4": nf4}
             for tokens in (1, 37, 512, 4096, 65536):
-                kind = "cpu" if platform == "cpu" else "gpu"
-                expected = choose("auto", kind, tokens, model.num_experts, model.experts_per_token, **sizes).tile
+                expected = choose("auto", platform, tokens, model.num_experts, model.experts_per_token, **sizes).tile
                 assert closed_form.tile_rows(platform, tokens, model, nf4) == expected
+
+
+def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
+    from models.ops import grouped_table
+
+    def entry(tile):
+        shape = {"rows_per_expert": 128, "hidden": 4096, "intermediate": 14336, "nf4": True}
+        return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
+
+    table = {"cpu": [entry(16)], "NVIDIA H100 80GB HBM3": [entry(64)]}
+    monkeypatch.setattr(grouped_table, "_table", lambda: table)
+    own = gpus.GPU("mine", 80.0, 1e12, 1e15, None, "mine")
+    assert [closed_form.device_of(gpu) for gpu in (gpus.GPUS["H100"], gpus.GPUS["A100-80"], own)] == ["NVIDIA H100 80GB HBM3", "gpu", "gpu"]
+    loaded = config.load(*SPARSE[1:2])
+    peaks = {}
+    for name in ("H100", "H200"):  # one kind of program; nothing was measured on an H200: tiles of 512 rows
+        peaks[name] = estimating.oracle(loaded, estimating.architecture_of(loaded), name, 2048, True).breakdown(2)
+    assert peaks["H100"].total < peaks["H200"].total
 
 
 def test_constants_are_those_of_the_operations():
@@ -163,6 +181,18 @@ def test_what_makes_the_program_makes_the_key():
     assert memory.relevant(experiment(training={"learning_rate": 1e-3, "epochs": 4})) == first
     for other in (experiment(training={"remat": "none"}), experiment(training={"clip_norm": None}), experiment(**LORA)):
         assert memory.relevant(other) != first
+
+
+def test_a_table_that_chooses_the_program_makes_the_key(monkeypatch, tmp_path):
+    """models/ops/grouped_choice.json: another tile is another program."""
+    shutil.copytree(estimating.ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "moejax").symlink_to(estimating.ROOT / "moejax")
+    before = estimating._sources()
+    monkeypatch.setattr(estimating, "ROOT", tmp_path)
+    assert estimating._sources() == before
+    table = tmp_path / "models" / "ops" / "grouped_choice.json"
+    table.write_text(table.read_text().replace('"tile": 64', '"tile": 32'))
+    assert estimating._sources() != before
 
 
 def test_every_cell_of_the_study():

@@ -218,6 +218,14 @@ def test_writer_leaves_nothing_half_written(tmp_path):
     np.testing.assert_array_equal(read["a"], np.array([[0] * 3, [1] * 3], jnp.bfloat16))
     assert read["b"] == 7
 
+    def refuse(new):
+        assert load_file(str(new)).keys() == {"a"}  # whole, under another name
+        raise UserError("not what it should be")
+
+    with pytest.raises(UserError, match="not what it should be"):
+        safetensors_file.write_file(path, {"a": np.ones(2, np.float32)}, refuse)
+    assert load_file(str(path)).keys() == {"a", "b"} and list(tmp_path.iterdir()) == [path]
+
 
 def test_a_checkpoint_of_transformers_5():
     """tests/oracles/save_mixtral.py wrote it: other names in config.json, several shards; the logits are PyTorch's."""

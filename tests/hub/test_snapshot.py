@@ -14,7 +14,7 @@ from support import ROOT
 from moejax import config
 from moejax.errors import UserError
 from moejax.hub import snapshot
-from moejax.training import loop, pinning
+from moejax.training import loop, pinning, run_folder
 
 SHA, NEWER = "a" * 40, "b" * 40
 ID = "org/name"
@@ -164,6 +164,21 @@ def test_a_run_is_pinned_to_the_commit_it_took(offline, tmp_path):
     other = experiment(tmp_path, model={"source": ID, "revision": NEWER})
     with pytest.raises(UserError, match=r"Changed: model\.revision: 'a+' -> 'b+'"):
         loop.run(other, resume=True)
+
+
+def test_a_branch_in_the_id_is_pinned_too(offline, tmp_path):
+    """`org/name@main`: the commit of today, also where the id itself named the branch."""
+    cached(offline)
+    named = experiment(tmp_path, model={"source": f"{ID}@main"})
+    again = pinning.pinned(named, snapshot.resolve(named.model.source, named.model.revision))
+    assert (again.model.source, again.model.revision) == (ID, SHA)
+    cached(offline, NEWER, ROOT / "docs")
+    assert snapshot.resolve(again.model.source, again.model.revision).name == SHA
+    run_folder.write_config(tmp_path / "runs" / "run", again)
+    assert pinning.adopted(named).model == again.model
+    for other in ({"source": f"{ID}@{NEWER}"}, {"source": "org/other@main"}):
+        begun = experiment(tmp_path, model=other)
+        assert pinning.adopted(begun) == begun
 
 
 def test_an_adapter_to_continue_from_is_pinned_too(offline, tmp_path):
