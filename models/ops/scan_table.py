@@ -22,6 +22,11 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     return table
 
 
+def devices() -> tuple[str, ...]:
+    """What was measured, as jax names it: "cpu", and kinds of GPUs."""
+    return tuple(_table())
+
+
 def entry(platform: str, rows: int, length: int, channels: int) -> tuple[str, int]:
     """Form and tokens of a chunk for this device ("cpu", "gpu" or a GPU's kind) and operands [rows, length, channels].
 

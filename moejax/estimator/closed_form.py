@@ -66,8 +66,9 @@ def kind(platform: Platform) -> str:
 
 
 def device_of(gpu: GPU) -> str:
-    """The GPU as jax names it, in the table of what was measured; "gpu" where nothing was measured on one."""
-    kinds = {found.name: kind for kind in grouped_table.devices() if (found := gpus.of_device_kind(kind)) is not None}
+    """The GPU as jax names it, in the tables of what was measured; "gpu" where nothing was measured on one."""
+    measured = (*grouped_table.devices(), *scan_table.devices())
+    kinds = {found.name: kind for kind in measured if (found := gpus.of_device_kind(kind)) is not None}
     return kinds.get(gpu.name, "gpu")
 
 
@@ -123,7 +124,7 @@ class _Step:
     @property
     def scan_chunk(self) -> int:
         assert isinstance(self.config, BlackMambaConfig)
-        return scan_table.entry(kind(self.platform), self.rows, self.row_tokens, self.config.inner_size)[1]
+        return scan_table.entry(self.device, self.rows, self.row_tokens, self.config.inner_size)[1]
 
     @property
     def sorted_rows(self) -> int:
