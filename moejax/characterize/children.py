@@ -16,7 +16,7 @@ from typing import Any
 from moejax.characterize.trial import result_path
 from moejax.errors import UserError
 from moejax.estimating import ROOT
-from moejax.report import results
+from moejax.files import replace_text
 
 MODULE = "moejax.characterize.trial"
 
@@ -51,7 +51,7 @@ def read(path: Path) -> Result | None:
 
 def keep(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.replace(path, json.dumps(vars(result), indent=1, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(vars(result), indent=1, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)

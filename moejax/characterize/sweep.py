@@ -65,15 +65,26 @@ class Sweep:
         """A new study, or the one that is there. Raises UserError for a folder of another one, or one that is in use."""
         config = study.config()
         _check(folder, config, env)
-        runner = Runner(folder, _lock(folder), **({"start": start} if start else {}))
-        tasks = plan.tasks(study)
+        lock = _lock(folder)
+        try:
+            _check(folder, config, env)  # another may have begun there before the lock was had
+            runner = Runner(folder, lock, **({"start": start} if start else {}))
+            return cls._opened(study, runner, preset, command, env, limit, config)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def _opened(cls, study: Study, runner: Runner, preset: str | None, command: str, env: Environment, limit: MemoryLimit,
+                config: dict[str, Any]) -> Sweep:  # fmt: skip
+        folder, tasks = runner.folder, plan.tasks(study)
         planned = [
             Planned(t.name, plan.EXPERIMENT[t.kind], round(plan.expected(t, study, env, limit.bytes or 0), 1), runner.told(t.name))
             for t in tasks
         ]
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if (folder / results.STUDY_FILE).exists():
-            before = results.read(folder)
+            before = results.read_plan(folder)
             created, env = before.created, before.environment  # one measurement of the peaks for all trials
         content = results.Study(
             1, preset, command, created, config, results.digest(config), study.models(), env, limit, planned, {}, False
@@ -204,11 +215,11 @@ def _sum(attempts: dict[int, Result]) -> float:
 
 def _check(folder: Path, config: dict[str, Any], env: Environment) -> None:
     """Raises UserError for a folder that is not this study's."""
-    if not folder.exists() or not any(p.name != ".lock" for p in folder.iterdir()):
-        return
+    if not folder.exists() or all(p.name == ".lock" or p.name.startswith(f"{results.STUDY_FILE}.") for p in folder.iterdir()):
+        return  # at most what a study left that was killed as it began
     if not (folder / results.STUDY_FILE).exists():
         raise UserError(f"--out {folder} holds other files and no {results.STUDY_FILE}: choose an empty folder (nothing was overwritten)")
-    before = results.read(folder)
+    before = results.read_plan(folder)
     changed = differences(before.config, config)
     if changed:
         raise UserError(

@@ -18,6 +18,7 @@ from typing import Any
 
 from moejax.characterize import plan, study
 from moejax.errors import UserError
+from moejax.files import replace_text
 from moejax.report import results
 
 
@@ -42,7 +43,7 @@ def main() -> int:
 
 def run(folder: Path, trial: str, rows: int | None) -> int:
     """Measure and write. Returns 0 for a trial that came to an end, out of memory included."""
-    found = results.read(folder)
+    found = results.read_plan(folder)
     parts = study.from_config(found.config)
     task = next((t for t in plan.tasks(parts) if t.name == trial), None)
     if task is None:
@@ -61,7 +62,7 @@ def run(folder: Path, trial: str, rows: int | None) -> int:
     }  # fmt: skip
     path = result_path(folder, trial, rows if task.kind == "prove" else None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"{trial}: {status}{'' if message is None else f': {message}'}")
     return 0
 

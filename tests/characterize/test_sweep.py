@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_study import ENVIRONMENT
 
+from moejax import cli
 from moejax.characterize import children
 from moejax.characterize.sweep import Sweep
 from moejax.errors import UserError
@@ -146,6 +147,52 @@ def test_killed_in_the_middle_and_resumed(open_sweep, ran, tmp_path):
     assert [name for name, _ in run(sweep)] == [t.name for t in sweep.tasks][-4:]
     assert ran()[len(before) :] == [PACKED, "expert_load/mixtral-tiny/problems/sparse", "fit/mixtral-tiny", "cost/mixtral-tiny"]
     assert results.read(tmp_path / "out").finished
+    close(sweep)
+
+
+class Killed(BaseException):
+    """What a kill is to the code: nothing catches it, nothing is put in order."""
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+@pytest.mark.parametrize("begun", [False, True])
+def test_killed_between_the_result_files(open_sweep, ran, tmp_path, monkeypatch, capsys, renamed, begun):
+    """Files of two moments: the report refuses them, and the same command goes on and makes them one again."""
+    whole, left = results.replace_text, [renamed]
+
+    def replace_text(path, text):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        whole(path, text)
+
+    with monkeypatch.context() as patched:
+        sweep = None
+        if begun:
+            sweep = open_sweep()
+
+            def told(task, result, seconds):
+                if task.name == PADDED + "largest" and result is None:
+                    patched.setattr(results, "replace_text", replace_text)
+
+        else:
+            patched.setattr(results, "replace_text", replace_text)
+        with pytest.raises(Killed):
+            sweep.run(told) if sweep else open_sweep()
+    if sweep:
+        close(sweep)
+    if begun and not renamed:  # the last write had not begun: the files before it are whole
+        assert PADDED + "largest" not in {r.trial for r in results.read(tmp_path / "out").rows}
+    else:
+        assert cli.main(["report", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "run the same `moejax characterize` again" in error or "does not exist: expected" in error
+    before = ran()
+    sweep = open_sweep()
+    run(sweep)
+    study = results.read(tmp_path / "out")
+    assert study.finished and len(set(ran())) == len(ran()) and ran()[: len(before)] == before
+    assert {r.trial for r in study.rows} >= {PADDED + "1", PADDED + "largest", PACKED}
     close(sweep)
 
 
