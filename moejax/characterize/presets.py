@@ -90,13 +90,20 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
         known = Sizes.__dataclass_fields__
         if name not in known or not equals:
             raise UserError(f"override {text!r}: expected sweep.NAME=VALUE with one of {', '.join(known)}")
-        read = yaml.safe_load(value)
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            read = value  # fits nothing
         wanted = getattr(sizes, name)
-        read = tuple(read) if isinstance(read, list) else read
+        read = tuple(dict.fromkeys(map(_hashable, read))) if isinstance(read, list) else read  # what is given twice is run once
         if not _fits(name, read, wanted):
             raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}")
         changes[name] = read
     return replace(sizes, **changes), rest
+
+
+def _hashable(value: Any) -> Any:
+    return repr(value) if isinstance(value, dict | list) else value
 
 
 def _fits(name: str, value: Any, like: Any) -> bool:

@@ -144,7 +144,8 @@ class Environment:
 class Study:
     """A folder's content. config: every setting of the sweep, experiments resolved; created: UTC, ISO 8601.
 
-    rows_hash: of results.csv as it was written with this (`write` sets it; None: by a moejax that did not).
+    rows_hash: of results.csv as it was written with this (`write` sets it; None: by a moejax that did not). prices: GPU -> seller and day
+    of its price an hour.
     """
 
     __pydantic_config__ = _STRICT
@@ -162,6 +163,7 @@ class Study:
     finished: bool
     rows: list[Row] = field(default_factory=list)
     rows_hash: str | None = None
+    prices: dict[str, str] = field(default_factory=dict)
 
     def of(self, experiment: str, **where: Any) -> list[Row]:
         """Rows of an experiment in which all these columns have these values."""
