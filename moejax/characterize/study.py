@@ -147,7 +147,8 @@ def resolve(
             raise UserError(f"--config {file}: {first_line(error)}: expected a YAML file that can be read") from None
         if not given:
             experiment = _of_checkout(experiment)
-        for routing in sizes_.routings:
+        only_sparse = not given and known is not None and Path(file).stem in known.only_sparse and "sparse" in sizes_.routings
+        for routing in ("sparse",) if only_sparse else sizes_.routings:
             s = _setting(experiment, routing, pretrained)
             if s.key in settings:
                 raise UserError(f"--config {file}: {s.key} is there already: give configs of different models or data")
