@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moejax.characterize.trial import result_path
+from moejax.characterize import trial as trials
+from moejax.characterize.trial import HOST_MEMORY, result_path
 from moejax.errors import UserError
 from moejax.estimating import ROOT
-from moejax.report import results
+from moejax.files import replace_text
 
 MODULE = "moejax.characterize.trial"
 
 
 @dataclass
 class Result:
-    """What a trial left. status: "done", "out_of_memory" or "failed"."""
+    """What a trial left. status: "done", "out_of_memory" or "failed". retry: it ran out of the host's memory, which others use too."""
 
     status: str
     message: str | None
@@ -31,11 +32,23 @@ class Result:
     command: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    retry: bool = False
 
     @property
     def final(self) -> bool:
         """Whether it need not run again: a failed one does."""
-        return self.status in ("done", "out_of_memory")
+        return self.status in ("done", "out_of_memory") and not self.retry
+
+    def waits(self, name: str) -> Result:
+        """Of a trial that waits for this one, NAME, which gave nothing: it is not run, and tried again when this one is."""
+        status = "failed" if self.status == "failed" else "out_of_memory"
+        return Result(status, f"not run: {name}: {self.message}", None, "", retry=self.retry)
+
+
+def environment() -> dict[str, str]:
+    """Of a child: it imports this checkout."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return os.environ | {"PYTHONPATH": path}
 
 
 def read(path: Path) -> Result | None:
@@ -51,7 +64,7 @@ def read(path: Path) -> Result | None:
 
 def keep(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.replace(path, json.dumps(vars(result), indent=1, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(vars(result), indent=1, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -62,12 +75,9 @@ class Runner:
     lock: int | None = None
     start: tuple[str, ...] = (sys.executable, "-m", MODULE)
 
-    def command(self, trial: str, rows: int | None = None) -> list[str]:
-        return [str(self.folder), trial, *([] if rows is None else ["--rows", str(rows)])]
-
     def told(self, trial: str, rows: int | None = None) -> str:
         """The command as the results show it."""
-        return " ".join(["python", "-m", MODULE, *self.command(trial, rows)])
+        return trials.told(self.folder, trial, rows)
 
     def run(self, trial: str, rows: int | None = None, *, attempt: bool = False) -> Result:
         """A trial's result: kept, or of a child process that runs it now. attempt: one of several with other rows."""
@@ -79,21 +89,21 @@ class Runner:
         log = self.folder / "logs" / f"{path.relative_to(self.folder / 'trials').with_suffix('')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        code = self._wait([*self.start, *self.command(trial, rows)], log)
+        command = [*self.start, *trials.arguments(self.folder, trial, rows), "--parent", str(os.getpid())]
+        code = self._wait(command, log)
         seconds = time.perf_counter() - begin
         result = read(path)
         if result is None:
-            result = Result("failed", _reason(code, log), seconds, "")
+            result = _ended(code, log)
         # The whole process counts: starting and compiling too.
         result = Result(**(vars(result) | {"seconds": seconds, "command": self.told(trial, rows)}))
         keep(path, result)
         return result
 
     def _wait(self, command: list[str], log: Path) -> int:
-        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         with log.open("wb") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path},
+                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(),
                 pass_fds=() if self.lock is None else (self.lock,),
             )  # fmt: skip
             try:
@@ -104,14 +114,16 @@ class Runner:
                 raise
 
 
-def _reason(code: int, log: Path) -> str:
-    """Why a child ended without a result: its signal, or the last line that it wrote."""
-    if code < 0:
-        told = f"killed by {signal.Signals(-code).name}"
-        return f"{told}: out of the machine's memory?" if code == -signal.SIGKILL else told
+def _ended(code: int, log: Path) -> Result:
+    """Of a child that ended without a result: its signal, or the last line that it wrote."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ")[:300] if lines else "it wrote nothing"
-    return f"exit code {code}: {last}"
+    if code == -signal.SIGKILL:
+        told = f"{HOST_MEMORY}: killed by SIGKILL, as the kernel does then (or was it ended by hand?)"
+        return Result("out_of_memory", told, None, "", retry=True)
+    if "std::bad_alloc" in last:
+        return Result("out_of_memory", f"{HOST_MEMORY}: {last}", None, "", retry=True)
+    return Result("failed", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {last}", None, "")
 
 
 def search(first: int, runs: Callable[[int], bool]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from moejax.characterize.children import Result
 from moejax.characterize.plan import Task
 from moejax.characterize.presets import parse_bytes
 from moejax.characterize.sweep import Sweep, environment
+from moejax.errors import UserError
 from moejax.report import results
 
 
@@ -31,7 +33,10 @@ def run(options: argparse.Namespace) -> int:
         expected = [(t.name, plan.expected(t, wanted, env, memory.bytes or 0)) for t in plan.tasks(wanted)]
         console.print(_table(expected, {}, memory, env))
         return 0
-    sweep = Sweep.open(wanted, folder, options.preset, _command(options), env, memory)
+    try:
+        sweep = Sweep.open(wanted, folder, options.preset, _command(options), env, memory)
+    except OSError as error:
+        raise _unwritten(folder, error) from None
     expected = [(p.trial, p.expected_seconds) for p in sweep.content.plan]
     console.print(_table(expected, sweep.content.trials, memory, env))
     progress = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("{task.description}"),
@@ -58,14 +63,16 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", highlight=False, soft_wrap=True)
         return 130
+    except OSError as error:
+        raise _unwritten(folder, error) from None
     finally:
         sweep.close()
         if progress:
             progress.stop()
-    failed = [name for name, t in sweep.content.trials.items() if t.status == "failed"]
+    failed = [name for name, r in sweep.done.items() if not r.final]
     rows = len(sweep.content.rows)
     console.print(f"{rows} values in {folder / results.CSV_FILE} and {results.JSON_FILE}", highlight=False, soft_wrap=True)
-    console.print(f"the page: moejax report {folder}", highlight=False, soft_wrap=True)
+    console.print(f"the page: {shlex.join(['moejax', 'report', str(folder)])}", highlight=False, soft_wrap=True)
     if failed:
         told_ = f"{len(failed)} of {count} trials failed ({', '.join(failed[:3])}{', …' if len(failed) > 3 else ''})"
         why = f"why is in {folder / results.STUDY_FILE} and in {folder / 'logs'}; the same command tries them again"
@@ -74,12 +81,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _unwritten(folder: Path, error: OSError) -> UserError:
+    where = "" if error.filename is None or Path(error.filename) == folder else f"{error.filename}: "
+    return UserError(f"--out {folder}: {where}{error.strerror}: expected a folder that can be written (finished trials are kept)")
+
+
 def _command(options: argparse.Namespace) -> str:
     """The command line as it would be typed."""
     parts = ["moejax", "characterize", *(["--preset", options.preset] if options.preset else [])]
     parts += [part for file in options.config for part in ("--config", file)] + ["--out", options.out]
     parts += ["--memory-limit", options.memory_limit] if options.memory_limit else []
-    return " ".join([*parts, *(["--pretrained"] if options.pretrained else []), *options.overrides])
+    return shlex.join([*parts, *(["--pretrained"] if options.pretrained else []), *options.overrides])
 
 
 def _table(

@@ -10,24 +10,11 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moejax import __version__
+from moejax.estimating import versions
 from moejax.report.results import Environment, digest
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin")
-
-
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    found = {"python": platform.python_version(), "moejax": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> str | None:
@@ -60,7 +47,8 @@ def describe(dtype: str) -> tuple[Environment, int | None]:
     on_cpu = device.platform == "cpu"
     content = {
         "device": cpu_name() if on_cpu else device.device_kind, "platform": "cpu" if on_cpu else "gpu", "memory_bytes": size,
-        "versions": versions(), "cpu": cpu_name(), "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "moejax": __version__} | versions(), "cpu": cpu_name(),
+        "git_commit": git_commit(),
     }  # fmt: skip
     peaks = {
         "peak_flops": peak, "peak_bytes_per_second": bandwidth, "peaks": "measured" if source == "measured" else "tabled"

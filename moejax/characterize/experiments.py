@@ -162,7 +162,8 @@ def breakdown(t: Trial, rows: int) -> Outcome:
         if value is not None:
             out.rows.append(t.row(metric, value, unit, scope=scope, experiment=experiment, batch=rows))
 
-    if length == sizes.breakdown_tokens:
+    # Where the largest batch is 1, the breakdown of batch 1 is another trial's.
+    if length == sizes.breakdown_tokens and not (t.task.kind == "length" and rows == 1):
         for experiment, parts in (("stages", b.phases), ("layers", b.layers), ("kernels", b.moe_kernels)):
             for scope, value in parts.items():
                 add(experiment, "seconds", value, "s", scope)

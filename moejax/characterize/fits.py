@@ -145,15 +145,15 @@ def _equation_1(task: Task, points: list[Measured], f: Fitted, found: results.St
     units = {"c0": "tokens/GB", "c1": "share", "model_gb": "GB", "rmse_gb": "GB", "points": "points"}
     rows = [_row(task, s, "fit_batch", name, e[name], unit) for name, unit in units.items() if e[name] is not None]
     here = (found.memory_limit.bytes or 0) / 1e9
-    sizes = (here, *FIGURE_13_GB) if here > min(FIGURE_13_GB) / 2 else (here, 2 * here, 4 * here)
+    sizes = {f"{gb:g} GB": gb for gb in ((here, *FIGURE_13_GB) if here > min(FIGURE_13_GB) / 2 else (here, 2 * here, 4 * here))}
     for m in {m.task.setting.key: m for m in points}.values():
         own = m.task.setting
         share = own.architecture.experts_per_token / own.architecture.num_experts
-        for gb in sizes:
+        for scope, gb in sizes.items():  # the limit may be one of the figure's
             if gb > 0:
                 batch = paper.max_batch(gb, e["model_gb"], own.longest, share, e["c0"], e["c1"] or 0.0)
                 rows.append(_row(
-                    task, own, "fit_batch", "predicted_batch", batch, "queries", scope=f"{gb:g} GB", routing=own.routing,
+                    task, own, "fit_batch", "predicted_batch", batch, "queries", scope=scope, routing=own.routing,
                     seq_len=own.longest, batching="fixed",
                 ))  # fmt: skip
     return rows
@@ -179,9 +179,8 @@ def cost(task: Task, study: Study, measured: list[Measured], found: results.Stud
         if not mine:
             continue
         best = max(mine, key=lambda m: m.facts["queries"] / m.facts["seconds"])
-        queries = s.records * (s.experiment.training.epochs or 1)
         here, measured_batch = own.name if own else device, best.facts["queries"]
-        out.rows += _cost_rows(task, s, best, here, measured_batch, measured_batch / best.facts["seconds"], queries, told, True)
+        out.rows += _cost_rows(task, s, best, here, measured_batch, measured_batch / best.facts["seconds"], told, True)
         for gpu in gpus.GPUS.values() if entry else ():
             usable = memory.usable_bytes(gpu, s.experiment.device.memory_fraction)
             batch = s.closed_form_rows(s.longest, usable, closed_form.platform_of(gpu))
@@ -191,9 +190,8 @@ def cost(task: Task, study: Study, measured: list[Measured], found: results.Stud
             law = coefficients.choose([entry], entry.model, entry.method, gpu, gpus.GPUS)
             share = s.architecture.experts_per_token / s.architecture.num_experts
             seconds = law.seconds(batch * best.facts["tokens"] / best.facts["queries"], share)
-            out.rows += _cost_rows(task, s, best, gpu.name, batch, batch / seconds, queries, told, False)
-    remarks += [f"{gpu}: {price}" for gpu, price in told.items()]
-    out.message = "; ".join(remarks) or None
+            out.rows += _cost_rows(task, s, best, gpu.name, batch, batch / seconds, told, False)
+    out.message, out.facts = "; ".join(remarks) or None, {"prices": told}
     return out
 
 
@@ -202,16 +200,16 @@ def _price(gpu: str) -> prices.Price | None:
     return prices.cheapest(prices.SETS["2026"], gpu) or prices.cheapest(prices.SETS["study"], gpu)
 
 
-def _cost_rows(task: Task, s: Setting, best: Measured, gpu: str, batch: float, rate: float, queries: int, told: dict[str, str],
+def _cost_rows(task: Task, s: Setting, best: Measured, gpu: str, batch: float, rate: float, told: dict[str, str],
                measured: bool) -> list[Row]:  # fmt: skip
-    hours, price = queries / rate / 3600, _price(gpu)
+    hours, price = s.run_queries / rate / 3600, _price(gpu)
     batch = int(batch) if float(batch).is_integer() else batch
     values: list[tuple[str, float, str]] = [
-        ("batch", batch, "queries"), ("queries_per_second", rate, "queries/s"), ("queries", queries, "queries"), ("hours", hours, "h"),
-        ("measured", int(measured), "1 or 0"),
+        ("batch", batch, "queries"), ("queries_per_second", rate, "queries/s"), ("queries", s.run_queries, "queries"),
+        ("hours", hours, "h"), ("measured", int(measured), "1 or 0"),
     ]  # fmt: skip
     if price is not None:
-        told[gpu] = price.told
+        told[gpu] = price.told.partition(", ")[2]
         values += [("usd_per_hour", price.usd_per_hour, "USD/h"), ("usd", hours * price.usd_per_hour, "USD")]
     where = of_point(best) | {"batch": batch, "scope": gpu}
     return [_row(task, s, "cost", *value, **where) for value in values]

@@ -47,12 +47,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Preset:
-    """configs: files of configs/. memory_limit: bytes of a device that has no limit of its own (a CPU)."""
+    """configs: files of configs/. memory_limit: bytes of a device that has no limit of its own (a CPU). only_sparse: which of the configs
+    are not run through all experts too."""
 
     what: str
     configs: tuple[str, ...]
     sizes: Sizes
     memory_limit: int | None = None
+    only_sparse: tuple[str, ...] = ()
 
 
 STUDY = Sizes()
@@ -60,10 +62,10 @@ QUICK = replace(
     STUDY, batches=(1, "largest"), packed=("largest",), queries=100, lengths=(128, 512), dense_lengths=(128,), tune_steps=50,
     load_queries=200, timed=5, traced=2,
 )  # fmt: skip
-# Few shapes: on a CPU nearly all the time goes into starting and compiling. The problems' queries have 45 to 48 tokens: 4 in a row of 192.
+# Few shapes: on a CPU nearly all the time goes into starting and compiling. The problems' queries have 45 to 48 tokens: 2 in a row of 96.
 CPU_DEMO = replace(
-    QUICK, batches=(1, "1/2", "largest"), pack_row_tokens=192, queries=128, breakdown_tokens=64, lengths=(64, 256, 1024),
-    dense_lengths=(64,), tune_steps=40, load_queries=64, timed=3, traced=1,
+    QUICK, packed=("1/2",), pack_row_tokens=96, queries=128, breakdown_tokens=64, lengths=(64, 256), dense_lengths=(64,), tune_steps=40,
+    load_queries=64, timed=3, traced=1,
 )  # fmt: skip
 PRESETS = {
     "study-mixtral": Preset("Mixtral-8x7B by QLoRA, both data sets", ("mixtral_8x7b_cs_sparse", "mixtral_8x7b_math_sparse"), STUDY),
@@ -71,7 +73,10 @@ PRESETS = {
         "BlackMamba-2.8B, all weights, both data sets", ("blackmamba_2.8b_cs_sparse", "blackmamba_2.8b_math_sparse"), STUDY
     ),
     "quick": Preset("Mixtral-8x7B (or --config) with few points", ("mixtral_8x7b_cs_sparse",), QUICK),
-    "cpu-demo": Preset("both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=176_000_000),
+    "cpu-demo": Preset(
+        "both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=90_000_000,
+        only_sparse=("demo_blackmamba",),
+    ),
 }  # fmt: skip
 
 
@@ -90,13 +95,20 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
         known = Sizes.__dataclass_fields__
         if name not in known or not equals:
             raise UserError(f"override {text!r}: expected sweep.NAME=VALUE with one of {', '.join(known)}")
-        read = yaml.safe_load(value)
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            read = value  # fits nothing
         wanted = getattr(sizes, name)
-        read = tuple(read) if isinstance(read, list) else read
+        read = tuple(dict.fromkeys(map(_hashable, read))) if isinstance(read, list) else read  # what is given twice is run once
         if not _fits(name, read, wanted):
             raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}")
         changes[name] = read
     return replace(sizes, **changes), rest
+
+
+def _hashable(value: Any) -> Any:
+    return repr(value) if isinstance(value, dict | list) else value
 
 
 def _fits(name: str, value: Any, like: Any) -> bool:

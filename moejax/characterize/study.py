@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,8 @@ from models.config import Architecture, BlackMambaConfig
 from moejax import config as experiments
 from moejax.characterize.presets import PRESETS, Preset, Sizes, override
 from moejax.config import Experiment
-from moejax.errors import UserError
+from moejax.data.batching import Batches
+from moejax.errors import UserError, first_line
 from moejax.estimating import ROOT, architecture_of
 from moejax.estimator import closed_form, lengths, memory, sizes
 from moejax.report.results import Model
@@ -22,12 +23,16 @@ from moejax.report.results import Model
 if TYPE_CHECKING:
     from moejax.data.tokenize import Query
 
+DATASETS = {"cs": "commonsense_15k", "math": "math_14k"}  # of which the study's lengths are known
 ANSWER = 1 / 3  # of a random query: what is supervised
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One model with one data set and one routing. `longest`: tokens of the longest query, rounded up to 8. random_*: not from a file."""
+    """One model with one data set and one routing. random_*: not from a file.
+
+    longest: tokens of the longest query, rounded up to 8. run_queries: of the config's whole run, all epochs, held-out ones not counted.
+    """
 
     model: str
     family: Literal["mixtral", "blackmamba"]
@@ -37,6 +42,7 @@ class Setting:
     random_weights: bool
     random_data: bool
     longest: int
+    run_queries: int
     experiment: Experiment
 
     @property
@@ -46,11 +52,6 @@ class Setting:
     @property
     def architecture(self) -> Architecture:
         return architecture_of(self.experiment)
-
-    @property
-    def records(self) -> int:
-        """Queries of one epoch."""
-        return self.experiment.data.records or len(self.queries())
 
     def closed_form_rows(self, row_tokens: int, limit: float, platform: closed_form.Platform) -> int:
         """How many rows fit into `limit` bytes by arithmetic, at most `memory.ROWS_LIMIT` less 1 (a toy on a GPU)."""
@@ -72,7 +73,7 @@ class Setting:
             source = e.tokenizer or str(e.model.source)
             tokenizer = None if e.data.source is None else load_tokenizer(source, e.added_tokens)
             return pipeline.load(e.data, tokenizer, e.seed, vocabulary).tokenized.queries
-        known = lengths.of_study({"cs": "commonsense_15k", "math": "math_14k"}[self.data])
+        known = lengths.of_study(DATASETS[self.data])
         random = np.random.default_rng(e.seed)
         drawn = random.choice(known.tokens, at_least, p=known.counts / known.counts.sum())
         drawn = np.minimum(drawn, min(lengths.STUDY_CUTOFF, e.data.max_length))
@@ -108,7 +109,7 @@ class Study:
 
     def config(self) -> dict[str, Any]:
         """Everything that decides what is run, as plain JSON data."""
-        own = ("model", "family", "method", "routing", "data", "random_weights", "random_data", "longest")
+        own = ("model", "family", "method", "routing", "data", "random_weights", "random_data", "longest", "run_queries")
         settings = {s.key: {k: getattr(s, k) for k in own} | {"experiment": s.experiment.model_dump(mode="json")} for s in self.settings}
         return {"sizes": self.sizes.as_dict(), "memory_limit": self.memory_limit, "settings": settings}
 
@@ -132,6 +133,7 @@ def resolve(
         raise UserError(f"what is to be characterized? --config FILE (see configs/), or --preset {' | '.join(PRESETS)}")
     known: Preset | None = PRESETS[preset] if preset else None
     sizes_, overrides = override(known.sizes if known else Sizes(), overrides)
+    given = bool(files)
     if not files:
         assert known is not None
         files = [str(ROOT / "configs" / f"{name}.yaml") for name in known.configs]
@@ -139,8 +141,14 @@ def resolve(
         memory_limit = known.memory_limit
     settings: dict[str, Setting] = {}
     for file in files:
-        experiment = experiments.load(file, overrides)
-        for routing in sizes_.routings:
+        try:
+            experiment = experiments.load(file, overrides)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {file}: {first_line(error)}: expected a YAML file that can be read") from None
+        if not given:
+            experiment = _of_checkout(experiment)
+        only_sparse = not given and known is not None and Path(file).stem in known.only_sparse and "sparse" in sizes_.routings
+        for routing in ("sparse",) if only_sparse else sizes_.routings:
             s = _setting(experiment, routing, pretrained)
             if s.key in settings:
                 raise UserError(f"--config {file}: {s.key} is there already: give configs of different models or data")
@@ -148,21 +156,33 @@ def resolve(
     return Study(tuple(settings.values()), sizes_, memory_limit)
 
 
+def _of_checkout(experiment: Experiment) -> Experiment:
+    """A preset works from any folder: files that its configs name and that are not here are the checkout's."""
+
+    def found(path: str | None) -> str | None:
+        return str(ROOT / path) if path and not Path(path).exists() and (ROOT / path).exists() else path
+
+    model, data = (part.model_copy(update={"source": found(part.source)}) for part in (experiment.model, experiment.data))
+    return experiment.model_copy(update={"model": model, "data": data, "tokenizer": found(experiment.tokenizer)})
+
+
 def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
     source, data = experiment.model.source, experiment.data
+    whole = experiment.model_copy(update={"data": data.model_copy(update={"eval_source": None})})
     base = architecture_of(experiment)
     k = base.num_experts if routing == "dense" else base.experts_per_token if not base.dense else 2
     updates = {
         "model": experiment.model.model_dump(mode="json") | {"experts_per_token": k},
         # A batch is what one step takes at once; nothing is evaluated, saved or traced but by the trials themselves.
-        "training": experiment.training.model_dump(mode="json") | {"gradient_accumulation": 1, "eval_every": None},
+        "training": experiment.training.model_dump(mode="json") | {"gradient_accumulation": 1, "eval_every": None}
+        | ({"remat": "full"} if experiment.training.remat == "auto" else {}),  # which the largest batch needs
         "profile": None,
         "data": data.model_dump(mode="json") | {"holdout": 0, "eval_source": None},
     }
     experiment = Experiment.model_validate_json(json.dumps(experiment.model_dump(mode="json") | updates))
     label = _data_label(data.source)
     random_data = data.source is not None and not pretrained and not Path(data.source).is_file()
-    if random_data and label not in ("cs", "math"):
+    if random_data and label not in DATASETS:
         raise UserError(
             f"data.source = {data.source} is no file here. --pretrained downloads it; a path (data.source=PATH) reads it. Without either "
             "only commonsense_15k and math_14k can stand in, as random tokens with their published lengths"
@@ -174,7 +194,8 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
         routing=routing, data=label, random_weights=source is None or (not pretrained and not Path(source).is_dir()),
         random_data=random_data, experiment=experiment,
     )  # fmt: skip
-    return Setting(**content, longest=_longest(Setting(**content, longest=0)))
+    s = Setting(**content, longest=0, run_queries=0)
+    return replace(s, longest=_longest(s), run_queries=_run_queries(replace(s, experiment=whole)))
 
 
 def _data_label(source: str | None) -> Literal["cs", "math", "problems", "fixed", "other"]:
@@ -186,9 +207,21 @@ def _data_label(source: str | None) -> Literal["cs", "math", "problems", "fixed"
     return "cs" if name.startswith("commonsense") else "math" if name.startswith("math") else "other"
 
 
+def _run_queries(s: Setting) -> int:
+    """Of the whole run; s: with the config as it was given."""
+    d, t = s.experiment.data, s.experiment.training
+    if s.random_data:
+        queries = s.queries((d.records or lengths.of_study(DATASETS[s.data]).counts.sum()) - d.holdout)
+    else:
+        queries = s.queries()  # what is held out is not among them
+    if t.steps is None:
+        return len(queries) * (t.epochs or 1)
+    return round(t.steps * t.gradient_accumulation * len(queries) / Batches(queries, d, s.experiment.seed).batches_per_epoch(0))
+
+
 def _longest(s: Setting) -> int:
     if s.random_data:
-        known = lengths.of_study({"cs": "commonsense_15k", "math": "math_14k"}[s.data])
+        known = lengths.of_study(DATASETS[s.data])
         longest = min(known.longest, lengths.STUDY_CUTOFF, s.experiment.data.max_length)
     else:
         longest = max(len(q.ids) for q in s.queries())

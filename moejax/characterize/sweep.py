@@ -18,6 +18,7 @@ import moejax.characterize.children as children
 from moejax.characterize import plan
 from moejax.characterize.children import Result, Runner
 from moejax.characterize.plan import Task
+from moejax.characterize.presets import queries_of
 from moejax.characterize.study import Study
 from moejax.errors import UserError
 from moejax.report import results
@@ -31,9 +32,8 @@ def environment(study: Study) -> tuple[Environment, MemoryLimit]:
 
     first = study.settings[0].experiment
     prepare_jax(first.device)
-    path = os.pathsep.join(p for p in (str(children.ROOT), os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, "-m", "moejax.characterize.environment", first.training.compute_dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
     if done.returncode:
         raise UserError(f"jax finds no device to run on: {(done.stderr.strip().splitlines() or ['no word'])[-1]}; moejax doctor says more")
     content = json.loads(done.stdout.splitlines()[-1])
@@ -65,15 +65,26 @@ class Sweep:
         """A new study, or the one that is there. Raises UserError for a folder of another one, or one that is in use."""
         config = study.config()
         _check(folder, config, env)
-        runner = Runner(folder, _lock(folder), **({"start": start} if start else {}))
-        tasks = plan.tasks(study)
+        lock = _lock(folder)
+        try:
+            _check(folder, config, env)  # another may have begun there before the lock was had
+            runner = Runner(folder, lock, **({"start": start} if start else {}))
+            return cls._opened(study, runner, preset, command, env, limit, config)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def _opened(cls, study: Study, runner: Runner, preset: str | None, command: str, env: Environment, limit: MemoryLimit,
+                config: dict[str, Any]) -> Sweep:  # fmt: skip
+        folder, tasks = runner.folder, plan.tasks(study)
         planned = [
             Planned(t.name, plan.EXPERIMENT[t.kind], round(plan.expected(t, study, env, limit.bytes or 0), 1), runner.told(t.name))
             for t in tasks
         ]
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if (folder / results.STUDY_FILE).exists():
-            before = results.read(folder)
+            before = results.read_plan(folder)
             created, env = before.created, before.environment  # one measurement of the peaks for all trials
         content = results.Study(
             1, preset, command, created, config, results.digest(config), study.models(), env, limit, planned, {}, False
@@ -90,6 +101,7 @@ class Sweep:
         """The three files, from what is there of every trial."""
         rows: list[Row] = []
         trials: dict[str, Trial] = {}
+        prices: dict[str, str] = {}
         for task in self.tasks:
             r = self.done.get(task.name)
             if r is None:
@@ -97,8 +109,9 @@ class Sweep:
                 continue
             trials[task.name] = Trial(r.status, r.seconds, r.message, r.command or self.runner.told(task.name))  # type: ignore[arg-type]
             rows += [Row(**row) for row in r.rows]
+            prices |= r.facts.get("prices", {})
         finished = all(t.status != "pending" for t in trials.values())
-        self.content = replace(self.content, trials=trials, rows=rows, finished=finished)
+        self.content = replace(self.content, trials=trials, rows=rows, finished=finished, prices=prices)
         results.write(self.content, self.runner.folder)
 
     def close(self) -> None:
@@ -139,15 +152,15 @@ class Sweep:
         proof = f"largest_batch/{task.setting.key}/prove"
         before = self.done[proof]
         if before.status != "done":
-            status = "failed" if before.status == "failed" else "out_of_memory"
-            return self._kept(task, Result(status, f"not run: {proof}: {before.message}", None, ""))
+            return self._kept(task, before.waits(proof))
         largest = before.facts["rows"]
         rows = plan.rows_of(task, largest, self.study)
-        if task.batching == "pad_longest" and rows > largest:
-            return self._kept(task, Result("out_of_memory", f"not run: {rows} queries, and {largest} are the most that fit", None, ""))
+        queries = queries_of(task.batch or "largest", largest)
+        if task.kind == "throughput" and queries > largest:
+            return self._kept(task, Result("out_of_memory", f"not run: {queries} queries, and {largest} are the most that fit", None, ""))
         same = self._same(task, rows)
         if same:
-            return self._kept(task, Result("done", f"not run: {same} had {rows} rows too", None, ""))
+            return self._kept(task, Result("done", f"not run: {same} had {rows} {'row' if rows == 1 else 'rows'} too", None, ""))
         return self.runner.run(task.name, rows)
 
     def _same(self, task: Task, rows: int) -> str | None:
@@ -166,10 +179,10 @@ class Sweep:
 
     def _prove(self, task: Task) -> Result:
         """Run the predicted batch, and one above it until one fails: each a process of its own."""
-        before = self.done[f"largest_batch/{task.setting.key}/predict"]
+        name = f"largest_batch/{task.setting.key}/predict"
+        before = self.done[name]
         if before.status != "done":
-            status = "failed" if before.status == "failed" else "out_of_memory"
-            return Result(status, f"not run: the prediction: {before.message}", None, "")
+            return before.waits(name)
         attempts: dict[int, Result] = {}
 
         def runs(rows: int) -> bool:
@@ -184,7 +197,7 @@ class Sweep:
             return Result("failed", f"{failed.args[0]} rows: {attempts[failed.args[0]].message}", _sum(attempts), "")
         message = f"{low} ran; {high}: {attempts[high].message}"
         if not low:
-            return Result("out_of_memory", f"not one query ran: {message}", _sum(attempts), "")
+            return Result("out_of_memory", f"not one query ran: {message}", _sum(attempts), "", retry=attempts[high].retry)
         s, facts = task.setting, attempts[low].facts
         values = [("proved_batch", low, "queries"), ("failed_batch", high, "queries"), ("peak_bytes", facts["peak_bytes"], "bytes")]
         rows = [
@@ -204,11 +217,11 @@ def _sum(attempts: dict[int, Result]) -> float:
 
 def _check(folder: Path, config: dict[str, Any], env: Environment) -> None:
     """Raises UserError for a folder that is not this study's."""
-    if not folder.exists() or not any(p.name != ".lock" for p in folder.iterdir()):
-        return
+    if not folder.exists() or all(p.name == ".lock" or p.name.startswith(f"{results.STUDY_FILE}.") for p in folder.iterdir()):
+        return  # at most what a study left that was killed as it began
     if not (folder / results.STUDY_FILE).exists():
         raise UserError(f"--out {folder} holds other files and no {results.STUDY_FILE}: choose an empty folder (nothing was overwritten)")
-    before = results.read(folder)
+    before = results.read_plan(folder)
     changed = differences(before.config, config)
     if changed:
         raise UserError(
@@ -226,14 +239,21 @@ def _check(folder: Path, config: dict[str, Any], env: Environment) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Held while this process or a trial of it lives. A trial that a killed study left behind ends by itself: it is waited for."""
+    """Held while this process or a trial of it lives: what a study that was killed left behind cannot write into a resumed one. Its trial
+    is killed with it, so a moment is waited."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     for _ in range(50):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
             return lock
         except BlockingIOError:
             time.sleep(0.1)
+    holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
     os.close(lock)
-    raise UserError(f"--out {folder}: another `moejax characterize` is at work in it: wait for its end, or choose another folder")
+    raise UserError(
+        f"--out {folder}: another `moejax characterize` (process {holder}), or a trial that it left behind, is at work in it: wait for its "
+        "end, or choose another folder"
+    )

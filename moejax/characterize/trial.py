@@ -1,24 +1,33 @@
 """`python -m moejax.characterize.trial DIR TRIAL [--rows N]`: one trial of a study, in a process of its own.
 
 It reads the study from DIR/characterize.json and writes DIR/trials/TRIAL.json (an attempt at a batch: TRIAL@N.json) when it is over; a
-process that dies leaves nothing there, and the parent says so. When its parent dies, it ends.
+process that dies leaves nothing there, and the parent says so. When the study that started it dies, it is killed. What is slow to import
+is imported after that is arranged.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import shlex
+import signal
 import sys
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moejax.characterize import plan, study
 from moejax.errors import UserError
-from moejax.report import results
+from moejax.files import replace_text
+
+if TYPE_CHECKING:
+    from moejax.characterize import plan, study
+    from moejax.report import results
+
+HOST_MEMORY = "out of memory on the host"
+_PR_SET_PDEATHSIG = 1
 
 
 def result_path(folder: Path, trial: str, rows: int | None = None) -> Path:
@@ -26,13 +35,25 @@ def result_path(folder: Path, trial: str, rows: int | None = None) -> Path:
     return folder / "trials" / f"{trial}{'' if rows is None else f'@{rows}'}.json"
 
 
+def arguments(folder: Path, trial: str, rows: int | None = None) -> list[str]:
+    """A trial's command line behind the module's name."""
+    return [str(folder), trial, *([] if rows is None else ["--rows", str(rows)])]
+
+
+def told(folder: Path, trial: str, rows: int | None = None) -> str:
+    """The command as the results show it: what a shell takes."""
+    return shlex.join(["python", "-m", "moejax.characterize.trial", *arguments(folder, trial, rows)])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("trial", metavar="TRIAL")
     parser.add_argument("--rows", type=int, help="of a step")
+    parser.add_argument("--parent", type=int, metavar="PID", help="the study's process: this one ends with it")
     options = parser.parse_args()
-    _end_with_parent()
+    if options.parent is not None:
+        end_with(options.parent)
     try:
         return run(options.folder, options.trial, options.rows)
     except UserError as error:
@@ -42,7 +63,10 @@ def main() -> int:
 
 def run(folder: Path, trial: str, rows: int | None) -> int:
     """Measure and write. Returns 0 for a trial that came to an end, out of memory included."""
-    found = results.read(folder)
+    from moejax.characterize import plan, study
+    from moejax.report import results
+
+    found = results.read_plan(folder)
     parts = study.from_config(found.config)
     task = next((t for t in plan.tasks(parts) if t.name == trial), None)
     if task is None:
@@ -56,12 +80,13 @@ def run(folder: Path, trial: str, rows: int | None) -> int:
     else:
         status, message, outcome = _measure(task, parts, found, rows)
     content = {
-        "status": status, "message": message, "seconds": time.perf_counter() - start,
+        "status": status, "message": message, "seconds": time.perf_counter() - start, "command": told(folder, trial, rows),
+        "retry": (message or "").startswith(HOST_MEMORY),
         "rows": [asdict(r) for r in outcome.rows] if outcome else [], "facts": outcome.facts if outcome else {},
     }  # fmt: skip
     path = result_path(folder, trial, rows if task.kind == "prove" else None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"{trial}: {status}{'' if message is None else f': {message}'}")
     return 0
 
@@ -91,22 +116,20 @@ def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: in
         return "done", outcome.message, outcome
     except OutOfMemory as error:
         return "out_of_memory", str(error), None
+    except MemoryError as error:
+        return "out_of_memory", f"{HOST_MEMORY}: MemoryError{f': {error}' if str(error) else ''}", None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return "out_of_memory", str(error).splitlines()[0][:300], None
 
 
-def _end_with_parent() -> None:
-    """A study that was killed must not leave a process on the device."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+def end_with(parent: int) -> None:
+    """A study that was killed must leave no process on the device: from here on the kernel kills this one with it, whatever it does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
         os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.table import Table
 from moejax import reference
 from moejax.errors import UserError
 from moejax.evaluation.recorded import ScoredRun, open_scored, percent
+from moejax.report.naming import REFERENCE
 
 COLORS = {"sparse": "#2b6cb0", "dense": "#dd6b20"}
 LINES = ("-", "--", ":", "-.")
@@ -120,7 +121,6 @@ def sign_test(a: int, b: int) -> float:
 
 
 DATASETS = {"hellaswag": "HellaSwag", "gsm8k": "GSM8K"}
-NAMES = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}
 
 
 def study_table() -> Table:
@@ -132,7 +132,7 @@ def study_table() -> Table:
         top = curve.index(max(curve))
         cells = [f"{100 * v:.1f} %" for v in (curve[0], curve[1], curve[top], curve[-1])]
         cells[2] += f", epoch {top}"
-        out.add_row(f"{NAMES[model]}, {DATASETS[data]}", kind, *cells)
+        out.add_row(f"{REFERENCE[model]}, {DATASETS[data]}", kind, *cells)
     return out
 
 
@@ -154,10 +154,10 @@ def draw(runs: Sequence[ScoredRun], path: Path) -> None:
     ours.set_title(f"these runs: {runs[0].asked.task}, with 95 % interval", fontsize=10)
     curves = reference.accuracy_by_epoch()
     for axes, data in zip(studies, DATASETS, strict=True):
-        for index, model in enumerate(NAMES):
+        for index, model in enumerate(REFERENCE):
             for kind, color in COLORS.items():
                 curve = [100 * v for v in curves[model, data, kind]]
-                axes.plot(curve, LINES[index], color=color, marker="os"[index], markersize=3.5, label=f"{NAMES[model]}, {kind}")
+                axes.plot(curve, LINES[index], color=color, marker="os"[index], markersize=3.5, label=f"{REFERENCE[model]}, {kind}")
         axes.set_title(f"the study's Figure 3: {DATASETS[data]}", fontsize=10)
     ours.set_ylabel("right answers, %")
     ours.set_ylim(0, 103)

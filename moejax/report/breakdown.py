@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax import reference
+from moejax.report.naming import REFERENCE
 
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
 MATMULS = ("moe/w1", "moe/w2", "moe/w3", "moe/router", "moe/lora")
@@ -50,7 +51,7 @@ def study(model: str, kind: str) -> list[Bars]:
         shares = _study_shares(sm.row(*key).values, dram.row(*key).values, kernels.row(*key).values)
         found.append(
             Bars(
-                f"study, A40,\n{kind}, batch {row.batch}",
+                f"study: {REFERENCE[model]}\non an A40,\n{kind}, batch {row.batch}",
                 dict(row.values),
                 _renamed(layers.row(*key).values, _LAYERS),
                 {k: v * 1e-6 for k, v in _renamed(kernels.row(*key).values, _KERNELS).items()},
@@ -186,7 +187,7 @@ def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, path: Pat
 
 
 def _label(part: str, what: str) -> str:
-    return "loops, slices" if (part, what) == ("moe", "kernels") else part.removeprefix("moe/")
+    return "rest of the MoE" if (part, what) == ("moe", "kernels") else part.removeprefix("moe/")
 
 
 def _utilization(runs: Sequence[Bars], path: Path) -> list[Path]:

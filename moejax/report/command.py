@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.files import replace_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -28,8 +29,8 @@ def run(folders: Sequence[str], out: str | None = None) -> int:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _folder(figures, {f"{f.name}.svg": svg.alone(f.svg) for f in page.figures(report)})
-        _write(file.with_suffix(".md"), markdown.render(report, figures.name))
-        _write(file, html.render(report))
+        replace_text(file.with_suffix(".md"), markdown.render(report, figures.name))
+        replace_text(file, html.render(report))
     except OSError as error:
         raise UserError(f"{error.filename or file}: {error.strerror}: the report cannot be written; --out says where it goes") from None
     print(f"{file}\n{file.with_suffix('.md')} with {figures}")
@@ -46,13 +47,6 @@ def _target(folders: Sequence[str], out: str | None) -> Path:
     return Path(out)
 
 
-def _write(path: Path, content: str) -> None:
-    """Aside, then renamed: what is there is whole."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(content, encoding="utf-8")
-    aside.replace(path)
-
-
 def _folder(folder: Path, files: dict[str, str]) -> None:
     """A folder of just these files. An older report's figures go; anything else that lies there stays."""
     folder.mkdir(exist_ok=True)
@@ -60,6 +54,4 @@ def _folder(folder: Path, files: dict[str, str]) -> None:
         if old.name not in files:
             old.unlink()
     for name, content in files.items():
-        _write(folder / name, content)
-
-
+        replace_text(folder / name, content)

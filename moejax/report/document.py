@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 
 from moejax import __version__
@@ -30,14 +31,17 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Sequence[Source]], tuple[Block, 
     (
         "layers",
         "Figure 5: a step by kind of layer",
-        "Shares are of the layers' time: embedding, loss and optimizer are not counted in it, nor are they in the study's.",
+        "Shares are of the layers' time: embedding, loss and optimizer are not counted in it, nor are they in the study's. \"Rest of the "
+        "layers\" is the loop over them: reading each layer's part of the stacked weights, additions to the stream, what is kept for the "
+        "backward pass.",
         lambda sources: sections_time.seconds(sources, sections_time.LAYERS),
     ),
     (
         "kernels",
         "Figure 6: the mixture of experts by kernel",
         "Shares are of the mixture of experts' time. Ours is all layers of a whole step; the study's is the kernels of one layer, each "
-        "expert matrix counted for one expert: shares compare, seconds do not.",
+        "expert matrix counted for one expert: shares compare, seconds do not. \"Rest of the MoE\" is what lies between its kernels: the "
+        "loops over experts and tiles.",
         lambda sources: sections_time.seconds(sources, sections_time.KERNELS),
     ),
     (
@@ -64,13 +68,14 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Sequence[Source]], tuple[Block, 
     (
         "length",
         "The length of the queries",
-        "A step at the largest batch of each length: longer queries, fewer of them.",
+        "A step of equal rows: as many as hold the tokens of the largest batch of the longest queries (fewer where the compiler says that "
+        "they do not fit). Longer queries, fewer of them.",
         sections_rate.length,
     ),
     (
         "fit_batch",
         "Figure 13: the largest batch by equation 1",
-        "The study's equation with coefficients fitted to these measurements, beside what ran.",
+        "The study's equation with coefficients fitted to the peaks of the padded throughput trials, beside what ran.",
         sections_model.fit_batch,
     ),
     (
@@ -87,7 +92,7 @@ def build(sources: Sequence[Source]) -> Page:
     """Everything that is known, in the study's order."""
     sections = [_section(sources, *spec) for spec in _SECTIONS]
     sections.append(Section("Trials", "trials", status.trial_tables(sources)))
-    made = Code(" ".join(("moejax report", *(str(s.folder) for s in sources))))
+    made = Code(shlex.join(["moejax", "report", *(str(s.folder) for s in sources)]))
     how = Paragraph(text("This page: ", made, f" (moejax {__version__})."))
     sections.append(Section("Environment and commands", "environment", (how, *status.environment(sources))))
     lead = (
@@ -96,8 +101,9 @@ def build(sources: Sequence[Source]) -> Page:
         Items(summary.sentences(sources)),
         Paragraph(
             text(
-                f"Beside ours stands the PyTorch reference of the study ({PAPER}; an A40 unless another GPU is named), where it has the "
-                "same setting or one of the same meaning: batch 1, the largest batch, or a sparse batch as large as dense's largest. "
+                f"Beside ours stands the PyTorch reference of the study ({PAPER}): Mixtral-8x7B or BlackMamba-2.8B, as its row or figure "
+                "says, on an A40 unless another GPU is named. It stands where it has the same setting or one of the same meaning: batch 1, "
+                "the largest batch, or a sparse batch as large as dense's largest. "
                 "Rounded numbers keep their exact value; every value of the results files is on this page."
             )
         ),

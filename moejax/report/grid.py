@@ -34,9 +34,12 @@ class Grid:
     first: str
     study: str | None = STUDY
     cells: dict[str, dict[str, dict[int, Text]]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
-    def put(self, group: str, line: str, source: Source | None, content: Text) -> None:
-        """source None: the study's. A second content of one cell is added to the first."""
+    def put(self, group: str, line: str, source: Source | None, content: Text, model: str | None = None) -> None:
+        """source None: the study's, of this model, which the group's name then says. A second content of one cell is added to the first."""
+        if model is not None:
+            self.beside[group] = model
         column = len(self.sources) if source is None else source.index
         row = self.cells.setdefault(group, {}).setdefault(line, {})
         row[column] = (*row[column], "; ", *content) if column in row else content
@@ -55,7 +58,8 @@ class Grid:
                 if compared:
                     cells.insert(2, _ratio(cells[0], cells[1]))
                 rows.append((text(line), *cells))
-            groups.append(Group(text(title), tuple(rows)))
+            study = f" (study: {self.beside[title]})" if title in self.beside else ""
+            groups.append(Group(text(f"{title}{study}"), tuple(rows)))
         return Table(caption, (*head, *([self.study] if self.study else [])), tuple(groups))
 
 

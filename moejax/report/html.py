@@ -39,7 +39,10 @@ nav li { break-inside: avoid; padding: .12rem 0; }
 figure { margin: 1.2rem 0; }
 figure svg { display: block; }
 figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
+.scroll { overflow-x: auto; margin: .8rem 0; background: linear-gradient(to right, var(--paper) 40%, transparent) left,
+  linear-gradient(to left, var(--paper) 40%, transparent) right, linear-gradient(to right, var(--faint), transparent) left,
+  linear-gradient(to left, var(--faint), transparent) right; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; background-size: 2rem 100%, 2rem 100%, .6rem 100%, .6rem 100%; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
 caption span { display: block; max-width: calc(100vw - 3.4rem); }
@@ -47,6 +50,7 @@ th, td { padding: .28rem .7rem .28rem 0; text-align: right; vertical-align: top;
 th:first-child, td:first-child { text-align: left; }
 .words td { text-align: left; overflow-wrap: anywhere; }
 .words th { text-align: left; }
+.wide .words td { overflow-wrap: break-word; } .wide .words td:last-child { min-width: 16rem; }
 tbody th { font-weight: 400; }
 tr.group th { font-weight: 600; padding-top: .8rem; text-align: left; }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--soft); vertical-align: bottom; }
@@ -59,7 +63,9 @@ pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px
 code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; font-size: .92em; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 34rem) { body { padding: 1rem .9rem 3rem; } nav ol { columns: 1; } h1 { font-size: 1.4rem; }
-  th, td { padding-right: .5rem; } table { font-size: .82rem; } }
+  th, td { padding-right: .5rem; } table { font-size: .82rem; }
+  .wide caption span::after { content: " Scroll sideways for more columns →"; }
+  .wide tr:not(.group) > :first-child { position: sticky; left: 0; background: var(--paper); max-width: 9rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } :root { color-scheme: light; --paper: #fff; --ink: #000;
   --soft: #444; --line: #ccc; --wash: #fff; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
   .scroll { overflow: visible; } details:not([open]) { display: none; } }
@@ -133,7 +139,8 @@ def _table(table: Table) -> str:
         bodies.append(f"<tbody>{title}{rows}</tbody>")
     words = "" if any(isinstance(f, Number) for g in table.groups for r in g.rows for c in r for f in c) else ' class="words"'
     # A region that scrolls sideways must be within the keyboard's reach, and have a name.
-    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(_plain(table.caption))}">'
+    wide = " wide" if len(table.head) > 3 else ""
+    region = f'<div class="scroll{wide}" tabindex="0" role="region" aria-label="{escape(_plain(table.caption))}">'
     caption = f"<caption><span>{_text(table.caption)}</span></caption>"
     return f"{region}<table{words}>{caption}<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
 

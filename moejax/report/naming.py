@@ -15,6 +15,8 @@ _WORDS = {
 _VARYING = ("model", "method", "data", "batching", "seq_len")
 DATASET = {"cs": "commonsense_15k", "math": "math_14k"}
 """Our name of a data set -> the study's."""
+REFERENCE = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}
+"""Family -> the study's model, in PyTorch: named wherever a number of it stands beside a model of ours, which may be a tiny one."""
 
 
 def dataset(data: str | None) -> tuple[str, bool]:
@@ -44,9 +46,10 @@ class Naming:
         return ", ".join([*(said(c, getattr(row, c)) for c in columns if getattr(row, c) is not None), *(m for m in more if m)])
 
     def constant(self) -> str:
-        """What all share: "QLoRA, 128 tokens"."""
+        """What all share: "All: QLoRA, 128 tokens."; "" where nothing is."""
         same = [c for c in self.seen if c not in ("model", *self.columns) and len(self.seen[c]) == 1]
-        return ", ".join(dict.fromkeys(said(c, self.seen[c][0]) for c in same))
+        words = ", ".join(dict.fromkeys(said(c, self.seen[c][0]) for c in same))
+        return f"All: {words}." if words else ""
 
 
 def said(column: str, value: Any) -> str:
@@ -63,6 +66,23 @@ def family(sources: Sequence[Source], model: str) -> str:
             if known.name == model:
                 return known.family
     return "blackmamba" if "mamba" in model else "mixtral"
+
+
+def beside(sources: Sequence[Source], rows: Iterable[Row], on: str = " on an A40") -> str:
+    """The study's models beside which these rows stand."""
+    return " and ".join(dict.fromkeys(REFERENCE[family(sources, r.model)] for r in rows)) + on
+
+
+def precision(sources: Sequence[Source]) -> str:
+    """What the steps compute in, as the settings say it ("" where they do not)."""
+    found: dict[str, None] = {}
+    for source in sources:
+        for setting in source.study.config.get("settings", {}).values():
+            training = setting["experiment"]["training"]
+            mixed = training["compute_dtype"] != training["param_dtype"]
+            kept = f"mixed precision: {training['compute_dtype']}, trained weights in {training['param_dtype']}"
+            found[kept if mixed else training["compute_dtype"]] = None
+    return f" Ours in {'; '.join(found)}." if found else ""
 
 
 def rows_of(sources: Sequence[Source], experiment: str) -> list[tuple[Source, Row]]:

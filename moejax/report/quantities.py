@@ -25,7 +25,7 @@ def rounded(value: float, unit: str = "") -> str:
     if unit == "B":
         return _scaled(value, _BYTES)
     if unit == "$":
-        return f"${value:,.2f}" if abs(value) < 100 else f"${value:,.0f}"
+        return f"${digits(value)}" if abs(value) < 1 else f"${value:,.2f}" if abs(value) < 100 else f"${value:,.0f}"
     return f"{digits(value)} {unit}".rstrip()
 
 

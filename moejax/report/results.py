@@ -1,7 +1,7 @@
 """The results of one `moejax characterize`, schema version 1: written by moejax/characterize, read by moejax/report.
 
-A folder holds `characterize.json` (`Study` without its rows), and the same rows twice: `results.csv` and `results.json`. A row is one
-value; what does not apply to it is empty. Experiments, and the metrics of each with their units:
+A folder holds `characterize.json` (`Study` without its rows, with their hash), and the same rows twice: `results.csv` and `results.json`.
+A row is one value; what does not apply to it is empty. Experiments, and the metrics of each with their units:
 
     largest_batch   predicted_batch, proved_batch, failed_batch (queries: the largest by the compiler; the largest that ran; one that did
                     not), peak_bytes (bytes, of the largest that ran), memory_limit (bytes; scope "device" or "artificial"). Where not one
@@ -35,13 +35,14 @@ import csv
 import hashlib
 import io
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moejax.errors import UserError
+from moejax.files import replace_text
 
 VERSION = 1
 STUDY_FILE, CSV_FILE, JSON_FILE = "characterize.json", "results.csv", "results.json"
@@ -141,7 +142,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Study:
-    """A folder's content. config: every setting of the sweep, experiments resolved; created: UTC, ISO 8601."""
+    """A folder's content. config: every setting of the sweep, experiments resolved; created: UTC, ISO 8601.
+
+    rows_hash: of results.csv as it was written with this (`write` sets it; None: by a moejax that did not). prices: GPU -> seller and day
+    of its price an hour.
+    """
 
     __pydantic_config__ = _STRICT
     schema_version: Literal[1]
@@ -157,6 +162,8 @@ class Study:
     trials: dict[str, Trial]
     finished: bool
     rows: list[Row] = field(default_factory=list)
+    rows_hash: str | None = None
+    prices: dict[str, str] = field(default_factory=dict)
 
     def of(self, experiment: str, **where: Any) -> list[Row]:
         """Rows of an experiment in which all these columns have these values."""
@@ -168,27 +175,25 @@ _STUDY, _ROWS = TypeAdapter(Study), TypeAdapter(list[Row])
 
 def digest(content: Any) -> str:
     """Hash of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(json.dumps(content, sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write(study: Study, folder: str | Path) -> None:
-    """Write the three files, each aside and then renamed; `characterize.json` last. Raises UserError where that cannot be."""
-    folder = Path(folder)
-    whole = {f.name: getattr(study, f.name) for f in fields(Study) if f.name != "rows"}
+    """Write the three files, each aside and then renamed. `characterize.json` comes first: with it the folder is a study's, and by its hash
+    `read` tells rows of another moment. Raises UserError where that cannot be."""
+    folder, rows = Path(folder), as_csv(study.rows)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / CSV_FILE, as_csv(study.rows))
-        replace(folder / JSON_FILE, _json({"schema_version": VERSION, "rows": [asdict(r) for r in study.rows]}))
-        replace(folder / STUDY_FILE, _json(_STUDY.dump_python(Study(**whole), mode="json", exclude={"rows"})))
+        told = replace(study, rows=[], rows_hash=_hash(rows))
+        replace_text(folder / STUDY_FILE, _json(_STUDY.dump_python(told, mode="json", exclude={"rows"})))
+        replace_text(folder / CSV_FILE, rows)
+        replace_text(folder / JSON_FILE, _json({"schema_version": VERSION, "rows": [asdict(r) for r in study.rows]}))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}: the results cannot be written") from None
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file aside and rename it: what is there is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8", newline="")
-    aside.replace(path)
 
 
 def _json(content: Any) -> str:
@@ -234,14 +239,21 @@ def _cell(path: str | Path, line: int, column: str, text: str) -> Any:
 def read(folder: str | Path) -> Study:
     """A folder's study with its rows. Raises UserError for what is missing, cut off, of another schema, or at odds with itself."""
     folder = Path(folder)
+    study = read_plan(folder)
+    rows = _validated(_ROWS, _version(_load(folder / JSON_FILE), folder / JSON_FILE).get("rows"), folder / JSON_FILE)
+    if (folder / CSV_FILE).exists() and read_csv(folder / CSV_FILE) != rows:
+        raise UserError(f"{folder}: {CSV_FILE} and {JSON_FILE} hold different rows: {AGAIN}")
+    if study.rows_hash not in (None, _hash(as_csv(rows))):
+        raise UserError(f"{folder}: {STUDY_FILE} was written with other rows than those of {JSON_FILE} (killed meanwhile?): {AGAIN}")
+    return replace(study, rows=rows)
+
+
+def read_plan(folder: str | Path) -> Study:
+    """A folder's study without its rows: all that resuming and a trial need. Raises UserError as `read` does."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: expected a folder that `moejax characterize --out` wrote")
-    content = _version(_load(folder / STUDY_FILE), folder / STUDY_FILE)
-    rows = _version(_load(folder / JSON_FILE), folder / JSON_FILE).get("rows")
-    study = _validated(_STUDY, content | {"rows": rows}, folder / STUDY_FILE)
-    if (folder / CSV_FILE).exists() and read_csv(folder / CSV_FILE) != study.rows:
-        raise UserError(f"{folder}: {CSV_FILE} and {JSON_FILE} hold different rows: {AGAIN}")
-    return study
+    return _validated(_STUDY, _version(_load(folder / STUDY_FILE), folder / STUDY_FILE), folder / STUDY_FILE)
 
 
 AGAIN = "run the same `moejax characterize` again (finished trials are kept), or take another folder"

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 from moejax import reference
-from moejax.estimator import paper
+from moejax.estimator import paper, prices
 from moejax.report import figures
 from moejax.report.compare import Source
 from moejax.report.grid import STUDY, Grid, derived, published
-from moejax.report.naming import Naming, dataset, family, rows_of
+from moejax.report.naming import REFERENCE, Naming, dataset, family, precision, rows_of
 from moejax.report.page import Block, Figure, Fold, Group, Number, Table, Text, text
 from moejax.report.quantities import digits
 from moejax.report.results import Row
@@ -26,6 +26,7 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     proved = [(s, r) for s, r in rows_of(sources, "largest_batch") if r.metric == "proved_batch"]
     naming, grid = Naming([r for _, r in (*rows, *proved)], ("model", "data")), Grid(sources, "equation 1")
     theirs = reference.max_batch_figure()
+    gpus = {int(name.rsplit("-", 1)[1].removesuffix("GB")): name for name in reference.raw()["fig13_max_batch"]["ground_truth"]}
     for source, row in rows:
         if row.metric in _EQUATION_1:
             number = source.number(row)  # C1 is a share and not said in percent, as the study has it
@@ -37,7 +38,7 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
             cell: Text = (published(theirs.printed[model][index]),)
             if model in theirs.artifact:
                 cell = (*cell, " (drawn with ", published(theirs.artifact[model][index]), ")")
-            grid.put(f"{name}: coefficients", _coefficient(coefficient), None, cell)
+            grid.put(f"{name}: coefficients", _coefficient(coefficient), None, cell, REFERENCE[model])
         grid.put(f"{name}: coefficients", _coefficient("model_gb"), None, text(published(theirs.model_gb[model], "GB")))
     predicted = [(s, r) for s, r in rows if r.metric == "predicted_batch"]
     for source, row in predicted:
@@ -46,7 +47,7 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
     for source, row in proved:
         grid.put(f"{naming.name(row)}: the largest batch", f"{row.routing}, here, as it ran", source, text(source.number(row)))
     for gb, batch in theirs.ground_truth.items():
-        grid.put(_STUDY_13, f"{gb} GB, as it ran", None, text(published(batch)))
+        grid.put(_STUDY_13, f"{gb} GB, as it ran ({gpus[gb]})", None, text(published(batch)))
     for gb, batch in theirs.printed_projection.items():
         grid.put(_STUDY_13, f"{gb} GB, by equation 1", None, text(published(batch)))
     blocks = (_batch_figure(sources, naming, predicted, proved, theirs),) if predicted else ()
@@ -92,14 +93,17 @@ def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, pr
         figures.Panel(
             _STUDY_13,
             (
-                figures.Line("study: ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True),
-                figures.Line("study: equation 1 (printed)", said_there, figures.ROUTING["sparse"], "x", ":"),
+                figures.Line("Mixtral-8x7B (study): ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True),
+                figures.Line("Mixtral-8x7B (study): equation 1, printed", said_there, figures.ROUTING["sparse"], "x", ":"),
             ),
             "memory, GB",
             "largest batch",
         )
     )
-    title = "The largest batch by memory: as it ran (dots) and by equation 1 (dashes)."
+    title = (
+        "The largest batch by memory: as it ran (dots) and by equation 1 (dashes). Last: the study's PyTorch, Mixtral-8x7B on an A100 of "
+        "40 GB, an A40 and an H100 of 80 GB, and by equation 1 for 100 and 120 GB."
+    )
     told = "; ".join(
         f"{p.title}, {line.label}: " + ", ".join(f"{y:g} at {x:.3g} GB" for x, y in line.points) for p in panels for line in p.lines
     )
@@ -132,7 +136,7 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
         curve = _curve(sources, mine[0][1])
         if curve:
             same = dataset(mine[0][1].data)[1]
-            _study_fits(grid, setting if same else f"study: {curve.model}, commonsense", curve)
+            _study_fits(grid, setting if same else f"study: {REFERENCE[curve.model]}, commonsense", curve, same)
         for scope in dict.fromkeys(r.scope for _, r in mine):
             for source, row in mine:
                 if row.scope == scope:
@@ -146,7 +150,10 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
             panels.append(_study_panel(curve))
     blocks: list[Block] = []
     if panels:
-        title = "Measured throughput (dots), moejax's step model (lines) and equation 2 as the study fitted it (dashes)."
+        title = (
+            "Measured throughput (dots), moejax's step model (lines) and equation 2 as the study fitted it (dashes). The study's panels: "
+            f"PyTorch on an A40, fitted anew to its measurements.{precision(sources)}"
+        )
         told = "Dots and lines by batch size. " + "; ".join(
             f"{p.title}, {line.label}: {line.points[-1][1]:.3g} at batch {line.points[-1][0]:g}" for p in panels for line in p.lines
         )
@@ -175,10 +182,12 @@ def _curve(sources: Sequence[Source], row: Row) -> reference.Curve | None:
     return next((c for c in reference.curves() if (c.gpu, c.model, c.dataset) == key), None)
 
 
-def _study_fits(grid: Grid, setting: str, curve: reference.Curve) -> None:
+def _study_fits(grid: Grid, setting: str, curve: reference.Curve, same: bool) -> None:
     forms: tuple[tuple[paper.Form, str], ...] = (("printed", "equation 2 (printed)"), ("fitted", "equation 2 (fitted)"))
     for form, scope in forms:
         fit, group = paper.fit_curve(curve, form), f"{setting}: {_WORDS[scope]}"
+        if same:
+            grid.beside[group] = REFERENCE[curve.model]
         for name, value in (("c2", fit.c2), ("c3", fit.c3), ("c4", fit.c4), ("rmse", paper.rmse(curve, fit))):
             unit = "" if name == "c3" else "queries/s"
             cell: Text = (published(value, unit) if name == "c3" else derived(value, unit),)
@@ -222,14 +231,14 @@ def _study_panel(curve: reference.Curve) -> figures.Panel:
         xs = np.array([b for b, _ in points])
         share = reference.EXPERTS_PER_TOKEN[routing] / reference.EXPERTS
         said = tuple(zip(xs.tolist(), fit.throughput(xs, np.full_like(xs, share)).tolist(), strict=True))
-        lines.append(figures.Line(f"study, {routing}: measured", points, color, "s", "", hollow=True))
+        lines.append(figures.Line(f"{REFERENCE[curve.model]} (study), {routing}: measured", points, color, "s", "", hollow=True))
         lines.append(figures.Line(f"{routing}: equation 2", said, color, "None", "--"))
-    return figures.Panel(f"study: {curve.model}, {curve.dataset}, A40", tuple(lines), "batch, queries", "queries a second")
+    return figures.Panel(f"study: {REFERENCE[curve.model]}, {curve.dataset}, A40", tuple(lines), "batch, queries", "queries a second")
 
 
 _COST = {
-    "queries": "queries", "batch": "batch", "queries_per_second": "queries/s", "usd_per_hour": "$/hour", "hours": "hours", "usd": "$",
-    "measured": "here",
+    "queries": "queries", "batch": "batch", "queries_per_second": "queries/s", "hours": "hours", "usd": "$", "usd_per_hour": "$/hour",
+    "price": "price of", "measured": "here",
 }  # fmt: skip
 
 
@@ -237,7 +246,7 @@ def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
     rows = rows_of(sources, "cost")
     if not rows:
         return ()
-    naming, groups = Naming((r for _, r in rows), ("model", "method", "data")), []
+    naming, groups = Naming((r for _, r in rows), ("model", "method", "data", "batching")), []
     several = len(sources) > 1
     for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
         mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]
@@ -247,19 +256,21 @@ def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
                 own = {r.metric: source.number(r) for s, r in mine if s is source and r.scope == gpu}
                 if own:
                     name = f"{gpu} ({source.label})" if several else gpu
-                    lines.append((text(name), *((_cost_cell(own.get(m), m)) for m in _COST)))
+                    seller = text(source.study.prices.get(gpu, "–"))
+                    lines.append((text(name), *(seller if m == "price" else _cost_cell(own.get(m), m) for m in _COST)))
         groups.append(Group(text(setting), tuple(lines)))
     table_4 = tuple(
         (
-            text(r.gpu), text("–"), text(published(r.max_batch)), text(published(r.queries_per_second)), text(published(r.usd_per_hour)),
-            text("–"), text(published(r.usd, "$")), text("–"),
+            text(r.gpu), text("–"), text(published(r.max_batch)), text(published(r.queries_per_second)),
+            text(derived(r.usd / r.usd_per_hour)), text(published(r.usd, "$")), text(published(r.usd_per_hour)),
+            text(next(p for p in prices.STUDY if p.usd_per_hour == r.usd_per_hour).told.partition(", ")[2]), text("–"),
         )
         for r in reference.cost_table()
     )  # fmt: skip
     groups.append(Group(text(f"{STUDY.replace(', A40', '')}, Mixtral-8x7B, sparse (Table IV)"), table_4))
     caption = (
-        "What fine-tuning on so many queries costs, by GPU. \"here\": measured on this device, or carried over from it by the GPUs' data "
-        "sheets. "
+        "Hours and dollars of the config's whole run (so many queries, all epochs together) at the fastest measured batch. \"here\": "
+        "measured on this device, or carried over from it by the GPUs' data sheets. "
         f"{naming.constant()}"
     )
     return (Table(text(caption), ("GPU", *_COST.values()), tuple(groups)),)

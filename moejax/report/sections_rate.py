@@ -8,8 +8,9 @@ from moejax import reference
 from moejax.report import figures
 from moejax.report.compare import Source
 from moejax.report.grid import Grid, derived, published
-from moejax.report.naming import DATASET, Naming, dataset, family, rows_of, said
+from moejax.report.naming import DATASET, REFERENCE, Naming, beside, dataset, family, precision, rows_of, said
 from moejax.report.page import Block, Figure, Fold, Text, text
+from moejax.report.quantities import rounded
 from moejax.report.results import Row
 from moejax.report.svg import embed
 
@@ -36,18 +37,25 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
             grid.put(setting, routing, source, text(source.number(row)))
         theirs, same = dataset(row.data)
         if same and (found := printed.pop((family(sources, row.model), theirs, routing), None)):
-            grid.put(setting, routing, None, _printed(found))
+            grid.put(setting, routing, None, _printed(found), REFERENCE[family(sources, row.model)])
     for model in dict.fromkeys(family(sources, r.model) for _, r in rows if not dataset(r.data)[1]):
         for routing in ("sparse", "dense"):  # of other data: apart
-            grid.put(f"study: {model}, commonsense", routing, None, _printed(printed[model, DATASET["cs"], routing]))
+            grid.put(f"study: {REFERENCE[model]}, commonsense", routing, None, _printed(printed[model, DATASET["cs"], routing]))
     for line in _MEMORY:
         for source, row in rows:
             if row.metric == line:
                 where = f" ({row.scope})" if row.scope else ""
                 more.put(naming.name(row, row.routing or ""), f"{_MEMORY[line]}{where}", source, text(source.number(row)))
-    caption = f"The largest batch that ran, in queries. {naming.constant()}"
+    caption = " ".join(("The largest batch that ran, in queries.", *map(artificial_limit, sources), naming.constant()))
     blocks: tuple[Block, ...] = (grid.table(text(caption)),) if grid.cells else ()
     return (*blocks, Fold("Predicted, refused, and the memory", (more.table(text("By the compiler and as it ran.")),)))
+
+
+def artificial_limit(source: Source) -> str:
+    """That what fits is not what the device could hold; "" where it is."""
+    limit = source.study.memory_limit
+    told = f"On {source.label} a step was held to {rounded(limit.bytes or 0, 'B')}: an artificial limit (--memory-limit), not the device's."
+    return told if limit.artificial else ""
 
 
 def _printed(found: reference.MaxBatch) -> Text:
@@ -83,7 +91,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
                     lines.append(figures.Line(label, points, color, marker, "--" if batching == "pack" else "-"))
         lines += _study_curves(sources, grid, mine[0][1], setting)
         panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
-    title = "Throughput by batch size. Filled: ours; hollow: the study's, PyTorch on an A40."
+    theirs = beside(sources, (r for _, r in rows))
+    title = f"Throughput by batch size. Filled: ours; hollow: the study's PyTorch, {theirs}.{precision(sources)}"
     figure = figures.curves(panels)
     caption = f"Queries a second by batch size. {naming.constant()}"
     return (
@@ -94,7 +103,7 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
 
 def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str) -> list[figures.Line]:
     model, (data, same) = family(sources, row.model), dataset(row.data)
-    group = setting if same else f"study: {model}, commonsense"
+    group = setting if same else f"study: {REFERENCE[model]}, commonsense"
     lines = []
     for curve in reference.curves():
         if (curve.gpu, curve.model, curve.dataset) != ("a40", model, data):
@@ -105,7 +114,9 @@ def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str)
                 line = f"batch {batch}"
                 padded = next((name for name in grid.cells.get(f"{group}, {routing}", {}) if name.startswith(f"{line} (padded")), line)
                 grid.cells.setdefault(f"{group}, {routing}", {}).setdefault(padded, {})[len(sources)] = text(published(rate, "queries/s"))
-            words = "study" if same else "study, commonsense"
+                if same:
+                    grid.beside[f"{group}, {routing}"] = REFERENCE[model]
+            words = f"{REFERENCE[model]}, A40{'' if same else ', commonsense'}"
             lines.append(figures.Line(f"{words}: {routing}", points, figures.ROUTING[routing], "s", ":", hollow=True))
     return lines
 
@@ -148,16 +159,23 @@ def length(sources: Sequence[Source]) -> tuple[Block, ...]:
                 share = quantity != "latency_seconds"
                 for tokens, value in values.items():
                     cell = text(published(value, "%" if share else "s"))
-                    grid.put(f"{setting}, {routing}: {words}", tokens, None, cell)
+                    grid.put(f"{setting}, {routing}: {words}", tokens, None, cell, REFERENCE[model])
                 if not share:
                     points = tuple((float(t), float(v)) for t, v in values.items())
-                    lines.append(figures.Line(f"study: {routing}", points, figures.ROUTING[routing], "s", ":", hollow=True))
+                    label = f"{REFERENCE[model]}, A40: {routing}"
+                    lines.append(figures.Line(label, points, figures.ROUTING[routing], "s", ":", hollow=True))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "tokens a query", "seconds a step"))
-    title = "A step's time by length, at the largest batch of each length. Hollow: the study's, PyTorch on an A40."
+    for group, by_length in grid.cells.items():  # shortest first, whoever measured it
+        grid.cells[group] = dict(sorted(by_length.items(), key=lambda item: int(item[0])))
+    theirs = beside(sources, (r for _, r in rows))
+    title = (
+        f"A step's time by length: as many rows as hold the tokens of the largest batch. Hollow: the study's PyTorch, {theirs}, at the "
+        f"largest batch of each length.{precision(sources)}"
+    )
     figure = figures.curves(panels, xlog=True)
     caption = (
-        "Step time at the largest batch of each length, and how busy the device is in the MoE, weighted by time "
+        "Step time by length (in brackets: the step's rows), and how busy the device is in the MoE, weighted by time "
         f"(ours of the peaks; the study's SM and DRAM utilization). {naming.constant()}"
     )
     return (
@@ -172,6 +190,7 @@ _LENGTH = {
     "memory_utilization": ("memory bandwidth", "dram_percent"),
 }
 _STUDY_LOAD = {"cs": "HE", "math": "GS", "problems": "GS"}
+_STUDY_SET = {"HE": "HellaSwag", "GS": "GSM8K"}
 _WHEN = {"before": "before fine-tuning", "after": "after fine-tuning"}
 
 
@@ -194,7 +213,8 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
                     grid.put(f"{setting}, {words}", f"expert {expert}", source, text(source.number(row)))
             theirs = (key[0], key[1] + ("_tuned" if when == "after" else ""))
             for number, tokens in enumerate(counts.get(theirs, ())):
-                grid.put(f"{setting}, {words}", f"expert {number}", None, text(published(tokens, "tokens/query")))
+                content = text(published(tokens, "tokens/query"))
+                grid.put(f"{setting}, {words}", f"expert {number}", None, content, f"{REFERENCE[key[0]]} on {_STUDY_SET[key[1]]}")
             for source, row in mine:
                 if row.scope == when:
                     grid.put(f"{setting}, {words}", row.metric.replace("_", " "), source, text(source.number(row)))
@@ -212,8 +232,9 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
         if key in counts and key not in drawn:
             drawn.add(key)
             series = {w: _percent(counts[key[0], key[1] + t]) for w, t in (("before", ""), ("after", "_tuned"))}
-            panels.append((f"study: {key[0]}, {'HellaSwag' if key[1] == 'HE' else 'GSM8K'}", [str(i) for i in range(8)], series))
-    title = "Each expert's share of all choices, mean over the layers, before and after fine-tuning. The study's: PyTorch."
+            panels.append((f"study: {REFERENCE[key[0]]}, {_STUDY_SET[key[1]]}", [str(i) for i in range(8)], series))
+    models = beside(sources, (r for _, r in rows), "")
+    title = f"Each expert's share of all choices, mean over the layers, before and after fine-tuning. The study's: PyTorch, {models}."
     figure = figures.grouped(panels, figures.BEFORE_AFTER, "expert", "share, %")
     told = " ".join(
         f"{name.replace(chr(10), ' on ')}: " + "; ".join(f"{w} {_said(v)}" for w, v in series.items()) + "." for name, _, series in panels

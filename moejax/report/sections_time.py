@@ -9,7 +9,7 @@ from moejax import reference
 from moejax.report import breakdown, figures
 from moejax.report.compare import DENSE, LARGEST, ONE, Source, batches, role
 from moejax.report.grid import Grid, derived, published
-from moejax.report.naming import Naming, family, rows_of
+from moejax.report.naming import REFERENCE, Naming, beside, family, precision, rows_of
 from moejax.report.page import Block, Figure, Fold, text
 from moejax.report.quantities import rounded
 from moejax.report.results import Row
@@ -41,11 +41,11 @@ KERNELS = _Kind("kernels", figures.KERNELS, lambda s: True, "the mixture of expe
 
 
 def scope_name(scope: str) -> str:
-    return {"moe": "MoE", "layers": "loops, slices"}.get(scope, scope.removeprefix("moe/").replace("_", " "))
+    return {"moe": "MoE", "layers": "rest of the layers"}.get(scope, scope.removeprefix("moe/").replace("_", " "))
 
 
 def kernel_name(scope: str) -> str:
-    return "loops, slices" if scope == "moe" else scope_name(scope)
+    return "rest of the MoE" if scope == "moe" else scope_name(scope)
 
 
 def study_settings(model_family: str) -> list[tuple[str, int, breakdown.Bars]]:
@@ -56,6 +56,15 @@ def study_settings(model_family: str) -> list[tuple[str, int, breakdown.Bars]]:
         sizes = [r.batch for r in table.rows if (r.model, r.kind) == (model_family, routing) and r.batch is not None]
         found += [(routing, size, bars) for size, bars in zip(sizes, breakdown.study(model_family, routing), strict=True)]
     return found
+
+
+def _study_roles(model_family: str) -> list[tuple[str, int, str, breakdown.Bars]]:
+    """(routing, batch, what that batch size stands for, bars) of the study's settings."""
+    settings = study_settings(model_family)
+    sizes: dict[str, list[float]] = {}
+    for routing, batch, _ in settings:
+        sizes.setdefault(routing, []).append(batch)
+    return [(routing, batch, role(batch, routing, sizes), bars) for routing, batch, bars in settings]
 
 
 def seconds(sources: Sequence[Source], kind: _Kind) -> tuple[Block, ...]:
@@ -75,7 +84,9 @@ def seconds(sources: Sequence[Source], kind: _Kind) -> tuple[Block, ...]:
         first = next(r for _, r in rows if naming.name(r) == setting)
         drawn.append(_theirs(grid, family(sources, first.model), setting, kind, name))
         figure = figures.shares(drawn, kind.colors, name, f"share of {kind.whole}, %")
-        title = f"{kind.title}: {setting}. Shares of {kind.whole}; its length stands at a bar's end."
+        theirs = beside(sources, [first])
+        title = f"{kind.title}: {setting}. Shares of {kind.whole}; its length stands at a bar's end. Below: the study's PyTorch, {theirs}."
+        title += precision(sources)
         number = len(blocks) + 1
         anchor = f"{kind.experiment}-{number}"
         blocks.append(Figure(anchor, title, embed(figure, anchor, title, _told(drawn, kind, name))))
@@ -105,23 +116,18 @@ def _ours(grid: Grid, source: Source, rows: list[Row], setting: str, kind: _Kind
 
 
 def _theirs(grid: Grid, model_family: str, setting: str, kind: _Kind, name: Callable[[str], str]) -> figures.Bars:
-    settings = study_settings(model_family)
-    sizes: dict[str, list[float]] = {}
-    for routing, batch, _ in settings:
-        sizes.setdefault(routing, []).append(batch)
     bars = []
-    for routing, batch, measured in settings:
+    for routing, batch, what, measured in _study_roles(model_family):
         parts = kind.theirs(measured)
         whole = sum(parts.values())
-        group = f"{setting}, {routing}, {role(batch, routing, sizes)}"
-        grid.put(group, "batch, queries", None, text(f"{batch:g}"))
+        group = f"{setting}, {routing}, {what}"
+        grid.put(group, "batch, queries", None, text(f"{batch:g}"), REFERENCE[model_family])
         for scope in _ordered(parts, kind.colors):
             # The study's backward pass holds its recomputation.
             line = BACKWARD if (kind, scope) == (STAGES, "backward") else name(scope)
             grid.put(group, line, None, (published(parts[scope], "s"), " · ", derived(parts[scope] / whole, "share")))
         bars.append(figures.Bar(f"{routing}, batch {batch:g}", parts, rounded(whole, "s")))
-    words = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}[model_family]
-    return figures.Bars(f"study (PyTorch, A40): {words}{', one layer' if kind is KERNELS else ''}", tuple(bars))
+    return figures.Bars(f"study (PyTorch, A40): {REFERENCE[model_family]}{', one layer' if kind is KERNELS else ''}", tuple(bars))
 
 
 def _ordered(parts: Mapping[str, object], colors: Mapping[str, str]) -> list[str]:
@@ -165,8 +171,9 @@ def utilization(sources: Sequence[Source]) -> tuple[Block, ...]:
         figure = figures.dots(panels, kernel_name)
         anchor = f"utilization-{len(blocks) + 1}"
         title = (
-            f"How busy the device is in the kernels of the MoE: {setting}. Ours: of the device's peak matrix rate (top) and bandwidth "
-            "(bottom); the study's: Nsight Compute's utilization of SM and DRAM, which is not the same thing."
+            f"How busy the device is in the kernels of the MoE: {setting}. Filled, ours: of the device's peak matrix rate (top) and "
+            f"bandwidth (bottom).{precision(sources)} Hollow, the study's {REFERENCE[model_family]} on an A40: Nsight Compute's "
+            "utilization of SM and DRAM, which is not the same thing."
         )
         description = f"Dots on one line per kernel for each setting; the table below has every value. {len(mine)} values of ours."
         blocks.append(Figure(anchor, title, embed(figure, anchor, title, description)))
@@ -193,24 +200,20 @@ def _utilization_ours(grid: Grid, rows: list[tuple[Source, Row]], setting: str, 
 
 
 def _utilization_theirs(grid: Grid, model_family: str, setting: str, index: int) -> list[figures.Dots]:
-    settings = study_settings(model_family)
-    sizes: dict[str, list[float]] = {}
-    for routing, batch, _ in settings:
-        sizes.setdefault(routing, []).append(batch)
     shown = []
-    for routing, batch, bars in settings:
-        what = role(batch, routing, sizes)
+    for routing, batch, what, bars in _study_roles(model_family):
         values: Parts = {}
         for kernel, pair in bars.utilization.items():
             share = pair[index]
             if share is not None:
                 values[MOE_WHOLE if kernel == breakdown.ALL else kernel] = share
         group = f"{setting}, {routing}, {what}"
-        grid.put(group, "batch, queries", None, text(f"{batch:g}"))
+        grid.put(group, "batch, queries", None, text(f"{batch:g}"), REFERENCE[model_family])
         for scope in _ordered(values, figures.KERNELS):
             grid.put(group, kernel_name(scope), None, text(published(values[scope], "share")))
         if what in (ONE, LARGEST):
-            shown.append(figures.Dots(f"study: {routing}, batch {batch:g}", values, _shade(routing, what), "s", hollow=True))
+            label = f"{REFERENCE[model_family]}, A40: {routing}, batch {batch:g}"
+            shown.append(figures.Dots(label, values, _shade(routing, what), "s", hollow=True))
     return shown
 
 

@@ -115,7 +115,9 @@ def _would(source: Source, setting: str, rows: Sequence[Row]) -> Text:
     joined: Text = ()
     for part in parts:
         joined = (*joined, *("; " if joined else ""), *part)
-    return text(f"{setting}: not one query fits on {source.label}. By the closed form: ", *joined, ".")
+    limit = source.study.memory_limit
+    within = f" within the artificial limit of {rounded(limit.bytes or 0, 'B')}" if limit.artificial else ""
+    return text(f"{setting}: not one query fits on {source.label}{within}. By the closed form: ", *joined, ".")
 
 
 def trial_tables(sources: Sequence[Source]) -> tuple[Block, ...]:
@@ -166,7 +168,7 @@ def _environment(source: Source) -> Iterator[tuple[str, str | None]]:
     yield "device", it.device
     yield "memory", rounded(it.memory_bytes, "B") if it.memory_bytes else "not said by the device"
     if limit.bytes is not None:
-        yield "memory limit of a step", f"{rounded(limit.bytes, 'B')}{' (set with --memory-limit)' if limit.artificial else ''}"
+        yield "memory limit of a step", f"{rounded(limit.bytes, 'B')}{' (artificial: --memory-limit)' if limit.artificial else ''}"
     yield f"peak matrix rate, {it.peaks}", f"{it.peak_flops / 1e12:.3g} TFLOP/s" if it.peak_flops else None
     yield f"peak bandwidth, {it.peaks}", f"{it.peak_bytes_per_second / 1e9:.3g} GB/s" if it.peak_bytes_per_second else None
     yield "CPU", it.cpu

@@ -8,7 +8,7 @@ from moejax import reference
 from moejax.report import breakdown
 from moejax.report.compare import Source
 from moejax.report.grid import derived, published
-from moejax.report.naming import DATASET, family, said
+from moejax.report.naming import DATASET, REFERENCE, family, said
 from moejax.report.page import Number, Text, text
 from moejax.report.quantities import rounded
 from moejax.report.results import Row
@@ -82,9 +82,16 @@ def _fits(source: Source, brief: bool) -> Said:
             for r in own
             if not brief and (found := printed.get((family([source], model), DATASET.get(data or "", ""), r.routing or "")))
         ]
-        beside = ((" (study on an A40: ",), *(_join(theirs, ", "),), (")",)) if theirs else ()
+        beside = ((f" ({_study(source, model)}: ",), *(_join(theirs, ", "),), (")",)) if theirs else ()
         parts.append((*text(f"{model} on {said('data', data)} "), *numbers, *(f for t in beside for f in t)))
-    return begin, ("for ", *_join(parts, ", for " if brief else "; for "))
+    limit = source.study.memory_limit
+    held = f", all within an artificial memory limit of {rounded(limit.bytes or 0, 'B')}, not the device's" if limit.artificial else ""
+    return begin, ("for ", *_join(parts, ", for " if brief else "; for "), held)
+
+
+def _study(source: Source, model: str) -> str:
+    """Whose number stands in brackets behind a model's."""
+    return f"study's {REFERENCE[family([source], model)]} on an A40"
 
 
 def _fast(source: Source, brief: bool) -> Said:
@@ -100,7 +107,7 @@ def _fast(source: Source, brief: bool) -> Said:
         if len(best) == 2:
             part = (*part, ", ", derived(best["sparse"].value / best["dense"].value), " times as many")
             theirs = None if brief else _study_ratio(source, model, data)
-            part = (*part, *((" (study: ", theirs, ")") if theirs else ()))
+            part = (*part, *((f" ({_study(source, model)}: ", theirs, ")") if theirs else ()))
         packed = [r for r in source.study.of("throughput", metric="queries_per_second", model=model, data=data) if r.batching == "pack"]
         if packed and not brief:
             part = (*part, ", and packed ", *_join([text(source.number(r), f" {k}") for k, r in _best(packed).items()], " and "))
@@ -136,11 +143,11 @@ def _where(source: Source, brief: bool) -> Said:
         theirs = breakdown.takeaways(largest[2])
         part: Text = text(derived(layers.get("moe", 0.0) / moe, "share"), f" of {model}'s layers' time")
         if not brief:
-            part = (*part, " (study: ", derived(theirs["MoE, of the layers' time"] or 0.0, "share"), ")")
+            part = (*part, f" ({_study(source, model)}: ", derived(theirs["MoE, of the layers' time"] or 0.0, "share"), ")")
         if step is not None:
             their_step = theirs["optimizer, of the step"] or 0.0
             part = (*part, ", the optimizer ", derived(step, "share"), " of the step")
-            part = part if brief else (*part, " (study: ", derived(their_step, "share"), ")")
+            part = part if brief else (*part, " (there: ", derived(their_step, "share"), ")")
         parts.append(part)
     return begin, _join(parts, "; ") if parts else text("a share that was ", UNKNOWN)
 

@@ -152,7 +152,7 @@ def cpu_name() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{model}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def _batch(batching: Any, traced: list[dict[str, Any]]) -> schema.Batch:

@@ -1,7 +1,7 @@
-"""fake_trial.py CONTROL DIR TRIAL [--rows N]: writes what a trial would, without measuring.
+"""fake_trial.py CONTROL DIR TRIAL [--rows N] --parent PID: writes what a trial would, without measuring.
 
-CONTROL/behaviour.json: TRIAL -> "crash" (a Python error), "die" (killed), "hang", "oom", or a number: rows above it are out of memory
-(where nothing is said, 5 fit).
+CONTROL/behaviour.json: TRIAL -> "crash" (a Python error), "die" (SIGKILL), "abort" (SIGABRT), "bad_alloc" (as C++ says it), "hang",
+"orphan" (hangs, and does not end with its parent), "oom", or a number: rows above it are out of memory (where nothing is said, 5 fit).
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 control, folder, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-rows = int(sys.argv[5]) if len(sys.argv) > 5 else None
+rows = int(sys.argv[5]) if sys.argv[4] == "--rows" else None
 with (control / "ran.txt").open("a") as log:
     log.write(f"{name}{'' if rows is None or '/prove' not in name else f'@{rows}'}\n")
 what = json.loads((control / "behaviour.json").read_text()).get(name, 5 if "/prove" in name else None)
@@ -20,10 +20,16 @@ if what == "crash":
     raise RuntimeError("no luck today")
 if what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
-if what == "hang":
-    from moejax.characterize import trial  # slow to import: the others do without
+if what == "abort":
+    os.abort()
+if what == "bad_alloc":
+    print("terminate called after throwing an instance of 'std::bad_alloc'", flush=True)
+    os.abort()
+if what in ("hang", "orphan"):
+    if what == "hang":
+        from moejax.characterize import trial  # slow to import: the others do without
 
-    trial._end_with_parent()
+        trial.end_with(int(sys.argv[-1]))
     (control / "hangs.txt").write_text(str(os.getpid()))
     time.sleep(600)
 fits = not (what == "oom" or (isinstance(what, int) and rows is not None and rows > what))

@@ -1,12 +1,16 @@
 """The real thing, as small as it goes: every kind of trial in its process, an artificial out-of-memory, the command line's refusals."""
 
+import argparse
 import json
 import os
+import shlex
+from pathlib import Path
 
 import pytest
-from small_study import SIZES, write_config
+from small_study import ENVIRONMENT, SIZES, write_config
 
 from moejax import cli
+from moejax.characterize import command
 from moejax.estimator.prices import SETS
 from moejax.report import results
 
@@ -31,6 +35,26 @@ def study(tmp_path_factory, cache):
     arguments = ["characterize", "--config", write_config(folder), "--memory-limit", "6MB", "--out", str(folder / "out"), *SIZES]
     assert cli.main(arguments) == 0
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def dense_blackmamba(tmp_path_factory, cache):
+    """The other family, all weights, through all experts."""
+    folder = tmp_path_factory.mktemp("blackmamba")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_experts": 4}
+    config = write_config(folder, model={"preset": "blackmamba-tiny", "overrides": small}, quantization={"format": "none"}, adapter=None)
+    arguments = ["--config", config, "--memory-limit", "6MB", "--out", str(folder / "out"), *SIZES, "sweep.routings=[dense]"]
+    assert cli.main(["characterize", *arguments]) == 0
+    return folder / "out"
+
+
+def test_every_part_ran_of_a_dense_blackmamba(dense_blackmamba):
+    found = results.read(dense_blackmamba)
+    assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
+    assert {r.experiment for r in found.rows} == set(results.EXPERIMENTS) - {"expert_load"}  # of sparse routing alone
+    assert {(r.model, r.method, r.routing or "dense") for r in found.rows} == {("blackmamba-tiny", "full", "dense")}
+    assert "mamba" in {r.scope for r in found.of("layers")} and "attention" not in {r.scope for r in found.of("layers")}
+    assert len({(r.trial, *r.__dict__.values()) for r in found.rows}) == len(found.rows)
 
 
 def test_every_part_ran(study):
@@ -89,6 +113,57 @@ def test_a_model_that_cannot_fit_says_what_would(tmp_path, cache, capsys):
     assert "2 of 10 trials failed" in capsys.readouterr().err
 
 
+def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):
+    """A MemoryError of a trial is its row's, to be tried again."""
+    from moejax.characterize import children, experiments, study, trial
+    from moejax.characterize.sweep import Sweep
+
+    wanted = study.resolve(None, [write_config(tmp_path)], SIZES, 10**7, False)
+    name = "largest_batch/mixtral-tiny/problems/sparse/predict"
+    Sweep.open(wanted, tmp_path / "out", None, "a command", ENVIRONMENT, results.MemoryLimit(10**7, True)).close()
+
+    def predict(t):
+        raise MemoryError("Unable to allocate 47 GiB")
+
+    monkeypatch.setattr(experiments, "predict", predict)
+    monkeypatch.setattr(cli, "prepare_jax", lambda device: None)  # of this process, which is the tests'
+    assert trial.run(tmp_path / "out", name, None) == 0
+    left = children.read(trial.result_path(tmp_path / "out", name))
+    assert (left.status, left.message) == ("out_of_memory", "out of memory on the host: MemoryError: Unable to allocate 47 GiB")
+    assert left.retry and not left.final and left.command.endswith(f"/out {name}")
+
+
+def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):
+    from moejax.characterize import study
+
+    here = study.resolve("cpu-demo", [], [], None, False)
+    monkeypatch.chdir(tmp_path)
+    there = study.resolve("cpu-demo", [], [], None, False)
+    assert [s.key for s in there.settings] == [s.key for s in here.settings] and len(there.settings) == 3
+    for s in there.settings:
+        assert not s.random_weights and not s.random_data and s.run_queries == 3 * (4000 - 200)
+
+
+def test_commands_are_what_a_shell_takes(tmp_path, capsys):
+    from moejax.characterize import console, trial
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    typed = ["--config", "my config.yaml", "--out", "a b", "sweep.lengths=[64, 256]", "name=it's"]
+    told = shlex.split(console._command(parser.parse_args(typed)))
+    assert told[:2] == ["moejax", "characterize"] and told[2:] == typed
+    assert shlex.split(trial.told(tmp_path / "a b; rm", "stages/x", 3))[3:] == [str(tmp_path / "a b; rm"), "stages/x", "--rows", "3"]
+
+
+@pytest.mark.parametrize("out", ["tiny.yaml", "tiny.yaml/below"])
+def test_an_out_that_is_no_folder(tmp_path, capsys, out):
+    arguments = ["characterize", "--config", write_config(tmp_path), "--memory-limit", "6MB", "--out", str(tmp_path / out), *SIZES]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out {tmp_path / out}: ") and "expected a folder that can be written" in error
+    assert error.count("\n") == 1
+
+
 def test_plan_runs_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["characterize", "--config", write_config(tmp_path), "--memory-limit", "6MB", "--out", str(out), "--plan", *SIZES]) == 0
@@ -105,13 +180,20 @@ def test_plan_runs_nothing(tmp_path, capsys):
         (["--preset", "cpu-demo", "--out", "x", "--memory-limit", "lots"], "--memory-limit lots: expected bytes, e.g. 2GB"),
         (["--preset", "quick", "--out", "x", "sweep.querys=3"], "override 'sweep.querys=3': expected sweep.NAME=VALUE with one of"),
         (["--preset", "cpu-demo", "--out", "x", "sweep.batches=[0]"], "override 'sweep.batches=[0]': expected a value like"),
+        (["--preset", "cpu-demo", "--out", "x", "sweep.batches=[1"], "override 'sweep.batches=[1': expected a value like"),
+        (["--config", "broken.yaml", "--out", "x"], "broken.yaml, line 2: not valid YAML"),
+        (["--config", "latin.yaml", "--out", "x"], "--config latin.yaml: 'utf-8' codec can't decode"),
+        (["--config", "nowhere.yaml", "--out", "x"], "config file nowhere.yaml does not exist"),
         (["--preset", "quick", "--out", "x"], "has no memory limit of its own, so nothing would ever be too large: set one"),
         (["--preset", "quick", "--out", "x", "data.source=nowhere.json"], "data.source = nowhere.json is no file here. --pretrained"),
     ],
 )  # fmt: skip
 def test_refusals(arguments, told, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    files = {"broken.yaml": b"model: {\ndata: ]", "latin.yaml": "name: Käse".encode("latin-1")}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
     assert cli.main(["characterize", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and told in error and "Traceback" not in error
-    assert not list(tmp_path.iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == files.keys()

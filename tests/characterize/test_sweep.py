@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from small_study import ENVIRONMENT
 
+from moejax import cli
 from moejax.characterize import children
 from moejax.characterize.sweep import Sweep
 from moejax.errors import UserError
@@ -62,11 +63,19 @@ def test_nothing_finished_runs_again(open_sweep, ran):
     close(again)
 
 
-@pytest.mark.parametrize(("what", "told"), [("crash", "exit code 1: RuntimeError: no luck today"), ("die", "killed by SIGKILL")])
-def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_path, what, told):
+@pytest.mark.parametrize(
+    ("what", "status", "told"),
+    [
+        ("crash", "failed", "exit code 1: RuntimeError: no luck today"),
+        ("abort", "failed", "killed by SIGABRT"),
+        ("die", "out_of_memory", "out of memory on the host: killed by SIGKILL"),
+        ("bad_alloc", "out_of_memory", "out of memory on the host: terminate called after throwing"),
+    ],
+)
+def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_path, what, status, told):
     sweep = open_sweep({PADDED + "1": what})
     ended = dict(run(sweep))
-    assert ended.pop(PADDED + "1") == "failed" and set(ended.values()) == {"done"}
+    assert ended.pop(PADDED + "1") == status and set(ended.values()) == {"done"}
     close(sweep)
     study = results.read(tmp_path / "out")
     assert study.finished and told in study.trials[PADDED + "1"].message
@@ -77,6 +86,16 @@ def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_pat
     ended = run(sweep)
     assert ended == [(PADDED + "1", "done"), ("fit/mixtral-tiny", "done"), ("cost/mixtral-tiny", "done")]
     assert ran()[len(before) :] == [name for name, _ in ended]
+    close(sweep)
+
+
+def test_what_waits_for_a_trial_that_the_host_had_no_memory_for_is_tried_again_with_it(open_sweep, ran):
+    sweep = open_sweep({PREDICT: "die"})
+    ended = dict(run(sweep))
+    assert ended[PROVE] == ended[PACKED] == "out_of_memory" and "out of memory on the host" in sweep.done[PACKED].message
+    close(sweep)
+    sweep = open_sweep()
+    assert set(dict(run(sweep)).values()) == {"done"} and PACKED in ran()
     close(sweep)
 
 
@@ -102,7 +121,24 @@ def test_same_rows_are_not_run_twice(open_sweep, ran):
     sweep = open_sweep({PROVE: 1}, overrides=["sweep.batches=[1, 1/2, largest]"])
     run(sweep)
     assert [n for n in ran() if n.startswith(PADDED)] == [PADDED + "1"]
-    assert "had 1 rows too" in sweep.done[PADDED + "1of2"].message and sweep.done[PADDED + "largest"].status == "done"
+    assert "had 1 row too" in sweep.done[PADDED + "1of2"].message and sweep.done[PADDED + "largest"].status == "done"
+    close(sweep)
+
+
+def test_what_is_given_twice_is_run_once(open_sweep, ran):
+    twice = ["sweep.batches=[1, 1, largest, largest]", "sweep.lengths=[32, 32, 64]", "sweep.routings=[sparse, sparse]"]
+    sweep = open_sweep(overrides=twice)
+    run(sweep)
+    assert len({t.name for t in sweep.tasks}) == len(sweep.tasks) and len(ran()) == len(set(ran()))
+    assert [n for n in ran() if n.startswith(PADDED)] == [PADDED + "1", PADDED + "largest"]
+    close(sweep)
+
+
+def test_more_queries_than_fit_are_not_run(open_sweep, ran):
+    sweep = open_sweep(overrides=["sweep.batches=[1, 6]", "sweep.packed=[6]"])  # 5 fit
+    ended = dict(run(sweep))
+    assert ended[PADDED + "1"] == "done" and ended[PADDED + "6"] == ended[PACKED.replace("largest", "6")] == "out_of_memory"
+    assert "6 queries, and 5 are the most that fit" in sweep.done[PADDED + "6"].message and PADDED + "6" not in ran()
     close(sweep)
 
 
@@ -126,18 +162,55 @@ def gone(process):
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_killed_in_the_middle_and_resumed(open_sweep, ran, tmp_path):
-    """The parent is killed while a trial runs: the trial's process ends by itself, what had finished stays, the rest is run."""
-    close(open_sweep({PACKED: "hang"}, out=tmp_path / "other"))
-    here = Path(__file__).parent
-    parent = subprocess.Popen([sys.executable, "-c", DRIVER, str(here), str(here.parent), str(tmp_path)])
-    hangs = tmp_path / "hangs.txt"
-    while not hangs.exists() or not hangs.read_text():
-        assert parent.poll() is None, "the driver ended before its trial was reached"
-        time.sleep(0.05)
-    child = int(hangs.read_text())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+@pytest.fixture
+def killed_study(open_sweep, tmp_path):
+    """killed_study(behaviour): a study that was killed by SIGKILL in the middle of PACKED; returns the process of that trial."""
+    started = []
+
+    def kill(behaviour):
+        close(open_sweep({PACKED: behaviour}, out=tmp_path / "other"))
+        here = Path(__file__).parent
+        parent = subprocess.Popen([sys.executable, "-c", DRIVER, str(here), str(here.parent), str(tmp_path)])
+        hangs = tmp_path / "hangs.txt"
+        while not hangs.exists() or not hangs.read_text():
+            assert parent.poll() is None, "the driver ended before its trial was reached"
+            time.sleep(0.05)
+        started.append(int(hangs.read_text()))
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        return started[0]
+
+    yield kill
+    for process in started:
+        if not gone(process):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_an_orphan_keeps_a_resumed_study_out(killed_study, open_sweep, tmp_path, monkeypatch):
+    """A trial that outlives its study (were it not killed with it) could write into the folder: until it ends, nothing is resumed there."""
+    orphan = killed_study("orphan")
+    monkeypatch.setattr("moejax.characterize.sweep.time.sleep", lambda seconds: None)
+    kept = (tmp_path / "out" / results.STUDY_FILE).read_text()
+    with pytest.raises(UserError, match=r"or a trial that it left behind, is at work in it"):
+        open_sweep()
+    assert (tmp_path / "out" / results.STUDY_FILE).read_text() == kept
+    os.kill(orphan, signal.SIGKILL)
+    while not gone(orphan):
+        pass
+    close(open_sweep())
+
+
+def test_a_trial_whose_study_died_before_it_began_does_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    command = [sys.executable, "-m", children.MODULE, str(tmp_path), "any", "--parent", str(process.pid)]
+    done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "") and not list(tmp_path.iterdir())
+
+
+def test_killed_in_the_middle_and_resumed(killed_study, open_sweep, ran, tmp_path):
+    """The study is killed while a trial runs: the trial's process is killed with it, what had finished stays, the rest is run."""
+    child = killed_study("hang")
     before = ran()
     killed = results.read(tmp_path / "out")
     assert not killed.finished and killed.trials[PACKED].status == "pending" and killed.trials[PADDED + "1"].status == "done"
@@ -149,10 +222,56 @@ def test_killed_in_the_middle_and_resumed(open_sweep, ran, tmp_path):
     close(sweep)
 
 
+class Killed(BaseException):
+    """What a kill is to the code: nothing catches it, nothing is put in order."""
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+@pytest.mark.parametrize("begun", [False, True])
+def test_killed_between_the_result_files(open_sweep, ran, tmp_path, monkeypatch, capsys, renamed, begun):
+    """Files of two moments: the report refuses them, and the same command goes on and makes them one again."""
+    whole, left = results.replace_text, [renamed]
+
+    def replace_text(path, text):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        whole(path, text)
+
+    with monkeypatch.context() as patched:
+        sweep = None
+        if begun:
+            sweep = open_sweep()
+
+            def told(task, result, seconds):
+                if task.name == PADDED + "largest" and result is None:
+                    patched.setattr(results, "replace_text", replace_text)
+
+        else:
+            patched.setattr(results, "replace_text", replace_text)
+        with pytest.raises(Killed):
+            sweep.run(told) if sweep else open_sweep()
+    if sweep:
+        close(sweep)
+    if begun and not renamed:  # the last write had not begun: the files before it are whole
+        assert PADDED + "largest" not in {r.trial for r in results.read(tmp_path / "out").rows}
+    else:
+        assert cli.main(["report", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "run the same `moejax characterize` again" in error or "does not exist: expected" in error
+    before = ran()
+    sweep = open_sweep()
+    run(sweep)
+    study = results.read(tmp_path / "out")
+    assert study.finished and len(set(ran())) == len(ran()) and ran()[: len(before)] == before
+    assert {r.trial for r in study.rows} >= {PADDED + "1", PADDED + "largest", PACKED}
+    close(sweep)
+
+
 def test_folder_in_use(open_sweep, monkeypatch):
     monkeypatch.setattr("moejax.characterize.sweep.time.sleep", lambda seconds: None)
     sweep = open_sweep()
-    with pytest.raises(UserError, match="another `moejax characterize` is at work in it"):
+    with pytest.raises(UserError, match=rf"another `moejax characterize` \(process {os.getpid()}\)"):
         open_sweep()
     close(sweep)
 

@@ -56,6 +56,7 @@ def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finis
     return Study(
         1, "made-up", "moejax characterize --preset made-up --out DIR", "2026-11-25T12:00:00Z", config, digest(config), models,
         environment, MemoryLimit(48_000_000_000, False), plan, trials, finished, rows,
+        prices={"A40": "made-up seller, 2026-11-01", "A100-80GB": "made-up seller, 2026-11-01"},
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ class Cell:
     group: str = ""
     line: str = ""
     head: str = ""
+    beside: str = ""  # the study's model that the group's name says
 
 
 @dataclass
@@ -63,7 +64,8 @@ class _Reader(HTMLParser):
         elif tag == "data":
             head = self.heads[self.column] if 0 <= self.column < len(self.heads) else ""
             place = attributes.get("data-place", "")
-            self.cell = Cell(attributes["value"], attributes["data-source"], place, "", self.section, self.group, self.line, head)
+            group, _, beside = self.group.removesuffix(")").partition(" (study: ")
+            self.cell = Cell(attributes["value"], attributes["data-source"], place, "", self.section, group, self.line, head, beside)
 
     def handle_endtag(self, tag):
         if tag == "data":

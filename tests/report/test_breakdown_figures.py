@@ -15,7 +15,7 @@ TRACE = str(VECTORS / "mixtral-cpu.xplane.pb.gz")
 
 def test_the_studys_bars():
     bars = study("mixtral", "sparse")
-    assert [b.name for b in bars] == [f"study, A40,\nsparse, batch {n}" for n in (1, 10, 32)]
+    assert [b.name for b in bars] == [f"study: Mixtral-8x7B\non an A40,\nsparse, batch {n}" for n in (1, 10, 32)]
     row = reference.kernel_microseconds().row("mixtral", "sparse", 32).values
     assert bars[2].kernels["moe/w1"] == pytest.approx(row["matmul(w1)"] * 1e-6)
     assert bars[2].kernels["moe/router"] == pytest.approx((row["softmax"] + row["matmul(router)"]) * 1e-6)
@@ -53,7 +53,8 @@ def test_the_command_draws_and_prints(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["breakdown", TRACE, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "2 traced steps of jit_step on a CPU" in out and "moe/w1_dequant" in out and "study, A40, sparse, batch 32" in out
+    assert "2 traced steps of jit_step on a CPU" in out and "moe/w1_dequant" in out
+    assert "study: Mixtral-8x7B on an A40, sparse, batch 32" in out
     for name in ("phases", "layers", "moe_kernels"):
         png = (tmp_path / f"{name}.png").read_bytes()
         width, height = struct.unpack(">II", png[16:24])

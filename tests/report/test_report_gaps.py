@@ -133,6 +133,14 @@ def cut(folder):
     (folder / "characterize.json").write_text(whole[: len(whole) // 2])
 
 
+def of_another_moment(folder):
+    """Results of a later moment beside the plan of an earlier: killed between two renames."""
+    before = (folder / "characterize.json").read_text()
+    study = made.study()
+    results.write(replace(study, rows=study.rows[:-1]), folder)
+    (folder / "characterize.json").write_text(before)
+
+
 def at_odds(folder):
     lines = (folder / "results.csv").read_text().splitlines()
     (folder / "results.csv").write_text("\n".join(lines[:-1]) + "\n")
@@ -144,6 +152,7 @@ def at_odds(folder):
         (older, "schema_version = 0, this moejax reads version 1"),
         (cut, "was it cut off"),
         (at_odds, "hold different rows"),
+        (of_another_moment, "was written with other rows than those of results.json"),
         (lambda f: (f / "characterize.json").unlink(), "does not exist: expected what `moejax characterize"),
         (lambda f: f.rename(f.with_name("elsewhere")), "expected a folder that `moejax characterize --out` wrote"),
     ],
