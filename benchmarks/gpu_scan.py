@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import kept
 
 from models.ops import selective_scan as ss
 
@@ -81,14 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     channels, cases, chunks = (32, "2x64", "16") if options.tiny else (CHANNELS, options.cases, options.chunks)
     rate = copy_rate(1 << 22 if options.tiny else 1 << 30)
-    report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/gpu_scan.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": jax.local_devices()[0].device_kind,
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "copy_bytes_per_second": rate,
-        "cases": [],
-    }
+    report = kept.about(device=jax.local_devices()[0].device_kind, copy_bytes_per_second=rate, cases=[])
     forms: list[tuple[str, int | None]] = [(f, int(c)) for c in chunks.split(",") for f in ("chunked", "chunked_associative")]
     for case in cases.split(","):
         b, t = (int(n) for n in case.split("x"))
@@ -119,9 +113,7 @@ def main() -> int:
                 row["error"] = str(error)[:300]
             report["cases"].append(row)
             print(json.dumps(row), flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
+            kept.write(options.out, report)
     return 0
 
 
