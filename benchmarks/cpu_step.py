@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import handover
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import optax
 import turns
@@ -162,18 +163,11 @@ def main() -> int:
     if not options.reference.exists():
         print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
         return 2
-    result: dict[str, Any] = {
-        "command": "make bench",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": cpu_name(),
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "cases": {},
-    }
+    result = kept.about("make bench", device=cpu_name(), cases={})
     for case in options.only:
         found = result["cases"][case] = CASES[case](options.reference, options.steps)
         print(f"{case}: moejax is {found['speedup']:.2f} times as fast", flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        kept.write(options.out, result)
     print(f"\n{table(result)}\n\n{FORMULA}.")
     return 0
 

@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import jax
 import jax.numpy as jnp
+import kept
 import turns
 
 from models.build import build
@@ -87,13 +88,7 @@ def main() -> int:
     if not options.reference.exists():
         print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
         return 2
-    result: dict[str, Any] = {
-        "command": "make bench",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": cpu_name(),
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "cases": [],
-    }
+    result = kept.about("make bench", device=cpu_name(), cases=[])
     print("decoding, tokens/s (assets/tiny-mixtral, fp32)\n rows   moejax  transformers  times  same tokens")
     for rows in options.rows:
         case = compare(options.reference, rows, options.new_tokens, options.rounds)
@@ -101,8 +96,7 @@ def main() -> int:
         same = "yes" if case["same_tokens"] else "NO"
         print(f"{rows:5} {rate['moejax']:8.0f} {rate['pytorch']:13.0f} {case['speedup']:6.1f}  {same}", flush=True)
         result["cases"].append(case)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    kept.write(options.out, result)
     return 0 if all(case["same_tokens"] for case in result["cases"]) else 1
 
 

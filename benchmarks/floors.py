@@ -2,10 +2,13 @@
 
     python benchmarks/floors.py [--config configs/mixtral_8x7b_cs_sparse.yaml] [--shapes 1x128,8x512,32x512,24x2048]
                                 [--tflops 780 --gb-per-second 4300] [--json]
+    python benchmarks/floors.py --measured RUN            # floor, measured seconds and their ratio, stage by stage, of a profiled run
+    moejax breakdown RUN --json > FILE; python benchmarks/floors.py --measured FILE --config CONFIG --shapes 10x128
 
 What is counted is what the program of this repository does (full rematerialization, frozen weights dequantized once a pass): each operand
 read once and each result written once, tiles and padding left out. The default rates were measured by others on one H200: an 8192-cubed
-bf16 product, and a copy. The sum of the stages is a floor of this program, kernel after kernel, not of the task.
+bf16 product, and a copy; of a profiled run they are those that it measured, or its GPU's data sheet's. The sum of the stages is a floor of
+this program, kernel after kernel, not of the task.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from models.config import Architecture, BlackMambaConfig, MixtralConfig
 from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.errors import UserError
+from moejax.estimating import architecture_of
 from moejax.estimator import sizes
 from moejax.estimator.roofline import NF4_BYTES
 
-BF16, FP32 = 2, 4
+FP32 = 4
+SIZES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,13 @@ class Stage:
         return max((computing, "compute"), (moving, "bandwidth"))
 
 
-def product(tokens: float, inputs: float, outputs: float, passes: float, matrices: float = 1, rows: float | None = None) -> Stage:
-    """`passes` products of [tokens, inputs] with bf16 [outputs, inputs], `matrices` of which are read; rows: where they differ."""
+def product(
+    item: int, tokens: float, inputs: float, outputs: float, passes: float, matrices: float = 1, rows: float | None = None
+) -> Stage:
+    """`passes` products of [tokens, inputs] with [outputs, inputs], `matrices` of which are read; rows: where they differ. item: bytes of
+    a number that is computed with."""
     n = tokens if rows is None else rows
-    moved = BF16 * (matrices * inputs * outputs + n * (inputs + outputs))
+    moved = item * (matrices * inputs * outputs + n * (inputs + outputs))
     return Stage("", passes * 2 * n * inputs * outputs, passes * moved)
 
 
@@ -54,71 +62,73 @@ def merged(name: str, times: float, *stages: Stage) -> Stage:
     return Stage(name, times * sum(s.flops for s in stages), times * sum(s.bytes for s in stages))
 
 
-def dequantization(weights: float, passes: float) -> Stage:
-    """Codes and scales read, bf16 written."""
-    return Stage("", 2 * weights * passes, weights * passes * (NF4_BYTES + BF16))
+def dequantization(item: int, weights: float, passes: float) -> Stage:
+    """Codes and scales read, numbers of `item` bytes written."""
+    return Stage("", 2 * weights * passes, weights * passes * (NF4_BYTES + item))
 
 
-def experts(config: Architecture, n: float, trained: bool, quantized: bool, rank: int = 0) -> list[Stage]:
+def experts(item: int, config: Architecture, n: float, trained: bool, quantized: bool, rank: int = 0) -> list[Stage]:
     """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too."""
     c = config
     d, f, e, k = c.hidden_size, c.intermediate_size, c.num_experts, c.experts_per_token
     layers = c.num_layers // 2 if isinstance(c, BlackMambaConfig) else c.num_layers
     passes = (3 + trained) + (3 + trained) + (2 + trained)
-    out = [merged("moe/w1, w3, w2", layers, product(n, d, f, passes, e, n * k))]
+    out = [merged("moe/w1, w3, w2", layers, product(item, n, d, f, passes, e, n * k))]
     if quantized:
-        out.append(merged("moe: dequantization", layers, dequantization(3 * e * d * f, 2)))
+        out.append(merged("moe: dequantization", layers, dequantization(item, 3 * e * d * f, 2)))
     if rank:  # forward, again, and a product each for the gradients of A, B and what goes in
-        out.append(merged("moe/lora", layers, *(product(n, d + f, rank, 4, e, n * k),) * 3))
-    moved = 0.0 if c.dense else 8 * BF16 * n * k * d
+        out.append(merged("moe/lora", layers, *(product(item, n, d + f, rank, 4, e, n * k),) * 3))
+    moved = 0.0 if c.dense else 8 * item * n * k * d
     out.append(Stage("moe/dispatch, combine", 0, layers * moved))
     # Forward (read two, write one), and backward (read three, write three); recomputed rows stay where they are.
-    out.append(Stage("moe/act", layers * 10 * n * k * f, layers * 9 * BF16 * n * k * f))
+    out.append(Stage("moe/act", layers * 10 * n * k * f, layers * 9 * item * n * k * f))
     return out
 
 
-def mixtral(c: MixtralConfig, rows: int, length: int, trained_weights: float, quantized: bool, rank: int) -> list[Stage]:
+def mixtral(item: int, c: MixtralConfig, rows: int, length: int, trained_weights: float, quantized: bool, rank: int) -> list[Stage]:
     n, d, layers = rows * length, c.hidden_size, c.num_layers
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    matrices = [product(n, d, q + 2 * kv, 3), product(n, q, d, 2)]
+    matrices = [product(item, n, d, q + 2 * kv, 3), product(item, n, q, d, 2)]
     pairs = rows * length * (length + 1) / 2
     out = [merged("attention: projections", layers, *matrices)]
     if quantized:
-        out.append(merged("attention: dequantization", layers, dequantization(d * (q + 2 * kv), 3), dequantization(q * d, 2)))
+        out.append(merged("attention: dequantization", layers, dequantization(item, d * (q + 2 * kv), 3), dequantization(item, q * d, 2)))
     # Scores and weighted values; backward the scores again, and the gradients of weights, values, queries and keys. Nothing is written.
-    out.append(Stage("attention: scores", layers * 14 * pairs * q, layers * 3 * BF16 * n * (2 * q + 2 * kv)))
-    out += experts(c, n, False, quantized, rank)
-    out.append(Stage("norms, stream", 0, layers * 2 * 8 * BF16 * n * d))
-    return [*out, *ends(c, n, False, trained_weights, FP32)]
+    out.append(Stage("attention: scores", layers * 14 * pairs * q, layers * 3 * item * n * (2 * q + 2 * kv)))
+    out += experts(item, c, n, False, quantized, rank)
+    out.append(Stage("norms, stream", 0, layers * 2 * 8 * item * n * d))
+    return [*out, *ends(item, c, n, False, trained_weights, FP32)]
 
 
-def blackmamba(c: BlackMambaConfig, rows: int, length: int, trained_weights: float, param_bytes: int) -> list[Stage]:
+def blackmamba(item: int, c: BlackMambaConfig, rows: int, length: int, trained_weights: float, param_bytes: int) -> list[Stage]:
     n, d, i, s = rows * length, c.hidden_size, c.inner_size, c.state_size
     layers = c.num_layers // 2
-    matrices = [product(n, d, 2 * i, 4), product(n, i, c.rank + 2 * s, 4), product(n, c.rank, i, 4), product(n, i, d, 3)]
+    into, small = product(item, n, d, 2 * i, 4), product(item, n, i, c.rank + 2 * s, 4)
+    matrices = [into, small, product(item, n, c.rank, i, 4), product(item, n, i, d, 3)]
     out = [merged("mamba: projections", layers, *matrices)]
     # u, dt in fp32, y out, forward and again; backward reads them and dy, and writes du and ddt. States never leave the registers.
     out.append(Stage("mamba/scan", layers * 3 * 9 * n * i * s, layers * FP32 * n * i * (3 + 3 + 5)))
-    out.append(Stage("mamba/conv, gate", layers * 3 * 2 * c.conv_size * n * i, layers * BF16 * n * i * 14))
-    out += experts(c, n, True, False)
+    out.append(Stage("mamba/conv, gate", layers * 3 * 2 * c.conv_size * n * i, layers * item * n * i * 14))
+    out += experts(item, c, n, True, False)
     out.append(Stage("norms, stream", 0, layers * 2 * 8 * FP32 * n * d))
-    return [*out, *ends(c, n, True, trained_weights, param_bytes)]
+    return [*out, *ends(item, c, n, True, trained_weights, param_bytes)]
 
 
-def ends(c: Architecture, n: float, trained: bool, weights: float, param_bytes: int) -> list[Stage]:
+def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, param_bytes: int) -> list[Stage]:
     """The loss in chunks of 1024 tokens, which read the head anew; Adam: weight, two moments, read and written, and the gradient twice."""
     chunks = -(-n // 1024)
-    head = product(n, c.hidden_size, c.vocab_size, 2 + trained, chunks)
+    head = product(item, n, c.hidden_size, c.vocab_size, 2 + trained, chunks)
     return [Stage("loss", head.flops, head.bytes), Stage("optimizer", 14 * weights, weights * param_bytes * 8)]
 
 
 def floors(experiment: Experiment, config: Architecture, rows: int, length: int) -> list[Stage]:
     """All stages of one optimizer step with one micro-batch of rows x length tokens."""
+    item = SIZES[experiment.training.compute_dtype]
     trained = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
     if isinstance(config, BlackMambaConfig):
-        return blackmamba(config, rows, length, trained, FP32 if experiment.training.param_dtype == "float32" else BF16)
+        return blackmamba(item, config, rows, length, trained, SIZES[experiment.training.param_dtype])
     rank = 0 if experiment.adapter is None else experiment.adapter.rank
-    return mixtral(config, rows, length, trained, experiment.quantization.format == "nf4", rank)
+    return mixtral(item, config, rows, length, trained, experiment.quantization.format == "nf4", rank)
 
 
 def useful_flops(config: Architecture, experiment: Experiment, rows: int, length: int) -> float:
@@ -130,25 +140,111 @@ def useful_flops(config: Architecture, experiment: Experiment, rows: int, length
     return counted.step(rows * length, flops.visible_pairs([length] * rows))
 
 
+# What is measured under a stage's floor, by the profile's names (moejax/profiling/scopes.py). The rest is told as "no floor".
+MEASURED = {
+    "attention: projections": ("attention", "attention/lora"), "attention: dequantization": ("attention/dequant",), "attention: scores": (),
+    "mamba: projections": ("mamba", "mamba/dequant", "mamba/lora"), "mamba/scan": ("mamba/scan",), "mamba/conv, gate": ("mamba/conv",),
+    "moe/w1, w3, w2": ("moe/w1", "moe/w3", "moe/w2"), "moe: dequantization": ("moe/w1_dequant", "moe/w3_dequant", "moe/w2_dequant"),
+    "moe/lora": ("moe/lora",), "moe/dispatch, combine": ("moe/dispatch", "moe/combine"), "moe/act": ("moe/act",),
+    "norms, stream": ("norm", "layers", "embed"), "loss": ("loss", "head_dequant"), "optimizer": ("optimizer",),
+}  # fmt: skip
+TOGETHER = {"attention: scores": "attention: projections"}  # one name in the profile
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A profiled run. seconds: by stage, a step's. rates: FLOP/s and bytes/s of its device; None, as config and shape, where unknown."""
+
+    seconds: dict[str, float]
+    rates: tuple[float | None, float | None]
+    config: str | None = None
+    shape: str | None = None
+
+
+def profiled(path: Path) -> Profiled:
+    """A profiled run's folder, or what `moejax breakdown --json` printed of one run. Raises UserError."""
+    from moejax.profiling import command, schema
+
+    if path.is_dir():
+        run, profile = command.as_dict(command.load(path)), schema.read(path)
+        shape = f"{round(profile.batch.rows or 0)}x{round(profile.batch.row_tokens or 0)}"
+        return Profiled(*_stages(run, path), str(path / "config.yaml"), shape)
+    how = f"--measured {path}: expected a profiled run's folder, or what `moejax breakdown RUN --json` printed"
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))
+        if len(runs) != 1:
+            raise UserError(f"{how} of one run, found {len(runs)}")
+        return Profiled(*_stages(runs[0], path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{how} ({type(error).__name__}: {error})") from None
+
+
+def _stages(run: dict[str, Any], path: Path) -> tuple[dict[str, float], tuple[float | None, float | None]]:
+    if not run["stages"]:
+        raise UserError(f"--measured {path}: there is no trace, so no stage's time is known: profile the run with `moejax profile CONFIG`")
+    seconds = {stage["name"]: stage["seconds"] for stage in run["stages"]} | {"idle": run["idle"] or 0.0}
+    return seconds, (run["peaks"]["flops_per_second"], run["peaks"]["bytes_per_second"])
+
+
+def compared(stages: list[Stage], rates: tuple[float, float], seconds: dict[str, float]) -> list[tuple[str, float | None, float]]:
+    """(stage, floor's seconds or None, measured seconds); what has no floor behind the others. Every measured second is in one row."""
+    floor = {s.name: s.seconds(*rates)[0] for s in stages}
+    rest = dict(seconds)
+    rows: list[tuple[str, float | None, float]] = []
+    for name in floor:
+        if name in TOGETHER:
+            continue
+        joined = [name, *(other for other, first in TOGETHER.items() if first == name and other in floor)]
+        title = " and ".join([name, *(other.partition(": ")[2] for other in joined[1:])])
+        rows.append((title, sum(floor[j] for j in joined), sum(rest.pop(scope, 0.0) for scope in MEASURED[name])))
+    return rows + [(f"no floor: {name}", None, spent) for name, spent in sorted(rest.items(), key=lambda item: -item[1]) if spent]
+
+
+def tell(rows: list[tuple[str, float | None, float]]) -> None:
+    """The comparison as Markdown."""
+    whole = "all", sum(floor or 0.0 for _, floor, _ in rows), sum(spent for _, _, spent in rows)
+    print("| stage | floor, ms | measured, ms | times |\n|---|---|---|---|")
+    for name, floor, spent in [*rows, whole]:
+        cells = ("", "") if floor is None else (f"{1e3 * floor:.2f}", f"{spent / floor:.1f}" if floor else "")
+        print(f"| {name} | {cells[0]} | {1e3 * spent:.2f} | {cells[1]} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", default="configs/mixtral_8x7b_cs_sparse.yaml")
-    parser.add_argument("--shapes", default="1x128,8x512,32x512,24x2048", help="rows x tokens, comma-separated")
-    parser.add_argument("--tflops", type=float, default=780.0, help="matrix rate")
-    parser.add_argument("--gb-per-second", type=float, default=4300.0)
+    parser.add_argument("--config", help="default: configs/mixtral_8x7b_cs_sparse.yaml, or the profiled run's own")
+    parser.add_argument("--shapes", help="rows x tokens, comma-separated (default: 1x128,8x512,32x512,24x2048, or the profiled run's own)")
+    parser.add_argument("--tflops", type=float, help="matrix rate (default: 780, or the profiled run's)")
+    parser.add_argument("--gb-per-second", type=float, help="bandwidth (default: 4300, or the profiled run's)")
+    parser.add_argument("--measured", type=Path, metavar="RUN", help="a profiled run's folder, or what moejax breakdown RUN --json printed")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args()
-    rates = options.tflops * 1e12, options.gb_per_second * 1e9
     try:
+        run = None if options.measured is None else profiled(options.measured)
+        known = (None, None) if run is None else run.rates
+        given = (options.tflops and options.tflops * 1e12, options.gb_per_second and options.gb_per_second * 1e9)
+        rates = given[0] or known[0] or 780e12, given[1] or known[1] or 4300e9
+        options.config = options.config or (run and run.config) or "configs/mixtral_8x7b_cs_sparse.yaml"
+        options.shapes = options.shapes or (run and run.shape) or "1x128,8x512,32x512,24x2048"
         experiment = configuration.load(options.config, options.overrides)
-        config = experiment.model.architecture(None)
+        config = architecture_of(experiment)
         shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
         if any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
             raise UserError(f"--shapes {options.shapes}: expected rows x tokens, e.g. 8x512,24x2048")
+        if run is not None and len(shapes) != 1:
+            raise UserError("--measured FILE: say what was run, with --config FILE and --shapes ROWSxTOKENS")
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    told = f"at {rates[0] / 1e12:.4g} TFLOP/s and {rates[1] / 1e9:.4g} GB/s"
+    if run is not None:
+        stages = compared(floors(experiment, config, *shapes[0]), rates, run.seconds)
+        if options.json:
+            print(json.dumps([dict(zip(("stage", "floor_seconds", "seconds"), row, strict=True)) for row in stages], indent=1))
+            return 0
+        print(f"{options.measured}, {options.shapes}: floor {told}\n")
+        tell(stages)
+        return 0
     found: dict[str, Any] = {}
     for rows, length in shapes:
         stages = floors(experiment, config, rows, length)
@@ -162,7 +258,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
-    print(f"{options.config}: floor in ms at {options.tflops:g} TFLOP/s and {options.gb_per_second:g} GB/s (c: compute, b: bandwidth)\n")
+    print(f"{options.config}: floor in ms {told} (c: compute, b: bandwidth)\n")
     print("| stage | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
     for name in next(iter(found.values()))["stages"]:
         cells = [f["stages"][name] for f in found.values()]

@@ -4,23 +4,21 @@
     python benchmarks/gpu_frameworks.py --tiny           # the whole path with small models on a CPU
 
 Each case is measured twice. "same batch": all sides at once, each in its share of the memory, take turns step by step. "best batch": each
-side alone doubles its rows until memory is full, then tries the middle; its fastest batch is timed again, the sides' processes in turn. A
-cell that cannot be run holds the reason and the others go on. Weights are made on the device (NF4 codes without a 16-bit model), tokens are
-random, one query fills a row. The first steps are warm-up; compilation is apart. On a GPU nothing of this has been run yet.
+side alone doubles its rows until memory is full, then tries the middle; its fastest batch is timed again, the sides' processes in turn.
+"one query": a single row, moejax alone, where the case has a bar for it. A cell that cannot be run holds the reason and the others go on.
+Weights are made on the device (NF4 codes without a 16-bit model), tokens are random, one query fills a row. The first steps are warm-up;
+compilation is apart. Behind the table: every bar, what it needs and what was reached. On a GPU nothing of this has been run yet.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
 
 import contract
 import handover
+import kept
 import torch_run
 import turns
 from turns import Side, Stopped
@@ -39,6 +38,7 @@ from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import gpus, prices
+from moejax.estimator.roofline import NF4_BYTES
 from moejax.training import flops
 from moejax.training.state import adapter_config, architecture
 from moejax.training.step_profile import cpu_name
@@ -61,6 +61,7 @@ class Case:
     overrides: tuple[str, ...]
     stacks: tuple[str, ...]
     tiny: tuple[str, ...]
+    one_query: bool = False
 
 
 _TINY = ("training.compute_dtype=float32", "data.row_tokens=64", "data.max_length=64")
@@ -69,7 +70,7 @@ _MIXTRAL = ("model.preset=mixtral-tiny", "model.overrides.intermediate_size=128"
 _MAMBA = ("model.preset=blackmamba-tiny", "training.param_dtype=float32", *_TINY)
 _BF16 = "quantization.format=none"
 CASES = {
-    "Mixtral-8x7B, NF4, k = 2": Case("mixtral_8x7b_cs_sparse", (), ("study",), _MIXTRAL),
+    "Mixtral-8x7B, NF4, k = 2": Case("mixtral_8x7b_cs_sparse", (), ("study",), _MIXTRAL, one_query=True),
     "Mixtral-8x7B, NF4, k = 8": Case("mixtral_8x7b_cs_dense", (), ("study",), _MIXTRAL),
     "Mixtral-8x7B, bf16, k = 2": Case("mixtral_8x7b_cs_sparse", (_BF16,), ("study", "today"), _MIXTRAL),
     "Mixtral, 8 of 32 layers, bf16, k = 2": Case(
@@ -216,6 +217,7 @@ def rate_cell(cell: dict[str, Any], work: float, matrix_rate: float | None, pric
     cell["price"] = price.told if price else "no dated price of this device (moejax/estimator/prices.py)"
 
 
+BATCHES = ("same batch", "best batch", "one query")
 HEADER = ("case", "batch", "side", "rows x tokens", "s/step (spread)", "queries/s", "tokens/s", "of matrix rate", "peak memory",
           "USD per 1,000 queries", "compiled in")  # fmt: skip
 
@@ -224,7 +226,7 @@ def table(report: dict[str, Any]) -> str:
     """All cells as Markdown."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for name, case in report["cases"].items():
-        for batch in ("same batch", "best batch"):
+        for batch in BATCHES:
             for side, cell in case.get(batch, {}).items():
                 lines.append("| " + " | ".join((name, batch, side, *_cells(cell, case["row_tokens"]))) + " |")
     return "\n".join(lines)
@@ -247,12 +249,103 @@ def _cells(cell: dict[str, Any], row_tokens: int) -> tuple[str, ...]:
     )
 
 
+NF4, BF16, BF16_SMALL, MAMBA = (
+    "Mixtral-8x7B, NF4, k = 2", "Mixtral-8x7B, bf16, k = 2", "Mixtral, 8 of 32 layers, bf16, k = 2", "BlackMamba-2.8B, bf16, k = 2",
+)  # fmt: skip
+
+
+class Missing(Exception):
+    """What a bar is judged by was not measured: why."""
+
+
+def _cell(cases: dict[str, Any], case: str, batch: str, side: str) -> dict[str, Any]:
+    cell = cases.get(case, {}).get(batch, {}).get(side)
+    if cell is None or "error" in cell:
+        raise Missing(f"{case}, {batch}, {side}: {'not run' if cell is None else cell['error']}")
+    found: dict[str, Any] = cell
+    return found
+
+
+def _ratio(cases: dict[str, Any], case: str, rate: str, others: tuple[str, ...]) -> float:
+    """moejax's rate over the best of the others', each at its own best batch. Sides that could not run are left out, but not all."""
+    ran = []
+    for other in others:
+        try:
+            ran.append(_cell(cases, case, "best batch", other)[rate])
+        except Missing as error:
+            last = error
+    if not ran:
+        raise last
+    return float(_cell(cases, case, "best batch", "moejax")[rate] / max(ran))
+
+
+def _matrix_share(cases: dict[str, Any]) -> float:
+    share = _cell(cases, NF4, "best batch", "moejax")["share_of_matrix_rate"]
+    if share is None:
+        raise Missing("no matrix rate was measured")
+    return float(share)
+
+
+def _above_floor(cases: dict[str, Any]) -> float:
+    """One query's seconds over the floor of the experts' weights: codes read, and bf16 written and read, three times over."""
+    cell = _cell(cases, NF4, "one query", "moejax")
+    bandwidth = cell["about"].get("copy_bytes_per_second")
+    if not bandwidth:
+        raise Missing("no bandwidth was measured")
+    return float(cell["median"] * bandwidth / (3 * cases[NF4]["expert_weights"] * (NF4_BYTES + 2 + 2)))
+
+
+def _peak_error(cases: dict[str, Any]) -> float:
+    """The largest deviation of the compiler's peak from the device's, over all of moejax's best batches."""
+    found = [c["best batch"]["moejax"] for c in cases.values() if "error" not in c.get("best batch", {}).get("moejax", {"error": ""})]
+    errors = [abs(c["about"]["compiler_peak_bytes"] / c["device_peak_bytes"] - 1) for c in found if "device_peak_bytes" in c]
+    if not errors:
+        raise Missing("no device told its peak")
+    return max(errors)
+
+
+Bar = tuple[str, str, float, Callable[[dict[str, Any]], float]]
+BARS: tuple[Bar, ...] = (
+    (f"{NF4}: queries/s over stack `study`, each at its best batch", "at least", 10.0,
+     lambda c: _ratio(c, NF4, "queries_per_second", ("study",))),
+    (f"{NF4}: model FLOPs of the measured matrix rate", "at least", 0.4, _matrix_share),
+    (f"{NF4}: one query over the floor of reading codes and writing and reading bf16 three times", "at most", 1.5, _above_floor),
+    (f"{BF16}: tokens/s over stack `today`, each at its best batch", "at least", 1.2,
+     lambda c: _ratio(c, BF16, "tokens_per_second", ("today",))),
+    (f"{BF16_SMALL}: the same", "at least", 1.2, lambda c: _ratio(c, BF16_SMALL, "tokens_per_second", ("today",))),
+    (f"{MAMBA}: queries/s over the best side of PyTorch", "at least", 2.0,
+     lambda c: _ratio(c, MAMBA, "queries_per_second", CASES[MAMBA].stacks)),
+    ("all cases: compiler's peak beside the device's, largest deviation", "at most", 0.03, _peak_error),
+)  # fmt: skip
+
+
+def bars(cases: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every bar with what was reached (None: not measured, and why)."""
+    found = []
+    for name, kind, needed, reached in BARS:
+        entry: dict[str, Any] = {"bar": name, "needed": f"{kind} {needed:g}", "reached": None, "met": None, "why_not": None}
+        try:
+            entry["reached"] = reached(cases)
+            entry["met"] = entry["reached"] >= needed if kind == "at least" else entry["reached"] <= needed
+        except Missing as error:
+            entry["why_not"] = str(error)
+        found.append(entry)
+    return found
+
+
+def bar_table(found: list[dict[str, Any]]) -> str:
+    """The bars as Markdown."""
+    lines = ["| bar | needed | reached | |", "|---|---|---|---|"]
+    for b in found:
+        reached = "" if b["reached"] is None else f"{b['reached']:.3g}"
+        verdict = f"not measured: {b['why_not']}" if b["met"] is None else "met" if b["met"] else "MISSED"
+        lines.append(f"| {b['bar']} | {b['needed']} | {reached} | {verdict} |")
+    return "\n".join(lines)
+
+
 def device() -> str:
     """What jax calls the first GPU here. Raises UserError where it finds none."""
-    code = "import jax; d = jax.local_devices()[0]; print(d.platform, d.device_kind, sep='|')"
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    platform, _, kind = (said.stdout.strip().splitlines() or ["none|"])[-1].partition("|")
+    platform, kind = kept.device({name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"})
     if platform != "gpu":
         raise UserError(
             "jax finds no GPU here: install moejax with the extra cuda12 or cuda13 (BUILD.md); --tiny runs on a CPU"
@@ -267,9 +360,13 @@ def measure(name: str, settings: Settings, gpu: gpus.GPU | None, begin: Callable
     experiment = settings.experiment(case, settings.rows)
     result: dict[str, Any] = {"config": f"configs/{case.config}.yaml", "overrides": settings.overrides(case, settings.rows)}
     result["row_tokens"] = experiment.data.row_tokens
-    for batch, take in (("same batch", same_batch), ("best batch", best_batch)):
-        result[batch] = take(names, case, settings, begin)
-    judge([cell for batch in ("same batch", "best batch") for cell in result[batch].values()], case, settings, gpu)
+    result["same batch"] = same_batch(names, case, settings, begin)
+    result["best batch"] = best_batch(names, case, settings, begin)
+    if case.one_query:
+        result["one query"] = same_batch(["moejax"], case, replace(settings, rows=1), begin)
+        config = architecture(experiment, None)
+        result["expert_weights"] = 3 * config.num_layers * config.num_experts * config.hidden_size * config.intermediate_size
+    judge([cell for batch in BATCHES for cell in result.get(batch, {}).values()], case, settings, gpu)
     return result
 
 
@@ -296,19 +393,16 @@ def main() -> int:
         settings = Settings(
             options.tiny, options.steps, options.row_tokens, options.rows, options.most_rows, pythons, arguments
         )
-        report: dict[str, Any] = {
-            "command": " ".join(["python", "benchmarks/gpu_frameworks.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-            "device": kind, "formula": FORMULA, "cases": {},
-        }  # fmt: skip
+        report = kept.about(device=kind, formula=FORMULA, cases={})
         for name in options.cases:
             report["cases"][name] = measure(name, settings, gpu)
+            report["bars"] = bars(report["cases"])
             print(f"{name}: done", flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            kept.write(options.out, report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{table(report)}\n\n{FORMULA}.")
+    print(f"\n{table(report)}\n\n{FORMULA}.\n\n{bar_table(report['bars'])}")
     return 0
 
 

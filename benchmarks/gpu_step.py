@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 from flax import nnx
 
@@ -167,14 +168,8 @@ def main() -> int:
     base = PRESETS[tiny if options.tiny else preset]
     cases = "2x32:2,2x32:8" if options.tiny else options.cases
     device = jax.local_devices()[0]
-    report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/gpu_step.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device.device_kind,
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "matrix_rate_flops": matrix_rate(512 if options.tiny else 8192, jnp.bfloat16),
-        "cases": [],
-    }
+    rate = matrix_rate(512 if options.tiny else 8192, jnp.bfloat16)
+    report = kept.about(device=device.device_kind, matrix_rate_flops=rate, cases=[])
     for batching in options.batching.split(","):
         for routing in options.routing.split(","):
             for case in cases.split(","):
@@ -188,9 +183,7 @@ def main() -> int:
                     row = {"rows": rows, "row_tokens": length, "experts_per_token": int(k), "error": str(error)[:300]}
                 report["cases"].append(row)
                 print(json.dumps(row), flush=True)
-                if options.out:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+                kept.write(options.out, report)
     return 0
 
 

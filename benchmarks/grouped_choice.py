@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 import jax.numpy as jnp
+import kept
 from choices import update
 from routing import SKEWED, experts_of
 
@@ -177,7 +178,7 @@ def again(path: Path) -> list[dict[str, Any]]:
         case["winner"], entry = decide(plans, case["medians"], result["ragged_flops_of_useful"])
         case["entry"] |= entry
         entries.append(case["entry"])
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    kept.write(path, result)
     return entries
 
 
@@ -199,11 +200,7 @@ def main() -> int:
         update(grouped_table.TABLE, SHAPE, json.loads(o.decide.read_text())["device"], again(o.decide), o.decide)
         return 0
     kind, ragged = grouped_choice.here(), of_run.ragged_cost()
-    result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/grouped_choice.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), "device": kind,
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}, "cores": os.cpu_count(), "ragged_flops_of_useful": ragged,
-        "cases": [],
-    }  # fmt: skip
+    result = kept.about(device=kind, cores=os.cpu_count(), ragged_flops_of_useful=ragged, cases=[])
     for storage in o.storage.split(","):
         for shape in ("64x32x48" if o.tiny else o.shapes).split(","):
             case = measure(platform, shape, storage, jnp.dtype(o.dtype), 2 if o.tiny else o.repeat, ragged)
@@ -211,8 +208,7 @@ def main() -> int:
             print(f"{shape} {storage} {o.dtype}: {case['winner']}")
             for name, median in case["medians"].items():
                 print(f"  {name:<24} {1e3 * median:9.3f} ms, {case['of_dense'][name]:5.2f} of dense", flush=True)
-            if o.out:
-                o.out.write_text(json.dumps(result, indent=1) + "\n")
+            kept.write(o.out, result)
     if o.update:
         update(grouped_table.TABLE, SHAPE, kind, [c["entry"] for c in result["cases"]], o.out)
     return 0

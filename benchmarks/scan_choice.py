@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import kept
 from choices import update
 
 from models.ops import scan_table
@@ -145,16 +146,12 @@ def main() -> int:
         cases = list(dict.fromkeys(tuple(row[name] for name in SHAPE) for row in report["cases"]))
         by_case = [[row for row in report["cases"] if tuple(row[name] for name in SHAPE) == case] for case in cases]
         report["entries"] = [decide("cpu" if report["device"] == "cpu" else "gpu", rows) for rows in by_case]
-        o.decide.write_text(json.dumps(report, indent=1) + "\n")
+        kept.write(o.decide, report)
         update(scan_table.TABLE, SHAPE, report["device"], report["entries"], o.decide)
         return 0
     cases, chunks = ("2x64x32", "16") if o.tiny else (o.cases, o.chunks)
     rate = copy_rate(1 << 22 if o.tiny else 1 << 30)
-    report = {
-        "command": " ".join(["python benchmarks/scan_choice.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), "device": here(),
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}, "cores": os.cpu_count(), "copy_bytes_per_second": rate,
-        "cases": [], "entries": [],
-    }  # fmt: skip
+    report = kept.about(device=here(), cores=os.cpu_count(), copy_bytes_per_second=rate, cases=[], entries=[])
     for case in cases.split(","):
         rows = measure(case, chunks, o.dtype, o.repeat, rate)
         report["cases"] += rows
@@ -163,9 +160,7 @@ def main() -> int:
         for row in rows:
             cost = f"{1e3 * row['seconds']['median']:9.3f} ms, {row['temporary_bytes'] / 1e6:9.1f} MB" if "seconds" in row else row["error"]
             print(f"  {row['form']:<20} {row['chunk'] or '':>4} {cost}", flush=True)
-        if o.out:
-            o.out.parent.mkdir(parents=True, exist_ok=True)
-            o.out.write_text(json.dumps(report, indent=1) + "\n")
+        kept.write(o.out, report)
     if o.update:
         update(scan_table.TABLE, SHAPE, report["device"], report["entries"], o.out)
     return 0

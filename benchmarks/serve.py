@@ -4,7 +4,7 @@
 
 Says {"ready": true, …} once the step is compiled, then answers every line "step" on stdin with one step's JSON line, always on the
 first batch.
---random: weights made on the device, of the preset's sizes. --peaks: its matrix rate is measured first.
+--random: weights made on the device, of the preset's sizes. --peaks: its matrix rate and a copy's bandwidth are measured first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import jax
+from gpu_scan import copy_rate
 from gpu_step import matrix_rate, no_adaptation
 
 from models.build import build, random_weights
@@ -43,6 +44,7 @@ class Server:
     def __init__(self, experiment: Experiment, random: bool = False, peaks: bool = False):
         gpu, dtype = jax.local_devices()[0].platform == "gpu", experiment.training.compute_dtype
         self.rate = matrix_rate(8192 if gpu else 1024, dtype) if peaks else None
+        self.bandwidth = copy_rate(1 << 30 if gpu else 1 << 27) if peaks else None
         source = experiment.model.source
         folder = None if source is None else weights.resolve(source, experiment.model.revision)
         config = architecture(experiment, folder)
@@ -77,6 +79,7 @@ class Server:
             "device": device.device_kind,
             "platform": device.platform,
             "matrix_rate_flops": self.rate,
+            "copy_bytes_per_second": self.bandwidth,
             "compile_seconds": self.compile_seconds,
             "compiler_peak_bytes": memory.compiler_peak_bytes(self.compiled),
         }

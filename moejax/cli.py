@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moejax import __version__, estimating
+from moejax import __version__, estimating, program_cache
 from moejax.characterize import command as characterize
 from moejax.errors import UserError
 from moejax.estimator import commands as estimate
@@ -65,6 +65,8 @@ def prepare_jax(device: DeviceConfig) -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(device.compilation_cache).expanduser()))
         # jax leaves out what compiles in less than a second: most of what a start compiles, but for the step.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        program_cache.replace_unreadable(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
 def _device_of(file: str | Path | None) -> DeviceConfig:

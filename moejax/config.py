@@ -203,6 +203,10 @@ class TrainingConfig(_Section):
     loss_chunk_tokens: Positive = 1024
     eval_every: Positive | None = None
 
+    @property
+    def asks_bf16(self) -> bool:
+        return "bfloat16" in (self.compute_dtype, self.param_dtype)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.epochs is None and self.steps is None:

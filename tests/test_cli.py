@@ -80,6 +80,17 @@ def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatc
     ]
 
 
+def test_a_backend_that_this_device_cannot_run_is_refused_by_name(capsys, tmp_path):
+    data = f"data.source={ROOT}/assets/problems/train.json"
+    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), f"runs_dir={tmp_path}", f"model.source={ROOT}/assets/tiny-mixtral", data]
+    assert cli.train_main([*arguments, "model.moe_backend=ragged"]) == 2
+    said = capsys.readouterr().err
+    assert "'ragged': on cpu the compiler makes a dense product of it" in said and "Use auto, loop or capacity, which run on every" in said
+    assert cli.train_main([*arguments, "model.moe_backend=triton"]) == 2
+    assert "model.moe_backend = 'triton': expected 'auto', 'loop', 'capacity' or 'ragged'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_on_a_blackmamba_is_refused(capsys):
     config = str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml")
     assert cli.train_main(["--config", config, "--dry-run", "adapter={targets: [q_proj, w1]}"]) == 2

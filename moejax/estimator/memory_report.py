@@ -105,6 +105,11 @@ def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, rows: int | None, padd
         chosen, peak, after = rows, peaks.peak_bytes(rows), None
         if peak > limit:
             problem = memory.too_large(f"{experiment.name} with {rows} rows of {peaks.row_tokens} tokens", peak, gpu, fraction, GPUS)
+    if not gpu.bf16 and experiment.training.asks_bf16:
+        problem = (
+            f"{gpu.name} has no bf16, which the training section asks for: a run is refused there. training.compute_dtype=float32 "
+            "training.param_dtype=float32 would run, or a GPU of compute capability 8.0 (A100, A40, RTX 30) or newer"
+        )
     shown = chosen or 1
     peak = peak if peak is not None else peaks.peak_bytes(shown)
     made = peaks.breakdown(shown)

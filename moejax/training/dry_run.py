@@ -99,7 +99,7 @@ def _fits(total: int, experiment: Experiment) -> str:
     """Which GPUs have more than `total` bytes of usable memory. What else a step takes depends on its rows: the compiler says.
     GPUs without bf16 are named apart where the experiment asks for it."""
     fraction, t = experiment.device.memory_fraction, experiment.training
-    without = [gpu.name for gpu in gpus.GPUS.values() if not gpu.bf16 and "bfloat16" in (t.compute_dtype, t.param_dtype)]
+    without = [gpu.name for gpu in gpus.GPUS.values() if not gpu.bf16 and t.asks_bf16]
     usable = {gpu.name: fraction * (gpu.device_bytes or gpu.memory_gb * 1e9) for gpu in gpus.GPUS.values() if gpu.name not in without}
     fits = [name for name, size in usable.items() if size > total]
     small = [name for name in usable if name not in fits]

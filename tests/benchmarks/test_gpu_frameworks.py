@@ -1,6 +1,7 @@
 # ruff: noqa: E402 (benchmarks/ has to be on the path first)
 """Two frameworks in turn: processes that answer steps, memory that runs out on one side, and the table. The sides are played here."""
 
+import json
 import sys
 from contextlib import contextmanager
 
@@ -109,6 +110,50 @@ def test_out_of_memory_is_recorded_and_the_others_go_on():
     assert {line.count("|") for line in text.splitlines()} == {len(gpu_frameworks.HEADER) + 1}
 
 
+def cell(rows=8, median=0.2, tokens=1000.0, **more):
+    about = {"compiler_peak_bytes": 29.9e9, "copy_bytes_per_second": 4.3e12}
+    queries = {"queries_per_second": tokens / 100, "tokens_per_second": tokens, "device_peak_bytes": 30e9}
+    return {"rows": rows, "median": median, "about": about, "share_of_matrix_rate": 0.41} | queries | more
+
+
+def test_every_bar_is_told_with_what_was_reached():
+    """The arithmetic of each bar, on a report as the file holds it."""
+    fallen = {"error": "out of memory: no memory", "out_of_memory": True}
+    cases = {
+        gpu_frameworks.NF4: {
+            "best batch": {"moejax": cell(tokens=6000.0), "study": cell(tokens=490.0)},
+            "one query": {"moejax": cell(rows=1, median=0.213)},
+            "expert_weights": 3 * 32 * 8 * 4096 * 14336,
+        },
+        gpu_frameworks.BF16: {"best batch": {"moejax": cell(), "study": cell(tokens=990.0), "today": fallen}},
+        gpu_frameworks.BF16_SMALL: {"best batch": {"moejax": cell(), "study": cell(tokens=990.0), "today": cell(tokens=900.0)}},
+        gpu_frameworks.MAMBA: {"best batch": {"moejax": cell(device_peak_bytes=28e9), "plain": cell(tokens=400.0)}},
+    }
+    cases = json.loads(json.dumps(cases))
+    times, share, floor, bf16, small, mamba, peak = gpu_frameworks.bars(cases)
+    assert times["reached"] == pytest.approx(6000 / 490) and times["met"] and times["needed"] == "at least 10"
+    assert (share["reached"], share["met"]) == (0.41, True)
+    # 45.1 G weights: 33 / 64 of a byte read, two bytes written and two read, three times, at 4,300 GB/s: 142 ms.
+    assert floor["reached"] == pytest.approx(0.213 / 0.142, rel=2e-3) and floor["met"]
+    assert bf16["reached"] is None and bf16["why_not"] == f"{gpu_frameworks.BF16}, best batch, today: out of memory: no memory"
+    assert small["reached"] == pytest.approx(1 / 0.9) and small["met"] is False
+    assert mamba["reached"] == pytest.approx(2.5) and mamba["met"]
+    assert peak["reached"] == pytest.approx(29.9 / 28 - 1) and peak["met"] is False  # the worst of all
+    text = gpu_frameworks.bar_table(gpu_frameworks.bars(cases))
+    assert "| at least 10 | 12.2 | met |" in text and "| at least 1.2 | 1.11 | MISSED |" in text
+    assert "not measured: " in text and {line.count("|") for line in text.splitlines()} == {5}
+    assert all(b["met"] is None and "not run" in b["why_not"] for b in gpu_frameworks.bars({})[:1])
+    assert [b["why_not"] for b in gpu_frameworks.bars({})][-1] == "no device told its peak"
+
+
+def test_one_query_is_run_where_a_bar_asks_for_it():
+    begin = beginner({"moejax": 20, "study": 64})
+    found = gpu_frameworks.measure(gpu_frameworks.NF4, settings(), gpus.GPUS["H100"], begin)
+    assert found["one query"]["moejax"]["rows"] == 1 and found["one query"]["moejax"]["median"] == pytest.approx(0.11)
+    assert found["expert_weights"] == pytest.approx(45.1e9, rel=1e-3) and found["one query"].keys() == {"moejax"}
+    assert "| one query | moejax | 1 x 128 |" in gpu_frameworks.table({"cases": {gpu_frameworks.NF4: found}})
+
+
 def test_cases_are_experiments_both_sides_can_express():
     for case in gpu_frameworks.CASES.values():
         for tiny in (False, True):
@@ -122,7 +167,7 @@ def test_cases_are_experiments_both_sides_can_express():
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gpu_frameworks.py", "--reference4", sys.executable, "--reference5", sys.executable])
-    monkeypatch.setattr(gpu_frameworks.subprocess, "run", lambda *a, **k: type("Done", (), {"stdout": "cpu|cpu\n"}))
+    monkeypatch.setattr(gpu_frameworks.kept.subprocess, "run", lambda *a, **k: type("Done", (), {"stdout": "cpu|cpu\n"}))
     assert gpu_frameworks.main() == 2
     assert "jax finds no GPU here" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["gpu_frameworks.py", "--reference5", str(tmp_path / "none")])

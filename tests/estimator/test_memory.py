@@ -251,6 +251,10 @@ def test_the_command(capsys):
     assert code == 0 and found["row_tokens"] == 2048 and a40["queries"] > 10 * a40["rows"] > 0 and l4["rows"] == 0
     assert "GB more than" in l4["problem"] and "A40" in l4["problem"].split("; ")[1] and "would do" in l4["problem"]
     assert sum(a40["parts_gb"].values()) == pytest.approx(a40["peak_gb"]) and a40["peak_gb"] <= a40["usable_gb"]
+    code, out, _ = run(capsys, *SPARSE, "--seq-len", "128", "--gpu", "A40,V100-32", "--json")
+    assert json.loads(out)["gpus"][0]["problem"] is None and "V100-32 has no bf16" in json.loads(out)["gpus"][1]["problem"]
+    code, _, err = run(capsys, *SPARSE, "--seq-len", "128", "--gpu", "V100-32")
+    assert code == 2 and "training.compute_dtype=float32 training.param_dtype=float32 would run" in err
     tiny = ("--config", str(estimating.ROOT / "configs" / "bench_mixtral_tiny.yaml"), "--closed-form", "--gpu", "A40", "--rows", "10")
     code, out, _ = run(capsys, *tiny)
     assert code == 0 and " MB" in out and " 0.000" not in out
