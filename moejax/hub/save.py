@@ -13,6 +13,7 @@ from models.build import Model
 from models.config import Architecture, MixtralConfig
 from models.ops import nf4
 from moejax.errors import UserError
+from moejax.files import replace_text
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.safetensors_file import write_file
 
@@ -42,12 +43,10 @@ def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
     hub_config = c.to_hub_config()
     if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
         hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
-    write_json(folder / "config.json", hub_config)
+    _write_json(folder / "config.json", hub_config)
     generation = {"_from_model_config": True, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
-    write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "generation_config.json", generation)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(content, indent=2) + "\n")
