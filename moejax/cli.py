@@ -124,7 +124,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("peft", "fused", "merged"), default=None, help="default: the adapter if one was trained, else the model; "
         "fused: an adapter for transformers 5 with PEFT 0.19 or later"
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not reload what was written and compare its logits")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="reload what was written, compare its logits")
     parser.add_argument("--tolerance", type=float, default=None, help="largest logit difference, as a share of the largest logit")
 
 
@@ -158,6 +158,13 @@ def guarded(options: argparse.Namespace) -> int:
         return run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(
+            f"error: {error.filename or error}: permission denied: this user may not read it, or not write there: change its owner or "
+            "mode, or choose another place",
+            file=sys.stderr,
+        )
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("moejax", "models"):
@@ -205,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "export":
         from moejax import export
 
-        return export.run(options.run, options.out, options.format, not options.no_verify, options.tolerance)
+        return export.run(options.run, options.out, options.format, options.verify, options.tolerance)
     if options.command == "characterize":
         return characterize.run(options)
     if options.command == "report":

@@ -25,6 +25,18 @@ def test_a_mistake_is_one_message_and_exit_code_2():
     assert done.stderr.splitlines()[0].startswith("error: ") and "did you mean learning_rate" in done.stderr
 
 
+def test_what_this_user_may_not_read_is_one_message(monkeypatch, capsys):
+    """Also where nothing nearer says so: pathlib's is_file() and is_dir() raise it for what lies in a folder without x."""
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", locked)
+    assert cli.train_main(["--config", str(ROOT / "configs/demo.yaml"), "model.source=locked/model", "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: locked/model: permission denied: this user may not read it")
+
+
 def test_dry_run_of_the_full_model(capsys):
     """46.7 B parameters in NF4 but for embeddings, norms and head; 228.6 M trained in fp32. No network, no weights."""
     assert cli.train_main(["--config", CONFIG, "--dry-run"]) == 0

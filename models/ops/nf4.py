@@ -148,7 +148,9 @@ def _quantize_whole_blocks(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _scaled(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales of fp32 blocks, what they are divided by, and the quotients."""
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    # As integers, which have the order of the floats that they are: XLA's vectorized maximum of floats loses a NaN on some CPUs.
+    magnitudes = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    absmax = jax.lax.bitcast_convert_type(jnp.max(magnitudes, axis=1), jnp.float32)
     divisor = jnp.where(absmax == 0, 1.0, absmax)
     return absmax, divisor, blocks * (1.0 / divisor)[:, None]
 

@@ -1,11 +1,11 @@
-"""Greedy and sampled decoding of a batch of prompts with the cache: prefill and all steps in one compiled program, or in pieces."""
+"""Greedy and sampled decoding of a batch of prompts with the cache: a prefill, and then any number of steps in one compiled program."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from models.cache import Cache, decode_step, init_cache, prefill
 from models.config import Architecture
 from moejax.errors import UserError
 
+CHECKED = 16  # tokens between two questions whether every answer has stopped
 SHORTEST = 16  # prompts are padded to this length times a power of two: one compile for all lengths of such a bucket
 
 
@@ -77,67 +78,50 @@ def _choose(logits: jax.Array, step: jax.Array | int, draw: Draw | None) -> jax.
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
-def _first(model: Model, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, capacity: int) -> tuple[jax.Array, Cache]:
-    logits, cache = prefill(model, tokens, lengths, init_cache(model, tokens.shape[0], capacity))
-    return _choose(logits, 0, draw), cache
-
-
-def _next(
-    model: Model, token: jax.Array, cache: Cache, step: jax.Array, draw: Draw | None, end: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """After the end token, only that token."""
-    logits, cache = decode_step(model, token, cache)
-    return jnp.where(token == end, end, _choose(logits, step, draw)), cache
-
-
-@partial(jax.jit, static_argnums=(0, 5))
-def _generate(
-    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, steps: int, end: jax.Array
-) -> jax.Array:
-    """int32 [B, steps]."""
-    model: Model = nnx.merge(graphdef, state)
-    first, cache = _first(model, tokens, lengths, draw, tokens.shape[1] + steps)
-    out = jnp.full((tokens.shape[0], steps), end).at[:, 0].set(first)
-
-    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
-        step, token, _, _ = carry
-        return (step < steps) & jnp.any(token != end)
-
-    def body(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
-        step, token, out, cache = carry
-        following, cache = _next(model, token, cache, step, draw, end)
-        return step + 1, following, out.at[:, step].set(following), cache
-
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, out, cache))[2]
-
-
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnums=(0, 5, 6))
 def _begin(
-    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, draw: Draw | None, capacity: int
+    graphdef: Any,
+    state: nnx.State,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    draw: Draw | None,
+    steps: int,
+    capacity: int,
+    end: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    return _first(nnx.merge(graphdef, state), tokens, lengths, draw, capacity)
+    """Answers int32 [B, steps]: the first tokens, then end tokens; and a cache of `capacity` places."""
+    model: Model = nnx.merge(graphdef, state)
+    logits, cache = prefill(model, tokens, lengths, init_cache(model, tokens.shape[0], capacity))
+    return jnp.full((tokens.shape[0], steps), end).at[:, 0].set(_choose(logits, 0, draw)), cache
 
 
-@partial(jax.jit, static_argnums=(0, 6), donate_argnums=(3,))
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _go_on(
     graphdef: Any,
     state: nnx.State,
-    token: jax.Array,
+    out: jax.Array,
     cache: Cache,
     step: jax.Array,
+    until: jax.Array,
     draw: Draw | None,
-    count: int,
     end: jax.Array,
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """int32 [B, count], the last of them, and the cache."""
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """Tokens `step` … `until` - 1 of the answers, fewer where all rows have come to their end token, after which only that follows.
+    Returns answers, cache and the number of the next token."""
     model: Model = nnx.merge(graphdef, state)
 
-    def body(carry: tuple[jax.Array, Cache], step: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
-        following, cache = _next(model, *carry, step, draw, end)
-        return (following, cache), following
+    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
+        step, token, _, _ = carry
+        return (step < until) & jnp.any(token != end)
 
-    (token, cache), out = jax.lax.scan(body, (token, cache), step + jnp.arange(count))
-    return out.T, token, cache
+    def body(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
+        step, token, out, cache = carry
+        logits, cache = decode_step(model, token, cache)
+        following = jnp.where(token == end, end, _choose(logits, step, draw))
+        return step + 1, following, out.at[:, step].set(following), cache
+
+    step, _, out, cache = jax.lax.while_loop(unfinished, body, (step, out[:, step - 1], out, cache))
+    return out, cache, step
 
 
 def padded_length(config: Architecture, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
@@ -206,21 +190,30 @@ def generate(
     end: int,
     batch_size: int = 64,
     sampling: Sampling = Sampling(),
+    stopped: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continuations of token-id prompts, each cut before its end token. Prompts of different lengths share a batch.
 
-    Raises UserError for an empty prompt, and where prompt and answer exceed the model's positions.
+    A batch is done when each of its rows has come to its end token, or `stopped(prompt's number, its tokens so far)`, which is asked
+    every CHECKED tokens: an answer may then go on behind what stopped it. Raises UserError for an empty prompt, and where prompt and
+    answer exceed the model's positions.
     """
-    graphdef, state = nnx.split(model)
     length, names = padded_length(model.config, prompts, max_new_tokens), _names(prompts)
     answers: list[list[int]] = []
     for first in range(0, len(prompts), batch_size):
-        chosen = list(prompts[first : first + batch_size])
-        missing = batch_size - len(chosen) if len(prompts) > batch_size else 0
-        tokens, lengths = _padded(chosen + [[0]] * missing, length)
-        draw = _draw(model, sampling, np.pad(names[first : first + batch_size], ((0, missing), (0, 0))))
-        out = np.asarray(_generate(graphdef, state, tokens, lengths, draw, max_new_tokens, jnp.int32(end)))[: len(chosen)]
-        answers += [before(row, end) for row in out]
+        count = len(prompts[first : first + batch_size])
+        # The last batch is filled with copies of its last row, which end when that does.
+        rows = [min(row, first + count - 1) for row in range(first, first + (count if len(prompts) <= batch_size else batch_size))]
+        draw = _draw(model, sampling, names[rows])
+        piece = max_new_tokens if stopped is None else CHECKED
+        open_rows = set(range(count))
+        for out in _decode(model, [prompts[row] for row in rows], length, draw, max_new_tokens, end, piece):
+            batch = [before(row, end) for row in out[:count]]
+            if stopped is not None:
+                open_rows = {i for i in open_rows if len(batch[i]) == out.shape[1] and not stopped(first + i, batch[i])}
+                if not open_rows:
+                    break
+        answers += batch
     return answers
 
 
@@ -235,21 +228,29 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` as they come, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
     token, only that token. Everything is compiled before the first piece. Raises UserError as `generate` does."""
-    graphdef, state = nnx.split(model)
     length, draw = padded_length(model.config, prompts, max_new_tokens), _draw(model, sampling, _names(prompts))
+    shown = 0
+    for out in _decode(model, prompts, length, draw, max_new_tokens, end, piece):
+        yield out[:, shown:]
+        shown = out.shape[1]
+
+
+def _decode(
+    model: Model, prompts: Sequence[Sequence[int]], length: int, draw: Draw | None, steps: int, end: int, piece: int
+) -> Iterator[np.ndarray]:
+    """All tokens so far, after the first one and then after every `piece` more: int32 [B, 1 …]. Ends when all rows have."""
+    graphdef, state = nnx.split(model)
     tokens, lengths = _padded(prompts, length)
-    pieces = -(-(max_new_tokens - 1) // piece)
-    token, cache = _begin(graphdef, state, tokens, lengths, draw, length + 1 + pieces * piece)
-    go_on = _go_on.lower(graphdef, state, token, cache, jnp.int32(1), draw, piece, jnp.int32(end)).compile() if pieces else None
-    out = np.asarray(token)[:, None]
-    yield out
-    ended = out[:, -1] == end
-    step = 1
-    while step < max_new_tokens and not ended.all() and go_on is not None:
-        more, token, cache = go_on(state, token, cache, jnp.int32(step), draw, jnp.int32(end))
-        out = np.asarray(more)[:, : max_new_tokens - step]
-        yield out
-        ended, step = out[:, -1] == end, step + piece
+    out, cache = _begin(graphdef, state, tokens, lengths, draw, steps, length + steps, jnp.int32(end))
+    step, until = jnp.int32(1), 1
+    while True:
+        if steps > 1:  # the first call decodes nothing: it compiles what the later ones run
+            out, cache, step = _go_on(graphdef, state, out, cache, step, jnp.int32(until), draw, jnp.int32(end))
+        so_far = np.asarray(out)[:, :until]
+        yield so_far
+        if until == steps or (so_far == end).any(axis=1).all():
+            return
+        until = min(until + piece, steps)
 
 
 def before(tokens: np.ndarray, end: int) -> list[int]:

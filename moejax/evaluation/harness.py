@@ -9,6 +9,7 @@ Texts become tokens as in training: nothing is put before them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,23 @@ class MoejaxLM(TemplateLM):
             # All of a group in one call, which makes batches of them: it gives copies of a prompt (a task's repeats) draws of their own.
             for chosen in in_groups(keys, max(1, len(requests))):
                 new, sampling, _ = settings[chosen[0]]
-                filled = [prompts[i] for i in chosen] + [prompts[chosen[-1]]] * (self.rows - len(chosen))
+                rows = chosen + [chosen[-1]] * (self.rows - len(chosen))
+                stops = [settings[i][2] for i in rows]
                 outputs = generate(
-                    self.model, filled, max_new_tokens=new, end=self.eot_token_id, batch_size=self.rows, sampling=sampling
-                )
+                    self.model, [prompts[i] for i in rows], max_new_tokens=new, end=self.eot_token_id, batch_size=self.rows,
+                    sampling=sampling, stopped=partial(self._stopped, stops) if any(stops) else None,
+                )  # fmt: skip
                 for index, output in zip(chosen, outputs, strict=False):
-                    text = self.tokenizer.decode(output, skip_special_tokens=True)
-                    answers[index] = cut(text, settings[index][2])[0]
+                    answers[index] = self._text(output, settings[index][2])[0]
                     self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
                 bar.update(len(chosen))
         return answers
+
+    def _text(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
+        return cut(self.tokenizer.decode(tokens, skip_special_tokens=True), stops)
+
+    def _stopped(self, stops: list[list[str]], number: int, tokens: list[int]) -> bool:
+        return self._text(tokens, stops[number])[1]
 
 
 def _settings(asked: dict[str, Any]) -> tuple[int, Sampling, list[str]]:

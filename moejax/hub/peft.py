@@ -18,6 +18,7 @@ from moejax.files import replace_text
 from moejax.hub.fused import fuse, unfuse
 from moejax.hub.names import Place, attribute, module_names
 from moejax.hub.safetensors_file import write_file
+from moejax.hub.stored import read_json
 
 _PREFIX = "base_model.model."
 _OUR_NAMES = {"router": "gate"}
@@ -86,9 +87,12 @@ def load_adapter(model: Model, folder: Path) -> None:
     config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     try:
+        path.open("rb").close()  # the library calls every failure to open "no such file"
         tensors = load_file(str(path))
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}): write or download the adapter again") from None
     if config.get("target_parameters"):
         rank = next((lora.a.get_value().shape[-2] for _, lora in adapted(model).values()), None)
         tensors, config = unfuse(tensors, config, model.config, path, rank)
@@ -175,12 +179,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter_config.json: expected an adapter written by PEFT or by moejax")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): download it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}: expected PEFT's settings by name")
+    config = read_json(path)
     _check_plain(config, path)
     return config
 

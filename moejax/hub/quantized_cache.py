@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,8 +131,9 @@ class Keeper:
 
     def _drop(self, error: UserError) -> None:
         if self._writer is not None:
-            self._writer.__exit__(UserError)
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with suppress(UserError):  # what is left in its buffer does not fit either
+                writer.__exit__(UserError)
         if self._console is not None:
             self._console.print(f"warning: quantized weights are not kept for the next start: {error}", highlight=False)
 

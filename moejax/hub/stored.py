@@ -20,7 +20,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError naming the file where it cannot be read or is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
@@ -72,7 +74,7 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(
                 f"{folder} lacks {path.name}"
-                + (", which its index names" if where else " (or a pytorch_model.bin, or an index and its shards)")
+                + (", which its index names: download it again" if where else " (or a pytorch_model.bin, or an index and its shards)")
             )
         file = Reader(path)
         held |= {name: Source(file, name, file.nbytes(name)) for name in file.names() if where.get(name, path.name) == path.name}

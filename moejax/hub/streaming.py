@@ -123,12 +123,12 @@ def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder
 def _checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
     """A tensor as its source gives it, of this shape and of a kind that is read."""
     if name not in files:
-        raise UserError(f"{folder}: tensor {name!r} is missing")
-    raw, where = files[name].read(), files[name].file.path
+        raise UserError(f"{folder}: tensor {name!r} is missing: download the checkpoint again")
+    raw, where = files[name].read(), f"{files[name].file.path}: tensor {files[name].name!r}"
     if tuple(raw.shape) != shape:
-        raise UserError(f"{where}: tensor {name!r} has shape {list(raw.shape)}, expected {list(shape)}")
+        raise UserError(f"{where} has shape {list(raw.shape)}, expected {list(shape)} by its config.json")
     if not isinstance(raw, nf4.NF4Tensor) and raw.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise UserError(f"{where}: tensor {name!r} is {raw.dtype}: expected bfloat16, float16 or float32")
+        raise UserError(f"{where} is {raw.dtype}: expected bfloat16, float16 or float32")
     return raw
 
 
@@ -138,7 +138,8 @@ def _check_finite(value: Any, name: str, files: dict[str, Any]) -> None:
 
 
 def _not_finite(name: str, files: dict[str, Any]) -> UserError:
-    return UserError(f"{files[name].file.path}: tensor {name!r} holds NaN or infinity")
+    where = f"{files[name].file.path}: tensor {files[name].name!r}"
+    return UserError(f"{where} holds NaN or infinity: download it again, or give another checkpoint")
 
 
 @jax.jit

@@ -137,7 +137,8 @@ def _hint(names: list[str]) -> str:
 
 
 def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
-    """Raises UserError where a tensor has no place in the model, or is quantized where the model is not, or the other way round."""
+    """Raises UserError where a tensor has no place in the model, is missing, or is quantized where the model is not, or the other way
+    round."""
     config, places = model.config, tensors(model.config)
     unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq"))
     if config.tie_word_embeddings:
@@ -146,6 +147,9 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
         raise UserError(
             f"{folder}: {len(unknown)} tensors have no place in a {_describe(config)}, first {unknown[0]!r}{_hint(unknown)}"
         )
+    missing = next((name for name in places if name not in files), None)
+    if missing is not None:
+        raise UserError(f"{folder}: tensor {missing!r} is missing: download the checkpoint again")
     stored = ((n, getattr(attribute(model, p.path), p.attr).get_value()) for n, several in places.items() for p in several)
     bitsandbytes.check(files, stored)
 

@@ -1,4 +1,4 @@
-"""Decoding prompts of different lengths in one batch: greedy, sampled, in pieces."""
+"""Decoding prompts of different lengths in one batch: greedy, sampled, in pieces, stopped early."""
 
 from functools import partial
 
@@ -12,7 +12,8 @@ from models.build import build
 from models.cache import decode_step, init_cache, prefill
 from models.config import PRESETS
 from moejax.errors import UserError
-from moejax.evaluation.generate import Sampling, _generate, before, candidates, cut, generate, stream
+from moejax.evaluation import generate as generating
+from moejax.evaluation.generate import CHECKED, Sampling, _go_on, before, candidates, cut, generate, stream
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +105,55 @@ def test_pieces_are_the_whole(model):
     assert generate(model, PROMPTS, max_new_tokens=6, end=end, sampling=sampling) == cut_there
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """The decoding steps of each compiled program that ran."""
+    counted, go_on = [], generating._go_on
+
+    def counting(graphdef, state, out, cache, step, *rest):
+        before = int(step)
+        result = go_on(graphdef, state, out, cache, step, *rest)
+        counted.append(int(result[2]) - before)
+        return result
+
+    monkeypatch.setattr(generating, "_go_on", counting)
+    return counted
+
+
+def test_a_batch_ends_when_each_row_has_stopped(model, steps):
+    """At the next question after the last row's stop, by a stop or an end token; what was said until then is the same."""
+    whole = generate(model, PROMPTS, max_new_tokens=50, end=-1)
+    assert sum(steps) == 49
+    steps.clear()
+    answers = generate(model, PROMPTS, max_new_tokens=50, end=-1, stopped=lambda row, tokens: len(tokens) >= (1, 20, 9)[row])
+    assert sum(steps) == 2 * CHECKED and [len(a) for a in answers] == [1 + 2 * CHECKED] * 3
+    assert answers == [w[: 1 + 2 * CHECKED] for w in whole]
+    steps.clear()
+    assert generate(model, PROMPTS, max_new_tokens=50, end=-1, stopped=lambda row, tokens: row > 0) == whole
+    assert sum(steps) == 49  # one row goes on to the end
+    steps.clear()
+    ends = whole[0][5]  # the other rows are stopped before theirs, if it comes
+    cut_there = generate(model, PROMPTS, max_new_tokens=50, end=ends, stopped=lambda row, tokens: row > 0)
+    assert cut_there[0] == whole[0][: whole[0].index(ends)] and sum(steps) <= CHECKED
+
+
+def test_a_last_batch_that_is_not_full_ends_with_its_rows(model, steps):
+    """What it is filled up with does not go on."""
+    end = generate(model, PROMPTS[:1], max_new_tokens=50, end=-1)[0][5]
+    (answer,) = generate(model, PROMPTS[:1], max_new_tokens=50, end=end)
+    steps.clear()
+    assert generate(model, PROMPTS[:1] * 3, max_new_tokens=50, end=end, batch_size=2) == [answer] * 3
+    assert [s for s in steps if s] == [len(answer)] * 2
+
+
 def test_one_compile_per_bucket(model):
     generate(model, [[1] * 3], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
-    compiled = _generate._cache_size()
+    compiled = _go_on._cache_size()
     for length, settings in ((16, Sampling(2.0, 0.5, 3, 9)), (9, Sampling(0.1))):
         generate(model, [[1] * length], max_new_tokens=6, end=7, sampling=settings)
-    assert _generate._cache_size() == compiled
+    assert _go_on._cache_size() == compiled
     generate(model, [[1] * 17], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
-    assert _generate._cache_size() == compiled + 1
+    assert _go_on._cache_size() == compiled + 1
 
 
 def test_candidates_and_their_frequencies():

@@ -23,6 +23,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pi
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from moejax.evaluation import harness  # noqa: E402
 from moejax.evaluation.harness import MoejaxLM  # noqa: E402
 
 MODEL = ROOT / "assets/tiny-mixtral"
@@ -159,7 +160,16 @@ def test_rolling(tasks, model, monkeypatch):
     assert model.loglikelihood_rolling([request(text)]) == [pytest.approx(by_hand, abs=1e-3)]
 
 
-def test_stops_lengths_and_sampling(model):
+def test_stops_lengths_and_sampling(model, monkeypatch):
+    decoded = []
+
+    def seen(*arguments, **settings):
+        outputs = generate(*arguments, **settings)
+        decoded.append(max(map(len, outputs)))
+        return outputs
+
+    monkeypatch.setattr(harness, "generate", seen)
+
     def ask(text, **settings):
         return model.generate_until([Instance("generate_until", {}, (text, settings), 0)])[0]
 
@@ -168,6 +178,8 @@ def test_stops_lengths_and_sampling(model):
     assert "The answer" in whole
     assert ask(text, max_gen_toks=48, until=[" The", "zzz"]) == whole[: whole.index(" The")]
     assert ask(text, max_gen_toks=48, until=" The") == whole[: whole.index(" The")]
+    assert ask(text, max_gen_toks=48, until=whole[0]) == ""
+    assert decoded[0] > 16 and decoded[-1] == 1  # it stops after the first token, not where the answer ends
     (tokens,) = generate(model.model, [model.tok_encode(text)], max_new_tokens=5, end=model.eot_token_id)
     assert ask(text, max_new_tokens=5) == model.tokenizer.decode(tokens, skip_special_tokens=True)
     drawn = {ask(text, max_gen_toks=16, do_sample=True, temperature=3.0, seed=seed) for seed in (1, 2)}

@@ -1,13 +1,17 @@
 """A checkpoint's logits a layer at a time: those of the whole model, and of the adapter that was asked for."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support import ROOT, finished_run
 
 from models.build import build
 from models.config import LORA_TARGETS, LoRAConfig, Quantization
+from moejax.errors import UserError
 from moejax.hub import layerwise, peft, weights
 
 TOKENS = np.arange(1, 41, dtype=np.int32)
@@ -62,3 +66,19 @@ def test_no_more_than_a_layer_is_held(monkeypatch):
         v.get_value().size * 2 for name, v in weights.base_variables(build(sizes)) if name.startswith("layers.")
     ) // sizes.num_layers
     assert len(held) == sizes.num_layers and max(held) < 2 * layer + 4 * sizes.vocab_size * sizes.hidden_size
+
+
+@pytest.mark.parametrize("fault", ["NaN or infinity", r"shape \[160, 128\], expected \[128, 160\]", "is missing"])
+def test_a_fault_is_named_by_the_files_own_name(fault, tmp_path):
+    """Not by the name that a layer goes by while it is read."""
+    shutil.copytree(ROOT / "assets/tiny-mixtral", tmp_path, dirs_exist_ok=True)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    if "NaN" in fault:
+        tensors[name] = np.full_like(tensors[name], np.nan)
+    elif "shape" in fault:
+        tensors[name] = np.ascontiguousarray(tensors[name].T)
+    else:
+        del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"tensor '{name}' (has |holds )?{fault}"):
+        layerwise.logits(weights.read_config(tmp_path), tmp_path, TOKENS, param_dtype=jnp.bfloat16)

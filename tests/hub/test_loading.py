@@ -184,6 +184,11 @@ class TestCache:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 return self.file.write(data)
 
+            def close(self):
+                self.file.close()
+                if self.room < 0:  # what was still in its buffer
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
