@@ -37,26 +37,6 @@ def study(tmp_path_factory, cache):
     return folder / "out"
 
 
-@pytest.fixture(scope="module")
-def dense_blackmamba(tmp_path_factory, cache):
-    """The other family, all weights, through all experts."""
-    folder = tmp_path_factory.mktemp("blackmamba")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_experts": 4}
-    config = write_config(folder, model={"preset": "blackmamba-tiny", "overrides": small}, quantization={"format": "none"}, adapter=None)
-    arguments = ["--config", config, "--memory-limit", "6MB", "--out", str(folder / "out"), *SIZES, "sweep.routings=[dense]"]
-    assert cli.main(["characterize", *arguments]) == 0
-    return folder / "out"
-
-
-def test_every_part_ran_of_a_dense_blackmamba(dense_blackmamba):
-    found = results.read(dense_blackmamba)
-    assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
-    assert {r.experiment for r in found.rows} == set(results.EXPERIMENTS) - {"expert_load"}  # of sparse routing alone
-    assert {(r.model, r.method, r.routing or "dense") for r in found.rows} == {("blackmamba-tiny", "full", "dense")}
-    assert "mamba" in {r.scope for r in found.of("layers")} and "attention" not in {r.scope for r in found.of("layers")}
-    assert len({(r.trial, *r.__dict__.values()) for r in found.rows}) == len(found.rows)
-
-
 def test_every_part_ran(study):
     found = results.read(study)
     assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
@@ -111,6 +91,29 @@ def test_a_model_that_cannot_fit_says_what_would(tmp_path, cache, capsys):
     assert rest == {"out_of_memory"} and not found.of("throughput")
     assert "no throughput trial of mixtral-tiny came to an end" in found.trials["fit/mixtral-tiny"].message
     assert "2 of 10 trials failed" in capsys.readouterr().err
+
+
+def test_a_dense_blackmamba(tmp_path, monkeypatch):
+    """The other family, all weights, through all experts: what is measured of it, here in one process."""
+    from moejax.characterize import children, study, trial
+    from moejax.characterize.sweep import Sweep
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_experts": 4}
+    config = write_config(tmp_path, model={"preset": "blackmamba-tiny", "overrides": small}, quantization={"format": "none"}, adapter=None)
+    wanted = study.resolve(None, [config], [*SIZES, "sweep.routings=[dense]", "sweep.dense_lengths=[32]"], 10**8, False)
+    limit = results.MemoryLimit(10**8, True)
+    Sweep.open(wanted, tmp_path / "out", None, "a command", ENVIRONMENT, limit).close()
+    monkeypatch.setattr(cli, "prepare_jax", lambda device: None)  # of this process, which is the tests'
+    experiments = set()
+    for name in ("length/blackmamba-tiny/problems/dense/32", "throughput/blackmamba-tiny/problems/dense/padded/largest"):
+        assert trial.run(tmp_path / "out", name, 2) == 0
+        left = children.read(trial.result_path(tmp_path / "out", name))
+        assert (left.status, left.message) == ("done", None)
+        assert {(r["method"], r["routing"], r["batch"]) for r in left.rows} == {("full", "dense", 2)}
+        experiments |= {r["experiment"] for r in left.rows}
+        layers = {r["scope"] for r in left.rows if r["experiment"] == "layers"}
+        assert not layers or ({"mamba", "moe"} <= layers and "attention" not in layers)
+    assert experiments == {"stages", "layers", "kernels", "utilization", "length", "throughput"}
 
 
 def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):
