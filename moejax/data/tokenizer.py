@@ -57,7 +57,10 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
             if token in vocabulary:
                 tokenizer.eos_token = token
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {source!r} names no end-of-sequence token (looked for </s> and <|endoftext|>)")
+        raise UserError(
+            f"tokenizer {source!r} names no end-of-sequence token (looked for </s> and <|endoftext|>): name it as eos_token "
+            "in tokenizer_config.json, or choose another (tokenizer=…)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -74,8 +77,16 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write tokenizer files that transformers 4 and 5 load: the class name that 5 writes is unknown to 4, and 5 reads 4's."""
-    tokenizer.save_pretrained(str(folder))
+    """Write tokenizer files that transformers 4 and 5 load: the class name that 5 writes is unknown to 4, and 5 reads 4's.
+
+    Raises OSError where they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # the library raises a bare Exception for a full disk
+        raise OSError(f"{folder / 'tokenizer.json'}: {first_line(error)}") from error
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}

@@ -52,12 +52,10 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(
                 f"out of memory: {str(error).splitlines()[0]}. Lower --rows ({options.rows}) or --max-new-tokens ({new})"
             ) from error
+    said = report(result, "base" if options.base else None)
+    Console().print(said, highlight=False, soft_wrap=True)  # first: a disk that is full does not cost the result
     write(result, out)
-    Console().print(
-        f"{report(result, 'base' if options.base else None)}\n{out}/predictions.jsonl, result.json",
-        highlight=False,
-        soft_wrap=True,
-    )
+    Console().print(f"{out}/predictions.jsonl, result.json", highlight=False, soft_wrap=True)
     return 0
 
 

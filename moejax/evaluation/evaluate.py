@@ -176,9 +176,15 @@ def _check(task: Task, index: int, length: int, new: int, positions: int) -> Non
 
 
 def write(result: Result, folder: Path) -> None:
-    """predictions.jsonl (one line an example) and result.json (all the rest) in `folder`; each replaces an older one at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """predictions.jsonl (one line an example) and result.json (all the rest) in `folder`; each replaces an older one at once.
+
+    Raises UserError where the disk is full, or the folder cannot be written to.
+    """
     summary = asdict(result)
     predictions = summary.pop("predictions")
-    replace_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
-    replace_text(folder / "result.json", json.dumps(summary, indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+        replace_text(folder / "result.json", json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free space or choose another folder") from None

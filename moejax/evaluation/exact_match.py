@@ -56,10 +56,7 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
             {"model": name, "instruction": r["instruction"], "output": p["output"], "answer": r["answer"], "correct": p["correct"]}
             for r, p in zip(records, result.predictions, strict=True)
         ]
-    replace_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     accuracy = {name: count / len(records) for name, count in right.items()}
-    summary = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
-    replace_text(folder / "exact_match.json", json.dumps(summary, indent=2) + "\n")
     table = Table(title=f"exact match on {len(records)} held-out problems", title_justify="left")
     for column in ("model", "right", "accuracy", "95 % interval"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -69,4 +66,10 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     console.print(table)
     example = next(p for p in predictions if p["model"] == "tuned")
     console.print(f"[bold]{example['instruction']}[/bold]\n{example['output']}", highlight=False)
+    summary = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
+    try:
+        replace_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+        replace_text(folder / "exact_match.json", json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free some space") from None
     return 0

@@ -8,6 +8,8 @@ from support import ROOT, finished_run
 
 from moejax import cli
 from moejax.data.templates import render
+from moejax.errors import UserError
+from moejax.evaluation import eval_command
 from moejax.evaluation.evaluate import evaluate
 from moejax.evaluation.generate import generate
 from moejax.evaluation.runs import load
@@ -101,6 +103,17 @@ def test_a_models_folder(tmp_path, capsys):
     assert cli.main([*arguments, "--max-new-tokens", "4", "--out", str(tmp_path / "out")]) == 0
     assert kept(tmp_path / "out")[0]["task"] == "gsm8k-strict" and capsys.readouterr().out.startswith("gsm8k-strict: ")
     assert not (ROOT / "assets/tiny-mixtral/eval").exists()
+
+
+def test_a_full_disk_does_not_cost_the_result(tmp_path, capsys, monkeypatch):
+    def full(result, folder):
+        raise UserError(f"{folder}: no room")
+
+    monkeypatch.setattr(eval_command, "write", full)
+    arguments = ["eval", str(ROOT / "assets/tiny-mixtral"), "--task", "gsm8k-strict", "--data", PROBLEMS, "--limit", "2"]
+    assert cli.main([*arguments, "--max-new-tokens", "4", "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("gsm8k-strict: ") and "predictions.jsonl" not in out and "no room" in err
 
 
 def bad(arguments, capsys):

@@ -1,6 +1,8 @@
 """evaluate and write on sets of known truth: a model that says what it is told to, through the whole path of decoding."""
 
+import errno
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +139,8 @@ def test_the_likeliest_ending(tokenizer, untrained):
     assert np.argmax(whole) != np.argmax(normalized)
 
 
-def test_written_and_replaced(tokenizer, tmp_path):
+def test_written_and_replaced(tokenizer, tmp_path, monkeypatch):
+    """A full disk leaves what was there."""
     model, examples = asked(tokenizer, "gsm8k", {("a", "3"): "3 – drei", ("b", "4"): "5"})
     folder = tmp_path / "eval" / "gsm8k"
     for count in (2, 1):
@@ -149,6 +152,16 @@ def test_written_and_replaced(tokenizer, tmp_path):
         summary = json.loads((folder / "result.json").read_text())
         assert summary | {"predictions": lines} == vars(result)
         assert sorted(p.name for p in folder.iterdir()) == ["predictions.jsonl", "result.json"]
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"eval/gsm8k: the answers could not be kept there \(No space left on device\)"):
+        write(result, folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_template_of_the_run(tokenizer, untrained):

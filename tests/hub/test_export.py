@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import ROOT, VECTORS, finished_run
+from transformers import PreTrainedTokenizerFast
 
 from models.build import build
 from models.config import LoRAConfig
@@ -132,6 +133,18 @@ def test_a_full_disk_leaves_nothing(format_, run_folder, tmp_path, full_disk):
     name = r"\.m\.partial/(adapter_)?model\.safetensors"
     with pytest.raises(UserError, match=name + r" cannot be written \(File too large\): nothing was left there; free space"):
         export.run(str(run_folder), str(tmp_path / "m"), format_, False, None)
+    assert nothing_left(tmp_path)
+
+
+def test_a_full_disk_at_the_tokenizer(run_folder, tmp_path, monkeypatch):
+    """The tokenizers library raises a bare Exception then."""
+
+    def full(self, folder):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"m could not be written \(.*tokenizer.json: No space left on device"):
+        export.run(str(run_folder), str(tmp_path / "m"), "merged", False, None)
     assert nothing_left(tmp_path)
 
 
