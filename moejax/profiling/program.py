@@ -42,6 +42,10 @@ _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12
 _NO_BYTES = {0, 14, 17}  # invalid, opaque, token
 
 
+Trips = Callable[[str, int | None], float]
+"""How often a loop's body runs (None), or a conditional's branch (its number), by the path of the instruction."""
+
+
 class Cost(NamedTuple):
     """What a stage must compute and move: floating point operations (a multiply-add is two), and bytes read and written."""
 
@@ -234,11 +238,11 @@ class Program:
                 return whole
         return min(whole, total)
 
-    def executions(self, events_per_run: Mapping[str, float], trips: Callable[[str], float] | None = None) -> dict[int, float]:
+    def executions(self, events_per_run: Mapping[str, float], trips: Trips | None = None) -> dict[int, float]:
         """How often each computation (by id) runs in one run of the program.
 
         events_per_run: events of an instruction by its name; needed for loops whose trip count the compiler does not know. Without a
-        trace `trips` says the (mean) count of such a loop, by its path.
+        trace `trips` says the (mean) count of such a loop, or of a conditional's branch, by its path.
         """
         counts = {self.entry: 1.0}
         waiting = [self.entry]
@@ -254,7 +258,7 @@ class Program:
         return counts
 
     def _times(
-        self, caller: Any, called: int, outer: float, events_per_run: Mapping[str, float], trips: Callable[[str], float] | None
+        self, caller: Any, called: int, outer: float, events_per_run: Mapping[str, float], trips: Trips | None
     ) -> float:
         if caller.opcode not in ("while", "conditional"):
             return outer
@@ -262,12 +266,14 @@ class Program:
         if caller.opcode == "while" and known is not None:
             return outer * known
         if caller.opcode == "while" and trips is not None:
-            return outer * trips(caller.metadata.op_name)
+            return outer * trips(caller.metadata.op_name, None)
+        if caller.opcode == "conditional" and trips is not None:
+            return outer * trips(caller.metadata.op_name, list(caller.called_computation_ids).index(called))
         body = [i for i in self.computations[called].instructions if i.opcode not in _FREE]
         seen = [events_per_run[i.name] for i in body if i.name in events_per_run]
         return statistics.median(seen) if seen else 0.0
 
-    def costs(self, events_per_run: Mapping[str, float], trips: Callable[[str], float] | None = None) -> dict[Place, Cost]:
+    def costs(self, events_per_run: Mapping[str, float], trips: Trips | None = None) -> dict[Place, Cost]:
         """FLOPs and bytes of one run of the program, by place; a fusion's are split as its time is, its FLOPs where they arise."""
         total: dict[Place, Cost] = defaultdict(Cost)
         for computation, count in self.executions(events_per_run, trips).items():

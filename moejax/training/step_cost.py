@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from models.config import Architecture
 from models.ops import grouped_matmul as gm
-from moejax.profiling.program import Cost, Program, module_of
+from moejax.profiling.program import Cost, Program, Trips, module_of
 from moejax.profiling.scopes import Place
 
 
@@ -18,28 +17,35 @@ def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:
     return np.full(config.num_experts, tokens * config.experts_per_token // config.num_experts)
 
 
-def tile_trips(plan: gm.Plan, loads: np.ndarray) -> Callable[[str], float]:
-    """How often the grouped products' two loops run for `loads` [..., E] (tokens of an expert): the mean over everything in it. The
-    answer is for a loop's path; one that is none of the two raises ValueError."""
-    whole = loads // plan.tile
-    small = -(-(loads - whole * plan.tile) // plan.small_tile)
+def routed(plan: gm.Plan, loads: np.ndarray) -> Trips:
+    """How often what depends on the routing runs, for `loads` [..., E] (tokens of an expert): the mean over all routings in it.
 
-    def trips(path: str) -> float:
-        if "small_tiles" in path:
-            return float(np.mean(small))
-        if "tiles" in path:
-            return float(np.mean(whole))
-        raise ValueError(f"{path or 'a loop without a path'}: how often this loop runs is not known")
+    The grouped products' two loops over tiles and, of the backend `capacity`, the branch that the largest load takes. For anything else
+    the answer raises ValueError.
+    """
+    loads = loads.reshape(-1, loads.shape[-1])
+    capacities = plan.capacities if plan.backend == "capacity" else ()
+    taken = np.sum(loads.max(axis=1, keepdims=True) > np.asarray(capacities), axis=1)
+    loops = loads[taken == len(capacities)]
+    whole = loops // plan.tile
+    small = -(-(loops - whole * plan.tile) // plan.small_tile)
+
+    def trips(path: str, branch: int | None) -> float:
+        if branch is not None and capacities and path.endswith("moe/cond"):
+            return float(np.mean(taken == branch))
+        if branch is None and "tiles" in path:
+            counts = small if "small_tiles" in path else whole
+            return float(np.mean(counts)) if counts.size else 0.0
+        what = "loop" if branch is None else "conditional"
+        raise ValueError(f"{path or f'a {what} without a path'}: how often this {what} runs is not known")
 
     return trips
 
 
 def costs(compiled: Any, plan: gm.Plan | None, loads: np.ndarray) -> dict[Place, Cost]:
     """FLOPs and bytes of one run of a train step, by phase and stage. plan: of its grouped products, None for a dense step; loads: see
-    `tile_trips`. Raises ValueError for the backend `capacity`, whose branch depends on the routing."""
-    if plan is not None and plan.backend == "capacity":
-        raise ValueError("backend capacity: which of its branches runs is not in the program")
-    return Program(module_of(compiled)).costs({}, None if plan is None else tile_trips(plan, loads))
+    `routed`."""
+    return Program(module_of(compiled)).costs({}, None if plan is None else routed(plan, loads))
 
 
 def total(found: dict[Place, Cost]) -> Cost:

@@ -5,6 +5,7 @@ must take. Each guard is shown to fail: by XLA's own ragged product, and by one 
 """
 
 import sys
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from support import ROOT
 
+from models import layers
 from models.ops import expert_tile, grouped_choice, linear
 from moejax import config
 from moejax.training import aot, experts, step_cost
@@ -19,22 +21,35 @@ from moejax.training import aot, experts, step_cost
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import floors  # noqa: E402
+import routing  # noqa: E402
 
 ROWS, TOKENS = 4, 128
 NF4_PASSES = 2  # forward and backward
 MOST_OF_A_WEIGHT = 5.0  # bytes: half of one read, with the scales, and an fp32 one written
 MIXTRAL_BYTES = 1.75e9
+CAPACITY_FLOPS, SKEWED_FLOPS = 1.2, 1.25  # 144 rows for 128 on average; half a tile of 64 for each expert
 
 
-def compiled(model, k, backend="loop"):
-    """(found, floors' stages, architecture) of one step of the bench config."""
-    overrides = [f"model.experts_per_token={k}", f"model.moe_backend={backend}"]
+def step_of(model, k, backend="loop", remat="full"):
+    """(experiment, architecture, compiled step) of the bench config."""
+    overrides = [f"model.experts_per_token={k}", f"model.moe_backend={backend}", f"training.remat={remat}"]
     experiment = config.load(ROOT / "configs" / f"bench_{model}_tiny.yaml", overrides)
     sizes = experiment.model.architecture(None)
-    step = aot.compile_step(experiment, sizes, rows=ROWS, row_tokens=TOKENS, gpu=None)
-    tokens = ROWS * TOKENS
-    found = step_cost.costs(step.program, experts.plan(experiment, sizes, tokens), step_cost.uniform_loads(sizes, tokens))
-    return found, floors.floors(experiment, sizes, ROWS, TOKENS), sizes
+    return experiment, sizes, aot.compile_step(experiment, sizes, rows=ROWS, row_tokens=TOKENS, gpu=None)
+
+
+once = cache(step_of)  # for tests that compile what is there, unpatched
+
+
+def counted(experiment, sizes, step, loads=None):
+    plan = experts.plan(experiment, sizes, ROWS * TOKENS)
+    return step_cost.costs(step.program, plan, step_cost.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads)
+
+
+def compiled(model, k, backend="loop", make=once):
+    """(found, floors' stages, architecture) of one step of the bench config."""
+    experiment, sizes, step = make(model, k, backend, "full")
+    return counted(experiment, sizes, step), floors.floors(experiment, sizes, ROWS, TOKENS), sizes
 
 
 def flops_share(found, stages):
@@ -77,14 +92,73 @@ def test_one_more_copy_of_the_experts_would_be_seen(monkeypatch):
             return jax.lax.sort(wide).astype(dtype)
 
     monkeypatch.setattr(expert_tile, "dequantized", copied)
-    found, _, sizes = compiled("mixtral", 2)
+    found, _, sizes = compiled("mixtral", 2, make=step_of)
     assert dequantized_bytes(found, sizes) > 2 * MOST_OF_A_WEIGHT
     assert step_cost.total(found).bytes > MIXTRAL_BYTES
 
 
-def test_a_loop_that_nobody_knows_is_an_error():
-    trips = step_cost.tile_trips(grouped_choice.choose("loop", "cpu", 512, 8, 2), np.array([128] * 8))
+def recomputed(found):
+    """FLOPs computed again, of the forward pass's."""
+    by_phase = {phase: sum(c.flops for place, c in found.items() if place.phase == phase) for phase in ("forward", "recompute")}
+    return by_phase["recompute"] / by_phase["forward"]
+
+
+@pytest.mark.parametrize("model", ["mixtral", "blackmamba"])
+def test_dots_computes_no_large_product_twice(model, monkeypatch):
+    """What is left is elementwise, and the router's skinny adapter. A name that is no longer kept would be seen."""
+    assert recomputed(counted(*once(model, 2, "loop", "dots"))) < 0.02
+    assert recomputed(counted(*once(model, 2, "loop", "full"))) > 0.2
+    monkeypatch.setattr(layers, "DOT_NAMES", tuple(name for name in layers.DOT_NAMES if name != "hidden"))
+    assert recomputed(counted(*step_of(model, 2, remat="dots"))) > 0.1
+
+
+def test_what_dots_keeps_is_bounded():
+    """Beside what `full` keeps: the results of the layers' products, each once. Nothing dequantized, no scores, no logits."""
+    experiment, c, step = once("mixtral", 2, "loop", "dots")
+    tokens = ROWS * TOKENS
+    sorted_rows = tokens * c.experts_per_token + experts.plan(experiment, c, tokens).tile
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim  # q, k, v and the weighted values
+    adapters = 16  # of the router: the product with A
+    kept = 4 * c.num_layers * (tokens * (heads + c.hidden_size + c.num_experts + adapters) + 2 * sorted_rows * c.intermediate_size)
+    more = step.temporary_bytes - once("mixtral", 2, "loop", "full")[2].temporary_bytes
+    assert 0.9 * kept < more < 1.05 * kept
+
+
+def test_capacity_pads_by_no_more_than_its_capacities():
+    """A random routing fits into the smallest; a skewed one, above them all, goes through the loop. A wider one would be seen."""
+    experiment, sizes, step = step_of("mixtral", 2, "capacity")
+    tokens, stages = ROWS * TOKENS, floors.floors(experiment, sizes, ROWS, TOKENS)
+
+    def share(loads):
+        return flops_share(counted(experiment, sizes, step, np.array(loads)), stages)
+
+    def drawn(skew):
+        chosen = routing.experts_of(tokens, sizes.num_experts, sizes.experts_per_token, skew)
+        return np.bincount(chosen.ravel(), minlength=sizes.num_experts)
+
+    assert max(drawn(None)) <= 144 and 0.98 <= share(drawn(None)) <= CAPACITY_FLOPS
+    assert max(drawn(routing.SKEWED)) > 256 and 0.98 <= share(drawn(routing.SKEWED)) <= SKEWED_FLOPS
+    assert share([190, *[834 // 7] * 7]) > CAPACITY_FLOPS and share([250, *[774 // 7] * 7]) > 1.3 * CAPACITY_FLOPS
+
+
+def test_a_routing_takes_its_branch():
+    """Shares of the branches add up to one, over many routings; only those in the loop count its tiles."""
+    plan = grouped_choice.choose("capacity", "cpu", 512, 8, 2)
+    assert plan.capacities == (144, 192, 256)
+    even, spread = np.full(8, 128), np.array([190, 120, 119, 119, 119, 119, 119, 119])
+    one = np.array([512, 512, 0, 0, 0, 0, 0, 0])
+    times = step_cost.routed(plan, np.array([even, spread, one, one]))
+    assert [times("a/moe/cond", branch) for branch in range(4)] == [0.25, 0.25, 0.0, 0.5]
+    assert times("b/moe/cond/tiles/while", None) == 2 * (512 // plan.tile) / 8
+    assert step_cost.routed(plan, even)("b/moe/cond/tiles/while", None) == 0.0
+
+
+def test_what_nobody_knows_is_an_error():
+    loads = np.array([128] * 8)
+    trips = step_cost.routed(grouped_choice.choose("loop", "cpu", 512, 8, 2), loads)
     with pytest.raises(ValueError, match="jit/while: how often this loop runs is not known"):
-        trips("jit/while")
-    with pytest.raises(ValueError, match="capacity: which of its branches"):
-        step_cost.costs(None, grouped_choice.choose("capacity", "cpu", 512, 8, 2), np.array([128] * 8))
+        trips("jit/while", None)
+    with pytest.raises(ValueError, match="moe/cond: how often this conditional runs is not known"):
+        trips("moe/cond", 0)
+    with pytest.raises(ValueError, match="loss/cond: how often this conditional runs is not known"):
+        step_cost.routed(grouped_choice.choose("capacity", "cpu", 512, 8, 2), loads)("loss/cond", 1)
