@@ -14,17 +14,17 @@ import numpy as np
 from flax import nnx
 
 from models.build import Model, build, random_weights
+from moejax import hub
 from moejax.characterize.study import Setting
 from moejax.data.batch import Batch
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
-from moejax.hub import weights
 from moejax.profiling import xplane
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.capture import Capture, compile_profiled
 from moejax.training import aot
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import create_model, initial_state, model_arguments, split
+from moejax.training.state import initial_state, model_arguments, split
 
 
 class OutOfMemory(Exception):
@@ -87,7 +87,7 @@ class Session:
         if not s.random_weights:
             source = self.experiment.model.source
             assert source is not None
-            return create_model(self.experiment, self.architecture, weights.resolve(source, self.experiment.model.revision))
+            return hub.load(source, self.experiment)
         model = random_weights(build(self.architecture, **model_arguments(self.experiment)), jax.random.key(self.experiment.seed))
         for _, node in nnx.iter_modules(model.layers):
             lora: Any = node

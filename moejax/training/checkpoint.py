@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from moejax.errors import UserError
+from moejax.errors import UserError, first_line
 from moejax.training.step import TrainState
 
 
@@ -41,14 +44,15 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: TrainState, position: Position, eval_loss: float | None) -> None:
-        """Start saving; returns when the state is copied, before it is on disk."""
+        """Start saving; returns when the state is copied, before it is on disk. Raises UserError where the last could not be written."""
         if step in self.manager.all_steps():
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), position=ocp.args.JsonSave(asdict(position))),
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
-        )
+        with self._writing():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), position=ocp.args.JsonSave(asdict(position))),
+                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+            )
 
     def latest_step(self) -> int | None:
         return self.manager.latest_step()
@@ -74,12 +78,29 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(state), leaves), Position(**restored.position)
 
     def wait(self) -> None:
-        """Until everything is on disk."""
-        self.manager.wait_until_finished()
+        """Until everything is on disk. Raises UserError where it cannot be."""
+        with self._writing():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
-        self.wait()
-        self.manager.close()
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What orbax raises where a file cannot be written (it writes aside and renames: what was saved before stays whole)."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+            why = "the disk is full" if full else first_line(error)
+            step = self.latest_step()
+            kept = "no checkpoint is there" if step is None else f"checkpoint {step} is whole: --resume goes on from it"
+            raise UserError(
+                f"{self.manager.directory}: a checkpoint cannot be written: {why}. Make room, or set runs_dir to another disk; {kept}"
+            ) from error
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

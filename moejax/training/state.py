@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from rich.console import Console
 
-from models.build import Model, build
-from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
+from models.build import Model
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.hub.model import adapter_config, architecture, create_model, model_arguments, quantization_config
 from moejax.training.step import Objective, TrainState
 
-CACHED_FROM_BYTES = 1_000_000_000
-
-
-def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
-    """The model's sizes: those of its folder, or of the preset; with the config's overrides."""
-    base = weights.read_config(folder) if folder is not None else None
-    try:
-        config = experiment.model.architecture(base)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-    if experiment.data.longest_row > config.max_position_embeddings:
-        raise UserError(
-            f"rows of {experiment.data.longest_row} tokens exceed the model's max_position_embeddings = "
-            f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
-        )
-    if isinstance(config, BlackMambaConfig) and experiment.adapter is not None:
-        there = [name for name in experiment.adapter.targets if name in ("gate", "w1", "w2", "w3")]
-        missing = [name for name in experiment.adapter.targets if name not in there]
-        why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
-        raise UserError(f"adapter: a BlackMamba is trained whole here ({why}): remove the adapter and quantization sections")
-    return config
-
-
-def adapter_config(experiment: Experiment) -> LoRAConfig | None:
-    a = experiment.adapter
-    return None if a is None else LoRAConfig(a.rank, a.alpha, a.dropout, tuple(a.targets))
-
-
-def quantization_config(experiment: Experiment) -> Quantization | None:
-    q = experiment.quantization
-    return None if q.format == "none" else Quantization(q.double, tuple(q.modules))
-
-
-def model_arguments(experiment: Experiment) -> dict[str, Any]:
-    """Keyword arguments of `models.build.build` that the experiment fixes."""
-    t = experiment.training
-    return {
-        "quantization": quantization_config(experiment),
-        "adapter": adapter_config(experiment),
-        "dtype": jnp.dtype(t.compute_dtype),
-        "param_dtype": jnp.dtype(t.param_dtype),
-        "backend": experiment.model.moe_backend,
-    }
-
-
-def create_model(experiment: Experiment, config: Architecture, folder: Path | None) -> Model:
-    """Weights from `folder` (Hub layout) where there is one, else random from the seed; adapters from the seed."""
-    key = jax.random.key(experiment.seed)
-    arguments = model_arguments(experiment)
-    if folder is None:
-        return build(config, key=key, **arguments)
-    model = build(config, **arguments)
-    cache = experiment.quantization.cache
-    # What a small model would save is not worth a file.
-    kept = None if cache is None or weights.stored_bytes(folder) < CACHED_FROM_BYTES else Path(cache).expanduser()
-    return weights.load_weights(model, folder, key, cache=kept, console=Console(stderr=True))
+__all__ = [
+    "adapter_config", "architecture", "continue_adapter", "create_model", "initial_state", "model_arguments", "objective",
+    "quantization_config", "split",
+]  # fmt: skip
 
 
 def continue_adapter(experiment: Experiment, model: Model) -> None:

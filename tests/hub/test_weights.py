@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from models.build import build
 from models.config import PRESETS, LoRAConfig, Quantization
+from moejax import hub
+from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub.peft import load_adapter, save_adapter
 from moejax.hub.save import save_weights
@@ -36,6 +38,18 @@ def assert_same(a, b):
 def folder(tmp_path):
     save_weights(build(CONFIG, key=jax.random.key(0)), tmp_path / "model", jnp.float32)
     return tmp_path / "model"
+
+
+def test_hub_load_is_the_model_that_a_config_trains(folder):
+    """Its weights in NF4 with the config's adapter, whatever source the config itself names."""
+    sections = {"model": {"source": "not/there"}, "quantization": {"format": "nf4"}, "adapter": {"rank": 2, "targets": ["w1", "gate"]}}
+    data, training = {"source": "d.json", "max_length": 16, "row_tokens": 16}, {"steps": 1, "compute_dtype": "float32"}
+    config = Experiment.model_validate(sections | {"name": "x", "seed": 3, "data": data, "training": training})
+    quantized = {"quantization": Quantization(True, config.quantization.modules), "adapter": LoRAConfig(2, 32.0, 0.0, ("w1", "gate"))}
+    expected = load_weights(build(CONFIG, dtype=jnp.float32, param_dtype=jnp.float32, **quantized), folder, jax.random.key(3))
+    assert_same(hub.load(str(folder), config), expected)
+    with pytest.raises(UserError, match="no local folder"):
+        hub.load(str(folder / "elsewhere"), config)
 
 
 @pytest.mark.parametrize("tied", [False, True])
