@@ -48,7 +48,7 @@ def test_hub_load_is_the_model_that_a_config_trains(folder):
     quantized = {"quantization": Quantization(True, config.quantization.modules), "adapter": LoRAConfig(2, 32.0, 0.0, ("w1", "gate"))}
     expected = load_weights(build(CONFIG, dtype=jnp.float32, param_dtype=jnp.float32, **quantized), folder, jax.random.key(3))
     assert_same(hub.load(str(folder), config), expected)
-    with pytest.raises(UserError, match="elsewhere.: no such folder"):
+    with pytest.raises(UserError, match=r"elsewhere.: no such folder"):
         hub.load(str(folder / "elsewhere"), config)
 
 
