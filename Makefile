@@ -87,5 +87,5 @@ vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@for script in mixtral lora nf4 blackmamba evaluation; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
 	@OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/lora_fused.py
 
-clean: ## remove environments, runs and generated text
-	rm -rf $(VENV) .venv-reference4 .venv-reference5 runs assets/generated
+clean: ## remove environments and generated text; runs/ stays
+	rm -rf $(VENV) .venv-reference4 .venv-reference5 assets/generated

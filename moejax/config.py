@@ -384,12 +384,17 @@ def _explain_one(e: Any) -> str:
         section: Any = Experiment
         for part in e["loc"][:-1]:
             section = _section_class(section.model_fields[part].annotation)
-        return f"unknown key {path}: {_nearest(str(e['loc'][-1]), section.model_fields)}"
+        last = str(e["loc"][-1])
+        # The right name in the wrong section, or in none.
+        elsewhere = [f"{name}.{last}" for name, field in Experiment.model_fields.items() if last in _fields(field.annotation)]
+        return f"unknown key {path}: {_nearest(last, section.model_fields, elsewhere)}"
     if e["type"] == "missing":
         return f"{path} is missing"
     if e["type"] == "value_error":
         message = str(e["ctx"]["error"])
         return message if not path or message.startswith(path.split(".")[0]) else f"{path}: {message}"
+    if e["type"] == "string_pattern_mismatch":  # of `name`
+        return f"{path} = {e['input']!r}: expected letters, digits, '.', '_' and '-', the first no '.' or '-': it names a folder"
     message = e["msg"][0].lower() + e["msg"][1:]
     return f"{path} = {e['input']!r}: {message.replace('input should be', 'expected').replace('a valid tuple', 'a list')}"
 
@@ -400,7 +405,13 @@ def _section_class(annotation: Any) -> Any:
     return next(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
 
 
-def _nearest(name: str, known: Any) -> str:
+def _fields(annotation: Any) -> Any:
+    """Names in a section; none where the annotation is of a value."""
+    sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return sections[0].model_fields if sections else ()
+
+
+def _nearest(name: str, known: Any, elsewhere: Sequence[str] = ()) -> str:
     names = [str(k) for k in known]
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = elsewhere or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"

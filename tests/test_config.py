@@ -58,6 +58,9 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
     [
         (["training.learning_rat=1"], r"unknown key training\.learning_rat: did you mean learning_rate"),
         (["trainin.steps=1"], "unknown key trainin: did you mean training"),
+        (["learning_rate=1"], r"unknown key learning_rate: did you mean training\.learning_rate\?"),
+        (["training.rank=1"], r"unknown key training\.rank: did you mean adapter\.rank\?"),
+        (["name=a/b"], "name = 'a/b': expected letters, digits"),
         (["training.steps=many"], r"training\.steps = 'many': expected a valid integer"),
         (["training.steps=0"], r"training\.steps = 0: expected greater than or equal to 1"),
         (["training.schedule=cosin"], r"training\.schedule = 'cosin': expected 'cosine', 'linear' or 'constant'"),

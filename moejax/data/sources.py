@@ -101,6 +101,8 @@ def parse(path: str, content: bytes) -> list[Any]:
 
 def from_datasets(name: str, configuration: str | None, split: str | None, given: str) -> list[Any]:
     """The records of a name for `datasets`. Raises UserError where it cannot be loaded."""
+    if Path(name).is_file():
+        raise UserError(f"{given} {name}: expected a file that ends in .json or .jsonl")
     import datasets
 
     try:

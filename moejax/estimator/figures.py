@@ -117,7 +117,7 @@ def options(folder: Path, job: Job, made: Plan) -> list[Path]:
         color = BLUE if p.measured else GREY
         for axes, value, interval in ((left, p.hours, p.hours_interval), (right, p.usd, p.usd_interval)):
             if interval is not None:
-                axes.plot(interval, (place, place), color=color, lw=2)
+                axes.plot(interval, (place, place), color=color, lw=2, solid_capstyle="butt")
             if value is not None:
                 axes.plot(value, place, "o", color=color)
     labels = [p.gpu if p.price is None else f"{p.gpu}, {p.price.seller}, {p.price.day}" for p in shown]

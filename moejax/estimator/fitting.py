@@ -107,7 +107,7 @@ def _fit_device(gpu: str, runs: list[Run]) -> Fitted:
     if points < needed:
         raise UserError(
             f"{gpu}: {points} data point{'s' * (points != 1)} for {needed} coefficients: {needed - points} missing. Profile runs with "
-            "other batch sizes (two do for one number of experts per token), and with another number of experts per token"
+            "other batch sizes, and with another number of experts per token (without one two batch sizes do, for two coefficients)"
         )
     x = fit_seconds(matrix, seconds)
     samples, scatter = resampled(matrix, seconds, x, RESAMPLES)

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moejax.errors import UserError
-from moejax.evaluation.evaluate import Result, evaluate, pairs_of, prompts_of, write
+from moejax.evaluation.evaluate import Result, evaluate, larger, pairs_of, prompts_of, write
 from moejax.evaluation.runs import load
 from moejax.evaluation.tasks import find
 from moejax.evaluation.tasks import load as load_examples
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints accuracy, interval and speed; writes predictions.jsonl and result.json to --out or RUN/eval/TASK."""
+    """Prints accuracy, interval and speed; writes predictions.jsonl and result.json to --out or RUN/eval/TASK (see `larger`)."""
     task = find(options.task)
     new = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     for name, value in (("--limit", options.limit), ("--rows", options.rows), ("--max-new-tokens", new)):
@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.run)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: expected a finished run's, or a model's in Hub layout")
-    out = _out(folder, task.name, options.base, options.out)
     examples = load_examples(task, options.data, options.split, options.limit)
+    out = _out(folder, task.name, options, len(examples))
     make, sizes, tokenizer, template = load(folder, options.base)
     positions = sizes.max_position_embeddings  # before a large model is loaded for nothing
     if task.method == "generated":
@@ -59,10 +59,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _out(folder: Path, task: str, base: bool, given: str | None) -> Path:
+def _out(folder: Path, task: str, options: argparse.Namespace, count: int) -> Path:
+    given = options.out
     if given is None and not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is no run's folder, so nothing is written there: give --out DIR")
-    out = folder / "eval" / f"{task}{'-base' if base else ''}" if given is None else Path(given)
+    out = folder / "eval" / f"{task}{'-base' if options.base else ''}" if given is None else Path(given)
+    if given is None and options.limit is not None and larger(out / "result.json", "n", count):
+        out = out.with_name(f"{out.name}-first-{count}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: expected a folder, or a name that is free")
     return out

@@ -175,6 +175,14 @@ def _check(task: Task, index: int, length: int, new: int, positions: int) -> Non
         )
 
 
+def larger(path: Path, key: str, count: int) -> bool:
+    """Whether the JSON file `path` is a result over more than `count` examples (under `key`): a look at a few does not replace it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[key] > count
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write(result: Result, folder: Path) -> None:
     """predictions.jsonl (one line an example) and result.json (all the rest) in `folder`; each replaces an older one at once.
 

@@ -14,7 +14,7 @@ from moejax.data.sources import load_records
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
-from moejax.evaluation.evaluate import evaluate
+from moejax.evaluation.evaluate import evaluate, larger
 from moejax.evaluation.runs import open_run, tuned
 from moejax.evaluation.tasks import find
 from moejax.files import replace_text
@@ -67,9 +67,10 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     example = next(p for p in predictions if p["model"] == "tuned")
     console.print(f"[bold]{example['instruction']}[/bold]\n{example['output']}", highlight=False)
     summary = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
+    part = f"-first-{len(records)}" if limit is not None and larger(folder / "exact_match.json", "problems", len(records)) else ""
     try:
-        replace_text(folder / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-        replace_text(folder / "exact_match.json", json.dumps(summary, indent=2) + "\n")
+        replace_text(folder / f"predictions{part}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+        replace_text(folder / f"exact_match{part}.json", json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free some space") from None
     return 0

@@ -1,5 +1,6 @@
 """`moejax eval` on runs, their bases and models' folders; `moejax generate` on a BlackMamba."""
 
+import argparse
 import json
 import shutil
 
@@ -200,3 +201,17 @@ def test_a_blackmamba_answers(trained_whole, capsys):
         == 0
     )
     assert capsys.readouterr().out.startswith("First ")
+
+
+def test_a_look_at_a_few_keeps_the_result_over_more(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    folder = tmp_path / "eval/problems"
+    folder.mkdir(parents=True)
+
+    def out(count, limit, base=False):
+        return eval_command._out(tmp_path, "problems", argparse.Namespace(out=None, base=base, limit=limit), count)
+
+    assert out(5, 5) == folder
+    (folder / "result.json").write_text('{"n": 40}')
+    assert out(5, 5) == tmp_path / "eval/problems-first-5"
+    assert out(50, 50) == out(40, 40) == out(5, None) == folder and out(5, 5, base=True) == tmp_path / "eval/problems-base"

@@ -50,6 +50,11 @@ def test_scores_and_predictions(run, capsys):
     assert [line["model"] for line in lines] == ["base"] * 5 + ["tuned"] * 5
     assert sum(line["correct"] for line in lines[:5]) / 5 == result["accuracy"]["base"]
     assert "tuned" in capsys.readouterr().out
+    assert cli.main(["exact-match", str(folder), "--data", str(data), "--limit", "2"]) == 0  # a look at fewer replaces nothing
+    assert json.loads((folder / "exact_match.json").read_text()) == result
+    assert json.loads((folder / "exact_match-first-2.json").read_text())["problems"] == 2
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 10
+    assert len((folder / "predictions-first-2.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_run_that_trained_all_weights(run, tmp_path):
