@@ -78,14 +78,17 @@ def test_weights_after_five_steps(case, reference_batch):
         state, metrics = step(state, frozen, batch)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     ours = adapter_tensors(nnx.merge(graphdef, state.trainable, frozen))
-    # Against PyTorch in float64: Adam divides a gradient by its own size, so where that is rounding noise (an expert that no token
-    # chose: 1e-9, beside 0.1), so is the step, in PyTorch's own fp32 too (4 of 25,152 weights are off by up to 1.5e-4 there).
+    # Against PyTorch in float64: Adam divides a gradient by its own size, so where that is rounding noise, so is the step, in PyTorch's
+    # own fp32 too (4 of 25,152 weights are off by up to 1.5e-4 there). Noise is what is smaller than the bar of the gradients' own test,
+    # 2e-5 of the tensor's largest: an absolute bound (1e-8 stood here) depends on the CPU. On an Intel Xeon one weight whose gradient is
+    # 5e-6 of the largest is off by 1.5e-5, on an AMD EPYC none. How many of the small ones may be off stays bounded.
     differences, noise = [], []
     for name, value in ours.items():
         apart = np.abs(np.asarray(value) - vectors[f"exact_after/{name}"])
-        real = np.abs(vectors[f"exact_grad/{name}"]) > 1e-8
+        gradient = np.abs(vectors[f"exact_grad/{name}"])
+        real = gradient > 2e-5 * gradient.max()
         differences.append(apart[real])
         noise.append(apart[~real])
     differences, noise = np.concatenate(differences), np.concatenate(noise)
     assert differences.max() < 1e-5 and differences.size > 0.9 * sum(v.size for v in ours.values())
-    assert np.sum(noise > 1e-5) <= 8
+    assert np.sum(noise > 1e-5) <= 8, np.sort(noise)[-10:]
