@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from models.ops.choice_table import Table, read
 
 TABLE = Path(__file__).with_name("grouped_choice.json")
 
 
-@cache
-def _table() -> dict[str, list[dict[str, Any]]]:
-    table: dict[str, list[dict[str, Any]]] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return table
+def _table() -> Table:
+    return read(TABLE)
 
 
 def devices() -> tuple[str, ...]:
-    """What was measured, as jax names it: "cpu", and kinds of GPUs."""
+    """What was measured: see `Table`."""
     return tuple(_table())
 
 

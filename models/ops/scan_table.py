@@ -5,25 +5,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from models.ops.choice_table import Table, read
 
 TABLE = Path(__file__).with_name("scan_choice.json")
 CHUNKS = {"chunked": 16, "chunked_associative": 32}
 """Tokens of a chunk of either form where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low."""
 
 
-@cache
-def _table() -> dict[str, list[dict[str, Any]]]:
-    table: dict[str, list[dict[str, Any]]] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return table
+def _table() -> Table:
+    return read(TABLE)
 
 
 def devices() -> tuple[str, ...]:
-    """What was measured, as jax names it: "cpu", and kinds of GPUs."""
+    """What was measured: see `Table`."""
     return tuple(_table())
 
 
