@@ -42,6 +42,13 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
+def test_a_file_of_another_kind_is_not_taken_for_a_name(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("instruction,output\n")
+    with pytest.raises(UserError, match=rf"data\.source {path}: expected a file that ends in \.json or \.jsonl"):
+        load_records(DataConfig(source=str(path)))
+
+
 class TestSources:
     def write(self, tmp_path, name, text):
         path = tmp_path / name
