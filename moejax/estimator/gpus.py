@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ DATA_SHEET = "vendor's data sheet"
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU. `chip`: cards of one chip share their speed of computing; `device_kind`: a pattern of jax's name for it."""
+    """One GPU. `chip`: cards of one chip share their speed of computing; `device_kind`: a pattern of CUDA's whole name for it."""
 
     name: str
     memory_gb: float
@@ -45,25 +46,39 @@ def _gpu(name: str, gb: float, gb_per_s: float, tflops: float, watts: float, chi
     return GPU(name, gb, gb_per_s * 1e9, tflops * 1e12, watts, chip, aliases, **more)
 
 
-# Memory GB, bandwidth GB/s, dense bf16 TFLOP/s (V100: fp16, it has no bf16), W. Names with a 40 or 80 come before those without.
+# Memory GB, bandwidth GB/s, dense bf16 TFLOP/s with fp32 accumulation (V100, T4: fp16, they have no bf16), W. Names with a 40 or 80 come
+# before those without. `device_kind` is the whole name that CUDA reports, without "NVIDIA", "Tesla" or "GeForce": a Laptop, Ti, D, Max-Q or
+# MIG variant is another device, and no card's figures are taken for it. `device_bytes` of cards with ECC is with ECC on.
 _TABLE = (
-    _gpu("A40", 48, 696, 149.7, 300, "GA102-A40", device_kind=r"\bA40\b", device_bytes=47608692736),
-    _gpu("A100-40", 40, 1555, 312, 400, "GA100", "A100-40GB", "A100-SXM4-40GB", "A100", device_kind=r"\bA100\b.*40GB",
+    _gpu("A40", 48, 696, 149.7, 300, "GA102-A40", device_kind="A40", device_bytes=47608692736),
+    _gpu("A100-40", 40, 1555, 312, 400, "GA100", "A100-40GB", "A100-SXM4-40GB", "A100", device_kind="A100-(SXM4|SXM|PCIE)-40GB",
          device_bytes=42500000000, matrix_flops_per_second=271e12),
-    _gpu("A100-80", 80, 2039, 312, 400, "GA100", "A100-80GB", "A100-80GB-SXM", "A100-SXM4-80GB", device_kind=r"\bA100\b",
-         device_bytes=85100068864, matrix_flops_per_second=271e12),
-    _gpu("H100-PCIe", 80, 2000, 756, 350, "GH100-PCIe", "H100-PCIE-80GB", device_kind=r"\bH100 PCIe\b"),
-    _gpu("H100", 80, 3350, 989, 700, "GH100-SXM", "H100-SXM", "H100-80GB", "H100-80GB-HBM3", "H100-SXM5", device_kind=r"\bH100\b",
+    _gpu("A100-80", 80, 2039, 312, 400, "GA100", "A100-80GB", "A100-80GB-SXM", "A100-SXM4-80GB",
+         device_kind="A100-(SXM4|SXM|PCIE)-80GB|A100 80GB PCIe", device_bytes=85100068864, matrix_flops_per_second=271e12),
+    _gpu("H100-PCIe", 80, 2000, 756, 350, "GH100-PCIe", "H100-PCIE-80GB", device_kind="H100 PCIe", device_bytes=84942979072),
+    _gpu("H100-NVL", 94, 3938, 835, 400, "GH100-NVL", "H100-94GB", "H100-NVL-94GB", device_kind="H100 NVL"),
+    _gpu("H100", 80, 3350, 989, 700, "GH100-SXM", "H100-SXM", "H100-80GB", "H100-80GB-HBM3", "H100-SXM5", device_kind="H100( 80GB HBM3)?",
          device_bytes=84942979072, matrix_flops_per_second=794e12),
-    _gpu("H200", 141, 4800, 989, 700, "GH100-SXM", "H200-SXM", "H200-141GB", device_kind=r"\bH200\b", device_bytes=151400000000,
+    _gpu("GH200", 96, 4000, 990, 1000, "GH100-SXM", "GH200-96GB", "GH200-480GB", device_kind="GH200 480GB", device_bytes=101400000000),
+    _gpu("H200", 141, 4800, 989, 700, "GH100-SXM", "H200-SXM", "H200-141GB", device_kind="H200", device_bytes=151400000000,
          matrix_flops_per_second=785e12),
-    _gpu("B200", 180, 8000, 2250, 1000, "GB100", "B200-SXM", device_kind=r"\bB200\b", matrix_flops_per_second=1745e12),
-    _gpu("L4", 24, 300, 121, 72, "AD104", device_kind=r"\bL4\b", device_bytes=23609475072),
-    _gpu("L40S", 48, 864, 362, 350, "AD102-L40S", device_kind=r"\bL40S\b"),
-    _gpu("RTX-4090", 24, 1008, 165, 450, "AD102-4090", "RTX4090", "4090", "RTX 4090", device_kind=r"\bRTX 4090\b"),
-    _gpu("A10G", 24, 600, 70, 300, "GA102-A10G", device_kind=r"\bA10G\b"),
-    _gpu("V100-16", 16, 900, 125, 300, "GV100", "V100", "V100-16GB", device_kind=r"\bV100\b.*16GB", bf16=False),
-    _gpu("V100-32", 32, 900, 125, 300, "GV100", "V100-32GB", device_kind=r"\bV100\b", bf16=False),
+    _gpu("B200", 180, 8000, 2250, 1000, "GB100", "B200-SXM", device_kind="B200", device_bytes=191514411008,
+         matrix_flops_per_second=1745e12),
+    _gpu("L4", 24, 300, 121, 72, "AD104", device_kind="L4", device_bytes=23609475072),
+    _gpu("L40S", 48, 864, 362, 350, "AD102-L40S", device_kind="L40S", device_bytes=47670000000),
+    _gpu("RTX-3090", 24, 936, 71, 350, "GA102-3090", "3090", "GeForce-RTX-3090", device_kind="RTX 3090", device_bytes=25400000000),
+    _gpu("RTX-4090", 24, 1008, 165, 450, "AD102-4090", "4090", "GeForce-RTX-4090", device_kind="RTX 4090", device_bytes=25380000000),
+    _gpu("RTX-5090", 32, 1792, 209.5, 575, "GB202-5090", "5090", "GeForce-RTX-5090", device_kind="RTX 5090", device_bytes=33670000000),
+    _gpu("A6000", 48, 768, 154.8, 300, "GA102-A6000", "RTX-A6000", device_kind="RTX A6000", device_bytes=51041271808),
+    _gpu("RTX-6000-Ada", 48, 960, 364.2, 300, "AD102-6000", "RTX-6000-Ada-Generation", device_kind="RTX 6000 Ada Generation",
+         device_bytes=47700000000),
+    _gpu("RTX-PRO-6000", 96, 1792, 503.8, 600, "GB202-6000", "RTX-PRO-6000-Blackwell", "RTX-PRO-6000-Blackwell-Workstation-Edition",
+         device_kind="RTX PRO 6000 Blackwell Workstation Edition", device_bytes=101970000000),
+    _gpu("RTX-A2000-12", 12, 288, 31.9, 70, "GA106", "RTX-A2000-12GB", "A2000-12GB", device_kind="RTX A2000 12GB"),
+    _gpu("A10G", 24, 600, 70, 300, "GA102-A10G", device_kind="A10G", device_bytes=23690000000),
+    _gpu("T4", 16, 320, 65, 70, "TU104", device_kind="T4", device_bytes=15630000000, bf16=False),
+    _gpu("V100-16", 16, 900, 125, 300, "GV100", "V100", "V100-16GB", device_kind="V100-(SXM2|PCIE)-16GB", bf16=False),
+    _gpu("V100-32", 32, 900, 125, 300, "GV100", "V100-32GB", device_kind="V100-(SXM2|SXM3|PCIE)-32GB", bf16=False),
 )  # fmt: skip
 
 GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _TABLE}
@@ -74,33 +89,37 @@ def _plain(name: str) -> str:
 
 
 def find(name: str, table: dict[str, GPU] | None = None) -> GPU:
-    """The GPU of this name or alias, case and punctuation aside. Raises UserError with the nearest names for another."""
+    """The GPU of this name, alias or CUDA's own name, case and punctuation aside. Raises UserError with the nearest names for another."""
     table = GPUS if table is None else table
     names = {_plain(n): gpu for gpu in table.values() for n in (gpu.name, *gpu.aliases)}
     key = _plain(name)
-    if key in names:
-        return names[key]
+    found = names.get(key) or of_device_kind(name, table)
+    if found is not None:
+        return found
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.4)
     nearest = list(dict.fromkeys(names[n].name for n in near))
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     raise UserError(f"unknown GPU {name!r}: {hint}Known: {', '.join(table)}; another one can be described in YAML (--gpu-file)")
 
 
-def of_device_kind(device_kind: str) -> GPU | None:
-    """The GPU that jax names so (e.g. "NVIDIA H100 80GB HBM3"), or None."""
-    for gpu in GPUS.values():
-        if gpu.device_kind and re.search(gpu.device_kind, device_kind):
+def of_device_kind(device_kind: str, table: dict[str, GPU] | None = None) -> GPU | None:
+    """The GPU that CUDA, jax and torch name so (e.g. "NVIDIA H100 80GB HBM3"), or None. The whole name counts."""
+    name = re.sub(r"^(NVIDIA|Tesla|GeForce)\s+", "", re.sub(r"^NVIDIA\s+", "", device_kind.strip()))
+    for gpu in (GPUS if table is None else table).values():
+        if gpu.device_kind and re.fullmatch(gpu.device_kind, name):
             return gpu
     return None
 
 
-_YAML_KEYS = {"memory_gb": True, "bandwidth_gb_per_second": True, "bf16_tflops": True, "watts": False, "chip": False, "source": False}
+_YAML_KEYS = {"memory_gb": True, "bandwidth_gb_per_second": True, "bf16_tflops": True, "watts": False, "chip": False, "source": False,
+              "bf16": False}  # fmt: skip
 
 
 def from_yaml(path: str | Path) -> dict[str, GPU]:
     """The table with a user's own GPUs: `NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}`.
 
-    `watts`, `chip` and `source` are optional. Raises UserError for a file, key or value that cannot be meant.
+    `watts`, `chip`, `source` and `bf16` (false: it has none) are optional. A name of the table, however it is written, replaces that
+    GPU. Raises UserError for a file, key or value that cannot be meant.
     """
     import yaml
 
@@ -121,9 +140,12 @@ def from_yaml(path: str | Path) -> dict[str, GPU]:
             raise UserError(f"--gpu-file {path}: {name} {what}; expected `{example}`")
         for key in ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops", "watts"):
             value = figures.get(key)
-            if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+            if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
                 raise UserError(f"--gpu-file {path}: {name}.{key} = {value!r}: expected a number above 0")
+        if not isinstance(figures.get("bf16", True), bool):
+            raise UserError(f"--gpu-file {path}: {name}.bf16 = {figures['bf16']!r}: expected true or false")
         gpu = _gpu(str(name), figures["memory_gb"], figures["bandwidth_gb_per_second"], figures["bf16_tflops"],
-                   figures.get("watts"), str(figures.get("chip", name)))  # fmt: skip
+                   figures.get("watts"), str(figures.get("chip", name)), bf16=figures.get("bf16", True))  # fmt: skip
+        table = {known: other for known, other in table.items() if _plain(known) != _plain(str(name))}
         table[str(name)] = dataclasses.replace(gpu, source=str(figures.get("source", path.name)))
     return table

@@ -11,7 +11,9 @@ from moejax.estimator import gpus, prices
 @pytest.mark.parametrize(
     ("name", "found"),
     [("a40", "A40"), ("A100-80GB", "A100-80"), ("a100_80", "A100-80"), ("A100", "A100-40"), ("NVIDIA H100", "H100"),
-     ("H100 SXM", "H100"), ("h100 pcie", "H100-PCIe"), ("rtx 4090", "RTX-4090"), ("RTX4090", "RTX-4090"), ("V100-32GB", "V100-32")],
+     ("H100 SXM", "H100"), ("h100 pcie", "H100-PCIe"), ("rtx 4090", "RTX-4090"), ("RTX4090", "RTX-4090"), ("V100-32GB", "V100-32"),
+     ("RTX A6000", "A6000"), ("rtx 6000 ada generation", "RTX-6000-Ada"), ("RTX PRO 6000", "RTX-PRO-6000"), ("a2000 12gb", "RTX-A2000-12"),
+     ("Tesla T4", "T4"), ("GH200 480GB", "GH200"), ("H100 NVL", "H100-NVL"), ("NVIDIA GeForce RTX 5090", "RTX-5090")],
 )  # fmt: skip
 def test_names(name, found):
     assert gpus.find(name).name == found
@@ -29,7 +31,11 @@ def test_an_unknown_gpu_names_the_nearest():
     [("NVIDIA H100 PCIe", 756, "H100-PCIe"), ("NVIDIA H100 80GB HBM3", 989, "H100"), ("NVIDIA A100-SXM4-40GB", 312, "A100-40"),
      ("NVIDIA A100-SXM4-80GB", 312, "A100-80"), ("NVIDIA A40", 149.7, "A40"), ("NVIDIA L40S", 362, "L40S"), ("NVIDIA L4", 121, "L4"),
      ("NVIDIA GeForce RTX 4090", 165, "RTX-4090"), ("NVIDIA A10G", 70, "A10G"), ("Tesla V100-SXM2-16GB", 125, "V100-16"),
-     ("NVIDIA H200", 989, "H200"), ("NVIDIA B200", 2250, "B200")],
+     ("NVIDIA H200", 989, "H200"), ("NVIDIA B200", 2250, "B200"), ("NVIDIA H100 NVL", 835, "H100-NVL"),
+     ("NVIDIA GH200 480GB", 990, "GH200"), ("NVIDIA A100 80GB PCIe", 312, "A100-80"),
+     ("NVIDIA GeForce RTX 3090", 71, "RTX-3090"), ("NVIDIA GeForce RTX 5090", 209.5, "RTX-5090"),
+     ("NVIDIA RTX A6000", 154.8, "A6000"), ("NVIDIA RTX 6000 Ada Generation", 364.2, "RTX-6000-Ada"), ("Tesla T4", 65, "T4"),
+     ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8, "RTX-PRO-6000"), ("NVIDIA RTX A2000 12GB", 31.9, "RTX-A2000-12")],
 )  # fmt: skip
 def test_jax_device_kinds(kind, tflops, name):
     """What jax calls a GPU finds it, and the peak that the training loop divides by."""
@@ -37,19 +43,27 @@ def test_jax_device_kinds(kind, tflops, name):
     assert gpu.name == name and gpu.flops_per_second == tflops * 1e12
 
 
-def test_unknown_device_kind():
-    assert gpus.of_device_kind("NVIDIA A4000") is None
+@pytest.mark.parametrize(
+    "kind",
+    ["NVIDIA A4000", "NVIDIA A40-48Q", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti",
+     "NVIDIA GeForce RTX 5090 D", "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA RTX A2000", "NVIDIA RTX A2000 8GB Laptop GPU",
+     "Quadro RTX 6000", "NVIDIA RTX 5000 Ada Generation", "NVIDIA T4G", "NVIDIA GH200 144G HBM3e", "NVIDIA H200 NVL", "NVIDIA L40",
+     "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+     "NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA GB200", "Tesla V100S-PCIE-32GB"],
+)  # fmt: skip
+def test_a_device_of_a_like_name_is_no_card_of_the_table(kind):
+    assert gpus.of_device_kind(kind) is None
 
 
 def test_every_gpu_is_plausible():
     for gpu in gpus.GPUS.values():
-        assert 10 < gpu.memory_gb < 200 and 250e9 < gpu.bytes_per_second < 1e13 and 5e13 < gpu.flops_per_second < 3e15
+        assert 10 < gpu.memory_gb < 200 and 250e9 < gpu.bytes_per_second < 1e13 and 3e13 < gpu.flops_per_second < 3e15
         if gpu.matrix_flops_per_second:
             assert gpu.matrix_flops_per_second < gpu.flops_per_second
         if gpu.device_bytes:
             assert gpu.device_bytes == pytest.approx(gpu.memory_gb * 1e9, rel=0.08)
-    for aliases in ([n for g in gpus.GPUS.values() for n in (g.name, *g.aliases)],):
-        assert len(aliases) == len(set(aliases))
+    names = [gpus._plain(n) for g in gpus.GPUS.values() for n in (g.name, *g.aliases)]
+    assert len(names) == len(set(names))
 
 
 def test_a_users_own_gpu(tmp_path):
@@ -58,6 +72,9 @@ def test_a_users_own_gpu(tmp_path):
     gpu = gpus.find("rtx5090", gpus.from_yaml(path))
     assert (gpu.memory_gb, gpu.bytes_per_second, gpu.flops_per_second, gpu.source) == (32, 1790e9, 210e12, "gpus.yaml")
     assert gpus.find("H100", gpus.from_yaml(path)) == gpus.GPUS["H100"]
+    path.write_text("rtx 5090: {memory_gb: 24, bandwidth_gb_per_second: 1790, bf16_tflops: 210, bf16: false}\n")
+    table = gpus.from_yaml(path)  # in place of the table's, not beside it
+    assert len(table) == len(gpus.GPUS) and gpus.find("RTX-5090", table).memory_gb == 24 and not table["rtx 5090"].bf16
 
 
 @pytest.mark.parametrize(
@@ -65,6 +82,8 @@ def test_a_users_own_gpu(tmp_path):
     [("X: {memory_gb: 32}", "lacks bandwidth_gb_per_second, bf16_tflops"),
      ("X: {memory_gb: -1, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = -1: expected a number above 0"),
      ("X: {memory_gb: yes, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = True"),
+     ("X: {memory_gb: .inf, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = inf"),
+     ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, bf16: none}", "bf16 = 'none': expected true or false"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, flops: 2}", "unknown flops"),
      ("- a", "expected lines like"), ("a: [", "gpu-file")],
 )  # fmt: skip
