@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from models import foreign_settings as foreign
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
 QUANTIZED_MODULES = ("attention", "experts", "router")
@@ -34,7 +37,7 @@ class MixtralConfig:
     tie_word_embeddings: bool = False
     router_aux_loss_coef: float = 0.02
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
     router: ClassVar[str] = "softmax"
     activation: ClassVar[str] = "silu"
 
@@ -91,7 +94,7 @@ class MixtralConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "router_aux_loss_coef": self.router_aux_loss_coef,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "router_jitter_noise": 0.0,
@@ -247,17 +250,32 @@ PRESETS: dict[str, Architecture] = {
 }
 
 
-def from_hub_config(config: Mapping[str, Any]) -> Architecture:
+def from_hub_config(config: Mapping[str, Any], ignored: Collection[str] = ()) -> Architecture:
     """Read a Hub `config.json`: a Mixtral's, or a BlackMamba's (which names no type, but its `mamba_moe_layers`).
 
-    Raises ValueError for another architecture, and for what this port does not compute.
+    ignored: keys of it that may say what they want. Raises ValueError for another architecture, and for every setting that is not known
+    to be computed here (scaled rotary positions, a sliding window, a dropout of transformers' own, a key that nobody knows): such a
+    model would give other numbers without saying so. Raises KeyError where a size is missing.
     """
-    return _blackmamba(config) if "mamba_moe_layers" in config else _mixtral(config)
+    return _blackmamba(config, ignored) if "mamba_moe_layers" in config else _mixtral(config, ignored)
 
 
-def _blackmamba(config: Mapping[str, Any]) -> BlackMambaConfig:
+def _check_computed(config: Mapping[str, Any], known: foreign.Table, ignored: Collection[str]) -> None:
+    found = list(foreign.uncomputed(config, known, ignored))
+    if found:
+        keys = dict.fromkeys(re.split("[ .]", text)[0] for text in found)
+        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+        raise ValueError(
+            f"config.json has {', '.join(found[:6])}{more}: not known to be computed here, so the model could give other numbers. "
+            f"Give another model; or, if you know that this changes nothing, set model.ignored_settings=[{','.join(keys)}]"
+        )
+
+
+def _blackmamba(config: Mapping[str, Any], ignored: Collection[str]) -> BlackMambaConfig:
     """The released code reads eleven keys; `bias`, `rms_norm` and `activation_func` of the file have no effect there, and none here."""
-    layers = list(config["mamba_moe_layers"])
+    layers = config["mamba_moe_layers"]
+    if not isinstance(layers, list):
+        raise ValueError(f"mamba_moe_layers = {layers!r}: expected a list of 'r' (Mamba) and numbers of experts in turn")
     for index, kind in enumerate(layers):
         if (kind == "r") != (index % 2 == 0) or (kind != "r" and not str(kind).isdigit()):
             raise ValueError(
@@ -268,57 +286,54 @@ def _blackmamba(config: Mapping[str, Any]) -> BlackMambaConfig:
         raise ValueError(f"mamba_moe_layers has layers of {counts} experts: expected one number for all")
     if len(layers) != config["num_layers"]:
         raise ValueError(f"mamba_moe_layers has {len(layers)} entries, num_layers = {config['num_layers']}: expected the same")
-    if config.get("add_bias_linear", False):
-        raise ValueError("add_bias_linear = true: only linear layers without bias are computed here")
-    if not config.get("swiglu", True):
-        raise ValueError("swiglu = false: only gated experts are computed here")
+    hidden = foreign.whole_number(config, "hidden_size")
+    _check_computed(config, foreign.BLACKMAMBA | {"dt_rank": ("auto", -(-hidden // 16))}, ignored)
     return BlackMambaConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["ffn_hidden_size"],
-        num_layers=config["num_layers"],
+        vocab_size=foreign.whole_number(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=foreign.whole_number(config, "ffn_hidden_size"),
+        num_layers=foreign.whole_number(config, "num_layers"),
         num_experts=counts[0],
-        experts_per_token=config.get("topk", 1),
-        state_size=config.get("state_size", 16),
-        conv_size=config.get("conv_dimension", 4),
-        expansion=config.get("expansion_factor", 2),
+        experts_per_token=foreign.whole_number(config, "topk", 1),
+        state_size=foreign.whole_number(config, "state_size", 16),
+        conv_size=foreign.whole_number(config, "conv_dimension", 4),
+        expansion=foreign.whole_number(config, "expansion_factor", 2),
         activation=config.get("activation", "gelu"),
     )
 
 
-def _mixtral(config: Mapping[str, Any]) -> MixtralConfig:
-    """Read a Hub `config.json` in the dialect of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
-
-    Raises ValueError for another architecture, and for what this port does not compute (sliding windows, scaled rotary
-    positions, another activation): such a model would give other numbers without saying so.
-    """
+def _mixtral(config: Mapping[str, Any], ignored: Collection[str]) -> MixtralConfig:
+    """In the dialect of transformers 4 (`rope_theta`) or 5 (`rope_parameters`); what is missing has transformers' default."""
     model_type = config.get("model_type")
     if model_type != "mixtral":
         raise ValueError(f"config.json has model_type = {model_type!r}: expected 'mixtral'")
-    window = config.get("sliding_window")
-    if window is not None and window < config.get("max_position_embeddings", 32768):
-        raise ValueError(f"config.json has sliding_window = {window}: only full attention is computed here (expected null)")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json has hidden_act = {config['hidden_act']!r}: expected 'silu'")
+    layers, heads, hidden = (
+        foreign.whole_number(config, name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    positions = foreign.whole_number(config, "max_position_embeddings", 131072)
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    whole = isinstance(window, int) and window >= positions  # a window over every position is none
+    known = {"sliding_window": (None, window) if whole else (None,)}
+    known |= {"layer_types": (None, types) if types == ["full_attention"] * layers else (None,)}
+    _check_computed(config, foreign.MIXTRAL | known, ignored)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"config.json asks for rotary positions of type {rope.get('rope_type')!r}: expected 'default'")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    eos = config.get("eos_token_id")
     return MixtralConfig(
-        vocab_size=config["vocab_size"],
+        vocab_size=foreign.whole_number(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+        intermediate_size=foreign.whole_number(config, "intermediate_size"),
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        num_experts=config.get("num_local_experts", 8),
-        experts_per_token=config.get("num_experts_per_tok", 2),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e6),
-        rms_norm_eps=config.get("rms_norm_eps", 1e-5),
-        max_position_embeddings=config.get("max_position_embeddings", 32768),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        router_aux_loss_coef=config.get("router_aux_loss_coef", 0.001),
+        num_kv_heads=heads if config.get("num_key_value_heads", 8) is None else foreign.whole_number(config, "num_key_value_heads", 8),
+        head_dim=hidden // heads if config.get("head_dim") is None else foreign.whole_number(config, "head_dim"),
+        num_experts=foreign.whole_number(config, experts, 8),
+        experts_per_token=foreign.whole_number(config, "num_experts_per_tok", 2),
+        rope_theta=float(foreign.number(rope if rope.get("rope_theta") is not None else config, "rope_theta", 1e6)),
+        rms_norm_eps=foreign.number(config, "rms_norm_eps", 1e-5),
+        max_position_embeddings=positions,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        router_aux_loss_coef=foreign.number(config, "router_aux_loss_coef", 0.001),
         bos_token_id=config.get("bos_token_id"),
-        eos_token_id=config.get("eos_token_id"),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
     )

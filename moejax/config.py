@@ -52,6 +52,7 @@ class ModelConfig(_Section):
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
     moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
+    ignored_settings: Names = Field((), description="keys of the source's config.json that are not computed here and may be passed over")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -63,7 +63,8 @@ def architecture_of(experiment: Experiment) -> Architecture:
     source = experiment.model.source
     try:
         file = Path(source or "", "config.json")
-        base = from_hub_config(json.loads(file.read_text(encoding="utf-8"))) if source and file.is_file() else None
+        content = json.loads(file.read_text(encoding="utf-8")) if source and file.is_file() else None
+        base = None if content is None else from_hub_config(content, experiment.model.ignored_settings)
         return experiment.model.architecture(base)
     except (ValueError, KeyError) as error:
         raise UserError(f"model: {error}") from None

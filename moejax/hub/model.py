@@ -20,7 +20,7 @@ CACHED_FROM_BYTES = 1_000_000_000
 
 def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
     """The model's sizes: those of its folder, or of the preset; with the config's overrides."""
-    base = weights.read_config(folder) if folder is not None else None
+    base = weights.read_config(folder, experiment.model.ignored_settings) if folder is not None else None
     try:
         config = experiment.model.architecture(base)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from models.build import Model
+from models.foreign_settings import ANY, uncomputed
 from models.lora import LoRA
 from moejax.errors import UserError
 from moejax.files import replace_text
@@ -136,26 +138,42 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
+_LORA: dict[str, Any] = dict.fromkeys(
+    (
+        # What is read, judged by the tensors, or says what the adapter is and how it was trained …
+        "r", "lora_alpha", "target_modules", "exclude_modules", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying",
+        # … and what has no effect without another setting, which is refused.
+        "layers_pattern", "megatron_core", "qalora_group_size",
+    ),
+    ANY,
+) | {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
+"""What LoraConfig of PEFT 0.18 to 0.21 may say where its adapter is plain LoRA. PiSSA and its like change the base model's own weights."""
+
+
 def _check_plain(config: dict[str, Any], path: Path) -> None:
-    """Refuse what PEFT would compute and this LoRA does not: it would load, and give other numbers."""
-    plain = {
-        "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "rank_pattern": {},
-        "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "target_parameters": None, "lora_bias": False,
-        "trainable_token_indices": None, "layer_replication": None, "use_qalora": False,
-    }  # fmt: skip
-    if config.get("target_parameters"):  # the fused format needs these; fused.unfuse checks what they say
-        for name in ("target_parameters", "rank_pattern", "alpha_pattern"):
-            del plain[name]
-    for name, expected in plain.items():
-        value = config.get(name, expected)
-        if value != expected and not (value in (None, [], {}) and expected in (None, {})):
-            raise UserError(f"{path} has {name} = {value!r}: only plain LoRA is computed here (expected {expected!r})")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
-        raise UserError(f"{path} has init_lora_weights = {start!r}, which changes the base model's own weights: not read here")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
-            raise UserError(f"{path} has {name} = {config.get(name)!r}: expected a positive number")
+    """Refuse what PEFT would compute and this LoRA does not, and what nobody here knows: it would load, and give other numbers."""
+    # The fused format needs these; fused.unfuse checks what they say.
+    fused = ("target_parameters", "rank_pattern", "alpha_pattern") if config.get("target_parameters") else ()
+    found = list(uncomputed(config, _LORA | dict.fromkeys(fused, ANY)))
+    if found:
+        raise UserError(
+            f"{path} has {', '.join(found)}: only plain LoRA over the base's own weights is computed here. Give a plain adapter; or, if "
+            "you know that this changes nothing, take it out of the file"
+        )
+    kinds: tuple[tuple[str, Any, str], ...] = (
+        ("r", int, "a whole number above 0"), ("lora_alpha", int | float, "a number above 0"), ("base_model_name_or_path", str, "a name"),
+        ("target_parameters", list, "a list of names"), ("rank_pattern", dict, "names and values"),
+        ("alpha_pattern", dict, "names and values"),
+    )  # fmt: skip
+    for name, kind, expected in kinds:
+        value = config.get(name)
+        above_0 = expected.endswith("above 0")
+        wrong = isinstance(value, bool) or not isinstance(value, kind) or (above_0 and not 0 < value < math.inf)
+        if wrong and (above_0 or value is not None):
+            raise UserError(f"{path} has {name} = {json.dumps(value)}: expected {expected}")
 
 
 def _check_targets(model: Model, tensors: dict[str, np.ndarray], path: Path) -> None:

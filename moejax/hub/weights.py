@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ from moejax.hub.streaming import by_variable, fill, leaf_name
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
 
 
-def read_config(folder: Path) -> Architecture:
-    """The architecture in the folder's config.json. Raises UserError naming the file."""
+def read_config(folder: Path, ignored: Collection[str] = ()) -> Architecture:
+    """The architecture in the folder's config.json. ignored: as in `from_hub_config`. Raises UserError naming the file."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: expected a model in Hub layout")
     content = read_json(path)
     try:
-        return from_hub_config(content)
+        return from_hub_config(content, ignored)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: {what}") from None

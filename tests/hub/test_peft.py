@@ -42,14 +42,23 @@ def test_pefts_adapter_goes_in_and_comes_out_to_the_bit(folder, reference_config
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, r"use_dora = True: only plain LoRA"),
-        ({"use_rslora": True}, r"use_rslora = True"),
-        ({"rank_pattern": {"gate": 2}}, r"rank_pattern = \{'gate': 2\}"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
-        ({"peft_type": "IA3"}, r"peft_type = 'IA3'"),
-        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights = 'pissa_niter_4', which changes the base"),
+        ({"use_dora": True}, r"use_dora = true: only plain LoRA"),
+        ({"use_rslora": True}, r"use_rslora = true"),
+        ({"rank_pattern": {"gate": 2}}, r"rank_pattern = \{\"gate\": 2\}"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \[\"lm_head\"\]"),
+        ({"peft_type": "IA3"}, r"peft_type = \"IA3\" \(expected \"LORA\"\)"),
+        ({"bias": "lora_only"}, r"bias = \"lora_only\" \(expected \"none\"\)"),
+        ({"alora_invocation_tokens": [4]}, r"config\.json has alora_invocation_tokens = \[4\]: only plain LoRA over .* take it out"),
+        ({"arrow_config": {"top_k": 2}, "use_new": 1.5}, r"has arrow_config = \{\"top_k\": 2\}, use_new = 1\.5: only plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights = \"pissa_niter_4\" .*only plain LoRA over the base's own weights"),
+        ({"init_lora_weights": "lora_ga"}, r"init_lora_weights = \"lora_ga\""),
         ({"base_model_name_or_path": "/models/base", "r": 5}, r"set adapter\.rank"),
-        ({"r": None}, r"r = None: expected a positive number"),
+        ({"base_model_name_or_path": 5}, r"base_model_name_or_path = 5: expected a name"),
+        ({"r": None}, r"r = null: expected a whole number above 0"),
+        ({"r": "4"}, r"r = \"4\": expected a whole number above 0"),
+        ({"lora_alpha": True}, r"lora_alpha = true: expected a number above 0"),
+        ({"lora_alpha": 0}, r"lora_alpha = 0: expected a number above 0"),
+        ({"target_parameters": "mlp.gate.weight"}, r"target_parameters = \"mlp\.gate\.weight\": expected a list of names"),
         ({"r": 5}, r"rank 5, alpha 8; the model's adapter has rank 4.*set adapter\.rank"),
         ({"base_model_name_or_path": "other/Model"}, r"is an adapter of 'other/Model', model\.source = 'org/base': another base"),
     ],
@@ -60,6 +69,21 @@ def test_settings_that_do_not_fit(change, message, folder, reference_config):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/base"} | change))
     with pytest.raises(UserError, match=message):
         peft.continue_from(model, folder, "org/base")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "target_modules": ".*(gate|w[123]|_proj)", "exclude_modules": "lm_head"},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.1, "auto_mapping": {"parent_library": "x"}, "qalora_group_size": 32},
+        {"use_new": False, "new_config": None, "new_pattern": {}, "new_tokens": [], "new_name": "", "new_rank": 0},
+    ],
+)
+def test_settings_that_change_nothing(change, folder, reference_config):
+    """Those of vectors/peft_all and vectors/peft_fused are all that PEFT 0.18.1 and 0.21.2 write by default: other tests read these."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    peft.continue_from(model_like(folder, reference_config), folder, "org/base")
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,11 @@ def test_frozen_with_adapters_trains_nothing_else():
         ({"mamba_moe_layers": ["r", "8"]}, r"2 entries, num_layers = 4"),
         ({"add_bias_linear": True}, "add_bias_linear"),
         ({"swiglu": False}, "swiglu"),
+        ({"conv_bias": False, "dt_rank": 64}, r'conv_bias = false \(expected true\), dt_rank = 64 \(expected "auto" or 92\): not known'),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling = "),
+        ({"nobody_knows": 3}, "nobody_knows = 3"),
+        ({"mamba_moe_layers": "r8"}, "expected a list of 'r'"),
+        ({"ffn_hidden_size": 1.5}, "ffn_hidden_size = 1.5: expected a whole number"),
         ({"topk": 9}, "experts_per_token = 9 exceeds num_experts = 8"),
         ({"activation": "relu"}, "activation = 'relu': expected 'gelu' or 'silu'"),
     ],
@@ -183,6 +188,12 @@ def test_bad_configs(change, message):
     config = BlackMambaConfig(num_layers=4).to_hub_config() | change
     with pytest.raises(ValueError, match=message):
         from_hub_config(config)
+
+
+def test_settings_without_an_effect():
+    config = BlackMambaConfig(num_layers=4).to_hub_config()
+    others = {"bias": True, "rms_norm": False, "activation_func": "swiglu", "max_sequence_length": 2048, "torch_dtype": "bfloat16"}
+    assert from_hub_config(config | others) == from_hub_config(config)
 
 
 def test_left_padding_and_empty_rows_are_refused(models_by_case):

@@ -1,5 +1,6 @@
 """What parity with PyTorch does not show: packing, frozen storage, abstract models, scopes."""
 
+import json
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support import VECTORS
 
 from models.build import build, random_weights
 from models.config import PRESETS, LoRAConfig, Quantization, from_hub_config
@@ -111,14 +113,49 @@ def test_scopes_are_in_the_compiled_step(tmp_path):
     [
         ({"model_type": "llama"}, "model_type = 'llama'"),
         ({"sliding_window": 512}, "sliding_window = 512"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"hidden_act": "gelu"}, r'hidden_act = "gelu" \(expected "silu" or "swish"\)'),
         ({"num_experts_per_tok": 9}, "experts_per_token = 9 exceeds num_experts = 8"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, 'rope_parameters.rope_type = "yarn"'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope_scaling.type = "dynamic" .*, rope_scaling.factor = 2\.0'),
+        ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor = 2\.0"),
+        ({"rope_scaling": "yarn"}, r'rope_scaling = "yarn" \(expected names and values\)'),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (
+            {"router_jitter_noise": 0.1, "attention_dropout": 0.5},
+            r"has attention_dropout = 0\.5 \(expected 0\), router_jitter_noise = 0\.1 \(expected 0\): not known to be computed here, .* "
+            r"model\.ignored_settings=\[attention_dropout,router_jitter_noise\]",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types = "),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r'quant_method = "gptq" .*, quantization_config.bits = 4'),
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, "auto_map = "),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings = "false"'),
+        ({"norm_topk_prob": False}, r"norm_topk_prob = false \(expected true\)"),
+        ({"nobody_knows": {"this": [1]}}, r'nobody_knows = \{"this": \[1\]\}: not known to be computed'),
+        ({"hidden_size": "128"}, 'hidden_size = "128": expected a whole number'),
+        ({"rope_theta": "1e6"}, 'rope_theta = "1e6": expected a number'),
     ],
 )
 def test_configs_that_would_compute_something_else_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         from_hub_config(PRESETS["mixtral-tiny"].to_hub_config() | change)
+
+
+def test_every_setting_that_transformers_writes():
+    """Those of a default MixtralConfig in transformers 4.57.6 and 5.24.0 (tests/oracles/mixtral_settings.py), and others'."""
+    files = json.loads((VECTORS / "mixtral_settings.json").read_text())
+    others = {
+        "_name_or_path": "org/name", "unsloth_version": "2025.1", "pretraining_tp": 1, "nobody_knows": False, "use_new": None,
+        "eos_token_id": [2, 7], "top_k": 20, "sliding_window": 131072, "layer_types": ["full_attention"] * 32,
+    }  # fmt: skip
+    for settings in files.values():
+        expected = PRESETS["mixtral-8x7b"].replace(max_position_embeddings=131072, router_aux_loss_coef=0.001)
+        assert from_hub_config(settings) == expected
+        again = from_hub_config(settings | others)
+        assert again == expected.replace(eos_token_id=(2, 7)) and again.to_hub_config()["eos_token_id"] == [2, 7]
+        assert from_hub_config(settings | {"use_new": 1}, ["use_new"]) == expected
+    named = files["5.24.0"] | {"num_experts": 4}
+    del named["num_local_experts"]
+    assert from_hub_config(named).num_experts == 4
 
 
 def test_both_config_dialects():

@@ -1,0 +1,114 @@
+"""Settings that others wrote (config.json, adapter_config.json): what is not known to be computed here is named, so that it is refused.
+
+A table says for each key what is known of it: `ANY` (it is read, or changes nothing that is computed), a tuple (the values that mean
+what is computed here), or a table of its own (for a group of settings). A key that no table has may pass only where it says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+ANY: Final = None
+Table = Mapping[str, Any]
+
+
+def uncomputed(settings: Mapping[str, Any], known: Table, ignored: Collection[str] = (), prefix: str = "") -> Iterator[str]:
+    """`name = value`, with what is expected where one value is, of every setting that would compute something else than here."""
+    for key, value in settings.items():
+        name = prefix + key
+        expected = known.get(key, ())
+        if name.partition(".")[0] in ignored or (key in known and expected is ANY) or value is None:
+            continue
+        if isinstance(expected, Mapping):
+            if isinstance(value, Mapping):
+                yield from uncomputed(value, expected, ignored, f"{name}.")
+            elif value:
+                yield f"{_said(name, value)} (expected names and values)"
+        elif key not in known:
+            if value not in (False, "", [], {}):  # 0 is False
+                yield _said(name, value)
+        elif value not in expected:
+            yield f"{_said(name, value)} (expected {' or '.join(json.dumps(e) for e in expected)})"
+
+
+def whole_number(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A size. Raises KeyError where it is missing and has no default, ValueError where it is no whole number."""
+    value = settings[name] if default is None else settings.get(name, default)
+    if type(value) is not int:
+        raise ValueError(f"{_said(name, value)}: expected a whole number")
+    return value
+
+
+def number(settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A real number. Raises ValueError where it is something else."""
+    value = settings.get(name, default)
+    if type(value) not in (int, float):
+        raise ValueError(f"{_said(name, value)}: expected a number")
+    return value  # type: ignore[no-any-return]
+
+
+def _said(name: str, value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{name} = {text if len(text) <= 120 else text[:117] + '…'}"
+
+
+_TOKENS = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
+_GENERATION = (
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens",
+    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p",
+    "typical_p",
+)  # fmt: skip
+_METADATA = (
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation", "_name_or_path", "architectures",
+    "attn_implementation", "chunk_size_feed_forward", "dtype", "finetuning_task", "id2label", "initializer_range", "is_decoder",
+    "label2id", "max_sequence_length", "model_max_length", "model_type", "output_attentions", "output_hidden_states", "problem_type",
+    "return_dict", "task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+)  # fmt: skip
+HARMLESS: dict[str, Any] = dict.fromkeys((*_TOKENS, *_GENERATION, *_METADATA), ANY)
+"""What transformers writes into any config.json that changes nothing of a forward pass: it may have any value."""
+
+_ROPE: Table = {"rope_theta": ANY, "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
+_BITSANDBYTES: Table = {
+    "quant_method": ("bitsandbytes",), "load_in_4bit": (True,), "_load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_use_double_quant": ANY, "bnb_4bit_compute_dtype": ANY, "bnb_4bit_quant_storage": ANY, "llm_int8_threshold": ANY,
+    "llm_int8_skip_modules": ANY, "llm_int8_enable_fp32_cpu_offload": ANY, "llm_int8_has_fp16_weight": ANY,
+}  # fmt: skip
+
+MIXTRAL: dict[str, Any] = HARMLESS | dict.fromkeys(
+    (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "num_local_experts", "num_experts", "num_experts_per_tok", "rope_theta", "rms_norm_eps", "max_position_embeddings",
+        "router_aux_loss_coef", "output_router_logits",
+    ),
+    ANY,
+) | {
+    "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "router_jitter_noise": (0,), "norm_topk_prob": (True,),
+    "tie_word_embeddings": (False, True), "partial_rotary_factor": (1,), "pretraining_tp": (1,),
+    "rope_parameters": _ROPE, "rope_scaling": _ROPE,
+    "quantization_config": _BITSANDBYTES,
+}  # fmt: skip
+"""`sliding_window` and `layer_types` are judged where the file is read: by the number of positions and of layers."""
+
+BLACKMAMBA: dict[str, Any] = HARMLESS | dict.fromkeys(
+    (
+        # What the released code reads, with the study's `topk` and our `activation` …
+        "num_layers", "hidden_size", "state_size", "conv_dimension", "vocab_size", "expansion_factor", "mamba_moe_layers",
+        "ffn_hidden_size", "topk", "activation",
+        # … and what has no effect there.
+        "activation_func", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "base_model_type", "bias",
+        "bias_dropout_fusion", "bias_gelu_fusion", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale",
+        "fp32_residual_connection", "fused_add_norm", "gated_linear_unit", "init_method", "init_method_std",
+        "max_position_embeddings", "num_moe_experts", "output_layer_init_method", "padded_vocab_size", "params_dtype",
+        "perform_initialization", "persist_layer_norm", "rms_norm", "seq_length", "tie_word_embeddings", "use_cpu_initialization",
+        "use_fast_path",
+    ),
+    ANY,
+) | {
+    "add_bias_linear": (False,), "swiglu": (True,), "conv_bias": (True,), "dt_rank": ("auto",), "hidden_dropout": (0,),
+    "layernorm_epsilon": (1e-5,), "layernorm_zero_centered_gamma": (False,), "residual_in_fp32": (True,), "routing_mode": ("sinkhorn",),
+}  # fmt: skip
