@@ -53,6 +53,16 @@ def replace_text(path: Path, text: str, *, newline: str | None = None) -> None:
         new.write_text(text, encoding="utf-8", newline=newline)
 
 
+def lfs_pointer(path: Path) -> str | None:
+    """What to say of a file that is Git LFS' note of where the file is, as a clone without LFS has it; None for any other."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError:
+        return None
+    return "is a Git LFS pointer, and not the file: run `git lfs pull` where it was cloned, or download the file" if pointer else None
+
+
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)

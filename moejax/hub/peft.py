@@ -16,11 +16,12 @@ from models.build import Model
 from models.foreign_settings import ANY, uncomputed
 from models.lora import LoRA
 from moejax.errors import UserError
-from moejax.files import replace_text
+from moejax.files import lfs_pointer, replace_text
 from moejax.hub.fused import fuse, unfuse
 from moejax.hub.names import Place, attribute, module_names
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import read_json
+from moejax.hub.torch_file import TorchFile
 
 _PREFIX = "base_model.model."
 _OUR_NAMES = {"router": "gate"}
@@ -87,14 +88,7 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
 def load_adapter(model: Model, folder: Path) -> None:
     """Read an adapter into the model's LoRA weights, exactly. Raises UserError where rank, targets or tensors disagree."""
     config = read_adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    try:
-        path.open("rb").close()  # the library calls every failure to open "no such file"
-        tensors = load_file(str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}): write or download the adapter again") from None
+    path, tensors = _read_tensors(folder)
     if config.get("target_parameters"):
         rank = next((lora.a.get_value().shape[-2] for _, lora in adapted(model).values()), None)
         tensors, config = unfuse(tensors, config, model.config, path, rank)
@@ -116,6 +110,22 @@ def load_adapter(model: Model, folder: Path) -> None:
     for lora, into_a, into_b in buffers.values():
         lora.a.set_value(jnp.asarray(into_a))
         lora.b.set_value(jnp.asarray(into_b))
+
+
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """An adapter's file and its tensors: safetensors, or where there is none the .bin that older PEFT wrote."""
+    path, older = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not path.exists() and older.is_file():
+        with TorchFile(older) as file:
+            return older, {name: np.asarray(file.get_tensor(name)) for name in file.names()}
+    try:
+        path.open("rb").close()  # the library calls every failure to open "no such file"
+        return path, load_file(str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except SafetensorError as error:
+        what = lfs_pointer(path) or f"cannot be read ({error}): write or download the adapter again"
+        raise UserError(f"{path} {what}") from None
 
 
 def continue_from(model: Model, folder: Path, base_name: str | None) -> None:

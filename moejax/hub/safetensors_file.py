@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moejax.errors import UserError
-from moejax.files import aside, settle
+from moejax.files import aside, lfs_pointer, settle
 
 _DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
@@ -65,7 +65,8 @@ class Reader:
             self.header = self._file.read(length)
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is no whole safetensors file ({error}): download it again") from None
+            what = lfs_pointer(path) or f"is no whole safetensors file ({error}): download it again"
+            raise UserError(f"{path} {what}") from None
         self._start = 8 + length
         self._entries: dict[str, Any] = {k: v for k, v in json.loads(self.header).items() if k != "__metadata__"}
 

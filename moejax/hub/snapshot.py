@@ -9,6 +9,7 @@ from pathlib import Path
 from moejax.errors import UserError
 
 _DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+_PYTORCH = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 def resolve(source: str, revision: str | None = None, field: str = "model.source") -> Path:
@@ -28,8 +29,8 @@ def resolve(source: str, revision: str | None = None, field: str = "model.source
 
     try:
         folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=list(_DOWNLOAD)))
-        if not any(folder.glob("*.safetensors")):  # BlackMamba's checkpoints are PyTorch's
-            folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_DOWNLOAD, "pytorch_model.bin"]))
+        if not any(folder.glob("*.safetensors")):  # BlackMamba's checkpoints, and older ones, are PyTorch's
+            folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_DOWNLOAD, *_PYTORCH]))
         return folder
     except Exception as error:
         raise UserError(_why(error, f"{field} = {source!r}", at or revision)) from error

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.files import lfs_pointer
 from moejax.hub import bitsandbytes
 from moejax.hub.safetensors_file import Reader, Staging
 from moejax.hub.torch_file import TorchFile
@@ -23,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): download it again") from None
+        raise UserError(f"{path} {lfs_pointer(path) or f'cannot be read ({error}): download it again'}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
     return content
@@ -61,22 +62,18 @@ _FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(gate_up_proj|down_
 def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """tensor name -> where it is read: a `Source`, or a `bitsandbytes.Quantized`. Raises UserError naming the file.
 
+    From model.safetensors or pytorch_model.bin, whole or in shards that an index names; safetensors where there are both.
+
     Fused expert tensors appear under their experts' names.
     """
-    files = shards(folder)
-    if not files and (folder / "pytorch_model.bin").is_file():
-        torch_file = stack.enter_context(TorchFile(folder / "pytorch_model.bin"))
-        names = torch_file.keys()
-        return {name: Source(torch_file, name, torch_file.nbytes(name)) for name in names}
+    where, files = _layout(folder)
+    if not files:
+        raise UserError(_no_weights(folder))
     held: dict[str, Any] = {}
-    where = _weight_map(folder)
-    for path in files or [folder / "model.safetensors"]:
+    for path in files:
         if not path.is_file():
-            raise UserError(
-                f"{folder} lacks {path.name}"
-                + (", which its index names: download it again" if where else " (or a pytorch_model.bin, or an index and its shards)")
-            )
-        file = Reader(path)
+            raise UserError(f"{folder} lacks {path.name}, which its index names: download it again")
+        file = Reader(path) if path.suffix == ".safetensors" else stack.enter_context(TorchFile(path))
         held |= {name: Source(file, name, file.nbytes(name)) for name in file.names() if where.get(name, path.name) == path.name}
     lost = sorted(where.keys() - held.keys())
     if lost:
@@ -89,7 +86,7 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return found
 
 
-def _expanded(file: Reader, name: str) -> dict[str, Source]:
+def _expanded(file: Any, name: str) -> dict[str, Source]:
     """The tensors of one expert each that a file's tensor holds; itself where it is not fused."""
     match = _FUSED.match(name)
     if not match:
@@ -109,30 +106,40 @@ def _expanded(file: Reader, name: str) -> dict[str, Source]:
     }
 
 
-_INDEX = "model.safetensors.index.json"
+_WHOLE = ("model.safetensors", "pytorch_model.bin")  # each may lie in shards with an index instead; the first that is there is read
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, as the folder's index has it; empty without one."""
-    index = folder / _INDEX
+def _layout(folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """Tensor name -> file, as the index has it (empty without one), and the weight files of a folder, which may be missing."""
+    for whole in _WHOLE:
+        where = _weight_map(folder / f"{whole}.index.json", Path(whole).suffix)
+        if where:
+            return where, [folder / name for name in sorted(set(where.values()))]
+        if (folder / whole).is_file():
+            return {}, [folder / whole]
+    return {}, []
+
+
+def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     if not index.is_file():
         return {}
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
         raise UserError(f"{index} lacks weight_map: expected the file of every tensor in it")
     for shard in sorted(set(where.values())):
-        if Path(shard).name != shard:
-            raise UserError(f"{index} names a file {shard!r}: expected files of the same folder")
+        if Path(shard).name != shard or Path(shard).suffix != suffix:
+            raise UserError(f"{index} names a file {shard!r}: expected *{suffix} files of the same folder")
     return where
 
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or the single one."""
-    named = sorted(set(_weight_map(folder).values()))
-    if named:
-        return [folder / name for name in named]
-    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
+def _no_weights(folder: Path) -> str:
+    """What was looked for, and what is there instead."""
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+    others = sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds))
+    there = f"; there is {', '.join(others[:4])}{', …' if len(others) > 4 else ''}, which is not read" if others else ""
+    return f"{folder} has none of {', '.join(f'{name}, {name}.index.json (with its shards)' for name in _WHOLE)}{there}"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    return shards(folder) or [folder / "pytorch_model.bin"]
+    """The files that a folder's weights are read from."""
+    return _layout(folder)[1]

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.files import lfs_pointer
 
 _STORAGES: dict[str, Any] = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
@@ -212,9 +213,8 @@ class TorchFile:
         except _DAMAGED as error:
             if hasattr(self, "_zip"):
                 self._zip.close()
-            raise UserError(
-                f"{path} is no whole PyTorch checkpoint ({error}): expected a zip of tensors as torch.save writes it"
-            ) from None
+            what = lfs_pointer(path) or f"is no whole PyTorch checkpoint ({error}): expected a zip of tensors as torch.save writes it"
+            raise UserError(f"{path} {what}") from None
         tensors = content.get("model", content) if isinstance(content, dict) else None
         if not isinstance(tensors, dict):
             raise UserError(f'{path}: expected a dictionary of tensors, or one under "model"')
@@ -231,8 +231,11 @@ class TorchFile:
             raise ValueError(f"its data.pkl has {info.file_size} bytes, and {_LARGEST_PICKLE} are far more than names need")
         return self._zip.read(info)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor's elements."""

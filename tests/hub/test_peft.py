@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import VECTORS
+from support import VECTORS, save_torch
 
 from models.build import build
 from models.config import LORA_TARGETS, LoRAConfig
@@ -120,6 +120,17 @@ def test_files_that_cannot_be_read(folder, reference_config):
         (folder / "adapter_config.json").write_text(content)
         with pytest.raises(UserError, match=message):
             peft.continue_from(model, folder, None)
+
+
+def test_the_bin_that_older_peft_wrote(folder, reference_config):
+    path = folder / "adapter_model.safetensors"
+    save_torch(folder / "adapter_model.bin", load_file(str(path)))
+    path.unlink()
+    model, expected = (model_like(folder, reference_config) for _ in range(2))
+    peft.load_adapter(model, folder)
+    peft.load_adapter(expected, VECTORS / "peft_all")
+    for (_, ours), (_, theirs) in zip(peft.adapted(model).values(), peft.adapted(expected).values(), strict=True):
+        np.testing.assert_array_equal(ours.b.get_value(), theirs.b.get_value())
 
 
 def test_half_precision_is_widened_exactly(folder, reference_config):

@@ -115,6 +115,14 @@ def hub():
     server.shutdown()
 
 
+def test_shards_of_bin_are_downloaded_where_there_is_nothing_else(hub, tmp_path, monkeypatch):
+    files = {"config.json": b"{}", "pytorch_model.bin.index.json": b"{}", "pytorch_model-00001-of-00001.bin": b"w", "optimizer.bin": b"o"}
+    monkeypatch.setattr(_Hub, "files", files)
+    said = resolved(tmp_path, ID, HF_ENDPOINT=hub, HF_TOKEN="secret")
+    folder = tmp_path / "models--org--name" / "snapshots" / SHA
+    assert said == f"{folder} {SHA}" and {path.name for path in folder.iterdir()} == files.keys() - {"optimizer.bin"}
+
+
 def test_a_token_opens_what_is_gated(hub, tmp_path):
     said = resolved(tmp_path, ID, HF_ENDPOINT=hub)
     assert "the Hub shows no such repository: check the id; a private or gated one needs HF_TOKEN" in said

@@ -26,7 +26,7 @@ def test_tensors():
         "ids": np.arange(3),
     }
     with TorchFile(VECTORS / "tensors.bin") as file:
-        assert set(file.keys()) == set(expected)
+        assert set(file.names()) == set(expected)
         for name, value in expected.items():
             np.testing.assert_array_equal(file.get_tensor(name), value)
         assert file.get_tensor("bf16").dtype == jnp.bfloat16
@@ -155,7 +155,7 @@ def test_every_cut_of_a_pickle_is_refused(tmp_path):
         for value in (0, whole[place] ^ 1, 255):
             path = checkpoint(tmp_path, whole[:place] + bytes([value]) + whole[place + 1 :])
             with contextlib.suppress(UserError), TorchFile(path) as file:
-                names = file.keys()
+                names = file.names()
                 for name in names:
                     file.get_tensor(name)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from support import save_torch
 
 from models.build import build
 from models.config import PRESETS, LoRAConfig, Quantization
@@ -16,6 +17,7 @@ from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub.peft import load_adapter, save_adapter
 from moejax.hub.save import save_weights
+from moejax.hub.stored import weight_files
 from moejax.hub.weights import load_weights, read_config, resolve
 
 CONFIG = PRESETS["mixtral-tiny"].replace(
@@ -71,34 +73,81 @@ def test_loading_quantizes_as_quantizing_in_memory_does(folder):
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
 
 
-def sharded(folder, dtype):
+def sharded(folder, dtype, kind=".safetensors"):
     """Two shards and an index in the place of model.safetensors; every other tensor lies in the first."""
     tensors = load_file(str(folder / "model.safetensors"))
-    names = sorted(tensors)
+    names, stem = sorted(tensors), "model" if kind == ".safetensors" else "pytorch_model"
     weight_map = {}
     for shard, part in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-0000{shard}-of-00002.safetensors"
-        save_file({n: tensors[n].astype(dtype) for n in part}, str(folder / file))
+        file = f"{stem}-0000{shard}-of-00002{kind}"
+        saved = {n: tensors[n].astype(dtype) for n in part}
+        if kind == ".safetensors":
+            save_file(saved, str(folder / file))
+        else:
+            save_torch(folder / file, saved)
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / f"{stem}{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return tensors
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4932108\n"
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".bin"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
-def test_shards_of_every_precision(dtype, folder):
-    tensors = sharded(folder, dtype)
+def test_shards_of_every_precision(dtype, kind, folder):
+    tensors = sharded(folder, dtype, kind)
     model = load_weights(build(CONFIG), folder, jax.random.key(0))
     expected = tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"].astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(model.layers.moe.w2.weight.get_value()[1, 3], expected)
-    shard = folder / "model-00002-of-00002.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is no whole safetensors file"):
-        load_weights(build(CONFIG), folder, jax.random.key(0))
+    if dtype != np.float32:
+        return
+    (shard,) = folder.glob(f"*-00002-of-00002{kind}")
+    whole, what = shard.read_bytes(), "safetensors file" if kind == ".safetensors" else "PyTorch checkpoint"
+    for content, message in ((whole[:-100], f"is no whole {what}"), (POINTER, "is a Git LFS pointer, .* `git lfs pull`")):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=rf"-00002-of-00002\{kind} {message}"):
+            load_weights(build(CONFIG), folder, jax.random.key(0))
     shard.unlink()
-    with pytest.raises(UserError, match="lacks model-00002-of-00002"):
+    with pytest.raises(UserError, match=r"lacks (pytorch_)?model-00002-of-00002\S+, which its index names: download it again"):
         load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_shards_of_bin_beside_safetensors_are_not_read(folder):
+    """The same model in both, as many repositories have it; the .bin is no file at all."""
+    tensors = load_file(str(folder / "model.safetensors"))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "pytorch_model-1.bin")}))
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_an_index_of_bin_that_is_wrong(folder):
+    sharded(folder, np.float32, ".bin")
+    index = folder / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    for file in ("../pytorch_model.bin", "model.safetensors"):
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | {GATE: file}}))
+        with pytest.raises(UserError, match=rf"names a file '{file}': expected \*\.bin files of the same folder"):
+            load_weights(build(CONFIG), folder, jax.random.key(0))
+    first = content["weight_map"][GATE]
+    other = next(file for file in content["weight_map"].values() if file != first)
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {GATE: other}}))
+    with pytest.raises(UserError, match=rf"{other} lacks tensor '{GATE}', which the index says it holds \(1 such\)"):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_a_folder_without_weights_says_what_it_has(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    expected = (
+        r"has none of model\.safetensors, model\.safetensors\.index\.json \(with its shards\), pytorch_model\.bin, "
+        r"pytorch_model\.bin\.index\.json \(with its shards\); there is model-00001-of-00001\.safetensors, which is not read"
+    )
+    with pytest.raises(UserError, match=expected):
+        load_weights(build(CONFIG), folder, jax.random.key(0))
+    (folder / "config.json").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"config\.json is a Git LFS pointer"):
+        read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +155,7 @@ def test_shards_of_every_precision(dtype, folder):
     [
         (lambda m: m.update({GATE: "model-00002-of-00002.safetensors"}), f"00002-of-00002.safetensors lacks tensor '{GATE}'.*1 such"),
         (lambda m: m.update({"model.x": "model-00001-of-00002.safetensors"}), r"00001-of-00002\.safetensors lacks tensor 'model\.x'"),
-        (lambda m: m.update({GATE: "../model.safetensors"}), r"names a file '\.\./model\.safetensors': expected files of the same"),
+        (lambda m: m.update({GATE: "../model.safetensors"}), r"names a file '\.\./model\.safetensors': expected \*\.safetensors files"),
         (lambda m: m.update({GATE: 3}), "lacks weight_map"),
         (lambda m: m.clear(), "lacks weight_map"),
     ],
