@@ -13,7 +13,7 @@ from models.build import Model, build
 from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub import weights
+from moejax.hub import peft, weights
 
 CACHED_FROM_BYTES = 1_000_000_000
 
@@ -73,11 +73,26 @@ def create_model(experiment: Experiment, config: Architecture, folder: Path | No
     return weights.load_weights(model, folder, key, cache=kept, console=Console(stderr=True))
 
 
+def continue_adapter(experiment: Experiment, model: Model, source: str | None) -> None:
+    """The weights of `adapter.init_from`, where it is set, into the model's adapter; the model may be abstract.
+
+    source: the base model by name, which the adapter must be one of. Raises UserError.
+    """
+    a = experiment.adapter
+    if a is not None and a.init_from is not None:
+        peft.continue_from(model, weights.resolve(a.init_from, field="adapter.init_from"), source)
+
+
 def load(source: str, config: Experiment) -> Model:
     """The model of `source`, a local folder or a Hub id (`org/name`, `org/name@REVISION`), as `config` stores, computes and adapts it.
 
-    config: what `moejax.config.load(FILE)` gives; its own `model.source` does not count, nor, for a local folder, its `model.revision`.
-    Raises UserError naming file and tensor for whatever is wrong with the checkpoint.
+    Its adapter is the one of `adapter.init_from` where that is set, else a new one. config: what `moejax.config.load(FILE)` gives; its own
+    `model.source` does not count, nor, for a local folder, its `model.revision`. Raises UserError naming file and tensor for whatever is
+    wrong with the checkpoint or the adapter; an adapter that does not fit before weights are read.
     """
     folder = weights.resolve(source, config.model.revision)
-    return create_model(config, architecture(config, folder), folder)
+    sizes, name = architecture(config, folder), source if Path(source).is_dir() else source.partition("@")[0]
+    continue_adapter(config, build(sizes, **model_arguments(config)), name)
+    model = create_model(config, sizes, folder)
+    continue_adapter(config, model, name)
+    return model

@@ -70,7 +70,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
-        continue_adapter(experiment, build(config, **model_arguments(experiment)))
+        continue_adapter(experiment, build(config, **model_arguments(experiment)), experiment.model.source)
     tokenizer = (
         load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
         if experiment.data.source is not None
@@ -88,7 +88,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
-        continue_adapter(experiment, model)
+        continue_adapter(experiment, model, experiment.model.source)
     run_folder.write_config(folder, experiment)
     trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep, asked=asked, tokenizer=tokenizer)
     return trainer.train()

@@ -11,22 +11,20 @@ from flax import nnx
 from models.build import Model
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub import peft, weights
-from moejax.hub.model import adapter_config, architecture, create_model, model_arguments, quantization_config
+from moejax.hub.model import (
+    adapter_config,
+    architecture,
+    continue_adapter,
+    create_model,
+    model_arguments,
+    quantization_config,
+)
 from moejax.training.step import Objective, TrainState
 
 __all__ = [
     "adapter_config", "architecture", "continue_adapter", "create_model", "initial_state", "model_arguments", "objective",
     "quantization_config", "split",
 ]  # fmt: skip
-
-
-def continue_adapter(experiment: Experiment, model: Model) -> None:
-    """The weights of `adapter.init_from`, where it is set, into the model's adapter; the model may be abstract. Raises UserError."""
-    a = experiment.adapter
-    if a is not None and a.init_from is not None:
-        folder = weights.resolve(a.init_from, field="adapter.init_from")
-        peft.continue_from(model, folder, experiment.model.source)
 
 
 def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:

@@ -54,6 +54,36 @@ def test_hub_load_is_the_model_that_a_config_trains(folder):
         hub.load(str(folder / "elsewhere"), config)
 
 
+def test_hub_load_continues_from_an_adapter(folder, tmp_path):
+    """What adapter.init_from names, or an error: never a fresh adapter in its place."""
+    trained = build(CONFIG, key=jax.random.key(0), adapter=LoRAConfig(2, 8.0, 0.0, ("w1", "gate")))
+    for variable in (trained.layers.moe.w1.lora.b, trained.layers.moe.router.lora.b):
+        variable.set_value(jax.random.normal(jax.random.key(5), variable.get_value().shape))
+    save_adapter(trained, tmp_path / "adapter", "org/model")  # the folder's name
+
+    def config(**changes):
+        adapter = {"rank": 2, "alpha": 8.0, "targets": ["w1", "gate"], "init_from": str(tmp_path / "adapter")} | changes
+        data, training = {"source": "d.json", "max_length": 16, "row_tokens": 16}, {"steps": 1, "compute_dtype": "float32"}
+        sections = {"model": {"source": "not/there"}, "quantization": {"format": "nf4"}, "adapter": adapter}
+        return Experiment.model_validate(sections | {"name": "x", "data": data, "training": training})
+
+    model = hub.load(str(folder), config())
+    for ours, theirs in ((model.layers.moe.w1, trained.layers.moe.w1), (model.layers.moe.router, trained.layers.moe.router)):
+        np.testing.assert_array_equal(ours.lora.a.get_value(), theirs.lora.a.get_value())
+        np.testing.assert_array_equal(ours.lora.b.get_value(), theirs.lora.b.get_value())
+    (folder / "model.safetensors").unlink()  # an adapter that does not fit is told before weights are read
+    for changes, message in (
+        ({"rank": 4}, r"rank 2, alpha 8.*the model's adapter has rank 4.*set adapter\.rank"),
+        ({"targets": ["w1"]}, r"adapts gate, w1; the model's adapter w1: set adapter\.targets"),
+        ({"init_from": "./nowhere"}, r"adapter\.init_from = './nowhere': no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            hub.load(str(folder), config(**changes))
+    folder.rename(tmp_path / "other")
+    with pytest.raises(UserError, match=r"is an adapter of 'org/model', model\.source = .*other': another base model"):
+        hub.load(str(tmp_path / "other"), config())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_exact(tied, tmp_path):
     model = build(CONFIG.replace(tie_word_embeddings=tied), key=jax.random.key(1))
