@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from moejax import config, estimating
 from moejax.errors import UserError
+from moejax.estimator import gpus
 
 BAR = 0.03
 
@@ -62,7 +63,7 @@ def check(path: Path, gpu: str) -> list[dict[str, object]]:
     """Both figures at the config's rows and at eight times as many."""
     experiment = config.load(path)
     tokens = experiment.data.longest_row
-    asked = estimating.oracle(experiment, estimating.architecture_of(experiment), gpu, tokens, False)
+    asked = estimating.oracle(experiment, estimating.architecture_of(experiment), gpus.GPUS[gpu], tokens, False)
     if asked.reason is not None:
         raise UserError(f"{gpu}: {asked.reason}")
     found = []

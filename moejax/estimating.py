@@ -6,6 +6,7 @@ jax is imported by `memory` alone, through training/aot.py, and only where somet
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,18 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
-from moejax.estimator.commands import names_of
+from moejax.estimator.commands import HERE, names_of
+from moejax.estimator.gpus import GPU, GPUS, platform_of_capability
 
 if TYPE_CHECKING:
     from models.config import Architecture
     from moejax.config import Experiment
     from moejax.estimator.closed_form import Breakdown
     from moejax.estimator.fitting import Run
-    from moejax.estimator.gpus import GPU
     from moejax.estimator.memory import Largest, Peak
 
 ROOT = Path(__file__).parent.parent
-HERE = "here"
 COMMANDS = ("memory", "fit", "compare")
 
 
@@ -35,6 +35,7 @@ def add_arguments(commands: Any) -> None:
     memory = commands.add_parser("memory", help="the largest batch that fits, the peak and what it is made of, by the compiler")
     memory.add_argument("--config", metavar="FILE", help="experiment in YAML (see configs/)")
     memory.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
+    memory.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
     memory.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
     memory.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
     memory.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
@@ -90,15 +91,16 @@ def _sources() -> str:
     return digest([*models, *training])
 
 
-def why_not_compiled(gpu: str) -> str | None:
+def why_not_compiled(gpu: GPU) -> str | None:
     """Why no compiler can answer for this GPU here; None where one can."""
-    if gpu == HERE:
+    if gpu.usable_bytes is not None:
         return None
     if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
         return "the extra `aot` is missing (pip install -e '.[aot]', the plugin in jaxlib's version: BUILD.md)"
     from moejax.training import aot
 
-    return None if gpu in aot.TARGETS else f"the compiler has no description of {gpu}"
+    own = GPUS.get(gpu.name) != gpu  # of a file: its figures are not those of the target of that name
+    return f"the compiler has no description of {gpu.name}" if own or gpu.name not in aot.TARGETS else None
 
 
 @dataclass
@@ -107,43 +109,29 @@ class Oracle:
 
     experiment: Experiment
     config: Architecture
-    gpu: str
+    gpu: GPU
     row_tokens: int
     reason: str | None
     hits: int = 0
     misses: int = 0
     known: dict[int, Peak] = field(default_factory=dict)
 
-    @property
-    def platform(self) -> Any:
-        from moejax.estimator import closed_form, gpus
-
-        if self.gpu != HERE:
-            return closed_form.platform_of(gpus.find(self.gpu))
-        import jax
-
-        if jax.default_backend() == "cpu":
-            return "cpu"
-        known = gpus.of_device_kind(jax.local_devices()[0].device_kind)
-        return "sm9" if known is None else closed_form.platform_of(known)
-
-    @property
-    def device(self) -> str:
-        """What the step is for, as the table of the grouped products' tiles names it."""
-        from moejax.estimator import closed_form, gpus
-
-        if self.gpu != HERE:
-            return closed_form.device_of(gpus.find(self.gpu))
-        from models.ops.grouped_choice import here
-
-        return here()
-
-    def breakdown(self, rows: int) -> Breakdown:
+    def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown:
+        """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
         from moejax.estimator import closed_form
 
-        return closed_form.breakdown(
-            self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=self.platform, device=self.device
-        )
+        gpu, experiment = gpu or self.gpu, self.experiment
+        if float32:
+            training = experiment.training.model_copy(update={"compute_dtype": "float32", "param_dtype": "float32"})
+            experiment = experiment.model_copy(update={"training": training})
+        platform = closed_form.platform_of(gpu)
+        if gpu.usable_bytes is None:
+            device = closed_form.device_of(gpu)
+        else:
+            from models.ops.grouped_choice import here
+
+            device = here()
+        return closed_form.breakdown(experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=platform, device=device)
 
     def peak_bytes(self, rows: int) -> int:
         if self.reason is not None:
@@ -153,19 +141,17 @@ class Oracle:
         return self.known[rows].peak_bytes
 
     def _compiled(self, rows: int) -> Peak:
-        import dataclasses
-
         from moejax.estimator import memory
         from moejax.training import aot
 
-        target: Any = aot.machine() if self.gpu == HERE else dataclasses.asdict(aot.TARGETS[self.gpu])
+        gpu = None if self.gpu.usable_bytes is not None else self.gpu.name
+        target: Any = aot.machine() if gpu is None else dataclasses.asdict(aot.TARGETS[gpu])
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
         }  # fmt: skip
 
         def compile_it() -> Peak:
-            gpu = None if self.gpu == HERE else self.gpu
             c = aot.compile_step(self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, gpu=gpu)
             return memory.Peak(c.peak_bytes, c.argument_bytes, c.temporary_bytes, c.compile_seconds)
 
@@ -174,11 +160,12 @@ class Oracle:
         return peak
 
     def largest(self, limit: float, ratio: float = 1.0) -> Largest:
-        """The largest number of rows within `limit` bytes; the closed form times `ratio` says where to begin."""
+        """The largest number of rows within `limit` bytes; the closed form times `ratio` says where to begin. Where the closed form
+        itself answers, its error is allowed for."""
         from moejax.estimator import memory
 
         if self.reason is not None:
-            return memory.largest_rows(self.peak_bytes, limit)
+            return memory.largest_rows(self.peak_bytes, memory.by_closed_form(limit)[0])
         guess = max(1, memory.largest_rows(lambda rows: int(ratio * self.breakdown(rows).total), limit).rows)
         slope = self.breakdown(guess + 1).total - self.breakdown(guess).total
         return memory.largest_rows(self.peak_bytes, limit, guess, slope)
@@ -212,15 +199,17 @@ def _memory(options: argparse.Namespace) -> int:
     row_tokens = options.seq_len or experiment.data.longest_row
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
+    table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    asked = dict.fromkeys(HERE if name == HERE else gpus.find(name, table) for name in names_of(options.gpu))
     found = []
-    for name in names_of(options.gpu):
-        gpu = _this_machine() if name == HERE else gpus.find(name)
-        found.append((gpu, oracle(experiment, architecture, HERE if name == HERE else gpu.name, row_tokens, options.closed_form)))
+    for card in asked:
+        gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
+        found.append((gpu, oracle(experiment, architecture, gpu, row_tokens, options.closed_form)))
     padded = options.seq_len is not None or experiment.data.batching != "pack"
-    return memory_report.table(experiment, found, rows=options.rows, padded=padded, as_json=options.json)
+    return memory_report.table(experiment, found, table, rows=options.rows, padded=padded, as_json=options.json)
 
 
-def oracle(experiment: Experiment, architecture: Architecture, gpu: str, row_tokens: int, closed: bool) -> Oracle:
+def oracle(experiment: Experiment, architecture: Architecture, gpu: GPU, row_tokens: int, closed: bool) -> Oracle:
     """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
     reason = "--closed-form was given" if closed else why_not_compiled(gpu)
     return Oracle(experiment, architecture, gpu, row_tokens, reason)
@@ -232,18 +221,52 @@ def _oracle_of_cell(model: str, dataset: str, kind: str, gpu: str, row_tokens: i
     preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[model]
     name = f"{preset}_{'cs' if dataset == 'commonsense_15k' else 'math'}_{kind}.yaml"
     experiment = config.load(ROOT / "configs" / name)
-    return oracle(experiment, architecture_of(experiment), gpu, row_tokens, closed)
+    return oracle(experiment, architecture_of(experiment), GPUS[gpu], row_tokens, closed)
 
 
-def _this_machine() -> GPU:
-    """This machine's device as a GPU of which only the memory is asked; what jax may use of it is already a share."""
-    from moejax.estimator.gpus import GPU
-    from moejax.training import aot, memory
+def this_machine(fraction: float) -> GPU:
+    """This machine's device: its card of the table where it is one, else with nothing but its name; with what jax may use of its memory,
+    at this share. Raises UserError where that is not known."""
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(fraction))  # before jax is imported
+    import jax
 
-    usable = memory.usable_bytes()
+    from moejax.estimator.fitting import gpu_name
+    from moejax.training import memory
+    from moejax.training.step_profile import cpu_name
+
+    device, usable = jax.local_devices()[0], memory.usable_bytes()
     if usable is None:
         raise UserError(f"--gpu {HERE}: this machine does not say how much memory it has; give a GPU's name")
-    return GPU(aot.machine(), usable / 1e9, 1.0, 1.0, None, HERE, device_bytes=usable)
+    if device.platform == "cpu":
+        return GPU(cpu_name(), usable / 1e9, 1.0, 1.0, None, "cpu", usable_bytes=usable, platform="cpu", source="this machine")
+    known = GPUS.get(gpu_name(device.device_kind))
+    if known is not None:
+        return dataclasses.replace(known, usable_bytes=usable)
+    capability = str(getattr(device, "compute_capability", ""))
+    platform = platform_of_capability(capability)
+    return GPU(device.device_kind, usable / 1e9, 1.0, 1.0, None, HERE, usable_bytes=usable, platform=platform, source="this machine",
+               bf16=not capability[:1].isdigit() or float(capability) >= 8)  # fmt: skip
+
+
+def this_machine_timed(own: bool) -> GPU:
+    """The same for a prediction of time: a device of no table has its peaks measured. `own`: there are coefficients of the user's.
+
+    Raises UserError for a CPU without them: the study's are of GPUs.
+    """
+    from moejax.config import DeviceConfig
+
+    gpu = this_machine(DeviceConfig().memory_fraction)
+    if gpu.platform == "cpu" and not own:
+        raise UserError(
+            f"--gpu {HERE}: this machine has a CPU only ({gpu.name}), and the study's times are of GPUs: profile your own runs here "
+            "(moejax profile CONFIG, estimate.py fit RUN…, then --coefficients FILE), or name a GPU; `memory --gpu here` says what fits"
+        )
+    if gpu.source != "this machine":
+        return gpu
+    from moejax.training import flops
+
+    (peak, _), (rate, _) = flops.peak_flops("float32" if gpu.platform == "cpu" else "bfloat16"), flops.peak_bytes_per_second()
+    return dataclasses.replace(gpu, flops_per_second=peak, bytes_per_second=rate, source="measured here")
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -270,7 +293,7 @@ def measured(path: Path) -> Run:
     return Run(
         str(path), p.framework, p.device.name, p.model.name, p.model.params_total, p.method, p.moe.experts, p.moe.top_k,
         float(p.batch.queries or 0), float(p.batch.tokens or 0), float(p.step_seconds.median or 0), peak, p.memory.arguments_bytes,
-        p.precision, p.remat,
+        p.precision, p.remat, round(p.batch.row_tokens or 0) or None,
     )  # fmt: skip
 
 

@@ -61,8 +61,7 @@ def _would_fit(t: Trial, limit: float, platform: Any) -> list[Row]:
     if shorter:
         rows.append(t.row("would_fit_seq_len", max(shorter), "tokens", experiment="largest_batch"))
     for gpu in gpus.GPUS.values():
-        there = memory.usable_bytes(gpu, s.experiment.device.memory_fraction)
-        batch = s.closed_form_rows(s.longest, there, closed_form.platform_of(gpu))
+        batch = s.fits_on(gpu)
         if batch:
             rows.append(t.row("would_fit_batch", batch, "queries", scope=gpu.name, experiment="largest_batch", batch=batch))
     return rows

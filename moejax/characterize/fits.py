@@ -14,7 +14,7 @@ from moejax.characterize.outcome import Outcome
 from moejax.characterize.plan import Task
 from moejax.characterize.study import Setting, Study
 from moejax.errors import UserError
-from moejax.estimator import closed_form, coefficients, fitting, gpus, memory, paper, prices
+from moejax.estimator import coefficients, fitting, gpus, paper, prices
 from moejax.estimator.fitting import Fitted, Run
 from moejax.report import results
 from moejax.report.results import Row
@@ -182,8 +182,7 @@ def cost(task: Task, study: Study, measured: list[Measured], found: results.Stud
         here, measured_batch = own.name if own else device, best.facts["queries"]
         out.rows += _cost_rows(task, s, best, here, measured_batch, measured_batch / best.facts["seconds"], told, True)
         for gpu in gpus.GPUS.values() if entry else ():
-            usable = memory.usable_bytes(gpu, s.experiment.device.memory_fraction)
-            batch = s.closed_form_rows(s.longest, usable, closed_form.platform_of(gpu))
+            batch = s.fits_on(gpu)
             if gpu.name == here or not batch or _price(gpu.name) is None:
                 continue
             assert entry is not None

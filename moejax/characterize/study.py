@@ -17,7 +17,7 @@ from moejax.config import Experiment
 from moejax.data.batching import Batches
 from moejax.errors import UserError, first_line
 from moejax.estimating import ROOT, architecture_of
-from moejax.estimator import closed_form, lengths, memory, sizes
+from moejax.estimator import closed_form, gpus, lengths, memory, sizes
 from moejax.report.results import Model
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Setting:
     def architecture(self) -> Architecture:
         return architecture_of(self.experiment)
 
-    def closed_form_rows(self, row_tokens: int, limit: float, platform: closed_form.Platform) -> int:
+    def closed_form_rows(self, row_tokens: int, limit: float, platform: gpus.Platform) -> int:
         """How many rows fit into `limit` bytes by arithmetic, at most `memory.ROWS_LIMIT` less 1 (a toy on a GPU)."""
 
         def peak(rows: int) -> int:
@@ -61,6 +61,13 @@ class Setting:
 
         most = memory.ROWS_LIMIT - 1
         return most if peak(most) <= limit else memory.largest_rows(peak, limit).rows
+
+    def fits_on(self, gpu: gpus.GPU) -> int:
+        """Queries of the longest length that surely fit on a GPU of the table by the closed form; 0 where a run would be refused."""
+        if self.experiment.training.asks_bf16 and not gpu.bf16:
+            return 0
+        sure, _ = memory.by_closed_form(memory.usable_bytes(gpu, self.experiment.device.memory_fraction))
+        return self.closed_form_rows(self.longest, sure, closed_form.platform_of(gpu))
 
     def queries(self, at_least: int = 1) -> list[Query]:
         """The tokenized queries; of random ones so many, with the lengths of the study's data set."""

@@ -12,19 +12,19 @@ ranges; no number in here is fitted to a peak. docs/estimator.md compares it wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from models.config import Architecture, BlackMambaConfig
 from models.ops import grouped_table, scan_table
 from moejax.errors import UserError
 from moejax.estimator import gpus, sizes
+from moejax.estimator.gpus import Platform
 from moejax.estimator.sizes import ITEM
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
     from moejax.estimator.gpus import GPU
 
-Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 
 
@@ -58,7 +58,7 @@ class Breakdown:
 
 def platform_of(gpu: GPU) -> Platform:
     """Which of the three kinds of programs the compiler makes for a GPU."""
-    return "sm9" if gpu.chip.startswith(("GH", "GB")) else "sm80" if gpu.chip == "GA100" else "sm8"
+    return gpu.platform or ("sm9" if gpu.chip.startswith(("GH", "GB")) else "sm80" if gpu.chip == "GA100" else "sm8")
 
 
 def kind(platform: Platform) -> str:
@@ -67,6 +67,8 @@ def kind(platform: Platform) -> str:
 
 def device_of(gpu: GPU) -> str:
     """The GPU as jax names it, in the tables of what was measured; "gpu" where nothing was measured on one."""
+    if gpu.platform == "cpu":
+        return "cpu"
     measured = (*grouped_table.devices(), *scan_table.devices())
     kinds = {found.name: kind for kind in measured if (found := gpus.of_device_kind(kind)) is not None}
     return kinds.get(gpu.name, "gpu")

@@ -2,8 +2,9 @@
 
 A file (`coefficients.json`, version 1) holds
 `{"schema_version": 1, "entries": [{"model", "method", "gpu", "t0_seconds", "token_seconds", "expert_token_seconds", "source", "points",
-"samples": [[t0, u, v], …], "scatter": […], "only_share"}], "paper": {…}}`: t0, u and v of `step_time.py`, bootstrap samples of them, draws
-of one step's relative scatter, and k/E where it was one only. `paper` (equations 1 and 2, by `fitting.py`) is for reading.
+"samples": [[t0, u, v], …], "scatter": […], "only_share", "framework", "range", "doubt"}], "paper": {…}}`: t0, u and v of
+`step_time.py`, bootstrap samples of them, draws of one step's relative scatter, k/E where it was one only, whose software was measured
+("jax": this project), between which tokens and k/E, and why not to trust them. `paper` (equations 1 and 2, by `fitting.py`) is for reading.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,34 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.estimator import gpus, transfer
 from moejax.estimator.gpus import GPU
+from moejax.estimator.lengths import STUDY_CUTOFF
 from moejax.estimator.roofline import STUDY_MODELS
-from moejax.estimator.step_time import FloatArray, spread
+from moejax.estimator.step_time import FloatArray, Observations, spread
 from moejax.files import replace_text
 
 SCHEMA_VERSION = 1
 _NUMBERS = ("t0_seconds", "token_seconds", "expert_token_seconds")
+FAR = 1.5  # so many times beyond what was measured a prediction is called an extrapolation
+
+
+@dataclass(frozen=True)
+class Range:
+    """Between what the measured steps lie. `row_tokens`: of the longest measured row, None where that is not known."""
+
+    tokens: tuple[float, float]
+    shares: tuple[float, float]
+    row_tokens: int | None
+
+    def beyond(self, tokens: float, share: float, row_tokens: int) -> list[str]:
+        """What of a step lies outside, in words."""
+        told = []
+        if not self.tokens[0] / FAR <= tokens <= FAR * self.tokens[1]:
+            told.append(f"{tokens:,.0f} tokens a step (measured: {self.tokens[0]:,.0f} to {self.tokens[1]:,.0f})")
+        if self.row_tokens is not None and row_tokens > FAR * self.row_tokens:
+            told.append(f"rows of {row_tokens:,} tokens (measured: up to {self.row_tokens:,})")
+        if not self.shares[0] - 1e-9 <= share <= self.shares[1] + 1e-9:
+            told.append(f"k/E = {share:g} (measured: {self.shares[0]:g} to {self.shares[1]:g})")
+        return [f"extrapolated, which the brackets do not know: {'; '.join(told)}"] if told else []
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,13 @@ class Entry:
     source: str
     points: int
     only_share: float | None = None  # k/E of all points, where u and v could not be told apart: then u holds both, and v is 0
+    framework: str | None = None  # whose steps were measured: "jax" (this project), "pytorch"; None: not known
+    range: Range | None = None
+    doubt: str | None = None  # why not to trust them
+
+    def beyond(self, tokens: float, share: float, row_tokens: int) -> list[str]:
+        """In what a step is an extrapolation; nothing where that is not known."""
+        return [] if self.range is None else self.range.beyond(tokens, share, row_tokens)
 
     def check_share(self, share: float) -> None:
         """Raises UserError for another share of the experts than the one that was measured, where it was only one."""
@@ -83,16 +113,19 @@ def study() -> tuple[Entry, ...]:
     """From the seven published curves: Mixtral by QLoRA on four GPUs, BlackMamba's full fine-tuning on the A40 (PyTorch, 2024)."""
     from moejax.estimator.curves import observations, study_fits
 
-    points: dict[tuple[str, str], int] = {}
+    curves: dict[tuple[str, str], list[Observations]] = {}
     for curve in observations():
-        key = curve.model, curve.gpu.name
-        points[key] = points.get(key, 0) + len(curve.queries)
+        curves.setdefault((curve.model, curve.gpu.name), []).append(curve)
     entries = {}
     for found in study_fits().values():
         key = found.model, found.gpu.name
         method = STUDY_MODELS[found.model][1]
-        source = "the study's curves, PyTorch"
-        entries[key] = Entry(found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, source, points[key])
+        tokens, shares = (np.concatenate([getattr(c, what) for c in curves[key]]) for what in ("tokens", "share"))
+        known = Range((tokens.min(), tokens.max()), (shares.min(), shares.max()), STUDY_CUTOFF)
+        entries[key] = Entry(
+            found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, "the study's curves, PyTorch",
+            len(tokens), framework="pytorch", range=known,
+        )  # fmt: skip
     return tuple(entries.values())
 
 
@@ -151,7 +184,24 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
     only = item.get("only_share")
     if only is not None and not (isinstance(only, int | float) and 0 < only <= 1):
         raise UserError(f"{where}: only_share = {only!r}: expected null, or k/E above 0 and at most 1")
-    return Entry(model, method, gpu, x, samples, scatter, str(item.get("source", path.name)), points, only)
+    source, framework, doubt = (item.get(key) for key in ("source", "framework", "doubt"))
+    for key, value in (("framework", framework), ("doubt", doubt)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {key} = {value!r}: expected null or text")
+    return Entry(
+        model, method, gpu, x, samples, scatter, str(source or path.name), points, only, framework, _range(where, item.get("range")), doubt
+    )
+
+
+def _range(where: str, told: Any) -> Range | None:
+    if told is None:
+        return None
+    try:
+        low, high = (float(v) for v in told["tokens"])
+        least, most = (float(v) for v in told["shares"])
+        return Range((low, high), (least, most), None if told.get("row_tokens") is None else int(told["row_tokens"]))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise UserError(f"{where}: range = {told!r}: expected tokens [low, high], shares [low, high], row_tokens") from None
 
 
 def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | None = None) -> None:
@@ -161,7 +211,7 @@ def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | No
         "entries": [
             {"model": e.model, "method": e.method, "gpu": e.gpu, **dict(zip(_NUMBERS, e.coefficients.tolist(), strict=True)),
              "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist(),
-             "only_share": e.only_share}
+             "only_share": e.only_share, "framework": e.framework, "range": None if e.range is None else asdict(e.range), "doubt": e.doubt}
             for e in entries
         ],
     }  # fmt: skip

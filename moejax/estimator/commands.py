@@ -13,11 +13,16 @@ from moejax.errors import UserError
 from moejax.estimator.units import Gigabytes
 
 if TYPE_CHECKING:
+    from moejax.estimator.coefficients import Entry
     from moejax.estimator.gpus import GPU
-    from moejax.estimator.plan import Job, Prediction, Room
+    from moejax.estimator.job import Job
+    from moejax.estimator.plan import Prediction
     from moejax.estimator.prices import Price
+    from moejax.estimator.room import Room
 
 MEMORY = "whose memory limits the batch: the study's (default with its coefficients), or this project's (default with --coefficients)"
+HERE = "here"  # --gpu: this machine's own
+EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
 
@@ -28,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> Any:
     reproduce.add_argument("--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)")
     predict = commands.add_parser("predict", help="throughput, hours and dollars of a run")
     _job_arguments(predict)
-    predict.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help="GPUs by name, e.g. A40,A100-80,H100")
+    predict.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help=f"GPUs by name, e.g. A40,A100-80,H100, or `{HERE}`")
     predict.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits (--memory)")
     plan = commands.add_parser("plan", help="which GPU is cheapest, fastest under a budget, cheapest by a deadline")
     _job_arguments(plan)
-    plan.add_argument("--gpu", metavar="NAME[,NAME]", help="only these; by default all that have a price")
+    plan.add_argument("--gpu", metavar="NAME[,NAME]", help=f"only these (or `{HERE}`); by default all of the table")
     plan.add_argument("--budget", type=float, metavar="USD", help="the fastest for at most so many dollars")
     plan.add_argument("--deadline", type=float, metavar="HOURS", help="the cheapest that is done by then")
     for command in (reproduce, predict, plan):
@@ -44,14 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> Any:
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="mixtral", help="mixtral-8x7b (default) or blackmamba-2.8b")
     parser.add_argument("--method", help="qlora, lora or full; by default the one the study measured")
-    parser.add_argument("--experts-per-token", type=int, default=2, metavar="K", help="2 (default) to 8, the dense model")
+    parser.add_argument("--experts-per-token", type=int, metavar="K", help="1 to 8, the dense model; 2 by default, as in the study")
     parser.add_argument("--dataset", help="the study's: commonsense_15k, math_14k, hellaswag, gsm8k")
     parser.add_argument("--records", type=int, help="number of queries; with --length, or instead of a data set's own")
     parser.add_argument("--length", type=int, metavar="TOKENS", help="of every query")
     parser.add_argument("--lengths", metavar="FILE", help="tokens per query: a JSON list, or one number a line")
-    parser.add_argument("--epochs", type=float, default=10, help="10 by default, as in the study")
-    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pack or fixed")
-    parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help="length of a row of `fixed`; longest query of `pack`")
+    parser.add_argument("--epochs", type=float, help="10 by default, as in the study")
+    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pad_bucket, pack or fixed")
+    cut = "length of a row of `fixed` and `pack`; a longer query is cut there (by default only the study's own sets are cut, at 1024)"
+    parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help=cut)
+    parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help="what pad_longest rounds up to; 8 by default, as in the study")
     parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
     parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
@@ -90,7 +97,7 @@ def names_of(gpus: str) -> list[str]:
 
 def _job(options: argparse.Namespace) -> Job:
     from moejax import reference
-    from moejax.estimator import lengths, plan, roofline
+    from moejax.estimator import job, lengths, roofline
 
     if options.model not in MODELS:
         raise UserError(f"--model {options.model}: expected one of {', '.join(dict.fromkeys(MODELS))}")
@@ -98,7 +105,7 @@ def _job(options: argparse.Namespace) -> Job:
     method = options.method or roofline.STUDY_MODELS[model][1]
     if method not in ("qlora", "lora", "full"):
         raise UserError(f"--method {method}: expected qlora, lora or full")
-    for name in ("records", "length", "row_tokens"):
+    for name in ("records", "length", "row_tokens", "pad_multiple"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -116,8 +123,19 @@ def _job(options: argparse.Namespace) -> Job:
             raise UserError("--length needs --records: how many queries of this length")
         length = lengths.constant(options.records, options.length)
     printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
-    queries = options.records or printed or length.queries
-    return plan.Job(model, method, options.experts_per_token, length, queries, options.epochs, options.batching, options.row_tokens)
+    return job.Job(
+        model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length,
+        options.records or printed or length.queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
+        options.row_tokens, options.pad_multiple or lengths.STUDY_MULTIPLE,
+    )  # fmt: skip
+
+
+def _assumed(options: argparse.Namespace, job: Job) -> list[str]:
+    """What the study's settings stand in for, because nothing was said."""
+    experts = counted(job.experts_per_token, "expert")
+    assumed = {"epochs": counted(job.epochs, "epoch"), "method": job.method, "experts_per_token": f"{experts} a token"}
+    told = [f"{what} (--{name.replace('_', '-')})" for name, what in assumed.items() if getattr(options, name) is None]
+    return [f"as in the study, because nothing else was said: {', '.join(told)}"] if told else []
 
 
 def _gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
@@ -126,45 +144,85 @@ def _gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
     return gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
 
 
+def _gpus(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
+    """Those of --gpu, `here` among them; all of the table without."""
+    from moejax.estimator import gpus
+
+    if options.gpu is None:
+        return list(table.values())
+    found = []
+    for name in dict.fromkeys(names_of(options.gpu)):
+        if name == HERE:
+            from moejax import estimating
+
+            found.append(estimating.this_machine_timed(bool(options.coefficients)))
+        else:
+            found.append(gpus.find(name, table))
+    return list(dict.fromkeys(found))
+
+
+def _offers(options: argparse.Namespace, table: dict[str, GPU]) -> tuple[Price, ...]:
+    from moejax.estimator import prices
+
+    offers = prices.load(options.prices, table)
+    if options.spot and not any(price.spot for price in offers):
+        raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
+    return offers
+
+
 def _room(options: argparse.Namespace) -> Room:
     """Batch sizes are limited by the memory of the program whose times are predicted."""
-    from moejax.estimator import plan
+    from moejax.estimator import room
 
     asked = options.memory or ("closed-form" if options.coefficients else "equation-1")
-    return plan.closed_form_room() if asked == "closed-form" else plan.EQUATION_1
+    return room.closed_form_room() if asked == "closed-form" else room.EQUATION_1
+
+
+def _software(options: argparse.Namespace, entries: Sequence[Entry]) -> str:
+    """Whose steps the times are of: the first line that is printed."""
+    if not options.coefficients:
+        return (
+            "Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's "
+            "(moejax profile, estimate.py fit and --coefficients FILE bring your own)"
+        )
+    names = {"jax": "this project (JAX)", "pytorch": "PyTorch", None: "software that the file does not name"}
+    known = dict.fromkeys(names.get(e.framework, e.framework) for e in entries)
+    return f"Times are those of {' and '.join(map(str, known))}, as fitted in {options.coefficients}"
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from moejax.estimator import coefficients, gpus, plan, prices
+    from moejax.estimator import coefficients, plan
 
     job, table = _job(options), _gpu_table(options)
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
-    offers = prices.load(options.prices, table)
-    found = []
-    for name in names_of(options.gpu):
-        gpu = gpus.find(name, table)
-        price = prices.cheapest(offers, gpu.name, spot=options.spot)
-        if price is None and options.spot:
-            raise UserError(f"--spot: {options.prices} has no spot price of {gpu.name}; --prices FILE with SpotPrice brings one")
-        found.append(plan.predict(job, gpu, entries, table, batch=options.batch, price=price, room=_room(options)))
+    offers = _offers(options, table)
+    chosen = _gpus(options, table)
+    found, left_out = plan.predict_all(
+        job, chosen, entries, table, offers, batch=options.batch, spot=options.spot, room=_room(options)
+    )
+    software = _software(options, entries)
     if options.json:
-        print_json({"job": _told(job), "predictions": [_plain(p) for p in found]})
+        told = {"software": software, "job": _told(job), "predictions": [_plain(p) for p in found]}
+        print_json(told | {"left_out": {gpu: str(why) for gpu, why in left_out.items()}})
     else:
         missing = _unpriced([p.gpu for p in found if p.price is None], options)
-        _predictions(_title(job), found, [*_asked(offers, found, options.spot), *missing])
-    _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table))
+        print(software)
+        _predictions(_title(job), found, [*job.told, *_assumed(options, job)], [*_asked(offers, found, options.spot), *missing])
+        for why in left_out.values():
+            print(f"left out: {why}")
+    cards = {gpu.name: gpu for gpu in chosen}
+    _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table | cards))
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from moejax.estimator import coefficients, gpus, plan, prices
+    from moejax.estimator import coefficients, plan
 
     job, table = _job(options), _gpu_table(options)
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
-    offers = prices.load(options.prices, table)
-    chosen = [gpus.find(name, table) for name in names_of(options.gpu)] if options.gpu is not None else list(table.values())
+    offers = _offers(options, table)
     made = plan.plan(
-        job, chosen, entries, offers, table,
+        job, _gpus(options, table), entries, offers, table,
         budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=_room(options),
     )  # fmt: skip
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
@@ -172,17 +230,18 @@ def _plan(options: argparse.Namespace) -> int:
         answers[f"fastest under {options.budget:g} USD"] = made.fastest_under_budget
     if options.deadline is not None:
         answers[f"cheapest within {options.deadline:g} h"] = made.cheapest_by_deadline
+    software = _software(options, entries)
     if options.json:
-        told = {name: None if p is None else p.gpu for name, p in answers.items()}
-        print_json({"job": _told(job), "answers": told, "options": [_plain(p) for p in made.options], "left_out": made.left_out})
+        chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
+        told = {"software": software, "job": _told(job), "answers": chosen, "options": [_plain(p) for p in made.options]}
+        print_json(told | {"left_out": {gpu: why.brief for gpu, why in made.left_out.items()}})
     else:
-        _predictions(_title(job), made.options, _asked(offers, made.options, options.spot))
-        unpriced = [gpu for gpu, why in made.left_out.items() if why in ("no price", "no spot price")]
-        for gpu, why in made.left_out.items():
-            if gpu not in unpriced:
-                print(f"left out: {gpu}: {why}")
-        for line in _unpriced(unpriced, options):
-            print(f"left out: {line}")
+        unpriced = _unpriced([p.gpu for p in made.options if p.price is None], options)
+        print(software)
+        told_of = [*job.told, *_assumed(options, job)]
+        _predictions(_title(job), made.options, told_of, [*_asked(offers, made.options, options.spot), *unpriced])
+        for why in made.left_out.values():
+            print(f"left out: {why.brief}")
         for name, p in answers.items():
             print(f"{name}: " + (_least(name, made.options) if p is None else f"{p.gpu}, batch {p.batch}: {_hours(p)}, {_usd(p)}"))
     _draw(options, lambda draw: lambda folder: draw.options(folder, job, made))
@@ -190,13 +249,19 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _title(job: Job) -> str:
-    kind = f"{job.experts_per_token} experts a token"
-    return f"{job.model} by {job.method}, {kind}: {job.queries:,} queries x {job.epochs:g} epochs ({job.lengths.source})"
+    kind = f"{counted(job.experts_per_token, 'expert')} a token"
+    queries, epochs = counted(job.queries, "query", "queries"), counted(job.epochs, "epoch")
+    return f"{job.model} by {job.method}, {kind}: {queries} x {epochs} ({job.lengths.source})"
+
+
+def counted(number: float, one: str, many: str | None = None) -> str:
+    """`1 epoch`, `10 epochs`, `1,000 queries`."""
+    return f"{number:,g} {one if number == 1 else many or one + 's'}" if number < 1e6 else f"{number:,.0f} {many or one + 's'}"
 
 
 def _told(job: Job) -> dict[str, Any]:
     part = {key: getattr(job, key) for key in ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens")}
-    return part | {"lengths": job.lengths.source, "mean_tokens": job.lengths.mean}
+    return part | {"lengths": job.lengths.source, "mean_tokens": job.lengths.mean, "cut_tokens": job.cut, "told": job.told}
 
 
 def _plain(p: Prediction) -> dict[str, Any]:
@@ -218,16 +283,19 @@ def _usd(p: Prediction) -> str:
 
 
 def _least(answer: str, options: Sequence[Prediction]) -> str:
-    """Where no option answers: what the nearest one needs."""
+    """Where no option with a price answers: what the nearest one needs."""
+    priced = [p for p in options if p.usd is not None]
+    if not priced:
+        return "none: no price is known of a GPU on which it fits"
     if "USD" in answer:
-        p = min(options, key=lambda p: float("inf") if p.usd is None else p.usd)
+        p = min(priced, key=lambda p: p.usd or 0.0)
         return f"none; the cheapest needs {_usd(p)}: {p.gpu}, batch {p.batch}, {_hours(p)}"
-    p = min(options, key=lambda p: p.hours)
+    p = min(priced, key=lambda p: p.hours)
     return f"none; the fastest needs {_hours(p)}: {p.gpu}, batch {p.batch}, {_usd(p)}"
 
 
 def _unpriced(names: Sequence[str], options: argparse.Namespace) -> list[str]:
-    """GPUs without a price, said once: which set was asked, and which has one."""
+    """GPUs that do but have no price, said once: which set was asked, and which has one."""
     from moejax.estimator import prices
 
     told = []
@@ -235,7 +303,8 @@ def _unpriced(names: Sequence[str], options: argparse.Namespace) -> list[str]:
         sets = [key for key, offers in prices.SETS.items() if prices.cheapest(offers, name) and key != options.prices]
         told.append(f"{name} (--prices {sets[0]} has one)" if sets and not options.spot else name)
     kind = "spot price" if options.spot else "price"
-    return [f"no {kind} in {options.prices}: {', '.join(told)}; --prices FILE brings your own"] if told else []
+    brings = "--prices FILE with SpotPrice brings your own" if options.spot else "--prices FILE brings your own"
+    return [f"no {kind} known in {options.prices}: {', '.join(told)}; {brings}"] if told else []
 
 
 def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
@@ -243,11 +312,11 @@ def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> 
     from moejax.estimator import prices
 
     ranges = {p.gpu: prices.asked(offers, p.gpu, spot=spot) for p in found}
-    told = [f"{gpu} {low:g} to {high:g}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
+    told = [f"{gpu} {prices.dollars(low)} to {prices.dollars(high)}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
     return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
 
 
-def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) -> None:
+def _predictions(title: str, found: Sequence[Prediction], rows_told: Sequence[str], asked: Sequence[str]) -> None:
     rows = [
         (
             p.gpu if p.measured else f"{p.gpu} *",
@@ -257,7 +326,7 @@ def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) 
             f"{p.queries_per_second:.2f}{_between(p.queries_per_second_interval, '.2f')}",
             f"{p.hours:.1f}{_between(p.hours_interval, '.1f')}",
             "-" if p.usd is None else f"{p.usd:,.2f}{_between(p.usd_interval, ',.2f')}",
-            "no price" if p.price is None else p.price.told,
+            "no price known" if p.price is None else p.price.told,
         )
         for p in found
     ]
@@ -267,9 +336,12 @@ def _predictions(title: str, found: Sequence[Prediction], asked: Sequence[str]) 
             said.setdefault(note, []).append(p.gpu)
     notes = [f"{', '.join(gpus)}: {note}" for note, gpus in said.items()]
     columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
-    ending = ["In brackets: where one measured run would lie with 95 %."]
+    ending = [*rows_told]
+    if any(p.hours_interval for p in found):
+        ending.append("In brackets: where one measured run would lie with 95 %.")
     if not all(p.measured for p in found):
-        ending.append("* not measured: carried over, and the brackets span three rules of carrying (docs/estimator.md)")
+        spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
+        ending.append(f"* not measured: carried over{spans} (docs/estimator.md)")
     show_table(title, columns, rows, [*ending, *asked, *notes])
 
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.estimator import gpus, paper
-from moejax.estimator.coefficients import Entry
+from moejax.estimator.coefficients import Entry, Range
 from moejax.estimator.least_squares import fit_seconds, nonnegative
 from moejax.estimator.step_time import COEFFICIENTS, RESAMPLES, FloatArray, resampled
 
 C3 = {"mixtral": 1.8, "blackmamba": 2.5}  # fixed by the study's artifact, one per model
+TRUSTED_ERROR = 0.15  # of one of its own runs; on a quiet machine predictions miss by 2.4 % at most (docs/estimator.md)
 
 
 def gpu_name(device: str) -> str:
@@ -51,6 +52,7 @@ class Run:
     argument_bytes: int | None
     precision: str | None = None
     remat: str | None = None
+    row_tokens: int | None = None
 
     @property
     def share(self) -> float:
@@ -114,9 +116,19 @@ def _fit_device(gpu: str, runs: list[Run]) -> Fitted:
     errors = (matrix @ x) / seconds - 1
     if needed < COEFFICIENTS:
         x, samples = np.append(x, 0.0), np.hstack([samples, np.zeros((len(samples), 1))])
-    first = runs[0]
-    entry = Entry(first.known_model, first.method, gpu, x, samples, scatter, f"{len(runs)} runs, {first.framework}", points, only)
+    first, rows = runs[0], [r.row_tokens for r in runs if r.row_tokens]
+    entry = Entry(
+        first.known_model, first.method, gpu, x, samples, scatter, f"{len(runs)} runs, {first.framework}", points, only, first.framework,
+        Range((tokens.min(), tokens.max()), (share.min(), share.max()), max(rows, default=None)), _doubt(errors, x),
+    )  # fmt: skip
     return Fitted(entry, tuple(runs), tuple(errors.tolist()), _equation_1(runs), _equation_2(first.known_model, queries, share, seconds))
+
+
+def _doubt(errors: FloatArray, x: FloatArray) -> str | None:
+    """Why coefficients should not be trusted that were fitted with these errors."""
+    if (worst := np.abs(errors).max()) > TRUSTED_ERROR:
+        return f"they miss their own runs by up to {worst:.0%} ({np.abs(errors).mean():.0%} in the mean)"
+    return None if x[1:].any() else "the time of their runs does not grow with the tokens"
 
 
 def _equation_1(runs: Sequence[Run]) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moejax.errors import UserError
 
 DATA_SHEET = "vendor's data sheet"
+Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class GPU:
     matrix_flops_per_second: float | None = None
     source: str = DATA_SHEET
     bf16: bool = True  # whether it computes in bfloat16
+    usable_bytes: int | None = None  # of this machine's own: what jax may take of it
+    platform: Platform | None = None  # the kind of program that XLA makes for it; None: by its chip
 
     @property
     def ridge_flops_per_byte(self) -> float:
@@ -80,6 +83,13 @@ _TABLE = (
     _gpu("V100-16", 16, 900, 125, 300, "GV100", "V100", "V100-16GB", device_kind="V100-(SXM2|PCIE)-16GB", bf16=False),
     _gpu("V100-32", 32, 900, 125, 300, "GV100", "V100-32GB", device_kind="V100-(SXM2|SXM3|PCIE)-32GB", bf16=False),
 )  # fmt: skip
+
+def platform_of_capability(capability: str) -> Platform:
+    """The kind of program that XLA makes for a GPU of this compute capability ("8.6"); the newest kind for what is no number (AMD's)."""
+    if not capability[:1].isdigit() or float(capability) >= 9:
+        return "sm9"
+    return "sm80" if float(capability) == 8 else "sm8"
+
 
 GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _TABLE}
 

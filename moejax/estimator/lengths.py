@@ -8,28 +8,33 @@ throughput is this.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moejax import reference
 from moejax.errors import UserError
 
-Batching = Literal["pad_longest", "pack", "fixed"]
+Batching = Literal["pad_longest", "pad_bucket", "pack", "fixed"]
 STUDY_CUTOFF, STUDY_MULTIPLE = 1024, 8  # the study cut at 1024 tokens and padded to a multiple of 8
+MOST = 10**9  # of queries, or of tokens in one
+SMALLEST_BUCKET = 128  # of pad_bucket: 128, 256, 512 … up to the longest query, as a config's `data.buckets` begin
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many queries have how many tokens, ascending. `source` says whose tokens they are."""
+    """How many queries have how many tokens, ascending. `source` says whose tokens they are; `cutoff`: the study's own sets were cut
+    there. Nobody else's are."""
 
     tokens: NDArray[np.int64]
     counts: NDArray[np.int64]
     source: str
+    cutoff: int | None = None
 
     def __post_init__(self) -> None:
         if not len(self.tokens) or (self.tokens <= 0).any() or (self.counts < 0).any() or not self.counts.sum():
@@ -47,41 +52,67 @@ class Lengths:
     def longest(self) -> int:
         return int(self.tokens[self.counts > 0].max())
 
-    def expected_longest(self, batch: int, *, multiple: int = STUDY_MULTIPLE, cutoff: int = STUDY_CUTOFF) -> float:
-        """E[longest of `batch` queries drawn without replacement], each rounded up to `multiple` and cut at `cutoff` tokens. Exact.
+    def cut(self, row_tokens: int | None = None) -> int:
+        """Where a longer query is cut: at `row_tokens`, else where the study did; without either no query is (its longest)."""
+        return row_tokens or self.cutoff or self.longest
 
-        With F queries of N no longer than x, P(longest <= x) = product over i < batch of (F - i)/(N - i). A batch of more
+    def longer_than(self, tokens: int) -> int:
+        """Queries of more tokens."""
+        return int(self.counts[self.tokens > tokens].sum())
+
+    @staticmethod
+    def padded(tokens: ArrayLike, multiple: int, buckets: bool) -> NDArray[np.int64]:
+        """Lengths rounded up to a multiple, or to a bucket."""
+        lengths = np.asarray(tokens, np.int64)
+        return _bucket(lengths) if buckets else -(-lengths // multiple) * multiple
+
+    def expected_longest(
+        self, batch: int, *, multiple: int = STUDY_MULTIPLE, row_tokens: int | None = None, buckets: bool = False
+    ) -> float:
+        """E[longest of `batch` queries drawn without replacement], each cut (see `cut`) and rounded up to `multiple` or to a bucket.
+
+        Exact: with F queries of N no longer than x, P(longest <= x) = product over i < batch of (F - i)/(N - i). A batch of more
         queries than there are is refused.
         """
-        _positive(batch=batch, multiple=multiple, cutoff=cutoff)
+        _positive(batch=batch, multiple=multiple)
         n = self.queries
         if batch > n:
             raise UserError(f"a batch of {batch} queries: {self.source} has {n}")
-        padded = np.minimum(-(-self.tokens // multiple) * multiple, cutoff)
+        kept = np.minimum(self.tokens, self.cut(row_tokens))
+        padded = self.padded(kept, multiple, buckets)
         below = np.cumsum(self.counts).astype(float)
-        i = np.arange(batch, dtype=float)
-        at_most = np.prod(np.maximum(below[:, None] - i, 0.0) / (n - i), axis=1)
+        at_most = np.ones_like(below)
+        step = max(1, (1 << 20) // len(below))
+        for start in range(0, batch, step):  # all at once would be lengths x batch numbers
+            i = np.arange(start, min(start + step, batch), dtype=float)
+            at_most *= np.prod(np.maximum(below[:, None] - i, 0.0) / (n - i), axis=1)
         return float(np.diff(at_most, prepend=0.0) @ padded)
 
     def batch_tokens(self, batch: int, batching: Batching = "pad_longest", *, row_tokens: int | None = None, fill: float = 1.0,
-                     multiple: int = STUDY_MULTIPLE, cutoff: int = STUDY_CUTOFF) -> float:  # fmt: skip
-        """Expected tokens that a step with `batch` queries computes, padding included.
+                     multiple: int = STUDY_MULTIPLE) -> float:  # fmt: skip
+        """Expected tokens that a step with `batch` queries computes, padding included; a query is cut at `row_tokens` (see `cut`).
 
-        "pad_longest": every query as long as the batch's longest. "fixed": every query `row_tokens` long. "pack": the queries'
-        own tokens, cut at `row_tokens` or else at `cutoff`, over the share `fill` of a packed row that is not padding.
+        "pad_longest": every query as long as the batch's longest. "pad_bucket": as the smallest bucket that holds that. "fixed": every
+        query `row_tokens` long. "pack": the queries' own tokens over the share `fill` of a packed row that is not padding.
         """
         _positive(batch=batch)
-        if batching == "pad_longest":
-            return batch * self.expected_longest(batch, multiple=multiple, cutoff=cutoff)
+        if batching in ("pad_longest", "pad_bucket"):
+            buckets = batching == "pad_bucket"
+            return batch * self.expected_longest(batch, multiple=multiple, row_tokens=row_tokens, buckets=buckets)
         if batching == "fixed":
             if row_tokens is None or row_tokens < 1:
                 raise UserError(f"batching 'fixed' with rows of {row_tokens} tokens: say how long a row is, at least 1")
             return float(batch * row_tokens)
-        if batching == "pack":
-            if not 0 < fill <= 1:
-                raise UserError(f"fill = {fill:g}: the share of packed rows that is not padding lies above 0 and at most at 1")
-            return batch * float(np.average(np.minimum(self.tokens, row_tokens or cutoff), weights=self.counts)) / fill
-        raise UserError(f"batching {batching!r}: expected one of {', '.join(get_args(Batching))}")
+        if batching not in get_args(Batching):
+            raise UserError(f"batching {batching!r}: expected one of {', '.join(get_args(Batching))}")
+        if not 0 < fill <= 1:
+            raise UserError(f"fill = {fill:g}: the share of packed rows that is not padding lies above 0 and at most at 1")
+        return batch * float(np.average(np.minimum(self.tokens, self.cut(row_tokens)), weights=self.counts)) / fill
+
+
+def _bucket(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The smallest of 128, 256, 512 … that holds so many tokens."""
+    return np.array([SMALLEST_BUCKET << max(0, math.ceil(math.log2(n / SMALLEST_BUCKET))) for n in tokens.tolist()], np.int64)
 
 
 def _positive(**sizes: float) -> None:
@@ -94,20 +125,23 @@ def _positive(**sizes: float) -> None:
 def of_study(dataset: str) -> Lengths:
     """Figure 2's lengths of "commonsense_15k" or "math_14k", in GPT-NeoX's tokens."""
     h = reference.length_histogram(dataset)
-    return Lengths(np.array(h.lengths), np.array(h.counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)")
+    return Lengths(np.array(h.lengths), np.array(h.counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)", STUDY_CUTOFF)
 
 
 def constant(queries: int, tokens: int) -> Lengths:
     """`queries` of one length: no padding, whatever the batch."""
     _positive(records=queries, length=tokens)
-    return Lengths(np.array([tokens]), np.array([queries]), f"{queries:,} queries of {tokens} tokens")
+    for name, value in (("records", queries), ("length", tokens)):
+        if value > MOST:
+            raise UserError(f"{name} = {value:,}: expected at most {MOST:,}")
+    return Lengths(np.array([tokens]), np.array([queries]), f"{queries:,} {'queries' if queries > 1 else 'query'} of {tokens:,} tokens")
 
 
 def from_file(path: str | Path) -> Lengths:
     """Lengths from a file: a JSON list of numbers, or one number a line. Raises UserError for anything else."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--lengths {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -115,10 +149,16 @@ def from_file(path: str | Path) -> Lengths:
         lengths = np.array(values, float)
     except (ValueError, TypeError) as error:
         raise UserError(f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})") from error
-    if lengths.ndim != 1 or not len(lengths) or not ((lengths >= 1) & (lengths < 1e9) & (lengths == np.round(lengths))).all():
+    if lengths.ndim != 1 or not len(lengths):
         raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")
+    wrong = np.flatnonzero(~((lengths >= 1) & (lengths <= MOST) & (lengths == np.round(lengths))))
+    if len(wrong):
+        raise UserError(
+            f"--lengths {path}: number {wrong[0] + 1} of {len(lengths)} is {lengths[wrong[0]]:g}: expected whole numbers of 1 to {MOST:,} "
+            f"tokens, one a query{f' ({len(wrong)} are not)' if len(wrong) > 1 else ''}"
+        )
     tokens, counts = np.unique(lengths.astype(np.int64), return_counts=True)
-    return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} queries")
+    return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} {'queries' if len(lengths) > 1 else 'query'}")
 
 
 def of_dataset(dataset: str) -> Lengths:
@@ -128,5 +168,6 @@ def of_dataset(dataset: str) -> Lengths:
     printed = reference.raw()["table2_datasets"][dataset]
     tokens = printed["median_seq_len"]
     return Lengths(
-        np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen"
-    )
+        np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen",
+        STUDY_CUTOFF,
+    )  # fmt: skip

@@ -143,18 +143,49 @@ def _meets(tried: dict[int, int], first: int, second: int, limit: float) -> int:
 
 def usable_bytes(gpu: GPU, fraction: float) -> float:
     """What jax may take of a GPU: the memory that its driver reports (nominal GB where unknown) times device.memory_fraction."""
-    return (gpu.device_bytes or gpu.memory_gb * 1e9) * fraction
+    return (gpu.device_bytes or gpu.memory_gb * 1e9) * fraction if gpu.usable_bytes is None else gpu.usable_bytes
 
 
-def too_large(what: str, needed: float, gpu: GPU, fraction: float, table: dict[str, GPU]) -> str:
-    """One sentence: by how much a step exceeds a GPU, and which GPUs would do."""
+# Of programs that nothing was read off, the closed form was at most 3.1 % too low (docs/estimator.md, Table III beside ours).
+CLOSED_FORM_ERROR = 0.035
+LEAST_FREE_BYTES = 0.3e9
+COMPILE = "too close to call by the closed form: compile (extra `aot`)"
+
+
+def by_closed_form(usable: float) -> tuple[float, float]:
+    """(a peak by the closed form up to which a step fits whatever its error, one beyond which it does not), bytes. Between the two
+    only the compiler can tell."""
+    return min(usable / (1 + CLOSED_FORM_ERROR), usable - LEAST_FREE_BYTES), usable / (1 - CLOSED_FORM_ERROR)
+
+
+class DoesNotFit(UserError):
+    """A step is refused by one GPU; another may take it. `brief`: without which."""
+
+    def __init__(self, brief: str, others: str = "") -> None:
+        super().__init__(f"{brief}; {others}" if others else brief)
+        self.brief = brief
+
+
+def would_do(gpus: Iterable[GPU]) -> str:
+    """These GPUs, smallest first, would do."""
+    names = [g.name for g in sorted(gpus, key=lambda g: (g.memory_gb, g.name))]
+    return f"{', '.join(names)} would do" if names else "no GPU of the table would do"
+
+
+def too_large(
+    what: str, needed: float, gpu: GPU, fraction: float, others: Iterable[GPU], peak_on: Callable[[GPU], float], *, closed: bool
+) -> DoesNotFit:
+    """By how much a step exceeds a GPU, or that the closed form cannot tell, and which of `others` would do.
+
+    peak_on: the closed form's bytes on another GPU, where the compiler makes another program; `closed`: `needed` is by the closed form.
+    """
     usable = usable_bytes(gpu, fraction)
-    would = [g.name for g in sorted(table.values(), key=lambda g: (g.memory_gb, g.name)) if usable_bytes(g, fraction) >= needed]
-    told = f"{', '.join(would)} would do" if would else "no GPU of the table would do"
-    return (
-        f"{what} needs {needed / 1e9:.2f} GB: {(needed - usable) / 1e9:.2f} GB more than the {usable / 1e9:.2f} GB "
-        f"usable on {gpu.name} ({fraction:.0%} of its memory); {told}"
-    )
+    would = would_do(g for g in others if g.name != gpu.name and peak_on(g) <= by_closed_form(usable_bytes(g, fraction))[0])
+    there = f"{usable / 1e9:.2f} GB usable on {gpu.name}" + (f" ({fraction:.0%} of its memory)" if gpu.usable_bytes is None else "")
+    if closed and needed <= by_closed_form(usable)[1]:
+        return DoesNotFit(f"{what} needs {needed / 1e9:.2f} GB of the {there}: {COMPILE}", would)
+    by = " by the closed form" if closed else ""
+    return DoesNotFit(f"{what} needs {needed / 1e9:.2f} GB{by}: {(needed - usable) / 1e9:.2f} GB more than the {there}", would)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moejax.errors import UserError
 from moejax.estimator import memory
-from moejax.estimator.commands import print_json, show_table
+from moejax.estimator.commands import counted, print_json, show_table
 from moejax.estimator.gpus import GPU, GPUS
 from moejax.estimator.units import Gigabytes, gigabytes
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
     from moejax.estimator.closed_form import Breakdown
-
-MACHINE = "here"  # chip of this machine's own device: its memory is already jax's share
 
 
 class Peaks(Protocol):
@@ -29,7 +27,7 @@ class Peaks(Protocol):
     hits: int
     misses: int
 
-    def breakdown(self, rows: int) -> Breakdown: ...
+    def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown: ...
 
     def peak_bytes(self, rows: int) -> int: ...
 
@@ -49,10 +47,11 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
 
 
 def table(
-    experiment: Experiment, asked: Sequence[tuple[GPU, Peaks]], *, rows: int | None, padded: bool, as_json: bool
+    experiment: Experiment, asked: Sequence[tuple[GPU, Peaks]], gpus: dict[str, GPU], *, rows: int | None, padded: bool, as_json: bool
 ) -> int:
-    """Print one line a GPU, and the breakdown at the largest batch (or at `rows`). UserError where not one row fits on any GPU."""
-    lines = [_line(experiment, gpu, peaks, rows, padded) for gpu, peaks in asked]
+    """Print one line a GPU, and the breakdown at the largest batch (or at `rows`). UserError where not one row fits on any GPU.
+    `gpus`: those that may be named where one does not do."""
+    lines = [_line(experiment, gpu, peaks, gpus, rows, padded) for gpu, peaks in asked]
     refused = [str(line["problem"]) for line in lines if line["problem"]]
     if len(refused) == len(lines):
         raise UserError("; ".join(refused))
@@ -67,7 +66,13 @@ def table(
         for line in lines
     ]
     notes = [*refused, _what_rows_are(asked[0][1].row_tokens, padded, per_row)]
-    notes += sorted({f"{line['gpu']}: by the closed form, not by the compiler: {line['reason']}" for line in lines if line["reason"]})
+    reasons: dict[str, list[str]] = {}
+    for line in lines:
+        if line["close"]:
+            notes.append(f"{line['gpu']}: {line['close']}")
+        if line["reason"]:
+            reasons.setdefault(line["reason"], []).append(line["gpu"])
+    notes += [f"{', '.join(of)}: by the closed form, not by the compiler: {reason}" for reason, of in reasons.items()]
     show_table(f"{experiment.name}: rows of {asked[0][1].row_tokens} tokens, {_share(experiment)}", columns, cells, notes)
     shown = [line for line in lines if line["parts_gb"]]
     names = list(dict.fromkeys(name for line in shown for name in line["parts_gb"]))
@@ -76,7 +81,8 @@ def table(
     moments = sorted({f"temporaries: {line['moment']}" for line in shown})
     rest = "rest: what the closed form does not account for of the compiler's peak; negative where it is too high"
     notes = [*moments, *([rest] if any(line["reason"] is None for line in shown) else [])]
-    show_table("what the peak is made of, GB", ("part", *(f"{line['gpu']}, {line['rows']} rows" for line in shown)), parts, notes)
+    heads = (f"{line['gpu']}, {counted(line['shown'], 'row')}" for line in shown)
+    show_table("what the peak is made of, GB", ("part", *heads), parts, notes)
     return 0
 
 
@@ -92,37 +98,66 @@ def _what_rows_are(row_tokens: int, padded: bool, per_row: float | None) -> str:
     return f"rows are packed: {per_row:.1f} queries each at the data set's mean length (GPT-NeoX tokens, the study's Figure 2)"
 
 
-def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, rows: int | None, padded: bool) -> dict[str, Any]:
-    fraction = 1.0 if gpu.chip == MACHINE else experiment.device.memory_fraction
+def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], rows: int | None, padded: bool) -> dict[str, Any]:
+    fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
     limit = memory.usable_bytes(gpu, fraction)
-    problem = None
-    if rows is None:
+    problem = close = None
+    if not gpu.bf16 and experiment.training.asks_bf16:  # before anything is compiled for it
+        chosen, peak, after = rows or 0, peaks.breakdown(rows or 1).total, None
+        problem = _without_bf16(experiment, gpu, peaks, gpus, rows or 1, limit)
+    elif rows is None:
         found = peaks.largest(limit)
-        chosen, peak, after = found.rows, found.peak, found.next_peak
-        if chosen == 0:
-            problem = memory.too_large(f"{experiment.name} with one row of {peaks.row_tokens} tokens", after, gpu, fraction, GPUS)
+        chosen, peak, after = found.rows, found.peak or found.next_peak, found.next_peak
     else:
         chosen, peak, after = rows, peaks.peak_bytes(rows), None
-        if peak > limit:
-            problem = memory.too_large(f"{experiment.name} with {rows} rows of {peaks.row_tokens} tokens", peak, gpu, fraction, GPUS)
-    if not gpu.bf16 and experiment.training.asks_bf16:
-        problem = (
-            f"{gpu.name} has no bf16, which the training section asks for: a run is refused there. training.compute_dtype=float32 "
-            "training.param_dtype=float32 would run, or a GPU of compute capability 8.0 (A100, A40, RTX 30) or newer"
-        )
+    sure, possible = memory.by_closed_form(limit) if closed else (limit, limit)
+    if problem is None and (chosen == 0 or peak > possible):
+        problem = _too_large(experiment, gpu, peaks, gpus, max(1, chosen), peak)
+    elif problem is None and closed:
+        close = _close(peaks, chosen, rows is not None, sure, possible)
     shown = chosen or 1
-    peak = peak if peak is not None else peaks.peak_bytes(shown)
     made = peaks.breakdown(shown)
     per_row = queries_per_row(experiment, peaks.row_tokens, padded)
-    parts = made.parts(None if peaks.reason is not None else peak)
-    by = "closed form" if peaks.reason is not None else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)"
+    parts = made.parts(None if closed or problem else peak)
+    by = "closed form" if closed else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)"
     return {
-        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": chosen, "queries": None if per_row is None else int(chosen * per_row),
+        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": chosen, "shown": shown,
+        "queries": None if per_row is None else int(chosen * per_row),
         "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
         "free_gb": gigabytes(limit - peak),
-        "by": by, "reason": peaks.reason, "problem": problem, "moment": made.moment, "closed_form_gb": made.total / 1e9,
+        "by": by, "reason": peaks.reason, "problem": problem, "close": close, "moment": made.moment, "closed_form_gb": made.total / 1e9,
         "parts_gb": {name: size / 1e9 for name, size in parts.items()},
     }  # fmt: skip
+
+
+def _too_large(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], rows: int, peak: float) -> str:
+    """By how much, and where it would do: on GPUs that a run would not refuse."""
+    what = f"{experiment.name} with {'one row' if rows == 1 else f'{rows:,} rows'} of {peaks.row_tokens} tokens"
+    others = [g for g in gpus.values() if g.bf16 or not experiment.training.asks_bf16]
+    fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
+    return str(memory.too_large(what, peak, gpu, fraction, others, lambda g: peaks.breakdown(rows, g).total, closed=closed))
+
+
+def _without_bf16(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], rows: int, limit: float) -> str:
+    """What would run: fp32 here, if that fits, and the GPUs that have bf16 and room."""
+    fraction, fp32 = experiment.device.memory_fraction, peaks.breakdown(rows, float32=True).total
+    here = "training.compute_dtype=float32 training.param_dtype=float32 would run"
+    if fp32 > memory.by_closed_form(limit)[0]:
+        here = f"in float32 {counted(rows, 'row')} would need {fp32 / 1e9:.2f} GB of its {limit / 1e9:.2f}"
+    sure = {g: memory.by_closed_form(memory.usable_bytes(g, fraction))[0] for g in gpus.values() if g.bf16}
+    others = memory.would_do(g for g, most in sure.items() if peaks.breakdown(rows, g).total <= most)
+    return f"{gpu.name} has no bf16, which the training section asks for: a run is refused there. {here}; {others}"
+
+
+def _close(peaks: Peaks, rows: int, asked: bool, sure: float, possible: float) -> str | None:
+    """Which rows the closed form cannot judge, its error being what it is."""
+    if asked:
+        return None if peaks.peak_bytes(rows) <= sure else f"{counted(rows, 'row')}: {memory.COMPILE}"
+    most = memory.largest_rows(peaks.peak_bytes, possible, rows).rows
+    if most == rows:
+        return None
+    more = f"{rows + 1:,} rows" if most == rows + 1 else f"{rows + 1:,} to {most:,} rows"
+    return f"{more}: {memory.COMPILE}"
 
 
 def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, as_json: bool, versions: dict[str, str]) -> int:

@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.config import PRESETS
-from moejax import reference
+import numpy as np
+
 from moejax.errors import UserError
-from moejax.estimator import paper, roofline
 from moejax.estimator.coefficients import Entry, choose
-from moejax.estimator.gpus import GPU, find
-from moejax.estimator.lengths import STUDY_CUTOFF, Batching, Lengths, of_study
+from moejax.estimator.gpus import GPU
+from moejax.estimator.job import Job
+from moejax.estimator.memory import DoesNotFit
 from moejax.estimator.prices import Price, cheapest
-from moejax.estimator.roofline import Method
+from moejax.estimator.room import EQUATION_1, Room
 
 LEVEL = 0.95
 Interval = tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained. `model`: "mixtral" or "blackmamba"; `queries` of `lengths`, `epochs` times."""
-
-    model: str
-    method: Method
-    experts_per_token: int
-    lengths: Lengths
-    queries: int
-    epochs: float
-    batching: Batching = "pad_longest"
-    row_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        experts = PRESETS[roofline.STUDY_MODELS[self.model][0]].num_experts
-        if not 1 <= self.experts_per_token <= experts:
-            raise UserError(f"experts per token = {self.experts_per_token}: expected 1 to {experts} (all of them: the dense model)")
-        for name, value in (("records", self.queries), ("epochs", self.epochs)):
-            if not value > 0:
-                raise UserError(f"{name} = {value:g}: expected more than 0")
-
-    @property
-    def share(self) -> float:
-        return self.experts_per_token / PRESETS[roofline.STUDY_MODELS[self.model][0]].num_experts
-
-    @property
-    def work(self) -> roofline.Work:
-        return roofline.work(PRESETS[roofline.STUDY_MODELS[self.model][0]], self.method)
-
-    def tokens(self, batch: int) -> float:
-        """Tokens that a step of so many queries computes."""
-        return self.lengths.batch_tokens(batch, self.batching, row_tokens=self.row_tokens)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row that must fit in memory."""
-        return self.row_tokens or min(self.lengths.longest, STUDY_CUTOFF)
 
 
 @dataclass(frozen=True)
@@ -79,95 +41,11 @@ class Prediction:
     notes: tuple[str, ...]
 
 
-def _swept(job: Job, gpu: GPU) -> int:
-    """The largest batch that the study ran of this model and k, with rows as long, on a GPU of no more memory; 0 without any."""
-    from moejax.estimator.curves import FIGURE_15_DATASET, GPU_NAMES
-
-    kinds = {k: kind for kind, k in reference.EXPERTS_PER_TOKEN.items()}
-    kind = kinds.get(job.experts_per_token)
-    if kind is None or job.method != roofline.STUDY_MODELS[job.model][1]:
-        return 0
-    return max(
-        (
-            batch
-            for curve in reference.curves()
-            if curve.model == job.model and find(GPU_NAMES[curve.gpu]).memory_gb <= gpu.memory_gb
-            if min(of_study(curve.dataset or FIGURE_15_DATASET).longest, STUDY_CUTOFF) >= job.longest
-            for batch, _ in curve.kind(kind)
-        ),
-        default=0,
-    )
-
-
-def largest_batch(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
-    """Queries that fit by the study's equation 1 with the longest row's tokens, or more where the study ran more.
-
-    Raises UserError where weights, gradients and optimizer alone exceed the GPU, or not one query fits: by how much, and where it
-    would.
-    """
-    figure = reference.max_batch_figure()
-    c0, c1 = figure.artifact.get(job.model) or figure.printed[job.model]
-    preset, method = roofline.STUDY_MODELS[job.model]
-    adapters = roofline.adapter_weights(PRESETS[preset]) if job.method != "full" else 0.0
-    resident = job.work.resident_gb(job.method, adapters)
-    # Equation 1 was fitted with the model's own bytes, whatever training adds to them; for another method they are counted.
-    model_gb = figure.model_gb[job.model] if job.method == method else resident
-    needed = max(resident, model_gb + job.longest * ((1 - c1) + c1 * job.share) / c0)
-    if needed > gpu.memory_gb:
-        larger = [g for g in sorted(table.values(), key=lambda g: (g.memory_gb, g.name)) if g.memory_gb >= needed]
-        would = f"{', '.join(g.name for g in larger)} would do" if larger else "no GPU of the table would do"
-        what = (
-            f"{job.model} by {job.method} holds {resident:.1f} GB before any activation, and with one query {needed:.1f} GB by equation 1"
-            if resident > gpu.memory_gb
-            else f"{job.model} by {job.method} with one query of {job.longest} tokens needs {needed:.1f} GB by equation 1"
-        )
-        raise UserError(f"{what}: {needed - gpu.memory_gb:.1f} GB more than the {gpu.name}'s {gpu.memory_gb:g} GB; {would}")
-    return max(paper.max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
-
-
-@dataclass(frozen=True)
-class Room:
-    """Who says how many queries fit. `largest` raises UserError where not one does."""
-
-    largest: Callable[[Job, GPU, dict[str, GPU]], int]
-    by: str
-    also: str = ""
-
-
-EQUATION_1 = Room(largest_batch, "equation 1", " or that the study ran in as much memory")
-
-
-def closed_form_room() -> Room:
-    """By the closed form of this project's own step (`closed_form.py`), in what jax may use of the GPU by default."""
-    return Room(_closed_form_batch, "the closed form of this project's step")
-
-
-def _closed_form_batch(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
-    """Rows of the longest query's length that fit; packed, they hold queries of the mean length."""
-    from moejax.config import DeviceConfig, Experiment
-    from moejax.estimator import closed_form, memory
-
-    preset = roofline.STUDY_MODELS[job.model][0]
-    config, row, fraction = PRESETS[preset].replace(experts_per_token=job.experts_per_token), job.longest, DeviceConfig().memory_fraction
-    if row > config.max_position_embeddings:
-        raise UserError(f"rows of {row} tokens exceed {preset}'s max_position_embeddings = {config.max_position_embeddings}")
-    experiment = Experiment.model_validate(
-        {
-            "name": job.model, "model": {"preset": preset}, "data": {"batching": "fixed", "row_tokens": row},
-            "quantization": {"format": "nf4" if job.method == "qlora" else "none"}, "adapter": None if job.method == "full" else {},
-            "training": {"steps": 1, "param_dtype": "bfloat16"},  # full fine-tuning as the study's: weights and moments in bf16
-        }
-    )  # fmt: skip
-
-    def peak(rows: int) -> int:
-        platform, device = closed_form.platform_of(gpu), closed_form.device_of(gpu)
-        return closed_form.breakdown(experiment, config, rows=rows, row_tokens=row, platform=platform, device=device).total
-
-    found = memory.largest_rows(peak, memory.usable_bytes(gpu, fraction))
-    if not found.rows:
-        what = f"{job.model} by {job.method} with one row of {row} tokens, by the closed form,"
-        raise UserError(memory.too_large(what, found.next_peak, gpu, fraction, table))
-    return max(1, int(found.rows * row / job.lengths.mean)) if job.batching == "pack" else found.rows
+def _batches(most: int) -> list[int]:
+    """Batch sizes to choose from: all up to 256, above that in steps of 2 %."""
+    few = range(1, min(most, 256) + 1)
+    many = np.geomspace(256, most, max(2, math.ceil(math.log(most / 256, 1.02)))).astype(int).tolist() if most > 256 else []
+    return sorted({*few, *many})
 
 
 def predict(
@@ -180,19 +58,31 @@ def predict(
     price: Price | None = None,
     room: Room = EQUATION_1,
 ) -> Prediction:
-    """Throughput, hours and dollars. `batch` None: the one of highest throughput of those that fit."""
+    """Throughput, hours and dollars. `batch` None: the one of highest throughput of those that fit.
+
+    Raises DoesNotFit for a GPU on which not one query fits, or without bf16 (unless it is the one that was measured); UserError for what
+    no GPU could do.
+    """
+    if batch is not None and batch < 1:
+        raise UserError(f"batch = {batch}: expected at least 1")
     step = choose(entries, job.model, job.method, gpu, table)
     step.entry.check_share(job.share)
+    if not gpu.bf16 and not step.measured:
+        raise DoesNotFit(f"{gpu.name} has no bf16, in which these times were measured: a GPU of compute capability 8.0 or newer has")
     fits = room.largest(job, gpu, table)
     notes = []
     if batch is None:
-        batch = max(range(1, min(fits, job.lengths.queries) + 1), key=lambda b: b / step.seconds(job.tokens(b), job.share))
-        notes.append(f"batch {batch}: the fastest of up to {fits} that fit by {room.by}{room.also}")
-    elif batch < 1:
-        raise UserError(f"batch = {batch}: expected at least 1")
+        most = min(fits, job.queries, job.lengths.queries)
+        batch = max(_batches(most), key=lambda b: b / step.seconds(job.tokens(b), job.share))
+        notes.append(f"batch {batch}: the fastest of up to {most} that fit by {room.by}{room.also}")
     elif batch > fits:
         notes.append(f"batch {batch} is more than {room.by} has room for{room.also}: {fits} queries, the longest of {job.longest} tokens")
+    if room.rows_known is not None and job.longest > room.rows_known:
+        notes.append(f"extrapolated: {room.by} was made for rows of at most {room.rows_known:,} tokens, here are {job.longest:,}")
     tokens = job.tokens(batch)
+    notes += step.entry.beyond(tokens, job.share, job.longest)
+    if step.entry.doubt is not None:
+        notes.append(f"do not trust these coefficients: {step.entry.doubt}")
     least = job.work.least_seconds(gpu, tokens, job.share, job.method)
     seconds = step.seconds(tokens, job.share)
     if seconds < least:
@@ -224,12 +114,38 @@ def predict(
     )
 
 
+def predict_all(
+    job: Job,
+    gpus: Sequence[GPU],
+    entries: Sequence[Entry],
+    table: dict[str, GPU],
+    prices: Sequence[Price],
+    *,
+    batch: int | None = None,
+    spot: bool = False,
+    room: Room = EQUATION_1,
+) -> tuple[list[Prediction], dict[str, DoesNotFit]]:
+    """(each GPU at its lowest price, the GPUs that do not do and why). Raises UserError where none does."""
+    found: list[Prediction] = []
+    left_out: dict[str, DoesNotFit] = {}
+    for gpu in gpus:
+        try:
+            price = cheapest(prices, gpu.name, spot=spot)
+            found.append(predict(job, gpu, entries, table, batch=batch, price=price, room=room))
+        except DoesNotFit as error:
+            left_out[gpu.name] = error
+    if not found:
+        raise UserError("; ".join(str(why) if len(left_out) == 1 else why.brief for why in left_out.values()))
+    return found, left_out
+
+
 @dataclass(frozen=True)
 class Plan:
-    """All options by dollars, the GPUs left out and why, and the three answers (None: no option does)."""
+    """All options by dollars (those without a price last, by hours), the GPUs left out and why, and the three answers (None: no option
+    with a price does)."""
 
     options: tuple[Prediction, ...]
-    left_out: dict[str, str]
+    left_out: dict[str, DoesNotFit]
     cheapest: Prediction | None
     fastest_under_budget: Prediction | None
     cheapest_by_deadline: Prediction | None
@@ -251,30 +167,17 @@ def plan(
     for name, value in (("budget", budget_usd), ("deadline", deadline_hours)):
         if value is not None and not value > 0:
             raise UserError(f"{name} = {value:g}: expected more than 0")
-    options, left_out = [], {}
-    for gpu in gpus:
-        price = cheapest(prices, gpu.name, spot=spot)
-        if price is None:
-            left_out[gpu.name] = "no spot price" if spot else "no price"
-            continue
-        try:
-            options.append(predict(job, gpu, entries, table, price=price, room=room))
-        except UserError as error:
-            left_out[gpu.name] = str(error)
-    if not options:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise UserError(f"no GPU can be planned with. {reasons}")
+    options, left_out = predict_all(job, gpus, entries, table, prices, spot=spot, room=room)
 
     def dollars(p: Prediction) -> float:
-        return p.usd if p.usd is not None else float("inf")
+        return math.inf if p.usd is None else p.usd
 
-    options.sort(key=dollars)
-    affordable = [p for p in options if budget_usd is None or dollars(p) <= budget_usd]
-    timely = [p for p in options if deadline_hours is None or p.hours <= deadline_hours]
+    options.sort(key=lambda p: (dollars(p), p.hours))
+    priced = [p for p in options if p.usd is not None]
     return Plan(
         tuple(options),
         left_out,
-        options[0],
-        min(affordable, key=lambda p: p.hours, default=None),
-        min(timely, key=dollars, default=None),
+        min(priced, key=dollars, default=None),
+        min((p for p in priced if budget_usd is None or dollars(p) <= budget_usd), key=lambda p: p.hours, default=None),
+        min((p for p in priced if deadline_hours is None or p.hours <= deadline_hours), key=dollars, default=None),
     )

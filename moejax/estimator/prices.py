@@ -31,7 +31,12 @@ class Price:
         """`1.67 USD/h, CUDO, 2024`: how a price is printed wherever dollars are."""
         spot = ", spot" if self.spot else ""
         share = f", 1 of {self.gpus_rented} GPUs" if self.gpus_rented > 1 else ""
-        return f"{self.usd_per_hour:g} USD/h, {self.seller}{spot}{share}, {self.day}"
+        return f"{dollars(self.usd_per_hour)} USD/h, {self.seller}{spot}{share}, {self.day}"
+
+
+def dollars(usd_per_hour: float) -> str:
+    """2.10; a third decimal where there is one: 2.745."""
+    return f"{usd_per_hour:,.3f}".removesuffix("0")
 
 
 # The study read CUDO Compute's prices in 2024; it names no day.

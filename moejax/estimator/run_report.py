@@ -17,6 +17,9 @@ def fitted(found: Sequence[Fitted], out: str, *, as_json: bool, plot: str | None
     """Coefficients by device with their errors, the residual of every run, and where the file is."""
     if as_json:
         print_json({"file": out, "fits": [_told(f) for f in found]})
+        for f in found:
+            if f.entry.doubt is not None:
+                print(f"warning: {f.entry.gpu}: {_warned(f)}", file=sys.stderr)
     for f in [] if as_json else found:
         e = f.entry
         rows = [
@@ -44,12 +47,18 @@ def fitted(found: Sequence[Fitted], out: str, *, as_json: bool, plot: str | None
 
 
 def _limits(f: Fitted) -> list[str]:
-    told = []
+    told = [] if f.entry.doubt is None else [f"WARNING: {_warned(f)}"]
+    if len(f.runs) == f.entry.points == (2 if f.entry.only_share else 3):
+        told.append("as many runs as coefficients: they meet every run whatever was measured, and the errors say nothing")
     if f.entry.only_share:
         told.append(f"one number of experts per token: u holds v as well, for k/E = {f.entry.only_share:g} only")
     if not len(f.entry.samples):
         told.append("no interval: fewer than two runs more than coefficients")
     return told
+
+
+def _warned(f: Fitted) -> str:
+    return f"do not trust these coefficients: {f.entry.doubt}. Profile again on a machine that does nothing else, with more steps"
 
 
 def _equations(f: Fitted) -> list[str]:
@@ -74,7 +83,7 @@ def _told(f: Fitted) -> dict[str, Any]:
         for r, error in zip(f.runs, f.errors, strict=True)
     ]
     coefficients = dict(zip(("t0_seconds", "token_seconds", "expert_token_seconds"), e.coefficients.tolist(), strict=True))
-    return {"model": e.model, "method": e.method, "gpu": e.gpu, **coefficients, "only_share": e.only_share, "runs": runs,
+    return {"model": e.model, "method": e.method, "gpu": e.gpu, **coefficients, "only_share": e.only_share, "doubt": e.doubt, "runs": runs,
             "equation_1": f.equation_1, "equation_2": f.equation_2}  # fmt: skip
 
 

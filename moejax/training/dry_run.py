@@ -13,7 +13,7 @@ from rich.table import Table
 
 from models.build import build
 from moejax.config import Experiment
-from moejax.estimator import gpus
+from moejax.estimator import cards
 from moejax.estimator.units import gigabytes
 from moejax.training import held_out
 from moejax.training.optimizer import make_optimizer
@@ -69,7 +69,8 @@ def report(experiment: Experiment) -> int:
     total = stored + optimizer + gradients
     table.add_row("before activations", "", "", f"{gigabytes(total)}", "")
     console.print(table)
-    console.print(_fits(total, experiment), highlight=False)
+    for line in cards.lines(experiment, sizes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_schedule(experiment), highlight=False)
     for line in [*asked, *missing(experiment)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -93,21 +94,6 @@ def missing(experiment: Experiment) -> list[str]:
         if not hub_id and not Path(name).exists():
             lines.append(f"not there: {key} = {name} (looked for from {Path.cwd()}); a run would stop here")
     return lines
-
-
-def _fits(total: int, experiment: Experiment) -> str:
-    """Which GPUs have more than `total` bytes of usable memory. What else a step takes depends on its rows: the compiler says.
-    GPUs without bf16 are named apart where the experiment asks for it."""
-    fraction, t = experiment.device.memory_fraction, experiment.training
-    without = [gpu.name for gpu in gpus.GPUS.values() if not gpu.bf16 and t.asks_bf16]
-    usable = {gpu.name: fraction * (gpu.device_bytes or gpu.memory_gb * 1e9) for gpu in gpus.GPUS.values() if gpu.name not in without}
-    fits = [name for name, size in usable.items() if size > total]
-    small = [name for name in usable if name not in fits]
-    return (
-        f"fits before activations (usable: {fraction:g} of the memory): {', '.join(fits) or 'none'}\n"
-        f"does not fit: {', '.join(small) or 'none'}"
-        + (f"\nno bf16, which the training section asks for: {', '.join(without)}" if without else "")
-    )
 
 
 def _schedule(experiment: Experiment) -> str:

@@ -58,8 +58,9 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
     compiled step says so. Figures that were compiled before, by the same versions for the same device, come from the cache on disk."""
     told = []
     rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
+    here = estimating.this_machine(experiment.device.memory_fraction)
     for policy in REMAT_POLICIES[:-1]:
-        asked = estimating.Oracle(with_policy(experiment, policy), config, estimating.HERE, row_tokens, None)
+        asked = estimating.Oracle(with_policy(experiment, policy), config, here, row_tokens, None)
         estimated = asked.breakdown(rows).total if policy == "none" else 0
         if estimated > HOPELESS * limit:
             told.append(f"{policy}: about {estimated / 1e9:.1f} by arithmetic")

@@ -1,14 +1,18 @@
 """The command line: what is printed, exit codes, and nothing heavy before it is needed."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moejax import cli
+from moejax import cli, estimating
+from moejax.estimator import coefficients
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -42,7 +46,7 @@ PREDICT = ("predict", "--dataset", "math_14k", "--gpu", "A40,H100")
 
 def test_predict(capsys):
     code, out, _ = run(capsys, *PREDICT, "--prices", "study")
-    assert code == 0 and "2.1 USD/h, CUDO, 2024" in out and "0.79 USD/h, CUDO, 2024" in out and "95 %" in out
+    assert code == 0 and "2.10 USD/h, CUDO, 2024" in out and "0.79 USD/h, CUDO, 2024" in out and "95 %" in out
     assert "USD/h that sellers ask" not in out  # the study read one seller's
     assert "USD/h that sellers ask: H100 3.85 to 12.29" in run(capsys, *PREDICT)[1]
 
@@ -81,15 +85,73 @@ def test_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
     assert code == 0 and (tmp_path / "plan.png").exists()
     assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
-    assert "left out: A10G" in out
-    assert "left out: no price in 2026: A40 (--prices study has one), L4, " in out
+    assert "4.8 GB more than the A10G's 24 GB\n" in out and "left out: V100-32 has no bf16" in out
+    (unpriced,) = re.findall(r"no price known in 2026: (.*?); --prices FILE brings your own", " ".join(out.split()))
+    assert "A40 (--prices study has one)" in unpriced and "RTX-PRO-6000" in unpriced  # they fit, and their time is in the table
+    assert "RTX-4090" not in unpriced and "L4," not in unpriced and "V100" not in unpriced  # of what does not fit no price is told
+    assert out.count("no price known") == 1 + len(unpriced.split(", "))
     code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "A40,H100")
-    assert code == 0 and "no price in 2026: A40 (--prices study has one); --prices FILE brings your own" in out
+    assert code == 0 and "no price known in 2026: A40 (--prices study has one); --prices FILE brings your own" in out
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--gpu", "A100-80,H100", "--budget", "0.5", "--deadline", "0.5")
     assert "fastest under 0.5 USD: none; the cheapest needs 25.55 USD" in out and "A100-80, batch 17" in out
     assert "cheapest within 0.5 h: none; the fastest needs 8." in out and "H100, batch 17" in out
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "0.5", "--json")
     assert code == 0 and json.loads(out)["answers"]["fastest under 0.5 USD"] is None
+
+
+def test_the_first_line_says_whose_software(capsys, tmp_path):
+    for command in (PREDICT, ("plan", "--dataset", "math_14k")):
+        _, out, _ = run(capsys, *command)
+        assert out.startswith("Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's")
+    file = tmp_path / "c.json"
+    for framework, named in (("jax", "this project (JAX)"), ("pytorch", "PyTorch"), (None, "software that the file does not name")):
+        coefficients.write(file, [dataclasses.replace(e, framework=framework) for e in coefficients.study()])
+        _, out, _ = run(capsys, *PREDICT, "--coefficients", str(file))
+        assert out.splitlines()[0] == f"Times are those of {named}, as fitted in {file}"
+
+
+def test_a_gpu_that_does_not_do_is_gone_past(capsys):
+    code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "L4,H100,T4")
+    assert code == 0 and "H100" in out and "left out: T4 has no bf16" in out and "4.8 GB more than the L4's 24 GB; " in out
+    code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "L4,H100,T4", "--json")
+    found = json.loads(out)
+    assert [p["gpu"] for p in found["predictions"]] == ["H100"] and found["left_out"].keys() == {"L4", "T4"}
+    assert found["software"].startswith("Times are those of PyTorch") and found["job"]["cut_tokens"] == 1024
+
+
+def test_a_tail_of_long_queries_costs(capsys, tmp_path):
+    """A tenth of 8,000 tokens: not the price of 1,024."""
+    file, usd = tmp_path / "lengths.txt", {}
+    for long in (1024, 8000):
+        file.write_text("200\n" * 90 + f"{long}\n" * 10)
+        code, out, _ = run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1", "--json")
+        (option,) = json.loads(out)["options"]
+        usd[long] = option["usd"]
+        assert code == 0 and any("extrapolated" in note for note in option["notes"]) == (long == 8000)
+    assert usd[8000] > 3 * usd[1024]
+    _, out, _ = run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--row-tokens", "1024")
+    assert "10 of 100 queries are longer than 1,024 tokens and cut there (--row-tokens)" in out
+    assert "as in the study, because nothing else was said: 10 epochs (--epochs), qlora (--method), 2 experts a token" in out
+    assert "x 1 epoch (" in run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1")[1]
+
+
+def test_this_machine(capsys, tmp_path, monkeypatch):
+    """A CPU has no times by the study; with coefficients of its own it is predicted for, in its own memory."""
+    from moejax.training import memory
+
+    code, out, err = run(capsys, *PREDICT[:3], "--gpu", "here")
+    assert code == 2 and out == "" and "--gpu here: this machine has a CPU only" in err and "--coefficients FILE" in err
+    file, name = tmp_path / "c.json", estimating.this_machine(0.9).name
+    entry = dataclasses.replace(coefficients.study()[0], gpu=name, framework="jax", coefficients=np.array([9.0, 1.0, 1.0]))
+    coefficients.write(file, [entry])
+    for gb, batch in ((200, 1), (20, None)):
+        monkeypatch.setattr(memory, "usable_bytes", lambda gb=gb: gb * 10**9)
+        code, out, err = run(capsys, *PREDICT[:3], "--gpu", "here,here", "--coefficients", str(file), "--epochs", "1", "--json")
+        if batch:
+            (p,) = json.loads(out)["predictions"]
+            assert code == 0 and p["gpu"] == name and p["measured"] and p["fits"] > 1 and p["usd"] is None and p["hours"] > 14000 / 3600
+        else:
+            assert code == 2 and "GB more than the 20.00 GB usable on" in err
 
 
 @pytest.mark.parametrize(
@@ -110,7 +172,7 @@ def test_plan(capsys, tmp_path):
      ((*PREDICT, "--prices", "nowhere.csv"), "No such file"), ((*PREDICT, "--coefficients", "nowhere.json"), "No such file"),
      ((*PREDICT, "--spot"), "no spot price"), (("predict", "--dataset", "math_14k", "--gpu", "L4"), "4.8 GB more than the L4's"),
      (("plan", "--dataset", "math_14k", "--deadline", "-1"), "deadline = -1"),
-     (("plan", "--dataset", "math_14k", "--gpu", "A10G"), "no GPU can be planned with")],
+     (("plan", "--dataset", "math_14k", "--gpu", "A10G"), "4.8 GB more than the A10G's")],
 )  # fmt: skip
 def test_mistakes_are_one_message(capsys, arguments, message):
     code, out, err = run(capsys, *arguments)

@@ -24,13 +24,36 @@ def test_exact_by_counting_every_batch():
     small = Lengths(tokens, counts, "test")
     for batch in range(1, len(values) + 1):
         longest = [min(64, -(-max(s) // 8) * 8) for s in itertools.combinations(values, batch)]
-        assert small.expected_longest(batch, cutoff=64) == pytest.approx(np.mean(longest))
+        assert small.expected_longest(batch, row_tokens=64) == pytest.approx(np.mean(longest))
 
 
 def test_one_length_has_no_padding_but_the_multiple():
     assert lengths.constant(100, 128).batch_tokens(7) == 7 * 128
     assert lengths.constant(100, 129).batch_tokens(1) == 136
-    assert lengths.constant(100, 5000).batch_tokens(2) == 2 * 1024
+    assert lengths.constant(100, 5000).batch_tokens(2) == 2 * 5000
+
+
+def test_the_studys_cut_is_for_its_own_sets():
+    """A user's queries are as long as they are, in every batching; the study's are cut at 1024, or where --row-tokens says."""
+    long = lengths.constant(100, 4096)
+    for batching in ("pad_longest", "pad_bucket", "pack"):
+        assert long.batch_tokens(3, batching) == 3 * 4096
+        assert long.batch_tokens(3, batching, row_tokens=1024) == 3 * 1024
+    tail = Lengths(np.array([100, 8000]), np.array([90, 10]), "test")
+    assert tail.expected_longest(1) == pytest.approx(0.9 * 104 + 0.1 * 8000)
+    assert tail.batch_tokens(10, "pack") == pytest.approx(10 * (0.9 * 100 + 0.1 * 8000))
+    assert tail.longer_than(1024) == 10 and tail.cut() == 8000
+    math = lengths.of_study("math_14k")
+    assert math.cut() == 1024 and math.cut(2048) == 2048 and math.longest > 1024
+    own = Lengths(math.tokens, math.counts, "the same lengths, a user's")
+    assert own.batch_tokens(8) > math.batch_tokens(8) and own.batch_tokens(8, row_tokens=1024) == math.batch_tokens(8)
+
+
+def test_a_batch_in_a_bucket_is_as_long_as_the_bucket_of_its_longest():
+    small = Lengths(np.array([3, 129, 1500]), np.array([1, 1, 1]), "test")
+    assert small.expected_longest(1, buckets=True) == pytest.approx((128 + 256 + 2048) / 3)
+    assert small.batch_tokens(2, "pad_bucket") == pytest.approx(2 * (256 + 2048 + 2048) / 3)
+    assert lengths.constant(5, 128).batch_tokens(1, "pad_bucket") == 128
 
 
 def test_packing_computes_the_queries_own_tokens():
@@ -46,6 +69,16 @@ def test_files(tmp_path):
         (tmp_path / name).write_text(text)
         found = lengths.from_file(tmp_path / name)
         assert (found.tokens.tolist(), found.counts.tolist(), found.queries) == ([5, 7], [2, 1], 3)
+
+
+def test_a_length_that_is_none_is_named(tmp_path):
+    path = tmp_path / "lengths.txt"
+    path.write_text("12\n0\n7\n-1\n")
+    with pytest.raises(UserError, match=r"number 2 of 4 is 0: expected whole numbers of 1 to 1,000,000,000 tokens, .*\(2 are not\)"):
+        lengths.from_file(path)
+    for size in ({"queries": 10**20, "tokens": 5}, {"queries": 5, "tokens": 10**20}):
+        with pytest.raises(UserError, match="expected at most 1,000,000,000"):
+            lengths.constant(**size)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a\n", "1.5\n", "-3\n", "[[1], [2]]", '["x"]', "nan", "1e400"])

@@ -1,0 +1,92 @@
+"""What is to be trained, and what of its queries a step really computes: each cut is told, with the option that changes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from models.config import PRESETS, Architecture
+from moejax.errors import UserError
+from moejax.estimator import roofline
+from moejax.estimator.lengths import STUDY_MULTIPLE, Batching, Lengths
+from moejax.estimator.roofline import Method
+
+
+@dataclass(frozen=True)
+class Job:
+    """`model`: "mixtral" or "blackmamba"; `queries` of `lengths`, `epochs` times. `row_tokens`: where a longer query is cut, and the
+    length of a row of "fixed" and "pack"; `multiple`: what a padded row is rounded up to."""
+
+    model: str
+    method: Method
+    experts_per_token: int
+    lengths: Lengths
+    queries: int
+    epochs: float
+    batching: Batching = "pad_longest"
+    row_tokens: int | None = None
+    multiple: int = STUDY_MULTIPLE
+
+    def __post_init__(self) -> None:
+        experts = self.config.num_experts
+        if not 1 <= self.experts_per_token <= experts:
+            raise UserError(f"experts per token = {self.experts_per_token}: expected 1 to {experts} (all of them: the dense model)")
+        for name, value in (("records", self.queries), ("epochs", self.epochs)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{name} = {value:g}: expected more than 0")
+        positions = self.config.max_position_embeddings
+        if self.row_tokens is not None and self.row_tokens > positions:
+            raise UserError(f"rows of {self.row_tokens} tokens exceed {self.preset}'s max_position_embeddings = {positions}")
+        self.tokens(1)  # a batching that cannot be meant is told at once
+
+    @property
+    def preset(self) -> str:
+        return roofline.STUDY_MODELS[self.model][0]
+
+    @property
+    def config(self) -> Architecture:
+        return PRESETS[self.preset]
+
+    @property
+    def share(self) -> float:
+        return self.experts_per_token / self.config.num_experts
+
+    @property
+    def work(self) -> roofline.Work:
+        return roofline.work(self.config, self.method)
+
+    @property
+    def cut(self) -> int:
+        """Tokens at which a longer query is cut: by the job's rows, the study's own sets, or the model's positions."""
+        return min(self.lengths.cut(self.row_tokens), self.config.max_position_embeddings)
+
+    def tokens(self, batch: int) -> float:
+        """Tokens that a step of so many queries computes."""
+        row = self.row_tokens if self.batching == "fixed" else self.cut
+        return self.lengths.batch_tokens(batch, self.batching, row_tokens=row, multiple=self.multiple)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that must fit in memory."""
+        if self.batching in ("fixed", "pack") and self.row_tokens is not None:
+            return self.row_tokens
+        longest = min(self.lengths.longest, self.cut)
+        return int(self.lengths.padded([longest], self.multiple, self.batching == "pad_bucket")[0])
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """How long the rows are, and which queries are not computed as long as they are."""
+        rows = {
+            "pad_longest": f"a batch is as long as its longest query, in steps of {self.multiple} tokens (--pad-multiple)",
+            "pad_bucket": "a batch is as long as the smallest of 128, 256, 512 … tokens that holds its longest query",
+            "pack": "packed rows are taken as full (--batching)",
+            "fixed": f"every query takes a row of {self.row_tokens} tokens (--row-tokens)",
+        }[self.batching]
+        over = self.lengths.longer_than(self.cut)
+        if not over:
+            return (rows,)
+        why = f": {self.preset} has no more positions"
+        if self.cut < self.config.max_position_embeddings:
+            why = " (--row-tokens)" if self.row_tokens else ", as the study cut its own sets (--row-tokens cuts elsewhere)"
+        many = f"{over:,} of {self.lengths.queries:,} queries {'are' if over > 1 else 'is'}"
+        return rows, f"{many} longer than {self.cut:,} tokens and cut there{why}"

@@ -1,0 +1,103 @@
+"""How many queries fit into a GPU: by the study's equation 1 (PyTorch's memory), or by the closed form of this project's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.config import PRESETS
+from moejax import reference
+from moejax.estimator import memory, paper, roofline
+from moejax.estimator.gpus import GPU, find
+from moejax.estimator.job import Job
+from moejax.estimator.lengths import STUDY_CUTOFF, of_study
+
+
+@dataclass(frozen=True)
+class Room:
+    """Who says how many queries fit. `largest` raises DoesNotFit where not one does."""
+
+    largest: Callable[[Job, GPU, dict[str, GPU]], int]
+    by: str
+    also: str = ""
+    rows_known: int | None = None  # tokens of the longest row that the rule was made for
+
+
+def _swept(job: Job, gpu: GPU) -> int:
+    """The largest batch that the study ran of this model and k, with rows as long, on a GPU of no more memory; 0 without any."""
+    from moejax.estimator.curves import FIGURE_15_DATASET, GPU_NAMES
+
+    kinds = {k: kind for kind, k in reference.EXPERTS_PER_TOKEN.items()}
+    kind = kinds.get(job.experts_per_token)
+    if kind is None or job.method != roofline.STUDY_MODELS[job.model][1]:
+        return 0
+    return max(
+        (
+            batch
+            for curve in reference.curves()
+            if curve.model == job.model and find(GPU_NAMES[curve.gpu]).memory_gb <= gpu.memory_gb
+            if min(of_study(curve.dataset or FIGURE_15_DATASET).longest, STUDY_CUTOFF) >= job.longest
+            for batch, _ in curve.kind(kind)
+        ),
+        default=0,
+    )
+
+
+def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
+    """Queries that fit by the study's equation 1 with the longest row's tokens, or more where the study ran more.
+
+    Raises DoesNotFit where weights, gradients and optimizer alone exceed the GPU, or not one query fits: by how much, and where it
+    would.
+    """
+    figure = reference.max_batch_figure()
+    c0, c1 = figure.artifact.get(job.model) or figure.printed[job.model]
+    method = roofline.STUDY_MODELS[job.model][1]
+    adapters = roofline.adapter_weights(PRESETS[job.preset]) if job.method != "full" else 0.0
+    resident = job.work.resident_gb(job.method, adapters)
+    # Equation 1 was fitted with the model's own bytes, whatever training adds to them; for another method they are counted.
+    model_gb = figure.model_gb[job.model] if job.method == method else resident
+    needed = max(resident, model_gb + job.longest * ((1 - c1) + c1 * job.share) / c0)
+    if needed > gpu.memory_gb:
+        would = memory.would_do(g for g in table.values() if g.bf16 and g.memory_gb >= needed)
+        what = (
+            f"{job.model} by {job.method} holds {resident:.1f} GB before any activation, and with one query {needed:.1f} GB by equation 1"
+            if resident > gpu.memory_gb
+            else f"{job.model} by {job.method} with one query of {job.longest} tokens needs {needed:.1f} GB by equation 1"
+        )
+        raise memory.DoesNotFit(f"{what}: {needed - gpu.memory_gb:.1f} GB more than the {gpu.name}'s {gpu.memory_gb:g} GB", would)
+    return max(paper.max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
+
+
+EQUATION_1 = Room(by_equation_1, "equation 1", " or that the study ran in as much memory", STUDY_CUTOFF)
+
+
+def closed_form_room() -> Room:
+    """By the closed form of this project's own step (`closed_form.py`), in what jax may use of the GPU by default."""
+    return Room(_by_closed_form, "the closed form of this project's step, its error allowed for")
+
+
+def _by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
+    """Rows of the longest query's length that fit; packed, they hold queries of the mean length."""
+    from moejax.config import DeviceConfig, Experiment
+    from moejax.estimator import closed_form
+
+    config, row, fraction = job.config.replace(experts_per_token=job.experts_per_token), job.longest, DeviceConfig().memory_fraction
+    experiment = Experiment.model_validate(
+        {
+            "name": job.model, "model": {"preset": job.preset}, "data": {"batching": "fixed", "row_tokens": row},
+            "quantization": {"format": "nf4" if job.method == "qlora" else "none"}, "adapter": None if job.method == "full" else {},
+            "training": {"steps": 1, "param_dtype": "bfloat16"},  # full fine-tuning as the study's: weights and moments in bf16
+        }
+    )  # fmt: skip
+
+    def peak(rows: int, other: GPU = gpu) -> int:
+        platform, device = closed_form.platform_of(other), closed_form.device_of(other)
+        return closed_form.breakdown(experiment, config, rows=rows, row_tokens=row, platform=platform, device=device).total
+
+    sure, _ = memory.by_closed_form(memory.usable_bytes(gpu, fraction))
+    found = memory.largest_rows(peak, sure)
+    if not found.rows:
+        what = f"{job.model} by {job.method} with one row of {row} tokens"
+        others = [g for g in table.values() if g.bf16]
+        raise memory.too_large(what, found.next_peak, gpu, fraction, others, lambda g: peak(1, g), closed=True)
+    return max(1, int(found.rows * row / job.lengths.mean)) if job.batching == "pack" else found.rows
