@@ -149,7 +149,7 @@ def breakdown(t: Trial, rows: int) -> Outcome:
     seconds = [session.step(compiled.program, b) for b in batches[: WARM + sizes.timed]][WARM:]
     b = session.trace(compiled.program, batches[WARM + sizes.timed :])
     e = t.environment
-    stages = roofline.stages(b, roofline.Peaks(e.peak_flops, e.peak_bytes_per_second, e.peaks))
+    stages = roofline.stages(b, roofline.believed(b, roofline.Peaks(e.peak_flops, e.peak_bytes_per_second, e.peaks)))
     moe = [stage for stage in stages if stage.name.split("/")[0] == "moe"]
     whole = [roofline.time_weighted(moe, "moe (time-weighted)"), roofline.time_weighted(stages, "step (time-weighted)")]
     out = Outcome(facts={

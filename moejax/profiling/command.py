@@ -91,6 +91,7 @@ def load(path: Path, ncu: Path | None = None) -> Run:
     if path.is_dir() and described.is_file():
         device = schema.read(described).device
         peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
+    peaks = roofline.believed(b, peaks)
     counters = roofline.ncu(ncu, b.kernels) if ncu else None
     stages = roofline.stages(b, peaks, counters)
     phases = b.phases
@@ -149,6 +150,9 @@ def _print(r: Run, console: Console) -> None:
     if b is None:
         return
     console.print(_stages(r, whole=console.width >= WIDE))
+    if r.peaks.measured and (over := [s.name for s in r.stages if s.bytes_per_second > (r.peaks.bytes_per_second or s.bytes_per_second)]):
+        why = "read from caches, or the bandwidth was measured under load (profile again on a machine that does nothing else)"
+        console.print(f"more than the measured bandwidth, shown as 100 %: {', '.join(over)}: {why}", highlight=False, soft_wrap=True)
     if console.width < WIDE:
         more = f"milliseconds by phase, GFLOP and MB: in a terminal of {WIDE} characters, or by --json"
         console.print(more, highlight=False, soft_wrap=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moejax.errors import UserError
 from moejax.profiling.breakdown import Breakdown
 from moejax.profiling.scopes import Place
+
+WORTH_TIMING = 0.01  # of the busy time
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Peaks:
     flops_per_second: float | None
     bytes_per_second: float | None
     source: str  # "data sheet", "measured", …
+
+    @property
+    def measured(self) -> bool:
+        return self.source.startswith("measured")
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,32 @@ class Stage:
         return self.bytes / self.seconds if self.seconds else 0.0
 
 
+def fastest(b: Breakdown) -> tuple[str, float]:
+    """(stage, FLOP/s) of the highest rate among stages that take at least 1 % of the busy time: shorter ones are too short to time."""
+    rates = {
+        name: b.cost[name].flops / seconds
+        for name, seconds in b.sums("stage").items()
+        if name in b.cost and seconds > WORTH_TIMING * b.busy_seconds
+    }
+    name = max(rates, key=lambda n: rates[n], default="")
+    return name, rates.get(name, 0.0)
+
+
+def believed(b: Breakdown, peaks: Peaks) -> Peaks:
+    """A measured matrix rate that a stage exceeds was measured while the device had other work: the stage's own rate is taken, and said."""
+    name, rate = fastest(b)
+    if not peaks.measured or peaks.flops_per_second is None or rate <= peaks.flops_per_second:
+        return peaks
+    why = (
+        f"measured under load at {peaks.flops_per_second / 1e9:.0f} GFLOP/s, which {name} exceeds; its rate is taken: measure again by "
+        "profiling on a machine that does nothing else"
+    )
+    return replace(peaks, flops_per_second=rate, source=why)
+
+
 def stages(b: Breakdown, peaks: Peaks, counters: dict[str, tuple[float, float]] | None = None) -> list[Stage]:
-    """Every stage, longest first. counters: stage -> (SM %, DRAM %), from `ncu`."""
+    """Every stage, longest first. counters: stage -> (SM %, DRAM %), from `ncu`. Shares of measured peaks end at 1: what is beyond came
+    from caches, or took too short to be timed."""
     cost, found = b.cost, []
     for name, seconds in b.sums("stage").items():
         c = cost.get(name)
@@ -58,15 +88,16 @@ def stages(b: Breakdown, peaks: Peaks, counters: dict[str, tuple[float, float]] 
         sm, dram = (counters or {}).get(name, (None, None))
         found.append(
             Stage(
-                name, seconds, flops, moved, _share(flops, seconds, peaks.flops_per_second),
-                _share(moved, seconds, peaks.bytes_per_second), sm, dram,
+                name, seconds, flops, moved, _share(flops, seconds, peaks.flops_per_second, peaks.measured),
+                _share(moved, seconds, peaks.bytes_per_second, peaks.measured), sm, dram,
             )
         )  # fmt: skip
     return found
 
 
-def _share(amount: float, seconds: float, peak: float | None) -> float | None:
-    return None if not peak or not seconds else amount / seconds / peak
+def _share(amount: float, seconds: float, peak: float | None, measured: bool) -> float | None:
+    share = None if not peak or not seconds else amount / seconds / peak
+    return share if share is None or not measured else min(1.0, share)
 
 
 def time_weighted(rows: Iterable[Stage], name: str) -> Stage:

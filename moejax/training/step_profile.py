@@ -19,11 +19,13 @@ from models.build import Model
 from moejax import __version__
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.profiling import breakdown, schema, xplane
+from moejax.profiling import breakdown, roofline, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
 from moejax.training import experts, flops, memory, metrics
 from moejax.training.parameters import base_and_active, groups_of
+
+MEASURED_AGAIN = 3  # times, where a stage of the step was faster than a measured peak
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def assemble(measured: Measured, found: breakdown.Breakdown) -> schema.StepProfi
         framework="jax",
         versions={"moejax": __version__, "python": platform.python_version()}
         | {n: version(n) for n in ("jax", "jaxlib", "flax")},
-        device=_device(measured.peak_flops, experiment.training.compute_dtype),
+        device=_device(measured.peak_flops, experiment.training.compute_dtype, roofline.fastest(found)[1]),
         model=schema.ModelCounts(
             name=experiment.model.source or str(experiment.model.preset),
             params_total=total,
@@ -127,11 +129,17 @@ def assemble(measured: Measured, found: breakdown.Breakdown) -> schema.StepProfi
     )
 
 
-def _device(peak_at_start: float, dtype: str) -> schema.Device:
-    """A peak that is measured is the better of two measurements: another process may have disturbed one."""
+def _device(peak_at_start: float, dtype: str, reached: float) -> schema.Device:
+    """A peak that is measured is the best of two measurements: another process may have disturbed one. It is measured again while it lies
+    below what a stage of the step `reached`, FLOP/s."""
     device = jax.local_devices()[0]
     peak, source = flops.peak_flops(dtype)
-    bandwidth, _ = flops.peak_bytes_per_second()
+    peak = max(peak, peak_at_start)
+    for _ in range(MEASURED_AGAIN if source == "measured" else 0):
+        if peak >= reached:
+            break
+        peak = max(peak, flops.peak_flops(dtype)[0])
+    bandwidth = max(flops.peak_bytes_per_second()[0] for _ in range(2))
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:  # what this process may use: a known fraction of the whole
         size = round(stats["bytes_limit"] / float(os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75")))
@@ -140,7 +148,7 @@ def _device(peak_at_start: float, dtype: str) -> schema.Device:
     return schema.Device(
         name=device.device_kind if device.platform != "cpu" else cpu_name(),
         memory_bytes=size,
-        peak_flops=max(peak, peak_at_start),
+        peak_flops=peak,
         peak_bytes_per_second=bandwidth,
         peaks_measured=source == "measured",
     )

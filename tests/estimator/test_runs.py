@@ -1,6 +1,7 @@
 """`estimate.py fit` and `compare` on synthetic runs: known coefficients are found, and what cannot be fitted is said."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -86,6 +87,26 @@ def test_one_number_of_experts(capsys, tmp_path):
     assert code == 0 and "the closed form of this project's step" in printed and "4 runs, jax, 4 points" in printed
     code, _, err = run(capsys, *asked, "--experts-per-token", "8")
     assert code == 2 and "measured at k/E = 0.25 only, and 1 is asked" in err
+
+
+def test_coefficients_that_should_not_be_trusted(capsys, tmp_path):
+    """Runs that no law fits are warned of by `fit`, in JSON too, and again by `predict`; a good fit is not."""
+    out = tmp_path / "c.json"
+    runs = sweep(tmp_path / "good")
+    _, printed, _ = run(capsys, "fit", *runs, "--out", str(out))
+    assert "do not trust" not in printed and coefficients.read(out)[0].doubt is None
+    disturbed = profile(tmp_path / "disturbed", 2.0, 2, seconds=2 * (T0 + 300 * (U + V / 4)))
+    code, printed, err = run(capsys, "fit", *runs, disturbed, "--out", str(out))
+    warning = r"WARNING: do not trust these coefficients: they miss their own runs by up to [3-5]\d%"
+    assert code == 0 and err == "" and re.search(warning, printed)
+    code, printed, err = run(capsys, "fit", *runs, disturbed, "--out", str(out), "--json")
+    assert "they miss their own runs" in json.loads(printed)["fits"][0]["doubt"] and err.startswith("warning: A40: do not trust")
+    asked = ("predict", "--dataset", "math_14k", "--gpu", "A40", "--coefficients", str(out), "--json")
+    assert any("do not trust these coefficients" in note for note in json.loads(run(capsys, *asked)[1])["predictions"][0]["notes"])
+    flat = [profile(tmp_path / f"flat{q}", float(q), 2, seconds=1.0) for q in (1, 2, 4)]
+    assert "does not grow with the tokens" in run(capsys, "fit", *flat, "--out", str(out))[1]
+    few = sweep(tmp_path / "few", ((1, 2), (2, 2), (2, 8)))
+    assert "as many runs as coefficients" in run(capsys, "fit", *few, "--out", str(out))[1]
 
 
 def test_devices_are_fitted_each_on_its_own(capsys, tmp_path):

@@ -25,6 +25,31 @@ def test_shares_are_rates_over_peaks(real):
     assert all(r.flops_share is None and r.bandwidth_share is None for r in unknown)
 
 
+def test_no_share_of_a_measured_peak_passes_one(real):
+    """A matrix rate that was measured under load gives way to what a stage reached, and it is said; a data sheet's stays."""
+    low = Peaks(1e9, 1e8, "measured")
+    name, rate = roofline.fastest(real)
+    believed = roofline.believed(real, low)
+    assert rate > 1e9 and believed.flops_per_second == rate and believed.measured
+    assert believed.source.startswith(f"measured under load at 1 GFLOP/s, which {name} exceeds") and "measure again" in believed.source
+    rows = roofline.stages(real, believed)
+    assert max(r.flops_share for r in rows) == max(r.bandwidth_share for r in rows) == 1.0
+    assert next(r.flops_share for r in rows if r.name == name) == 1.0
+    for good in (Peaks(1e12, 1e8, "measured"), Peaks(1e9, 1e8, "data sheet"), Peaks(None, None, "unknown")):
+        assert roofline.believed(real, good) == good
+    assert max(r.flops_share for r in roofline.stages(real, Peaks(1e9, 1e8, "data sheet"))) > 1
+
+
+def test_a_peak_below_what_the_step_reached_is_measured_again(monkeypatch):
+    from moejax.training import flops, step_profile
+
+    rates, copies = iter((50e9, 70e9, 90e9, 95e9)), iter((5e9, 8e9))
+    monkeypatch.setattr(flops, "peak_flops", lambda dtype: (next(rates), "measured"))
+    monkeypatch.setattr(flops, "peak_bytes_per_second", lambda: (next(copies), "measured"))
+    device = step_profile._device(60e9, "float32", 80e9)
+    assert (device.peak_flops, device.peak_bytes_per_second, device.peaks_measured) == (90e9, 8e9, True) and next(rates) == 95e9
+
+
 def test_time_weighting(real):
     rows = roofline.stages(real, Peaks(1e11, 1e10, "made up"))
     both = time_weighted(rows, "all")
