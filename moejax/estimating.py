@@ -196,9 +196,10 @@ def _memory(options: argparse.Namespace) -> int:
         if not options.json:
             print("training.remat = auto: counted as full, which the largest batch needs; with room left a run recomputes less")
     architecture = architecture_of(experiment)
-    row_tokens = options.seq_len or experiment.data.longest_row
+    row_tokens = options.seq_len or experiment.data.longest_text
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
+    row_tokens = config.whole_row(row_tokens)
     table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
     asked = dict.fromkeys(HERE if name == HERE else gpus.find(name, table) for name in names_of(options.gpu))
     found = []

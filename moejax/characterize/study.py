@@ -13,7 +13,7 @@ import numpy as np
 from models.config import Architecture, BlackMambaConfig
 from moejax import config as experiments
 from moejax.characterize.presets import PRESETS, Preset, Sizes, override
-from moejax.config import Experiment
+from moejax.config import Experiment, whole_row
 from moejax.data.batching import Batches
 from moejax.errors import UserError, first_line
 from moejax.estimating import ROOT, architecture_of
@@ -232,4 +232,4 @@ def _longest(s: Setting) -> int:
         longest = min(known.longest, lengths.STUDY_CUTOFF, s.experiment.data.max_length)
     else:
         longest = max(len(q.ids) for q in s.queries())
-    return -(-longest // 8) * 8
+    return whole_row(longest)

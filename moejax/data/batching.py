@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moejax.config import DataConfig
+from moejax.config import DataConfig, whole_row
 from moejax.data.batch import Batch
 from moejax.data.packing import pack
 from moejax.data.tokenize import Query
@@ -59,11 +59,9 @@ class Batches:
     def _row_tokens(self, rows: list[list[int]]) -> int:
         c = self.config
         if c.batching in ("pack", "fixed"):
-            return c.row_tokens
+            return c.longest_row
         longest = max(len(self.queries[i].ids) for row in rows for i in row)
-        if c.batching == "pad_bucket":
-            return min(b for b in sorted(c.buckets) if b >= longest)
-        return -(-longest // 8) * 8
+        return whole_row(min(b for b in c.buckets if b >= longest) if c.batching == "pad_bucket" else longest)
 
 
 def assemble(rows: Sequence[Sequence[Query]], row_count: int, row_tokens: int) -> Batch:

@@ -25,9 +25,9 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
         config = experiment.model.architecture(base)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    if experiment.data.longest_row > config.max_position_embeddings:
+    if experiment.data.longest_text > config.max_position_embeddings:
         raise UserError(
-            f"rows of {experiment.data.longest_row} tokens exceed the model's max_position_embeddings = "
+            f"rows of {experiment.data.longest_text} tokens exceed the model's max_position_embeddings = "
             f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
         )
     if isinstance(config, BlackMambaConfig) and experiment.adapter is not None:

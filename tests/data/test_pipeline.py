@@ -187,17 +187,19 @@ class TestBatching:
         assert sorted(i for row in rows for i in row) == list(range(len(data)))
         assert all(sum(len(data[i].ids) for i in row) <= 64 for row in rows)
 
-    @pytest.mark.parametrize("batching", ["pack", "pad_longest", "pad_bucket"])
-    def test_batches_hold_every_token_once(self, batching):
+    @pytest.mark.parametrize("batching", ["pack", "pad_longest", "pad_bucket", "fixed"])
+    def test_batches_hold_every_token_once_in_rows_of_a_multiple_of_16(self, batching):
         data = queries()
-        batches = list(Batches(data, section(batching=batching, batch_rows=4, buckets=(16, 32, 64)), 0).iterate(0))
+        config = section(batching=batching, batch_rows=4, buckets=(60, 17, 34), row_tokens=60, max_length=60)
+        batches = list(Batches(data, config, 0).iterate(0))
         assert sum(int((b.segment_ids > 0).sum()) for b in batches) == sum(len(q.ids) for q in data)
-        assert all(b.tokens.shape[0] == 4 for b in batches)
+        lengths = {b.tokens.shape[1] for b in batches}
+        assert all(b.tokens.shape[0] == 4 for b in batches) and max(lengths) <= config.longest_row == 64
+        assert lengths <= {"pack": {64}, "fixed": {64}, "pad_bucket": {32, 48, 64}, "pad_longest": {16, 32, 48, 64}}[batching]
+        if batching == "pack":
+            assert all((b.segment_ids > 0).sum(axis=1).max() <= 60 for b in batches)
         if batching == "pad_longest":
-            assert all(b.tokens.shape[1] % 8 == 0 for b in batches)
-            assert all(b.tokens.shape[1] - (b.segment_ids > 0).sum(axis=1).max() < 8 for b in batches)
-        if batching == "pad_bucket":
-            assert {b.tokens.shape[1] for b in batches} <= {16, 32, 64}
+            assert all(b.tokens.shape[1] - (b.segment_ids > 0).sum(axis=1).max() < 16 for b in batches)
 
     def test_order_depends_on_seed_and_epoch_only_and_can_be_entered_anywhere(self):
         def make(seed=0):
