@@ -83,7 +83,7 @@ class Setting:
         known = lengths.of_study(DATASETS[self.data])
         random = np.random.default_rng(e.seed)
         drawn = random.choice(known.tokens, at_least, p=known.counts / known.counts.sum())
-        drawn = np.minimum(drawn, min(lengths.STUDY_CUTOFF, e.data.max_length))
+        drawn = np.minimum(drawn, e.data.max_length)
         return [Query(random.integers(0, vocabulary, n).astype(np.int32), int(n * (1 - ANSWER))) for n in drawn.tolist()]
 
 
@@ -208,10 +208,10 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
 def _data_label(source: str | None) -> Literal["cs", "math", "problems", "fixed", "other"]:
     if source is None:
         return "fixed"
-    name = source.rsplit("/", 1)[-1]
     if "problems/" in source:
         return "problems"
-    return "cs" if name.startswith("commonsense") else "math" if name.startswith("math") else "other"
+    name = Path(source).stem  # the study's own sets by their whole name: another's math.json has other lengths
+    return "cs" if name == DATASETS["cs"] else "math" if name == DATASETS["math"] else "other"
 
 
 def _run_queries(s: Setting) -> int:
@@ -229,7 +229,7 @@ def _run_queries(s: Setting) -> int:
 def _longest(s: Setting) -> int:
     if s.random_data:
         known = lengths.of_study(DATASETS[s.data])
-        longest = min(known.longest, lengths.STUDY_CUTOFF, s.experiment.data.max_length)
+        longest = min(known.longest, s.experiment.data.max_length)
     else:
         longest = max(len(q.ids) for q in s.queries())
     return whole_row(longest)

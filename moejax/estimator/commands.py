@@ -58,7 +58,8 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pad_bucket, pack or fixed")
     cut = "length of a row of `fixed` and `pack`; a longer query is cut there (by default only the study's own sets are cut, at 1024)"
     parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help=cut)
-    parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help="what pad_longest rounds up to; 8 by default, as in the study")
+    rounded = "what pad_longest rounds up to: 8, as in the study; with coefficients of this project's runs 16"
+    parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help=rounded)
     parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
     parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
@@ -95,7 +96,7 @@ def names_of(gpus: str) -> list[str]:
     return names
 
 
-def _job(options: argparse.Namespace) -> Job:
+def _job(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
     from moejax import reference
     from moejax.estimator import job, lengths, roofline
 
@@ -111,7 +112,8 @@ def _job(options: argparse.Namespace) -> Job:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
     if len(given) != 1:
-        raise UserError("which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE")
+        both = f" ({' and '.join(f'--{name}' for name in given)} were given)" if given else ""
+        raise UserError(f"which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE{both}")
     if options.lengths:
         length = lengths.from_file(options.lengths)
     elif options.dataset:
@@ -126,8 +128,19 @@ def _job(options: argparse.Namespace) -> Job:
     return job.Job(
         model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length,
         options.records or printed or length.queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
-        options.row_tokens, options.pad_multiple or lengths.STUDY_MULTIPLE,
+        options.row_tokens, options.pad_multiple or _multiple(entries),
     )  # fmt: skip
+
+
+def _multiple(entries: Sequence[Entry]) -> int:
+    """What the software rounds rows up to whose times are predicted."""
+    from moejax.estimator import lengths
+
+    if not all(e.framework == "jax" for e in entries):
+        return lengths.STUDY_MULTIPLE
+    from moejax.config import ROW_MULTIPLE
+
+    return ROW_MULTIPLE
 
 
 def _assumed(options: argparse.Namespace, job: Job) -> list[str]:
@@ -193,8 +206,8 @@ def _software(options: argparse.Namespace, entries: Sequence[Entry]) -> str:
 def _predict(options: argparse.Namespace) -> int:
     from moejax.estimator import coefficients, plan
 
-    job, table = _job(options), _gpu_table(options)
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
+    job, table = _job(options, entries), _gpu_table(options)
     offers = _offers(options, table)
     chosen = _gpus(options, table)
     found, left_out = plan.predict_all(
@@ -218,8 +231,8 @@ def _predict(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from moejax.estimator import coefficients, plan
 
-    job, table = _job(options), _gpu_table(options)
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
+    job, table = _job(options, entries), _gpu_table(options)
     offers = _offers(options, table)
     made = plan.plan(
         job, _gpus(options, table), entries, offers, table,
@@ -227,9 +240,9 @@ def _plan(options: argparse.Namespace) -> int:
     )  # fmt: skip
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
     if options.budget is not None:
-        answers[f"fastest under {options.budget:g} USD"] = made.fastest_under_budget
+        answers[f"fastest under {options.budget:,.10g} USD"] = made.fastest_under_budget
     if options.deadline is not None:
-        answers[f"cheapest within {options.deadline:g} h"] = made.cheapest_by_deadline
+        answers[f"cheapest within {options.deadline:,.10g} h"] = made.cheapest_by_deadline
     software = _software(options, entries)
     if options.json:
         chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
@@ -256,7 +269,7 @@ def _title(job: Job) -> str:
 
 def counted(number: float, one: str, many: str | None = None) -> str:
     """`1 epoch`, `10 epochs`, `1,000 queries`."""
-    return f"{number:,g} {one if number == 1 else many or one + 's'}" if number < 1e6 else f"{number:,.0f} {many or one + 's'}"
+    return f"{number:,.10g} {one if number == 1 else many or one + 's'}"
 
 
 def _told(job: Job) -> dict[str, Any]:
@@ -268,18 +281,26 @@ def _plain(p: Prediction) -> dict[str, Any]:
     return dataclasses.asdict(p)
 
 
-def _between(interval: tuple[float, float] | None, form: str) -> str:
-    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
+def _number(value: float, decimals: int) -> str:
+    """With so many decimals; below the first of them with two digits: 109.0, 0.0042."""
+    return f"{value:,.{decimals}f}" if value == 0 or value >= 10**-decimals else f"{value:.2g}"
+
+
+def _between(value: float, interval: tuple[float, float] | None, decimals: int) -> str:
+    low_high = "" if interval is None else f" ({_number(interval[0], decimals)} to {_number(interval[1], decimals)})"
+    return _number(value, decimals) + low_high
 
 
 def _hours(p: Prediction) -> str:
-    return f"{p.hours:.1f} h{_between(p.hours_interval, '.1f')}"
+    hours, *interval = _between(p.hours, p.hours_interval, 1).split(" ", 1)
+    return " ".join([hours, "h", *interval])
 
 
 def _usd(p: Prediction) -> str:
     if p.usd is None or p.price is None:
-        return "no price"
-    return f"{p.usd:,.2f} USD{_between(p.usd_interval, ',.2f')} at {p.price.told}"
+        return "no price known"
+    usd, *interval = _between(p.usd, p.usd_interval, 2).split(" ", 1)
+    return " ".join([usd, "USD", *interval, "at", p.price.told])
 
 
 def _least(answer: str, options: Sequence[Prediction]) -> str:
@@ -322,10 +343,10 @@ def _predictions(title: str, found: Sequence[Prediction], rows_told: Sequence[st
             p.gpu if p.measured else f"{p.gpu} *",
             p.batch,
             round(p.tokens_per_step),
-            f"{p.step_seconds:.2f}",
-            f"{p.queries_per_second:.2f}{_between(p.queries_per_second_interval, '.2f')}",
-            f"{p.hours:.1f}{_between(p.hours_interval, '.1f')}",
-            "-" if p.usd is None else f"{p.usd:,.2f}{_between(p.usd_interval, ',.2f')}",
+            _number(p.step_seconds, 2),
+            _between(p.queries_per_second, p.queries_per_second_interval, 2),
+            _between(p.hours, p.hours_interval, 1),
+            "-" if p.usd is None else _between(p.usd, p.usd_interval, 2),
             "no price known" if p.price is None else p.price.told,
         )
         for p in found

@@ -6,6 +6,7 @@ Who knows a peak is handed in: a compiler's figures, or the closed form's. Nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moejax.errors import UserError
@@ -40,10 +41,8 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
 
     if padded:
         return 1.0
-    for dataset in ("commonsense_15k", "math_14k"):
-        if dataset in (experiment.data.source or ""):
-            return row_tokens / lengths.of_study(dataset).mean
-    return None
+    dataset = PurePath(experiment.data.source or "").stem  # by its whole name: another's set has other lengths
+    return row_tokens / lengths.of_study(dataset).mean if dataset in ("commonsense_15k", "math_14k") else None
 
 
 def table(

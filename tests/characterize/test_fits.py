@@ -7,6 +7,7 @@ import pytest
 from small_study import ENVIRONMENT, SIZES, write_config
 
 from moejax.characterize import children, fits, plan, study
+from moejax.errors import UserError
 from moejax.estimator import prices
 from moejax.report import results
 from moejax.report.results import MemoryLimit
@@ -81,3 +82,15 @@ def test_a_limit_that_is_one_of_figure_13s_sizes_stands_there_once(fitted):
     for routing in ("sparse", "dense"):
         scopes = [r.scope for r in outcome.rows if (r.metric, r.routing) == ("predicted_batch", routing)]
         assert scopes == ["40 GB", "24 GB", "48 GB", "80 GB", "100 GB", "120 GB"]
+
+
+def test_the_studys_lengths_are_for_its_own_sets():
+    """By their whole names; cut where the config says, and nowhere else."""
+    sources = ("a/commonsense_15k.json", "math_14k", "data/math_of_mine.json", "acme/commonsense-long", "assets/problems/train.json", None)
+    assert [study._data_label(source) for source in sources] == ["cs", "math", "other", "other", "problems", "fixed"]
+    config = str(study.ROOT / "configs" / "mixtral_8x7b_math_sparse.yaml")
+    made = {n: study.resolve(None, [config], [f"data.max_length={n}"], None, False).settings[0] for n in (512, 2048)}
+    assert made[512].longest == 512 and 1024 < made[2048].longest <= 2048
+    assert max(len(q.ids) for q in made[2048].queries(20_000)) > 1024
+    with pytest.raises(UserError, match=r"data\.source = data/math_of_mine\.json is no file here"):
+        study.resolve(None, [config], ["data.source=data/math_of_mine.json"], None, False)

@@ -108,6 +108,15 @@ def test_the_first_line_says_whose_software(capsys, tmp_path):
         coefficients.write(file, [dataclasses.replace(e, framework=framework) for e in coefficients.study()])
         _, out, _ = run(capsys, *PREDICT, "--coefficients", str(file))
         assert out.splitlines()[0] == f"Times are those of {named}, as fitted in {file}"
+        assert f"in steps of {16 if framework == 'jax' else 8} tokens (--pad-multiple)" in out
+
+
+def test_numbers_as_people_write_them(capsys):
+    short = ("predict", "--records", "3", "--length", "8", "--gpu", "A100-80", "--epochs", "1")
+    row = next(line for line in run(capsys, *short)[1].splitlines() if line.startswith("│ A100"))
+    assert "│ 0.00" in row and not re.search(r"│ 0\.0+ ", row)  # two digits of a small number, never 0.00
+    _, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--gpu", "A100-80", "--budget", "1000000", "--experts-per-token", "1")
+    assert "fastest under 1,000,000 USD: A100-80" in out and "1 expert a token" in out
 
 
 def test_a_gpu_that_does_not_do_is_gone_past(capsys):
@@ -161,7 +170,7 @@ def test_this_machine(capsys, tmp_path, monkeypatch):
      (("plan", "--dataset", "math_14k", "--gpu", ","), "--gpu ',': expected names of GPUs"),
      (("predict", "--dataset", "math", "--gpu", "H100"), "expected one of commonsense_15k, math_14k"),
      (("predict", "--gpu", "H100"), "which data?"),
-     (("predict", "--gpu", "H100", "--dataset", "math_14k", "--length", "4"), "which data?"),
+     (("predict", "--gpu", "H100", "--dataset", "math_14k", "--length", "4"), "(--dataset and --length were given)"),
      (("predict", "--gpu", "H100", "--length", "100"), "--length needs --records"),
      (("predict", "--gpu", "H100", "--records", "-5", "--length", "100"), "--records -5"),
      (("predict", "--gpu", "H100", "--records", "5", "--length", "0"), "--length 0"),

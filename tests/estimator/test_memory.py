@@ -11,7 +11,7 @@ from models.config import PRESETS
 from moejax import cli, config, estimating
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import cards, closed_form, gpus, memory, sizes
+from moejax.estimator import cards, closed_form, gpus, memory, memory_report, sizes
 from moejax.training import aot
 
 TARGETS = ["w1", "w2", "w3", "gate"]
@@ -280,6 +280,14 @@ def test_the_closed_form_leaves_room_for_its_error(capsys):
     code, _, err = run(capsys, *SPARSE, "--gpu", "RTX-5090")
     assert code == 2 and "29.94 GB of the 30.98 GB usable on RTX-5090 (92% of its memory): too close to call" in err
     assert "RTX-4090" not in err and "V100" not in err and "RTX-5090 would" not in err
+
+
+def test_queries_of_a_packed_row_are_known_of_the_studys_sets_alone():
+    """By the whole name: somebody's my_math_14k_long.json has other lengths."""
+    study = config.load(SPARSE[1])
+    assert memory_report.queries_per_row(study, 2048, False) == pytest.approx(20.5, abs=0.1)
+    for source in ("data/my_commonsense_15k_long.json", "acme/math_14k-v2"):
+        assert memory_report.queries_per_row(config.load(SPARSE[1], [f"data.source={source}"]), 2048, False) is None
 
 
 def test_no_card_is_named_that_would_be_refused():
