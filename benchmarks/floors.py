@@ -126,7 +126,7 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
     item = SIZES[experiment.training.compute_dtype]
     trained = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
     if isinstance(config, BlackMambaConfig):
-        return blackmamba(item, config, rows, length, trained, SIZES[experiment.training.param_dtype])
+        return blackmamba(item, config, rows, length, trained, SIZES[experiment.training.stored_dtype])
     rank = 0 if experiment.adapter is None else experiment.adapter.rank
     return mixtral(item, config, rows, length, trained, experiment.quantization.format == "nf4", rank)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moejax", description="Fine-tune Mixture-of-Experts models on one GPU, in JAX.")
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_train_arguments(commands.add_parser("train", help="fine-tune a model as a config file says"))
+    add_train_arguments(commands.add_parser("train", help="fine-tune a model as a config file says", allow_abbrev=False))
     estimating.add_arguments(estimate.add_arguments(commands.add_parser("estimate", help=ESTIMATE)))
     evaluate = commands.add_parser("exact-match", help="answers of the base and of the tuned model on held-out problems")
     evaluate.add_argument("run", help="a finished run's folder, e.g. runs/demo")
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_generate(commands.add_parser("generate", help="what a finished run's model answers to a prompt"))
     _add_eval(commands.add_parser("eval", help="a run's or a model's accuracy on a task (gsm8k, hellaswag-generated, …)"))
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
-    profile = commands.add_parser("profile", help="run a config's first steps, trace some, say where a step's time goes")
+    profile_help = "run a config's first steps, trace some, say where a step's time goes"
+    profile = commands.add_parser("profile", allow_abbrev=False, help=profile_help)
     profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
     profile.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="e.g. profile.steps=5 data.batch_rows=4")
     profile.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
@@ -54,8 +56,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     characterize.add_arguments(commands.add_parser("characterize", help="the study's experiments on this machine, one resumable sweep"))
     report.add_arguments(commands.add_parser("report", help="one page (HTML, Markdown) of what `moejax characterize` measured"))
     commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given == ["estimate"]:
+        (commands.choices["estimate"] if given else parser).print_help()
+        return 0
+    return _parsed(parser, given, commands.choices.get(given[0]))
+
+
+def _parsed(parser: argparse.ArgumentParser, given: Sequence[str], of_command: argparse.ArgumentParser | None, **preset: str) -> int:
+    """Run what the arguments say. An option that does not exist is a mistake like every other, told with what may be meant."""
+    options, unknown = parser.parse_known_args(given, argparse.Namespace(**preset))
+    try:
+        if unknown:
+            raise UserError(_unknown_argument(unknown[0], given, of_command or parser, "overrides" in options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return guarded(options)
+
+
+def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.ArgumentParser, configured: bool) -> str:
+    """What to say about an argument that a command does not take. configured: the command takes values of its config."""
+    name, _, value = argument.partition("=")
+    if not name.startswith("-"):
+        return f"{argument!r} is one argument too many for {parser.prog}: see {parser.prog} --help"
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.7)
+    if configured and not near:
+        from moejax import config
+
+        place = given.index(argument) + 1
+        following = given[place] if place < len(given) and not given[place].startswith("-") else "VALUE"
+        key = name.lstrip("-")
+        found = key if "." in key else config.suggestion(key)
+        meant = f"{found.split(' or ')[0]}={value or following}" if found and " " not in found.split(" or ")[0] else found
+        told = f": did you mean {meant}?" if meant else f", without dashes (every key: {parser.prog} --help, moejax/config.py)"
+        return f"{argument}: {parser.prog} takes values of the config as key.sub=value{told}"
+    told = f": did you mean {near[0]}?" if near else f": expected one of {', '.join(o for o in known if o.startswith('--'))}"
+    return f"{name} is no option of {parser.prog}{told}"
 
 
 def prepare_jax(device: DeviceConfig) -> None:
@@ -130,20 +168,24 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """`python train.py …`: the same as `moejax train …`."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune a model as a config file says.")
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description="Fine-tune a model as a config file says.")
     add_train_arguments(parser)
-    options = parser.parse_args(arguments)
-    options.command = "train"
-    return guarded(options)
+    return _main_of_one(parser, arguments, "train")
 
 
 def estimate_main(arguments: Sequence[str] | None = None) -> int:
     """`python estimate.py …`: the same as `moejax estimate …`."""
     parser = argparse.ArgumentParser(prog="estimate.py", description=f"{ESTIMATE[0].upper()}{ESTIMATE[1:]}.")
     estimating.add_arguments(estimate.add_arguments(parser))
-    options = parser.parse_args(arguments)
-    options.command = "estimate"
-    return guarded(options)
+    return _main_of_one(parser, arguments, "estimate")
+
+
+def _main_of_one(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, command: str) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given:
+        parser.print_help()
+        return 0
+    return _parsed(parser, given, None, command=command)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

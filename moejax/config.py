@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
+from moejax import other_tools
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig, Place
 
@@ -216,17 +218,25 @@ class TrainingConfig(_Section):
     betas: Annotated[tuple[Real, Real], BeforeValidator(_strings)] = (0.9, 0.999)
     eps: Annotated[Real, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    weight_decay_on: Literal["matrices", "all"] = Field("matrices", description="all: norms, biases, Mamba's A_log and D too")
     clip_norm: Annotated[Real, Field(gt=0)] | None = 1.0
     label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "bfloat16_stochastic"] = Field(
+        "float32", description="of trained weights and moments; bfloat16_stochastic: what is too small for bf16 is kept on average"
+    )
     remat: Literal["none", "dots", "full", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
     loss_chunk_tokens: Positive = 1024
     eval_every: Positive | None = None
 
     @property
+    def stored_dtype(self) -> str:
+        """In which trained weights are stored."""
+        return self.param_dtype.removesuffix("_stochastic")
+
+    @property
     def asks_bf16(self) -> bool:
-        return "bfloat16" in (self.compute_dtype, self.param_dtype)
+        return "bfloat16" in (self.compute_dtype, self.stored_dtype)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -309,6 +319,8 @@ class Experiment(_Section):
             raise ValueError(
                 "quantization freezes the weights and there is no adapter: nothing would be trained. Add adapter: {}"
             )
+        if self.training.param_dtype == "bfloat16_stochastic" and self.adapter is not None:
+            raise ValueError("training.param_dtype = bfloat16_stochastic is of a model that is trained whole: adapters are in fp32")
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
         if self.profile is not None and self.training.steps is not None:
@@ -406,9 +418,13 @@ def _explain_one(e: Any) -> str:
         for part in e["loc"][:-1]:
             section = _section_class(section.model_fields[part].annotation)
         last = str(e["loc"][-1])
-        # The right name in the wrong section, or in none.
-        elsewhere = [f"{name}.{last}" for name, field in Experiment.model_fields.items() if last in _fields(field.annotation)]
-        return f"unknown key {path}: {_nearest(last, section.model_fields, elsewhere)}"
+        if isinstance(e["input"], dict) and not difflib.get_close_matches(last, section.model_fields, cutoff=0.75):
+            # A section of another tool's: its keys tell more than its name.
+            inner = [(f"{path}.{key}", found) for key in e["input"] if (found := name_elsewhere(str(key))) is not None]
+            if inner:
+                return "\n".join(f"unknown key {key}: did you mean {found}?" for key, found in inner)
+        found = suggestion(last, section)
+        return f"unknown key {path}: " + (f"did you mean {found}?" if found else f"expected one of {', '.join(section.model_fields)}")
     if e["type"] == "missing":
         return f"{path} is missing"
     if e["type"] == "value_error":
@@ -417,6 +433,9 @@ def _explain_one(e: Any) -> str:
     if e["type"] == "string_pattern_mismatch":  # of `name`
         return f"{path} = {e['input']!r}: expected letters, digits, '.', '_' and '-', the first no '.' or '-': it names a folder"
     message = e["msg"][0].lower() + e["msg"][1:]
+    if e["type"] == "literal_error":
+        meant = other_tools.nearest_value(e["input"], re.findall(r"'([^']*)'", e["ctx"]["expected"]))
+        message += f": did you mean {meant}?" if meant else ""
     return f"{path} = {e['input']!r}: {message.replace('input should be', 'expected').replace('a valid tuple', 'a list')}"
 
 
@@ -432,7 +451,31 @@ def _fields(annotation: Any) -> Any:
     return sections[0].model_fields if sections else ()
 
 
-def _nearest(name: str, known: Any, elsewhere: Sequence[str] = ()) -> str:
+def suggestion(name: str, section: type[BaseModel] | None = None) -> str | None:
+    """What a key that is unknown in `section` (None: that has no section) may mean: a right name with another section, what another
+    tool calls so, or a name that is near."""
+    fields = (section or Experiment).model_fields
+    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
+    keys = _sections_by_key()
+    far = [dotted for key in difflib.get_close_matches(name, keys, n=2, cutoff=0.7) for dotted in keys[key]]
+    return name_elsewhere(name) or " or ".join(near or far) or None
+
+
+def name_elsewhere(name: str) -> str | None:
+    """A name that is right in another section, with it; or ours for what another tool calls so."""
+    return " or ".join(_sections_by_key().get(name, ())) or other_tools.ours(name)
+
+
+def _sections_by_key() -> dict[str, list[str]]:
+    """Key -> the places where there is such a key, in the sections of the experiment."""
+    places: dict[str, list[str]] = {}
+    for section, info in Experiment.model_fields.items():
+        for key in _fields(info.annotation):
+            places.setdefault(key, []).append(f"{section}.{key}")
+    return places
+
+
+def _nearest(name: str, known: Any) -> str:
     names = [str(k) for k in known]
-    close = elsewhere or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"

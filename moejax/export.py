@@ -126,7 +126,7 @@ def _compare(
 ) -> Comparison:
     """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory."""
     tokens = _prompt(experiment, base, sizes)
-    stored = jnp.dtype(experiment.training.compute_dtype if experiment.adapter else experiment.training.param_dtype)
+    stored = jnp.dtype(experiment.training.compute_dtype if experiment.adapter else experiment.training.stored_dtype)
     trained: dict[str, Any] = {"param_dtype": stored, "frozen_dtype": stored, "quantization": quantization_config(experiment)}
     trained |= {"adapter": adapter_config(experiment)}
     own = [] if experiment.adapter is None else [folder / "adapter"]

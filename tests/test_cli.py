@@ -25,6 +25,39 @@ def test_a_mistake_is_one_message_and_exit_code_2():
     assert done.stderr.splitlines()[0].startswith("error: ") and "did you mean learning_rate" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", CONFIG, "--lr", "1e-4"], "as key.sub=value: did you mean training.learning_rate=1e-4?"),
+        (["train", "--config", CONFIG, "--learning_rate=1e-4"], "did you mean training.learning_rate=1e-4?"),
+        (["train", "--config", CONFIG, "--lora-r", "8"], "did you mean adapter.rank=8?"),
+        (["train", "--config", CONFIG, "--training.steps", "3"], "did you mean training.steps=3?"),
+        (["train", "--config", CONFIG, "--bf16"], "did you mean training.compute_dtype=VALUE?"),
+        (["train", "--config", CONFIG, "--r", "8"], "did you mean adapter.rank=8?"),  # not --resume for short
+        (["train", "--config", CONFIG, "--dry_run"], "--dry_run is no option of moejax train: did you mean --dry-run?"),
+        (["train", "--config", CONFIG, "--qqq"], "takes values of the config as key.sub=value, without dashes"),
+        (["train", "--config", CONFIG, "lr=1"], "unknown key lr: did you mean training.learning_rate?"),
+        (["profile", CONFIG, "--batch_size=8"], "did you mean data.batch_rows=8?"),
+        (["generate", "--run", "x", "--prompt", "y", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
+        (["doctor", "now"], "'now' is one argument too many for moejax doctor"),
+    ],
+)
+def test_options_of_other_tools_are_told_in_our_words(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    if arguments[0] == "train":
+        assert cli.train_main(arguments[1:]) == 2
+        assert message.replace("moejax train", "train.py") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("main", "arguments"), [(cli.main, []), (cli.train_main, []), (cli.estimate_main, []), (cli.main, ["estimate"])])
+def test_without_arguments_the_help_is_shown(main, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moejax"])  # as `moejax` and `python -m moejax` call it
+    assert main(arguments or None) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("usage: ") and "--help" in shown.out and not shown.err
+
+
 def test_what_this_user_may_not_read_is_one_message(monkeypatch, capsys):
     """Also where nothing nearer says so: pathlib's is_file() and is_dir() raise it for what lies in a folder without x."""
 

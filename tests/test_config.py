@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support import ROOT
 
-from moejax import config
+from moejax import config, other_tools
 from moejax.errors import UserError
 
 MINIMAL = {
@@ -25,6 +25,23 @@ def load(tmp_path):
         return config.load(path, overrides)
 
     return load
+
+
+def _place(dotted):
+    """The annotation at a dotted key of the experiment."""
+    annotation = config.Experiment
+    for part in dotted.split("."):
+        annotation = config._section_class(annotation).model_fields[part].annotation
+    return annotation
+
+
+def test_what_other_tools_keys_mean_is_there():
+    for theirs, ours in other_tools.KEYS.items():
+        key = ours.split(" (")[0]
+        assert key.startswith("the option ") or _place(key) is not None, theirs
+        assert theirs == theirs.lower() and theirs not in config.Experiment.model_fields, theirs
+    # What is a key here, in whatever section, is not taken for another tool's.
+    assert not set(other_tools.KEYS) & set(config._sections_by_key())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -63,7 +80,30 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
         (["name=a/b"], "name = 'a/b': expected letters, digits"),
         (["training.steps=many"], r"training\.steps = 'many': expected a valid integer"),
         (["training.steps=0"], r"training\.steps = 0: expected greater than or equal to 1"),
-        (["training.schedule=cosin"], r"training\.schedule = 'cosin': expected 'cosine', 'linear' or 'constant'"),
+        (["training.schedule=cosin"], r"schedule = 'cosin': expected 'cosine', 'linear' or 'constant': did you mean cosine\?"),
+        (["training.compute_dtype=bf16"], r"expected 'bfloat16' or 'float32': did you mean bfloat16\?"),
+        (["training.param_dtype=fp32"], r"did you mean float32\?"),
+        (["training.remat=off"], r"remat = False: .*: did you mean none\?"),
+        (["training.optimizer=adamw_torch_fused"], r"did you mean adamw\?"),
+        (["quantization.format=4bit"], r"did you mean nf4\?"),
+        (["data.batching=longest"], r"did you mean pad_longest\?"),
+        (["training.schedule=xyz"], r"'linear' or 'constant'$"),
+        (["lr=1"], r"unknown key lr: did you mean training\.learning_rate\?"),
+        (["LR=1"], r"did you mean training\.learning_rate\?"),
+        (["batch_size=1"], r"unknown key batch_size: did you mean data\.batch_rows\?"),
+        (["training.batch-size=1"], r"unknown key training\.batch-size: did you mean data\.batch_rows\?"),
+        (["data.max_seq_length=1"], r"did you mean data\.max_length\?"),
+        (["training.warmup_ratio=0.1"], r"did you mean training\.warmup_steps \(a number of steps, not a share\)\?"),
+        (["lora.r=8", "lora.lora_alpha=16"], r"lora\.r: did you mean adapter\.rank\?\n.*lora\.lora_alpha: did you mean adapter\.alpha\?"),
+        (["lora.x=8"], r"unknown key lora: did you mean adapter\?"),
+        (["adapter.r=8"], r"unknown key adapter\.r: did you mean adapter\.rank\?"),
+        (["optimizer.lr=1"], r"unknown key optimizer\.lr: did you mean training\.learning_rate\?"),
+        (["model.load_in_4bit=true"], r"did you mean quantization\.format\?"),
+        (["output_dir=x"], r"did you mean runs_dir"),
+        (["learnin_rate=1"], r"unknown key learnin_rate: did you mean training\.learning_rate\?"),
+        (["sourc=x"], r"did you mean model\.source or data\.source\?"),
+        (["qqq=1"], r"unknown key qqq: expected one of name, seed"),
+        (["adapter={}", "training.param_dtype=bfloat16_stochastic"], "adapters are in fp32"),
         (["training.steps=null"], r"training\.epochs or training\.steps"),
         (["model.experts_per_token=9"], "experts_per_token = 9 exceeds num_experts = 8"),
         (["model.preset=mixtral-8x7c"], "preset = 'mixtral-8x7c' is unknown: did you mean mixtral-8x7b"),

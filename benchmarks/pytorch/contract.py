@@ -50,6 +50,10 @@ def check(content: dict[str, Any], stack: str) -> None:
         f"training.param_dtype = {t['param_dtype']}": adapter is None
         and kind == "mixtral"
         and t["param_dtype"] != t["compute_dtype"],
+        f"training.weight_decay_on = {t['weight_decay_on']}": adapter is None
+        and bool(t["weight_decay"])
+        and t["weight_decay_on"] != "all",
+        "training.param_dtype = bfloat16_stochastic": t["param_dtype"] == "bfloat16_stochastic",
         f"training.remat = {t['remat']}": t["remat"] not in ("none", "full"),
         "adapter.targets": stack == "today" and bool(adapter) and not {"w1", "w2", "w3"} <= set(adapter["targets"]),
     }
@@ -59,7 +63,9 @@ def check(content: dict[str, Any], stack: str) -> None:
         "model.aux_loss_coef": "the runner adds no load-balancing loss",
         "adapter.dropout": "two frameworks cannot draw the same masks",
         "quantization.format": "bitsandbytes stores linear layers in 4 bits, and transformers 5 keeps experts as stacked parameters",
+        "training.param_dtype = bfloat16_stochastic": "it rounds to the nearest number: set bfloat16, or float32",
         "training.param_dtype": "transformers holds one copy of a Mixtral's weights: it must be equal to training.compute_dtype",
+        "training.weight_decay_on": "its AdamW decays whatever it trains: set training.weight_decay_on=all",
         "training.remat": "its layers are recomputed whole or not at all: full or none, the same for both sides",
         "adapter.targets": "transformers 5 holds w1 and w3 in one parameter: w1, w2 and w3 are adapted together or not at all",
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,15 @@ def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
     return weight.astype(dtype)
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Like:
+    """Shape and dtype of what the backward pass does not need the values of: part of the tree, since every residual has to be an array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def with_frozen(product: Callable[..., jax.Array], scope: str, weight: Weight, x: jax.Array) -> jax.Array:
     """product(w, x) with w = the dequantized weight in x's dtype. Differentiable in x; saves only the codes.
@@ -61,11 +71,12 @@ def with_frozen(product: Callable[..., jax.Array], scope: str, weight: Weight, x
 
 
 def _forward(product, scope, weight, x):  # type: ignore[no-untyped-def]
-    return with_frozen(product, scope, weight, x), (weight, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return with_frozen(product, scope, weight, x), (weight, _Like(x.shape, x.dtype))
 
 
 def _backward(product, scope, residuals, dy):  # type: ignore[no-untyped-def]
-    weight, x = residuals
+    weight, like = residuals
+    x = jax.ShapeDtypeStruct(like.shape, like.dtype)
     (dx,) = jax.linear_transpose(partial(product, dequantized(weight, x.dtype, scope)), x)(dy)
     return None, dx
 

@@ -374,7 +374,7 @@ def breakdown(
     on_experts = adapter is not None and any(name in ("w1", "w2", "w3") for name in adapter.targets)
     others = 0 if adapter is None else sum(name not in ("w1", "w2", "w3") for name in adapter.targets)
     step = _Step(
-        config, platform, device or kind(platform), rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.param_dtype],
+        config, platform, device or kind(platform), rows, row_tokens, ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype],
         rank if on_experts else 0, t.loss_chunk_tokens, t.remat == "full", others * rank,
         sum(w.bytes for w in trained if ".lora_" in w.name and not w.name.startswith(("w1", "w2", "w3"))),
         adapter is None or any(name in sizes.ATTENTION for name in adapter.targets), experiment.model.aux_loss_coef > 0,
@@ -391,7 +391,7 @@ def breakdown(
     # On a CPU a loss of one chunk is no loop, and the layers' gradients are zeroed before it.
     tables = {w.name: w.bytes for w in trained if w.name in ("embed", "head")}
     early = gradients - sum(tables.values()) if platform == "cpu" and not adapter and step.tokens <= step.chunk else 0
-    scaled = 0 if adapter else _scaled(trained, tables["embed"], t.param_dtype, platform)
+    scaled = 0 if adapter else _scaled(trained, tables["embed"], t.stored_dtype, platform)
     moments = {
         "loss": (carried + early, saved, step.loss()),
         "experts, backward": (carried + gradients, saved, step.experts() + head),

@@ -79,7 +79,7 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     """All weights and adapters, stacked over layers as the step gets them."""
     t, q, count = experiment.training, experiment.quantization, layers(config)
     frozen = experiment.adapter is not None
-    dtype = t.compute_dtype if frozen else t.param_dtype
+    dtype = t.compute_dtype if frozen else t.stored_dtype
     groups = {"attention": ATTENTION, "experts": _EXPERTS, "router": ("router",)}
     nf4 = {name for module in q.modules for name in groups[module]} if q.format == "nf4" else set()
     found = []

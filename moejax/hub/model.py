@@ -55,7 +55,7 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
         "quantization": quantization_config(experiment),
         "adapter": adapter_config(experiment),
         "dtype": jnp.dtype(t.compute_dtype),
-        "param_dtype": jnp.dtype(t.param_dtype),
+        "param_dtype": jnp.dtype(t.stored_dtype),
         "backend": experiment.model.moe_backend,
     }
 

@@ -20,7 +20,8 @@ def check(experiment: Experiment, device: Any) -> None:
     if device.platform != "gpu" or not capability[:1].isdigit():  # AMD's are names
         return
     t = experiment.training
-    wrong = [f"training.{name} = bfloat16" for name in ("compute_dtype", "param_dtype") if getattr(t, name) == "bfloat16"]
+    asked = {name: getattr(t, name) for name in ("compute_dtype", "param_dtype")}
+    wrong = [f"training.{name} = {dtype}" for name, dtype in asked.items() if dtype.startswith("bfloat16")]
     if wrong and tuple(int(part) for part in capability.split(".")[:2]) < OLDEST_WITH_BF16:
         raise UserError(
             f"{device.device_kind} has compute capability {capability}, and {' and '.join(wrong)} needs 8.0 (A100, A40, RTX 30 or newer): "

@@ -15,7 +15,7 @@ from models.build import build
 from moejax.config import Experiment
 from moejax.estimator import cards
 from moejax.estimator.units import gigabytes
-from moejax.training import held_out
+from moejax.training import held_out, low_precision
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.state import architecture, model_arguments, split
@@ -71,6 +71,7 @@ def report(experiment: Experiment) -> int:
     console.print(table)
     for line in cards.lines(experiment, sizes):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    low_precision.warn(experiment, console)
     console.print(_schedule(experiment), highlight=False)
     for line in [*asked, *missing(experiment)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -25,7 +25,19 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokeniz
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
-from moejax.training import device_check, experts, flops, held_out, memory, pinning, prediction, remat, run_folder, step_profile
+from moejax.training import (
+    device_check,
+    experts,
+    flops,
+    held_out,
+    low_precision,
+    memory,
+    pinning,
+    prediction,
+    remat,
+    run_folder,
+    step_profile,
+)
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -89,6 +101,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     with console.status("loading the model"):
         model = create_model(experiment, config, model_folder)
         continue_adapter(experiment, model, experiment.model.source)
+    low_precision.warn(experiment, console, model)
     run_folder.write_config(folder, experiment)
     trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep, asked=asked, tokenizer=tokenizer)
     return trainer.train()

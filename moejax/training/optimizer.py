@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 
 from moejax.config import TrainingConfig
+
+_UNDECAYED = ("bias", "dt_bias", "a_log", "d")
+"""Besides norms: biases, as transformers' Trainer leaves them out; A_log and D, which Mamba marks `_no_weight_decay`."""
+
+
+def is_decayed(path: tuple[Any, ...]) -> bool:
+    """Whether the weight at this path of a model's state is a matrix (a table, a convolution), which weight decay is for."""
+    names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+    names = [name for name in names if name != "value"]  # of the variable that holds the array
+    return names[-1] not in _UNDECAYED and not any(name.endswith("norm") for name in names)
 
 
 def make_schedule(config: TrainingConfig, steps: int) -> optax.Schedule:
@@ -26,9 +39,18 @@ def make_optimizer(config: TrainingConfig, schedule: optax.Schedule) -> optax.Gr
     """AdamW (decoupled decay, as torch's) behind clipping by the global norm; moments in the weights' dtype (fp32 for LoRA).
 
     Adafactor (optax's, without its own scaling by the parameters' size): second moments as a row and a column per matrix, no first.
+    A step takes learning rate · weight_decay of each weight that `weight_decay_on` names, with either.
     """
+
+    def decayed(weights: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: config.weight_decay_on == "all" or is_decayed(path), weights)
+
+    decay = optax.add_decayed_weights(config.weight_decay, decayed)
     if config.optimizer == "adafactor":
-        rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None)
+        # `optax.adafactor`, which would decay by weight_decay itself at every step, whatever the learning rate is.
+        clipped = optax.chain(optax.clip_by_block_rms(1.0), decay)
+        rule = optax.chain(optax.scale_by_factored_rms(), clipped, optax.scale_by_learning_rate(schedule))
     else:
-        rule = optax.adamw(schedule, b1=config.betas[0], b2=config.betas[1], eps=config.eps, weight_decay=config.weight_decay)
+        adam = optax.scale_by_adam(config.betas[0], config.betas[1], config.eps)
+        rule = optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
     return rule if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)

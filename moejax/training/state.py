@@ -47,6 +47,7 @@ def objective(experiment: Experiment, graphdef: Any) -> Objective:
         aux_loss_coef=experiment.model.aux_loss_coef,
         chunk_tokens=t.loss_chunk_tokens,
         dropout=0.0 if experiment.adapter is None else experiment.adapter.dropout,
+        stochastic=t.param_dtype == "bfloat16_stochastic",
     )
 
 

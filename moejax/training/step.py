@@ -15,8 +15,11 @@ from models.mixtral import load_balancing_loss
 from models.moe import RouterStats
 from models.ops.cross_entropy import linear_cross_entropy
 from moejax.data.batch import Batch
+from moejax.training import rounding
 
 Tree = Any
+
+_ROUNDING = 0x726F756E  # folded into the seed: no other draw of a run's begins with it
 
 
 class TrainState(NamedTuple):
@@ -32,6 +35,7 @@ class Objective:
     """What is minimized, and how it is computed.
 
     loss = Σ cross-entropy over supervised tokens / their number in the whole optimizer step + aux_loss_coef · load balancing.
+    stochastic: weights and the optimizer's state are bf16, computed in fp32 and rounded stochastically.
     """
 
     graphdef: Any
@@ -41,6 +45,7 @@ class Objective:
     aux_loss_coef: float = 0.0
     chunk_tokens: int = 1024
     dropout: float = 0.0
+    stochastic: bool = False
 
 
 def sums(
@@ -72,7 +77,8 @@ def make_train_step(
     """step(state, frozen, batch) -> (state, metrics). batch: leaves [A, rows, T], A micro-batches of one optimizer step.
 
     Gradients of the micro-batches are added and divided once by the supervised tokens of all of them. Nothing but the batch has to
-    be sent to the device: the dropout key is folded from the seed and the step.
+    be sent to the device: the keys of dropout and rounding are folded from the seed and the step. update_norm is of the change in the
+    stored weights, after rounding.
     """
 
     def gradients(trainable: Tree, frozen: Tree, micro: Batch, key: jax.Array | None) -> tuple[Any, Any]:
@@ -83,6 +89,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout else None
+        rounding_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ROUNDING), state.step)
         if batch.tokens.shape[0] == 1:
             grads, extra = gradients(state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
         else:
@@ -90,7 +97,11 @@ def make_train_step(
             def micro_step(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
                 micro, index = xs
                 micro_key = None if key is None else jax.random.fold_in(key, index)
-                return jax.tree.map(jnp.add, carry, gradients(state.trainable, frozen, micro, micro_key)), None
+                part = gradients(state.trainable, frozen, micro, micro_key)
+                if objective.stochastic:
+                    total = jax.tree.map(jnp.add, rounding.widened(carry), rounding.widened(part))
+                    return rounding.stored_like(total, carry, jax.random.fold_in(rounding_key, 1 + index)), None
+                return jax.tree.map(jnp.add, carry, part), None
 
             shapes = jax.eval_shape(gradients, state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -99,15 +110,23 @@ def make_train_step(
         cross_entropy, stats = extra
         with jax.named_scope("optimizer"):
             supervised = jnp.sum(batch.loss_mask)
-            grads = jax.tree.map(lambda g: g / jnp.maximum(supervised, 1).astype(g.dtype), grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
+            if objective.stochastic:
+                grads = _mean(rounding.widened(grads), supervised)
+                wide, moments = rounding.widened((state.trainable, state.opt_state))
+                updates, moments = optimizer.update(grads, moments, wide)
+                changed = (optax.apply_updates(wide, updates), moments)
+                stored = (state.trainable, state.opt_state)
+                trainable, opt_state = rounding.stored_like(changed, stored, jax.random.fold_in(rounding_key, 0))
+            else:
+                grads = _mean(grads, supervised)
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+                trainable = optax.apply_updates(state.trainable, updates)
             metrics = {
                 "loss": cross_entropy / jnp.maximum(supervised, 1),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-                "grad_norm": optax.global_norm(grads),
-                "update_norm": optax.global_norm(updates),
-                "param_norm": optax.global_norm(trainable),
+                "grad_norm": _norm(grads),
+                "update_norm": _norm(jax.tree.map(_change, trainable, state.trainable)),
+                "param_norm": _norm(trainable),
                 "expert_counts": stats.counts,
             }
             if objective.aux_loss_coef:
@@ -115,6 +134,25 @@ def make_train_step(
         return TrainState(trainable, opt_state, state.step + 1), metrics
 
     return step
+
+
+def _mean(grads: Tree, supervised: jax.Array) -> Tree:
+    """Sums of gradients over the supervised tokens, by their number: divided in fp32, since bf16 cannot count beyond 256."""
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) / jnp.maximum(supervised, 1)).astype(g.dtype), grads)
+
+
+def _norm(tree: Tree) -> jax.Array:
+    """Global norm, in fp32 whatever the leaves are."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+
+
+def _change(new: jax.Array, old: jax.Array) -> jax.Array:
+    """fp32 new - old of stored weights."""
+    wide = new.astype(jnp.float32)
+    if new.dtype == jnp.bfloat16:
+        # The compiler may leave out a rounding to bf16 that is followed by a widening; this one it has to do.
+        wide = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+    return wide - old.astype(jnp.float32)
 
 
 def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:

@@ -80,13 +80,13 @@ def test_weights_after_five_steps(case, reference_batch):
     ours = adapter_tensors(nnx.merge(graphdef, state.trainable, frozen))
     # Against PyTorch in float64: Adam divides a gradient by its own size, so where that is rounding noise, so is the step, in PyTorch's
     # own fp32 too (tests/oracles/lora.py prints how many: 4 and 0 of the weights on the machine of the vectors, 4 and 1 on an Intel Xeon,
-    # where the same one is off here). Noise is what is smaller than the bar of the gradients' own test, 2e-5 of the tensor's largest: of
-    # 53,888 weights that leaves out 15 more than |g| > 1e-8 does. How many of the small ones may be off stays bounded.
+    # where the same one is off here). Noise is what is smaller than 3e-6 of the tensor's largest gradient, which is what fp32 sums of this
+    # length leave; how many of those may be off stays bounded.
     differences, noise = [], []
     for name, value in ours.items():
         apart = np.abs(np.asarray(value) - vectors[f"exact_after/{name}"])
         gradient = np.abs(vectors[f"exact_grad/{name}"])
-        real = gradient > 2e-5 * gradient.max()
+        real = gradient > 3e-6 * gradient.max()
         differences.append(apart[real])
         noise.append(apart[~real])
     differences, noise = np.concatenate(differences), np.concatenate(noise)
