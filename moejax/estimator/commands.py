@@ -125,9 +125,10 @@ def _job(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
             raise UserError("--length needs --records: how many queries of this length")
         length = lengths.constant(options.records, options.length)
     printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
+    queries = options.records or printed or length.queries
     return job.Job(
-        model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length,
-        options.records or printed or length.queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
+        model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length.repeated(queries),
+        queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
         options.row_tokens, options.pad_multiple or _multiple(entries),
     )  # fmt: skip
 

@@ -16,9 +16,11 @@ from matplotlib.ticker import MaxNLocator
 from moejax import reference
 from moejax.estimator import curves, paper
 from moejax.estimator.coefficients import Entry, choose
+from moejax.estimator.commands import counted
 from moejax.estimator.fitting import Fitted
 from moejax.estimator.gpus import GPU, find
-from moejax.estimator.plan import Job, Plan, Prediction
+from moejax.estimator.job import Job
+from moejax.estimator.plan import Plan, Prediction, batches
 from moejax.estimator.step_time import fit
 
 INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
@@ -92,7 +94,7 @@ def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Seq
     colors = [BLUE, ORANGE, GREEN, INK, GREY]
     for p, color in zip(found, colors * len(found), strict=False):
         step = choose(entries, job.model, job.method, find(p.gpu, table), table)
-        batch = np.arange(1, max(p.fits, p.batch, 2) + 1)
+        batch = np.array(batches(min(max(p.fits, p.batch, 2), job.largest_batch)))
         tokens = [job.tokens(int(b)) for b in batch]
         rate = [b / step.seconds(t, job.share) for b, t in zip(batch, tokens, strict=True)]
         axes.plot(batch, rate, color=color, ls="-" if p.measured else "--", label=p.gpu + ("" if p.measured else " (carried over)"))
@@ -128,7 +130,7 @@ def options(folder: Path, job: Job, made: Plan) -> list[Path]:
         axes.set_xlim(left=0)
         axes.grid(axis="x", color=GREY, alpha=0.3)
         _clean(axes)
-    title = f"{_named(job)}, {job.queries:,} queries x {job.epochs:g} epochs (grey: carried over, not measured)"
+    title = f"{_named(job)}, {counted(job.queries, 'query', 'queries')} x {counted(job.epochs, 'epoch')} (grey: carried over, not measured)"
     figure.suptitle(title, fontsize=10)
     return [_save(figure, folder / "plan.png")]
 

@@ -48,6 +48,11 @@ class Job:
         return PRESETS[self.preset]
 
     @property
+    def largest_batch(self) -> int:
+        """Queries that there are for one batch."""
+        return min(self.queries, self.lengths.queries) if self.batching.startswith("pad") else self.queries
+
+    @property
     def share(self) -> float:
         return self.experts_per_token / self.config.num_experts
 

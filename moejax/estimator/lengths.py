@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
@@ -55,6 +55,10 @@ class Lengths:
     def cut(self, row_tokens: int | None = None) -> int:
         """Where a longer query is cut: at `row_tokens`, else where the study did; without either no query is (its longest)."""
         return row_tokens or self.cutoff or self.longest
+
+    def repeated(self, queries: int) -> Lengths:
+        """The same lengths for a set of at least twice as many queries, as often as they fit into it."""
+        return replace(self, counts=self.counts * max(1, queries // self.queries))
 
     def longer_than(self, tokens: int) -> int:
         """Queries of more tokens."""

@@ -41,8 +41,8 @@ class Prediction:
     notes: tuple[str, ...]
 
 
-def _batches(most: int) -> list[int]:
-    """Batch sizes to choose from: all up to 256, above that in steps of 2 %."""
+def batches(most: int) -> list[int]:
+    """Batch sizes to look at: all up to 256, above that in steps of 2 %."""
     few = range(1, min(most, 256) + 1)
     many = np.geomspace(256, most, max(2, math.ceil(math.log(most / 256, 1.02)))).astype(int).tolist() if most > 256 else []
     return sorted({*few, *many})
@@ -72,9 +72,10 @@ def predict(
     fits = room.largest(job, gpu, table)
     notes = []
     if batch is None:
-        most = min(fits, job.queries, job.lengths.queries)
-        batch = max(_batches(most), key=lambda b: b / step.seconds(job.tokens(b), job.share))
-        notes.append(f"batch {batch}: the fastest of up to {most} that fit by {room.by}{room.also}")
+        most = min(fits, job.largest_batch)
+        batch = max(batches(most), key=lambda b: b / step.seconds(job.tokens(b), job.share))
+        of = f"up to {fits} that fit" if fits == most else f"up to {most}, all that there are; {fits:,} fit"
+        notes.append(f"batch {batch}: the fastest of {of} by {room.by}{room.also}")
     elif batch > fits:
         notes.append(f"batch {batch} is more than {room.by} has room for{room.also}: {fits} queries, the longest of {job.longest} tokens")
     if room.rows_known is not None and job.longest > room.rows_known:

@@ -111,6 +111,17 @@ def test_the_first_line_says_whose_software(capsys, tmp_path):
         assert f"in steps of {16 if framework == 'jax' else 8} tokens (--pad-multiple)" in out
 
 
+def test_a_few_lengths_stand_for_many_records(capsys, tmp_path):
+    """Five lengths for 10,000 records: a batch is not limited to five, and the figure is drawn."""
+    file = tmp_path / "lengths.txt"
+    file.write_text("100\n" * 4 + "300\n")
+    asked = ("predict", "--lengths", str(file), "--gpu", "A100-80", "--json")
+    assert json.loads(run(capsys, *asked)[1])["predictions"][0]["batch"] <= 5
+    code, out, _ = run(capsys, *asked, "--records", "10000", "--plot", str(tmp_path))
+    assert code == 0 and json.loads(out)["predictions"][0]["batch"] > 5 and json.loads(out)["job"]["mean_tokens"] == 140
+    assert run(capsys, *asked, "--plot", str(tmp_path))[0] == 0  # more fit than there are
+
+
 def test_numbers_as_people_write_them(capsys):
     short = ("predict", "--records", "3", "--length", "8", "--gpu", "A100-80", "--epochs", "1")
     row = next(line for line in run(capsys, *short)[1].splitlines() if line.startswith("│ A100"))

@@ -253,7 +253,7 @@ def test_a_cut_is_told_with_the_option_that_changes_it():
 def test_few_records_and_many(monkeypatch):
     """A batch is never larger than the set, and a toy's millions of rows are not tried one by one."""
     few = predict(dataclasses.replace(MATH, queries=3), "A100-80")
-    assert few.batch == 3
+    assert few.batch == 3 and "batch 3: the fastest of up to 3, all that there are; 17 fit by equation 1" in few.notes[0]
     asked = []
     tokens = Job.tokens
     monkeypatch.setattr(Job, "tokens", lambda self, batch: (asked.append(batch), tokens(self, batch))[1])
