@@ -8,13 +8,15 @@ traced) are left out.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.estimator.coefficients import Entry, StepTime
+from moejax.estimator import units
+from moejax.estimator.coefficients import Entry, Range, StepTime
 from moejax.estimator.gpus import GPU
 from moejax.files import replace_text
 
@@ -27,14 +29,21 @@ def time_prediction(entry: Entry, share: float) -> Document:
     """An entry as prediction.json keeps it: seconds and their interval at these tokens follow from it."""
     entry.check_share(share)
     samples = None if not len(entry.samples) else {"samples": entry.samples.tolist(), "scatter": entry.scatter.tolist()}
-    return {"coefficients": entry.coefficients.tolist(), "source": entry.source, "points": entry.points, "share": share, "spread": samples}
+    return {
+        "coefficients": entry.coefficients.tolist(), "source": entry.source, "points": entry.points, "share": share, "spread": samples,
+        "range": None if entry.range is None else asdict(entry.range), "doubt": entry.doubt,
+    }  # fmt: skip
 
 
 def step_time(time: Document) -> StepTime:
     """The other way round."""
     spread = time["spread"] or {"samples": [], "scatter": []}
     samples, scatter = np.array(spread["samples"], float).reshape(-1, 3), np.array(spread["scatter"], float)
-    entry = Entry("", "", "", np.array(time["coefficients"], float), samples, scatter, time["source"], time["points"])
+    known = time.get("range") and Range(tuple(time["range"]["tokens"]), tuple(time["range"]["shares"]), time["range"]["row_tokens"])
+    entry = Entry(
+        "", "", "", np.array(time["coefficients"], float), samples, scatter, time["source"], time["points"],
+        range=known, doubt=time.get("doubt"),
+    )  # fmt: skip
     return StepTime(entry, GPU("", 1.0, 1.0, 1.0, None, ""), (np.ones(3),), True)
 
 
@@ -121,8 +130,8 @@ def _seconds(told: Document, steps: list[Document], time: Document | None) -> Do
 def lines(document: Document) -> list[str]:
     """The comparison in words."""
     m, s, usd = document["memory"], document["step_seconds"], document["cost_usd"]
-    measured = "?" if m["measured_bytes"] is None else f"{m['measured_bytes'] / 1e9:.2f}"
-    memory = f"memory: predicted {m['predicted_bytes'] / 1e9:.2f} GB, measured {measured} GB"
+    measured = "unknown" if m["measured_bytes"] is None else units.told(m["measured_bytes"])
+    memory = f"memory: predicted {units.told(m['predicted_bytes'])}, measured {measured}"
     told = [f"{memory}: {_percent(m['error'])}" if m["error"] is not None else f"{memory} (not comparable: {m['why_not']})"]
     if s["error"] is None:
         told.append(f"step: not predicted ({s['why_not']}), measured {1e3 * s['measured']:.1f} ms")

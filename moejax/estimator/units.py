@@ -11,3 +11,10 @@ class Gigabytes(float):
 def gigabytes(size: float) -> Gigabytes:
     """Of so many bytes."""
     return Gigabytes(size / 1e9)
+
+
+def told(size: float) -> str:
+    """`23.35 GB`, `78.2 MB`: a size in a sentence."""
+    if size >= 0.1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.3g} MB" if size >= 1e4 else f"{size:.0f} bytes"

@@ -15,7 +15,7 @@ from rich.console import Console
 from models.config import Architecture
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import coefficients, comparison, fitting, gpus, prices
+from moejax.estimator import coefficients, comparison, fitting, gpus, prices, units
 from moejax.training.step_profile import cpu_name
 
 COEFFICIENTS = "coefficients.json"
@@ -57,7 +57,7 @@ def announce(
         "price": None if price is None else price.told, "disturbed_steps": disturbed,
     }  # fmt: skip
     comparison.write_json(path, document)
-    told = f"prediction: {peak_bytes / 1e9:.2f} GB by the compiled step"
+    told = f"prediction: {units.told(peak_bytes)} by the compiled step"
     if time is None:
         told += f"; no time: {why}"
     else:
@@ -65,6 +65,8 @@ def announce(
         seconds, ends = law.seconds(tokens, share), law.interval(tokens, share)
         between = "" if ends is None else f" ({1e3 * ends[0]:.1f} to {1e3 * ends[1]:.1f})"
         told += f"; {1e3 * seconds:.1f} ms a step of {tokens:,} tokens{between}, {seconds * steps / 60:.1f} min for {steps} steps"
+        told += "".join(f"; {note}" for note in law.entry.beyond(tokens, share, 0))
+        told += "" if law.entry.doubt is None else f"; do not trust it: its coefficients are in doubt ({law.entry.doubt})"
         if price is not None:
             told += f", {seconds * steps / 3600 * price.usd_per_hour:.2f} USD at {price.told}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -174,7 +174,7 @@ def test_compare(capsys, tmp_path):
     told = TOLD | {"time": comparison.time_prediction(entry, 0.25)}
     folder = finished(tmp_path / "run", told)
     code, out, _ = run(capsys, "compare", folder)
-    assert code == 0 and "memory: predicted 0.00 GB, measured 0.00 GB: -10.0 %" in out
+    assert code == 0 and "memory: predicted 90 bytes, measured 100 bytes: -10.0 %" in out
     assert "step: predicted 1800.0 ms, measured 2000.0 ms: -10.0 %" in out and "measured 0.0060 USD at 3.6 USD/h: -10.0 %" in out
     kept = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert kept["steps"] == 3 and kept["step_seconds"]["error"] == pytest.approx(-0.1) == kept["cost_usd"]["error"]

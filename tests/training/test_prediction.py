@@ -1,5 +1,6 @@
 """What a run says before it steps, and after: prediction.json, comparison.json, and the words for both."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def test_with_coefficients_time_is_predicted(make_experiment, tmp_path, capsys, 
     out, kept = announced(experiment, tmp_path, capsys)
     assert "1250.0 ms a step of 1,000 tokens" in out and "2.1 min for 100 steps" in out and "USD" not in out
     assert kept["time"]["coefficients"] == [0.25, 1e-3, 0.0] and kept["disturbed_steps"] == [1]
+    assert "extrapolated" not in out and "do not trust" not in out
+    known = coefficients.Range((100.0, 200.0), (0.25, 0.25), 64)
+    path = Path(experiment.runs_dir) / "coefficients.json"
+    coefficients.write(path, [dataclasses.replace(e, range=known, doubt="they miss") for e in coefficients.read(path)])
+    out, kept = announced(experiment, tmp_path, capsys)
+    assert "extrapolated, which the brackets do not know: 1,000 tokens a step (measured: 100 to 200)" in out
+    assert "do not trust it: its coefficients are in doubt (they miss)" in out and comparison.step_time(kept["time"]).entry.range == known
     (Path(experiment.runs_dir) / "coefficients.json").write_text("{")
     assert "no time: " in announced(experiment, tmp_path, capsys)[0]  # a damaged file never stops a run
 
