@@ -51,7 +51,10 @@ RUNS = {
     },
     "blackmamba, stochastic": {
         **WHOLE,
-        "model": {"preset": None, "source": "BLACKMAMBA", "moe_backend": "capacity", "overrides": {}, "revision": "main", "ignored_settings": ["use_qk_norm"]},
+        "model": {
+            "preset": None, "source": "BLACKMAMBA", "moe_backend": "capacity", "overrides": {}, "revision": "main",
+            "ignored_settings": ["x"],
+        },
         "data": {
             "source": "NAMED", "config_name": "main", "split": "some", "template": "chat", "batching": "pad_bucket", "buckets": [128, 256],
         },
