@@ -64,8 +64,7 @@ class MoE(nnx.Module):
             counts = jnp.full(self.experts, jnp.sum(valid, dtype=jnp.int32))
             return jnp.zeros((x.shape[0], 0), jnp.int32), probabilities, RouterStats(counts, sums)
         with jax.named_scope("topk"):
-            indices = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.k)[1].astype(jnp.int32)
-            indices = checkpoint_name(indices, "router_indices")
+            indices = checkpoint_name(self.choose(probabilities), "router_indices")
             chosen = indices[..., None] == jnp.arange(self.experts)
             # One of the summands is not zero: a gather, but one whose gradient is no scatter.
             picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
@@ -73,6 +72,10 @@ class MoE(nnx.Module):
             weights = checkpoint_name(weights, "router_weights")
             counts = jnp.sum(chosen & valid[:, None, None], axis=(0, 1), dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
+
+    def choose(self, probabilities: jax.Array) -> jax.Array:
+        """The experts that each token visits, by fp32 [N, E]: int32 [N, K]."""
+        return jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.k)[1].astype(jnp.int32)
 
     def _sparse(
         self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,8 @@ from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer, save_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.runs import open_run
-from moejax.hub import layerwise, merge, peft, weights
+from moejax.hub import merge, peft, verification, weights
+from moejax.hub.layerwise import Checkpoint, layers_in
 from moejax.training.state import adapter_config, architecture, quantization_config
 
 PROMPT = (
@@ -28,16 +29,7 @@ PROMPT = (
 )
 TOLERANCE = {"peft": 1e-5, "fused": 1e-5, "merged": 0.05}
 """Largest logit difference allowed, as a share of the largest logit. The adapter is the same numbers again; a merged matrix is
-rounded to bf16, and a token whose router is nearly undecided may then visit another expert."""
-
-
-class Comparison(NamedTuple):
-    """Of two models' logits on one prompt."""
-
-    largest: float  # logit difference
-    share: float  # … of the largest logit
-    equal: int  # positions whose likeliest next token is the same
-    tokens: int
+rounded to bf16."""
 
 
 def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance: float | None) -> int:
@@ -67,14 +59,17 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
             _write_merged(experiment, sizes, folder, base, aside, total, console)
         if verify:
             limit = TOLERANCE[chosen] if tolerance is None else tolerance
-            compared = _compare(experiment, sizes, folder, base, aside, chosen, console)
-            console.print(_verdict(compared, limit), highlight=False, soft_wrap=True)
-            # not (a <= b): logits that are not numbers fail too.
-            if not compared.share <= limit:
+            try:
+                compared = _compare(experiment, sizes, folder, base, aside, chosen, limit, console)
+                # not (a <= b): logits that are not numbers fail too.
+                if not compared.share <= limit:
+                    raise verification.Different(f"{_verdict(compared, limit)} (--tolerance sets another limit)")
+            except verification.Different as error:
                 raise UserError(
-                    f"what was written does not compute what was trained: {_verdict(compared, limit)}. {target} was not made. Please "
-                    "report this; --tolerance sets another limit"
-                )
+                    f"what was written does not compute what was trained: {error}. {target} was not made. Please report this; "
+                    "--no-verify writes it all the same"
+                ) from None
+            console.print(_verdict(compared, limit), highlight=False, soft_wrap=True)
         aside.replace(target)
     except OSError as error:
         raise UserError(
@@ -122,42 +117,35 @@ def _tokenizer(experiment: Experiment, base: Path) -> Any:
 
 
 def _compare(
-    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, console: Console
-) -> Comparison:
+    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, limit: float, console: Console
+) -> verification.Comparison:
     """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory."""
-    tokens = _prompt(experiment, base, sizes)
     stored = jnp.dtype(experiment.training.compute_dtype if experiment.adapter else experiment.training.stored_dtype)
-    trained: dict[str, Any] = {"param_dtype": stored, "frozen_dtype": stored, "quantization": quantization_config(experiment)}
-    trained |= {"adapter": adapter_config(experiment)}
+    arguments: dict[str, Any] = {"param_dtype": stored, "frozen_dtype": stored, "quantization": quantization_config(experiment)}
+    arguments |= {"adapter": adapter_config(experiment)}
     own = [] if experiment.adapter is None else [folder / "adapter"]
+    if chosen != "merged":
+        models = [Checkpoint(sizes, base, [*own, written], arguments)]
+    else:
+        reloaded = Checkpoint(weights.read_config(written), written, (), {"param_dtype": jnp.bfloat16})
+        models = [Checkpoint(sizes, base, own, arguments), reloaded]
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        walks = 2 if chosen == "merged" else 1
-        task = bar.add_task("verifying", total=walks * sizes.num_layers // layerwise.layers_in(sizes))
-
-        def logits(sizes: Architecture, source: Path, **arguments: Any) -> list[np.ndarray]:
-            return layerwise.logits(sizes, source, tokens, advance=lambda: bar.advance(task), **arguments)
-
-        if chosen != "merged":
-            expected, actual = logits(sizes, base, adapters=[*own, written], **trained)
-        else:
-            (expected,) = logits(sizes, base, adapters=own, **trained)
-            (actual,) = logits(weights.read_config(written), written, param_dtype=jnp.bfloat16)
-    return compare(expected, actual)
+        task = bar.add_task("verifying", total=sizes.num_layers // layers_in(sizes))
+        return verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: bar.advance(task))
 
 
-def compare(expected: np.ndarray, actual: np.ndarray) -> Comparison:
-    """logits: [T, V] of the trained and of the reloaded model."""
-    largest = float(np.abs(expected - actual).max())
-    equal = int((expected.argmax(-1) == actual.argmax(-1)).sum())
-    return Comparison(largest, largest / float(np.abs(expected).max()), equal, len(expected))
-
-
-def _verdict(c: Comparison, limit: float) -> str:
-    return (
+def _verdict(c: verification.Comparison, limit: float) -> str:
+    text = (
         f"verified on {c.tokens} tokens: largest logit difference {c.largest:.2g} ({100 * c.share:.2g} % of the largest logit, at most "
         f"{100 * limit:g} % allowed), {c.equal} of {c.tokens} next tokens equal"
     )
+    if c.rerouted:
+        text += (
+            f", with the trained model's experts; by itself it sends {c.rerouted} of the tokens to another expert in some layer, where two "
+            f"are as good as equal (probabilities at most {c.gap:.2g} apart)"
+        )
+    return text
 
 
 def _prompt(experiment: Experiment, base: Path, sizes: Architecture) -> np.ndarray:

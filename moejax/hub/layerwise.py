@@ -1,12 +1,12 @@
-"""Logits of a checkpoint without its model in memory: each layer is read, run over the activations, and forgotten."""
+"""A checkpoint without its model in memory: each layer is read, run over the activations, and forgotten."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,107 @@ from models.build import Model, build
 from models.config import Architecture, MixtralConfig
 from models.mixtral import Mixtral
 from moejax.hub import peft, stored, streaming, weights
+from moejax.hub.names import attribute, index_of
 
 _LAYER = re.compile(r"^(model\.layers|decoder\.layers)\.(\d+)\.")
+
+
+class Checkpoint(NamedTuple):
+    """A folder in Hub layout, and how its weights are stored here: `models.build.build`'s arguments. Each adapter over it is a model of
+    its own; without any it is one."""
+
+    sizes: Architecture
+    folder: Path
+    adapters: Sequence[Path] = ()
+    arguments: Mapping[str, Any] = {}
+
+
+class Matrix(NamedTuple):
+    """A weight as it is stored, under the checkpoint's own name, and for each adapter (A, B, scale) or None."""
+
+    name: str
+    value: Any
+    pairs: list[tuple[Any, Any, float] | None]
+
+
+class Routing(NamedTuple):
+    """Of one layer. probabilities: fp32 [T, E]; own: int32 [T, K], the experts that it chose or would have chosen."""
+
+    probabilities: np.ndarray
+    own: np.ndarray
+
+
+class Walk:
+    """A checkpoint's models over one row of tokens, from the embedding to the logits. Computed in fp32.
+
+    In memory are one layer, the embedding or the head, and the adapters. Raises UserError as `weights.load_weights` and
+    `peft.load_adapter` do.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokens: np.ndarray, stack: ExitStack):
+        """tokens: int32 [T]. What is opened is closed by `stack`."""
+        self.sizes, self.folder = checkpoint.sizes, checkpoint.folder
+        arguments = {**checkpoint.arguments, "dtype": jnp.float32}
+        whole = build(self.sizes, **arguments)  # shapes and names; nothing of it is ever filled but adapters
+        self._pairs: list[Any] = [_pairs(whole, adapter) for adapter in checkpoint.adapters] or [None]
+        self.part = build(self.sizes.replace(num_layers=layers_in(self.sizes)), **arguments)
+        self._blank = nnx.split(self.part)[1]
+        self._run = _runner(self.part, len(tokens))
+        self._files = stored.open_tensors(self.folder, stack)
+        weights.check_names(self._files, whole, self.folder)
+        streaming.fill(self.part, self._files, self.folder, under="embed")
+        self.streams = [self.part.embed(jnp.asarray(tokens)[None], jnp.float32)] * len(self._pairs)
+        self._at = 0
+
+    @property
+    def layers(self) -> int:
+        return self.sizes.num_layers // layers_in(self.sizes)
+
+    def read(self, layer: int) -> None:
+        """Put the weights of a layer in the place of what was there."""
+        self._at = layer
+        nnx.update(self.part, self._blank)
+        streaming.fill(self.part, _of_layer(self._files, layer, layers_in(self.sizes)), self.folder, under="layers")
+
+    def step(self, model: int, experts: np.ndarray | None = None) -> Routing | None:
+        """Run a model's stream through the layer that was read, each token through `experts` (int32 [T, K]) or those that it chooses.
+
+        None where nothing is chosen: in a dense model.
+        """
+        if self._pairs[model] is not None:
+            nnx.update(self.part.layers, _one_layer(self._pairs[model], self._at))
+        stream, seen = self._run(nnx.split(self.part.layers)[1], self.streams[model], experts)
+        self.streams[model] = jax.block_until_ready(stream)
+        return Routing(*(np.asarray(a) for a in seen[0])) if seen else None
+
+    def end(self) -> None:
+        """Read what comes after the layers."""
+        nnx.update(self.part, self._blank)
+        for under in ("norm", "embed" if self.sizes.tie_word_embeddings else "head"):
+            streaming.fill(self.part, self._files, self.folder, under=under)
+
+    def logits(self, model: int) -> np.ndarray:
+        """fp32 [T, V], after `end`."""
+        return np.asarray(self.part.logits(self.part.norm(self.streams[model]))[0])
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Every weight that is in memory now, one layer's and one expert's at a time."""
+        for (path, attr), parts in streaming.by_variable(self.part).items():
+            module = attribute(self.part, path)
+            value = getattr(module, attr).get_value()
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value)):
+                continue
+            lora = getattr(module, "lora", None) if attr == "weight" else None
+            for name, place in parts:
+                index = () if place.layer is None else index_of(place)
+                at = (self._at, *index[1:])
+                pairs = [None if lora is None or p is None else (*_taken(_pair(p, path), at), lora.scale) for p in self._pairs]
+                yield Matrix(self._own_name(name), _taken(value, index), pairs)
+
+    def _own_name(self, name: str) -> str:
+        """A tensor's name in the checkpoint, by its name in a model that has one of our layers."""
+        match, count = _LAYER.match(name), layers_in(self.sizes)
+        return name if match is None else f"{match[1]}.{self._at * count + int(match[2])}.{name[match.end() :]}"
 
 
 def logits(
@@ -30,34 +129,19 @@ def logits(
     advance: Callable[[], None] = lambda: None,
     **arguments: Any,
 ) -> list[np.ndarray]:
-    """fp32 [T, V] of `tokens` (int32 [T]) by the checkpoint in `folder`, once for each adapter (or once, without any), computed in fp32.
+    """fp32 [T, V] of `tokens` (int32 [T]) by the checkpoint in `folder`, once for each adapter (or once, without any).
 
-    arguments: `models.build.build`'s, which say how the weights are stored. In memory are one layer, the embedding or the head, and the
-    adapters. advance: called after each layer. Raises UserError as `weights.load_weights` and `peft.load_adapter` do.
+    arguments: `models.build.build`'s, which say how the weights are stored. advance: called after each layer. Raises as `Walk` does.
     """
-    arguments |= {"dtype": jnp.float32}
-    whole = build(sizes, **arguments)  # shapes and names; nothing of it is ever filled but adapters
-    pairs: list[Any] = [_pairs(whole, adapter) for adapter in adapters] or [None]
-    part = build(sizes.replace(num_layers=layers_in(sizes)), **arguments)
-    blank = nnx.split(part)[1]
-    run = _runner(part, len(tokens))
     with ExitStack() as stack:
-        files = stored.open_tensors(folder, stack)
-        weights.check_names(files, whole, folder)
-        streaming.fill(part, files, folder, under="embed")
-        streams = [part.embed(jnp.asarray(tokens)[None], jnp.float32)] * len(pairs)
-        for layer in range(sizes.num_layers // layers_in(sizes)):
-            nnx.update(part, blank)
-            streaming.fill(part, _of_layer(files, layer, layers_in(sizes)), folder, under="layers")
-            for i, pair in enumerate(pairs):
-                if pair is not None:
-                    nnx.update(part.layers, jax.tree.map(lambda a, at=layer: a[at : at + 1], pair))
-                streams[i] = jax.block_until_ready(run(nnx.split(part.layers)[1], streams[i]))
+        walk = Walk(Checkpoint(sizes, folder, adapters, arguments), tokens, stack)
+        for layer in range(walk.layers):
+            walk.read(layer)
+            for model in range(len(walk.streams)):
+                walk.step(model)
             advance()
-        nnx.update(part, blank)
-        for under in ("norm", "embed" if sizes.tie_word_embeddings else "head"):
-            streaming.fill(part, files, folder, under=under)
-    return [np.asarray(part.logits(part.norm(x))[0]) for x in streams]
+        walk.end()
+        return [walk.logits(model) for model in range(len(walk.streams))]
 
 
 def layers_in(sizes: Architecture) -> int:
@@ -71,16 +155,46 @@ def _pairs(whole: Model, adapter: Path) -> nnx.State:
     return jax.tree.map(jnp.asarray, nnx.state(whole.layers, nnx.LoRAParam))  # a state of its own: `whole` may read another one
 
 
-def _runner(part: Model, length: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """The compiled function of one layer: its weights, and the stream [1, T, D] before it -> the stream after it."""
+def _pair(pairs: Any, path: tuple[str, ...]) -> tuple[Any, Any]:
+    """A and B of a module, stacked."""
+    for name in path[1:]:
+        pairs = pairs[name]
+    return pairs["lora"]["a"].get_value(), pairs["lora"]["b"].get_value()
+
+
+# Compiled once for all layers and experts: an index that is a number in the program would be a program each.
+
+
+@jax.jit
+def _taken(value: Any, index: tuple[Any, ...]) -> Any:
+    """What lies at an index of the leading axes, in every leaf."""
+    return jax.tree.map(lambda a: a[index], value)
+
+
+@jax.jit
+def _one_layer(pairs: Any, layer: Any) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, layer, 1), pairs)
+
+
+def _runner(part: Model, length: int) -> Callable[[nnx.State, jax.Array, Any], tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
+    """The compiled function of one layer: its weights, the stream [1, T, D] before it, and the experts that tokens must visit -> the
+    stream after it, and what its router gave and would have chosen."""
     graphdef = nnx.split(part.layers)[0]
     segment_ids = jnp.ones((1, length), jnp.int32)
     positions = (jnp.arange(length)[None],) if isinstance(part, Mixtral) else ()
 
     @jax.jit
-    def run(state: nnx.State, x: jax.Array) -> jax.Array:
+    def run(state: nnx.State, x: jax.Array, experts: jax.Array | None) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         layer: Any = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
-        return layer(x, segment_ids, *positions, None, False)[0]
+        choose, seen = layer.moe.choose, []
+
+        def chosen(probabilities: jax.Array) -> jax.Array:
+            own = choose(probabilities)
+            seen.append((probabilities, own))
+            return own if experts is None else experts
+
+        object.__setattr__(layer.moe, "choose", chosen)  # for this trace only
+        return layer(x, segment_ids, *positions, None, False)[0], seen
 
     return run
 

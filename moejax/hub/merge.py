@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from models.build import Model
 from models.ops import nf4
 from moejax.hub.names import Place, attribute, index_of, tensors
 from moejax.hub.safetensors_file import Writer
-from moejax.hub.save import write_config
+from moejax.hub.save import write_config, write_json
 from moejax.hub.stored import open_tensors
 from moejax.hub.streaming import read_tensor, stored_shape
 
@@ -56,7 +55,7 @@ def save_merged(
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
     write_config(model.config, folder, jnp.bfloat16)
     return sum(sizes.values())
 

@@ -43,10 +43,10 @@ def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
     hub_config = c.to_hub_config()
     if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
         hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
-    _write_json(folder / "config.json", hub_config)
+    write_json(folder / "config.json", hub_config)
     generation = {"_from_model_config": True, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     replace_text(path, json.dumps(content, indent=2) + "\n")
