@@ -97,10 +97,13 @@ def why_not_compiled(gpu: GPU) -> str | None:
         return None
     if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
         return "the extra `aot` is missing (pip install -e '.[aot]', the plugin in jaxlib's version: BUILD.md)"
-    from moejax.training import aot
+    from moejax.estimator.targets import MULTIPROCESSORS, target_of
 
-    own = GPUS.get(gpu.name) != gpu  # of a file: its figures are not those of the target of that name
-    return f"the compiler has no description of {gpu.name}" if own or gpu.name not in aot.TARGETS else None
+    if target_of(gpu) is not None:
+        return None
+    if gpu.compiler is not None:
+        return f"{gpu.name}: compute capability {gpu.compiler.compute_capability} is none of {', '.join(MULTIPROCESSORS)}"
+    return f"{gpu.name}: --gpu-file says no compute_capability, multiprocessors, l2_mb, clock_ghz"
 
 
 @dataclass
@@ -142,10 +145,11 @@ class Oracle:
 
     def _compiled(self, rows: int) -> Peak:
         from moejax.estimator import memory
+        from moejax.estimator.targets import target_of
         from moejax.training import aot
 
-        gpu = None if self.gpu.usable_bytes is not None else self.gpu.name
-        target: Any = aot.machine() if gpu is None else dataclasses.asdict(aot.TARGETS[gpu])
+        gpu = None if self.gpu.usable_bytes is not None else target_of(self.gpu)
+        target: Any = aot.machine() if gpu is None else dataclasses.asdict(gpu)
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,

@@ -118,7 +118,7 @@ def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: in
         return "out_of_memory", str(error), None
     except MemoryError as error:
         return "out_of_memory", f"{HOST_MEMORY}: MemoryError{f': {error}' if str(error) else ''}", None
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, UserError) as error:  # the latter of a compile that failed
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return "out_of_memory", str(error).splitlines()[0][:300], None

@@ -21,6 +21,16 @@ Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: 
 
 
 @dataclass(frozen=True)
+class CompilerFigures:
+    """What a compiler asks beside the memory. compute_capability: as in "8.6"; l2_mb: MiB of second-level cache; clock_ghz: boost clock."""
+
+    compute_capability: str
+    multiprocessors: int
+    l2_mb: float
+    clock_ghz: float
+
+
+@dataclass(frozen=True)
 class GPU:
     """One GPU. `chip`: cards of one chip share their speed of computing; `device_kind`: a pattern of CUDA's whole name for it."""
 
@@ -38,6 +48,7 @@ class GPU:
     bf16: bool = True  # whether it computes in bfloat16
     usable_bytes: int | None = None  # of this machine's own: what jax may take of it
     platform: Platform | None = None  # the kind of program that XLA makes for it; None: by its chip
+    compiler: CompilerFigures | None = None  # of a user's file; those of the table stand in targets.py
 
     @property
     def ridge_flops_per_byte(self) -> float:
@@ -123,12 +134,14 @@ def of_device_kind(device_kind: str, table: dict[str, GPU] | None = None) -> GPU
 
 _YAML_KEYS = {"memory_gb": True, "bandwidth_gb_per_second": True, "bf16_tflops": True, "watts": False, "chip": False, "source": False,
               "bf16": False}  # fmt: skip
+_COMPILER_KEYS = tuple(field.name for field in dataclasses.fields(CompilerFigures))
 
 
 def from_yaml(path: str | Path) -> dict[str, GPU]:
     """The table with a user's own GPUs: `NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}`.
 
-    `watts`, `chip`, `source` and `bf16` (false: it has none) are optional. A name of the table, however it is written, replaces that
+    `watts`, `chip`, `source` and `bf16` (false: it has none) are optional; with `compute_capability: 8.6, multiprocessors: 84, l2_mb: 6,
+    clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table, however it is written, replaces that
     GPU. Raises UserError for a file, key or value that cannot be meant.
     """
     import yaml
@@ -144,11 +157,11 @@ def from_yaml(path: str | Path) -> dict[str, GPU]:
     table = dict(GPUS)
     for name, figures in document.items():
         missing = [key for key, needed in _YAML_KEYS.items() if needed and key not in figures]
-        unknown = [key for key in figures if key not in _YAML_KEYS]
+        unknown = [key for key in figures if key not in (*_YAML_KEYS, *_COMPILER_KEYS)]
         if missing or unknown:
             what = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(map(str, unknown))}"
             raise UserError(f"--gpu-file {path}: {name} {what}; expected `{example}`")
-        for key in ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops", "watts"):
+        for key in ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops", "watts", "multiprocessors", "l2_mb", "clock_ghz"):
             value = figures.get(key)
             if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
                 raise UserError(f"--gpu-file {path}: {name}.{key} = {value!r}: expected a number above 0")
@@ -157,5 +170,24 @@ def from_yaml(path: str | Path) -> dict[str, GPU]:
         gpu = _gpu(str(name), figures["memory_gb"], figures["bandwidth_gb_per_second"], figures["bf16_tflops"],
                    figures.get("watts"), str(figures.get("chip", name)), bf16=figures.get("bf16", True))  # fmt: skip
         table = {known: other for known, other in table.items() if _plain(known) != _plain(str(name))}
-        table[str(name)] = dataclasses.replace(gpu, source=str(figures.get("source", path.name)))
+        compiler = _compiler_figures(f"--gpu-file {path}: {name}", figures)
+        platform = None if compiler is None else platform_of_capability(compiler.compute_capability)
+        table[str(name)] = dataclasses.replace(gpu, source=str(figures.get("source", path.name)), compiler=compiler, platform=platform)
     return table
+
+
+def _compiler_figures(where: str, figures: dict[str, Any]) -> CompilerFigures | None:
+    """Those of a GPU in a user's file, or None. Raises UserError for some without the others, and for what cannot be meant."""
+    there = [key for key in _COMPILER_KEYS if figures.get(key) is not None]
+    if not there:
+        return None
+    if len(there) < len(_COMPILER_KEYS):
+        missing = ", ".join(key for key in _COMPILER_KEYS if key not in there)
+        raise UserError(f"{where} has {', '.join(there)}, but no {missing}: to compile for it, all are needed (vendor's data sheet)")
+    capability, cores = figures["compute_capability"], figures["multiprocessors"]
+    text = f"{capability}.0" if isinstance(capability, int) else str(capability)
+    if not re.fullmatch(r"\d{1,2}\.\d", text):
+        raise UserError(f"{where}.compute_capability = {capability!r}: expected CUDA's number, as in 8.6 or 12.0")
+    if int(cores) != cores:
+        raise UserError(f"{where}.multiprocessors = {cores}: expected a whole number")
+    return CompilerFigures(text, int(cores), float(figures["l2_mb"]), float(figures["clock_ghz"]))

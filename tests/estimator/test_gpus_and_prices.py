@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from moejax.errors import UserError
-from moejax.estimator import gpus, prices
+from moejax.estimator import gpus, prices, targets
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,21 @@ def test_every_gpu_is_plausible():
     assert len(names) == len(set(names))
 
 
+CARD = "X: {memory_gb: 48, bandwidth_gb_per_second: 696, bf16_tflops: 150"
+
+
+def test_a_users_own_gpu_is_compiled_for_by_its_figures(tmp_path):
+    path = tmp_path / "gpus.yaml"
+    path.write_text(CARD.replace("X", "mine") + ", compute_capability: 8.6, multiprocessors: 84, l2_mb: 6, clock_ghz: 1.74}")
+    gpu = gpus.from_yaml(path)["mine"]
+    target, a40 = targets.target_of(gpu), targets.TARGETS["A40"]
+    assert target == dataclasses.replace(a40, name="NVIDIA mine", memory_bytes=48_000_000_000) and gpu.platform == "sm8"
+    path.write_text(CARD + ", compute_capability: 6.1, multiprocessors: 28, l2_mb: 3, clock_ghz: 1.6}")
+    old = gpus.from_yaml(path)["X"]
+    assert targets.target_of(old) is None and targets.target_of(dataclasses.replace(old, compiler=None)) is None
+    assert targets.target_of(gpus.GPUS["A40"]) is a40
+
+
 def test_a_users_own_gpu(tmp_path):
     path = tmp_path / "gpus.yaml"
     path.write_text("RTX-5090: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210, watts: 575}\n")
@@ -85,6 +100,10 @@ def test_a_users_own_gpu(tmp_path):
      ("X: {memory_gb: .inf, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = inf"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, bf16: none}", "bf16 = 'none': expected true or false"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, flops: 2}", "unknown flops"),
+     (f"{CARD}, compute_capability: 8.6, l2_mb: 6}}", "X has compute_capability, l2_mb, but no multiprocessors, clock_ghz: to compile"),
+     (f"{CARD}, compute_capability: sm_86, l2_mb: 6, multiprocessors: 84, clock_ghz: 1}}", "X.compute_capability = .sm_86.: expected"),
+     (f"{CARD}, compute_capability: 8.6, l2_mb: 6, multiprocessors: 8.5, clock_ghz: 1.7}}", "X.multiprocessors = 8.5: expected a whole"),
+     (f"{CARD}, compute_capability: 8.6, l2_mb: 6, multiprocessors: 84, clock_ghz: 0}}", "X.clock_ghz = 0: expected a number above 0"),
      ("- a", "expected lines like"), ("a: [", "gpu-file")],
 )  # fmt: skip
 def test_bad_gpu_files(tmp_path, text, message):

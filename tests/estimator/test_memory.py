@@ -12,6 +12,7 @@ from moejax import cli, config, estimating
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import cards, closed_form, gpus, memory, memory_report, sizes
+from moejax.estimator.targets import target_of
 from moejax.training import aot
 
 TARGETS = ["w1", "w2", "w3", "gate"]
@@ -350,8 +351,11 @@ def test_without_the_extra_the_closed_form_says_so(monkeypatch):
 def test_targets_of_the_same_chip():
     assert aot.TARGETS["A100-40"].cores == aot.TARGETS["A100-80"].cores and aot.TARGETS["H200"].cores == aot.TARGETS["H100"].cores
     for name, target in aot.TARGETS.items():
-        assert target.memory_bytes == gpus.GPUS[name].device_bytes
-        assert target.bandwidth == pytest.approx(gpus.GPUS[name].bytes_per_second, rel=0.01)
+        assert gpus.of_device_kind(target.name) == gpus.GPUS[name] and target_of(gpus.GPUS[name]) == target
+        assert target.memory_bytes == pytest.approx(1e9 * gpus.GPUS[name].memory_gb, rel=0.08)
+        # The kind of program that the closed form counts on is the one that is compiled.
+        assert gpus.platform_of_capability(target.compute_capability) == closed_form.platform_of(gpus.GPUS[name])
+    assert set(aot.TARGETS) == set(gpus.GPUS)
 
 
 def test_presets_are_there():

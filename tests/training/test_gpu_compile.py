@@ -1,0 +1,52 @@
+"""The real steps compile for GPUs that are not there, at the lengths that batches have; a compile that fails is one message. Needs the
+extra `aot` (`make test` gives it this file in an environment of its own)."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from support import ROOT
+
+from moejax import config, estimating
+from moejax.data.batching import Batches
+from moejax.data.tokenize import Query
+from moejax.errors import UserError
+from moejax.training import aot
+
+needs_aot = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed (BUILD.md)"
+)
+DEPTH = "model.overrides.num_layers=2"  # layers are scanned: two compile as 32 do
+
+
+def experiment(name, *overrides):
+    return config.load(ROOT / "configs" / f"{name}.yaml", [DEPTH, *overrides])
+
+
+def padded(e, longest):
+    """Tokens of the rows that `pad_longest` makes of a batch whose longest query has so many."""
+    section = e.data.model_copy(update={"batching": "pad_longest", "batch_rows": 2})
+    queries = [Query(np.ones(n, np.int32), 1) for n in (longest, 7)]
+    return next(Batches(queries, section, 0).iterate(0)).tokens.shape[1]
+
+
+@needs_aot
+@pytest.mark.parametrize(
+    ("name", "gpu", "rows", "longest"),
+    [("mixtral_8x7b_cs_sparse", "H100", 2, 372), ("mixtral_8x7b_cs_sparse", "L4", 8, 75),
+     ("blackmamba_2.8b_cs_sparse", "H100", 1, 130), ("blackmamba_2.8b_cs_sparse", "L4", 2, 372)],
+)  # fmt: skip
+def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest):
+    e = experiment(name)
+    compiled = aot.compile_step(e, estimating.architecture_of(e), rows=rows, row_tokens=padded(e, longest), gpu=gpu)
+    assert compiled.argument_bytes < compiled.peak_bytes < 4e9
+
+
+@needs_aot
+def test_a_compile_that_fails_says_what_and_for_which_device_and_what_to_try():
+    e = experiment("mixtral_8x7b_cs_sparse")
+    with pytest.raises(UserError) as told:
+        aot.compile_step(e, estimating.architecture_of(e), rows=2, row_tokens=372, gpu="H100")
+    message = str(told.value)
+    assert message.startswith(f"the step of {e.name} (2 rows x 372 tokens) does not compile for NVIDIA H100 80GB HBM3: INTERNAL: ")
+    assert "\n" not in message and "Try rows of a multiple of 16 tokens" in message
