@@ -57,7 +57,7 @@ class Breakdown:
 
 
 def platform_of(gpu: GPU) -> Platform:
-    """Which of the three kinds of programs the compiler makes for a GPU."""
+    """Which of the three kinds of programs the compiler makes for a GPU; Blackwell (10.0, and 12.0 of the RTX cards) gets Hopper's."""
     return gpu.platform or ("sm9" if gpu.chip.startswith(("GH", "GB")) else "sm80" if gpu.chip == "GA100" else "sm8")
 
 
