@@ -1,10 +1,33 @@
 """Shared fixtures: the PyTorch vectors, and the tiny Mixtral they were made with."""
 
 import json
+import mmap
 import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # nothing of a test's is left in the user's cache, or comes from there
+
+
+def quick_flags():
+    """Tests compile far more than they compute, and these flags take four fifths of the compile time away. XLA ends a process that names
+    a flag that it does not know: only flags whose names stand in its library."""
+    libraries = Path(find_spec("jaxlib").submodule_search_locations[0]).glob("libjax_common*")
+    with next(libraries).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+        return " ".join(f"--{name}={value}" for name, value in QUICK.items() if library.find(name.encode()) >= 0)
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": "true", "xla_cpu_use_fusion_emitters": "false"}
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done it
+    # What one test compiles, others and their processes read; nothing is left in the user's cache, or comes from there.
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick_flags()}",
+    }
 
 import jax.numpy as jnp
 import numpy as np

@@ -3,13 +3,14 @@
 import json
 import struct
 import zipfile
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
+from models.cache import decode_step, prefill
 from models.config import LORA_TARGETS
 from moejax.config import Experiment, dump
 from moejax.hub.peft import adapted, save_adapter
@@ -34,6 +35,33 @@ def assert_close_to_largest(ours, reference, tolerance, what):
     largest = np.abs(reference).max()
     difference = np.abs(ours - reference).max()
     assert difference <= tolerance * max(largest, 1e-12), f"{what}: differs by {difference:.3g}, largest {largest:.3g}"
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, state, arguments):
+    model = nnx.merge(graphdef, state)
+    return model.logits(model(*arguments)[0])
+
+
+def full_logits(model, *arguments):
+    """The logits of a full pass, in one compiled program for each kind of model and shape."""
+    return np.asarray(_logits(*nnx.split(model), arguments))
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(graphdef, state, arguments):
+    return prefill(nnx.merge(graphdef, state), *arguments)
+
+
+@partial(jax.jit, static_argnums=0)
+def _go_on(graphdef, state, arguments):
+    return decode_step(nnx.merge(graphdef, state), *arguments)
+
+
+def decoder(model):
+    """(prefill, decode_step) of a model, compiled."""
+    graphdef, state = nnx.split(model)
+    return lambda *rest: _begin(graphdef, state, rest), lambda *rest: _go_on(graphdef, state, rest)
 
 
 def loss_and_gradients(model, batch, **settings):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from support import ROOT, finished_run
+from support import ROOT, finished_run, full_logits
 
 from moejax import cli
 from moejax.data.tokenizer import load_tokenizer
@@ -224,7 +224,7 @@ def test_a_blackmamba():
     (found,) = lm.loglikelihood([Instance("loglikelihood", {}, ("Count: 1, 2, 3,", " 4, 5."), 0)])
     context, continuation = lm._encode_pair("Count: 1, 2, 3,", " 4, 5.")
     tokens = jnp.array([context + continuation])
-    logits = lm.model.logits(lm.model(tokens, jnp.ones_like(tokens))[0])[0, len(context) - 1 : -1]
+    logits = full_logits(lm.model, tokens, jnp.ones_like(tokens))[0, len(context) - 1 : -1]
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.array(continuation)[:, None], -1).sum()
     assert found[0] == pytest.approx(float(expected), abs=1e-4)
 

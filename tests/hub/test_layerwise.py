@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import ROOT, finished_run
+from support import ROOT, finished_run, full_logits
 
 from models.build import build
 from models.config import LORA_TARGETS, LoRAConfig, Quantization
@@ -22,8 +22,7 @@ def whole(folder, trained=None, **arguments):
     model = weights.load_weights(build(weights.read_config(folder), dtype=jnp.float32, **arguments), folder, jax.random.key(0))
     if trained is not None:
         peft.load_adapter(model, trained)
-    hidden, _ = model(TOKENS[None], jnp.ones((1, len(TOKENS)), jnp.int32), jnp.arange(len(TOKENS))[None])
-    return np.asarray(model.logits(hidden)[0])
+    return full_logits(model, TOKENS[None], np.ones((1, len(TOKENS)), np.int32), np.arange(len(TOKENS))[None])[0]
 
 
 @pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba"])

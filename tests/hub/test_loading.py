@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from support import VECTORS
+from support import VECTORS, full_logits
 from test_weights import CONFIG, arrays, assert_same
 
 from models.build import build
@@ -240,5 +240,5 @@ def test_a_checkpoint_of_transformers_5():
     with np.load(folder / "logits.npz") as file:
         tokens, expected = jnp.asarray(file["tokens"]), file["logits"]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    logits = model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])
+    logits = full_logits(model, tokens, jnp.ones_like(tokens), positions)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close_to_largest, loss_and_gradients
+from support import assert_close_to_largest, decoder, full_logits, loss_and_gradients
 
 from models.blackmamba import BlackMamba
 from models.build import build
-from models.cache import decode_step, init_cache, prefill
+from models.cache import init_cache
 from models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization, from_hub_config
 from moejax.data.batch import Batch
 from moejax.hub.names import tensors
@@ -56,7 +56,7 @@ def hub_arrays(model):
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case, models_by_case, batch, blackmamba_vectors):
     model = models_by_case[case]
-    logits = model.logits(model(batch.tokens, batch.segment_ids)[0])
+    logits = full_logits(model, batch.tokens, batch.segment_ids)
     real = np.asarray(batch.segment_ids) > 0
     np.testing.assert_allclose(np.asarray(logits)[real], blackmamba_vectors[f"{case}/logits"][real], rtol=0, atol=5e-5)
 
@@ -130,14 +130,14 @@ def test_packed_equals_alone(case, models_by_case, batch):
 
 def test_decoding_with_states_equals_the_full_pass(models_by_case, batch):
     """Prompts of different length in one padded batch, then token by token."""
-    model, lengths = models_by_case["top2"], jnp.asarray([9, 2, 5])
-    tokens = batch.tokens
-    full = model.logits(model(tokens, jnp.ones_like(tokens))[0])
-    logits, cache = prefill(model, tokens[:, :9], lengths, init_cache(model, 3, 17))
+    model, lengths = models_by_case["top2"], np.array([9, 2, 5])
+    tokens = np.asarray(batch.tokens)
+    full = full_logits(model, tokens, np.ones_like(tokens))
+    begin, go_on = decoder(model)
+    logits, cache = begin(tokens[:, :9], lengths, init_cache(model, 3, 17))
     for step in range(6):
-        expected = jnp.take_along_axis(full, (lengths + step - 1)[:, None, None], axis=1)[:, 0]
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * float(jnp.abs(full).max()))
-        logits, cache = decode_step(model, jnp.take_along_axis(tokens, (lengths + step)[:, None], axis=1)[:, 0], cache)
+        np.testing.assert_allclose(logits, full[range(3), lengths + step - 1], rtol=0, atol=1e-5 * np.abs(full).max())
+        logits, cache = go_on(tokens[range(3), lengths + step], cache)
 
 
 def test_counts_to_the_digit():

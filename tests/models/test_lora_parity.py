@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import VECTORS, assert_close_to_largest
+from support import VECTORS, assert_close_to_largest, full_logits
 
 from models.build import build
 from models.config import LoRAConfig
@@ -51,7 +51,7 @@ def test_logits_loss_and_gradients(case, remat, reference_batch):
     vectors, model = case
     b = reference_batch
     real = np.asarray(b.segment_ids) > 0
-    logits = model.logits(model(b.tokens, b.segment_ids, b.positions)[0])
+    logits = full_logits(model, b.tokens, b.segment_ids, b.positions)
     np.testing.assert_allclose(np.asarray(logits)[real], vectors["logits"][real], rtol=0, atol=2e-5)
     graphdef, trainable, frozen = split(model, full=False)
     objective = Objective(graphdef, full=False, remat=remat)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_close_to_largest, hub_tensor, loss_and_gradients
+from support import assert_close_to_largest, decoder, full_logits, hub_tensor, loss_and_gradients
 
 from models.build import build
-from models.cache import decode_step, init_cache, prefill
+from models.cache import init_cache
 from models.mixtral import load_balancing_loss
 from moejax.hub.names import module_names
 from moejax.hub.weights import load_weights
@@ -27,7 +27,7 @@ def models_by_case(mixtral_folder, reference_config):
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case, models_by_case, reference_batch, mixtral_vectors):
     model, b = models_by_case[case], reference_batch
-    logits = model.logits(model(b.tokens, b.segment_ids, b.positions)[0])
+    logits = full_logits(model, b.tokens, b.segment_ids, b.positions)
     real = np.asarray(b.segment_ids) > 0
     np.testing.assert_allclose(np.asarray(logits)[real], mixtral_vectors[f"{case}/logits"][real], rtol=0, atol=2e-5)
 
@@ -65,11 +65,12 @@ def test_greedy_decoding(models_by_case, mixtral_vectors):
     prompts = [mixtral_vectors[f"generate/{row}/prompt"] for row in range(3)]
     lengths = jnp.array([len(p) for p in prompts])
     padded = jnp.array([np.pad(p, (0, 8 - len(p))) for p in prompts])
-    logits, cache = prefill(model, padded, lengths, init_cache(model, 3, 24))
+    begin, go_on = decoder(model)
+    logits, cache = begin(padded, lengths, init_cache(model, 3, 24))
     tokens = []
     for _ in range(12):
-        tokens.append(jnp.argmax(logits, axis=-1))
-        logits, cache = decode_step(model, tokens[-1], cache)
+        tokens.append(np.argmax(logits, axis=-1))
+        logits, cache = go_on(tokens[-1], cache)
     for row, ours in enumerate(np.stack(tokens, axis=1)):
         np.testing.assert_array_equal(ours, mixtral_vectors[f"generate/{row}/tokens"])
 
@@ -78,9 +79,10 @@ def test_cache_equals_full_pass(models_by_case, reference_batch):
     model, tokens = models_by_case["top2"], reference_batch.tokens[:1]
     t = tokens.shape[1]
     positions = jnp.arange(t)[None]
-    full = model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])[0]
-    logits, cache = prefill(model, tokens[:, :4], jnp.array([4]), init_cache(model, 1, t))
+    full = full_logits(model, tokens, np.ones_like(tokens), positions)[0]
+    begin, go_on = decoder(model)
+    logits, cache = begin(tokens[:, :4], jnp.array([4]), init_cache(model, 1, t))
     np.testing.assert_allclose(logits[0], full[3], atol=1e-5)
     for i in range(4, t):
-        logits, cache = decode_step(model, tokens[:, i], cache)
+        logits, cache = go_on(tokens[:, i], cache)
         np.testing.assert_allclose(logits[0], full[i], atol=1e-5)
