@@ -18,7 +18,11 @@ def quick_flags():
         return " ".join(f"--{name}={value}" for name, value in QUICK.items() if library.find(name.encode()) >= 0)
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": "true", "xla_cpu_use_fusion_emitters": "false"}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": "true",
+    "xla_cpu_use_fusion_emitters": "false",
+}
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done it
     # What one test compiles, others and their processes read; nothing is left in the user's cache, or comes from there.
     PROGRAMS = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
@@ -33,6 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+# Equal steps are one function here, which jax traces, lowers and compiles once for all tests: before anything takes it by its name.
+import shared_steps  # noqa: F401  isort: skip
 from support import VECTORS
 
 from models.config import BlackMambaConfig, from_hub_config

@@ -103,7 +103,13 @@ def tiny_experiments(folder):
             "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1},
             "tokenizer": str(ROOT / "assets/tiny-mixtral/tokenizer.json"),
             "data": {"source": str(data), "row_tokens": 64, "max_length": 64, "batch_rows": 4, "holdout": 8},
-            "training": {"steps": 20, "learning_rate": 1e-2, "compute_dtype": "float32", "gradient_accumulation": 2},
+            "training": {
+                "steps": 20,
+                "learning_rate": 1e-2,
+                "schedule": "constant",
+                "compute_dtype": "float32",
+                "gradient_accumulation": 2,
+            },
         }
         for section, changes in sections.items():
             content[section] = changes if changes is None else content.get(section, {}) | changes

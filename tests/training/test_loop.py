@@ -48,7 +48,7 @@ def stop_at(monkeypatch, step):
 
 def test_20_steps_equal_10_and_resumed_10_to_the_bit(make_experiment, monkeypatch, capsys):
     """With dropout, accumulation, packing and NF4: the adapter's bytes and every loss."""
-    straight, halves = make_experiment("straight"), make_experiment("halves")
+    straight, halves = (make_experiment(name, training={"schedule": "cosine"}) for name in ("straight", "halves"))
     assert loop.run(straight, resume=False) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 10)
