@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
-from moejax.estimator.commands import HERE, names_of
+from moejax.estimator.asked import HERE, names_of
 from moejax.estimator.gpus import GPU, GPUS, platform_of_capability
 
 if TYPE_CHECKING:

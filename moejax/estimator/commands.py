@@ -10,20 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
-from moejax.estimator.units import Gigabytes
+from moejax.estimator import asked
+from moejax.estimator.asked import HERE
+from moejax.estimator.units import Gigabytes, counted
 
 if TYPE_CHECKING:
-    from moejax.estimator.coefficients import Entry
-    from moejax.estimator.gpus import GPU
     from moejax.estimator.job import Job
     from moejax.estimator.plan import Prediction
     from moejax.estimator.prices import Price
-    from moejax.estimator.room import Room
 
 MEMORY = "whose memory limits the batch: the study's (default with its coefficients), or this project's (default with --coefficients)"
-HERE = "here"  # --gpu: this machine's own
-EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
-MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> Any:
@@ -88,140 +84,24 @@ def _reproduce(options: argparse.Namespace) -> int:
     return 0
 
 
-def names_of(gpus: str) -> list[str]:
-    """The names in --gpu. Raises UserError where there is none."""
-    names = [name.strip() for name in gpus.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--gpu {gpus!r}: expected names of GPUs, e.g. A40,H100")
-    return names
-
-
-def _job(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
-    from moejax import reference
-    from moejax.estimator import job, lengths, roofline
-
-    if options.model not in MODELS:
-        raise UserError(f"--model {options.model}: expected one of {', '.join(dict.fromkeys(MODELS))}")
-    model = MODELS[options.model]
-    method = options.method or roofline.STUDY_MODELS[model][1]
-    if method not in ("qlora", "lora", "full"):
-        raise UserError(f"--method {method}: expected qlora, lora or full")
-    for name in ("records", "length", "row_tokens", "pad_multiple"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
-    if len(given) != 1:
-        both = f" ({' and '.join(f'--{name}' for name in given)} were given)" if given else ""
-        raise UserError(f"which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE{both}")
-    if options.lengths:
-        length = lengths.from_file(options.lengths)
-    elif options.dataset:
-        if options.dataset not in reference.DATASETS:
-            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(reference.DATASETS)}")
-        length = lengths.of_dataset(options.dataset)
-    else:
-        if options.records is None:
-            raise UserError("--length needs --records: how many queries of this length")
-        length = lengths.constant(options.records, options.length)
-    printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
-    queries = options.records or printed or length.queries
-    return job.Job(
-        model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length.repeated(queries),
-        queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
-        options.row_tokens, options.pad_multiple or _multiple(entries),
-    )  # fmt: skip
-
-
-def _multiple(entries: Sequence[Entry]) -> int:
-    """What the software rounds rows up to whose times are predicted."""
-    from moejax.estimator import lengths
-
-    if not all(e.framework == "jax" for e in entries):
-        return lengths.STUDY_MULTIPLE
-    from moejax.config import ROW_MULTIPLE
-
-    return ROW_MULTIPLE
-
-
-def _assumed(options: argparse.Namespace, job: Job) -> list[str]:
-    """What the study's settings stand in for, because nothing was said."""
-    experts = counted(job.experts_per_token, "expert")
-    assumed = {"epochs": counted(job.epochs, "epoch"), "method": job.method, "experts_per_token": f"{experts} a token"}
-    told = [f"{what} (--{name.replace('_', '-')})" for name, what in assumed.items() if getattr(options, name) is None]
-    return [f"as in the study, because nothing else was said: {', '.join(told)}"] if told else []
-
-
-def _gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
-    from moejax.estimator import gpus
-
-    return gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
-
-
-def _gpus(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
-    """Those of --gpu, `here` among them; all of the table without."""
-    from moejax.estimator import gpus
-
-    if options.gpu is None:
-        return list(table.values())
-    found = []
-    for name in dict.fromkeys(names_of(options.gpu)):
-        if name == HERE:
-            from moejax import estimating
-
-            found.append(estimating.this_machine_timed(bool(options.coefficients)))
-        else:
-            found.append(gpus.find(name, table))
-    return list(dict.fromkeys(found))
-
-
-def _offers(options: argparse.Namespace, table: dict[str, GPU]) -> tuple[Price, ...]:
-    from moejax.estimator import prices
-
-    offers = prices.load(options.prices, table)
-    if options.spot and not any(price.spot for price in offers):
-        raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
-    return offers
-
-
-def _room(options: argparse.Namespace) -> Room:
-    """Batch sizes are limited by the memory of the program whose times are predicted."""
-    from moejax.estimator import room
-
-    asked = options.memory or ("closed-form" if options.coefficients else "equation-1")
-    return room.closed_form_room() if asked == "closed-form" else room.EQUATION_1
-
-
-def _software(options: argparse.Namespace, entries: Sequence[Entry]) -> str:
-    """Whose steps the times are of: the first line that is printed."""
-    if not options.coefficients:
-        return (
-            "Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's "
-            "(moejax profile, estimate.py fit and --coefficients FILE bring your own)"
-        )
-    names = {"jax": "this project (JAX)", "pytorch": "PyTorch", None: "software that the file does not name"}
-    known = dict.fromkeys(names.get(e.framework, e.framework) for e in entries)
-    return f"Times are those of {' and '.join(map(str, known))}, as fitted in {options.coefficients}"
-
-
 def _predict(options: argparse.Namespace) -> int:
     from moejax.estimator import coefficients, plan
 
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
-    job, table = _job(options, entries), _gpu_table(options)
-    offers = _offers(options, table)
-    chosen = _gpus(options, table)
+    job, table = asked.job_of(options, entries), asked.gpu_table(options)
+    offers = asked.offers_of(options, table)
+    chosen = asked.gpus_of(options, table)
     found, left_out = plan.predict_all(
-        job, chosen, entries, table, offers, batch=options.batch, spot=options.spot, room=_room(options)
+        job, chosen, entries, table, offers, batch=options.batch, spot=options.spot, room=asked.room_of(options)
     )
-    software = _software(options, entries)
+    software = asked.software(options, entries)
     if options.json:
         told = {"software": software, "job": _told(job), "predictions": [_plain(p) for p in found]}
         print_json(told | {"left_out": {gpu: str(why) for gpu, why in left_out.items()}})
     else:
         missing = _unpriced([p.gpu for p in found if p.price is None], options)
         print(software)
-        _predictions(_title(job), found, [*job.told, *_assumed(options, job)], [*_asked(offers, found, options.spot), *missing])
+        _predictions(_title(job), found, [*job.told, *asked.assumed(options, job)], [*_offered(offers, found, options.spot), *missing])
         for why in left_out.values():
             print(f"left out: {why}")
     cards = {gpu.name: gpu for gpu in chosen}
@@ -233,18 +113,18 @@ def _plan(options: argparse.Namespace) -> int:
     from moejax.estimator import coefficients, plan
 
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
-    job, table = _job(options, entries), _gpu_table(options)
-    offers = _offers(options, table)
+    job, table = asked.job_of(options, entries), asked.gpu_table(options)
+    offers = asked.offers_of(options, table)
     made = plan.plan(
-        job, _gpus(options, table), entries, offers, table,
-        budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=_room(options),
+        job, asked.gpus_of(options, table), entries, offers, table,
+        budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=asked.room_of(options),
     )  # fmt: skip
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
     if options.budget is not None:
         answers[f"fastest under {options.budget:,.10g} USD"] = made.fastest_under_budget
     if options.deadline is not None:
         answers[f"cheapest within {options.deadline:,.10g} h"] = made.cheapest_by_deadline
-    software = _software(options, entries)
+    software = asked.software(options, entries)
     if options.json:
         chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
         told = {"software": software, "job": _told(job), "answers": chosen, "options": [_plain(p) for p in made.options]}
@@ -252,8 +132,8 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         unpriced = _unpriced([p.gpu for p in made.options if p.price is None], options)
         print(software)
-        told_of = [*job.told, *_assumed(options, job)]
-        _predictions(_title(job), made.options, told_of, [*_asked(offers, made.options, options.spot), *unpriced])
+        told_of = [*job.told, *asked.assumed(options, job)]
+        _predictions(_title(job), made.options, told_of, [*_offered(offers, made.options, options.spot), *unpriced])
         for why in made.left_out.values():
             print(f"left out: {why.brief}")
         for name, p in answers.items():
@@ -266,11 +146,6 @@ def _title(job: Job) -> str:
     kind = f"{counted(job.experts_per_token, 'expert')} a token"
     queries, epochs = counted(job.queries, "query", "queries"), counted(job.epochs, "epoch")
     return f"{job.model} by {job.method}, {kind}: {queries} x {epochs} ({job.lengths.source})"
-
-
-def counted(number: float, one: str, many: str | None = None) -> str:
-    """`1 epoch`, `10 epochs`, `1,000 queries`."""
-    return f"{number:,.10g} {one if number == 1 else many or one + 's'}"
 
 
 def _told(job: Job) -> dict[str, Any]:
@@ -329,7 +204,7 @@ def _unpriced(names: Sequence[str], options: argparse.Namespace) -> list[str]:
     return [f"no {kind} known in {options.prices}: {', '.join(told)}; {brings}"] if told else []
 
 
-def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
+def _offered(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
     """What other sellers ask: one GPU's prices differ by more than any model's error."""
     from moejax.estimator import prices
 
@@ -338,7 +213,7 @@ def _asked(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> 
     return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
 
 
-def _predictions(title: str, found: Sequence[Prediction], rows_told: Sequence[str], asked: Sequence[str]) -> None:
+def _predictions(title: str, found: Sequence[Prediction], rows_told: Sequence[str], offered: Sequence[str]) -> None:
     rows = [
         (
             p.gpu if p.measured else f"{p.gpu} *",
@@ -364,7 +239,7 @@ def _predictions(title: str, found: Sequence[Prediction], rows_told: Sequence[st
     if not all(p.measured for p in found):
         spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
         ending.append(f"* not measured: carried over{spans} (docs/estimator.md)")
-    show_table(title, columns, rows, [*ending, *asked, *notes])
+    show_table(title, columns, rows, [*ending, *offered, *notes])
 
 
 def _cell(value: Any) -> str:

@@ -16,12 +16,12 @@ from matplotlib.ticker import MaxNLocator
 from moejax import reference
 from moejax.estimator import curves, paper
 from moejax.estimator.coefficients import Entry, choose
-from moejax.estimator.commands import counted
 from moejax.estimator.fitting import Fitted
 from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
 from moejax.estimator.plan import Plan, Prediction, batches
 from moejax.estimator.step_time import fit
+from moejax.estimator.units import counted
 
 INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
 

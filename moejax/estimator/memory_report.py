@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moejax.errors import UserError
 from moejax.estimator import memory
-from moejax.estimator.commands import counted, print_json, show_table
+from moejax.estimator.commands import print_json, show_table
 from moejax.estimator.gpus import GPU, GPUS
-from moejax.estimator.units import Gigabytes, gigabytes
+from moejax.estimator.units import Gigabytes, counted, gigabytes
 
 if TYPE_CHECKING:
     from moejax.config import Experiment

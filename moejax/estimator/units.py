@@ -1,4 +1,4 @@
-"""Bytes as people read them."""
+"""Numbers as people read them."""
 
 
 class Gigabytes(float):
@@ -18,3 +18,8 @@ def told(size: float) -> str:
     if size >= 0.1e9:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.3g} MB" if size >= 1e4 else f"{size:.0f} bytes"
+
+
+def counted(number: float, one: str, many: str | None = None) -> str:
+    """`1 epoch`, `10 epochs`, `1,000 queries`."""
+    return f"{number:,.10g} {one if number == 1 else many or one + 's'}"
