@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS := --quiet --disable-pip-version-check
+# The CUDA plugin and ptxas, beside the environment: in it, every start of jax would look for a GPU and complain.
+AOT := .venv-aot
+AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: demo demo-blackmamba characterize-demo demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
+.PHONY: aot gpu-acceptance demo demo-blackmamba characterize-demo demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -23,8 +26,21 @@ demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and
 	@$(BIN)/python train.py --config configs/demo.yaml
 	@$(BIN)/moejax exact-match runs/demo --data assets/problems/test.json
 
-test: lint $(VENV)/.profile $(VENV)/.eval ## ruff, mypy and the test suite
+test: lint $(VENV)/.profile $(VENV)/.eval $(AOT)/.installed ## ruff, mypy and the test suite
 	@$(BIN)/python -m pytest -q -n 2
+	@$(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q tests/training/test_gpu_compile.py
+
+# For compiling for a GPU that is not there: 230 MB of wheels.
+$(AOT)/.installed: $(STAMP)
+	@rm -rf $(AOT)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $(AOT) jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 -c constraints.txt
+	@touch $@
+
+aot: $(AOT)/.installed ## compile every config's step for five GPUs that are not there, at 18 shapes each (goes on where it ended)
+	@$(AOT_ENVIRONMENT) $(BIN)/python benchmarks/aot_grid.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-aot-grid.jsonl)
+
+gpu-acceptance: ## the first 8 minutes on a card, with PYTHON as it is: is it in order, are the numbers right, what do the real steps take
+	@$(PYTHON) benchmarks/gpu_acceptance.py $(OPTIONS)
 
 # For tests: TensorBoard's Profile tab, which one asks for a trace, and lm-evaluation-harness (neither needs PyTorch).
 $(VENV)/.profile $(VENV)/.eval: $(VENV)/.%: $(STAMP)
@@ -88,4 +104,4 @@ vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/lora_fused.py
 
 clean: ## remove environments and generated text; runs/ stays
-	rm -rf $(VENV) .venv-reference4 .venv-reference5 assets/generated
+	rm -rf $(VENV) $(AOT) .venv-reference4 .venv-reference5 assets/generated

@@ -1,0 +1,175 @@
+"""Compile every distinct program of configs/ for GPUs that are not there, at many shapes: what fails, and each peak. `make aot`.
+
+    python benchmarks/aot_grid.py --out benchmarks/results/<date>-aot-grid.jsonl            # goes on where the file ends
+    python benchmarks/aot_grid.py --out FILE --table                                        # only the table of what is there
+
+Each result is a line, written at once: program (the first config that has it), gpu, rows, row_tokens, layers, peak_gb or error, seconds,
+commit, versions, `sources` (a hash of what the step is made of). What other sources or versions made is compiled again. A process of its
+own compiles for one program and GPU: where the compiler aborts, the line says so and the rest goes on. Programs are compiled with two
+layers (they are scanned), and once as they are, at the config's own rows. Kernels that an earlier shape had are not made again. Needs the
+extra `aot`. Nothing runs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+GPUS = "H100,L4,A100-80,A40,RTX-5090"
+ROWS, LENGTHS = "2,1,8", "368,128,720,528,1040,2048"  # most of them odd multiples of 16: the least that batching allows
+DEPTH = 2
+_NOT_IN_THE_PROGRAM = ("learning_rate", "warmup_steps", "min_learning_rate_ratio", "steps", "epochs", "eps", "betas")  # or as numbers only
+Cell = tuple[int, int, int]  # rows, tokens of a row, layers
+
+
+def programs() -> dict[str, list[str]]:
+    """Configs by the first of those that compile to the same instructions; the real models before the small ones."""
+    from moejax import config, estimating
+    from moejax.estimator import memory
+
+    found: dict[str, list[str]] = {}
+    names = [path.stem for path in (ROOT / "configs").glob("*.yaml")]
+    for name in sorted(names, key=lambda n: (not real(n), "dense" in n, "blackmamba" in n, n)):
+        experiment = config.load(ROOT / "configs" / f"{name}.yaml")
+        part = memory.relevant(experiment)
+        part["training"] = {k: v for k, v in part["training"].items() if k not in _NOT_IN_THE_PROGRAM}
+        part["training"]["weight_decay"] = bool(part["training"]["weight_decay"])
+        found.setdefault(json.dumps([part, repr(estimating.architecture_of(experiment))]), []).append(name)
+    return {same[0]: same for same in found.values()}
+
+
+def real(name: str) -> bool:
+    """Whether it is a published model, and none of the small ones."""
+    return "8x7b" in name or "2.8b" in name
+
+
+def cells(name: str, rows: list[int], lengths: list[int]) -> Iterator[Cell]:
+    from moejax import config, estimating
+
+    experiment = config.load(ROOT / "configs" / f"{name}.yaml")
+    sizes = estimating.architecture_of(experiment)
+    yield from ((r, n, min(DEPTH, sizes.num_layers)) for r in rows for n in lengths if n <= sizes.max_position_embeddings)
+    yield experiment.data.batch_rows, experiment.data.longest_row, sizes.num_layers
+
+
+def worker(name: str, gpu: str, asked: list[Cell]) -> None:
+    """Compile each cell, and print a line before and after it."""
+    from moejax import config, estimating
+    from moejax.errors import UserError
+    from moejax.training import aot
+
+    for rows, row_tokens, layers in asked:
+        print(json.dumps({"begins": [rows, row_tokens, layers]}), flush=True)
+        experiment = config.load(ROOT / "configs" / f"{name}.yaml", [f"model.overrides.num_layers={layers}"])
+        start, outcome = time.perf_counter(), {}
+        try:
+            compiled = aot.compile_step(experiment, estimating.architecture_of(experiment), rows=rows, row_tokens=row_tokens, gpu=gpu)
+            outcome = {"peak_gb": round(compiled.peak_bytes / 1e9, 3)}
+        except UserError as error:
+            outcome = {"error": str(error)}
+        told = {"rows": rows, "row_tokens": row_tokens, "layers": layers} | outcome | {"seconds": round(time.perf_counter() - start, 1)}
+        print(json.dumps(told), flush=True)
+
+
+def compiled(name: str, gpu: str, asked: list[Cell], folder: Path) -> Iterator[dict[str, Any]]:
+    """A process compiles them; where it dies, what it was at has failed and a next one goes on."""
+    flags = f"--xla_gpu_enable_llvm_module_compilation_parallelism=true --xla_gpu_kernel_cache_file={folder}/{name}-{gpu}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": flags}
+    while asked:
+        command = [sys.executable, __file__, "--worker", name, gpu, json.dumps(asked)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            at: Cell | None = None
+            for line in process.stdout:
+                told = json.loads(line)
+                if "begins" in told:
+                    at = tuple(told["begins"])
+                else:
+                    at, asked = None, asked[1:]
+                    yield told
+        if process.returncode == 0:
+            return
+        if at is None:
+            raise SystemExit(f"{name} for {gpu} ended with {process.returncode}: see what `{' '.join(command)}` says")
+        died = {"error": f"the compiler ended the process ({process.returncode})"}
+        yield dict(zip(("rows", "row_tokens", "layers"), at, strict=True)) | died
+        asked = asked[1:]
+
+
+def told_before(path: Path, same: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(x["program"], x["gpu"], x["rows"], x["row_tokens"], x["layers"]): x for x in lines if same.items() <= x.items()}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: by program and GPU, how many of the shapes compile, and the peak of the config's own shape in full depth."""
+    gpus = list(dict.fromkeys(x["gpu"] for x in lines))
+    out = [f"| program | {' | '.join(gpus)} |", "|---" * (len(gpus) + 1) + "|"]
+    for program in dict.fromkeys(x["program"] for x in lines):
+        row = []
+        for gpu in gpus:
+            here = [x for x in lines if (x["program"], x["gpu"]) == (program, gpu)]
+            good = [x for x in here if "error" not in x]
+            own = [x for x in good if x["layers"] > DEPTH]
+            told = f"{len(good)} of {len(here)}" if here else ""
+            row.append(told + "".join(f", {x['rows']} x {x['row_tokens']}: {x['peak_gb']:.1f} GB" for x in own))
+        out.append(f"| {program} | {' | '.join(row)} |")
+    return "\n".join(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-aot-grid.jsonl")
+    parser.add_argument("--programs", help="comma-separated; default: all")
+    parser.add_argument("--gpu", default=GPUS, help=f"comma-separated; default: {GPUS}")
+    parser.add_argument("--rows", default=ROWS, help=f"comma-separated; default: {ROWS}")
+    parser.add_argument("--lengths", default=LENGTHS, help=f"comma-separated; default: {LENGTHS}")
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        name, gpu, asked = options.worker
+        worker(name, gpu, json.loads(asked))
+        return 0
+    from moejax import estimating
+
+    same = {"versions": estimating.versions(), "sources": estimating._sources()}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    known = told_before(options.out, {} if options.table else same)
+    rows, lengths = ([int(n) for n in text.split(",")] for text in (options.rows, options.lengths))
+    asked = {} if options.table else {k: v for k, v in programs().items() if not options.programs or k in options.programs.split(",")}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as kernels, options.out.open("a", encoding="utf-8") as file:
+        # By value: the first number of rows at each length before the others, published models before small ones.
+        order = [
+            (some, gpu, name)
+            for some in (rows[:1], rows[1:]) for published in (True, False)
+            for gpu in options.gpu.split(",") for name in asked if real(name) == published
+        ]  # fmt: skip
+        for some, gpu, name in order:
+            open_cells = [c for c in cells(name, some, lengths) if (name, gpu, *c) not in known]
+            for told in compiled(name, gpu, open_cells, Path(kernels)):
+                line = {"program": name, "configs": asked[name], "gpu": gpu} | told | {"commit": commit} | same
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                known[name, gpu, told["rows"], told["row_tokens"], told["layers"]] = line
+                print(json.dumps({k: v for k, v in line.items() if k not in ("configs", "versions", "sources")}), flush=True)
+    print(table(list(known.values())))
+    failed = [x for x in known.values() if "error" in x]
+    for x in failed:
+        shape = f"{x['rows']} x {x['row_tokens']}, {x['layers']} layers"
+        print(f"failed: {x['program']} for {x['gpu']}, {shape}: {x['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
