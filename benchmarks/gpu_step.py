@@ -7,6 +7,7 @@ Mixtral-8x7B: NF4 codes, LoRA on experts and routers. BlackMamba-2.8B: full fine
     python benchmarks/gpu_step.py --model blackmamba --cases 1x128:2,8x512:2,16x512:8
     python benchmarks/gpu_step.py --tiny                     # the same on a CPU, in seconds
 
+`--trace`: one more step of each case under jax's profiler, by phase and stage (compiled again, without CUDA graphs).
 A case is ROWSxLENGTH:K. `uniform` routes as random weights do; `skewed` biases the routers towards `SKEW`: one expert far above its
 share, the kind of imbalance of the study's figure 11. The share that came of it is in the result.
 """
@@ -25,6 +26,7 @@ from typing import Any
 os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import breakdown_check
 import jax
 import jax.numpy as jnp
 import kept
@@ -36,6 +38,7 @@ from models.config import PRESETS, Architecture
 from moejax import config as experiments
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
+from moejax.profiling.capture import compile_profiled
 from moejax.training import flops
 from moejax.training.memory import compiler_peak_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -87,8 +90,24 @@ def no_adaptation(model: Any) -> None:
             node.b.set_value(jnp.zeros_like(node.b.get_value()))
 
 
+def bytes_in_use(peak: bool = False) -> int | None:
+    """By the allocator, now or at most so far; None where it does not say (a CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use" if peak else "bytes_in_use")
+
+
+def traced(step: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+    """Where the time of one step goes, in seconds."""
+    compiled = compile_profiled(step.lower(state, frozen, batch))
+    state, _ = jax.block_until_ready(compiled(state, frozen, batch))
+    b, _ = breakdown_check.traced(compiled, state, frozen, batch)
+    return {
+        "step_seconds": b.step_seconds, "busy_seconds": b.busy_seconds, "attributed": b.attributed, "phases": b.phases,
+        "stages": b.sums("stage"), "unnamed": b.unnamed[:5],
+    }  # fmt: skip
+
+
 def run_case(
-    experiment: Any, config: Architecture, rows: int, length: int, batching: str, routing: str, steps: int
+    experiment: Any, config: Architecture, rows: int, length: int, batching: str, routing: str, steps: int, trace: bool = False
 ) -> dict[str, Any]:
     """Compile, run and time one case."""
     model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(0))
@@ -105,6 +124,7 @@ def run_case(
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
     compile_seconds = time.perf_counter() - start
+    before = {"bytes_before": bytes_in_use(), "peak_bytes_before": bytes_in_use(peak=True)}  # random weights may take more than a step
     seconds = []
     for _ in range(steps + 2):
         start = time.perf_counter()
@@ -117,7 +137,7 @@ def run_case(
     lengths = [length] * rows if batching == "fixed" else [min(QUERY_TOKENS, length)] * queries
     model_flops = flops.count(config, adapter_config(experiment)).step(sum(lengths), flops.visible_pairs(lengths))
     peak, source = flops.peak_flops(experiment.training.compute_dtype)
-    memory = jax.local_devices()[0].memory_stats() or {}
+    measured = before | {"measured_peak_bytes": bytes_in_use(peak=True)}
     return {
         "rows": rows,
         "row_tokens": length,
@@ -132,8 +152,9 @@ def run_case(
         "model_flop_utilization": model_flops / median / peak,
         "peak_flops": {"value": peak, "source": source},
         "compiler_peak_bytes": compiler_peak_bytes(compiled),
-        "measured_peak_bytes": memory.get("peak_bytes_in_use"),
+        **measured,
         "loss": loss,
+        **({"trace": traced(step, state, frozen, batch)} if trace else {}),
     }
 
 
@@ -159,6 +180,7 @@ def main() -> int:
     parser.add_argument("--routing", default="uniform", help="comma-separated: uniform, skewed")
     parser.add_argument("--model", choices=sorted(MODELS), default="mixtral")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--trace", action="store_true", help="one more step, under the profiler")
     parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", help="key.sub=value of the model's commonsense config")
@@ -176,15 +198,14 @@ def main() -> int:
                 shape, k = case.split(":")
                 rows, length = (int(n) for n in shape.split("x"))
                 try:
-                    row = run_case(
-                        experiment, base.replace(experts_per_token=int(k)), rows, length, batching, routing, options.steps
-                    )
+                    sizes = base.replace(experts_per_token=int(k))
+                    row = run_case(experiment, sizes, rows, length, batching, routing, options.steps, options.trace)
                 except jax.errors.JaxRuntimeError as error:  # out of memory in one cell: the others go on
                     row = {"rows": rows, "row_tokens": length, "experts_per_token": int(k), "error": str(error)[:300]}
                 report["cases"].append(row)
                 print(json.dumps(row), flush=True)
                 kept.write(options.out, report)
-    return 0
+    return int(any("error" in case for case in report["cases"]))
 
 
 if __name__ == "__main__":

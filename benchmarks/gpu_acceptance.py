@@ -1,0 +1,205 @@
+"""The first eight minutes on a card: is this machine in order, are the numbers right, what do the real steps take and where does it go?
+
+    make gpu-acceptance PYTHON=python3                     # no virtual environment, no network, nothing is installed
+    python benchmarks/gpu_acceptance.py [--out FILE] [--minutes 8] [--tiny]
+
+The most valuable step comes first; each result is written at once, and a second call does only what is missing (of the same commit,
+device and versions). Each step is a process of its own with a time limit, so that none takes the others with it. It needs jax with its
+CUDA plugin, flax, optax, safetensors and PyYAML, as images for JAX have them, and pydantic: what is missing is named first, with the
+command that fetches it. `--tiny` does all of it with small models, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+# Module: the wheels that bring it, where pip would have no network to find what they need.
+NEEDED = {
+    "jax": "jax", "flax": "flax", "optax": "optax", "safetensors": "safetensors", "ml_dtypes": "ml_dtypes", "numpy": "numpy",
+    "google.protobuf": "protobuf", "yaml": "PyYAML", "rich": "rich markdown-it-py mdurl pygments",
+    "pydantic": "pydantic pydantic-core annotated-types typing-inspection typing-extensions",
+}  # fmt: skip
+LEAST_SECONDS = 20.0  # a step that has less left is not begun
+
+
+def steps(tiny: bool) -> dict[str, tuple[list[str], float]]:
+    """By name: the command's arguments and its time limit in seconds, the most valuable first."""
+    small = ["--tiny"] if tiny else []
+
+    def step(case: str, model: str, *more: str) -> list[str]:
+        cases = "2x32:2" if tiny else case
+        return ["benchmarks/gpu_step.py", "--model", model, "--cases", cases, "--steps", "3", *small, *more]
+
+    return {
+        "doctor": (["benchmarks/gpu_acceptance.py", "--doctor"], 60),
+        "numbers": (["benchmarks/gpu_parity.py"], 180),
+        "mixtral 8x512": (step("8x512:2", "mixtral"), 180),
+        "mixtral 1x128": (step("1x128:2", "mixtral"), 120),
+        "blackmamba 16x512": (step("16x512:2", "blackmamba"), 180),
+        "mixtral 8x512 traced": (step("8x512:2", "mixtral", "--trace"), 240),
+    }
+
+
+def missing() -> list[str]:
+    """Modules that this Python has not."""
+
+    def there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package that the module would lie in
+            return False
+
+    return [name for name in NEEDED if not there(name)]
+
+
+def what_to_carry(absent: list[str]) -> str:
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    wheels = " ".join(NEEDED[name] for name in absent)
+    return (
+        f"error: {sys.executable} (Python {python}) lacks {', '.join(absent)}. With a network: {sys.executable} -m pip install "
+        f"{' '.join(NEEDED[name].split()[0] for name in absent)}. Without: carry the wheels there,\n"
+        f"  pip download --only-binary=:all: --no-deps --python-version {python} --dest wheels {wheels}\n"
+        f"  {sys.executable} -m pip install --no-index --find-links wheels {wheels}"
+    )
+
+
+def doctor() -> dict[str, Any]:
+    """The findings of `moejax doctor` but for the Hub's, what jax and the driver say of the device."""
+    import jax
+
+    from moejax import doctor
+
+    findings = [*doctor.versions(), *doctor.devices(), *doctor.memory(), *doctor.caches()]
+    device = jax.local_devices()[0]
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        smi = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        smi = None
+    return {
+        "device": device.device_kind, "platform": device.platform, "compute_capability": getattr(device, "compute_capability", None),
+        "memory_stats": device.memory_stats(), "nvidia_smi": smi, "findings": [f._asdict() for f in findings],
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin")
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {name: found[name] for name in names if name in found}
+
+
+def run(arguments: list[str], seconds: float, programs: str) -> dict[str, Any]:
+    """One step in a process of its own: its report, or what became of it. programs: where compiled ones lie, for the steps after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, start = Path(folder) / "out.json", time.perf_counter()
+        command = [sys.executable, *arguments, "--out", str(out)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": programs}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
+            )
+            code, said = done.returncode, (done.stderr or done.stdout).strip()
+        except subprocess.TimeoutExpired:
+            code, said = -1, f"stopped after {seconds:.0f} s"
+        result = {"seconds": round(time.perf_counter() - start, 1), "command": " ".join(["python", *arguments]), "exit": code}
+        if out.exists():
+            result["report"] = json.loads(out.read_text())
+        return result if code == 0 else result | {"said": said[-1500:]}
+
+
+def told(name: str, result: dict[str, Any]) -> str:
+    """What there is to see of a step, in one line."""
+    report = result.get("report") or {}
+    parts = [f"{name}: {'done' if result['exit'] == 0 else 'NOT RIGHT'}, {result['seconds']} s"]
+    if "checks" in report:
+        bad = [f"{c['check']} {c['difference']:.3g}" for c in report["checks"] if not c["ok"]]
+        parts.append(f"{len(report['checks']) - len(bad)} of {len(report['checks'])} checks" + (f"; not: {', '.join(bad)}" if bad else ""))
+    for case in report.get("cases", []):
+        if "error" in case:
+            parts.append(case["error"])
+            continue
+        peaks = [case["compiler_peak_bytes"], case["measured_peak_bytes"]]
+        compiler, measured = ("unknown" if peak is None else f"{peak / 1e9:.2f} GB" for peak in peaks)
+        parts.append(
+            f"{1e3 * case['step_seconds']['median']:.1f} ms a step, {case['tokens_per_second']:,.0f} tokens/s, "
+            f"{100 * case['model_flop_utilization']:.1f} % of the peak, compiled in {case['compile_seconds']:.0f} s; peak "
+            f"{compiler} by the compiler, {measured} by the allocator"
+        )
+        if "trace" in case:
+            longest = list(case["trace"]["stages"].items())[:6]
+            parts.append(", ".join(f"{stage} {1e3 * seconds:.1f} ms" for stage, seconds in longest))
+            parts.append(f"{100 * case['trace']['attributed']:.1f} % under a name")
+    if result["exit"] != 0 and "checks" not in report:
+        parts.append(result["said"].splitlines()[-1] if result["said"] else f"exit {result['exit']}")
+    return "; ".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-gpu-acceptance.json")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all (8); with more, each step may take longer")
+    parser.add_argument("--tiny", action="store_true", help="small models: a rehearsal")
+    parser.add_argument("--doctor", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    absent = missing()
+    if absent:
+        print(what_to_carry(absent), file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(ROOT))
+    import kept
+
+    if options.doctor:
+        found = doctor()
+        kept.write(options.out, found)
+        return int(any(f["status"] == "error" and f["what"] != "packages" for f in found["findings"]))
+    end = time.monotonic() + 60 * options.minutes
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    platform, kind = kept.device()
+    about = {"device": kind, "platform": platform, "versions": versions(), "commit": git or None, "tiny": options.tiny}
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    same = all(known.get(key) == value for key, value in about.items())
+    report = kept.about(steps=known["steps"] if same else {}) | about
+    if platform == "cpu" and not options.tiny:
+        print("error: jax sees no GPU here: `moejax doctor`, BUILD.md. --tiny rehearses on a CPU", file=sys.stderr)
+        return 2
+    if known and not same:  # of another device, commit or version: kept beside
+        kept_at = next(p for n in range(1, 1000) if not (p := options.out.with_suffix(f".{n}.json")).exists())
+        options.out.rename(kept_at)
+        print(f"{kept_at}: what was there (device, commit or versions differ)", flush=True)
+    with tempfile.TemporaryDirectory() as programs:
+        take(steps(options.tiny), report, end, options, programs)
+    print(f"{options.out}")
+    return int(any(name not in report["steps"] or report["steps"][name]["exit"] for name in steps(options.tiny)))
+
+
+def take(wanted: dict[str, tuple[list[str], float]], report: dict[str, Any], end: float, options: Any, programs: str) -> None:
+    """Each step that the report has not, until `end`."""
+    import kept
+
+    for name, (arguments, limit) in wanted.items():
+        before = report["steps"].get(name)
+        if before is not None and before["exit"] == 0:
+            print(f"{told(name, before)} (from before)", flush=True)
+            continue
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            print(f"{name}: no time left; the same command does it", flush=True)
+            continue
+        report["steps"][name] = run(arguments, min(limit * max(1.0, options.minutes / 8), left), programs)
+        kept.write(options.out, report)
+        print(told(name, report["steps"][name]), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
