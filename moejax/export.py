@@ -16,10 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from models.build import Model, build
 from models.config import Architecture
 from moejax.config import Experiment
-from moejax.data.tokenizer import load_tokenizer, save_tokenizer
+from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.runs import open_run
-from moejax.hub import merge, peft, verification, weights
+from moejax.hub import beside, merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint, layers_in
 from moejax.training.state import adapter_config, architecture, quantization_config
 
@@ -106,8 +106,7 @@ def _write_merged(
         task = bar.add_task("merging", total=total)
         merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=lambda n: bar.advance(task, n))
     tokenizer = _tokenizer(experiment, base)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, aside)
+    beside.carry(aside, base, tokenizer, [] if tokenizer is None else [tokenizer.eos_token_id])
 
 
 def _tokenizer(experiment: Experiment, base: Path) -> Any:

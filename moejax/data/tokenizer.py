@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError, first_line
+from moejax.files import settle
 
 
 def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
@@ -77,18 +79,27 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write tokenizer files that transformers 4 and 5 load: the class name that 5 writes is unknown to 4, and 5 reads 4's.
+    """Write tokenizer files that transformers 4 and 5 load, with the chat template and the special tokens where each looks for them.
 
-    Raises OSError where they cannot be written.
+    The class name that 5 writes is unknown to 4, and 5 reads 4's. `model_input_names`: no model here has token types, and `generate`
+    refuses what it does not know. Each file is there whole or not at all. Raises OSError where they cannot be written.
     """
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except OSError:
-        raise
-    except Exception as error:  # the library raises a bare Exception for a full disk
-        raise OSError(f"{folder / 'tokenizer.json'}: {first_line(error)}") from error
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as aside:
+        try:
+            tokenizer.save_pretrained(aside)
+        except OSError:
+            raise
+        except Exception as error:  # the library raises a bare Exception for a full disk
+            raise OSError(f"{folder / 'tokenizer.json'}: {first_line(error)}") from error
+        path = Path(aside, "tokenizer_config.json")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        if isinstance(tokenizer.chat_template, str):
+            settings["chat_template"] = tokenizer.chat_template
+        for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", tokenizer.special_tokens_map)):
+            Path(aside, name).write_text(json.dumps(dict(content), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        for new in (file for file in Path(aside).rglob("*") if file.is_file()):
+            place = folder / new.relative_to(aside)
+            place.parent.mkdir(exist_ok=True)
+            settle(new, place)

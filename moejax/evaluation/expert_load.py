@@ -22,6 +22,7 @@ from moejax.data.sources import load_records
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.runs import open_run, tuned
+from moejax.files import replace_text
 from moejax.hub import weights
 from moejax.training.metrics import load_variance
 from moejax.training.state import architecture, create_model
@@ -59,7 +60,7 @@ def run(run_folder: str | None, config_file: str | None, data: str, limit: int |
         counts["tuned"] = count(tuned(experiment, sizes, folder, model), batches)
     result = summarize(counts, batches, data, sizes.experts_per_token)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "expert_load.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    replace_text(folder / "expert_load.json", json.dumps(result, indent=1) + "\n")
     picture = draw(result, folder)
     write_image(folder, picture)
     console = Console()

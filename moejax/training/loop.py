@@ -21,9 +21,9 @@ from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
-from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
-from moejax.hub import peft, save, weights
+from moejax.hub import beside, peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
 from moejax.training import (
     device_check,
@@ -358,8 +358,11 @@ class Trainer:
             peft.save_adapter(self.model(), folder / "adapter", m.source or "", m.revision)
             return
         save.save_weights(self.model(), folder / "model")
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, folder / "model")
+        try:
+            base = None if m.source is None else weights.resolve(m.source, m.revision)
+        except UserError:  # it was there at the start: a trained model is not lost for what lay beside it
+            base = None
+        beside.carry(folder / "model", base, self.tokenizer, [] if self.tokenizer is None else [self.tokenizer.eos_token_id])
 
     def _report_profile(self) -> None:
         """step_profile.json and a short table, where steps were traced."""

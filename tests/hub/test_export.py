@@ -40,7 +40,8 @@ def test_a_merged_model_computes_what_was_trained(run_folder, tmp_path, capsys):
     assert cli.main(["export", str(run_folder), "--out", str(out), "--format", "merged"]) == 0
     assert "verified on" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert {v.dtype for v in load_file(str(out / "model.safetensors")).values()} == {jnp.dtype(jnp.bfloat16)}
     # transformers 4 knows no other name for the class.

@@ -1,4 +1,4 @@
-"""Does transformers load a merged model that moejax exported, with our logits and our tokens?
+"""Does transformers load a merged model that moejax exported, with our logits and our tokens, and generate from it as it stands?
 
 PYTHONPATH=tests .venv/bin/python tests/oracles/write_export.py /tmp/export  # a run, its merged model, tokens and our logits
 .venv-reference4/bin/python tests/oracles/check_export.py /tmp/export          # prints the largest difference
@@ -17,7 +17,8 @@ def main():
     folder = Path(sys.argv[1])
     with np.load(folder / "logits.npz") as file:
         tokens, logits, prompt = file["tokens"], file["logits"], str(file["prompt"])
-    same_tokens = AutoTokenizer.from_pretrained(folder / "merged")(prompt).input_ids == tokens.tolist()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    same_tokens = tokenizer(prompt).input_ids == tokens.tolist()
     worst, loaded = 0.0, []
     for name in ("merged", "sharded"):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -27,6 +28,7 @@ def main():
         with torch.no_grad():
             found = model(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
         worst = max(worst, float(np.abs(found - logits).max()))
+    model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=4)  # refuses inputs that a Mixtral does not know
     print(
         f"transformers {transformers.__version__}: logits differ by {worst:.2g} of {np.abs(logits).max():.3g}, {len(loaded)} tensors "
         f"missing or left over, tokens {'equal' if same_tokens else 'DIFFER'}"
