@@ -53,11 +53,11 @@ def peak_bytes() -> int:
 
 def load(folder: Path, cache: Path) -> None:
     import jax
-    from rich.console import Console
 
     from models.build import build
     from models.config import Quantization
     from moejax.hub import weights
+    from moejax.terminal import Console
 
     model = build(weights.read_config(folder), quantization=Quantization())
     key = jax.block_until_ready(jax.random.split(jax.random.key(0)))[0]  # jax's own start is no part of a load

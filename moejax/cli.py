@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moejax import __version__, estimating, program_cache
+from moejax import __version__, estimating, installation, program_cache, streams
 from moejax.characterize import command as characterize
-from moejax.errors import UserError
+from moejax.errors import UserError, first_line
 from moejax.estimator import commands as estimate
 from moejax.report import command as report
 
@@ -25,6 +26,7 @@ ESTIMATE = "what fits, how fast, how many dollars, on which GPU"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for a mistake of the user's, told in one message."""
+    streams.prepare()
     parser = argparse.ArgumentParser(prog="moejax", description="Fine-tune Mixture-of-Experts models on one GPU, in JAX.")
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -168,6 +170,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """`python train.py …`: the same as `moejax train …`."""
+    streams.prepare()
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description="Fine-tune a model as a config file says.")
     add_train_arguments(parser)
     return _main_of_one(parser, arguments, "train")
@@ -175,6 +178,7 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 def estimate_main(arguments: Sequence[str] | None = None) -> int:
     """`python estimate.py …`: the same as `moejax estimate …`."""
+    streams.prepare()
     parser = argparse.ArgumentParser(prog="estimate.py", description=f"{ESTIMATE[0].upper()}{ESTIMATE[1:]}.")
     estimating.add_arguments(estimate.add_arguments(parser))
     return _main_of_one(parser, arguments, "estimate")
@@ -196,11 +200,17 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def guarded(options: argparse.Namespace) -> int:
+    """The command's exit code. What is wrong with the input, the machine or the installation is one message and no traceback."""
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read standard output is gone, as in `| head`
+        streams.silence()
+        return 128 + signal.SIGPIPE
     except PermissionError as error:
         print(
             f"error: {error.filename or error}: permission denied: this user may not read it, or not write there: change its owner or "
@@ -211,11 +221,28 @@ def guarded(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("moejax", "models"):
             raise
-        print(
-            f"error: {error}: this Python lacks what moejax needs. `make demo` installs it in .venv (then: . .venv/bin/activate); "
-            "BUILD.md has other ways",
-            file=sys.stderr,
+        remedy = (
+            "`make demo` installs it in .venv (then: . .venv/bin/activate); BUILD.md has other ways"
+            if installation.PROJECT.is_file()
+            else installation.pip_install(*installation.requirements())
         )
+        print(f"error: {error}: this Python lacks what moejax needs. {remedy}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that is full, a name that is too long, a file where a folder is expected …
+        named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        print(f"error: {f'{named}: ' if named else ''}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        why = f" ({error})" if str(error) else ""
+        print(f"error: this machine's memory is full{why}: end other programs, or ask for less", file=sys.stderr)
+        return 2
+    except UnicodeEncodeError as error:  # of a name or an argument: texts of records are judged where they are read
+        print(f"error: {error.object!a} holds bytes that are not UTF-8: such a name cannot be written down; rename it", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "Unable to initialize backend" not in str(error):
+            raise
+        print(f"error: {first_line(error)}. `moejax doctor` says what this machine has; JAX_PLATFORMS=cpu runs on its CPU", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: what a run had finished is in its last checkpoint (--resume)", file=sys.stderr)

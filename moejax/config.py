@@ -362,11 +362,19 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"config file {file} does not exist (expected a YAML file; see configs/)")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_bytes())  # bytes: a byte-order mark says which Unicode it is
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.position}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = str(getattr(error, "problem", error))
+        tab = " (a tab: YAML is indented with spaces)" if "'\\t'" in problem else ""
+        raise UserError(f"{file}{where}: not valid YAML: {problem}{tab}") from None
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply to be a config") from None
+    except ValueError as error:  # a date that does not exist, a number of thousands of digits
+        raise UserError(f"{file}: a value that YAML cannot read: {error}; put it in quotes if it is a text") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a mapping of sections, got {type(content).__name__}")
     for override in overrides:
@@ -392,7 +400,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, e.g. training.learning_rate=1e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         value = text
     *parents, last = key.split(".")
     node = content

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from moejax import __version__
+from moejax import __version__, installation
+from moejax.terminal import Console
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes", "safetensors", "transformers", "tokenizers",
@@ -41,10 +42,10 @@ def run() -> int:
     table = Table(title=f"moejax {__version__}", title_justify="left")
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
-    colours = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "error": "[red]error[/red]"}
+    colours = {"ok": "green", "note": "yellow", "error": "red"}
     for f in findings:
-        table.add_row(colours[f.status], f.what, f.found, f.advice)
-    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160).print(table, highlight=False)
+        table.add_row(Text(f.status, colours[f.status]), f.what, f.found, f.advice)
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160).print(table)
     return int(any(f.status == "error" for f in findings))
 
 
@@ -63,7 +64,7 @@ def versions() -> Iterable[Finding]:
     found = {name: version(name) for name in PACKAGES}
     missing = [name for name, installed in found.items() if installed is None]
     text = ", ".join(f"{name} {installed}" for name, installed in found.items() if installed is not None)
-    advice = f"lacking: {', '.join(missing)}. pip install -e . in the checkout (BUILD.md)" if missing else ""
+    advice = f"lacking: {', '.join(missing)}. {installation.for_packages(missing)}" if missing else ""
     yield Finding("packages", "error" if missing else "ok", text, advice)
     wrong = [
         f"{name} {installed}"
@@ -71,7 +72,8 @@ def versions() -> Iterable[Finding]:
         if (installed := version(name)) is not None and installed != found["jaxlib"]
     ]
     if wrong:
-        yield Finding("CUDA plugin", "error", ", ".join(wrong), f"its version must be jaxlib's: pip install 'jax[cuda12]=={found['jax']}'")
+        extra = "cuda13" if "cuda13" in wrong[0] else "cuda12"
+        yield Finding("CUDA plugin", "error", ", ".join(wrong), f"its version must be jaxlib's: {installation.for_extra(extra)}")
 
 
 def devices() -> Iterable[Finding]:
@@ -82,7 +84,7 @@ def devices() -> Iterable[Finding]:
 
         found = jax.devices()
     except (ImportError, RuntimeError) as error:
-        advice = "JAX_PLATFORMS=cpu runs without a GPU; BUILD.md has the installation for CUDA 12 and 13"
+        advice = f"JAX_PLATFORMS=cpu runs without a GPU; with one: {gpu_install()}"
         yield Finding("devices", "error", str(error).splitlines()[0][:200], advice)
         return
     kinds = ", ".join(sorted({f"{d.device_kind} ({d.platform})" for d in found}))
@@ -90,12 +92,16 @@ def devices() -> Iterable[Finding]:
     if len(found) > 1:
         yield Finding("devices", "note", text, "one is used: choose it with CUDA_VISIBLE_DEVICES")
     elif found[0].platform == "cpu" and has_nvidia():
-        advice = "the NVIDIA driver is there, but jax runs on the CPU: install the extra cuda12 or cuda13 (BUILD.md)"
+        advice = f"the NVIDIA driver is there, but jax runs on the CPU: {gpu_install()}"
         yield Finding("devices", "note", text, advice)
     elif found[0].platform == "cpu":
         yield Finding("devices", "ok", text, "no GPU: the demos and tests run; a 7B model does not")
     else:
         yield Finding("devices", "ok", text)
+
+
+def gpu_install() -> str:
+    return f"{installation.for_extra('cuda12')} (or cuda13)"
 
 
 def has_nvidia() -> bool:
@@ -126,7 +132,7 @@ def memory() -> Iterable[Finding]:
 def plugin() -> Iterable[Finding]:
     """TensorBoard's Profile tab."""
     installed = version("xprof")
-    advice = "" if installed else "pip install -e '.[profile]' for the traces in TensorBoard; moejax breakdown works without"
+    advice = "" if installed else f"{installation.for_extra('profile')} for the traces in TensorBoard; moejax breakdown works without"
     yield Finding("TensorBoard's Profile tab", "ok" if installed else "note", f"xprof {installed}" if installed else "no xprof", advice)
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax import installation
 from moejax.errors import UserError
 from moejax.estimator.asked import HERE, names_of
 from moejax.estimator.gpus import GPU, GPUS, platform_of_capability
@@ -96,7 +97,7 @@ def why_not_compiled(gpu: GPU) -> str | None:
     if gpu.usable_bytes is not None:
         return None
     if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
-        return "the extra `aot` is missing (pip install -e '.[aot]', the plugin in jaxlib's version: BUILD.md)"
+        return f"the extra `aot` is missing ({installation.for_extra('aot')})"
     from moejax.estimator.targets import MULTIPROCESSORS, target_of
 
     if target_of(gpu) is not None:

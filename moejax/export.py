@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.build import Model, build
@@ -21,6 +20,7 @@ from moejax.errors import UserError
 from moejax.evaluation.runs import open_run
 from moejax.hub import beside, merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint, layers_in
+from moejax.terminal import Console
 from moejax.training.state import adapter_config, architecture, quantization_config
 
 PROMPT = (
@@ -69,7 +69,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
                     f"what was written does not compute what was trained: {error}. {target} was not made. Please report this; "
                     "--no-verify writes it all the same"
                 ) from None
-            console.print(_verdict(compared, limit), highlight=False, soft_wrap=True)
+            console.print(_verdict(compared, limit), soft_wrap=True)
         aside.replace(target)
     except OSError as error:
         raise UserError(
@@ -78,7 +78,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
-    console.print(f"{what}: {target}{'' if verify else ' (not verified)'}", highlight=False, soft_wrap=True)
+    console.print(f"{what}: {target}{'' if verify else ' (not verified)'}", soft_wrap=True)
     return 0
 
 

@@ -7,7 +7,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from moejax.characterize.presets import parse_bytes
 from moejax.characterize.sweep import Sweep, environment
 from moejax.errors import UserError
 from moejax.report import results
+from moejax.terminal import Console
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,14 +54,14 @@ def run(options: argparse.Namespace) -> int:
         text = f"{number:3}/{count} {result.status:13} {task.name}"
         text += "" if result.seconds is None else f"  {result.seconds:.1f} s"
         text += f", {_time(left)} left" + (f"\n          {result.message}" if result.message and result.status != "done" else "")
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     if progress:
         progress.start()
     try:
         sweep.run(told)
     except KeyboardInterrupt:
-        console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", highlight=False, soft_wrap=True)
+        console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", soft_wrap=True)
         return 130
     except OSError as error:
         raise _unwritten(folder, error) from None
@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
             progress.stop()
     failed = [name for name, r in sweep.done.items() if not r.final]
     rows = len(sweep.content.rows)
-    console.print(f"{rows} values in {folder / results.CSV_FILE} and {results.JSON_FILE}", highlight=False, soft_wrap=True)
-    console.print(f"the page: {shlex.join(['moejax', 'report', str(folder)])}", highlight=False, soft_wrap=True)
+    console.print(f"{rows} values in {folder / results.CSV_FILE} and {results.JSON_FILE}", soft_wrap=True)
+    console.print(f"the page: {shlex.join(['moejax', 'report', str(folder)])}", soft_wrap=True)
     if failed:
         told_ = f"{len(failed)} of {count} trials failed ({', '.join(failed[:3])}{', …' if len(failed) > 3 else ''})"
         why = f"why is in {folder / results.STUDY_FILE} and in {folder / 'logs'}; the same command tries them again"

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax import streams
 from moejax.errors import UserError
 from moejax.files import replace_text
 
@@ -46,6 +47,7 @@ def told(folder: Path, trial: str, rows: int | None = None) -> str:
 
 
 def main() -> int:
+    streams.prepare()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("trial", metavar="TRIAL")

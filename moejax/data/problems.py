@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from moejax import streams
+
 NAMES = {"Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Max": "He", "Zoe": "She", "Sam": "He"}
 ITEMS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "cookies", "balls", "stones", "tickets")
 LARGEST = 99
@@ -238,6 +240,7 @@ def dump_records(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
+    streams.prepare()
     parser = argparse.ArgumentParser(
         prog="python -m moejax.data.problems", description="Make the bundled task and its base's text."
     )

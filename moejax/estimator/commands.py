@@ -253,10 +253,11 @@ def _cell(value: Any) -> str:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    from moejax.terminal import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
     table = Table(title=title, title_justify="left")
     numbers = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
     for place, (column, number) in enumerate(zip(columns, numbers, strict=True)):
@@ -265,7 +266,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
     for note in notes:
-        console.print(f"  {note}", markup=False)
+        console.print(f"  {note}")
     console.print()
 
 

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.progress import Progress
 
 from moejax.errors import UserError
@@ -14,6 +13,7 @@ from moejax.evaluation.evaluate import Result, evaluate, larger, pairs_of, promp
 from moejax.evaluation.runs import load
 from moejax.evaluation.tasks import find
 from moejax.evaluation.tasks import load as load_examples
+from moejax.terminal import Console
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,10 +52,11 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(
                 f"out of memory: {str(error).splitlines()[0]}. Lower --rows ({options.rows}) or --max-new-tokens ({new})"
             ) from error
-    said = report(result, "base" if options.base else None)
-    Console().print(said, highlight=False, soft_wrap=True)  # first: a disk that is full does not cost the result
-    write(result, out)
-    Console().print(f"{out}/predictions.jsonl, result.json", highlight=False, soft_wrap=True)
+    try:
+        write(result, out)
+    finally:  # a disk that is full does not cost the result
+        Console().print(report(result, "base" if options.base else None), soft_wrap=True)
+    Console().print(f"{out}/predictions.jsonl, result.json", soft_wrap=True)
     return 0
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from moejax.data.sources import load_records
@@ -19,6 +18,7 @@ from moejax.evaluation.runs import open_run, tuned
 from moejax.evaluation.tasks import find
 from moejax.files import replace_text
 from moejax.hub import weights
+from moejax.terminal import Console
 from moejax.training.state import architecture, create_model
 
 ROWS = 64  # problems answered together
@@ -63,14 +63,16 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     for name, count in right.items():
         low, high = wilson_interval(count, len(records))
         table.add_row(name, f"{count}/{len(records)}", f"{100 * accuracy[name]:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")
-    console.print(table)
-    example = next(p for p in predictions if p["model"] == "tuned")
-    console.print(f"[bold]{example['instruction']}[/bold]\n{example['output']}", highlight=False)
     summary = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
     part = f"-first-{len(records)}" if limit is not None and larger(folder / "exact_match.json", "problems", len(records)) else ""
+    example = next(p for p in predictions if p["model"] == "tuned")
     try:
         replace_text(folder / f"predictions{part}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
         replace_text(folder / f"exact_match{part}.json", json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free some space") from None
+    finally:  # a disk that is full does not cost the result
+        console.print(table)
+        console.print(example["instruction"], style="bold")
+        console.print(example["output"])
     return 0

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from models.build import Model
@@ -24,6 +23,7 @@ from moejax.errors import UserError
 from moejax.evaluation.runs import open_run, tuned
 from moejax.files import replace_text
 from moejax.hub import weights
+from moejax.terminal import Console
 from moejax.training.metrics import load_variance
 from moejax.training.state import architecture, create_model
 
@@ -67,7 +67,7 @@ def run(run_folder: str | None, config_file: str | None, data: str, limit: int |
     for name in counts:
         console.print(table(result, name))
     console.print(
-        f"{folder}/expert_load.json, .png, .svg; TensorBoard's Images tab: expert_load", highlight=False, soft_wrap=True
+        f"{folder}/expert_load.json, .png, .svg; TensorBoard's Images tab: expert_load", soft_wrap=True
     )
     return 0
 

@@ -17,7 +17,9 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("lm-evaluation-harness is not installed: pip install -e '.[eval]'", name=error.name) from error
+    from moejax import installation
+
+    raise ModuleNotFoundError(f"lm-evaluation-harness is not installed: {installation.for_extra('eval')}", name=error.name) from error
 from tqdm import tqdm
 
 from models.build import Model

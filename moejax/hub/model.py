@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from models.build import Model, build
 from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.terminal import Console
 
 CACHED_FROM_BYTES = 1_000_000_000
 

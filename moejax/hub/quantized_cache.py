@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from rich.console import Console
 
 from moejax import __version__
 from moejax.errors import UserError
 from moejax.hub.safetensors_file import Reader, Writer
+from moejax.terminal import Console
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ class Keeper:
             with suppress(UserError):  # what is left in its buffer does not fit either
                 writer.__exit__(UserError)
         if self._console is not None:
-            self._console.print(f"warning: quantized weights are not kept for the next start: {error}", highlight=False)
+            self._console.print(f"warning: quantized weights are not kept for the next start: {error}")
 
     def __enter__(self) -> Keeper:
         return self

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from models.build import Model, materialize_lora
@@ -23,6 +22,7 @@ from moejax.hub.quantized_cache import Keeper
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import open_tensors, read_json, weight_files
 from moejax.hub.streaming import by_variable, fill, leaf_name
+from moejax.terminal import Console
 
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
 
@@ -73,7 +73,7 @@ def load_weights(
             fill(model, files, folder, keep=keep, advance=lambda n: bar.advance(task, n))
     if console is not None:
         for line in report(model):
-            console.print(line, highlight=False)
+            console.print(line)
     return materialize_lora(model, lora_key)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from moejax import installation
+
 STEP_NAME = "train"  # TensorBoard's name for the step markers
 
 
@@ -103,4 +105,4 @@ def plugin_hint() -> str | None:
     """What to install for TensorBoard's Profile tab, if it is missing."""
     if importlib.util.find_spec("xprof") is not None:
         return None
-    return "for TensorBoard's Profile tab: pip install -e '.[profile]'"
+    return f"for TensorBoard's Profile tab: {installation.for_extra('profile')}"

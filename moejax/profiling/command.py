@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from moejax.errors import UserError
@@ -18,6 +17,7 @@ from moejax.profiling import roofline, schema, torch_trace, xplane
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
 from moejax.report.breakdown import ALL, Bars, draw, study, takeaways
+from moejax.terminal import Console
 
 WIDE = 132  # characters that the whole table of stages takes
 
@@ -55,7 +55,7 @@ def run(
     console.print(_takeaways(bars))
     for file in draw(bars, folder):
         if file.suffix == ".png":
-            console.print(f"{file} (and .svg)", highlight=False, soft_wrap=True)
+            console.print(f"{file} (and .svg)", soft_wrap=True)
     return 0
 
 
@@ -145,33 +145,31 @@ def _print(r: Run, console: Console) -> None:
     title = r.bars.name.replace("\n", " ")
     if b is not None:
         title += f": {b.steps} traced steps of {b.program} on a {b.platform.upper()}"
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     console.print(_phases(r))
     if b is None:
         return
     console.print(_stages(r, whole=console.width >= WIDE))
     if r.peaks.measured and (over := [s.name for s in r.stages if s.bytes_per_second > (r.peaks.bytes_per_second or s.bytes_per_second)]):
         why = "read from caches, or the bandwidth was measured under load (profile again on a machine that does nothing else)"
-        console.print(f"more than the measured bandwidth, shown as 100 %: {', '.join(over)}: {why}", highlight=False, soft_wrap=True)
+        console.print(f"more than the measured bandwidth, shown as 100 %: {', '.join(over)}: {why}", soft_wrap=True)
     if console.width < WIDE:
         more = f"milliseconds by phase, GFLOP and MB: in a terminal of {WIDE} characters, or by --json"
-        console.print(more, highlight=False, soft_wrap=True)
+        console.print(more, soft_wrap=True)
     console.print(
         f"{100 * b.attributed:.1f} % of the busy time is under a named stage. {100 * b.mixed_seconds / b.busy_seconds:.1f} % was split off "
         "fusions that mix stages or phases, by their instructions' own cost.",
-        highlight=False,
         soft_wrap=True,
     )
     if b.attributed < 0.05:
         console.print(
             f"no scope of moejax's is in this trace: {b.program} is another program, or an older version's. Phases follow JAX's own marks.",
-            highlight=False,
             soft_wrap=True,
         )
     if b.attributed < 0.95:
-        console.print("longest under no name of ours:", highlight=False)
+        console.print("longest under no name of ours:")
         for label, seconds in b.unnamed[:8]:
-            console.print(f"  {1e3 * seconds:8.2f} ms  {label}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  {1e3 * seconds:8.2f} ms  {label}", soft_wrap=True)
 
 
 def _phases(r: Run) -> Table:

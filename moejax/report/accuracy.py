@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from moejax import reference
 from moejax.errors import UserError
 from moejax.evaluation.recorded import ScoredRun, open_scored, percent
 from moejax.report.naming import REFERENCE
+from moejax.terminal import Console
 
 COLORS = {"sparse": "#2b6cb0", "dense": "#dd6b20"}
 LINES = ("-", "--", ":", "-.")
@@ -31,11 +31,11 @@ def run(folders: Sequence[str], plot: str | None) -> int:
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
     console.print(table(runs))
     for line in pairs(runs):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(study_table())
     if path is not None:
         draw(runs, path)
-        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(path), soft_wrap=True)
     return 0
 
 

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from models.build import build
 from models.config import Architecture
+from moejax import installation
 from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.errors import UserError, first_line
@@ -40,8 +41,8 @@ def device(gpu: str | Target) -> Any:
         topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology="1x1x1")
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra, pip install -e '.[aot]', "
-            "with jax-cuda12-plugin of jaxlib's version, and set JAX_PLATFORMS=cpu"
+            f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra `aot` "
+            f"({installation.for_extra('aot')}), and set JAX_PLATFORMS=cpu"
         ) from error
     return topology.devices[0]
 

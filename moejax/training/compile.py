@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import jax
 
+from moejax import installation
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.errors import UserError, first_line
 
-_TOOLS = "the compiler's own tools, with jax's plugin in jaxlib's version: pip install -e '.[cuda12]' (or '.[aot]': BUILD.md)"
+_TOOLS = f"the compiler's own tools, with jax's plugin in jaxlib's version: {installation.for_extra('cuda12')}"
 _WHAT_TO_TRY = (
     ("output tile sizes", f"rows of a multiple of {ROW_MULTIPLE} tokens, a single row (data.batch_rows=1), or another version of jax"),
     ("RESOURCE_EXHAUSTED", "fewer rows (data.batch_rows), shorter ones, or training.remat=full"),

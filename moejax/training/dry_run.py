@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import optax
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from models.build import build
 from moejax.config import Experiment
 from moejax.estimator import cards
 from moejax.estimator.units import gigabytes
+from moejax.terminal import Console
 from moejax.training import held_out, low_precision
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
@@ -70,11 +70,11 @@ def report(experiment: Experiment) -> int:
     table.add_row("before activations", "", "", f"{gigabytes(total)}", "")
     console.print(table)
     for line in cards.lines(experiment, sizes):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     low_precision.warn(experiment, console)
-    console.print(_schedule(experiment), highlight=False)
+    console.print(_schedule(experiment))
     for line in [*asked, *missing(experiment)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return 0
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 
 from models.build import Model, build
 from moejax.config import Experiment
@@ -25,6 +24,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import beside, peft, save, weights
 from moejax.profiling.capture import Capture, compile_profiled
+from moejax.terminal import Console
 from moejax.training import (
     device_check,
     experts,
@@ -79,7 +79,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
-    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
+    console.print(experts.announce(experiment, config), soft_wrap=True)
     if experiment.adapter is not None and experiment.adapter.init_from is not None:
         # An adapter that does not fit is told before data and weights are read.
         continue_adapter(experiment, build(config, **model_arguments(experiment)), experiment.model.source)
@@ -92,10 +92,10 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
         check_vocabulary(tokenizer, config.vocab_size)
     asked = held_out.prepare(experiment, tokenizer, config.max_position_embeddings)
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
-    console.print(f"data: {dataset.source}", highlight=False, soft_wrap=True)
+    console.print(f"data: {dataset.source}", soft_wrap=True)
     console.print(dataset.table())
     if asked is not None and asked.why_no_loss:
-        console.print(f"no eval/loss: {asked.why_no_loss}", highlight=False, soft_wrap=True)
+        console.print(f"no eval/loss: {asked.why_no_loss}", soft_wrap=True)
     check_profile(experiment, dataset)
     experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
     with console.status("loading the model"):
@@ -146,7 +146,7 @@ class Trainer:
             self.step = int(self.state.step)
         elif resume:
             console.print(
-                f"{folder} was stopped before its first checkpoint: starting at step 0", highlight=False, soft_wrap=True
+                f"{folder} was stopped before its first checkpoint: starting at step 0", soft_wrap=True
             )
         self.start_step, self.last_saved = self.step, self.step if saved else None
         self.writer = MetricWriter(folder, self.step if resume else None)
@@ -190,7 +190,7 @@ class Trainer:
                 text = f"is saved in {self.folder}/checkpoints. Continue with the same command and --resume."
             else:
                 text = f"was the last; what was measured is in {self.folder}"
-            self.console.print(f"{name}: step {self.step} of {self.total_steps} {text}", highlight=False, soft_wrap=True)
+            self.console.print(f"{name}: step {self.step} of {self.total_steps} {text}", soft_wrap=True)
             self._report_profile()
             return 128 + self._stop
         if self.keep:
@@ -406,6 +406,6 @@ class Trainer:
                 f"memory: compiler peak {self.compiler_peak / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
         lines += [] if self.scoring is None else self.scoring.summary()
-        self.console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        self.console.print("\n".join(lines), soft_wrap=True)
         if steady:
             prediction.conclude(self.folder, self.console)

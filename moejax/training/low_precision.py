@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from models.build import Model
 from models.layers import INIT_STD
 from moejax.config import Experiment
+from moejax.terminal import Console
 from moejax.training.optimizer import is_decayed
 from moejax.training.state import split
 
@@ -54,5 +54,5 @@ def warn(experiment: Experiment, console: Console, model: Model | None = None) -
         "half of its bf16 step. The rest is rounded away, and the loss hardly moves (update_norm is what is left). "
         "training.param_dtype=bfloat16_stochastic keeps it on average, in the same memory; training.param_dtype=float32 keeps it "
         "exactly, in twice the memory",
-        highlight=False, markup=False, soft_wrap=True,
+        soft_wrap=True,
     )  # fmt: skip

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
 
 from moejax.files import replace_text
+from moejax.terminal import Console
 
 
 class MetricWriter:
@@ -98,10 +98,10 @@ class Display:
             done, since = step - self._begun[0], time.monotonic() - self._begun[1]
             remaining = since / done * (self.total - step) if done else math.inf
             line = f"step {step}/{self.total}  {text}  lr {record['learning_rate']:.2e}  left {duration(remaining)}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.print(line, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress:

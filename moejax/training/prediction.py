@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from models.config import Architecture
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import coefficients, comparison, fitting, gpus, prices, units
+from moejax.terminal import Console
 from moejax.training.step_profile import cpu_name
 
 COEFFICIENTS = "coefficients.json"
@@ -69,7 +69,7 @@ def announce(
         told += "" if law.entry.doubt is None else f"; do not trust it: its coefficients are in doubt ({law.entry.doubt})"
         if price is not None:
             told += f", {seconds * steps / 3600 * price.usd_per_hour:.2f} USD at {price.told}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    console.print(told, soft_wrap=True)
 
 
 def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
@@ -90,7 +90,7 @@ def conclude(folder: Path, console: Console) -> None:
     except UserError as error:
         told = [f"no comparison: {error}"]
     for line in told:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _time(file: Path, model: str, method: str, gpu: str, share: float) -> tuple[dict[str, Any] | None, str | None]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from models.config import Architecture
 from models.layers import REMAT_POLICIES
 from moejax import estimating
 from moejax.config import Experiment, load
+from moejax.terminal import Console
 from moejax.training import memory
 
 RESERVE = 0.03
@@ -49,7 +49,7 @@ def resolve(experiment: Experiment, config: Architecture, steps: int, console: C
         chosen, told = choose(experiment.model_copy(update={"training": of_all_steps}), config, limit)
         host = " of the host's available memory" if jax.local_devices()[0].platform == "cpu" else ""
         why = f"{', '.join(told)} of {limit / 1e9:.1f} GB{host}"
-    console.print(f"training.remat: {chosen} ({why})", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"training.remat: {chosen} ({why})", soft_wrap=True)
     return with_policy(experiment, chosen)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from models.build import Model
@@ -22,6 +21,7 @@ from moejax.errors import UserError
 from moejax.profiling import breakdown, roofline, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
+from moejax.terminal import Console
 from moejax.training import experts, flops, memory, metrics
 from moejax.training.parameters import base_and_active, groups_of
 
@@ -48,7 +48,7 @@ def report(measured: Measured, console: Console) -> None:
     capture, folder = measured.capture, measured.folder
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     if capture.missed:
         say(

@@ -26,6 +26,7 @@ def run(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "base" / name).write_text((ROOT / "assets/tiny-mixtral" / name).read_text())
     problems = json.loads((ROOT / "assets/problems/train.json").read_text())[:30]
+    problems[0]["instruction"] += " [/b]"  # no markup, whatever is printed of it
     (tmp_path / "train.json").write_text(json.dumps(problems))
     content = {
         "name": "run",

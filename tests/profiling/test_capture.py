@@ -129,7 +129,7 @@ def test_the_end_says_where_to_look(profiled):
 
 def test_a_missing_plugin_is_said(monkeypatch):
     monkeypatch.setattr(capture.importlib.util, "find_spec", lambda name: None)
-    assert "pip install -e '.[profile]'" in capture.plugin_hint()
+    assert "-m pip install 'xprof" in capture.plugin_hint()
     monkeypatch.setattr(capture.importlib.util, "find_spec", lambda name: object())
     assert capture.plugin_hint() is None
 
