@@ -7,6 +7,7 @@ import difflib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     estimating.add_arguments(estimate.add_arguments(commands.add_parser("estimate", help=ESTIMATE)))
     evaluate = commands.add_parser("exact-match", help="answers of the base and of the tuned model on held-out problems")
     evaluate.add_argument("run", help="a finished run's folder, e.g. runs/demo")
-    evaluate.add_argument("--data", required=True, help="held-out problems (.json or .jsonl with `answer`)")
+    evaluate.add_argument("--data", required=True, help="held-out problems (.json, .jsonl, .csv, .parquet, with `answer`)")
     evaluate.add_argument("--limit", type=int, default=None, help="only the first so many problems")
     _add_generate(commands.add_parser("generate", help="what a finished run's model answers to a prompt"))
     _add_eval(commands.add_parser("eval", help="a run's or a model's accuracy on a task (gsm8k, hellaswag-generated, …)"))
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     load.add_argument("run", nargs="?", default=None, help="a finished run's folder, e.g. runs/demo")
     load.add_argument("--config", default=None, metavar="FILE", help="instead of a run: the base model of this experiment")
-    load.add_argument("--data", required=True, help="records such as the config trains on (.json or .jsonl)")
+    load.add_argument("--data", required=True, help="records such as the config trains on (.json, .jsonl, .csv, .parquet)")
     load.add_argument("--limit", type=int, default=None, help="only the first so many records")
     compare = commands.add_parser("compare", help="accuracy by epoch of runs with an eval: section, beside the study's Figure 3")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
@@ -135,7 +136,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
     parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-loglikelihood")
-    parser.add_argument("--data", required=True, metavar="FILE", help="a .json or .jsonl file, or a name for `datasets`")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
     parser.add_argument("--split", default=None, help="of a name for `datasets` (default: the task's)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N examples")
     parser.add_argument("--base", action="store_true", help="the model that the run began with: without its adapter")
@@ -230,7 +231,7 @@ def guarded(options: argparse.Namespace) -> int:
         return 2
     except OSError as error:  # a disk that is full, a name that is too long, a file where a folder is expected …
         named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        print(f"error: {f'{named}: ' if named else ''}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {named or 'a file, or standard output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except MemoryError as error:
         why = f" ({error})" if str(error) else ""
@@ -239,10 +240,17 @@ def guarded(options: argparse.Namespace) -> int:
     except UnicodeEncodeError as error:  # of a name or an argument: texts of records are judged where they are read
         print(f"error: {error.object!a} holds bytes that are not UTF-8: such a name cannot be written down; rename it", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if "Unable to initialize backend" not in str(error):
+    except (RuntimeError, AssertionError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.endswith("xla_bridge.py"):  # where jax looks for devices
             raise
-        print(f"error: {first_line(error)}. `moejax doctor` says what this machine has; JAX_PLATFORMS=cpu runs on its CPU", file=sys.stderr)
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = first_line(error) or "none is there"
+        print(
+            f"error: no device for jax{f' (JAX_PLATFORMS={asked})' if asked else ''}: {why}. `moejax doctor` says what this machine has; "
+            "JAX_PLATFORMS=cpu runs on its CPU",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: what a run had finished is in its last checkpoint (--resume)", file=sys.stderr)

@@ -157,7 +157,7 @@ class DataConfig(_Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
     source: Place | None = Field(
-        None, description="a .json or .jsonl file, or a name for `datasets`; null: random tokens (fixed only)"
+        None, description="a .json, .jsonl, .csv or .parquet file, or a name for `datasets`; null: random tokens (fixed only)"
     )
     config_name: str | None = None
     split: str = "train"

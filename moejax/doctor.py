@@ -21,7 +21,7 @@ from moejax.terminal import Console
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes", "safetensors", "transformers", "tokenizers",
-    "huggingface-hub", "datasets", "tensorboard",
+    "jinja2", "huggingface-hub", "datasets", "tensorboard",
 )  # fmt: skip
 HUB_SECONDS = 3.0
 LOW_DISK_BYTES = 20e9

@@ -28,7 +28,7 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
     task: str = Field(description="prompts and the rule by which an answer is right, by name: see moejax eval")
-    data: Place = Field(description="held-out problems: a .json or .jsonl file, or a name for `datasets`")
+    data: Place = Field(description="held-out problems: a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
     split: str | None = None
     limit: _Positive | None = Field(None, description="only the first so many problems")
     each_epoch: bool = False

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from rich.table import Table
 from support import ROOT
@@ -67,7 +68,7 @@ def test_a_reader_that_goes_away_ends_nothing():
         (OSError(36, "File name too long", "x" * 3), "error: xxx: File name too long"),
         (MemoryError("Unable to allocate 93 GiB"), "memory is full (Unable to allocate 93 GiB)"),
         ("\udcff".encode, r"'\udcff' holds bytes that are not UTF-8"),
-        (RuntimeError("Unable to initialize backend 'cuda': no such thing"), "`moejax doctor`"),
+        (lambda: jax.devices("no-such-device"), "error: no device for jax (JAX_PLATFORMS=cpu): Unknown backend no-such-device"),
     ],
 )
 def test_what_the_machine_refuses_is_one_message(failure, told, monkeypatch, capsys):
@@ -77,6 +78,7 @@ def test_what_the_machine_refuses_is_one_message(failure, told, monkeypatch, cap
         failure()
 
     monkeypatch.setattr(cli, "run", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert cli.main(["doctor"]) == 2
     assert told in capsys.readouterr().err
 

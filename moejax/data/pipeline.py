@@ -10,7 +10,8 @@ from rich.table import Table
 
 from moejax.config import DataConfig
 from moejax.data.batching import Batches, synthetic
-from moejax.data.sources import Record, load_records
+from moejax.data.records import Record
+from moejax.data.sources import load_records
 from moejax.data.tokenize import Tokenized, tokenize
 from moejax.errors import UserError
 
@@ -25,6 +26,7 @@ class Dataset:
     evaluation: Batches | None
     tokenized: Tokenized
     source: str
+    held_out_dropped: int = 0
 
     def statistics(self) -> dict[str, float]:
         """Counts; lengths in tokens with the template and the end of sequence."""
@@ -32,7 +34,11 @@ class Dataset:
         return {
             "records": self.tokenized.records,
             "dropped": self.tokenized.dropped,
+            "  blank answers": self.tokenized.blank_answers,
+            "  blank questions": self.tokenized.blank_questions,
+            "  answers cut off": self.tokenized.cut_off,
             "cut": self.tokenized.cut,
+            "with control tokens": self.tokenized.marked,
             "queries": len(lengths),
             "tokens": int(lengths.sum()),
             "supervised tokens": int(sum(len(q.ids) - max(q.prompt, 1) for q in self.tokenized.queries)),
@@ -53,8 +59,30 @@ class Dataset:
             )
             table.add_row(name, text)
         if self.evaluation is not None:
-            table.add_row("held out queries", f"{len(self.evaluation.queries):,}")
+            dropped = f" ({self.held_out_dropped:,} dropped)" if self.held_out_dropped else ""
+            table.add_row("held out queries", f"{len(self.evaluation.queries):,}{dropped}")
         return table
+
+    def notes(self) -> list[str]:
+        """What a user should know beside the table."""
+        t, found = self.tokenized, []
+        if t.first_marked is not None:
+            index, mark = t.first_marked
+            kept = "as tokens: data.template = text takes its records as they are written" if t.as_written else "as text"
+            found.append(
+                f"{t.marked:,} records hold control tokens or the template's marks (first: record {index}, {mark!r}): kept, {kept}"
+            )
+        if t.end != t.end_of_sequence:
+            text = t.end.removesuffix(t.end_of_sequence)
+            found.append(
+                f"the chat template ends a turn with {text!r}, "
+                + (
+                    f"not with the tokenizer's end of sequence {t.end_of_sequence!r}: answers end with it, and generation stops at both"
+                    if text == t.end
+                    else f"which is no token of this tokenizer: the end of sequence {t.end_of_sequence!r} follows it"
+                )
+            )
+        return found
 
 
 def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Dataset:
@@ -70,16 +98,19 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
         if config.holdout >= len(records):
             raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
         records, held_out = records[: -config.holdout], records[-config.holdout :]
-    train = tokenize(records, tokenizer, config.template, _limit(config))
+    train = tokenize(records, tokenizer, config.template, _limit(config), config.source)
     evaluation = None
     if held_out:
-        evaluation = in_order(config, held_out, tokenizer, seed)
-    return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source)
+        evaluation = in_order(config, held_out, tokenizer, seed, config.eval_source or config.source, len(records) if config.holdout else 0)
+    dropped = 0 if evaluation is None else len(held_out) - len(evaluation.queries)
+    return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source, dropped)
 
 
-def in_order(config: DataConfig, records: list[Record], tokenizer: Any, seed: int) -> Batches:
-    """Batches of these records as the config's training would make them, but in their own order."""
-    queries = tokenize(records, tokenizer, config.template, _limit(config)).queries
+def in_order(
+    config: DataConfig, records: list[Record], tokenizer: Any, seed: int, source: str = "the held-out data", first: int = 0
+) -> Batches:
+    """Batches of these records as the config's training would make them, but in their own order. source, first: as in `tokenize`."""
+    queries = tokenize(records, tokenizer, config.template, _limit(config), source, first).queries
     return Batches(queries, config, seed, shuffle=False)
 
 

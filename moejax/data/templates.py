@@ -4,31 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from moejax.data.sources import Record
-from moejax.errors import UserError
+from moejax.data import chat
+from moejax.data.records import Record
 
 
-def render(template: str, record: Record, tokenizer: Any) -> tuple[str, str]:
-    """(prompt, answer). The end of sequence is appended as a token later; nothing stands before the prompt.
+def render(template: str, record: Record, tokenizer: Any, where: str = "") -> tuple[str, str]:
+    """(prompt, answer). Nothing stands before the prompt; but for `chat`, an answer's end is appended as a token later.
 
     mistral: `[INST] {question} [/INST]` + answer, as the study has it, without a begin-of-sequence token; the question is the
     instruction, and the input after a line break where there is one. alpaca: Stanford Alpaca's two forms. chat: the tokenizer's own
-    chat template. text: everything is answer.
+    chat template, which writes the answer too, with the end of the turn. text: everything is answer. where: the record, for messages.
     """
     if template == "text":
         return "", record["text"]
-    question = f"{record['instruction']}\n{record['input']}" if record["input"] else record["instruction"]
+    if template == "chat":
+        return chat.rendered(tokenizer, _question(record), record["output"], where)
+    return prompt_of(template, record, tokenizer, where), record["output"]
+
+
+def prompt_of(template: str, record: Record, tokenizer: Any, where: str = "") -> str:
+    """The prompt alone: an answer is not there, or is not looked at."""
     if template == "mistral":
-        return f"[INST] {question} [/INST]", record["output"]
+        return f"[INST] {_question(record)} [/INST]"
     if template == "alpaca":
-        return _alpaca(record), record["output"]
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "data.template = chat: this tokenizer has no chat template; use mistral or alpaca, or another tokenizer"
-        )
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return str(prompt), record["output"]
+        return _alpaca(record)
+    return chat.rendered(tokenizer, _question(record), None, where).prompt if template == "chat" else ""
+
+
+def _question(record: Record) -> str:
+    return f"{record['instruction']}\n{record['input']}" if record["input"] else str(record["instruction"])
 
 
 def _alpaca(record: Record) -> str:

@@ -48,6 +48,9 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
             f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {first_line(error)}). "
             "Expected a tokenizer.json, a folder that has one, or a Hub id"
         ) from error
+    _beside(tokenizer, path)
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut without a word; what is cut here is counted
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.add_tokens(list(added), special_tokens=True)
     if "</s>" in added:
         tokenizer.eos_token = "</s>"
@@ -66,6 +69,16 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _beside(tokenizer: Any, path: Path) -> None:
+    """The chat template in a file beside tokenizer.json, where the tokenizer was loaded without its folder's other files."""
+    file = (path.parent if path.is_file() else path) / "chat_template.jinja"
+    if not tokenizer.chat_template and file.is_file():
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
+        except ValueError:
+            raise UserError(f"{file}: not UTF-8 text: save it as UTF-8") from None
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

@@ -151,7 +151,7 @@ def from_file(path: str | Path) -> Lengths:
     try:
         values = json.loads(text) if text.lstrip().startswith("[") else [float(line) for line in text.split()]
         lengths = np.array(values, float)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})") from error
     if lengths.ndim != 1 or not len(lengths):
         raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")

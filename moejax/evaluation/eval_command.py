@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{folder} is no folder: expected a finished run's, or a model's in Hub layout")
     examples = load_examples(task, options.data, options.split, options.limit)
     out = _out(folder, task.name, options, len(examples))
-    make, sizes, tokenizer, template = load(folder, options.base)
+    make, sizes, tokenizer, template, ends = load(folder, options.base)
     positions = sizes.max_position_embeddings  # before a large model is loaded for nothing
     if task.method == "generated":
         prompts_of(tokenizer, task, examples, template, new, positions)
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         bar = bars.add_task(task.name, total=len(examples))
         try:
             result = evaluate(
-                model, tokenizer, task, examples, max_new_tokens=new, rows=options.rows, template=template,
+                model, tokenizer, task, examples, max_new_tokens=new, rows=options.rows, template=template, ends=ends,
                 progress=lambda done, total: bars.update(bar, completed=done, total=total),
             )  # fmt: skip
         except jax.errors.JaxRuntimeError as error:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from models.build import Model
-from moejax.data.templates import render
+from moejax.data.ends import Ends
+from moejax.data.tokenize import prompts
 from moejax.errors import UserError
 from moejax.evaluation.answers import wilson_interval
-from moejax.evaluation.generate import bucket, generate, in_groups
-from moejax.evaluation.loglikelihood import encode_pair, encoded, loglikelihoods
+from moejax.evaluation.generate import bucket, cut, generate, in_groups
+from moejax.evaluation.loglikelihood import encode_pair, loglikelihoods
 from moejax.evaluation.tasks import Example, Task
 from moejax.files import replace_text
 
@@ -51,11 +52,13 @@ def evaluate(
     rows: int,
     progress: Progress | None = None,
     template: str = "mistral",
+    ends: Ends | None = None,
 ) -> Result:
     """The model's answers to the examples, greedily decoded or by log-likelihood as the task says.
 
     rows: examples computed together. progress(done, all) is called after each batch. template: how an instruction becomes a prompt
-    (data.template); a log-likelihood rule uses none. Raises UserError for an empty or too long prompt, naming the example.
+    (data.template); a log-likelihood rule uses none. ends: of an answer (default: the tokenizer's end of sequence). Raises UserError for
+    an empty or too long prompt, naming the example.
     """
     if not examples:
         raise UserError(f"{task.name}: there are no examples")
@@ -65,7 +68,8 @@ def evaluate(
         raise UserError("the tokenizer names no end-of-sequence token: an answer would have no end")
     start = time.perf_counter()
     if task.method == "generated":
-        predictions, tokens = _generated(model, tokenizer, task, examples, template, max_new_tokens, rows, progress)
+        ends = ends or Ends((tokenizer.eos_token_id,))
+        predictions, tokens = _generated(model, tokenizer, task, examples, template, max_new_tokens, rows, progress, ends)
     else:
         predictions, tokens = _by_likelihood(model, tokenizer, task, examples, rows, progress), 0
     seconds = time.perf_counter() - start
@@ -79,8 +83,7 @@ def prompts_of(
     tokenizer: Any, task: Task, examples: Sequence[Example], template: str, max_new_tokens: int, positions: int
 ) -> tuple[list[str], list[list[int]]]:
     """The prompts of a generated rule, and their token ids. Raises UserError for an empty one and for one that `positions` do not hold."""
-    texts = [prompt(template, example, tokenizer) for example in examples]
-    ids = [encoded(tokenizer, text) for text in texts]
+    texts, ids = prompts([example.record for example in examples], tokenizer, template, f"{task.name}, example")
     for index, tokens in enumerate(ids):
         _check(task, index, len(tokens), max_new_tokens, positions)
     return texts, ids
@@ -108,25 +111,26 @@ def _generated(
     max_new_tokens: int,
     rows: int,
     progress: Progress | None,
+    ends: Ends,
 ) -> tuple[list[dict[str, Any]], int]:
     positions = model.config.max_position_embeddings
-    prompts, ids = prompts_of(tokenizer, task, examples, template, max_new_tokens, positions)
+    texts, ids = prompts_of(tokenizer, task, examples, template, max_new_tokens, positions)
     answers: list[list[int]] = [[] for _ in ids]
     done = 0
     for chosen in in_groups([bucket(len(tokens)) for tokens in ids], rows):
         filled = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (rows - len(chosen))  # one program for a bucket's every batch
-        outputs = generate(model, filled, max_new_tokens=max_new_tokens, end=tokenizer.eos_token_id, batch_size=rows)
+        outputs = generate(model, filled, max_new_tokens=max_new_tokens, end=ends.ids, batch_size=rows)
         for index, output in zip(chosen, outputs, strict=False):
             answers[index] = output
         done += len(chosen)
         if progress is not None:
             progress(done, len(ids))
     predictions = []
-    for text, example, tokens in zip(prompts, examples, answers, strict=True):
-        output = tokenizer.decode(tokens, skip_special_tokens=True)
-        answer = task.answer(output)
+    for text, example, said in zip(texts, examples, answers, strict=True):
+        text_said = cut(tokenizer.decode(said, skip_special_tokens=True), [ends.text] if ends.text else [])[0]
+        answer = task.answer(text_said)
         right = answer is not None and task.right(answer, example.expected)
-        predictions.append({"prompt": text, "output": output, "answer": answer, "expected": example.expected, "correct": right})
+        predictions.append({"prompt": text, "output": text_said, "answer": answer, "expected": example.expected, "correct": right})
     return predictions, sum(map(len, answers))
 
 
@@ -155,13 +159,6 @@ def _by_likelihood(
             }
         )
     return predictions
-
-
-def prompt(template: str, example: Example, tokenizer: Any) -> str:
-    """What the model reads. With the template `text`, which has no instructions: the question as it stands."""
-    if template == "text":
-        return "\n".join(part for part in (example.record["instruction"], example.record["input"]) if part)
-    return render(template, example.record, tokenizer)[0]
 
 
 def _check(task: Task, index: int, length: int, new: int, positions: int) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from moejax.data.ends import ends_of
+from moejax.data.records import Record
 from moejax.data.sources import load_records
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
-from moejax.evaluation.evaluate import evaluate, larger
+from moejax.evaluation.evaluate import evaluate, larger, prompts_of
 from moejax.evaluation.runs import open_run, tuned
-from moejax.evaluation.tasks import find
+from moejax.evaluation.tasks import example, find
 from moejax.files import replace_text
 from moejax.hub import weights
 from moejax.terminal import Console
@@ -31,26 +33,33 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     source = experiment.model.source
     if source is None:
         raise UserError(f"{folder}: its base has random weights; only a run with model.source can be compared with its base")
+    if experiment.data.template == "text":
+        raise UserError(f"{folder} was trained with data.template = text, which has no questions and answers to compare")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: expected 1 or more")
     records = load_records(experiment.data, data)[:limit]
-    unanswered = next((i for i, r in enumerate(records) if not r["answer"] or final_number(str(r["answer"])) is None), None)
+    unanswered = next((i for i, r in enumerate(records) if _answer(r) is None), None)
     if unanswered is not None:
         raise UserError(f"{data}, record {unanswered} has no `answer` that is a number: exact match needs one")
     task = find("problems")
-    examples = [task.read(r) for r in records]
+    examples = [example(task, data, i, r) for i, r in enumerate(records)]
+    known = [answer for r in load_records(experiment.data) if (answer := _answer(r)) is not None]
     model_folder = weights.resolve(source, experiment.model.revision)
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
+    ends = ends_of(tokenizer, experiment.data.template, model_folder)
     sizes = architecture(experiment, model_folder)
+    prompts_of(tokenizer, task, examples, experiment.data.template, task.max_new_tokens, sizes.max_position_embeddings)
     model = create_model(experiment, sizes, model_folder)
-    guess = commonest([r["answer"] for r in load_records(experiment.data)])
-    right = {f"always {guess}": sum(correct(guess, r["answer"]) for r in records)}
+    right: dict[str, int] = {}
+    if known:  # training data need not have answers that are numbers
+        guess = commonest(known)
+        right[f"always {guess}"] = sum(correct(guess, str(_answer(r))) for r in records)
     predictions: list[dict[str, Any]] = []
     for name in ("base", "tuned"):  # a fresh adapter's B is zero: the model is its base
         if name == "tuned":
             model = tuned(experiment, sizes, folder, model)
         template, longest = experiment.data.template, task.max_new_tokens
-        result = evaluate(model, tokenizer, task, examples, max_new_tokens=longest, rows=ROWS, template=template)
+        result = evaluate(model, tokenizer, task, examples, max_new_tokens=longest, rows=ROWS, template=template, ends=ends)
         right[name] = result.correct
         predictions += [
             {"model": name, "instruction": r["instruction"], "output": p["output"], "answer": r["answer"], "correct": p["correct"]}
@@ -65,7 +74,7 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
         table.add_row(name, f"{count}/{len(records)}", f"{100 * accuracy[name]:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")
     summary = {"data": data, "problems": len(records), "accuracy": accuracy, "backend": jax.default_backend()}
     part = f"-first-{len(records)}" if limit is not None and larger(folder / "exact_match.json", "problems", len(records)) else ""
-    example = next(p for p in predictions if p["model"] == "tuned")
+    shown = next(p for p in predictions if p["model"] == "tuned")
     try:
         replace_text(folder / f"predictions{part}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
         replace_text(folder / f"exact_match{part}.json", json.dumps(summary, indent=2) + "\n")
@@ -73,6 +82,14 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
         raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free some space") from None
     finally:  # a disk that is full does not cost the result
         console.print(table)
-        console.print(example["instruction"], style="bold")
-        console.print(example["output"])
+        console.print(shown["instruction"], style="bold")
+        console.print(shown["output"])
     return 0
+
+
+def _answer(record: Record) -> str | None:
+    """A record's answer, if it is a number or a text with one."""
+    answer = record["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return None
+    return str(answer) if final_number(str(answer)) is not None else None

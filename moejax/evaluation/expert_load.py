@@ -53,7 +53,7 @@ def run(run_folder: str | None, config_file: str | None, data: str, limit: int |
     sizes = architecture(experiment, model_folder)
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
     check_vocabulary(tokenizer, sizes.vocab_size)
-    batches = in_order(experiment.data, records, tokenizer, experiment.seed)
+    batches = in_order(experiment.data, records, tokenizer, experiment.seed, data)
     model = create_model(experiment, sizes, model_folder)
     counts = {"base": count(model, batches)}  # a fresh adapter's B is zero: the model is its base
     if run_folder is not None:
@@ -66,6 +66,8 @@ def run(run_folder: str | None, config_file: str | None, data: str, limit: int |
     console = Console()
     for name in counts:
         console.print(table(result, name))
+    if len(batches.queries) < len(records):
+        console.print(f"{len(records) - len(batches.queries):,} of {len(records):,} records were left out: blank, or their answer cut off")
     console.print(
         f"{folder}/expert_load.json, .png, .svg; TensorBoard's Images tab: expert_load", soft_wrap=True
     )

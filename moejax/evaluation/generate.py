@@ -20,6 +20,7 @@ from models.cache import Cache, decode_step, init_cache, prefill
 from models.config import Architecture
 from moejax.errors import UserError
 
+End = int | Sequence[int]  # the token, or the tokens, that end an answer
 CHECKED = 16  # tokens between two questions whether every answer has stopped
 SHORTEST = 16  # prompts are padded to this length times a power of two: one compile for all lengths of such a bucket
 
@@ -89,10 +90,10 @@ def _begin(
     capacity: int,
     end: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Answers int32 [B, steps]: the first tokens, then end tokens; and a cache of `capacity` places."""
+    """Answers int32 [B, steps]: the first tokens, then the first of the end tokens [M]; and a cache of `capacity` places."""
     model: Model = nnx.merge(graphdef, state)
     logits, cache = prefill(model, tokens, lengths, init_cache(model, tokens.shape[0], capacity))
-    return jnp.full((tokens.shape[0], steps), end).at[:, 0].set(_choose(logits, 0, draw)), cache
+    return jnp.full((tokens.shape[0], steps), end[0]).at[:, 0].set(_choose(logits, 0, draw)), cache
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -106,18 +107,18 @@ def _go_on(
     draw: Draw | None,
     end: jax.Array,
 ) -> tuple[jax.Array, Cache, jax.Array]:
-    """Tokens `step` … `until` - 1 of the answers, fewer where all rows have come to their end token, after which only that follows.
+    """Tokens `step` … `until` - 1 of the answers, fewer where all rows have come to one of the end tokens [M], which then only repeats.
     Returns answers, cache and the number of the next token."""
     model: Model = nnx.merge(graphdef, state)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
         step, token, _, _ = carry
-        return (step < until) & jnp.any(token != end)
+        return (step < until) & ~jnp.all(jnp.isin(token, end))
 
     def body(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
         step, token, out, cache = carry
         logits, cache = decode_step(model, token, cache)
-        following = jnp.where(token == end, end, _choose(logits, step, draw))
+        following = jnp.where(jnp.isin(token, end), token, _choose(logits, step, draw))
         return step + 1, following, out.at[:, step].set(following), cache
 
     step, _, out, cache = jax.lax.while_loop(unfinished, body, (step, out[:, step - 1], out, cache))
@@ -187,15 +188,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    end: int,
+    end: End,
     batch_size: int = 64,
     sampling: Sampling = Sampling(),
     stopped: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continuations of token-id prompts, each cut before its end token. Prompts of different lengths share a batch.
 
-    A batch is done when each of its rows has come to its end token, or `stopped(prompt's number, its tokens so far)`, which is asked
-    every CHECKED tokens: an answer may then go on behind what stopped it. Raises UserError for an empty prompt, and where prompt and
+    end: a token, or several of which each ends an answer. A batch is done when each of its rows has come to its end token, or
+    `stopped(prompt's number, its tokens so far)`, which is asked every CHECKED tokens: an answer may then go on behind what stopped it.
+    Raises UserError for an empty prompt, and where prompt and
     answer exceed the model's positions.
     """
     length, names = padded_length(model.config, prompts, max_new_tokens), _names(prompts)
@@ -222,7 +224,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    end: int,
+    end: End,
     sampling: Sampling = Sampling(),
     piece: int = 4,
 ) -> Iterator[np.ndarray]:
@@ -236,27 +238,29 @@ def stream(
 
 
 def _decode(
-    model: Model, prompts: Sequence[Sequence[int]], length: int, draw: Draw | None, steps: int, end: int, piece: int
+    model: Model, prompts: Sequence[Sequence[int]], length: int, draw: Draw | None, steps: int, end: End, piece: int
 ) -> Iterator[np.ndarray]:
     """All tokens so far, after the first one and then after every `piece` more: int32 [B, 1 …]. Ends when all rows have."""
     graphdef, state = nnx.split(model)
     tokens, lengths = _padded(prompts, length)
-    out, cache = _begin(graphdef, state, tokens, lengths, draw, steps, length + steps, jnp.int32(end))
+    ends = np.atleast_1d(np.asarray(end, np.int32))
+    out, cache = _begin(graphdef, state, tokens, lengths, draw, steps, length + steps, ends)
     step, until = jnp.int32(1), 1
     while True:
         if steps > 1:  # the first call decodes nothing: it compiles what the later ones run
-            out, cache, step = _go_on(graphdef, state, out, cache, step, jnp.int32(until), draw, jnp.int32(end))
+            out, cache, step = _go_on(graphdef, state, out, cache, step, jnp.int32(until), draw, ends)
         so_far = np.asarray(out)[:, :until]
         yield so_far
-        if until == steps or (so_far == end).any(axis=1).all():
+        if until == steps or np.isin(so_far, ends).any(axis=1).all():
             return
         until = min(until + piece, steps)
 
 
-def before(tokens: np.ndarray, end: int) -> list[int]:
+def before(tokens: np.ndarray, end: End) -> list[int]:
     """The tokens of a row that stand before its end token."""
     kept: list[int] = tokens.tolist()
-    return kept[: kept.index(end)] if end in kept else kept
+    places = np.flatnonzero(np.isin(tokens, end))
+    return kept[: places[0]] if places.size else kept
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

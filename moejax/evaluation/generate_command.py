@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data.templates import render
+from moejax.data.ends import Ends
+from moejax.data.records import blank, unicode
+from moejax.data.tokenize import prompts
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, before, cut, padded_length, stream
+from moejax.evaluation.loglikelihood import encoded
 from moejax.evaluation.runs import load
 
 
@@ -26,33 +29,35 @@ def run(options: argparse.Namespace) -> int:
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
     written = options.prompt if options.prompt is not None else options.instruction
-    if any(not text.strip() for text in written):
+    if any(blank(text) for text in written):
         raise UserError("an empty prompt: there is nothing to continue; give --prompt or --instruction a text")
-    make, sizes, tokenizer, template = load(Path(options.run))
+    for name, texts in (("--prompt", options.prompt), ("--instruction", options.instruction), ("--stop", stops)):
+        for text in texts or ():
+            unicode(name, text)
+    make, sizes, tokenizer, template, ends = load(Path(options.run))
     if options.prompt is None:
         if template == "text":
             raise UserError(f"{options.run} was trained with data.template = text, which has no instructions: use --prompt")
         records: list[Any] = [{"instruction": text, "input": "", "output": ""} for text in written]
-        texts = [render(template, record, tokenizer)[0] for record in records]
+        _, asked = prompts(records, tokenizer, template, "--instruction")
     else:
-        texts = written
-    prompts = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
-    padded_length(sizes, prompts, options.max_new_tokens)  # before a large model is loaded for nothing
+        asked = [encoded(tokenizer, text) for text in written]
+    padded_length(sizes, asked, options.max_new_tokens)  # before a large model is loaded for nothing
     model = make()
-    answers = Answers(tokenizer, stops, len(prompts))
-    pieces = stream(model, prompts, max_new_tokens=options.max_new_tokens, end=tokenizer.eos_token_id, sampling=sampling)
+    answers = Answers(tokenizer, stops, len(asked), ends)
+    pieces = stream(model, asked, max_new_tokens=options.max_new_tokens, end=ends.ids, sampling=sampling)
     answers.add(next(pieces))
-    printed = answers.show(0) if len(prompts) == 1 else 0
+    printed = answers.show(0) if len(asked) == 1 else 0
     start = time.perf_counter()  # the first token is prefill's; everything is compiled by now
     first = answers.count()
     for piece in pieces if not answers.finished() else ():
         answers.add(piece)
-        if len(prompts) == 1:
+        if len(asked) == 1:
             printed = answers.show(printed)
         if answers.finished():
             break
     seconds, count = time.perf_counter() - start, answers.count() - first
-    if len(prompts) == 1:
+    if len(asked) == 1:
         print(answers.text(0)[0][printed:])
     else:
         for row, text in enumerate(written):
@@ -68,15 +73,15 @@ def run(options: argparse.Namespace) -> int:
 class Answers:
     """What has come of each prompt's answer."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: int) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: int, ends: Ends) -> None:
+        self.tokenizer, self.stops, self.ends = tokenizer, [*stops, *([ends.text] if ends.text else [])], ends.ids
         self.tokens: list[list[int]] = [[] for _ in range(prompts)]
         self.ended = [False] * prompts
 
     def add(self, piece: np.ndarray) -> None:
         for row, tokens in enumerate(piece):
             if not self.ended[row]:
-                kept = before(tokens, self.tokenizer.eos_token_id)
+                kept = before(tokens, self.ends)
                 self.tokens[row] += kept
                 self.ended[row] = len(kept) < len(tokens) or self.text(row)[1]
 

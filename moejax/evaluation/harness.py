@@ -23,6 +23,8 @@ except ModuleNotFoundError as error:
 from tqdm import tqdm
 
 from models.build import Model
+from moejax.data import chat
+from moejax.data.ends import ends_of
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, bucket, cut, generate, in_groups
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
@@ -52,12 +54,14 @@ class MoejaxLM(TemplateLM):
         if (run is None) == (model is None):
             raise UserError("MoejaxLM: give a folder (run=…), or a model and its tokenizer")
         if run is not None:
-            make, _sizes, tokenizer, _template = load(Path(run), base)
-            model = make()
+            loaded = load(Path(run), base)
+            model, tokenizer, ends = loaded.make(), loaded.tokenizer, loaded.ends
+        else:
+            ends = ends_of(tokenizer, "mistral")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size = {batch_size}: expected a number from 1 on (it is not searched for here)")
         assert model is not None
-        self.model, self.tokenizer, self.rows = model, tokenizer, int(batch_size)
+        self.model, self.tokenizer, self.ends, self.rows = model, tokenizer, ends, int(batch_size)
 
     @property
     def eot_token_id(self) -> int:
@@ -74,12 +78,10 @@ class MoejaxLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """With the tokenizer's own chat template. Raises UserError where it has none."""
+        """With the tokenizer's own chat template. Raises UserError where it has none, or one that refuses."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError("this tokenizer has no chat template: leave out apply_chat_template")
-        return str(
-            self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        return chat.applied(self.tokenizer, chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return encoded(self.tokenizer, string)
@@ -136,7 +138,7 @@ class MoejaxLM(TemplateLM):
                 rows = chosen + [chosen[-1]] * (self.rows - len(chosen))
                 stops = [settings[i][2] for i in rows]
                 outputs = generate(
-                    self.model, [prompts[i] for i in rows], max_new_tokens=new, end=self.eot_token_id, batch_size=self.rows,
+                    self.model, [prompts[i] for i in rows], max_new_tokens=new, end=self.ends.ids, batch_size=self.rows,
                     sampling=sampling, stopped=partial(self._stopped, stops) if any(stops) else None,
                 )  # fmt: skip
                 for index, output in zip(chosen, outputs, strict=False):
@@ -146,7 +148,7 @@ class MoejaxLM(TemplateLM):
         return answers
 
     def _text(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
-        return cut(self.tokenizer.decode(tokens, skip_special_tokens=True), stops)
+        return cut(self.tokenizer.decode(tokens, skip_special_tokens=True), [*stops, *([self.ends.text] if self.ends.text else [])])
 
     def _stopped(self, stops: list[list[str]], number: int, tokens: list[int]) -> bool:
         return self._text(tokens, stops[number])[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,21 @@ from models.build import Model, build
 from models.config import Architecture
 from moejax import config as experiments
 from moejax.config import Experiment
+from moejax.data.ends import Ends, ends_of
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.training.state import architecture, create_model
 
-Loaded = tuple[Callable[[], Model], Architecture, Any, str]
+
+class Loaded(NamedTuple):
+    """make: loads the model. template: how an instruction becomes a prompt (data.template). ends: of its answers."""
+
+    make: Callable[[], Model]
+    sizes: Architecture
+    tokenizer: Any
+    template: str
+    ends: Ends
 
 
 def open_run(folder: Path) -> Experiment:
@@ -37,7 +46,7 @@ def tuned(experiment: Experiment, sizes: Architecture, folder: Path, base: Model
 
 
 def load(folder: Path, base: bool = False) -> Loaded:
-    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer and template.
+    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer, template and ends.
 
     base: the model that the run began with, as it was then (in NF4 where the run has it so). A model's folder in Hub layout is loaded
     in bf16 (on a CPU in fp32), and asked in the template `mistral`. Raises UserError where there is nothing of the kind.
@@ -68,7 +77,8 @@ def load(folder: Path, base: bool = False) -> Loaded:
             return create_model(experiment, sizes, folder / "model")
         return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder))
 
-    return make, sizes, tokenizer, experiment.data.template
+    template = experiment.data.template
+    return Loaded(make, sizes, tokenizer, template, ends_of(tokenizer, template, model_folder))
 
 
 def _load_model(folder: Path, base: bool) -> Loaded:
@@ -84,4 +94,4 @@ def _load_model(folder: Path, base: bool) -> Loaded:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         return weights.load_weights(build(sizes, dtype=dtype, param_dtype=dtype), folder, jax.random.key(0))
 
-    return make, sizes, tokenizer, "mistral"
+    return Loaded(make, sizes, tokenizer, "mistral", ends_of(tokenizer, "mistral", folder))

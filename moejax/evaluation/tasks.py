@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from moejax.data.sources import Record, from_datasets, is_file, parse, read_file
+from moejax.data.parsing import parse
+from moejax.data.records import Record, blank, text_of, texts_in, unicode
+from moejax.data.sources import from_datasets, is_file, read_file
 from moejax.errors import UserError
 from moejax.evaluation.answers import final_number, strict_number
 from moejax.evaluation.choices import SETS, Candidates, Choice
@@ -154,7 +156,7 @@ def find(name: str) -> Task:
 def load(task: Task, source: str, split: str | None = None, limit: int | None = None) -> list[Example]:
     """The task's examples, the first `limit` of them.
 
-    source: a .json or .jsonl file, of records with instruction, input, output and answer (LLM-Adapters) or with the columns of the set
+    source: a file (data.parsing), of records with instruction, input, output and answer (LLM-Adapters) or with the columns of the set
     itself; or a name for `datasets`, of which `split` is taken (default: the task's). Raises UserError naming the file and the record.
     """
     if limit is not None and limit < 1:
@@ -162,7 +164,7 @@ def load(task: Task, source: str, split: str | None = None, limit: int | None = 
     records = _records(task, source, split)[:limit]
     if not records:
         raise UserError(f"{source} holds no records")
-    return [_example(task, source, index, record) for index, record in enumerate(records)]
+    return [example(task, source, index, record) for index, record in enumerate(records)]
 
 
 def _records(task: Task, source: str, split: str | None) -> list[Any]:
@@ -175,19 +177,44 @@ def _records(task: Task, source: str, split: str | None) -> list[Any]:
     return from_datasets(source, configuration, split or usual, given)
 
 
-def _example(task: Task, source: str, index: int, record: Any) -> Example:
+# What the sets' columns hold that is not one text: a number, a yes or no, or a text that says it; texts; texts with their labels.
+_VALUES, _LISTS = ("label", "answer"), ("endings",)
+
+
+def _judge(where: str, record: Record, columns: tuple[str, ...]) -> None:
+    """Raises UserError for what is no text where the task reads one. A column that is not there is the reader's to tell."""
+    if "instruction" in record:
+        columns = ("instruction", *(name for name in ("input", "output") if record.get(name) is not None), "answer")
+    for column in columns:
+        value = record.get(column)
+        if column not in record or (column in _VALUES and isinstance(value, str | int)):
+            continue
+        if column == "choices" and isinstance(value, dict):
+            value, column = value.get("text"), "choices.text"
+        if column in (*_LISTS, "choices.text"):
+            if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+                raise UserError(f"{where}: {column!r} is no list of texts")
+        elif not (column == "answer" and isinstance(value, float)):
+            text_of(where, record, column)
+    for text in texts_in(record):
+        unicode(where, text)
+
+
+def example(task: Task, source: str, index: int, record: Any) -> Example:
+    """The task's example in record number `index` (from 0). Raises UserError that names source and record."""
     where = f"{source}, record {index}"
     form = f"{task.name} reads instruction and answer, or {', '.join(task.columns)}"
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {type(record).__name__}; {form}")
     if "instruction" in record and record.get("answer") in (None, ""):
         raise UserError(f"{where} has no `answer`: nothing says what would be right; {form}")
+    _judge(where, record, task.columns)
     try:
-        example = task.read(record)
+        found = task.read(record)
     except KeyError as error:
         raise UserError(f"{where} has no {error.args[0]!r} (it has {', '.join(record)}); {form}") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{where}: {error}; {form}") from None
-    if not example.record["instruction"].strip():
+    if blank(found.record["instruction"]):
         raise UserError(f"{where} asks nothing: its prompt is empty")
-    return example
+    return found

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from models.build import build
 from moejax.config import Experiment
+from moejax.data.sources import is_file
 from moejax.estimator import cards
 from moejax.estimator.units import gigabytes
 from moejax.terminal import Console
@@ -82,7 +83,7 @@ def missing(experiment: Experiment) -> list[str]:
     """A line for each local file or folder that the config names and that is not there: a real run would stop at it."""
     data = experiment.data.source
     named = {
-        "data.source": data if data and data.endswith((".json", ".jsonl")) else None,
+        "data.source": data if data and is_file(data) else None,
         "model.source": experiment.model.source,
         "adapter.init_from": experiment.adapter.init_from if experiment.adapter else None,
     }

@@ -8,13 +8,16 @@ from typing import Any
 
 from moejax.config import Experiment
 from moejax.data.batching import Batches
+from moejax.data.ends import Ends, ends_of
 from moejax.data.pipeline import in_order
-from moejax.data.sources import load_records
+from moejax.data.records import blank
+from moejax.data.sources import is_file, is_url, load_records
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig
 from moejax.evaluation import tasks
 from moejax.evaluation.evaluate import pairs_of, prompts_of
 from moejax.evaluation.tasks import Example, Task
+from moejax.hub import weights
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class HeldOut:
     max_new_tokens: int
     tokenizer: Any
     template: str
+    ends: Ends
     batches: Batches | None
     why_no_loss: str = ""
 
@@ -56,13 +60,15 @@ def prepare(experiment: Experiment, tokenizer: Any, positions: int) -> HeldOut |
     batches, why = None, ""
     if template == "text":
         why = "data.template = text knows no answers apart from their questions"
-    elif any(not example.record["output"].strip() for example in examples):
+    elif any(blank(example.record["output"]) for example in examples):
         why = f"{e.data} holds problems without an `output`, the text of the right answer"
     else:
-        batches = in_order(experiment.data, [example.record for example in examples], tokenizer, experiment.seed)
+        batches = in_order(experiment.data, [example.record for example in examples], tokenizer, experiment.seed, e.data)
     if why and e.metric == "loss":
         raise UserError(f"eval.metric = loss, but there is no loss: {why}. Choose eval.metric=accuracy, or other data")
-    return HeldOut(e, task, examples, new, tokenizer, template, batches, why)
+    source = experiment.model.source
+    ends = ends_of(tokenizer, template, None if source is None else weights.resolve(source, experiment.model.revision))
+    return HeldOut(e, task, examples, new, tokenizer, template, ends, batches, why)
 
 
 def dry(experiment: Experiment) -> list[str]:
@@ -89,7 +95,7 @@ def dry(experiment: Experiment) -> list[str]:
 
 
 def _local(name: str) -> bool:
-    return name.endswith((".json", ".jsonl")) and not name.startswith(("https://", "http://"))
+    return is_file(name) and not is_url(name)
 
 
 def _read(experiment: Experiment, e: EvalConfig) -> tuple[Task, list[Example]]:

@@ -94,6 +94,8 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
     console.print(f"data: {dataset.source}", soft_wrap=True)
     console.print(dataset.table())
+    for note in dataset.notes():
+        console.print(note, soft_wrap=True)
     if asked is not None and asked.why_no_loss:
         console.print(f"no eval/loss: {asked.why_no_loss}", soft_wrap=True)
     check_profile(experiment, dataset)

@@ -59,7 +59,7 @@ class Scoring:
         try:
             loss = {} if h.batches is None else {"eval/loss": mean_loss(h.batches)[0]}
             result = evaluate(
-                model, h.tokenizer, h.task, h.examples, template=h.template,
+                model, h.tokenizer, h.task, h.examples, template=h.template, ends=h.ends,
                 max_new_tokens=h.max_new_tokens, rows=h.settings.rows, progress=progress,
             )  # fmt: skip
         except Stopped:

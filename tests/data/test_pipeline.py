@@ -42,13 +42,6 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_file_of_another_kind_is_not_taken_for_a_name(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("instruction,output\n")
-    with pytest.raises(UserError, match=rf"data\.source {path}: expected a file that ends in \.json or \.jsonl"):
-        load_records(DataConfig(source=str(path)))
-
-
 class TestSources:
     def write(self, tmp_path, name, text):
         path = tmp_path / name
@@ -139,10 +132,10 @@ class TestTemplates:
             chat_template = "x"
 
             def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-                assert not tokenize and add_generation_prompt
-                return f"<user>{messages[0]['content']}<bot>"
+                assert not tokenize and add_generation_prompt == (len(messages) == 1)
+                return f"<user>{messages[0]['content']}<bot>" + "".join(f"{m['content']}<end>" for m in messages[1:])
 
-        assert render("chat", RECORD, WithTemplate())[0] == "<user>Tom has 3 apples.<bot>"
+        assert render("chat", RECORD, WithTemplate()) == ("<user>Tom has 3 apples.<bot>", "The answer is 3.<end>")
 
 
 class TestTokenizing:
@@ -227,9 +220,9 @@ class TestBatching:
 
     def test_holdout(self, tmp_path, tokenizer):
         path = tmp_path / "a.json"
-        path.write_text(json.dumps([RECORD] * 10))
+        path.write_text(json.dumps([RECORD] * 9 + [RECORD | {"output": " "}]))
         data = load(section(source=str(path), holdout=3), tokenizer, 0, 512)
-        assert (len(data.train.queries), len(data.evaluation.queries)) == (7, 3)
+        assert (len(data.train.queries), len(data.evaluation.queries), data.held_out_dropped) == (7, 2, 1)
         assert data.statistics()["records"] == 7 and data.table().row_count
         with pytest.raises(UserError, match="leaves nothing of 10"):
             load(section(source=str(path), holdout=10), tokenizer, 0, 512)

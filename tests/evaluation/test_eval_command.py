@@ -64,7 +64,7 @@ def test_a_run_and_its_base(run, capsys):
         ]
         assert cli.main(arguments + ["--base"] * base) == 0
         result, predictions = kept(run / "eval" / ("problems-base" if base else "problems"))
-        make, _, tokenizer, template = load(run, base)
+        make, _, tokenizer, template, _ = load(run, base)
         expected = evaluate(
             make(), tokenizer, task, load_examples(task, PROBLEMS, limit=5), max_new_tokens=12, rows=4, template=template
         )
@@ -183,7 +183,7 @@ def test_bad_runs(run, trained_whole, tmp_path, capsys):
 
 def test_a_blackmamba_answers(trained_whole, capsys):
     """`moejax generate` on a run of full fine-tuning and on a model's folder: what `generate` says, in the template."""
-    make, _, tokenizer, template = load(trained_whole)
+    make, _, tokenizer, template, _ = load(trained_whole)
     question = "Tom has 4 apples. Ana has 5 more. How many apples does Ana have?"
     prompt = render(template, {"instruction": question, "input": "", "output": ""}, tokenizer)[0]
     (tokens,) = generate(

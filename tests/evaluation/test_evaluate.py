@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import ROOT, SHARED
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from models.build import build
 from models.config import PRESETS
+from moejax.data.tokenize import prompts as prompt_ids
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.answers import wilson_interval
-from moejax.evaluation.evaluate import evaluate, prompt, write
+from moejax.evaluation.evaluate import evaluate, write
 from moejax.evaluation.loglikelihood import encode_pair, loglikelihoods
 from moejax.evaluation.tasks import Example, find, load
 
@@ -65,7 +69,7 @@ class Scripted(nnx.Module):
 def asked(tokenizer, task, said):
     """(model, examples) of {(question, expected): what the model says}."""
     examples = [Example({"instruction": q, "input": "", "output": ""}, expected) for q, expected in said]
-    prompts = [tuple(tokenizer.encode(prompt("mistral", e, tokenizer), add_special_tokens=False)) for e in examples]
+    prompts = [tuple(ids) for ids in prompt_ids([e.record for e in examples], tokenizer, "mistral")[1]]
     answers = [tokenizer.encode(text, add_special_tokens=False) for text in said.values()]
     return Scripted(dict(zip(prompts, answers, strict=True)), tokenizer.eos_token_id), examples
 
@@ -195,16 +199,11 @@ def test_bad_input(tokenizer, untrained):
     with pytest.raises(UserError, match="the tokenizer names no end-of-sequence token"):
         run(t=Endless())
 
-    class Mute:
-        eos_token_id = 2
-
-        def encode(self, *_, **__):
-            return []
-
+    mute = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="</s>")  # no letter is in its vocabulary
     with pytest.raises(UserError, match="gsm8k, example 0: its prompt is empty"):
-        run(t=Mute())
+        run(t=mute)
     with pytest.raises(UserError, match="example 0: the answer ' a' has no token"):
-        run(t=Mute(), task="hellaswag-loglikelihood", candidates=(("b", " a"),))
+        run(t=mute, task="hellaswag-loglikelihood", candidates=(("b", " a"),))
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the shared data sets")

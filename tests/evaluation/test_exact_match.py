@@ -44,7 +44,10 @@ def run(tmp_path):
 
 def test_scores_and_predictions(run, capsys):
     folder, data = run
-    assert cli.main(["exact-match", str(folder), "--data", str(data), "--limit", "5"]) == 0
+    (data.parent / "numbers.json").write_text(
+        json.dumps([r | {"answer": i} for i, r in enumerate(json.loads(data.read_text()))])  # numbers, the first of them 0
+    )
+    assert cli.main(["exact-match", str(folder), "--data", str(data.parent / "numbers.json"), "--limit", "5"]) == 0
     result = json.loads((folder / "exact_match.json").read_text())
     assert result["problems"] == 5 and set(result["accuracy"]) >= {"base", "tuned"}
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
@@ -79,5 +82,8 @@ def test_bad_input(run, tmp_path, capsys):
     (tmp_path / "open.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
     assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "open.json")]) == 2
     assert "record 0 has no `answer`" in capsys.readouterr().err
+    (tmp_path / "half.json").write_text('[{"instruction": "a \\ud83d", "output": "", "answer": "1"}]')
+    assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "half.json")]) == 2
+    assert "half.json, record 0: 'instruction' holds half of a surrogate pair" in capsys.readouterr().err
     assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "train.json"), "--limit", "0"]) == 2
     assert "--limit 0: expected 1 or more" in capsys.readouterr().err

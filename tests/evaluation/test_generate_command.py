@@ -7,6 +7,7 @@ import pytest
 from support import ROOT, finished_run
 
 from moejax import cli
+from moejax.data.ends import Ends
 from moejax.data.templates import render
 from moejax.evaluation.generate import generate
 from moejax.evaluation.generate_command import Answers, load
@@ -17,7 +18,7 @@ QUESTION = "Tom has 4 apples and buys 5. How many has he?"
 @pytest.fixture(scope="module")
 def expected(run):
     """The whole greedy answer, by the run's tuned model."""
-    make, _, tokenizer, template = load(run)
+    make, _, tokenizer, template, _ = load(run)
     prompt = render(template, {"instruction": QUESTION, "input": "", "output": ""}, tokenizer)[0]
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     (tokens,) = generate(make(), [ids], max_new_tokens=12, end=tokenizer.eos_token_id)
@@ -55,12 +56,10 @@ def test_what_is_not_certain_yet_is_not_shown(capsys):
     """A beginning stop string, and a character of which bytes are missing."""
 
     class Characters:
-        eos_token_id = 0
-
         def decode(self, tokens, skip_special_tokens):
             return bytes(tokens).decode("utf-8", errors="replace")
 
-    answers, printed, shown = Answers(Characters(), ["END"], 1), 0, []
+    answers, printed, shown = Answers(Characters(), ["END"], 1, Ends((0,))), 0, []
     for byte in "é EN END more".encode():
         answers.add(np.array([[byte]]))
         printed = answers.show(printed)

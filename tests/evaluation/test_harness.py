@@ -209,7 +209,7 @@ def test_a_run_and_its_base(tasks, tmp_path):
     scores = []
     for base in (False, True):
         lm = MoejaxLM(str(run), base=base, batch_size="4", device="cpu")
-        make, _, tokenizer, _ = load(run, base)
+        make, _, tokenizer, *_ = load(run, base)
         ids = tokenizer.encode("Tom has 4 apples.", add_special_tokens=False)
         expected = loglikelihoods(make(), [([lm.eot_token_id], ids)], rows=4)[0].loglikelihood
         (found,) = lm.loglikelihood([Instance("loglikelihood", {}, ("", "Tom has 4 apples."), 0)])

@@ -208,7 +208,23 @@ def test_a_name_for_datasets(tmp_path):
         ("hellaswag-loglikelihood", [{"ctx": "a", "label": 0}], "has no 'endings'"),
         *(
             ("boolq-generated", [{"question": "a", "answer": missing}], "record 0: its answer is .*: expected true or false")
-            for missing in (None, "", -1, "yes")
+            for missing in ("", -1, "yes")
+        ),
+        ("boolq-generated", [{"question": "a", "answer": None}], "record 0: no text under 'answer', but null"),
+        ("gsm8k", [{"instruction": None, "answer": "1"}], "record 0: no text under 'instruction', but null"),
+        ("gsm8k", [{"instruction": "a", "input": 3, "answer": "1"}], "record 0: no text under 'input', but a number"),
+        ("gsm8k", [{"instruction": "a", "answer": [1]}], "record 0: no text under 'answer', but a list"),
+        ("gsm8k", [{"instruction": "a", "answer": 0}, {"instruction": "\u200b", "answer": 0}], "record 1 asks nothing"),
+        ("gsm8k", [{"question": 7, "answer": "#### 1"}], "record 0: no text under 'question', but a number"),
+        ("gsm8k", [{"question": "a\ud83d", "answer": "#### 1"}], r"record 0: 'question' holds half of a surrogate pair"),
+        ("piqa-loglikelihood", [{"goal": None, "sol1": "a", "sol2": "b", "label": 0}], "no text under 'goal', but null"),
+        ("piqa-loglikelihood", [{"goal": "g", "sol1": 1, "sol2": "b", "label": 0}], "no text under 'sol1', but a number"),
+        ("hellaswag-loglikelihood", [{"ctx": "a", "endings": ["b", None], "label": 0}], "'endings' is no list of texts"),
+        ("hellaswag-loglikelihood", [{"ctx": "a", "endings": ["b", "\udc00"], "label": 0}], "record 0 holds half of a surrogate pair"),
+        (
+            "arc-easy-generated",
+            [{"question": "a", "choices": {"text": "b", "label": ["A"]}, "answerKey": "A"}],
+            "'choices.text' is no list of texts",
         ),
         (
             "hellaswag-loglikelihood",

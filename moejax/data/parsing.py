@@ -1,0 +1,267 @@
+"""A file's bytes to records. What a file is, its content says; what it is instead of records, the message."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from typing import Any
+
+from moejax.errors import UserError, first_line
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # each also with .gz behind it
+EXPECTED = "a .json (a list), .jsonl (an object a line), .csv or .parquet file"
+_BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+_OTHERS = (
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it with zstd -d"),
+    (b"BZh", "compressed with bzip2: unpack it with bunzip2"),
+    (b"\xfd7zXZ", "compressed with xz: unpack it with unxz"),
+    (b"PK\x03\x04\x14\x00\x06\x00", "an Excel workbook or another Office document: save the table as CSV"),
+    (b"PK\x03\x04", "a zip archive: unpack it and give the file in it"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it and give the file in it"),
+    (b"ARROW1", "an Arrow file: give the folder that datasets' save_to_disk wrote to `datasets`, or write it as Parquet"),
+    (b"SQLite format 3", "an SQLite database: write its table as CSV or JSON Lines"),
+    (b"%PDF", "a PDF document"),
+    (b"\x80\x02", "a pickle, which is not read here: write it as JSON Lines"),
+    (b"\x80\x03", "a pickle, which is not read here: write it as JSON Lines"),
+    (b"\x80\x04", "a pickle, which is not read here: write it as JSON Lines"),
+    (b"\x80\x05", "a pickle, which is not read here: write it as JSON Lines"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data itself: fetch it with git lfs pull"),
+)  # fmt: skip
+_SPACE = re.compile(r"[\s\ufeff]*")
+
+
+class Repeated(dict[str, Any]):
+    """A JSON object in which keys stand twice: `keys`. The last value of each is kept, as Python's json does."""
+
+    keys_twice: frozenset[str] = frozenset()
+
+
+def parse(path: str, content: bytes) -> list[Any]:
+    """The records of a file's bytes. Raises UserError that says what the file is, or the line and what is wrong there."""
+    if not content:
+        raise UserError(f"{path} is empty")
+    if content.startswith(b"\x1f\x8b"):
+        content = _unpacked(path, content)
+    if content.startswith(b"PAR1"):
+        return _parquet(path, content)
+    for mark, what in _OTHERS:
+        if content.startswith(mark):
+            raise UserError(f"{path} is {what} (expected {EXPECTED})")
+    text = _decoded(path, content)
+    start = _skip(text, 0)
+    if start == len(text):
+        raise UserError(f"{path} is empty")
+    name = _named(path)
+    if name.endswith((".csv", ".tsv")) and not text.startswith(("{", "["), start):
+        return _table(path, text[start:])
+    if name.endswith(".parquet"):
+        raise UserError(f"{path} is no Parquet file: {_what(text, start)}")
+    if text[start] == "[":
+        return _one_list(path, text, start)
+    if text[start] == "{":
+        return _objects(path, text, start)
+    raise UserError(f"{path} is no JSON: {_what(text, start)} (expected {EXPECTED})")
+
+
+def _named(path: str) -> str:
+    """A path's or URL's name without what says how it is sent, to look at its end."""
+    return (path.split("?")[0] if "://" in path else path).lower().removesuffix(".gz")
+
+
+def _unpacked(path: str, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: compressed with gzip, and damaged or cut off ({error})") from None
+
+
+def _decoded(path: str, content: bytes) -> str:
+    encoding = next((name for mark, name in _BOMS if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and content[:2].count(0) == 1:
+        raise UserError(f"{path} looks like UTF-16 without a byte-order mark: save it as UTF-8")
+    called = encoding.upper().removesuffix("-SIG")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        if error.end >= len(content) and "end of data" in error.reason:
+            raise UserError(f"{path}, line {line}: the file ends in the middle of a character: an incomplete download or copy?") from None
+        raise UserError(
+            f"{path}, line {line}: not {called} text (byte {error.start}, 0x{content[error.start]:02x}). If it is of Windows or Latin-1: "
+            f"iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+        ) from None
+    zero = text.find("\0")
+    if zero >= 0:
+        if not text.strip("\0 \r\n"):
+            raise UserError(f"{path} holds nothing but zero bytes: a copy that was interrupted?")
+        line = text.count("\n", 0, zero) + 1
+        raise UserError(f"{path}, line {line}: a zero byte stands there: the file is damaged (a full disk, an interrupted copy?)")
+    return text
+
+
+def _skip(text: str, at: int) -> int:
+    """The place of what follows white space and byte-order marks (files that were put behind one another hold some)."""
+    found = _SPACE.match(text, at)
+    return at if found is None else found.end()
+
+
+def _integer(digits: str) -> float:
+    try:
+        return int(digits)
+    except ValueError:  # Python converts no more than some thousand digits
+        return float(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    marked, seen = Repeated(made), set[str]()
+    marked.keys_twice = frozenset(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return marked
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
+
+
+def _value(path: str, text: str, at: int) -> tuple[Any, int]:
+    """A JSON value that begins at `at`, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        first = text.count("\n", 0, at) + 1
+        if error.lineno > first and text[at] == "{" and text.startswith("{", error.pos - error.colno + 1):
+            raise UserError(f"{path}, line {first}: broken JSON: the line ends in the middle of its object") from None
+        if error.msg.startswith("Unterminated string") or _skip(text, error.pos) == len(text):
+            raise UserError(
+                f"{path}, line {error.lineno}: broken JSON: the file ends in the middle of a record: an incomplete download or copy?"
+            ) from None
+        raise UserError(f"{path}, line {error.lineno}: broken JSON: {_why(text, error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}, line {text.count(chr(10), 0, at) + 1}: a value here is nested too deeply to be read") from None
+
+
+def _why(text: str, error: json.JSONDecodeError) -> str:
+    """What is wrong, in the words of whoever wrote the file; json's own where that is not known."""
+    at = error.pos
+    before, here = text[max(0, at - 200) : at].rstrip()[-1:], text[at : at + 5]
+    if error.msg.startswith("Illegal trailing comma") or (before == "," and here[:1] in ("]", "}")):
+        return "a comma before the closing bracket"
+    if here.startswith("'"):
+        return "single quotes, where JSON has double ones (Python's own notation? json.dumps writes JSON)"
+    if here.startswith(("None", "True", "False")):
+        return "None, True or False, where JSON has null, true and false (Python's own notation? json.dumps writes JSON)"
+    if here.startswith(("//", "/*", "#")):
+        return "a comment, which JSON does not have"
+    if here[:1] in ("\u201c", "\u201d", "\u2018", "\u2019"):
+        return "typographic quotation marks, where JSON has straight ones"
+    if error.msg.startswith("Invalid control character"):
+        return "a line break, tab or other control character inside of a text: JSON writes \\n, \\t, \\u00XX"
+    if "escape" in error.msg:
+        return f"a backslash inside of a text that begins nothing ({text[at : at + 6]!r}): JSON writes two for one"
+    return error.msg
+
+
+def _one_list(path: str, text: str, start: int) -> list[Any]:
+    records, end = _value(path, text, start)
+    rest = _skip(text, end)
+    if rest < len(text):
+        line = text.count("\n", 0, rest) + 1
+        follows = f"{text[rest : rest + 40]!r} follows the list"
+        what = "another list begins behind the first: make one of them" if text[rest] == "[" else follows
+        raise UserError(f"{path}, line {line}: {what}")
+    assert isinstance(records, list)
+    return records
+
+
+def _objects(path: str, text: str, start: int) -> list[Any]:
+    """One object a line, or objects over several lines behind one another."""
+    records: list[Any] = []
+    at = start
+    while at < len(text):
+        if records and text[at] != "{":
+            line = text.count("\n", 0, at) + 1
+            why = (
+                "a comma behind the object: one object a line has none; with commas, [ and ] stand around them all"
+                if text[at] == ","
+                else f"broken JSON: expected an object, found {text[at : at + 40]!r}"
+            )
+            raise UserError(f"{path}, line {line}: {why}")
+        record, end = _value(path, text, at)
+        records.append(record)
+        at = _skip(text, end)
+    if len(records) == 1 and _named(path).endswith(".json"):
+        raise UserError(f"{path}: expected a JSON list of records, got one object{_inside(records[0])}")
+    return records
+
+
+def _inside(record: dict[str, Any]) -> str:
+    """What a single object seems to be instead of records."""
+    values = list(record.values())
+    lists = [key for key, value in record.items() if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)]
+    if lists:
+        return f": the records seem to lie under {lists[0]!r}: write that list alone"
+    if values and all(isinstance(v, dict | list) for v in values):
+        return ", a column under each key: pandas writes records with to_json(…, orient='records')"
+    return f" (with the keys {', '.join(record)}): put it into [ and ] if it is the only record"
+
+
+def _what(text: str, start: int) -> str:
+    """What a text is that is no JSON."""
+    head = text[start : start + 4000]
+    lines = head.splitlines()
+    if head[:200].lower().lstrip().startswith(("<!doctype html", "<html", "<head")) or "<html" in head.lower():
+        title = re.search(r"<title[^>]*>\s*([^<]{1,100})", head, re.IGNORECASE)
+        return f"it is an HTML page{f' ({title[1].strip()!r})' if title else ''}: a download that failed, or that wants a login"
+    if head.startswith("<"):
+        return f"it is XML or another markup ({head[:40]!r})"
+    for mark, name in ((",", "CSV: name it .csv"), ("\t", "a table with tabs: name it .tsv"), (";", "CSV: name it .csv")):
+        if len(lines) > 1 and all(mark in line for line in lines[:2]) and all(len(c) <= 40 for c in lines[0].split(mark)):
+            return f"it looks like {name}"
+    if len(lines) > 1 and re.match(r"(- |---$|[\w-]+:(\s|$))", lines[0]):
+        return f"it looks like YAML ({lines[0][:40]!r})"
+    return f"it begins with {head[:60]!r}"
+
+
+def _table(path: str, text: str) -> list[Any]:
+    """A CSV file's rows. Every cell is text: nothing is taken for a number or for a missing value."""
+    header = text.split("\n", 1)[0]
+    mark = "\t" if _named(path).endswith(".tsv") else max(",;\t", key=header.count)
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    rows: list[Any] = []
+    try:
+        names = reader.fieldnames or []
+        twice = next((name for name in names if list(names).count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}: two columns are called {twice!r}")
+        for row in reader:
+            if None in row or None in row.values():
+                more = "more" if None in row else "fewer"
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the row has {more} cells than the {len(names)} columns: a text with a "
+                    f"{'tab' if mark == chr(9) else mark!r} or a line break in it stands between double quotes"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+    return rows
+
+
+def _parquet(path: str, content: bytes) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist())
+    except Exception as error:
+        raise UserError(f"{path}: a Parquet file, and damaged or cut off ({first_line(error)})") from error

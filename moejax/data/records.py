@@ -1,0 +1,76 @@
+"""What a record must be: texts where texts are expected, each of them Unicode; else it is refused by its number."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from moejax.config import DataConfig
+from moejax.data.parsing import Repeated
+from moejax.errors import UserError
+
+Record = dict[str, Any]
+
+_INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))  # control and format characters (zero-width ones), spaces
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters by their category, of which nothing is seen
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
+    """Record number `index` (from 0) of the source `name` with the keys instruction, input, output and answer, or text.
+
+    answer: as it stands, or None. Raises UserError that names source, record and field.
+    """
+    where = f"{name}, record {index}"
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+    f = config.fields
+    advice = "; data.fields can name another column"
+    if config.template == "text":
+        return {"text": text_of(where, record, f.text, advice)}
+    output = text_of(where, record, f.output, advice)
+    return {
+        "instruction": text_of(where, record, f.instruction, advice),
+        "input": "" if record.get(f.input) is None else text_of(where, record, f.input, advice),
+        "output": output,
+        "answer": record.get("answer"),
+    }
+
+
+def text_of(where: str, record: Record, field: str, advice: str = "") -> str:
+    """The text under `field`. Raises UserError where there is none, or two, or half a character in it."""
+    if isinstance(record, Repeated) and field in record.keys_twice:
+        raise UserError(f"{where}: {field!r} stands in it twice")
+    if field not in record:
+        raise UserError(f"{where}: no text under {field!r} (it has {', '.join(map(str, record))}){advice}")
+    value = record[field]
+    if not isinstance(value, str):
+        kind = "NaN" if value != value else _KINDS.get(type(value), f"a {type(value).__name__}")
+        raise UserError(f"{where}: no text under {field!r}, but {kind}{advice}")
+    return unicode(f"{where}: {field!r}", value)
+
+
+def unicode(what: str, text: str) -> str:
+    """The text itself. Raises UserError where a character of it is none: half a surrogate pair, or a byte that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = text[error.start]
+        why = "a byte that is not UTF-8" if "\udc80" <= at <= "\udcff" else "half of a surrogate pair, as of an emoji that was cut in two"
+        raise UserError(f"{what} holds {why} ({at!a} at character {error.start}): mend it or leave it out") from None
+    return text
+
+
+def texts_in(value: Any, depth: int = 4) -> Iterator[str]:
+    """The texts of a value, of its lists and objects, `depth` of them inside one another."""
+    if isinstance(value, str):
+        yield value
+    elif depth and isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(part, depth - 1)
+
+
+def blank(text: str) -> bool:
+    """Whether nothing of a text is seen: white space, zero-width and control characters, fillers."""
+    return all(unicodedata.category(c) in _INVISIBLE or c in _FILLERS for c in text)

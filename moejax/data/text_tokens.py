@@ -1,0 +1,109 @@
+"""Text to tokens: what a user wrote stays text, what a template wrote is its tokens.
+
+A tokenizer takes `</s>` in a text for its token of that name, wherever it comes from. Here the control tokens in users' texts are
+replaced by names of our own before a template is rendered (`guard`). A rendered text without such names goes through the tokenizer itself.
+One with them goes through a second tokenizer, in which control tokens are text, and the template's have names of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Tokenizer
+
+from moejax.data import chat
+
+_NONCE = secrets.token_hex(8)  # nobody's text can hold it
+_GUARDED, _TEMPLATES = "\U0010f8f0", "\U0010f8f1"
+_GUARD = re.compile(rf"{_GUARDED}{_NONCE}-(\d+){_GUARDED}")
+
+
+class TextTokens:
+    """One tokenizer's. controls: its special tokens, and those of its other added tokens that `template_writes`."""
+
+    def __init__(self, tokenizer: Any, template_writes: str = "") -> None:
+        backend = tokenizer.backend_tokenizer
+        added = backend.get_added_tokens_decoder()
+        written = set(chat.MARK.findall(template_writes))
+        found = {token.content: (id_, token) for id_, token in added.items() if token.special or token.content in written}
+        self.controls = tuple(sorted(found, key=len, reverse=True))
+        self._pattern = re.compile("|".join(map(re.escape, self.controls))) if self.controls else None
+        self._number = {content: number for number, content in enumerate(self.controls)}
+        content = json.loads(backend.to_str())
+        for entry in content["added_tokens"]:
+            entry["special"] = entry["special"] or entry["content"] in found
+        self._encoder = Tokenizer.from_str(json.dumps(content))
+        self._encoder.encode_special_tokens = True  # as text
+        self._backend, self._controls = backend, {id_: text for text, (id_, _) in found.items()}
+        self._encoder.add_tokens(
+            [
+                AddedToken(self._name(text), special=False, lstrip=found[text][1].lstrip, rstrip=found[text][1].rstrip, normalized=False)
+                for text in self.controls
+            ]
+        )
+        self._ids = {self._encoder.token_to_id(self._name(text)): found[text][0] for text in self.controls}
+
+    def _name(self, control: str) -> str:
+        return f"{_TEMPLATES}{_NONCE}-{self._number[control]}{_TEMPLATES}"
+
+    def guard(self, text: str) -> str:
+        """A user's text, its control tokens under names of ours."""
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda found: f"{_GUARDED}{_NONCE}-{self._number[found[0]]}{_GUARDED}", text)
+
+    def shown(self, rendered: str) -> str:
+        """A rendered text as it is read, with what was guarded in it."""
+        return _GUARD.sub(lambda found: self.controls[int(found[1])], rendered)
+
+    def control_in(self, text: str) -> str | None:
+        """The first control token that stands in a text as if it were one."""
+        found = None if self._pattern is None else self._pattern.search(text)
+        return None if found is None else found[0]
+
+    def control_at(self, text: str) -> str | None:
+        """The control token with which a text begins."""
+        found = None if self._pattern is None else self._pattern.match(text)
+        return None if found is None else found[0]
+
+    def encode(self, rendered: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts: what `guard` did not change of control tokens is those tokens, all else is text."""
+        encodings = self._backend.encode_batch_fast([text for text in rendered if not _GUARD.search(text)], add_special_tokens=False)
+        plain = iter(encodings)
+        return [self._guarded_ids(text) if _GUARD.search(text) else next(plain).ids for text in rendered]
+
+    def _guarded_ids(self, rendered: str) -> list[int]:
+        """The template's control tokens are found by the tokenizer itself, with a letter in place of what is guarded."""
+        guarded = iter([self.controls[int(number)] for number in _GUARD.findall(rendered)])
+        bare = _GUARD.sub(_GUARDED, rendered)
+        seen = self._backend.encode(bare, add_special_tokens=False)
+        text, done = "", 0
+        for id_, (start, end) in zip(seen.ids, seen.offsets, strict=True):
+            control = self._controls.get(id_)
+            # White space beside it may belong to the match, and the tokenizer may look at small letters; what is <unk> is not written so.
+            place = -1 if control is None else bare[start:end].lower().find(control.lower())
+            if control is not None and place >= 0 and start >= done:
+                text += bare[done : start + place] + self._name(control)
+                done = start + place + len(control)
+        text = "".join(next(guarded) if letter == _GUARDED else letter for letter in text + bare[done:])
+        return [self._ids.get(id_, id_) for id_ in self._encoder.encode(text, add_special_tokens=False).ids]
+
+    def as_text(self, texts: Iterable[str]) -> list[list[int]]:
+        """Token ids of users' texts, no control token among them."""
+        return self.encode([self.guard(text) for text in texts])
+
+
+_KNOWN: WeakKeyDictionary[Any, tuple[Any, TextTokens]] = WeakKeyDictionary()
+
+
+def text_tokens(tokenizer: Any) -> TextTokens:
+    """The tokenizer's, made once. Its chat template, where it has one that can be rendered, says which added tokens are control tokens."""
+    state = (len(tokenizer), str(getattr(tokenizer, "chat_template", None)))
+    if tokenizer not in _KNOWN or _KNOWN[tokenizer][0] != state:
+        _KNOWN[tokenizer] = (state, TextTokens(tokenizer, chat.literals(tokenizer)))
+    return _KNOWN[tokenizer][1]

@@ -1,0 +1,157 @@
+"""Files that are read whatever they are called, and what the others are said to be: the words are held against the cause."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moejax.config import DataConfig
+from moejax.data.parsing import parse
+from moejax.data.sources import load_records
+from moejax.errors import UserError
+from moejax.estimator import lengths
+
+A = {"instruction": "Add 1 and 2.", "input": "", "output": "3 é"}
+B = {"instruction": "Add\n2, \"and\" 3.", "input": None, "output": "NA"}
+LIST, LINES = json.dumps([A, B], ensure_ascii=False), f"{json.dumps(A)}\n{json.dumps(B)}\n"
+
+
+def parquet(records):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.json", b"\xef\xbb\xbf" + LIST.encode()),
+        ("bom.jsonl", LINES.encode("utf-8-sig")),
+        ("two_boms.jsonl", json.dumps(A).encode("utf-8-sig") + b"\n" + json.dumps(B).encode("utf-8-sig")),
+        ("utf16.json", LIST.encode("utf-16")),
+        ("utf16be.json", b"\xfe\xff" + LIST.encode("utf-16-be")),
+        ("utf32.jsonl", LINES.encode("utf-32")),
+        ("lines.json", LINES.encode()),
+        ("list.jsonl", LIST.encode()),
+        ("pretty.json", f"{json.dumps(A, indent=2)}\n{json.dumps(B, indent=2)}".encode()),
+        ("crlf.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
+        ("upper.JSONL", LINES.encode()),
+        ("packed.jsonl.gz", gzip.compress(LINES.encode())),
+        ("packed.json", gzip.compress(LIST.encode())),
+        ("no_suffix", LINES.encode()),
+        ("separators.jsonl", LINES.replace("}\n", ', "x": "\u2028"}\n').encode()),
+        ("huge.jsonl", LINES.replace("}\n", ', "id": ' + "7" * 5000 + ', "nan": [NaN, Infinity, 1e999]}\n').encode()),
+        ("a.parquet", parquet([A, B])),
+        ("parquet.json", parquet([A, B])),
+        ("a.csv", b'instruction,input,output\nAdd 1 and 2.,,3 \xc3\xa9\n"Add\n2, ""and"" 3.",,NA\n'),
+        ("excel.csv", b'\xef\xbb\xbfinstruction;input;output\r\nAdd 1 and 2.;;3 \xc3\xa9\r\n"Add\n2, ""and"" 3.";;NA\r\n'),
+        ("a.tsv", b'instruction\tinput\toutput\nAdd 1 and 2.\t\t3 \xc3\xa9\n"Add\n2, ""and"" 3."\t\tNA\n'),
+        ("lines.csv", LINES.encode()),
+    ],
+)
+def test_read_whatever_it_is_called(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    texts = [(r["instruction"], r["input"], r["output"]) for r in load_records(DataConfig(source=str(path)))]
+    assert texts == [(r["instruction"], r["input"] or "", r["output"]) for r in (A, B)]
+
+
+DEEP = b'{"meta": ' + b"[" * 20000 + b"]" * 20000 + b"}"
+FAULTS = [
+    ("a.jsonl", b"", "is empty"),
+    ("a.jsonl", b"\xef\xbb\xbf\n \n", "is empty"),
+    ("a.json", b"\0" * 99, "nothing but zero bytes"),
+    ("a.json", LIST.encode("utf-16-le"), "looks like UTF-16 without a byte-order mark"),
+    ("a.jsonl", LINES.encode() + b"\0\0", r"line 3: a zero byte .* damaged"),
+    ("a.jsonl", LINES.encode() + '{"output": "é"}'.encode("latin-1"), r"line 3: not UTF-8 text \(byte \d+, 0xe9\).*iconv"),
+    ("a.json", LIST.encode()[: LIST.encode().index(b"\xa9")], "line 1: the file ends in the middle of a character"),
+    ("a.json", LIST.encode()[:-9], "line 1: broken JSON: the file ends in the middle of a record"),
+    ("a.json", b'[{"a": "b"},\n', "line 2: broken JSON: the file ends in the middle"),
+    ("a.jsonl", LINES.encode()[:-5], "line 2: broken JSON: the file ends in the middle of a record"),
+    ("a.jsonl", b'{"a": 1\n{"a": 2}\n', "line 1: broken JSON: the line ends in the middle of its object"),
+    ("a.json", b'[\n{"a": 1},\n]', r"line 2|line 3: broken JSON: a comma before the closing bracket"),
+    ("a.json", b'[\n{"a": 1,}]', "line 2: broken JSON: a comma before the closing bracket"),
+    ("a.json", b'{"a": 1},\n{"a": 2},\n', "line 1: a comma behind the object: one object a line has none"),
+    ("a.jsonl", b'{"a": 1}\noops', "line 2: broken JSON: expected an object, found 'oops'"),
+    ("a.json", b"[{'a': 1}]", "line 1: broken JSON: single quotes"),
+    ("a.json", b'[{"a": None}]', "None, True or False, where JSON has null"),
+    ("a.json", b'[\n// mine\n{"a": 1}]', "line 2: broken JSON: a comment"),
+    ("a.json", '[{“a”: 1}]'.encode(), "typographic quotation marks"),
+    ("a.jsonl", b'{"a": "b\tc"}', r"control character inside of a text"),
+    ("a.jsonl", b'{"a": "C:\\data"}', r"a backslash inside of a text"),
+    ("a.json", LIST.encode() + LIST.encode(), "line 1: another list begins behind the first"),
+    ("a.json", LIST.encode() + b"x", "line 1: 'x' follows the list"),
+    ("a.jsonl", LINES.encode() + DEEP, "line 3: a value here is nested too deeply"),
+    ("a.json", b"[" * 99999, "line 1: a value here is nested too deeply"),
+    ("a.json", b'{"version": 1, "data": [{"a": 1}]}', "got one object: the records seem to lie under 'data'"),
+    ("a.json", b'{"a": {"0": "x"}, "b": {"0": "y"}}', r"a column under each key: .*orient='records'"),
+    ("a.json", b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", r"is no JSON: it is an HTML page \('Sign in'\)"),
+    ("a.parquet", b"<html>", "is no Parquet file: it is an HTML page"),
+    ("a.json", b"<?xml version='1.0'?>", "it is XML"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the data itself"),
+    ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the data itself"),
+    ("a.json", b"instruction,output\na,b\n", "it looks like CSV: name it .csv"),
+    ("a.json", b"instruction\toutput\na\tb\n", "a table with tabs: name it .tsv"),
+    ("a.json", b"- instruction: a\n  output: b\n", "it looks like YAML"),
+    ("a.json", b"404: Not Found", "it begins with '404: Not Found'"),
+    ("a.json", b"Access to this is restricted, please log in", "it begins with 'Access to this"),
+    ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "is compressed with zstd"),
+    ("a.json", b"PK\x03\x04\x14\x00\x00\x00", "is a zip archive"),
+    ("a.xlsx", b"PK\x03\x04\x14\x00\x06\x00", "is an Excel workbook"),
+    ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "compressed with gzip, and damaged or cut off"),
+    ("a.parquet", parquet([A])[:-9], "a Parquet file, and damaged or cut off"),
+    ("a.csv", b"instruction,output\na,b,c\n", "line 2: the row has more cells than the 2 columns"),
+    ("a.csv", b"instruction,output\na\n", "line 2: the row has fewer cells"),
+    ("a.csv", b"a,a\n1,2\n", "two columns are called 'a'"),
+    ("a.csv", b'instruction,output\n"a,b\n', "broken CSV"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "told"), FAULTS)
+def test_the_message_names_the_cause(name, content, told):
+    with pytest.raises(UserError, match=told) as caught:
+        parse(name, content)
+    assert str(caught.value).startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ('{"instruction": "a", "output": "b\\ud83d"}', r"record 1: 'output' holds half of a surrogate pair.*'\\ud83d' at character 1"),
+        ('{"instruction": "a", "input": "\\udc00", "output": "b"}', "record 1: 'input' holds half"),
+        ('{"instruction": null, "output": "b"}', "record 1: no text under 'instruction', but null"),
+        ('{"instruction": "a", "output": 3}', "record 1: no text under 'output', but a number"),
+        ('{"instruction": "a", "output": ["b"]}', "no text under 'output', but a list"),
+        ('{"instruction": "a", "output": {"text": "b"}}', "no text under 'output', but an object"),
+        ('{"instruction": "a", "output": true}', "no text under 'output', but true or false"),
+        ('{"instruction": "a", "input": NaN, "output": "b"}', "no text under 'input', but NaN"),
+        ('{"instruction": "a", "input": 0, "output": "b"}', "no text under 'input', but a number"),
+        ('{"instruction": "a", "input": false, "output": "b"}', "no text under 'input', but true or false"),
+        ('{"instruction": "a", "input": [], "output": "b"}', "no text under 'input', but a list"),
+        ('{"instruction": "a"}', r"no text under 'output' \(it has instruction\)"),
+        ('{"instruction": "a", "output": "b", "output": "c"}', "'output' stands in it twice"),
+        ("[1]", "record 1: expected an object, got list"),
+        ("null", "record 1: expected an object, got NoneType"),
+    ],
+)
+def test_a_record_is_text_or_refused_by_its_number(record, told, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(f"[{json.dumps(A)}, {record}]")
+    with pytest.raises(UserError, match=told) as caught:
+        load_records(DataConfig(source=str(path)))
+    assert str(caught.value).startswith(f"{path}, record 1")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        load_records(DataConfig(source=str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize("text", ["[" * 9999, "9" * 5000, "[" + "9" * 400 + "]"])
+def test_lengths_that_are_none(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="--lengths"):
+        lengths.from_file(tmp_path / "a.json")
