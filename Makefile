@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: aot gpu-acceptance demo demo-blackmamba characterize-demo demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
+.PHONY: aot gpu-acceptance demo demo-blackmamba characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -27,8 +27,16 @@ demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and
 	@$(BIN)/moejax exact-match runs/demo --data assets/problems/test.json
 
 test: lint $(VENV)/.profile $(VENV)/.eval $(AOT)/.installed ## ruff, mypy and the test suite
-	@$(BIN)/python -m pytest -q -n 2
-	@$(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q tests/training/test_gpu_compile.py
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	@MOEJAX_TEST_XLA=usual $(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q tests/training/test_gpu_compile.py
+
+# As a user compiles (without XLA's flags of tests/conftest.py), the tests marked `long` too; faults that the quick tests must notice.
+test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)
+	@MOEJAX_TEST_XLA=usual $(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
+	@$(BIN)/python tests/mutations.py
+	@rm -rf runs/characterize-demo
+	@$(MAKE) --no-print-directory characterize-demo
+	@$(BIN)/python tests/check_study.py runs/characterize-demo
 
 # For compiling for a GPU that is not there: 230 MB of wheels.
 $(AOT)/.installed: $(STAMP)
@@ -67,6 +75,10 @@ bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the 
 characterize-demo: $(STAMP) ## the study's experiments on both bundled models, and the page about them (some 9 minutes on 2 cores)
 	@$(BIN)/moejax characterize --preset cpu-demo --out runs/characterize-demo
 	@$(BIN)/moejax report runs/characterize-demo
+
+characterize-smoke: $(STAMP) ## the same with two throughput trials a model: does it run
+	@$(BIN)/moejax characterize --preset cpu-smoke --out runs/characterize-smoke
+	@$(BIN)/moejax report runs/characterize-smoke
 
 demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the same problems, and its accuracy before and after
 	@rm -rf runs/demo_blackmamba

@@ -175,7 +175,7 @@ def _timed(function: Any, *arguments: Any) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="1x128:2,8x512:2,32x512:2,96x512:2,8x512:8,32x512:8")
+    parser.add_argument("--cases", help="default: 1x128:2,8x512:2,32x512:2,96x512:2,8x512:8,32x512:8")
     parser.add_argument("--batching", default="fixed", help="comma-separated: fixed, pack")
     parser.add_argument("--routing", default="uniform", help="comma-separated: uniform, skewed")
     parser.add_argument("--model", choices=sorted(MODELS), default="mixtral")
@@ -188,7 +188,7 @@ def main() -> int:
     config_file, preset, tiny = MODELS[options.model]
     experiment = experiments.load(Path(__file__).parent.parent / "configs" / config_file, options.overrides)
     base = PRESETS[tiny if options.tiny else preset]
-    cases = "2x32:2,2x32:8" if options.tiny else options.cases
+    cases = options.cases or ("2x32:2,2x32:8" if options.tiny else "1x128:2,8x512:2,32x512:2,96x512:2,8x512:8,32x512:8")
     device = jax.local_devices()[0]
     rate = matrix_rate(512 if options.tiny else 8192, jnp.bfloat16)
     report = kept.about(device=device.device_kind, matrix_rate_flops=rate, cases=[])

@@ -23,6 +23,7 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": "true",
     "xla_cpu_use_fusion_emitters": "false",
 }
+USUAL = os.environ.get("MOEJAX_TEST_XLA") == "usual"  # compiled as for a user
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done it
     # What one test compiles, others and their processes read; nothing is left in the user's cache, or comes from there.
     PROGRAMS = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
@@ -30,7 +31,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done i
         "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick_flags()}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}",
     }
 
 import jax.numpy as jnp

@@ -67,6 +67,9 @@ CPU_DEMO = replace(
     QUICK, packed=("1/2",), pack_row_tokens=96, queries=128, breakdown_tokens=64, lengths=(64, 256), dense_lengths=(64,), tune_steps=40,
     load_queries=64, timed=3, traced=1,
 )  # fmt: skip
+CPU_SMOKE = replace(
+    CPU_DEMO, routings=("sparse",), packed=(), queries=32, lengths=(), tune_steps=10, load_queries=16, timed=2,
+)  # fmt: skip
 PRESETS = {
     "study-mixtral": Preset("Mixtral-8x7B by QLoRA, both data sets", ("mixtral_8x7b_cs_sparse", "mixtral_8x7b_math_sparse"), STUDY),
     "study-blackmamba": Preset(
@@ -76,6 +79,9 @@ PRESETS = {
     "cpu-demo": Preset(
         "both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=90_000_000,
         only_sparse=("demo_blackmamba",),
+    ),
+    "cpu-smoke": Preset(
+        "cpu-demo with two throughput trials a model: does it run", ("demo", "demo_blackmamba"), CPU_SMOKE, memory_limit=90_000_000
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -103,7 +104,9 @@ def make_train_step(
                     return rounding.stored_like(total, carry, jax.random.fold_in(rounding_key, 1 + index)), None
                 return jax.tree.map(jnp.add, carry, part), None
 
-            shapes = jax.eval_shape(gradients, state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
+            # Traced without the backward pass, which takes a start most of its tracing: a gradient has its weight's shape.
+            first = jax.tree.map(lambda a: a[0], batch)
+            shapes = (state.trainable, jax.eval_shape(partial(sums, objective), state.trainable, frozen, first, key)[1])
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             index = jnp.arange(batch.tokens.shape[0])
             (grads, extra), _ = jax.lax.scan(micro_step, zeros, (batch, index))

@@ -10,6 +10,7 @@ from support import TINY, assert_close_to_largest
 
 from models.build import build
 from models.config import PRESETS, LoRAConfig
+from models.lora import LoRA
 from moejax.data.batch import Batch
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
@@ -90,6 +91,12 @@ def test_dropout_is_seeded_and_drawn_anew(parts):
     mute = micro._replace(loss_mask=np.zeros_like(micro.loss_mask))
     first, second = (float(run(stack(pair, 2))[1]["loss"]) for pair in ([micro, mute], [mute, micro]))
     assert abs(first - second) > 1e-3
+
+
+def test_dropout_keeps_the_mean():
+    lora = LoRA(jax.random.key(0), (), 4, 4, LoRAConfig(2, 4.0, 0.25, ("w1",)), ("a", "b"))
+    dropped = np.asarray(lora.dropped(jnp.ones((100, 400)), jax.random.key(1)))
+    assert set(np.unique(dropped)) == {0.0, np.float32(4 / 3)} and abs(dropped.mean() - 1) < 0.02
 
 
 def test_each_layer_draws_its_own_dropout():

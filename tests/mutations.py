@@ -1,0 +1,208 @@
+"""Faults put into the code one by one, each of which the quick tests must notice: python tests/mutations.py [words of the faults' names]
+
+Each is a few changed words in a copy of the checkout. The tests beside it run there; one of them has to fail by an assertion or an
+error, not for want of the words (then this script says so) or because nothing could be collected.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "__pycache__", ".*_cache", "*.egg-info")
+
+
+class Fault(NamedTuple):
+    """edits: (file, what stands there once, what shall stand there); tests: of which at least one must fail."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, ((file, old, new),), tests)
+
+
+LAYERS, STEP, BATCHING, NF4 = "models/layers.py", "moejax/training/step.py", "moejax/data/batching.py", "models/ops/nf4.py"
+ATTENTION, MAMBA, SCAN, MOE = "models/ops/attention.py", "models/mamba.py", "models/ops/selective_scan.py", "models/moe.py"
+TILE, GROUPED, CAPACITY = "models/ops/expert_tile.py", "models/ops/grouped_matmul.py", "models/ops/grouped_capacity.py"
+ENTROPY, LOOP, PEFT, MERGE = "models/ops/cross_entropy.py", "moejax/training/loop.py", "moejax/hub/peft.py", "moejax/hub/merge.py"
+
+MIXTRAL, BLACKMAMBA, LORA = (f"tests/models/test_{name}.py" for name in ("mixtral_parity", "blackmamba", "lora_parity"))
+ONE_STEP, PRECISION, PIPELINE = "tests/training/test_step.py", "tests/models/test_precision.py", "tests/data/test_pipeline.py"
+BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
+OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/hub/test_export.py", "tests/training/test_loop.py"
+
+FAULTS = [
+    fault("rotary: the sign of the second half", LAYERS, "second * cos + first * sin", "second * cos - first * sin", f"{MIXTRAL}::test_logits"),
+    fault("rotary: turned the other way", LAYERS, "[first * cos - second * sin, second * cos + first * sin]",
+          "[first * cos + second * sin, second * cos - first * sin]", f"{PRECISION}::test_rotary_angles_of_far_positions"),
+    fault("labels: not shifted", BATCHING, "at + n - 1] = query.ids[1:]", "at + n - 1] = query.ids[:-1]", PIPELINE),
+    fault("labels: the mask shifted by one", BATCHING, "at + max(query.prompt - 1, 0)", "at + max(query.prompt, 0)", PIPELINE),
+    fault("packing: attention crosses the border", ATTENTION, "visible = same & (index", "visible = (same | True) & (index",
+          "tests/models/test_model.py::test_packed_equals_alone"),
+    fault("packing: the scan goes on over the border", MAMBA, "segment_ids != before, None, None)", "jnp.zeros_like(segment_ids, bool), None, None)",
+          f"{BLACKMAMBA}::test_packed_equals_alone"),
+    fault("packing: the convolution reaches over the border", MAMBA, "(source == segment_ids)[..., None]", "(source >= 0)[..., None]",
+          f"{BLACKMAMBA}::test_packed_equals_alone"),
+    fault("packing: positions go on over the border", BATCHING, "positions[r, here] = np.arange(n)", "positions[r, here] = np.arange(at, at + n)",
+          "tests/models/test_model.py::test_packed_equals_alone", PIPELINE),
+    fault("one expert's dB is zero", GROUPED, "dlora.b.swapaxes(1, 2)", "dlora.b.swapaxes(1, 2).at[1].set(0)",
+          f"{LORA}::test_logits_loss_and_gradients"),
+    fault("one expert's dA is zero", GROUPED, "LoRAWeights(dlora.a.astype(a.dtype)", "LoRAWeights(dlora.a.at[1].set(0).astype(a.dtype)",
+          f"{LORA}::test_logits_loss_and_gradients"),
+    Fault("the loss is averaged by micro-batch", (
+        (STEP, "return sums(objective, trainable, frozen, micro, key)",
+         "t, (c, s) = sums(objective, trainable, frozen, micro, key); n = jnp.maximum(jnp.sum(micro.loss_mask), 1); return t / n, (c / n, s)"),
+        (STEP, "supervised = jnp.sum(batch.loss_mask)", "supervised = jnp.float32(batch.tokens.shape[0])"),
+    ), (f"{ONE_STEP}::test_micro_batches_are_one_batch",)),
+    fault("NF4: a tie is rounded upward", NF4, "[..., None] > middles", "[..., None] >= middles", "tests/models/test_nf4.py"),
+    fault("NF4: double quantization without its offset", NF4, " + weight.offset[..., None]", " + 0 * weight.offset[..., None]",
+          "tests/models/test_nf4.py"),
+    fault("each micro-batch's gradient is clipped", STEP, "return jax.grad(total, has_aux=True)(trainable)",
+          "g, extra = jax.grad(total, has_aux=True)(trainable); return optax.clip_by_global_norm(1e-2).update(g, optax.EmptyState())[0], extra",
+          f"{ONE_STEP}::test_micro_batches_are_one_batch"),
+    fault("resumed at the first data", LOOP, "self.state, self.position = self.checkpoints.restore(self.state)",
+          "self.state, _ = self.checkpoints.restore(self.state)", f"{RESUME}::test_20_steps_equal_10_and_resumed_10_to_the_bit"),
+    fault("the balance loss's sign", STEP, "total = total + objective.aux_loss_coef", "total = total - objective.aux_loss_coef",
+          f"{MIXTRAL}::test_auxiliary_loss"),
+    fault("the balance loss counts padding", STEP, "balance = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))",
+          "balance = load_balancing_loss(stats, batch.segment_ids.size)", f"{MIXTRAL}::test_auxiliary_loss"),
+    fault("a merged model with w1 and w3 swapped", MERGE, "writer.write(name, merged_tensor(model, name, source, base)",
+          'writer.write(name, merged_tensor(model, name.replace(".w1.", ".w9.").replace(".w3.", ".w1.").replace(".w9.", ".w3."), source, base)',
+          f"{EXPORT}::test_merging_is_pefts_merging", f"{EXPORT}::test_a_merged_model_computes_what_was_trained"),
+    fault("an adapter with w1 and w3 swapped", PEFT, 'tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] =',
+          'tensors[f"{_PREFIX}{name}.lora_{letter}.weight".replace(".w1.", ".w9.").replace(".w3.", ".w1.").replace(".w9.", ".w3.")] =',
+          "tests/hub/test_peft.py"),
+    fault("a whole model with w1 and w3 swapped", "moejax/hub/save.py", "        arrays[name] = array[:, None]",
+          '        name = name.replace(".w1.", ".w9.").replace(".w3.", ".w1.").replace(".w9.", ".w3.")\n        arrays[name] = array[:, None]',
+          "tests/hub/test_weights.py::test_round_trip_is_exact"),
+    fault("w1 and w3 swapped in reading and writing", "moejax/hub/names.py", '"w1": ("moe", "w1"), "w2": ("moe", "w2"), "w3": ("moe", "w3")',
+          '"w1": ("moe", "w3"), "w2": ("moe", "w2"), "w3": ("moe", "w1")', f"{MIXTRAL}::test_logits"),
+    fault("scan: the decay's sign", SCAN, "0.0, jnp.exp(dt[..., None, :] * a))", "0.0, jnp.exp(-dt[..., None, :] * a))", f"{SCANS}::test_values"),
+    fault("scan: the sign of the gradient through the decay", SCAN, "through = e * before * g", "through = -e * before * g",
+          f"{SCANS}::test_gradients_equal_automatic_differentiation_of_the_reference"),
+    fault("scan: the last state's gradient is lost", SCAN, "_outer(dy, t.c), dstate, reverse=True)", "_outer(dy, t.c), 0 * dstate, reverse=True)",
+          f"{SCANS}::test_gradients_equal_automatic_differentiation_of_the_reference"),
+    fault("remat routes again", LAYERS, '"full": (*ROUTING_NAMES, *HALFWAY_NAMES)', '"full": HALFWAY_NAMES',
+          "tests/models/test_structure.py::test_one_permutation_serves_all_projections"),
+    fault("no weight decay", "moejax/training/optimizer.py", "optax.add_decayed_weights(config.weight_decay, decayed)",
+          "optax.add_decayed_weights(0.0, decayed)", OPTIMIZER),
+    fault("no clipping", "moejax/training/optimizer.py", "return rule if config.clip_norm is None else", "return rule if True else", OPTIMIZER),
+    fault("dropout: the same at every step", STEP, "key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout",
+          "key = jax.random.key(seed) if objective.dropout", f"{ONE_STEP}::test_dropout_is_seeded_and_drawn_anew"),
+    fault("dropout: not seeded", STEP, "key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout",
+          "key = jax.random.fold_in(jax.random.key(0), state.step) if objective.dropout", f"{ONE_STEP}::test_dropout_is_seeded_and_drawn_anew"),
+    fault("dropout: the same in every micro-batch", STEP, "None if key is None else jax.random.fold_in(key, index)", "key",
+          f"{ONE_STEP}::test_dropout_is_seeded_and_drawn_anew"),
+    fault("dropout: the same in every layer", "models/mixtral.py", "None if dropout_key is None else jax.random.fold_in(dropout_key, index)",
+          "dropout_key", f"{ONE_STEP}::test_each_layer_draws_its_own_dropout"),
+    fault("dropout: not scaled up", "models/lora.py", "x / (1.0 - self.dropout)", "x", f"{ONE_STEP}::test_dropout_keeps_the_mean"),
+    fault("dropout of experts: another mask in the backward pass", TILE, 'dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], row)',
+          'dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], row + 1)', f"{MATMUL}::test_dropout_is_the_same_in_both_passes"),
+    fault("evaluation is smoothed", STEP, "label_smoothing=0.0, aux_loss_coef=0.0, ", "aux_loss_coef=0.0, ", f"{ONE_STEP}::test_evaluation_is_plain"),
+    fault("capacity drops tokens", CAPACITY, "return jnp.sum(jnp.max(sizes) > jnp.asarray(plan.capacities, jnp.int32), dtype=jnp.int32)",
+          "return jnp.minimum(jnp.sum(jnp.max(sizes) > jnp.asarray(plan.capacities), dtype=jnp.int32), len(plan.capacities) - 1)",
+          f"{BACKENDS}::test_every_pattern_of_empty_groups"),
+    fault("loop: the last tile of a group is left out", "models/ops/grouped_loop.py", "-(-rest // plan.small_tile)", "rest // plan.small_tile",
+          f"{BACKENDS}::test_fewer_rows_than_experts", f"{MATMUL}::test_frozen_nf4_weights"),
+    fault("loop: a group's gradient takes the next one's rows", "models/ops/grouped_loop.py", "inside = (first + jnp.arange(count) < size)[:, None]",
+          "inside = (first + jnp.arange(count) < size + count)[:, None]", f"{MATMUL}::test_frozen_nf4_weights"),
+    fault("top-k weights are not renormalized", MOE, "picked if self.sigmoid else picked / jnp.sum(picked, axis=-1, keepdims=True)", "picked",
+          f"{MIXTRAL}::test_logits"),
+    fault("BlackMamba's weights are renormalized", MOE, "picked if self.sigmoid else picked /", "picked /", f"{BLACKMAMBA}::test_logits"),
+    fault("padding is counted as routed", MOE, "jnp.sum(chosen & valid[:, None, None]", "jnp.sum(chosen",
+          f"{MIXTRAL}::test_loss_gradients_and_counts"),
+    fault("routing weights have no gradient", GROUPED, "jnp.where(live, g, 0)", "jnp.where(live, 0 * g, 0)", f"{MATMUL}::test_frozen_nf4_weights",
+          f"{MATMUL}::test_values_and_gradients"),
+    fault("LoRA: alpha is not divided by the rank", "models/config.py", "return self.alpha / self.rank", "return self.alpha",
+          f"{LORA}::test_logits_loss_and_gradients"),
+    fault("bf16: the router", MOE, "self.router(x.astype(jnp.float32)", "self.router(x", f"{PRECISION}::test_router_probabilities"),
+    fault("bf16: the norm", LAYERS, "wide = x.astype(jnp.float32)\n            normal = wide * jax", "wide = x\n            normal = wide * jax", f"{PRECISION}::test_norm_of_large_numbers"),
+    fault("bf16: scores of attention", ATTENTION, '"bgmk,bgkn->bgmn", a, b, preferred_element_type=jnp.float32)', '"bgmk,bgkn->bgmn", a, b)',
+          f"{PRECISION}::test_attention_with_large_scores"),
+    fault("bf16: logits of the loss", ENTROPY, '"nd,vd->nv", h, w, preferred_element_type=jnp.float32)', '"nd,vd->nv", h, w)',
+          f"{PRECISION}::test_cross_entropy"),
+    fault("bf16: angles of rotary positions", LAYERS, "positions[..., None].astype(jnp.float32) * frequency",
+          "(positions[..., None].astype(jnp.bfloat16) * frequency.astype(jnp.bfloat16)).astype(jnp.float32)",
+          f"{PRECISION}::test_rotary_angles_of_far_positions"),
+    fault("bf16: sums of experts' gradients", TILE, "LoRAWeights(jnp.zeros(a.shape), jnp.zeros(b.shape[::-1]))",
+          "LoRAWeights(jnp.zeros(a.shape, a.dtype), jnp.zeros(b.shape[::-1], b.dtype))",
+          f"{PRECISION}::test_gradients_of_experts_are_summed_in_fp32"),
+    fault("label smoothing is left out of the gradient", ENTROPY, "jnp.where(one_hot, 1 - smoothing, 0.0) - smoothing / logits.shape[-1]",
+          "jnp.where(one_hot, 1.0, 0.0)", f"{MIXTRAL}::test_label_smoothing"),
+    fault("epochs in one order", BATCHING, "np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed, 0])", PIPELINE),
+    fault("decoding: a token's position is one too far", "models/cache.py", "valid, cache.lengths[:, None], cache.layers", "valid, cache.lengths[:, None] + 1, cache.layers",
+          f"{MIXTRAL}::test_cache_equals_full_pass"),
+    fault("decoding: the same draw at every step", "moejax/evaluation/generate.py", "jax.random.fold_in(key, step)", "key",
+          "tests/evaluation/test_generate.py"),
+]  # fmt: skip
+
+
+def apply(found: Fault, copy: Path) -> str | None:
+    """What does not fit, after which nothing is changed."""
+    texts: dict[str, str] = {}
+    for file, old, new in found.edits:
+        text = texts.get(file) or (copy / file).read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            return f"{file} has {old!r} {text.count(old)} times, expected once: write the fault anew"
+        texts[file] = text.replace(old, new)
+    for file, text in texts.items():
+        (copy / file).write_text(text, encoding="utf-8")
+    return None
+
+
+def noticed(found: Fault, copy: Path) -> tuple[bool, str]:
+    """(whether a test failed, which ones or what happened instead), of one fault in a copy that is whole again afterwards."""
+    why = apply(found, copy)
+    if why is not None:
+        return False, why
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "--maxfail=2", *found.tests]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "MOEJAX_TEST"))} | {"PYTHONPATH": str(copy)}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        for file, _, _ in found.edits:
+            shutil.copy2(ROOT / file, copy / file)
+    failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed and "ERROR" not in done.stdout:
+        return True, failed[0]
+    return False, "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+
+
+def main(words: list[str]) -> int:
+    chosen = [found for found in FAULTS if not words or any(word in found.name for word in words)]
+    missed, start = 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="moejax-faults-") as folder, ThreadPoolExecutor(2) as pool:
+        copies = [Path(folder) / str(number) for number in range(2)]
+        for copy in copies:
+            shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+
+        def part(number: int) -> list[Fault]:
+            return chosen[number::2]
+
+        def run(number: int) -> int:
+            missed = 0
+            for found in part(number):
+                good, told = noticed(found, copies[number])
+                missed += not good
+                print(f"{'noticed' if good else 'MISSED '}  {found.name}: {told}", flush=True)
+            return missed
+
+        missed = sum(pool.map(run, range(2)))
+    print(f"{len(chosen) - missed} of {len(chosen)} faults noticed in {time.monotonic() - start:.0f} s")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
