@@ -206,7 +206,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration. Raises UserError where the folder holds none, or one that is more than plain LoRA."""
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no adapter_config.json: expected an adapter written by PEFT or by moejax")
+        inner = folder / "adapter" / path.name
+        there = f", and this is the folder of a run: its adapter is {inner.parent}" if inner.is_file() else ""
+        there = there or (", and this is a model: give it as model.source" if (folder / "config.json").is_file() else "")
+        raise UserError(f"{folder} holds no adapter_config.json: expected an adapter written by PEFT or by moejax{there}")
     config = read_json(path)
     _check_plain(config, path)
     return config

@@ -31,13 +31,24 @@ def read_config(folder: Path, ignored: Collection[str] = ()) -> Architecture:
     """The architecture in the folder's config.json. ignored: as in `from_hub_config`. Raises UserError naming the file."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no config.json: expected a model in Hub layout")
+        raise UserError(f"{folder} holds no config.json: expected a model in Hub layout{_instead(folder)}")
     content = read_json(path)
     try:
         return from_hub_config(content, ignored)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: {what}") from None
+
+
+def _instead(folder: Path) -> str:
+    """What a folder is that is no model, where that is known."""
+    if (folder / "adapter_config.json").is_file():
+        return ", and this is an adapter: give its base model here, and the adapter as adapter.init_from"
+    if (folder / "model" / "config.json").is_file():
+        return f", and this is the folder of a run: its model is {folder / 'model'}"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return f", and this is the folder of a run: its adapter is {folder / 'adapter'}, for adapter.init_from"
+    return ""
 
 
 def load_weights(

@@ -15,7 +15,7 @@ from models.config import PRESETS, LoRAConfig, Quantization
 from moejax import hub
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub.peft import load_adapter, save_adapter
+from moejax.hub.peft import load_adapter, read_adapter_config, save_adapter
 from moejax.hub.save import save_weights
 from moejax.hub.stored import weight_files
 from moejax.hub.weights import load_weights, read_config, resolve
@@ -263,6 +263,21 @@ def test_truncated_file(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="no whole safetensors file"):
         load_weights(build(CONFIG), folder, jax.random.key(0))
+
+
+def test_a_folder_of_another_kind(folder, tmp_path):
+    """An adapter as a model, a model as an adapter, and a run as either."""
+    lora = build(CONFIG, key=jax.random.key(0), adapter=LoRAConfig(2, 4.0, 0.0, ("gate",)))
+    save_adapter(lora, tmp_path / "run/adapter", "base")
+    for read, where, message in (
+        (read_config, "run/adapter", r"holds no config\.json: .*, and this is an adapter: give its base model here"),
+        (read_config, "run", r"holds no config\.json: .* a run: its adapter is \S+run/adapter, for adapter\.init_from"),
+        (read_config, ".", r"holds no config\.json: .* a run: its model is \S+/model"),
+        (read_adapter_config, "run", r"holds no adapter_config\.json: .* a run: its adapter is \S+run/adapter"),
+        (read_adapter_config, "model", r"holds no adapter_config\.json: .*, and this is a model: give it as model\.source"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / where)
 
 
 def test_no_such_model(tmp_path):
