@@ -109,6 +109,21 @@ def test_what_pytorch_cannot_express(changes, stack, words, tmp_path):
     assert not list(tmp_path.iterdir()) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"param_dtype": "bfloat16_stochastic"}, r"training\.param_dtype = bfloat16_stochastic: .*rounds to the nearest"),
+        ({"weight_decay": 0.1}, r"training\.weight_decay_on = matrices: .*set training\.weight_decay_on=all"),
+    ],
+)
+def test_what_pytorch_cannot_express_of_a_model_trained_whole(training, words):
+    experiment = configuration.load(ROOT / "configs/demo_blackmamba.yaml", [f"training.{k}={v}" for k, v in training.items()])
+    with pytest.raises(contract.CannotRun, match=words):
+        contract.check({"experiment": experiment.model_dump(mode="json"), "kind": "blackmamba"}, "plain")
+    all_of_it = configuration.load(ROOT / "configs/demo_blackmamba.yaml", ["training.weight_decay=0.1", "training.weight_decay_on=all"])
+    contract.check({"experiment": all_of_it.model_dump(mode="json"), "kind": "blackmamba"}, "plain")
+
+
 def test_a_missing_environment_names_the_make_target(tmp_path):
     for stack, target in (("study", "reference4"), ("today", "reference5"), ("plain", "reference4")):
         with pytest.raises(UserError, match=f"`make {target}` builds the PyTorch environment"):
