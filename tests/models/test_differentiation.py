@@ -180,9 +180,8 @@ def model_loss(family, kind, remat):
     return lambda trainable: sums(objective, trainable, rest, batch, None)[0], trainable
 
 
-@pytest.mark.parametrize(("family", "kind", "remat"), [("mixtral", "nf4", "none"), ("blackmamba", "lora", "full")])
-def test_losses(family, kind, remat):
-    assert_differentiates(*model_loss(family, kind, remat), ["grad of checkpoint of jit"])
+def test_a_loss_of_frozen_4_bit_weights():
+    assert_differentiates(*model_loss("mixtral", "nf4", "none"), ["grad of checkpoint of jit"])
 
 
 @pytest.mark.long
