@@ -87,8 +87,8 @@ REFUSED = {"ragged": ({"model": {"moe_backend": "ragged"}, **WHOLE}, "moe_backen
 
 
 def merged(base, changes):
-    """The changes over the base, section by section."""
-    both = isinstance(base, dict) and isinstance(changes, dict)
+    """The changes over the base, section by section; {} is empty."""
+    both = isinstance(base, dict) and isinstance(changes, dict) and changes
     return {k: merged(base.get(k), changes[k]) if k in changes else base[k] for k in {**base, **changes}} if both else changes
 
 
