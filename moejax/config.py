@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
 from moejax import other_tools
+from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig, Place
 
@@ -253,6 +254,9 @@ class CheckpointConfig(_Section):
     every: Positive | None = None
     keep: Positive = 2
     best: bool = True
+    resume_with_changed: Annotated[tuple[Part, ...], BeforeValidator(_strings)] = Field(
+        default=(), description="of what a resumed run may have another content than it began with: data, base, tokenizer, …"
+    )
 
 
 class DeviceConfig(_Section):
@@ -312,6 +316,7 @@ class Experiment(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     device: DeviceConfig = DeviceConfig()
     profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
+    made_of: MadeOf | None = Field(None, description="written by the run: hashes of the contents that it was made of")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -24,7 +24,7 @@ def aside(path: Path) -> Path:
     here = re.escape(f"{path.name}.{socket.gethostname()}-")
     for other in path.parent.glob("*.tmp"):
         left = re.fullmatch(rf"{here}(\d+)-\d+\.tmp", other.name)
-        if left and not _runs(int(left[1])):
+        if left and not process_runs(int(left[1])):
             other.unlink(missing_ok=True)
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_NUMBERS)}.tmp")
 
@@ -63,7 +63,8 @@ def lfs_pointer(path: Path) -> str | None:
     return "is a Git LFS pointer, and not the file: run `git lfs pull` where it was cloned, or download the file" if pointer else None
 
 
-def _runs(pid: int) -> bool:
+def process_runs(pid: int) -> bool:
+    """Whether a process of that number is there on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,14 +12,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+_UNWRITABLE = "Error writing persistent compilation cache entry"
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'")
 
 
 def replace_unreadable(folder: Path) -> None:
-    """From here on in this process. Entries of one function are told apart by hashes alone, so all of that function's go."""
-    plain = warnings.showwarning
+    """From here on in this process; that entries cannot be written is told once.
+
+    Entries of one function are told apart by hashes alone, so all of that function's go."""
+    plain, told = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        if str(message).startswith(_UNWRITABLE):  # one of them for each program would follow
+            if not told:
+                told.add(_UNWRITABLE)
+                reason = str(message).partition("': ")[2]
+                print(f"warning: {folder}: compiled programs are not kept for the next start: {reason}", file=sys.stderr)
+            return
         unreadable = _UNREADABLE.match(str(message))
         if unreadable is None:
             plain(message, *where, **more)

@@ -62,7 +62,7 @@ RUNS = {
             "param_dtype": "bfloat16_stochastic", "remat": "none", "schedule": "constant", "steps": None, "epochs": 1, "clip_norm": None,
             "betas": [0.8, 0.99], "eps": 1e-6,
         },
-        "checkpoint": {"best": False},
+        "checkpoint": {"best": False, "resume_with_changed": ["data"]},
         "eval": {**EVAL, "data": "NAMED", "split": "some", "limit": None, "metric": "loss", "allow_overlap": True},
         "device": {"compilation_cache": "CACHE"},
     },
@@ -95,6 +95,8 @@ def merged(base, changes):
 def leaves(section, at=()):
     """(dotted key, annotation without None, whether it may be null, default) of every key of the schema, sections too."""
     for name, info in section.model_fields.items():
+        if name == "made_of":  # the run writes it
+            continue
         union = get_origin(info.annotation) in (Union, types.UnionType)
         parts = [a for a in (get_args(info.annotation) if union else [info.annotation]) if a is not type(None)]
         null = union and type(None) in get_args(info.annotation)

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import warnings
 
 from support import ROOT
+
+from moejax import program_cache
 
 CHILD = """
 import sys
@@ -48,3 +51,14 @@ def test_what_another_version_left_is_not_found(tmp_path):
     assert start(tmp_path, "0.0.2") == (computed, "")
     after = entries(tmp_path)
     assert len(after) == 2 * len(before) and {name: after[name] for name in before} == before
+
+
+def test_a_folder_that_is_full_is_told_once(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    program_cache.replace_unreadable(tmp_path)
+    for name in ("jit_a", "jit_b"):
+        text = f"Error writing persistent compilation cache entry for '{name}': OSError: [Errno 28] No space left on device"
+        warnings.showwarning(UserWarning(text), UserWarning, "file", 1)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: compiled programs are not kept for the next start: OSError: [Errno 28] No space left on device\n"
+    )

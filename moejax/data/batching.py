@@ -31,6 +31,11 @@ class Batches:
             chosen = rows[first : first + n]
             yield assemble([[self.queries[i] for i in row] for row in chosen], n, self._row_tokens(chosen))
 
+    def row_tokens(self, epoch: int) -> list[int]:
+        """Tokens of the rows of each micro-batch of an epoch."""
+        rows, n = self._rows(epoch), self.config.batch_rows
+        return [self._row_tokens(rows[first : first + n]) for first in range(0, len(rows), n)]
+
     def waste(self, epoch: int = 0) -> float:
         """Share of the computed tokens that is padding, in an epoch."""
         rows, n = self._rows(epoch), self.config.batch_rows

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from moejax.config import DataConfig
+from moejax.contents import records_content
 from moejax.data.batching import Batches, synthetic
 from moejax.data.records import Record
 from moejax.data.sources import load_records
@@ -27,6 +28,7 @@ class Dataset:
     tokenized: Tokenized
     source: str
     held_out_dropped: int = 0
+    contents: dict[str, str] = field(default_factory=dict)  # "data", "evaluation": hash of the records
 
     def statistics(self) -> dict[str, float]:
         """Counts; lengths in tokens with the template and the end of sequence."""
@@ -91,9 +93,11 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
         queries = synthetic(config, vocab_size, seed, max(SYNTHETIC_ROWS, config.batch_rows))
         return Dataset(Batches(queries, config, seed), None, Tokenized(queries, len(queries)), "random tokens")
     records = load_records(config)
+    contents = {"data": records_content(records)}
     held_out: list[Record] = []
     if config.eval_source is not None:
         held_out = load_records(config, config.eval_source)
+        contents["evaluation"] = records_content(held_out)
     elif config.holdout:
         if config.holdout >= len(records):
             raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
@@ -103,7 +107,7 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
     if held_out:
         evaluation = in_order(config, held_out, tokenizer, seed, config.eval_source or config.source, len(records) if config.holdout else 0)
     dropped = 0 if evaluation is None else len(held_out) - len(evaluation.queries)
-    return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source, dropped)
+    return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source, dropped, contents)
 
 
 def in_order(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax import json_lines
 from moejax.errors import UserError
 from moejax.estimator import units
 from moejax.estimator.coefficients import Entry, Range, StepTime
@@ -73,14 +74,10 @@ def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"{folder} holds no {METRICS}: nothing was measured")
-    steps: dict[int, Document] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no whole JSON ({error})") from None
-        if isinstance(record, dict) and "step_seconds" in record:
-            steps[record["step"]] = record
+    found, damaged = json_lines.read(path)
+    if damaged and not found:
+        raise UserError(f"{path}, line {damaged[0]}: no whole JSON: was it cut off?")
+    steps = {record["step"]: record for record in found if "step_seconds" in record}
     left = [steps[step] for step in sorted(steps.keys() - set(disturbed))]
     if not left:
         raise UserError(f"{path} has {len(steps)} steps, all of which warmed up, waited for the compiler or were traced: train longer")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax import config
+from moejax import config, json_lines
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig
 
@@ -81,10 +81,4 @@ def open_scored(folder: Path) -> ScoredRun:
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    try:
-        # Not splitlines: an answer may hold a line separator of Unicode's.
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
-        raise UserError(f"{path}: no whole JSON ({error})") from None
+    return json_lines.read(path)[0] if path.is_file() else []

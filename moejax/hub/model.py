@@ -13,6 +13,7 @@ from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantizati
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.hub.quantized_cache import Content
 from moejax.terminal import Console
 
 CACHED_FROM_BYTES = 1_000_000_000
@@ -60,8 +61,11 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def create_model(experiment: Experiment, config: Architecture, folder: Path | None) -> Model:
-    """Weights from `folder` (Hub layout) where there is one, else random from the seed; adapters from the seed."""
+def create_model(experiment: Experiment, config: Architecture, folder: Path | None, content: Content | None = None) -> Model:
+    """Weights from `folder` (Hub layout) where there is one, else random from the seed; adapters from the seed.
+
+    content: takes the hash of the folder's weights.
+    """
     key = jax.random.key(experiment.seed)
     arguments = model_arguments(experiment)
     if folder is None:
@@ -70,7 +74,7 @@ def create_model(experiment: Experiment, config: Architecture, folder: Path | No
     cache = experiment.quantization.cache
     # What a small model would save is not worth a file.
     kept = None if cache is None or weights.stored_bytes(folder) < CACHED_FROM_BYTES else Path(cache).expanduser()
-    return weights.load_weights(model, folder, key, cache=kept, console=Console(stderr=True))
+    return weights.load_weights(model, folder, key, cache=kept, console=Console(stderr=True), content=content)
 
 
 def continue_adapter(experiment: Experiment, model: Model, source: str | None) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from moejax.terminal import Console
 
 T = TypeVar("T")
 
-FORMAT = 1  # raise it when codes, scales or names change
+FORMAT = 2  # raise it when codes, scales or names change
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
 
 
@@ -47,16 +47,52 @@ def key(files: list[Path], leaves: dict[str, Any], settings: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def read(path: Path, leaves: dict[str, Any]) -> dict[str, jax.Array] | None:
-    """The arrays of a cache; None where there is none or it is not what was asked for (it is then made anew)."""
+class Content:
+    """SHA-256 of a model's tensors as they are stored, in whatever order they come. `value`: in hexadecimal, once all are there.
+
+    `put` returns at once; `wait` before the memory of what was put changes.
+    """
+
+    def __init__(self) -> None:
+        self.value: str | None = None
+        self._parts: dict[str, str] = {}
+        self._pending: list[tuple[str, Future[str]]] = []
+        self._pool = ThreadPoolExecutor(1)
+
+    def put(self, name: str, array: np.ndarray, index: tuple[int, ...]) -> None:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        kind = f"{name} {list(index)} {array.dtype} {list(array.shape)}"
+        self._pending.append((kind, self._pool.submit(lambda: hashlib.sha256(data).hexdigest())))
+
+    def wait(self) -> None:
+        self._parts |= {kind: digest.result() for kind, digest in self._pending}
+        self._pending.clear()
+
+    def finish(self) -> str:
+        """The hash of all that was put."""
+        self.wait()
+        self._pool.shutdown()
+        self.value = hashlib.sha256(json.dumps(sorted(self._parts.items())).encode()).hexdigest()
+        return self.value
+
+
+_CONTENT = "content_sha256"  # a tensor of its own: what the other tensors hash to, as they were streamed
+
+
+def read(path: Path, leaves: dict[str, Any], content: Content | None = None) -> dict[str, jax.Array] | None:
+    """The arrays of a cache, and into `content` the hash that is kept with them.
+
+    None where there is none or it is not what was asked for (it is then made anew)."""
     if not path.is_file():
         return None
     try:
         reader = Reader(path)
     except UserError:
         return None
-    if set(reader.names()) != set(leaves) or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
+    if set(reader.names()) != {*leaves, _CONTENT} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
+    if content is not None:
+        content.value = reader.get_tensor(_CONTENT).tobytes().hex()
     pieces: list[tuple[str, int | None]] = []
     for name, leaf in leaves.items():
         # What is not copied whole goes a layer at a time, so that the host holds no more of it.
@@ -108,20 +144,33 @@ def put(buffer: jax.Array, part: jax.Array, index: tuple[jax.Array, ...]) -> jax
 
 
 class Keeper:
-    """Writes the cache while the model is loaded. A disk that is full costs the cache, not the load."""
+    """Writes the cache while the model is loaded, and hashes what it holds. A disk that is full costs the cache, not the load.
 
-    def __init__(self, path: Path | None, leaves: dict[str, Any], console: Console | None):
+    content: asked for also where there is no cache to write.
+    """
+
+    def __init__(self, path: Path | None, leaves: dict[str, Any], console: Console | None, content: Content | None = None):
+        self._content = Content() if content is None and path is not None else content
         self._shapes = {name: (tuple(leaf.shape), numpy_dtype(leaf.dtype)) for name, leaf in leaves.items()}
         self._path, self._console, self._writer = path, console, None
         if path is not None:
-            self._try(lambda: setattr(self, "_writer", Writer(path, self._shapes, {"format": str(FORMAT)})))
+            shapes = self._shapes | {_CONTENT: ((32,), np.dtype(np.uint8))}
+            self._try(lambda: setattr(self, "_writer", Writer(path, shapes, {"format": str(FORMAT)})))
 
     def put(self, name: str, value: Any, index: tuple[int, ...]) -> None:
+        if self._content is None:
+            return
+        array = np.asarray(value)
+        self._content.put(name, array, index)
         if self._writer is not None:
             writer, (shape, _) = self._writer, self._shapes[name]
-            array = np.asarray(value)
             flat = int(np.ravel_multi_index(index, shape[: len(index)])) if index else 0
             self._try(lambda: writer.write(name, array, flat * array.nbytes))
+
+    def wait(self) -> None:
+        """Until nothing that was put is read any more."""
+        if self._content is not None:
+            self._content.wait()
 
     def _try(self, action: Any) -> None:
         try:
@@ -141,8 +190,12 @@ class Keeper:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
+        content = None if self._content is None else self._content.finish()
         if self._writer is not None:
             writer = self._writer
+            if kind is None and content is not None:
+                self._try(lambda: writer.write(_CONTENT, np.frombuffer(bytes.fromhex(content), np.uint8)))
+        if self._writer is not None:
             self._try(lambda: writer.__exit__(kind))
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 from moejax.errors import UserError
 
-_DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+_SMALL = ("*.json", "tokenizer*", "*.jinja")
+_DOWNLOAD = (*_SMALL, "*.safetensors")
 _PYTORCH = ("pytorch_model*.bin", "adapter_model.bin")
 
 
-def resolve(source: str, revision: str | None = None, field: str = "model.source") -> Path:
+def resolve(source: str, revision: str | None = None, field: str = "model.source", *, weights: bool = True) -> Path:
     """The folder of a model or adapter: `source` itself, or the Hub's snapshot of that id (downloaded where it is not cached).
 
-    source: a folder, `org/name`, or `org/name@REVISION`. field: where the config names it, for messages. HF_TOKEN, HF_HUB_OFFLINE,
-    HF_HUB_CACHE and HF_ENDPOINT are huggingface_hub's. Raises UserError where neither is there.
+    source: a folder, `org/name`, or `org/name@REVISION`. field: where the config names it, for messages. weights: without them only
+    configuration, tokenizer and index are downloaded. HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE and HF_ENDPOINT are huggingface_hub's.
+    Raises UserError where neither is there.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -28,6 +30,8 @@ def resolve(source: str, revision: str | None = None, field: str = "model.source
     from huggingface_hub import snapshot_download
 
     try:
+        if not weights:
+            return Path(snapshot_download(name, revision=at or revision, allow_patterns=list(_SMALL)))
         folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=list(_DOWNLOAD)))
         if not any(folder.glob("*.safetensors")):  # BlackMamba's checkpoints, and older ones, are PyTorch's
             folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_DOWNLOAD, *_PYTORCH]))

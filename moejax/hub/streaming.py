@@ -77,6 +77,8 @@ def _value(
             buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
         # What was read must be done with before its pages are given back, and before more is queued than memory holds.
         jax.block_until_ready(buffers)
+        if keep is not None:
+            keep.wait()
         files[name].release()
         advance(files[name].nbytes // (2 if place.half is not None else 1))
     return jax.tree.unflatten(treedef, buffers)

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from models.build import Model, materialize_lora
 from models.config import Architecture, from_hub_config
 from models.ops import nf4
+from moejax.contents import sizes_content
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes, quantized_cache
 from moejax.hub.names import attribute, index_of, tensors
-from moejax.hub.quantized_cache import Keeper
+from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import open_tensors, read_json, weight_files
 from moejax.hub.streaming import by_variable, fill, leaf_name
@@ -52,14 +53,15 @@ def _instead(folder: Path) -> str:
 
 
 def load_weights(
-    model: Model, folder: Path, lora_key: jax.Array, *, cache: Path | None = None, console: Console | None = None
-) -> Model:
+    model: Model, folder: Path, lora_key: jax.Array, *, cache: Path | None = None, console: Console | None = None,
+    content: Content | None = None,
+) -> Model:  # fmt: skip
     """Fill an abstract model (`models.build.build` without a key) from a folder's safetensors or .bin; adapters from `lora_key`.
 
     One tensor at a time: read by memory map, cast or quantized (each expert's matrix by itself), put into its place on the device,
     so that the host never holds more than a few tensors. cache: the folder that keeps quantized weights for the next start
-    (`quantized_cache`). console: where progress and the report of what is stored how are shown. Raises UserError naming file and
-    tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
+    (`quantized_cache`). console: where progress and the report of what is stored how are shown. content: takes the weights' hash.
+    Raises UserError naming file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
     """
     abstract = {".".join((*path, attr)): getattr(attribute(model, path), attr).get_value() for path, attr in by_variable(model)}
     flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
@@ -71,13 +73,13 @@ def load_weights(
         if any(isinstance(source, bitsandbytes.Quantized) for source in files.values()):
             cache = None  # the checkpoint is as small, and as fast to read
         path = _cache_path(cache, folder, leaves, repr(model.config)) if cache is not None and quantized else None
-        kept = None if path is None else quantized_cache.read(path, leaves)
+        kept = None if path is None else quantized_cache.read(path, leaves, content)
         if kept is not None:
             values = jax.tree.unflatten(treedef, [kept[name] for name in leaves])
             for name, variable in base_variables(model):
                 variable.set_value(values[name])
         else:
-            keep = stack.enter_context(Keeper(path, leaves, console))
+            keep = stack.enter_context(Keeper(path, leaves, console, content))
             bar = stack.enter_context(_progress(console))
             places = tensors(model.config)
             task = bar.add_task("loading", total=sum(files[n].nbytes // len(p) for n, p in places.items() if n in files for _ in p))
@@ -86,6 +88,17 @@ def load_weights(
         for line in report(model):
             console.print(line)
     return materialize_lora(model, lora_key)
+
+
+def check_files(model: Model, folder: Path) -> None:
+    """Raises UserError where a folder's files are not whole by their headers, or hold other tensors than the model: without reading any."""
+    with ExitStack() as stack:
+        check_names(open_tensors(folder, stack), model, folder)
+
+
+def files_of(folder: Path) -> str | None:
+    """Hash of the names, sizes and index of a folder's weight files; None where one is not there."""
+    return sizes_content(weight_files(folder), sorted(folder.glob("*.index.json")))
 
 
 def stored_bytes(folder: Path) -> int:

@@ -12,6 +12,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from moejax import installation
+from moejax.errors import UserError, first_line
 
 STEP_NAME = "train"  # TensorBoard's name for the step markers
 
@@ -59,7 +60,10 @@ class Capture:
         """End the trace and write what there is of it. Does nothing outside the window."""
         if self._tracing:
             self._tracing = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (RuntimeError, OSError) as error:
+                raise UserError(f"{self.folder}: the trace cannot be written: {first_line(error)}. Make room there") from error
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()

@@ -1,15 +1,22 @@
-"""Checkpoints by orbax: trainable weights, optimizer, step and data position; never the frozen base."""
+"""Checkpoints by orbax: trainable weights, optimizer, step and data position; never the frozen base.
+
+Each holds checksums of what is in it, taken on the device before it is written and compared with what is restored: what a disk, or
+whoever copied it, has changed does not train. A checkpoint that is not whole is set aside, and the one before it is taken.
+"""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -47,10 +54,14 @@ class Checkpoints:
         """Start saving; returns when the state is copied, before it is on disk. Raises UserError where the last could not be written."""
         if step in self.manager.all_steps():
             return
+        named = _named(state)
+        content = {"position": asdict(position), "checksums": _checksums(named)}
         with self._writing():
             self.manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), position=ocp.args.JsonSave(asdict(position))),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(named), position=ocp.args.JsonSave(content | {"sha256": _digest(content)})
+                ),
                 metrics=None if eval_loss is None else {"eval_loss": eval_loss},
             )
 
@@ -60,22 +71,60 @@ class Checkpoints:
     def best_step(self) -> int | None:
         return self.manager.best_step()
 
-    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, Position]:
-        """The saved state in the shapes, dtypes and places of `state`. Raises UserError where there is none, or it does not fit."""
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise UserError(f"{self.manager.directory} holds no checkpoint: start the run without --resume")
+    def newest(self, state: TrainState, say: Callable[[str], None]) -> tuple[TrainState, Position]:
+        """The newest checkpoint that is whole, as `restore` gives it. Newer ones are moved to RUN/damaged, which `say` is told.
+
+        Raises UserError, with what is wrong with the newest, where none is whole.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        refused: dict[int, str] = {}
+        for step in steps:
+            try:
+                found = self.restore(state, step)
+            except UserError as error:
+                refused[step] = str(error)
+                continue
+            self._set_aside(refused, step, say)
+            return found
+        reason = refused[steps[0]] if steps else f"{self.manager.directory} holds no checkpoint"
+        older = f". None of the older ones ({', '.join(map(str, steps[1:]))}) is whole either" if len(steps) > 1 else ""
+        raise UserError(f"{reason}{older}. Put a whole copy there, or start a new run under another name=…")
+
+    def _set_aside(self, refused: dict[int, str], taken: int, say: Callable[[str], None]) -> None:
+        folder = Path(self.manager.directory)
+        for step, reason in refused.items():
+            to = folder.parent / "damaged" / f"checkpoint-{step}"
+            while to.exists():
+                to = to.with_name(f"{to.name}-again")
+            to.parent.mkdir(exist_ok=True)
+            (folder / str(step)).rename(to)
+            say(f"warning: {reason}. It was moved to {to}; the run goes on from step {taken}")
+        if refused:
+            self.manager.reload()
+
+    def restore(self, state: TrainState, step: int) -> tuple[TrainState, Position]:
+        """The saved state in the shapes, dtypes and places of `state`. Raises UserError where it does not fit, or is not what was saved."""
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _named(state))
+        what = f"checkpoint {step} in {self.manager.directory}"
         try:
             restored = self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"checkpoint {step} in {self.manager.directory} cannot be read into this run: {str(error).splitlines()[0]}"
-            ) from error
-        leaves = [restored.state[name] for name in _named(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), Position(**restored.position)
+            leaves = {name: restored.state[name] for name in abstract}
+            content = dict(restored.position)
+            if "sha256" not in content:  # of a version that kept no checksums
+                return _unnamed(state, leaves), Position(**content)
+            if content.pop("sha256") != _digest(content):
+                raise UserError(f"{what} is damaged: its data position is not what was written")
+            found = _checksums(leaves)
+            changed = [name for name in leaves if found[name] != content["checksums"][name]]
+            if changed:
+                raise UserError(f"{what} is damaged: {changed[0]} is not what was written ({len(changed)} of {len(leaves)} arrays)")
+            return _unnamed(state, leaves), Position(**content["position"])
+        except Exception as error:
+            if isinstance(error, UserError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise UserError(f"{what} cannot be read into this run: {first_line(error) or type(error).__name__}") from error
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError where it cannot be."""
@@ -106,3 +155,38 @@ class Checkpoints:
 def _named(state: TrainState) -> dict[str, jax.Array]:
     """A flat dict by path: what lies on disk does not depend on the classes of optimizer states or variables."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _unnamed(state: TrainState, leaves: dict[str, jax.Array]) -> TrainState:
+    """The other way round: `leaves` in the places of `state`."""
+    restored: TrainState = jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in _named(state)])
+    return restored
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(named: dict[str, jax.Array]) -> dict[str, list[int]]:
+    """Two 32-bit sums of each array: computed where it lies, as fast as it can be read."""
+    return {name: [int(part) for part in sums] for name, sums in jax.device_get(_sums(named)).items()}
+
+
+@jax.jit
+def _sums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """uint32 [2] of each array. Every element is mixed with its place by a bijection (MurmurHash3's last step), so that one changed
+    element always shows, and several do but for a chance of 2^-64; sums of integers are the same on every device."""
+
+    def mixed(x: jax.Array, seed: int) -> jax.Array:
+        place = jax.lax.iota(jnp.uint32, x.size) * jnp.uint32(2654435769) + jnp.uint32(seed)
+        x = x ^ place
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
+
+    def sums(array: jax.Array) -> jax.Array:
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(array, width).reshape(-1).astype(jnp.uint32)
+        return jnp.stack([mixed(bits, 0), mixed(bits, 0x5BD1E995)])
+
+    return {name: sums(array) for name, array in named.items()}

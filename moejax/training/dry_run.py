@@ -1,8 +1,9 @@
-"""`--dry-run`: what a run would train, store and send, from shapes alone: no weights, no data, no network."""
+"""`--dry-run`: what a run would train, store and send: shapes, and data that lie on this machine. No weights, no network."""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -16,9 +17,11 @@ from moejax.data.sources import is_file
 from moejax.estimator import cards
 from moejax.estimator.units import gigabytes
 from moejax.terminal import Console
-from moejax.training import held_out, low_precision
+from moejax.training import held_out, low_precision, run_folder
+from moejax.training.inputs import not_local, read_data
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
+from moejax.training.run_steps import total_steps
 from moejax.training.state import architecture, model_arguments, split
 
 
@@ -73,10 +76,29 @@ def report(experiment: Experiment) -> int:
     for line in cards.lines(experiment, sizes):
         console.print(line, soft_wrap=True)
     low_precision.warn(experiment, console)
-    console.print(_schedule(experiment))
-    for line in [*asked, *missing(experiment)]:
-        console.print(line, soft_wrap=True)
+    elsewhere = not_local(experiment, _folder(experiment))
+    steps = None
+    if elsewhere is None:
+        # Problems of an eval: section that are not here are told of below.
+        there = experiment.eval is not None and Path(experiment.eval.data).is_file()
+        known = experiment if there else experiment.model_copy(update={"eval": None})
+        steps = total_steps(experiment, read_data(known, sizes, _folder(experiment), console)[2])
+    console.print(_schedule(experiment, steps), highlight=False)
+    told = [] if elsewhere is None else [f"data not read, a dry run asks no network: {elsewhere} is no file or folder here"]
+    for line in [*told, *asked, *missing(experiment), *_place(experiment)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _place(experiment: Experiment) -> list[str]:
+    """A line where the run's folder is there already, or could not be made."""
+    folder = run_folder.folder_of(experiment).absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        return [f"there already: {folder}; a run would go on in it with --resume, or stop here"]
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if above.is_dir() and os.access(above, os.W_OK):
+        return []
+    return [f"runs_dir = {experiment.runs_dir}: {above} cannot be written to; a run would stop here"]
 
 
 def missing(experiment: Experiment) -> list[str]:
@@ -98,13 +120,14 @@ def missing(experiment: Experiment) -> list[str]:
     return lines
 
 
-def _schedule(experiment: Experiment) -> str:
+def _schedule(experiment: Experiment, steps: int | None) -> str:
+    """steps: of the whole run, where the data were read."""
     d, t = experiment.data, experiment.training
     micro = f"{t.gradient_accumulation} micro-batch{'es' if t.gradient_accumulation > 1 else ''}"
     shape = f"batch: {micro} of {d.batch_rows} rows, {d.batching}, at most {d.longest_row} tokens a row"
     rate = f"learning rate {t.learning_rate:g}, {t.schedule}, {t.warmup_steps} warm-up steps, clip {t.clip_norm}"
-    if t.steps is not None:
-        return f"{shape}\nschedule: {t.steps} steps; {rate}"
+    if t.steps is not None or steps is not None:
+        return f"{shape}\nschedule: {t.steps or steps} steps; {rate}"
     if d.records is None:
         return f"{shape}\nschedule: {t.epochs} epochs; steps unknown before the data is read (data.records is not declared); {rate}"
     if d.batching == "pack":
@@ -112,8 +135,8 @@ def _schedule(experiment: Experiment) -> str:
             f"{shape}\nschedule: {t.epochs} epochs of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
         )
     train = d.records - d.holdout
-    steps = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
+    each = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
     return (
-        f"{shape}\nschedule: {t.epochs} epochs of {train:,} declared records: {steps:,} steps each, {steps * (t.epochs or 1):,} in all "
+        f"{shape}\nschedule: {t.epochs} epochs of {train:,} declared records: {each:,} steps each, {each * (t.epochs or 1):,} in all "
         f"(fewer if records are dropped); {rate}"
     )

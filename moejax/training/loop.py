@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,11 +20,12 @@ from moejax.config import Experiment
 from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches
 from moejax.data.pipeline import Dataset
-from moejax.data.pipeline import load as load_data
-from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import beside, peft, save, weights
-from moejax.profiling.capture import Capture, compile_profiled
+from moejax.hub.quantized_cache import Content
+from moejax.profiling.capture import Capture
+from moejax.progress import waiting
+from moejax.runs.claim import claimed
 from moejax.terminal import Console
 from moejax.training import (
     device_check,
@@ -31,7 +33,6 @@ from moejax.training import (
     flops,
     held_out,
     low_precision,
-    memory,
     pinning,
     prediction,
     remat,
@@ -39,9 +40,12 @@ from moejax.training import (
     step_profile,
 )
 from moejax.training.checkpoint import Checkpoints, Position
+from moejax.training.identity import Identity
+from moejax.training.inputs import read_data
 from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.run_steps import Work, check_profile, scored_steps, steps_in, total_steps, works
+from moejax.training.programs import Programs, largest_shape
+from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
 from moejax.training.scoring import Scoring
 from moejax.training.state import (
     adapter_config,
@@ -53,7 +57,7 @@ from moejax.training.state import (
     objective,
     split,
 )
-from moejax.training.step import Objective, TrainState, make_eval_step, make_train_step
+from moejax.training.step import Objective, TrainState, make_eval_step
 
 
 class Pending(NamedTuple):
@@ -72,40 +76,53 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     """
     console = Console()
     device_check.check(experiment, jax.local_devices()[0])
+    folder = Path(experiment.runs_dir) / experiment.name
+    if resume and not folder.is_dir():
+        run_folder.prepare(experiment, resume=True)  # which says that there is no such run
+    with claimed(folder), run_folder.kept_if_begun(folder):
+        return _run(experiment, folder, console, resume=resume, keep=keep)
+
+
+def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool, keep: bool) -> int:
+    """`run`, in a folder that is this process's alone. Cheap things first: what is wrong costs seconds, and no download of weights."""
+
+    def say(lines: list[str]) -> None:
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     if resume:
         experiment = pinning.adopted(remat.of_run(experiment))
-    folder = run_folder.prepare(experiment, resume=resume)
+    begun = run_folder.prepare(experiment, resume=resume)
     source = experiment.model.source
-    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
-    console.print(experts.announce(experiment, config), soft_wrap=True)
-    if experiment.adapter is not None and experiment.adapter.init_from is not None:
-        # An adapter that does not fit is told before data and weights are read.
-        continue_adapter(experiment, build(config, **model_arguments(experiment)), experiment.model.source)
-    tokenizer = (
-        load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
-        if experiment.data.source is not None
-        else None
-    )
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config.vocab_size)
-    asked = held_out.prepare(experiment, tokenizer, config.max_position_embeddings)
-    dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
-    console.print(f"data: {dataset.source}", soft_wrap=True)
-    console.print(dataset.table())
-    for note in dataset.notes():
-        console.print(note, soft_wrap=True)
-    if asked is not None and asked.why_no_loss:
-        console.print(f"no eval/loss: {asked.why_no_loss}", soft_wrap=True)
-    check_profile(experiment, dataset)
-    experiment = remat.resolve(experiment, config, total_steps(experiment, dataset), console)
-    with console.status("loading the model"):
-        model = create_model(experiment, config, model_folder)
+    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
+    abstract = build(config, **model_arguments(experiment))
+    if source is not None and model_folder is not None and Path(source).is_dir():
+        weights.check_files(abstract, model_folder)
+    continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is told before data and weights are read
+    tokenizer, asked, dataset = read_data(experiment, config, model_folder, console)
+    identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)
+    say(identity.of_data(tokenizer, asked, dataset, model_folder))
+    steps = total_steps(experiment, dataset)
+    experiment = remat.resolve(experiment, config, steps, console)
+    programs = Programs(experiment, config, steps, console)
+    programs.get(largest_shape(experiment, dataset))
+    if model_folder is not None:
+        with waiting(console, f"weights of {experiment.model.source}"):
+            model_folder = weights.resolve(str(experiment.model.source), experiment.model.revision)
+        say(identity.of_files(model_folder))
+    content = Content()
+    with waiting(console, "loading the model"):
+        model = create_model(experiment, config, model_folder, content)
         continue_adapter(experiment, model, experiment.model.source)
+    say(identity.of_weights(content.value))
     low_precision.warn(experiment, console, model)
-    run_folder.write_config(folder, experiment)
-    trainer = Trainer(experiment, model, dataset, folder, console, resume=resume, keep=keep, asked=asked, tokenizer=tokenizer)
+    experiment = identity.written()
+    trainer = Trainer(
+        experiment, model, dataset, folder, console, programs, resume=resume, keep=keep, asked=asked, tokenizer=tokenizer
+    )
     return trainer.train()
 
 
@@ -119,6 +136,7 @@ class Trainer:
         dataset: Dataset,
         folder: Path,
         console: Console,
+        programs: Programs,
         *,
         resume: bool,
         keep: bool = True,
@@ -126,7 +144,7 @@ class Trainer:
         tokenizer: Any = None,
     ):
         self.experiment, self.dataset, self.folder, self.console, self.keep = experiment, dataset, folder, console, keep
-        self.tokenizer = tokenizer
+        self.tokenizer, self.programs = tokenizer, programs
         self.config = model.config
         t = experiment.training
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
@@ -134,9 +152,7 @@ class Trainer:
         self.total_steps = total_steps(experiment, dataset)
         schedule = make_schedule(t, self.total_steps)
         optimizer = make_optimizer(t, schedule)
-        step = make_train_step(self.objective, optimizer, schedule, experiment.seed)
-        self._jitted = jax.jit(step, donate_argnums=(0,))
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._met: set[tuple[int, ...]] = set()  # shapes of batches that were trained on
         self._eval_step = jax.jit(make_eval_step(self.objective))
         self.state: TrainState = initial_state(trainable, optimizer)
         c = experiment.checkpoint
@@ -144,18 +160,23 @@ class Trainer:
         self.position, self.step = Position(0, 0), 0
         saved = resume and self.checkpoints.latest_step() is not None
         if saved:
-            self.state, self.position = self.checkpoints.restore(self.state)
+            with waiting(console, "reading the checkpoint"):
+                self.state, self.position = self.checkpoints.newest(self.state, self._say)
             self.step = int(self.state.step)
+            if self.step > self.total_steps:
+                raise UserError(
+                    f"{folder} has done {self.step} steps, and with the data and settings of today the whole run has {self.total_steps}: "
+                    "nothing is left to train. Start a new run under another name=…"
+                )
         elif resume:
             console.print(
                 f"{folder} was stopped before its first checkpoint: starting at step 0", soft_wrap=True
             )
         self.start_step, self.last_saved = self.step, self.step if saved else None
-        self.writer = MetricWriter(folder, self.step if resume else None)
+        self.writer = MetricWriter(folder, self.step if resume else None, self._say)
         self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment))
         self.peak_flops, self.peak_source = flops.peak_flops(t.compute_dtype)
-        self.compile_seconds, self.compiler_peak = 0.0, 0
         self.history: list[dict[str, Any]] = []
         p = experiment.profile
         self.capture = Capture(folder, p.start_step, p.steps, self.step) if p else Capture(folder, 1, 0)
@@ -164,6 +185,9 @@ class Trainer:
         self.eval_loss: float | None = None
         self._stop: int | None = None
         self._finished_at = time.perf_counter()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def train(self) -> int:
         """Run to the last step, or to a signal. Saves, exports, prints the summary."""
@@ -176,16 +200,17 @@ class Trainer:
                 raise
             raise UserError(
                 f"out of memory at step {self.step + 1}: {str(error).splitlines()[0]}. The compiler had asked for "
-                f"{self.compiler_peak / 1e9:.2f} GB; another process may hold memory. Lower data.batch_rows and raise "
+                f"{self.programs.peak_bytes / 1e9:.2f} GB; another process may hold memory. Lower data.batch_rows and raise "
                 "training.gradient_accumulation"
             ) from error
         finally:
-            self.capture.close()
-            display.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self.checkpoints.close()
-            self.writer.close()
+            with ExitStack() as closing:  # each, whatever another cannot write
+                closing.callback(self.writer.close)
+                closing.callback(self.checkpoints.close)
+                closing.callback(display.close)
+                closing.callback(self.capture.close)
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
         if self._stop is not None:
             name = signal.Signals(self._stop).name
             if self.keep:
@@ -196,7 +221,8 @@ class Trainer:
             self._report_profile()
             return 128 + self._stop
         if self.keep:
-            self._export()
+            with waiting(self.console, "writing the trained weights"):
+                self._export()
         self._summary()
         self._report_profile()
         return 0
@@ -244,27 +270,16 @@ class Trainer:
     def _compile(self, batch: Batch) -> Any:
         """The step compiled for this batch's shape; its memory is checked before it is first run."""
         shape = batch.tokens.shape
-        if shape not in self._compiled:
-            start = time.perf_counter()
-
-            def lowered(rows: int) -> Any:
-                a, _, t = shape
-                abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((a, rows, t), x.dtype), batch)
-                lowering = self._jitted.lower(self.state, self.frozen, abstract)
-                return compile_profiled(lowering) if self.experiment.profile else lowering.compile()
-
-            compiled = lowered(shape[1])
-            peak = memory.check(compiled, shape[1], lowered, memory.usable_bytes())
-            self._compiled[shape] = compiled
+        program = self.programs.get(shape)
+        if shape not in self._met:
+            self._met.add(shape)
             self.compiled_in.add(self.step + 1)
-            self.compile_seconds += time.perf_counter() - start
-            self.compiler_peak = max(self.compiler_peak, peak)
             prediction.announce(
-                self.experiment, self.config, self.folder, self.console,
-                peak_bytes=peak, tokens=batch.tokens.size, step=self.step + 1, last=self.total_steps, first=len(self._compiled) == 1,
+                self.experiment, self.config, self.folder, self.console, peak_bytes=self.programs.peak_bytes,
+                tokens=batch.tokens.size, step=self.step + 1, last=self.total_steps, first=len(self._met) == 1,
             )  # fmt: skip
             self._finished_at = time.perf_counter()
-        return self._compiled[shape]
+        return program
 
     def _finish(self, pending: Pending, display: Display) -> None:
         """Wait for a step's metrics, write them, stop if they are not finite. A step already finished is left alone."""
@@ -313,9 +328,10 @@ class Trainer:
     def _mean_loss(self, batches: Batches) -> tuple[float, float]:
         """Mean loss per supervised token, and how many there are."""
         loss = tokens = 0.0
-        for batch in batches.iterate(0):
-            part, count = self._eval_step(self.state.trainable, self.frozen, jax.device_put(batch))
-            loss, tokens = loss + float(part), tokens + float(count)
+        with waiting(self.console, f"evaluating after step {self.step}"):
+            for batch in batches.iterate(0):
+                part, count = self._eval_step(self.state.trainable, self.frozen, jax.device_put(batch))
+                loss, tokens = loss + float(part), tokens + float(count)
         return loss / max(tokens, 1.0), tokens
 
     def _evaluate(self, display: Display) -> float:
@@ -384,8 +400,8 @@ class Trainer:
                     for r in self.history
                     if r["step"] not in disturbed and not self.capture.disturbs(r["step"])
                 ],
-                programs=[self._compiled[shape] for shape in {r["shape"] for r in self.traced}],
-                compile_seconds=self.compile_seconds,
+                programs=[self.programs.get(shape) for shape in {r["shape"] for r in self.traced}],
+                compile_seconds=self.programs.seconds,
                 peak_flops=self.peak_flops,
             ),
             self.console,
@@ -394,6 +410,8 @@ class Trainer:
     def _summary(self) -> None:
         steady = [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
         lines = [f"{self.step} steps done; everything is in {self.folder}"]
+        if not self.history:
+            lines += ["nothing was left to train: an earlier process had done all steps"]
         if steady:
             seconds = sum(r["step_seconds"] for r in steady)
             rate = {k: sum(r[k] for r in steady) / seconds for k in ("queries", "real_tokens")}
@@ -403,9 +421,9 @@ class Trainer:
                 f"loss {self.history[0]['loss']:.4f} at step {self.history[0]['step']} -> {self.history[-1]['loss']:.4f}"
                 + ("" if self.eval_loss is None else f", evaluation {self.eval_loss:.4f}"),
                 f"{rate['queries']:.2f} queries/s, {rate['real_tokens']:.0f} tokens/s, {duration(seconds)} in steps, "
-                f"{self.compile_seconds:.1f} s compiling",
+                f"{self.programs.seconds:.1f} s compiling",
                 f"model FLOP utilization {100 * utilization:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s ({self.peak_source})",
-                f"memory: compiler peak {self.compiler_peak / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
+                f"memory: compiler peak {self.programs.peak_bytes / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
         lines += [] if self.scoring is None else self.scoring.summary()
         self.console.print("\n".join(lines), soft_wrap=True)

@@ -4,48 +4,96 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboard.summary import Writer
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util import tensor_util
 
-from moejax.files import replace_text
+from moejax import json_lines
+from moejax.errors import UserError
 from moejax.terminal import Console
 
 
 class MetricWriter:
-    """Appends one JSON line per record to `metrics.jsonl` and the same numbers to TensorBoard events in `folder`."""
+    """Appends one JSON line per record to `metrics.jsonl` and the same numbers to TensorBoard events in `folder`.
 
-    def __init__(self, folder: Path, resume_step: int | None = None):
+    resume_step: of a run that goes on; later lines, and what is left of a cut one, go first (`warn` is told of those). Raises UserError
+    where something cannot be written.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None, warn: Callable[[str], None] = print):
+        self._folder = folder
         path = folder / "metrics.jsonl"
-        if resume_step is not None and path.exists():
-            _drop_after(path, resume_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._events = Writer(str(folder))
+        with self._writing():
+            if resume_step is not None and path.exists():
+                json_lines.keep_until(path, resume_step, warn)
+            self._lines = path.open("a", encoding="utf-8")
+            self._events = _Events(folder)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """One step's numbers; lists (expert counts) go to the JSON line only."""
-        self._lines.write(json.dumps({"step": step, **record}, allow_nan=True) + "\n")
-        self._lines.flush()
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, float(value), step)
+        with self._writing():
+            self._lines.write(json.dumps({"step": step, **record}, allow_nan=True) + "\n")
+            self._lines.flush()
+            self._events.write(step, {name: float(v) for name, v in record.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        with self._writing(), closing(self._lines):
+            self._events.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: what was measured cannot be written ({error.strerror or error}): make room there, then continue with "
+                "the same command and --resume"
+            ) from error
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go. Replaced whole."""
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= step]
-    replace_text(path, "".join(f"{line}\n" for line in kept))
+class _Events:
+    """TensorBoard's event file, by its own record writer. Written where it is called: its usual writer has a thread, which would end in
+    a traceback on a full disk, and be heard of a step later."""
+
+    def __init__(self, folder: Path):
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self._file = (folder / name).open("xb")
+        self._writer = RecordWriter(self._file)
+        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            event = event_pb2.Event(wall_time=time.time(), step=step)
+            metadata = summary_pb2.SummaryMetadata(
+                plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name="scalars"),
+                data_class=summary_pb2.DataClass.DATA_CLASS_SCALAR,
+            )
+            event.summary.value.add(tag=name, tensor=tensor_util.make_tensor_proto(np.float32(value)), metadata=metadata)
+            self._write(event)
+        self._file.flush()
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_NUMBERS = count()
 
 
 def expert_load(counts: np.ndarray, queries: int) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def conclude(folder: Path, console: Console) -> None:
     """Print predicted against measured and keep comparison.json. A run is never lost to it."""
     try:
         told = comparison.lines(comparison.compare(folder))
-    except UserError as error:
+    except (UserError, OSError) as error:
         told = [f"no comparison: {error}"]
     for line in told:
         console.print(line, soft_wrap=True)

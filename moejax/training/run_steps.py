@@ -61,6 +61,41 @@ def scored_steps(experiment: Experiment, dataset: Dataset) -> frozenset[int]:
     return frozenset(steps)
 
 
+def check_steps(experiment: Experiment, dataset: Dataset) -> list[str]:
+    """What can be judged only now that the number of steps is known. Lines of what comes never, or is mostly padding, to be told.
+
+    Raises UserError where the warm-up takes the whole run.
+    """
+    t, d, total = experiment.training, experiment.data, total_steps(experiment, dataset)
+    each = [steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1)] if t.steps is None else []
+    if t.warmup_steps >= total:
+        made = f" ({_count(len(each), 'epoch')} of {_count(each[0], 'step')})" if each else ""
+        raise UserError(
+            f"training: warmup_steps = {t.warmup_steps} leaves nothing of steps = {total}{made}: lower training.warmup_steps, or train "
+            "longer"
+        )
+    told = []
+    if t.eval_every and dataset.evaluation is None:
+        told.append(f"training.eval_every = {t.eval_every}: nothing is held out to evaluate on (data.holdout, data.eval_source)")
+    every = {"training.eval_every": t.eval_every, "checkpoint.every": experiment.checkpoint.every}
+    if experiment.eval is not None:
+        every["eval.every_steps"] = experiment.eval.every_steps
+    told += [f"{key} = {n}: the run has {total} steps, only its last counts" for key, n in every.items() if n is not None and n > total]
+    batches, rows = dataset.train.batches_per_epoch(0), dataset.train.rows()
+    if t.gradient_accumulation > batches:
+        told.append(
+            f"training.gradient_accumulation = {t.gradient_accumulation}: of the micro-batches of a step {batches} hold data, all of an "
+            "epoch's; the others are padding"
+        )
+    if d.batch_rows > rows:
+        told.append(f"data.batch_rows = {d.batch_rows}: an epoch has {_count(rows, 'row')}, the rest of each batch is padding")
+    return [f"note: {line}" for line in told]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def check_profile(experiment: Experiment, dataset: Dataset) -> None:
     """Raises UserError where the traced steps do not come, or an evaluation would come between them and be counted as their time."""
     p, every = experiment.profile, experiment.training.eval_every

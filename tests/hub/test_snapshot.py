@@ -182,7 +182,7 @@ def test_a_branch_in_the_id_is_pinned_too(offline, tmp_path):
     assert (again.model.source, again.model.revision) == (ID, SHA)
     cached(offline, NEWER, ROOT / "docs")
     assert snapshot.resolve(again.model.source, again.model.revision).name == SHA
-    run_folder.write_config(tmp_path / "runs" / "run", again)
+    run_folder.write_config(again)
     assert pinning.adopted(named).model == again.model
     for other in ({"source": f"{ID}@{NEWER}"}, {"source": "org/other@main"}):
         begun = experiment(tmp_path, model=other)

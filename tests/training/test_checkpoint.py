@@ -1,13 +1,20 @@
-"""Checkpoints that cannot be written."""
+"""Checkpoints that cannot be written, and those that are not what was written."""
 
 import errno
+import shutil
+from functools import partial
+from operator import mul
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.training.checkpoint import Checkpoints, Position
+from moejax.training.checkpoint import Checkpoints, Position, _checksums
 from moejax.training.step import TrainState
+
+STATE = TrainState({"a": jax.random.normal(jax.random.key(0), (30, 400)), "b": jnp.ones(5, jnp.bfloat16)}, {}, jnp.zeros((), jnp.int32))
 
 
 @pytest.mark.parametrize(
@@ -20,9 +27,8 @@ from moejax.training.step import TrainState
 )
 @pytest.mark.parametrize("when", ["save", "wait_until_finished"])
 def test_one_message_says_why_and_what_is_kept(error, why, when, tmp_path, monkeypatch):
-    state = TrainState({"a": jnp.ones(3)}, {}, jnp.zeros((), jnp.int32))
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2, best=False)
-    checkpoints.save(1, state, Position(0, 1), None)
+    checkpoints.save(1, STATE, Position(0, 1), None)
     checkpoints.wait()
 
     def fails(*_, **__):
@@ -30,7 +36,97 @@ def test_one_message_says_why_and_what_is_kept(error, why, when, tmp_path, monke
 
     with monkeypatch.context() as patched, pytest.raises(UserError, match=rf"checkpoints: .* cannot be written: {why}\. .* 1 is whole"):
         patched.setattr(checkpoints.manager, when, fails)
-        checkpoints.save(2, state, Position(0, 2), None)
+        checkpoints.save(2, STATE, Position(0, 2), None)
         checkpoints.wait()
     checkpoints.close()
-    assert Checkpoints(tmp_path / "checkpoints", 2, best=False).restore(state, 1)[1] == Position(0, 1)
+    assert Checkpoints(tmp_path / "checkpoints", 2, best=False).restore(STATE, 1)[1] == Position(0, 1)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Checkpoints 1, 2, 3 of STATE times their number."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, best=False)
+    for step in (1, 2, 3):
+        checkpoints.save(step, jax.tree.map(partial(mul, step), STATE), Position(0, step), None)
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def arrays(folder):
+    """Files that hold array data, the largest first."""
+    found = [p for p in (folder / "state").rglob("*") if p.is_file() and "/d/" in str(p)]
+    return sorted(found, key=lambda p: -p.stat().st_size)
+
+
+def cut(folder):
+    file = arrays(folder)[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def zeros(folder):
+    file = arrays(folder)[0]
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(folder):
+    file = arrays(folder)[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def other(folder):
+    """Whole files of another step: nothing that orbax itself checks is wrong."""
+    shutil.rmtree(folder / "state")
+    shutil.copytree(folder.parent / "1" / "state", folder / "state")
+
+
+def position(folder):
+    file = folder / "position" / "metadata"
+    file.write_text(file.read_text().replace('"step_in_epoch": 3', '"step_in_epoch": 4'))
+
+
+def no_metadata(folder):
+    for path in (folder / "state").glob("_METADATA"):
+        path.write_text("{")
+
+
+@pytest.mark.parametrize("damage", [cut, zeros, flip, other, position, no_metadata, lambda f: shutil.rmtree(f / "state")])
+def test_the_newest_whole_one_is_taken(damage, three):
+    damage(three / "3")
+    checkpoints, told = Checkpoints(three, 3, best=False), []
+    state, place = checkpoints.newest(STATE, told.append)
+    assert place == Position(0, 2)
+    np.testing.assert_array_equal(state.trainable["a"], 2 * STATE.trainable["a"])
+    assert len(told) == 1 and "checkpoint 3 in" in told[0] and "the run goes on from step 2" in told[0]
+    assert (three.parent / "damaged" / "checkpoint-3").is_dir()
+    checkpoints.save(3, STATE, Position(0, 3), None)  # the step is done again, and saved
+    checkpoints.close()
+    assert Checkpoints(three, 3, best=False).newest(STATE, told.append)[1] == Position(0, 3) and len(told) == 1
+
+
+def test_none_is_whole(three):
+    """Nothing is moved: a second try must not begin at step 0."""
+    for step in (1, 2, 3):
+        zeros(three / str(step))
+    checkpoints = Checkpoints(three, 3, best=False)
+    with pytest.raises(UserError, match=r"checkpoint 3 in .*\. None of the older ones \(2, 1\) is whole either"):
+        checkpoints.newest(STATE, print)
+    checkpoints.close()
+    assert not (three.parent / "damaged").exists() and (three / "3").is_dir()
+
+
+def test_a_checkpoint_of_a_version_without_checksums(three):
+    (three / "3" / "position" / "metadata").write_text('{"epoch": 1, "step_in_epoch": 5}')
+    assert Checkpoints(three, 3, best=False).newest(STATE, pytest.fail)[1] == Position(1, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_every_single_changed_element_changes_the_checksum(dtype):
+    plain = np.zeros(65, dtype)
+    seen = set()
+    for place in range(65):
+        changed = plain.copy()
+        changed[place] = 1
+        seen.add(tuple(_checksums({"x": jnp.asarray(changed)})["x"]))
+    assert len(seen | {tuple(_checksums({"x": jnp.asarray(plain)})["x"])}) == 66

@@ -4,25 +4,46 @@ import pytest
 import yaml
 
 from moejax.config import DeviceConfig, dump
+from moejax.contents import MadeOf
 from moejax.errors import UserError
 from moejax.training import run_folder
 
 
+def changed(experiment, section, **values):
+    return experiment.model_copy(update={section: getattr(experiment, section).model_copy(update=values)})
+
+
 def test_what_may_differ_when_a_run_is_continued(make_experiment):
     experiment = make_experiment("older")
-    folder = run_folder.prepare(experiment, resume=False)
-    run_folder.write_config(folder, experiment)
-    config = folder / "config.yaml"
+    assert run_folder.prepare(experiment, resume=False) is None
+    run_folder.write_config(experiment)
+    config = run_folder.folder_of(experiment) / "config.yaml"
     older = yaml.safe_load(config.read_text())
-    del older["device"]["compilation_cache"], older["profile"]  # a run of a version that did not know these keys
+    del older["device"]["compilation_cache"], older["profile"], older["made_of"]  # a run of a version that did not know these keys
     config.write_text(yaml.safe_dump(older))
-    assert run_folder.prepare(experiment, resume=True) == folder
-    elsewhere = experiment.model_copy(update={"device": DeviceConfig(memory_fraction=0.5)})
-    assert run_folder.prepare(elsewhere, resume=True) == folder
+    assert run_folder.prepare(experiment, resume=True) is None
+    run_folder.prepare(experiment.model_copy(update={"device": DeviceConfig(memory_fraction=0.5)}), resume=True)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         run_folder.prepare(experiment.model_copy(update={"seed": 1}), resume=True)
+    with pytest.raises(UserError, match=r"data\.source: .*train\.json' -> 'elsewhere\.json'"):  # what was in it is not known
+        run_folder.prepare(changed(experiment, "data", source="elsewhere.json"), resume=True)
     older["sedd"] = 1
     config.write_text(yaml.safe_dump(older))
     with pytest.raises(UserError, match="sedd"):
         run_folder.prepare(experiment, resume=True)
     assert "sedd" not in dump(experiment)
+
+
+def test_a_place_may_differ_where_its_content_is_known(make_experiment):
+    """Then the content decides, which is read later."""
+    experiment = make_experiment().model_copy(update={"made_of": MadeOf(data="0", tokenizer="1")})
+    run_folder.write_config(experiment)
+    elsewhere = changed(experiment, "data", source="elsewhere.json").model_copy(update={"tokenizer": "other", "made_of": None})
+    assert run_folder.prepare(elsewhere, resume=True) == experiment.made_of
+    assert list(run_folder.moved(experiment, elsewhere)) == ["tokenizer", "data.source"]
+    declared = changed(elsewhere, "data", records=5, sha256="0")
+    with pytest.raises(UserError, match=r"data\.records: None -> 5; data\.sha256"):
+        run_folder.prepare(declared, resume=True)
+    run_folder.prepare(changed(declared, "checkpoint", resume_with_changed=("data",)), resume=True)
+    with pytest.raises(UserError, match=r"eval: None ->|model\.source: None -> 'x'"):  # a run without a source has random weights
+        run_folder.prepare(changed(experiment, "model", source="x"), resume=True)

@@ -1,0 +1,284 @@
+"""How a run starts: what is refused before anything dear, and what a refused start leaves."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import constants
+from safetensors.numpy import load_file, save_file
+from support import ROOT, TINY, tiny_experiments
+
+from models.build import build
+from models.config import PRESETS, LoRAConfig
+from moejax import config
+from moejax.contents import MadeOf
+from moejax.data.tokenize import Query
+from moejax.data.tokenizer import load_tokenizer
+from moejax.errors import UserError
+from moejax.hub.peft import save_adapter
+from moejax.hub.save import save_weights
+from moejax.runs.claim import claimed
+from moejax.training import example, loop, memory, run_folder
+from moejax.training.metrics import MetricWriter
+
+
+class NotCompiled:
+    """In the place of `Programs` where no step is done."""
+
+    seconds, peak_bytes = 0.0, 0
+
+    def __init__(self, *_):
+        self.get = lambda shape: None
+
+
+def test_a_warm_up_longer_than_the_run(make_experiment, tmp_path, monkeypatch):
+    """The config cannot know it where epochs are given: the run does, before a model is made."""
+    monkeypatch.setattr(loop, "create_model", None)
+    training = {"steps": None, "epochs": 2, "gradient_accumulation": 1, "warmup_steps": 20}
+    with pytest.raises(UserError, match=r"training: warmup_steps = 20 leaves nothing of steps = 14 \(2 epochs of 7 steps\): lower"):
+        loop.run(make_experiment(data={"batch_rows": 8}, training=training), resume=False)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(Exception, match="warmup_steps = 20 leaves nothing of steps = 14"):  # the same words
+        make_experiment(training={"steps": 14, "warmup_steps": 20})
+
+
+def test_what_comes_never_is_told(make_experiment, capsys):
+    experiment = make_experiment(
+        training={"steps": 1, "gradient_accumulation": 64, "eval_every": 5}, checkpoint={"every": 7}, data={"batch_rows": 100, "holdout": 0}
+    )
+    assert loop.run(experiment, resume=False) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [line.split(":")[1].strip().split(" =")[0] for line in told] == [
+        "training.eval_every", "training.eval_every", "checkpoint.every", "training.gradient_accumulation", "data.batch_rows"
+    ]  # fmt: skip
+
+
+def test_two_runs_of_one_name(make_experiment, tmp_path, monkeypatch):
+    """The second is refused before it reads data, and whether it resumes or not; nothing of the first is touched."""
+    monkeypatch.setattr(loop, "read_data", None)
+    experiment = make_experiment()
+    with claimed(tmp_path / "runs/run"):
+        for resume in (False, True):
+            with pytest.raises(UserError, match=r"runs/run is in use: process \d+"):
+                loop.run(experiment, resume=resume)
+        assert len(list((tmp_path / "runs/run").iterdir())) == 1
+
+
+@pytest.mark.parametrize("what", ["config.yaml", "metrics.jsonl", "prediction.json"])
+def test_a_start_that_cannot_write_is_one_message_and_leaves_nothing(what, make_experiment, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs/run" / what))
+
+    place = {"config.yaml": (run_folder, "replace_text"), "metrics.jsonl": (MetricWriter, "__init__")}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"{what} cannot be written \(No space .*\): make room"):
+        patch.setattr(loop, "Programs", NotCompiled)
+        patch.setattr(*place.get(what, (loop.prediction, "announce")), full)
+        loop.run(make_experiment(), resume=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_while_it_trains_is_one_message_and_it_resumes(make_experiment, tmp_path, monkeypatch, capsys):
+    one = {"gradient_accumulation": 1, "eval_every": None}
+    experiment, write = make_experiment(training={"steps": 4} | one, checkpoint={"every": 2}, data={"holdout": 0}), MetricWriter.write
+
+    def full(self, step, record):
+        if step == 4:
+            self._lines.write('{"step": 4, "epo')
+            self._lines.flush()
+            with self._writing():
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, step, record)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"measured cannot be written \(No space .*--resume"):
+        patch.setattr(MetricWriter, "write", full)
+        loop.run(experiment, resume=False)
+    capsys.readouterr()
+    assert loop.run(experiment, resume=True) == 0
+    assert "metrics.jsonl: line 4 is not whole" in capsys.readouterr().out
+    assert config.load(tmp_path / "runs/run/config.yaml").name == "run"
+
+
+def test_an_event_file_on_a_full_disk(tmp_path):
+    """The real thing, where the kernel has it: /dev/full takes nothing."""
+    writer = MetricWriter(tmp_path)
+    writer._events._file.raw.close()
+    writer._events._file = open("/dev/full", "wb")  # noqa: SIM115, PTH123
+    writer._events._writer._writer = writer._events._file
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): make room there"):
+        writer.write(1, {"loss": 1.0})
+
+
+def changed(experiment, section, **values):
+    return experiment.model_copy(update={section: getattr(experiment, section).model_copy(update=values)})
+
+
+def place_of(experiment):
+    return Path(experiment.runs_dir) / experiment.name
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A finished run of which everything lies in files: (its folder's parent, its config as a dict)."""
+    folder = tmp_path_factory.mktemp("begun")
+    make = tiny_experiments(folder)
+    problems = json.loads((ROOT / "assets/problems/train.json").read_text())
+    (folder / "eval.json").write_text(json.dumps(problems[60:65]))
+    sizes = PRESETS["mixtral-tiny"].replace(**TINY)
+    base = build(sizes, adapter=LoRAConfig(2, 4.0, 0.0, ("gate",)), key=jax.random.key(1))
+    save_weights(base, folder / "base")
+    save_adapter(base, folder / "earlier/adapter", "base")
+    shutil.copy(ROOT / "assets/tiny-mixtral/tokenizer.json", folder / "tokenizer.json")
+    made = make(
+        model={"source": str(folder / "base"), "preset": None, "overrides": {}},
+        adapter={"rank": 2, "alpha": 4.0, "targets": ["gate"], "dropout": 0.0, "init_from": str(folder / "earlier/adapter")},
+        data={"holdout": 0, "eval_source": str(folder / "eval.json")},
+        training={"steps": None, "epochs": 1, "gradient_accumulation": 1},
+    ).model_copy(update={"tokenizer": str(folder / "tokenizer.json")})
+    assert loop.run(made, resume=False) == 0
+    return folder, made
+
+
+@pytest.fixture
+def copied(begun, tmp_path):
+    """The same in a place of its own, whose files may be changed."""
+    folder, made = begun
+    shutil.copytree(folder, tmp_path / "copy")
+    written = tmp_path / "copy/runs/run/config.yaml"
+    written.write_text(written.read_text().replace(str(folder), str(tmp_path / "copy")))
+    text = config.dump(made).replace(str(folder), str(tmp_path / "copy"))
+    return tmp_path / "copy", config.Experiment.model_validate(yaml.safe_load(text))
+
+
+def edited(path, change):
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def flip_a_byte(path):
+    """Of the numbers, the lowest bit of one."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def longer(path):
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def rewritten(path):
+    """The same tensors in a file of another size."""
+    save_file(load_file(path), path, metadata={"format": "pt", "note": "rewritten"})
+
+
+CHANGES = {
+    "longer data": (lambda f: edited(f / "train.json", lambda r: r + r), r"data: sha256 \w{16}… when the run began, \w{16}… now; steps"),
+    "truncated data": (lambda f: edited(f / "train.json", lambda r: r[:5]), r"data: .*; steps: \d+ in the whole run when it began, 2 now"),
+    "one word of the data": (lambda f: edited(f / "train.json", lambda r: [r[0] | {"output": "No."}, *r[1:]]), "Changed: data: sha256"),
+    "evaluation": (lambda f: edited(f / "eval.json", lambda r: r[1:]), "Changed: evaluation: sha256"),
+    "tokenizer": (lambda f: longer(f / "tokenizer.json"), "Changed: tokenizer: sha256"),
+    "adapter": (lambda f: flip_a_byte(f / "earlier/adapter/adapter_model.safetensors"), "Changed: adapter: sha256"),
+    "another base": (lambda f: rewritten(f / "base/model.safetensors"), "Changed: base: names, sizes and index of its files"),
+    "a base of the same sizes": (lambda f: flip_a_byte(f / "base/model.safetensors"), "Changed: base: sha256"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_is_resumed_with_its_own_contents_alone(what, copied, monkeypatch):
+    folder, experiment = copied
+    change, message = CHANGES[what]
+    change(folder)
+    monkeypatch.setattr(loop, "Programs", NotCompiled if "same sizes" in what else None)  # told before anything is compiled or loaded
+    monkeypatch.setattr(loop, "Trainer", None)
+    before = {p: p.read_bytes() for p in place_of(experiment).rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=f"cannot resume .*{message}.*checkpoint.resume_with_changed="):
+        loop.run(experiment, resume=True)
+    assert {p: p.read_bytes() for p in place_of(experiment).rglob("*") if p.is_file()} == before
+
+
+def test_every_part_is_compared_and_named():
+    """Also the problems of an eval: section; weights that another device rounded are left to their files."""
+    parts = ("data", "evaluation", "questions", "tokenizer", "adapter", "base_files", "base")
+    then, now = (MadeOf(**dict.fromkeys(parts, letter * 64), platform="cpu", steps=number) for letter, number in (("a", 1), ("b", 2)))
+    assert set(then.differences(now)) == {*parts, "steps"} - {"base_files"}
+    assert then.differences(then) == MadeOf().differences(now) == {}
+    elsewhere = then.model_copy(update={"base": "b" * 64, "platform": "gpu"})
+    assert then.differences(elsewhere) == {}
+    with pytest.raises(UserError, match=r"runs/x with another content\. Changed: questions: .*resume_with_changed=\[questions,tokenizer"):
+        then.check(now, ("data", "evaluation"), Path("runs/x"))
+
+
+def test_other_data_where_they_are_asked_for(copied, capsys):
+    """Longer data train on, by a schedule of their length; what was changed stays written. The next resume takes the new ones as given."""
+    folder, experiment = copied
+    edited(folder / "train.json", lambda records: records + records)
+    experiment = changed(experiment, "checkpoint", resume_with_changed=("data",))
+    assert loop.run(experiment, resume=True) == 0
+    assert "data: sha256" in capsys.readouterr().out
+    made_of = config.load(place_of(experiment) / "config.yaml").made_of
+    assert [line.split(":")[0] for line in made_of.changed] == ["data", "steps"] and made_of.steps > 4
+    edited(folder / "train.json", lambda records: records[:5])
+    with pytest.raises(UserError, match=r"has done \d+ steps, and .* the whole run has 2: nothing is left to train"):
+        loop.run(experiment, resume=True)
+
+
+def test_another_place_with_the_same_content(copied, capsys, monkeypatch):
+    """It is told, and written: what comes later finds the run's parts where they are now."""
+    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    folder, experiment = copied
+    (folder / "moved").mkdir()
+    (folder / "base").rename(folder / "moved/base")
+    edited(folder / "train.json", lambda records: records)  # other bytes, the same records
+    (folder / "train.json").rename(folder / "elsewhere.json")
+    moved = changed(changed(experiment, "data", source=str(folder / "elsewhere.json")), "model", source=str(folder / "moved/base"))
+    assert loop.run(moved, resume=True) == 0
+    out = capsys.readouterr().out
+    assert "moved/base: another place; the contents decide" in out and "nothing was left to train" in out
+    assert config.load(place_of(moved) / "config.yaml").data.source == moved.data.source
+
+
+def test_a_run_of_a_version_that_kept_no_hashes(copied, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    _, experiment = copied
+    path = place_of(experiment) / "config.yaml"
+    path.write_text(config.dump(config.load(path).model_copy(update={"made_of": None})))
+    assert loop.run(experiment, resume=True) == 0
+    assert "kept no hashes: its contents cannot be compared" in capsys.readouterr().out
+    assert config.load(path).made_of.base is not None
+
+
+def test_weights_come_last(make_experiment, tmp_path, monkeypatch):
+    """Of a Hub id of which only the small files are here: data that are wrong and a step that does not fit are told first."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub/models--org--name/snapshots" / ("a" * 40)
+    shutil.copytree(ROOT / "assets/tiny-mixtral", snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "hub/models--org--name/refs").mkdir()
+    (tmp_path / "hub/models--org--name/refs/main").write_text("a" * 40)
+    model = {"source": "org/name", "preset": None, "overrides": {}}
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+        loop.run(make_experiment(model=model, data={"source": "nowhere.json"}), resume=False)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory: the step asks for"):
+        patch.setattr(memory, "usable_bytes", lambda: 1_000_000)
+        loop.run(make_experiment(model=model, data={"batch_rows": 1}), resume=False)
+    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    with pytest.raises(UserError, match=r"a{40} has none of model\.safetensors"):
+        loop.run(make_experiment(model=model), resume=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_example_is_shown_with_its_mask(make_experiment, tmp_path):
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
+    prompt, answer = "[INST] a [/b] [red] [/INST]", "Tom\nhas 5."
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)]
+    query = Query(np.array([*ids[0], *ids[1], tokenizer.eos_token_id], np.int32), len(ids[0]))
+    assert example.lines(query, tokenizer) == [
+        f"the first record, {len(query.ids)} tokens:",
+        f'  only read  ({len(ids[0])}): "[INST] a [/b] [red] [/INST]"',
+        f'  trained on ({len(ids[1]) + 1}): "Tom\\nhas 5.</s>"',
+    ]
+    long = Query(np.tile(query.ids, 100), 7)
+    assert max(map(len, example.lines(long, tokenizer))) < example.LONGEST + 50
