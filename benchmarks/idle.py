@@ -67,7 +67,7 @@ def watched(watch: Watch) -> type[Trainer]:
 
     class Watched(Trainer):
         def _compile(self, batch: Any) -> Any:
-            if batch.tokens.shape not in self._compiled:
+            if batch.tokens.shape not in self._met:
                 watch.other.add(len(watch.sent))
             return watch.step(super()._compile(batch))
 

@@ -84,7 +84,7 @@ def test_a_run_keeps_its_choice_and_resumes_with_it(make_experiment, monkeypatch
     monkeypatch.setattr(remat.memory, "usable_bytes", lambda: 10)
     assert remat.of_run(experiment).training.remat == "none"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.memory, "check", lambda *a: 1)
+        patch.setattr(remat.memory, "check", lambda *a: 1)
         assert loop.run(experiment, resume=True) == 0
 
 
