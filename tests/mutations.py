@@ -38,6 +38,7 @@ ATTENTION, MAMBA, SCAN, MOE = "models/ops/attention.py", "models/mamba.py", "mod
 TILE, GROUPED, CAPACITY = "models/ops/expert_tile.py", "models/ops/grouped_matmul.py", "models/ops/grouped_capacity.py"
 ENTROPY, LOOP, PEFT, MERGE = "models/ops/cross_entropy.py", "moejax/training/loop.py", "moejax/hub/peft.py", "moejax/hub/merge.py"
 
+PACKED = "tests/data/test_batching.py"
 MIXTRAL, BLACKMAMBA, LORA = (f"tests/models/test_{name}.py" for name in ("mixtral_parity", "blackmamba", "lora_parity"))
 ONE_STEP, PRECISION, PIPELINE = "tests/training/test_step.py", "tests/models/test_precision.py", "tests/data/test_pipeline.py"
 BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
@@ -47,8 +48,8 @@ FAULTS = [
     fault("rotary: the sign of the second half", LAYERS, "second * cos + first * sin", "second * cos - first * sin", f"{MIXTRAL}::test_logits"),
     fault("rotary: turned the other way", LAYERS, "[first * cos - second * sin, second * cos + first * sin]",
           "[first * cos + second * sin, second * cos - first * sin]", f"{PRECISION}::test_rotary_angles_of_far_positions"),
-    fault("labels: not shifted", BATCHING, "at + n - 1] = query.ids[1:]", "at + n - 1] = query.ids[:-1]", PIPELINE),
-    fault("labels: the mask shifted by one", BATCHING, "at + max(query.prompt - 1, 0)", "at + max(query.prompt, 0)", PIPELINE),
+    fault("labels: not shifted", BATCHING, "at + n - 1] = query.ids[1:]", "at + n - 1] = query.ids[:-1]", PACKED),
+    fault("labels: the mask shifted by one", BATCHING, "at + max(query.prompt - 1, 0)", "at + max(query.prompt, 0)", PACKED),
     fault("packing: attention crosses the border", ATTENTION, "visible = same & (index", "visible = (same | True) & (index",
           "tests/models/test_model.py::test_packed_equals_alone"),
     fault("packing: the scan goes on over the border", MAMBA, "segment_ids != before, None, None)", "jnp.zeros_like(segment_ids, bool), None, None)",
@@ -56,7 +57,7 @@ FAULTS = [
     fault("packing: the convolution reaches over the border", MAMBA, "(source == segment_ids)[..., None]", "(source >= 0)[..., None]",
           f"{BLACKMAMBA}::test_packed_equals_alone"),
     fault("packing: positions go on over the border", BATCHING, "positions[r, here] = np.arange(n)", "positions[r, here] = np.arange(at, at + n)",
-          "tests/models/test_model.py::test_packed_equals_alone", PIPELINE),
+          PACKED),
     fault("one expert's dB is zero", GROUPED, "dlora.b.swapaxes(1, 2)", "dlora.b.swapaxes(1, 2).at[1].set(0)",
           f"{LORA}::test_logits_loss_and_gradients"),
     fault("one expert's dA is zero", GROUPED, "LoRAWeights(dlora.a.astype(a.dtype)", "LoRAWeights(dlora.a.at[1].set(0).astype(a.dtype)",

@@ -1,37 +1,59 @@
-"""The real thing, as small as it goes: every kind of trial in its process, an artificial out-of-memory, the command line's refusals."""
+"""The real thing, as small as it goes: every kind of trial, an artificial out-of-memory, the command line's refusals."""
 
 import argparse
+import contextlib
 import json
-import os
 import shlex
+import subprocess
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_study import ENVIRONMENT, SIZES, write_config
 
 from moejax import cli
-from moejax.characterize import command
+from moejax.characterize import children, command, sweep, trial
+from moejax.errors import UserError
 from moejax.estimator.prices import SETS
 from moejax.report import results
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Children compile once for all trials (the largest batch is predicted, proved and timed with one program), and quickly."""
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ |= settings
-    yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+def here():
+    """Trials run in this process, which has jax and what other trials compiled already; the prediction in one of its own, as all do."""
+    wait = children.Runner._wait
+
+    def in_this_process(self, command, log):
+        at = command.index(children.MODULE) + 1
+        folder, name, *rest = command[at : command.index("--parent")]
+        if name.endswith("/predict") and "a_process_too" in str(folder):
+            return wait(self, command, log)
+        with log.open("w") as file, contextlib.redirect_stdout(file):
+            try:
+                return trial.run(Path(folder), name, int(rest[1]) if rest else None)
+            except UserError as error:
+                print(f"error: {error}")
+                return 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children.Runner, "_wait", in_this_process)
+        patch.setattr(cli, "prepare_jax", lambda device: None)  # of this process, which is the tests'
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def asked_once():
+    """What the device is, a process of its own says; but once for all tests."""
+    ask = cache(lambda *command: subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "subprocess", SimpleNamespace(run=lambda command, **settings: ask(*command)))
+        yield
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, cache):
-    folder = tmp_path_factory.mktemp("study")
+def study(tmp_path_factory, here):
+    folder = tmp_path_factory.mktemp("a_process_too")
     arguments = ["characterize", "--config", write_config(folder), "--memory-limit", "6MB", "--out", str(folder / "out"), *SIZES]
     assert cli.main(arguments) == 0
     return folder / "out"
@@ -79,7 +101,7 @@ def test_figures_are_consistent(study):
     assert {p.gpu for p in SETS["2026"]}.isdisjoint(r.scope for r in found.of("cost"))
 
 
-def test_a_model_that_cannot_fit_says_what_would(tmp_path, cache, capsys):
+def test_a_model_that_cannot_fit_says_what_would(tmp_path, here, capsys):
     out = tmp_path / "out"
     arguments = ["characterize", "--config", write_config(tmp_path), "--memory-limit", "100kB", "--out", str(out), *SIZES]
     assert cli.main(arguments) == 1  # the fits have nothing to be computed from
@@ -95,7 +117,7 @@ def test_a_model_that_cannot_fit_says_what_would(tmp_path, cache, capsys):
 
 def test_a_dense_blackmamba(tmp_path, monkeypatch):
     """The other family, all weights, through all experts: what is measured of it, here in one process."""
-    from moejax.characterize import children, study, trial
+    from moejax.characterize import study
     from moejax.characterize.sweep import Sweep
 
     small = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_experts": 4}
@@ -118,7 +140,7 @@ def test_a_dense_blackmamba(tmp_path, monkeypatch):
 
 def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):
     """A MemoryError of a trial is its row's, to be tried again."""
-    from moejax.characterize import children, experiments, study, trial
+    from moejax.characterize import experiments, study
     from moejax.characterize.sweep import Sweep
 
     wanted = study.resolve(None, [write_config(tmp_path)], SIZES, 10**7, False)
@@ -148,7 +170,7 @@ def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_commands_are_what_a_shell_takes(tmp_path, capsys):
-    from moejax.characterize import console, trial
+    from moejax.characterize import console
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -79,3 +79,12 @@ def test_what_is_no_number_is_refused(number):
         spoiled[5, place] = number
         with pytest.raises(ValueError, match="NaN or infinite"):
             nf4.quantize(spoiled)
+
+
+def test_a_tie_is_rounded_downward():
+    """As bitsandbytes' comparisons do: what lies in the middle of two codes takes the lower one, what lies above it the upper."""
+    middles = (nf4.CODEBOOK[:-1] + nf4.CODEBOOK[1:]) / np.float32(2)
+    for values, codes in ((middles, range(15)), (np.nextafter(middles, np.float32(2)), range(1, 16))):
+        block = np.concatenate([[np.float32(1)], values, np.zeros(48, np.float32)])  # the largest is one: nothing is scaled
+        stored = np.asarray(nf4.quantize(block, double=False).codes)
+        np.testing.assert_array_equal(np.stack([stored >> 4, stored & 15], 1).reshape(-1)[1:16], list(codes))
