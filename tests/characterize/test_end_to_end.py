@@ -207,7 +207,7 @@ def test_plan_runs_nothing(tmp_path, capsys):
         (["--preset", "cpu-demo", "--out", "x", "sweep.batches=[0]"], "override 'sweep.batches=[0]': expected a value like"),
         (["--preset", "cpu-demo", "--out", "x", "sweep.batches=[1"], "override 'sweep.batches=[1': expected a value like"),
         (["--config", "broken.yaml", "--out", "x"], "broken.yaml, line 2: not valid YAML"),
-        (["--config", "latin.yaml", "--out", "x"], "--config latin.yaml: 'utf-8' codec can't decode"),
+        (["--config", "latin.yaml", "--out", "x"], "latin.yaml: not UTF-8 text"),
         (["--config", "nowhere.yaml", "--out", "x"], "config file nowhere.yaml does not exist"),
         (["--preset", "quick", "--out", "x"], "has no memory limit of its own, so nothing would ever be too large: set one"),
         (["--preset", "quick", "--out", "x", "data.source=nowhere.json"], "data.source = nowhere.json is no file here. --pretrained"),
