@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "__pycache__", ".*_cache", "*.egg-info")
+COPIED = ("models", "moejax", "tests", "assets", "benchmarks", "configs", "docs", "pyproject.toml", "README.md", "train.py", "estimate.py")
 
 
 class Fault(NamedTuple):
@@ -187,7 +187,12 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="moejax-faults-") as folder, ThreadPoolExecutor(2) as pool:
         copies = [Path(folder) / str(number) for number in range(2)]
         for copy in copies:
-            shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+            copy.mkdir()
+            for name in COPIED:
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                else:
+                    shutil.copy2(ROOT / name, copy / name)
 
         def part(number: int) -> list[Fault]:
             return chosen[number::2]

@@ -5,6 +5,7 @@ Tracing a step takes longer than running a tiny one; a hundred tests train. What
 
 from functools import cache
 
+from moejax.profiling import capture
 from moejax.training import optimizer, step
 
 OTHERS = {"steps": 1, "epochs": None, "eval_every": None, "gradient_accumulation": 1}
@@ -23,3 +24,14 @@ def make_optimizer(config, schedule):
 
 optimizer.make_schedule, optimizer.make_optimizer = make_schedule, make_optimizer
 step.make_train_step, step.make_eval_step = cache(step.make_train_step), cache(step.make_eval_step)
+
+_compile_profiled = capture.compile_profiled
+
+
+def compile_profiled(lowering):
+    """jax keeps an equal step's program. If that came from the folder of compiled ones, a trace would not hold its instructions."""
+    lowering._lowering._executable = None
+    return _compile_profiled(lowering)
+
+
+capture.compile_profiled = compile_profiled

@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
 from support import tiny_experiments
 
@@ -19,18 +18,8 @@ class Profiled(NamedTuple):
 
 @pytest.fixture(scope="session")
 def session_experiment(tmp_path_factory):
-    """make_experiment for the whole session: names must differ. Their one step is compiled once, and read from a cache after that."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield tiny_experiments(tmp_path_factory.mktemp("profiled"))
-    for name, value in before.items():
-        jax.config.update(name, value)
+    """make_experiment for the whole session: names must differ."""
+    return tiny_experiments(tmp_path_factory.mktemp("profiled"))
 
 
 @pytest.fixture(scope="session")
