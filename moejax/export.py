@@ -105,8 +105,7 @@ def _write_merged(
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("merging", total=total)
         merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=lambda n: bar.advance(task, n))
-    tokenizer = _tokenizer(experiment, base)
-    beside.carry(aside, base, tokenizer, [] if tokenizer is None else [tokenizer.eos_token_id])
+    beside.carry(aside, base, _tokenizer(experiment, base), experiment.data.template)
 
 
 def _tokenizer(experiment: Experiment, base: Path) -> Any:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.data.ends import ends_of
 from moejax.data.tokenizer import load_tokenizer, save_tokenizer
 from moejax.hub.save import write_json
 from moejax.hub.stored import read_json
 
 
-def carry(folder: Path, base: Path | None, tokenizer: Any, ends: Sequence[int]) -> None:
+def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> None:
     """Write the tokenizer's files and generation_config.json beside a model's weights in `folder` (`hub.save`, `hub.merge`).
 
-    base: the folder that the model began with, where there is one: its chat template comes along where `tokenizer` knows its tokens and
-    has none, and its generation_config.json. tokenizer: None writes no tokenizer. ends: ids that end an answer; those of config.json
-    and generation_config.json are added. Raises OSError where a file cannot be written, UserError where one of base's holds no JSON.
+    base: the folder that the model began with, where there is one: its generation_config.json comes along, and its chat template where
+    `tokenizer` knows its tokens and has none. tokenizer: None writes no tokenizer. template: the run's data.template. What ends an answer
+    (`data.ends`) is in generation_config.json. Raises OSError where a file cannot be written, UserError where one of base's is damaged.
     """
-    if tokenizer is not None:
-        if not tokenizer.chat_template and base is not None and (base / "tokenizer.json").is_file():
-            theirs = load_tokenizer(str(base))
-            if theirs.chat_template and theirs.get_vocab().items() <= tokenizer.get_vocab().items():
-                tokenizer.chat_template = theirs.chat_template
-        save_tokenizer(tokenizer, folder)
     path = folder / "generation_config.json"
     ours, config = read_json(path), read_json(folder / "config.json")
     carried = None if base is None else base / path.name
     theirs = read_json(carried) if carried is not None and carried.is_file() else {}
-    ids = list(dict.fromkeys([*ends, *_named(config), *_named(theirs)])) or _named(ours)
-    content = ours | theirs | {"eos_token_id": ids[0] if len(ids) == 1 else ids}
-    if ids != _named(config):
+    ids = dict.fromkeys([*_named(config), *_named(theirs)])
+    if tokenizer is not None:
+        if not tokenizer.chat_template and base is not None and (base / "tokenizer.json").is_file():
+            other = load_tokenizer(str(base))
+            if other.chat_template and other.get_vocab().items() <= tokenizer.get_vocab().items():
+                tokenizer.chat_template = other.chat_template
+        save_tokenizer(tokenizer, folder)
+        ids = dict.fromkeys([*ends_of(tokenizer, template).ids, *ids])
+    ends = list(ids) or _named(ours)
+    content = ours | theirs | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    if ends != _named(config):
         content.pop("_from_model_config", None)  # by that transformers would take config.json for the truth
     write_json(path, content)
 

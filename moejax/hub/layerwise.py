@@ -86,7 +86,9 @@ class Walk:
         """
         if self._pairs[model] is not None:
             nnx.update(self.part.layers, _one_layer(self._pairs[model], self._at))
-        stream, seen = self._run(nnx.split(self.part.layers)[1], self.streams[model], experts)
+        # One program for both, so that equal weights give equal numbers.
+        others = np.zeros((self.streams[model].shape[1], self.sizes.experts_per_token), np.int32) if experts is None else experts
+        stream, seen = self._run(nnx.split(self.part.layers)[1], self.streams[model], others, experts is None)
         self.streams[model] = jax.block_until_ready(stream)
         return Routing(*(np.asarray(a) for a in seen[0])) if seen else None
 
@@ -176,22 +178,22 @@ def _one_layer(pairs: Any, layer: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, layer, 1), pairs)
 
 
-def _runner(part: Model, length: int) -> Callable[[nnx.State, jax.Array, Any], tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
-    """The compiled function of one layer: its weights, the stream [1, T, D] before it, and the experts that tokens must visit -> the
-    stream after it, and what its router gave and would have chosen."""
+def _runner(part: Model, length: int) -> Callable[..., tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
+    """The compiled function of one layer: its weights, the stream [1, T, D] before it, the experts that tokens must visit, and whether
+    they visit their own instead -> the stream after it, and what its router gave and would have chosen."""
     graphdef = nnx.split(part.layers)[0]
     segment_ids = jnp.ones((1, length), jnp.int32)
     positions = (jnp.arange(length)[None],) if isinstance(part, Mixtral) else ()
 
     @jax.jit
-    def run(state: nnx.State, x: jax.Array, experts: jax.Array | None) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    def run(state: nnx.State, x: jax.Array, experts: Any, free: Any) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         layer: Any = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
         choose, seen = layer.moe.choose, []
 
         def chosen(probabilities: jax.Array) -> jax.Array:
             own = choose(probabilities)
             seen.append((probabilities, own))
-            return own if experts is None else experts
+            return jnp.where(free, own, experts)
 
         object.__setattr__(layer.moe, "choose", chosen)  # for this trace only
         return layer(x, segment_ids, *positions, None, False)[0], seen

@@ -27,9 +27,9 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def carried(tmp_path, base, tokenizer, ends, sizes=PRESETS["mixtral-tiny"]):
+def carried(tmp_path, base, tokenizer, sizes=PRESETS["mixtral-tiny"]):
     write_config(sizes, tmp_path / "out", jnp.bfloat16)
-    carry(tmp_path / "out", base, tokenizer, ends)
+    carry(tmp_path / "out", base, tokenizer, "mistral")
     return {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
 
 
@@ -37,10 +37,11 @@ def carried(tmp_path, base, tokenizer, ends, sizes=PRESETS["mixtral-tiny"]):
 def test_template_ends_and_names_of_inputs(own, base, tmp_path):
     """The base's tokenizer, or the same tokens from a file that has no template."""
     (tmp_path / "out").mkdir()
-    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral/tokenizer.json" if own else base))
-    files = carried(tmp_path, base, tokenizer, [tokenizer.eos_token_id, 509])
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral/tokenizer.json" if own else base), ["<|im_end|>"])
+    files = carried(tmp_path, base, tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the template's own end of a turn: transformers' generate must know it
     found = files["generation_config.json"]
-    assert found == {k: v for k, v in GENERATION.items() if k[0] != "_"} | {"eos_token_id": [2, 509, 510]}
+    assert found == {k: v for k, v in GENERATION.items() if k[0] != "_"} | {"eos_token_id": [2, end, 510]}
     settings = files["tokenizer_config.json"]
     assert settings["model_input_names"] == ["input_ids", "attention_mask"] and settings["chat_template"] == TEMPLATE
     assert files["special_tokens_map.json"]["eos_token"] == "</s>"
@@ -57,14 +58,14 @@ def test_what_is_not_there_is_not_made_up(base, tmp_path):
     other = json.loads((base / "tokenizer.json").read_text())
     other["model"]["vocab"] = {token: len(other["model"]["vocab"]) - 1 - id_ for token, id_ in other["model"]["vocab"].items()}
     (base / "tokenizer.json").write_text(json.dumps(other))
-    assert "chat_template" not in carried(tmp_path, base, tokenizer, [])["tokenizer_config.json"]
+    assert "chat_template" not in carried(tmp_path, base, tokenizer)["tokenizer_config.json"]
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
-    files = carried(tmp_path, None, None, [])
+    files = carried(tmp_path, None, None)
     assert files.keys() == {"config.json", "generation_config.json"}
     assert files["generation_config.json"] == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
-    files = carried(tmp_path, ROOT / "assets/tiny-blackmamba", None, [], PRESETS["blackmamba-tiny"])
+    files = carried(tmp_path, ROOT / "assets/tiny-blackmamba", None, PRESETS["blackmamba-tiny"])
     assert files["generation_config.json"]["eos_token_id"] == 2
     (base / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"base/generation_config\.json cannot be read"):
-        carried(tmp_path, base, None, [])
+        carried(tmp_path, base, None)
