@@ -243,7 +243,12 @@ def guarded(options: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_code.co_filename.endswith("xla_bridge.py"):  # where jax looks for devices
-            raise
+            if type(error).__name__ != "JaxRuntimeError":
+                raise
+            from moejax.training.compile import advice
+
+            print(f"error: XLA, in `{options.command}`: {first_line(error)}. Try {advice(error)}", file=sys.stderr)
+            return 2
         asked = os.environ.get("JAX_PLATFORMS")
         why = first_line(error) or "none is there"
         print(

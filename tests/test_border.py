@@ -68,6 +68,10 @@ def test_a_reader_that_goes_away_ends_nothing():
         (OSError(36, "File name too long", "x" * 3), "error: xxx: File name too long"),
         (MemoryError("Unable to allocate 93 GiB"), "memory is full (Unable to allocate 93 GiB)"),
         ("\udcff".encode, r"'\udcff' holds bytes that are not UTF-8"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot\nmore"),
+            "error: XLA, in `doctor`: INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot. Try rows of a multiple of 16",
+        ),
         (lambda: jax.devices("no-such-device"), "error: no device for jax (JAX_PLATFORMS=cpu): Unknown backend no-such-device"),
     ],
 )

@@ -27,12 +27,15 @@ def step_of(experiment: Experiment, rows: int, row_tokens: int) -> str:
     return f"the step of {experiment.name} ({'' if micro == 1 else f'{micro} x '}{rows} rows x {row_tokens} tokens)"
 
 
+def advice(error: BaseException) -> str:
+    """What to try about an error of XLA's."""
+    return next((advice for mark, advice in _WHAT_TO_TRY if mark in str(error)), _ELSE)
+
+
 @contextmanager
 def told(what: str, device: str) -> Iterator[None]:
     """Around the lowering and compiling of a program. Raises UserError for what the compiler raises."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        text = str(error)
-        advice = next((advice for mark, advice in _WHAT_TO_TRY if mark in text), _ELSE)
-        raise UserError(f"{what} does not compile for {device}: {first_line(error)}. Try {advice}") from error
+        raise UserError(f"{what} does not compile for {device}: {first_line(error)}. Try {advice(error)}") from error
