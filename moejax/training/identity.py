@@ -61,11 +61,11 @@ class Identity:
         """The weights themselves, as they were loaded."""
         return self._compare({"base": content})
 
-    def written(self) -> Experiment:
-        """The experiment with what it is made of, as the run's config.yaml now has it."""
+    def written(self, experiment: Experiment) -> Experiment:
+        """The experiment, all of it settled, with what it is made of: as the run's config.yaml now has it."""
         history = self.before.changed if self.resume and self.before is not None else ()
         made_of = self.now.model_copy(update={"changed": (*history, *self.changed)})
-        experiment = self.experiment.model_copy(update={"made_of": made_of})
+        experiment = experiment.model_copy(update={"made_of": made_of})
         if not self.resume or self.before is None or self.changed or self.moved:
             run_folder.write_config(experiment)
         return experiment

@@ -119,7 +119,7 @@ def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool
         continue_adapter(experiment, model, experiment.model.source)
     say(identity.of_weights(content.value))
     low_precision.warn(experiment, console, model)
-    experiment = identity.written()
+    experiment = identity.written(experiment)
     trainer = Trainer(
         experiment, model, dataset, folder, console, programs, resume=resume, keep=keep, asked=asked, tokenizer=tokenizer
     )
