@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.errors import LiveError
 from rich.markup import escape
+
+from moejax.terminal import Console
 
 QUIET_SECONDS = 5.0
 
@@ -27,7 +28,7 @@ def waiting(console: Console, what: str) -> Iterator[None]:
 
     def tell() -> None:
         told.set()
-        console.print(f"{what} …", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{what} …", soft_wrap=True)
 
     timer = threading.Timer(QUIET_SECONDS, tell)
     timer.daemon = True
@@ -40,4 +41,4 @@ def waiting(console: Console, what: str) -> Iterator[None]:
         if spinner is not None:
             spinner.stop()
     if told.is_set():
-        console.print(f"{what}: {time.monotonic() - start:.0f} s", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{what}: {time.monotonic() - start:.0f} s", soft_wrap=True)

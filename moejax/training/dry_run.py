@@ -83,10 +83,10 @@ def report(experiment: Experiment) -> int:
         there = experiment.eval is not None and Path(experiment.eval.data).is_file()
         known = experiment if there else experiment.model_copy(update={"eval": None})
         steps = total_steps(experiment, read_data(known, sizes, _folder(experiment), console)[2])
-    console.print(_schedule(experiment, steps), highlight=False)
+    console.print(_schedule(experiment, steps))
     told = [] if elsewhere is None else [f"data not read, a dry run asks no network: {elsewhere} is no file or folder here"]
     for line in [*told, *asked, *missing(experiment), *_place(experiment)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return 0
 
 

@@ -67,7 +67,7 @@ def prepare(experiment: Experiment, tokenizer: Any, positions: int) -> HeldOut |
     if why and e.metric == "loss":
         raise UserError(f"eval.metric = loss, but there is no loss: {why}. Choose eval.metric=accuracy, or other data")
     source = experiment.model.source
-    ends = ends_of(tokenizer, template, None if source is None else weights.resolve(source, experiment.model.revision))
+    ends = ends_of(tokenizer, template, None if source is None else weights.resolve(source, experiment.model.revision, weights=False))
     return HeldOut(e, task, examples, new, tokenizer, template, ends, batches, why)
 
 

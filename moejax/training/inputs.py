@@ -27,18 +27,18 @@ def read_data(
     with waiting(console, "reading the data"):
         asked = held_out.prepare(experiment, tokenizer, config.max_position_embeddings)
         dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
-    console.print(f"data: {dataset.source}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"data: {dataset.source}", soft_wrap=True)
     console.print(dataset.table())
     for note in dataset.notes():
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     if tokenizer is not None:
         for line in example.lines(dataset.train.queries[0], tokenizer):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     if asked is not None and asked.why_no_loss:
-        console.print(f"no eval/loss: {asked.why_no_loss}", highlight=False, soft_wrap=True)
+        console.print(f"no eval/loss: {asked.why_no_loss}", soft_wrap=True)
     check_profile(experiment, dataset)
     for line in check_steps(experiment, dataset):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return tokenizer, asked, dataset
 
 

@@ -88,7 +88,7 @@ def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool
 
     def say(lines: list[str]) -> None:
         for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
     if resume:
         experiment = pinning.adopted(remat.of_run(experiment))
@@ -97,7 +97,7 @@ def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
-    console.print(experts.announce(experiment, config), highlight=False, soft_wrap=True)
+    console.print(experts.announce(experiment, config), soft_wrap=True)
     abstract = build(config, **model_arguments(experiment))
     if source is not None and model_folder is not None and Path(source).is_dir():
         weights.check_files(abstract, model_folder)
@@ -187,7 +187,7 @@ class Trainer:
         self._finished_at = time.perf_counter()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def train(self) -> int:
         """Run to the last step, or to a signal. Saves, exports, prints the summary."""
