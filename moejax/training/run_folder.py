@@ -36,13 +36,12 @@ def prepare(experiment: Experiment, *, resume: bool) -> MadeOf | None:
         return None
     if not config.exists():
         raise UserError(f"{folder} holds no run to resume (no config.yaml): start without --resume, or check name and runs_dir")
-    begun = load(config)
+    begun = _begun_with(config)
     allowed = set(_FREE)
     if begun.made_of is not None:
         allowed |= set(moved(begun, experiment))
     if "data" in experiment.checkpoint.resume_with_changed:
         allowed |= {f"data.{key}" for key in ("source", "config_name", "split", "records", "bytes", "sha256")}
-    # Read through the schema: a key that is newer than the run has its default.
     before, now = (yaml.safe_load(dump(e)) for e in (begun, experiment))
     changed = [d for d in differences(before, now) if not any(d.startswith((f"{key}:", f"{key}.")) for key in allowed)]
     if changed:
@@ -55,6 +54,16 @@ def prepare(experiment: Experiment, *, resume: bool) -> MadeOf | None:
 
 _FREE = ("device", "runs_dir", "made_of", "checkpoint.resume_with_changed")
 """What may differ in a resumed run: where it computes and where it lies, not what."""
+
+
+def _begun_with(config: Path) -> Experiment:
+    """The config that a run began with. A key that is newer than the run has its default, but where the run did something else."""
+    begun = load(config)
+    t = begun.training
+    decayed_all = begun.adapter is None and t.weight_decay > 0
+    if decayed_all and "weight_decay_on" not in (yaml.safe_load(config.read_text(encoding="utf-8")).get("training") or {}):
+        return begun.model_copy(update={"training": t.model_copy(update={"weight_decay_on": "all"})})
+    return begun
 
 
 def folder_of(experiment: Experiment) -> Path:

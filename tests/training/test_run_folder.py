@@ -34,6 +34,19 @@ def test_what_may_differ_when_a_run_is_continued(make_experiment):
     assert "sedd" not in dump(experiment)
 
 
+def test_a_run_that_decayed_all_goes_on_so(make_experiment):
+    """Before there was `weight_decay_on`, norms and biases were decayed too."""
+    whole = make_experiment("decayed", training={"weight_decay": 0.1}, adapter=None, quantization={"format": "none"})
+    run_folder.write_config(whole)
+    config = run_folder.folder_of(whole) / "config.yaml"
+    older = yaml.safe_load(config.read_text())
+    del older["training"]["weight_decay_on"]
+    config.write_text(yaml.safe_dump(older))
+    with pytest.raises(UserError, match=r"training\.weight_decay_on: 'all' -> 'matrices'"):
+        run_folder.prepare(whole, resume=True)
+    run_folder.prepare(changed(whole, "training", weight_decay_on="all"), resume=True)
+
+
 def test_a_place_may_differ_where_its_content_is_known(make_experiment):
     """Then the content decides, which is read later."""
     experiment = make_experiment().model_copy(update={"made_of": MadeOf(data="0", tokenizer="1")})
