@@ -41,8 +41,10 @@ def test_gpu_step_of_two_routings(model, run):
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["mixtral", "blackmamba"])
 def test_gpu_step_tiny(model, run):
-    report = run("gpu_step", "--tiny", "--model", model, "--steps", "1", "--routing", "uniform,skewed")
+    report = run("gpu_step", "--tiny", "--model", model, "--steps", "1", "--routing", "uniform,skewed", "--trace")
     check_step(report, [("uniform", 2), ("uniform", 8), ("skewed", 2), ("skewed", 8)])
+    for trace in (case["trace"] for case in report["cases"]):
+        assert trace["attributed"] > 0.9 and trace["stages"]["moe/w1"] > 0 and sum(trace["phases"].values()) >= trace["busy_seconds"]
     cases = report["cases"]
     assert cases[2]["largest_expert_share"] > cases[0]["largest_expert_share"]
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from moejax.config import whole_row
 from moejax.errors import UserError
 
 Batch = int | str  # queries, or a share of the largest batch: "1/2"; "largest"
@@ -15,7 +16,8 @@ Batch = int | str  # queries, or a share of the largest batch: "1/2"; "largest"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a sweep runs of each config. Lengths in tokens; a batch is a number of queries, or a share of the largest ("1/4", "largest").
+    """What a sweep runs of each config. Lengths in tokens, padded up to whole rows (config.ROW_MULTIPLE); a batch is a number of queries, or a
+    share of the largest ("1/4", "largest").
 
     batches, packed: of throughput, padded to the longest query and packed (there a batch is worth so many of the longest queries).
     queries: trained on in each throughput trial. breakdown_tokens: of a row in the breakdown at batch 1 and at the largest.
@@ -26,7 +28,7 @@ class Sizes:
     routings: tuple[str, ...] = ("sparse", "dense")
     batches: tuple[Batch, ...] = (1, "1/4", "1/2", "largest")
     packed: tuple[Batch, ...] = (1, "1/4", "1/2", "largest")
-    pack_row_tokens: int | None = None  # None: as long as the longest query, rounded up to 8
+    pack_row_tokens: int | None = None  # None: as long as the longest query
     queries: int = 1000
     breakdown_tokens: int = 128
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
@@ -109,6 +111,8 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
         read = tuple(dict.fromkeys(map(_hashable, read))) if isinstance(read, list) else read  # what is given twice is run once
         if not _fits(name, read, wanted):
             raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}")
+        if name in ("pack_row_tokens", "breakdown_tokens", "lengths", "dense_lengths") and read is not None:
+            read = tuple(dict.fromkeys(map(whole_row, read))) if isinstance(read, tuple) else whole_row(read)
         changes[name] = read
     return replace(sizes, **changes), rest
 

@@ -13,7 +13,7 @@ import pytest
 from small_study import ENVIRONMENT
 
 from moejax import cli
-from moejax.characterize import children
+from moejax.characterize import children, presets
 from moejax.characterize.sweep import Sweep
 from moejax.errors import UserError
 from moejax.report import results
@@ -314,3 +314,10 @@ def test_search_ends_at_two_neighbours(limit):
     assert children.search(100, runs) == (limit, limit + 1)
     assert {limit, limit + 1} - {0} <= set(tried) and len(tried) == len(set(tried)) <= 40
     assert limit != 100 or tried == [100, 101]
+
+
+def test_lengths_of_a_sweep_are_of_whole_rows():
+    """Rows of another length compile for no GPU with two or more of them; a length that comes to the same is run once."""
+    asked = ["sweep.lengths=[75, 80, 128]", "sweep.breakdown_tokens=100", "sweep.pack_row_tokens=null", "name=a"]
+    sizes, rest = presets.override(presets.STUDY, asked)
+    assert (sizes.lengths, sizes.breakdown_tokens, sizes.pack_row_tokens, rest) == ((80, 128), 112, None, ["name=a"])
