@@ -16,8 +16,8 @@ Batch = int | str  # queries, or a share of the largest batch: "1/2"; "largest"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a sweep runs of each config. Lengths in tokens, padded up to whole rows (config.ROW_MULTIPLE); a batch is a number of queries, or a
-    share of the largest ("1/4", "largest").
+    """What a sweep runs of each config. Lengths in tokens, padded up to whole rows (config.ROW_MULTIPLE); a batch is a number of
+    queries, or a share of the largest ("1/4", "largest").
 
     batches, packed: of throughput, padded to the longest query and packed (there a batch is worth so many of the longest queries).
     queries: trained on in each throughput trial. breakdown_tokens: of a row in the breakdown at batch 1 and at the largest.
