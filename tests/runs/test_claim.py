@@ -13,7 +13,13 @@ from support import ROOT
 from moejax.errors import UserError
 from moejax.runs.claim import LOCK, claimed
 
-HOLD = "import sys, time, pathlib; from moejax.runs.claim import claimed\nwith claimed(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+HOLD = """
+import pathlib, sys, time
+from moejax.runs.claim import claimed
+with claimed(pathlib.Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -53,8 +59,9 @@ def test_a_start_that_failed_leaves_nothing(tmp_path):
 
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run: a run cannot be kept there .*Not a directory.*runs_dir=…"), claimed(tmp_path / "file/run"):
-        pass
+    with pytest.raises(UserError, match=r"file/run: a run cannot be kept there .*Not a directory.*runs_dir=…"):  # noqa: SIM117
+        with claimed(tmp_path / "file/run"):
+            pass
 
 
 def test_a_file_system_without_locks(monkeypatch, tmp_path):
@@ -64,9 +71,9 @@ def test_a_file_system_without_locks(monkeypatch, tmp_path):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with claimed(tmp_path), pytest.raises(UserError, match=rf"process {os.getpid()} .* If it runs no longer, remove .*{LOCK}"):
-        with claimed(tmp_path):
-            pass
+    refused = pytest.raises(UserError, match=rf"process {os.getpid()} .* If it runs no longer, remove .*{LOCK}")
+    with claimed(tmp_path), refused, claimed(tmp_path):
+        pass
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (tmp_path / LOCK).write_text(f"{ended.pid} {os.uname().nodename}\n")
