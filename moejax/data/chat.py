@@ -21,7 +21,8 @@ class Turn(NamedTuple):
 def rendered(tokenizer: Any, question: str, answer: str | None = None, where: str = "") -> Turn:
     """What the template makes of a question, and of its answer ("" where none is given). where: the record, for messages.
 
-    Raises UserError for a template that is missing, broken, or refuses; and for one whose prompt is no beginning of the whole.
+    Raises UserError for a template that is missing, broken, or refuses; for one whose prompt is no beginning of the whole; and where it
+    leaves out of the answer more than white space.
     """
     asked = [{"role": "user", "content": question}]
     prompt = applied(tokenizer, asked, True, where)
@@ -33,7 +34,18 @@ def rendered(tokenizer: Any, question: str, answer: str | None = None, where: st
             f"{_named(tokenizer, where)}: what it writes to ask for an answer ({prompt[-60:]!r} at its end) is not how it begins the same "
             "turn with an answer: where the answer begins is not known. Use data.template = mistral or alpaca, or another chat template"
         )
-    return Turn(prompt, whole[len(prompt) :])
+    turn = Turn(prompt, whole[len(prompt) :])
+    if _bare(answer) not in _bare(turn.answer):
+        raise UserError(
+            f"{_named(tokenizer, where)} does not write this answer as it stands: a part of it would not be learned. "
+            "Use data.template = mistral or alpaca, or another chat template"
+        )
+    return turn
+
+
+def _bare(text: str) -> str:
+    """Without white space, which many templates trim."""
+    return "".join(text.split())
 
 
 def _named(tokenizer: Any, where: str) -> str:
@@ -69,7 +81,12 @@ def literals(tokenizer: Any) -> str:
 
 def end_of_turn(tokenizer: Any) -> str:
     """What the template writes behind an answer, without the white space around it. Raises UserError as `rendered` does."""
-    answer = rendered(tokenizer, _QUESTION, _ANSWER).answer
+    prompt, answer = rendered(tokenizer, _QUESTION, _ANSWER)
+    if _bare(_QUESTION) not in _bare(prompt):
+        raise UserError(
+            f"{_named(tokenizer, '')} does not write a user's message (it asks for an answer with {prompt[-60:]!r}). "
+            "Use data.template = mistral or alpaca, or another chat template"
+        )
     return answer.rpartition(_ANSWER)[2].strip() if _ANSWER in answer else ""
 
 

@@ -62,6 +62,8 @@ def parse(path: str, content: bytes) -> list[Any]:
         raise UserError(f"{path} is empty")
     name = _named(path)
     if name.endswith((".csv", ".tsv")) and not text.startswith(("{", "["), start):
+        if text.startswith("<", start):
+            raise UserError(f"{path} is no CSV: {_what(text, start)}")
         return _table(path, text[start:])
     if name.endswith(".parquet"):
         raise UserError(f"{path} is no Parquet file: {_what(text, start)}")
@@ -69,7 +71,8 @@ def parse(path: str, content: bytes) -> list[Any]:
         return _one_list(path, text, start)
     if text[start] == "{":
         return _objects(path, text, start)
-    raise UserError(f"{path} is no JSON: {_what(text, start)} (expected {EXPECTED})")
+    what = _what(text, start)
+    raise UserError(f"{path} {'holds no records' if what.startswith('it begins') else 'is no JSON'}: {what} (expected {EXPECTED})")
 
 
 def _named(path: str) -> str:
@@ -210,6 +213,9 @@ def _inside(record: dict[str, Any]) -> str:
     lists = [key for key, value in record.items() if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)]
     if lists:
         return f": the records seem to lie under {lists[0]!r}: write that list alone"
+    if values and all(isinstance(v, dict) and v.keys() == values[0].keys() for v in values) and not all(map(str.isdigit, values[0])):
+        first = ", ".join(list(record)[:3])
+        return f": the records seem to lie under keys of their own ({first} …): write a list of them, without these keys"
     if values and all(isinstance(v, dict | list) for v in values):
         return ", a column under each key: pandas writes records with to_json(…, orient='records')"
     return f" (with the keys {', '.join(record)}): put it into [ and ] if it is the only record"
@@ -253,7 +259,8 @@ def _table(path: str, text: str) -> list[Any]:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+        why = "a double quote opens a text and none closes it" if "unexpected end" in str(error) else str(error)
+        raise UserError(f"{path}, line {max(reader.line_num, 1)}: broken CSV: {why}") from None
     return rows
 
 

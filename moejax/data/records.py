@@ -13,8 +13,9 @@ from moejax.errors import UserError
 Record = dict[str, Any]
 
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))  # control and format characters (zero-width ones), spaces
-_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters by their category, of which nothing is seen
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+# Of no such category, and nothing is seen of them either: fillers, joiners, variation selectors.
+_FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u3164\uffa0") | {chr(c) for c in range(0xFE00, 0xFE10)}
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
 
 
 def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
@@ -24,7 +25,7 @@ def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
     """
     where = f"{name}, record {index}"
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+        raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}")
     f = config.fields
     advice = "; data.fields can name another column"
     if config.template == "text":
@@ -43,12 +44,16 @@ def text_of(where: str, record: Record, field: str, advice: str = "") -> str:
     if isinstance(record, Repeated) and field in record.keys_twice:
         raise UserError(f"{where}: {field!r} stands in it twice")
     if field not in record:
-        raise UserError(f"{where}: no text under {field!r} (it has {', '.join(map(str, record))}){advice}")
+        raise UserError(f"{where}: no text under {field!r} (it has {', '.join(map(_shown, record)) or 'no keys'}){advice}")
     value = record[field]
     if not isinstance(value, str):
         kind = "NaN" if value != value else _KINDS.get(type(value), f"a {type(value).__name__}")
         raise UserError(f"{where}: no text under {field!r}, but {kind}{advice}")
     return unicode(f"{where}: {field!r}", value)
+
+
+def _shown(key: Any) -> str:
+    return str(key) if str(key) == str(key).strip() else repr(key)
 
 
 def unicode(what: str, text: str) -> str:

@@ -32,14 +32,20 @@ class TextTokens:
         written = set(chat.MARK.findall(template_writes))
         found = {token.content: (id_, token) for id_, token in added.items() if token.special or token.content in written}
         self.controls = tuple(sorted(found, key=len, reverse=True))
-        self._pattern = re.compile("|".join(map(re.escape, self.controls))) if self.controls else None
+        small = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"  # it takes </S> for </s>
+        spelled, flags = "|".join(map(re.escape, self.controls)), re.IGNORECASE if small else re.NOFLAG
+        self._pattern = re.compile(spelled, flags) if self.controls else None
+        self._hidden = re.compile(f"{spelled}|{_GUARDED}" if self.controls else _GUARDED, flags)
+        self._spellings = list(self.controls)
         self._number = {content: number for number, content in enumerate(self.controls)}
         content = json.loads(backend.to_str())
         for entry in content["added_tokens"]:
             entry["special"] = entry["special"] or entry["content"] in found
+        _forget(content, self.controls)
         self._encoder = Tokenizer.from_str(json.dumps(content))
         self._encoder.encode_special_tokens = True  # as text
         self._backend, self._controls = backend, {id_: text for text, (id_, _) in found.items()}
+        self._unknown = backend.token_to_id(str(content["model"].get("unk_token")))
         self._encoder.add_tokens(
             [
                 AddedToken(self._name(text), special=False, lstrip=found[text][1].lstrip, rstrip=found[text][1].rstrip, normalized=False)
@@ -53,13 +59,17 @@ class TextTokens:
 
     def guard(self, text: str) -> str:
         """A user's text, its control tokens under names of ours."""
-        if self._pattern is None:
-            return text
-        return self._pattern.sub(lambda found: f"{_GUARDED}{_NONCE}-{self._number[found[0]]}{_GUARDED}", text)
+        return self._hidden.sub(lambda found: f"{_GUARDED}{_NONCE}-{self._numbered(found[0])}{_GUARDED}", text)
+
+    def _numbered(self, spelling: str) -> int:
+        if spelling not in self._number:
+            self._number[spelling] = len(self._spellings)
+            self._spellings.append(spelling)
+        return self._number[spelling]
 
     def shown(self, rendered: str) -> str:
         """A rendered text as it is read, with what was guarded in it."""
-        return _GUARD.sub(lambda found: self.controls[int(found[1])], rendered)
+        return _GUARD.sub(lambda found: self._spellings[int(found[1])], rendered)
 
     def control_in(self, text: str) -> str | None:
         """The first control token that stands in a text as if it were one."""
@@ -75,11 +85,17 @@ class TextTokens:
         """Token ids of rendered texts: what `guard` did not change of control tokens is those tokens, all else is text."""
         encodings = self._backend.encode_batch_fast([text for text in rendered if not _GUARD.search(text)], add_special_tokens=False)
         plain = iter(encodings)
-        return [self._guarded_ids(text) if _GUARD.search(text) else next(plain).ids for text in rendered]
+        return [self._guarded_ids(text) if _GUARD.search(text) else self._plain_ids(text, next(plain).ids) for text in rendered]
+
+    def _plain_ids(self, rendered: str, ids: list[int]) -> list[int]:
+        """`ids` of a text, but where the tokenizer made control tokens of what is none as it stands (NFKC: fullwidth letters)."""
+        seen = sum(id_ in self._controls and id_ != self._unknown for id_ in ids)
+        written = len(self._pattern.findall(rendered)) if seen and self._pattern is not None else seen
+        return self._guarded_ids(rendered) if seen > written else ids
 
     def _guarded_ids(self, rendered: str) -> list[int]:
         """The template's control tokens are found by the tokenizer itself, with a letter in place of what is guarded."""
-        guarded = iter([self.controls[int(number)] for number in _GUARD.findall(rendered)])
+        guarded = iter([self._spellings[int(number)] for number in _GUARD.findall(rendered)])
         bare = _GUARD.sub(_GUARDED, rendered)
         seen = self._backend.encode(bare, add_special_tokens=False)
         text, done = "", 0
@@ -96,6 +112,27 @@ class TextTokens:
     def as_text(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of users' texts, no control token among them."""
         return self.encode([self.guard(text) for text in texts])
+
+
+def _forget(tokenizer: dict[str, Any], controls: Iterable[str]) -> None:
+    """Take the control tokens out of the model of a tokenizer.json: some build them of the letters of a text (the bundled `[INST]`)."""
+    model, gone = tokenizer["model"], set(controls)
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [piece, score]
+        unknown = model.get("unk_id")
+        gone &= {piece for index, (piece, _) in enumerate(vocabulary) if index != unknown}
+        model["vocab"] = [[_gone(piece) if piece in gone else piece, score] for piece, score in vocabulary]
+    else:
+        gone = (gone & vocabulary.keys()) - {model.get("unk_token")}
+        model["vocab"] = {_gone(piece) if piece in gone else piece: id_ for piece, id_ in vocabulary.items()}
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges") or ()]
+        if merges:
+            model["merges"] = [merge for merge in merges if not gone & {*merge, "".join(merge)}]
+    tokenizer["added_tokens"] = [entry for entry in tokenizer["added_tokens"] if entry["content"] not in gone]
+
+
+def _gone(piece: str) -> str:
+    return f"{_TEMPLATES}{_NONCE}{piece}"
 
 
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, TextTokens]] = WeakKeyDictionary()

@@ -101,6 +101,8 @@ def test_the_space_before_an_answer_is_the_templates(folder):
         ("{{ messages[0]['content'] + 1 }}", r"record 3 could not be rendered.*TypeError"),
         ("{{ messages[0]['content'] }}{% if add_generation_prompt %}<think>{% else %}a{% endif %}", r"record 3: .*'.*<think>' at its end"),
         ([{"name": "rag", "template": "x"}], "record 3 could not be rendered"),
+        ("{{ messages[0]['content'] }}:", "record 3 does not write this answer as it stands"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "record 3 does not write this answer as it stands"),
     ],
 )
 def test_a_template_that_refuses_is_one_message(template, told, folder):
@@ -128,6 +130,17 @@ def test_where_templates_lie(where, folder):
         (path / "tokenizer_config.json").unlink()
     tokenizer = load_tokenizer(str(path / "tokenizer.json" if file else path))
     assert chat.rendered(tokenizer, "a").prompt.lstrip("\ufeff") == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_that_leaves_out_a_part(folder):
+    """As templates of reasoning models do; and one that does not write the question."""
+    tokenizer = load_tokenizer(str(folder(CHATML.replace("| trim", ".split('</think>')[-1] | trim"))))
+    assert tokenize([RECORD], tokenizer, "chat", 99).queries
+    with pytest.raises(UserError, match="record 1 does not write this answer as it stands: a part of it would not be learned"):
+        tokenize([RECORD, RECORD | {"output": "<think>hm</think>3"}], tokenizer, "chat", 99)
+    silent = load_tokenizer(str(folder("A:{{ messages[1]['content'] if messages[1:] else '' }}")))
+    with pytest.raises(UserError, match="does not write a user's message"):
+        tokenize([RECORD], silent, "chat", 99)
 
 
 def test_ends_come_from_template_and_configs_together(folder):

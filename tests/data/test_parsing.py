@@ -95,7 +95,7 @@ FAULTS = [
     ("a.json", b"instruction,output\na,b\n", "it looks like CSV: name it .csv"),
     ("a.json", b"instruction\toutput\na\tb\n", "a table with tabs: name it .tsv"),
     ("a.json", b"- instruction: a\n  output: b\n", "it looks like YAML"),
-    ("a.json", b"404: Not Found", "it begins with '404: Not Found'"),
+    ("a.json", b"404: Not Found", "holds no records: it begins with '404: Not Found'"),
     ("a.json", b"Access to this is restricted, please log in", "it begins with 'Access to this"),
     ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "is compressed with zstd"),
     ("a.json", b"PK\x03\x04\x14\x00\x00\x00", "is a zip archive"),
@@ -105,7 +105,10 @@ FAULTS = [
     ("a.csv", b"instruction,output\na,b,c\n", "line 2: the row has more cells than the 2 columns"),
     ("a.csv", b"instruction,output\na\n", "line 2: the row has fewer cells"),
     ("a.csv", b"a,a\n1,2\n", "two columns are called 'a'"),
-    ("a.csv", b'instruction,output\n"a,b\n', "broken CSV"),
+    ("a.csv", b'instruction,output\n"a,b\n', "line 1: broken CSV: a double quote opens a text and none closes it"),
+    ("a.csv", b"<!DOCTYPE html>\n<html>", "is no CSV: it is an HTML page"),
+    ("a.json", b'{"0": {"output": "x"}, "1": {"output": "y"}}', r"the records seem to lie under keys of their own \(0, 1 …\)"),
+    ("a.json", b"null", "holds no records: it begins with 'null'"),
 ]
 
 
@@ -132,8 +135,10 @@ def test_the_message_names_the_cause(name, content, told):
         ('{"instruction": "a", "input": [], "output": "b"}', "no text under 'input', but a list"),
         ('{"instruction": "a"}', r"no text under 'output' \(it has instruction\)"),
         ('{"instruction": "a", "output": "b", "output": "c"}', "'output' stands in it twice"),
-        ("[1]", "record 1: expected an object, got list"),
-        ("null", "record 1: expected an object, got NoneType"),
+        ('{" output": "a"}', r"no text under 'output' \(it has ' output'\)"),
+        ("{}", r"no text under 'output' \(it has no keys\)"),
+        ("[1]", "record 1: expected an object, got a list"),
+        ("null", "record 1: expected an object, got null"),
     ],
 )
 def test_a_record_is_text_or_refused_by_its_number(record, told, tmp_path):

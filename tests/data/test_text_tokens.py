@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import ROOT, SHARED
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from moejax.data.pipeline import load
@@ -36,7 +36,7 @@ def tokenizer():
 @pytest.mark.parametrize("field", ["instruction", "input", "output"])
 @pytest.mark.parametrize("text", SPOKEN)
 def test_a_control_token_in_a_text_is_text(template, field, text, tokenizer):
-    specials = set(tokenizer.all_special_ids)
+    specials = set(tokenizer.backend_tokenizer.get_added_tokens_decoder())
     plain = tokenize([record(input="x")], tokenizer, template, 999).queries[0]
     found = tokenize([record(input="x") | {field: text}], tokenizer, template, 999)
     ids = found.queries[0].ids
@@ -93,6 +93,32 @@ def test_only_the_users_control_tokens_are_text(kind):
         assert tokens.shown(rendered) == written.replace("@", "</x>")
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [(normalizers.NFKC(), "\uff1c/x\uff1e"), (normalizers.Lowercase(), "</X>"), (None, "\U0010f8f0 </x> \U0010f8f0")],
+)
+def test_what_a_tokenizer_reads_as_a_control_token_is_text(normalizer, text):
+    """However it is spelled; and a text may hold the letter that stands for what is guarded."""
+    backend = made(normalizer).backend_tokenizer
+    backend.add_special_tokens([AddedToken("</x>", special=True, normalized=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</x>")
+    end = tokenizer.eos_token_id
+    assert not normalizer or end in tokenizer.encode(text, add_special_tokens=False)
+    (guarded,), (bare,) = text_tokens(tokenizer).as_text([text]), text_tokens(tokenizer).encode([text + " <x>"])
+    assert end not in guarded and bare[-1] == tokenizer.convert_tokens_to_ids("<x>")
+
+
+def test_a_model_that_builds_a_control_token_of_letters_does_not():
+    pieces = [("<unk>", 0.0), ("</x>", -1.0), *((letter, -2.0) for letter in "</x>ab")]
+    backend = Tokenizer(Unigram(pieces, unk_id=0))
+    backend.add_special_tokens([AddedToken("</x>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</x>")
+    backend.encode_special_tokens = True
+    assert backend.encode("a</x>").ids[-1] == 1, "the model's own way"
+    backend.encode_special_tokens = False
+    assert text_tokens(tokenizer).as_text(["a</x>b"]) == [[backend.token_to_id(letter) for letter in "a</x>b"]]
+
+
 @pytest.mark.parametrize("path", SHARED_TOKENIZERS, ids=lambda p: p.stem)
 def test_ordinary_records_have_the_ids_that_they_had(path):
     """Real text, in the tokenizers of both studied models."""
@@ -114,7 +140,7 @@ def test_marks_that_are_no_tokens_are_counted():
     assert (context == end).sum() == 1
 
 
-@pytest.mark.parametrize("seen", ["", "   ", "\n\t", "\u200b\ufeff", "\u00a0\u2003", "\x00\x07", "\u3164", "\u2060\u200d"])
+@pytest.mark.parametrize("seen", ["", "   ", "\n\t", "\u200b\ufeff", "\u00a0\u2003", "\x00\x07", "\u3164", "\u2060\u200d", "\ufe0f\u034f"])
 def test_what_is_not_seen_is_dropped_and_counted(seen, tokenizer, tmp_path):
     assert blank(seen)
     records = [record(), record(output=seen), record(seen), record(seen, input="Tom"), record(output="0")]
