@@ -88,6 +88,12 @@ def test_a_sampled_row_is_the_same_alone(model):
     assert copies[0] == alone[0] and len({tuple(c) for c in copies}) == 3
 
 
+def test_each_step_draws_anew(model):
+    """With all tokens as good as equally likely: with one draw for all steps it would be one token again and again."""
+    (drawn,) = generate(model, PROMPTS[:1], max_new_tokens=50, end=-1, sampling=Sampling(1e6, seed=3))
+    assert len(set(drawn)) > 20
+
+
 def test_one_candidate_is_greedy(model):
     greedy = generate(model, PROMPTS, max_new_tokens=6, end=-1)
     for sampling in (Sampling(5.0, top_k=1), Sampling(5.0, top_p=1e-6), Sampling(1e-30)):

@@ -102,3 +102,20 @@ def test_it_is_the_rule_of_optax(rule, reference):
         return {path: leaf for path, leaf in flat.items() if "[2]" not in path}  # a constant rate has no count in optax
 
     assert moments(found).keys() == moments(expected).keys()
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adafactor"])
+def test_a_gradient_is_clipped_by_the_norm_of_all_its_parts(rule):
+    """Before the rule sees it: which would hardly show in one step, but does in its moments."""
+    optimizer, plain = (
+        make_optimizer(TrainingConfig(steps=1, optimizer=rule, clip_norm=limit), optax.constant_schedule(RATE)) for limit in (0.5, None)
+    )
+    weights = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    state, expected = optimizer.init(weights), plain.init(weights)
+    for size in (10.0, 0.01, 3.0):
+        gradients = {"w": size * jnp.arange(3.0), "v": -size * jnp.ones(2)}
+        scale = min(1.0, 0.5 / (size * 7**0.5))
+        ours, state = optimizer.update(gradients, state, weights)
+        by_hand, expected = plain.update(jax.tree.map(lambda g, s=scale: s * g, gradients), expected, weights)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(by_hand), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
