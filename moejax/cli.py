@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from moejax.config import DeviceConfig
 
 NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
+_OTHER_WORDS = {"train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval", "generate": "chat infer inference",
+                "estimate": "predict plan memory fit", "export": "merge save convert", "doctor": "info env check"}  # fmt: skip
 ESTIMATE = "what fits, how fast, how many dollars, on which GPU"
 
 
@@ -63,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given == ["estimate"]:
         (commands.choices["estimate"] if given else parser).print_help()
         return 0
+    if not given[0].startswith("-") and given[0] not in commands.choices:
+        near = difflib.get_close_matches(given[0].replace("_", "-"), commands.choices, n=1)
+        near = near or [ours for ours, theirs in _OTHER_WORDS.items() if given[0] in theirs.split()]
+        told = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(commands.choices)}"
+        print(f"error: {given[0]!r} is no command of moejax: {told} (moejax --help tells what each does)", file=sys.stderr)
+        return 2
     return _parsed(parser, given, commands.choices.get(given[0]))
 
 
@@ -91,7 +99,7 @@ def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.Argu
         place = given.index(argument) + 1
         following = given[place] if place < len(given) and not given[place].startswith("-") else "VALUE"
         key = name.lstrip("-")
-        found = key if "." in key else config.suggestion(key)
+        found = key if config.is_key(key) else config.suggestion(key.rpartition(".")[2])
         meant = f"{found.split(' or ')[0]}={value or following}" if found and " " not in found.split(" or ")[0] else found
         told = f": did you mean {meant}?" if meant else f", without dashes (every key: {parser.prog} --help, moejax/config.py)"
         return f"{argument}: {parser.prog} takes values of the config as key.sub=value{told}"

@@ -48,7 +48,7 @@ UNTRACED_STEPS = 5  # that `moejax profile` runs for the step's seconds, after t
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 def _strings(value: Any) -> Any:
@@ -301,7 +301,7 @@ class Experiment(_Section):
     """One run. Its folder is runs_dir/name."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     runs_dir: Place = "runs"
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
@@ -365,9 +365,10 @@ def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"config file {file} does not exist (expected a YAML file; see configs/)")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"config file {file} {what} (expected a YAML file; see configs/)")
     try:
-        content = yaml.safe_load(file.read_bytes())  # bytes: a byte-order mark says which Unicode it is
+        content = yaml.load(file.read_bytes(), _Loader)  # bytes: a byte-order mark says which Unicode it is
     except yaml.reader.ReaderError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.position}): save it as UTF-8") from None
     except yaml.YAMLError as error:
@@ -379,12 +380,27 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{file}: nested too deeply to be a config") from None
     except ValueError as error:  # a date that does not exist, a number of thousands of digits
-        raise UserError(f"{file}: a value that YAML cannot read: {error}; put it in quotes if it is a text") from None
+        why = str(error).partition(";")[0]
+        raise UserError(f"{file}: a value that YAML cannot read: {why}; put it in quotes if it is a text") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a mapping of sections, got {type(content).__name__}")
+        got = "nothing: it is empty" if content is None else "a list" if isinstance(content, list) else repr(str(content)[:60])
+        raise UserError(f"{file}: expected a mapping of sections, got {got}")
     for override in overrides:
         _apply(content, override)
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own takes the last of two equal keys: the first, a whole section perhaps, would be lost without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands in it twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _validated(content: dict[str, Any], path: str | Path) -> Experiment:
@@ -445,6 +461,8 @@ def _explain_one(e: Any) -> str:
         return message if not path or message.startswith(path.split(".")[0]) else f"{path}: {message}"
     if e["type"] == "string_pattern_mismatch":  # of `name`
         return f"{path} = {e['input']!r}: expected letters, digits, '.', '_' and '-', the first no '.' or '-': it names a folder"
+    if e["type"] == "model_type":
+        return f"{path} = {e['input']!r}: expected a section, with its keys below it"
     message = e["msg"][0].lower() + e["msg"][1:]
     if e["type"] == "literal_error":
         meant = other_tools.nearest_value(e["input"], re.findall(r"'([^']*)'", e["ctx"]["expected"]))
@@ -468,7 +486,7 @@ def suggestion(name: str, section: type[BaseModel] | None = None) -> str | None:
     """What a key that is unknown in `section` (None: that has no section) may mean: a right name with another section, what another
     tool calls so, or a name that is near."""
     fields = (section or Experiment).model_fields
-    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.65)
     keys = _sections_by_key()
     far = [dotted for key in difflib.get_close_matches(name, keys, n=2, cutoff=0.7) for dotted in keys[key]]
     return name_elsewhere(name) or " or ".join(near or far) or None
@@ -477,6 +495,16 @@ def suggestion(name: str, section: type[BaseModel] | None = None) -> str | None:
 def name_elsewhere(name: str) -> str | None:
     """A name that is right in another section, with it; or ours for what another tool calls so."""
     return " or ".join(_sections_by_key().get(name, ())) or other_tools.ours(name)
+
+
+def is_key(dotted: str) -> bool:
+    """Whether there is such a key, e.g. training.steps."""
+    section: Any = Experiment.model_fields
+    for part in dotted.split("."):
+        if part not in section:
+            return False
+        section = _fields(section[part].annotation)
+    return True
 
 
 def _sections_by_key() -> dict[str, list[str]]:

@@ -32,6 +32,11 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "--learning_rate=1e-4"], "did you mean training.learning_rate=1e-4?"),
         (["train", "--config", CONFIG, "--lora-r", "8"], "did you mean adapter.rank=8?"),
         (["train", "--config", CONFIG, "--training.steps", "3"], "did you mean training.steps=3?"),
+        (["train", "--config", CONFIG, "--training.lr", "3"], "did you mean training.learning_rate=3?"),
+        (["trian"], "'trian' is no command of moejax: did you mean train?"),
+        (["finetune", "x"], "did you mean train?"),
+        (["frobnicate"], "expected one of train, estimate,"),
+        (["train", "--config", "configs"], "config file configs is a folder"),
         (["train", "--config", CONFIG, "--bf16"], "did you mean training.compute_dtype=VALUE?"),
         (["train", "--config", CONFIG, "--r", "8"], "did you mean adapter.rank=8?"),  # not --resume for short
         (["train", "--config", CONFIG, "--dry_run"], "--dry_run is no option of moejax train: did you mean --dry-run?"),

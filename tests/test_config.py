@@ -88,6 +88,10 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
         (["quantization.format=4bit"], r"did you mean nf4\?"),
         (["data.batching=longest"], r"did you mean pad_longest\?"),
         (["training.schedule=xyz"], r"'linear' or 'constant'$"),
+        (["training=3"], "training = 3: expected a section, with its keys below it"),
+        (["fsdp=full_shard"], "unknown key fsdp: expected one of name,"),  # no guess: `seed` is as near
+        (["training.learning_rate=.inf"], "learning_rate = inf: expected a finite number"),
+        (["seed=99999999999"], "seed = 99999999999: expected less than 4294967296"),
         (["lr=1"], r"unknown key lr: did you mean training\.learning_rate\?"),
         (["LR=1"], r"did you mean training\.learning_rate\?"),
         (["batch_size=1"], r"unknown key batch_size: did you mean data\.batch_rows\?"),
