@@ -99,7 +99,7 @@ FAULTS = [
           "tests/models/test_structure.py::test_one_permutation_serves_all_projections"),
     fault("no weight decay", "moejax/training/optimizer.py", "optax.add_decayed_weights(config.weight_decay, decayed)",
           "optax.add_decayed_weights(0.0, decayed)", OPTIMIZER),
-    fault("no clipping", "moejax/training/optimizer.py", "return rule if config.clip_norm is None else", "return rule if True else", OPTIMIZER),
+    fault("no clipping", "moejax/training/optimizer.py", "return rule if config.clip_norm is None else", "return rule if True else", f"{OPTIMIZER}::test_a_gradient_is_clipped_by_the_norm_of_all_its_parts"),
     fault("dropout: the same at every step", STEP, "key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout",
           "key = jax.random.key(seed) if objective.dropout", f"{ONE_STEP}::test_dropout_is_seeded_and_drawn_anew"),
     fault("dropout: not seeded", STEP, "key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout",
@@ -146,7 +146,7 @@ FAULTS = [
     fault("decoding: a token's position is one too far", "models/cache.py", "valid, cache.lengths[:, None], cache.layers", "valid, cache.lengths[:, None] + 1, cache.layers",
           f"{MIXTRAL}::test_cache_equals_full_pass"),
     fault("decoding: the same draw at every step", "moejax/evaluation/generate.py", "jax.random.fold_in(key, step)", "key",
-          "tests/evaluation/test_generate.py"),
+          "tests/evaluation/test_generate.py::test_each_step_draws_anew"),
 ]  # fmt: skip
 
 
