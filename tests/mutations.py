@@ -175,8 +175,8 @@ def noticed(found: Fault, copy: Path) -> tuple[bool, str]:
     finally:
         for file, _, _ in found.edits:
             shutil.copy2(ROOT / file, copy / file)
-    failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and failed and "ERROR" not in done.stdout:
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)  # an error of a fixture; not of collecting, which has no ::
+    if done.returncode == 1 and failed:
         return True, failed[0]
     return False, "\n".join((done.stdout + done.stderr).splitlines()[-5:])
 
