@@ -16,6 +16,7 @@ from moejax import other_tools
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig, Place
+from moejax.yaml_file import read_yaml
 
 
 def _number(value: Any) -> Any:
@@ -367,40 +368,13 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(f"config file {file} {what} (expected a YAML file; see configs/)")
-    try:
-        content = yaml.load(file.read_bytes(), _Loader)  # bytes: a byte-order mark says which Unicode it is
-    except yaml.reader.ReaderError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.position}): save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", error))
-        tab = " (a tab: YAML is indented with spaces)" if "'\\t'" in problem else ""
-        raise UserError(f"{file}{where}: not valid YAML: {problem}{tab}") from None
-    except RecursionError:
-        raise UserError(f"{file}: nested too deeply to be a config") from None
-    except ValueError as error:  # a date that does not exist, a number of thousands of digits
-        why = str(error).partition(";")[0]
-        raise UserError(f"{file}: a value that YAML cannot read: {why}; put it in quotes if it is a text") from None
+    content = read_yaml(file)
     if not isinstance(content, dict):
         got = "nothing: it is empty" if content is None else "a list" if isinstance(content, list) else repr(str(content)[:60])
         raise UserError(f"{file}: expected a mapping of sections, got {got}")
     for override in overrides:
         _apply(content, override)
     return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's own takes the last of two equal keys: the first, a whole section perhaps, would be lost without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:str":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands in it twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _validated(content: dict[str, Any], path: str | Path) -> Experiment:

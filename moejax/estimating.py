@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax import installation
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator.asked import HERE, names_of
 from moejax.estimator.gpus import GPU, GPUS, platform_of_capability
@@ -63,9 +63,9 @@ def architecture_of(experiment: Experiment) -> Architecture:
     from models.config import from_hub_config
 
     source = experiment.model.source
+    file = Path(source or "", "config.json")
+    content = read_json(file) if source and file.is_file() else None
     try:
-        file = Path(source or "", "config.json")
-        content = json.loads(file.read_text(encoding="utf-8")) if source and file.is_file() else None
         base = None if content is None else from_hub_config(content, experiment.model.ignored_settings)
         return experiment.model.architecture(base)
     except (ValueError, KeyError) as error:

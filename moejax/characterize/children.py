@@ -58,7 +58,7 @@ def read(path: Path) -> Result | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Result(**{"command": "", **content})
-    except (ValueError, TypeError, UnicodeDecodeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is no result of a trial: delete it, and the trial runs again") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from moejax.characterize import plan
 from moejax.characterize.outcome import Outcome
 from moejax.characterize.plan import Task
 from moejax.characterize.study import Setting, Study
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import coefficients, fitting, gpus, paper, prices
 from moejax.estimator.fitting import Fitted, Run
@@ -46,7 +46,7 @@ def read(folder: Path, study: Study, model: str) -> list[Measured]:
     for task in plan.tasks(study):
         path = folder / "trials" / f"{task.name}.json"
         if task.kind in ("throughput", "length") and task.setting.model == model and path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, remedy="delete it, and the trial runs again")
             if content["status"] == "done" and content["facts"]:
                 found.append(Measured(task, content["facts"]))
     return found

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from moejax.config import whole_row
 from moejax.errors import UserError
 
 Batch = int | str  # queries, or a share of the largest batch: "1/2"; "largest"
@@ -92,6 +91,8 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
     """(sizes changed by `sweep.NAME=VALUE`, the other overrides). Raises UserError for a size that is none, or a value that fits none."""
     import yaml
 
+    from moejax.config import whole_row  # not above: `moejax --help` need not wait for pydantic
+
     rest: list[str] = []
     changes: dict[str, Any] = {}
     for text in overrides:
@@ -105,7 +106,7 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
             raise UserError(f"override {text!r}: expected sweep.NAME=VALUE with one of {', '.join(known)}")
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):
             read = value  # fits nothing
         wanted = getattr(sizes, name)
         read = tuple(dict.fromkeys(map(_hashable, read))) if isinstance(read, list) else read  # what is given twice is run once

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.data import chat
 from moejax.data.text_tokens import text_tokens
+from moejax.documents import read_json
 from moejax.errors import UserError
 
 
@@ -45,9 +45,6 @@ def _named(path: Path) -> list[int]:
     """eos_token_id of a config: a number, or several."""
     if not path.is_file():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: expected a JSON object with the settings of generation ({error})") from None
+    found = read_json(path).get("eos_token_id")
     several = found if isinstance(found, list) else [found]
     return [id_ for id_ in several if isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0]

@@ -61,10 +61,13 @@ def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
         length = lengths.constant(options.records, options.length)
     printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
     queries = options.records or printed or length.queries
+    multiple, row_tokens = _multiple(entries), options.row_tokens
+    if row_tokens and options.batching in ("fixed", "pack") and multiple != lengths.STUDY_MULTIPLE:
+        row_tokens = -(-row_tokens // multiple) * multiple  # as a run's rows are
     return job.Job(
         model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length.repeated(queries),
         queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
-        options.row_tokens, options.pad_multiple or _multiple(entries),
+        row_tokens, options.pad_multiple or multiple,
     )  # fmt: skip
 
 

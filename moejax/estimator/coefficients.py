@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import gpus, transfer
 from moejax.estimator.gpus import GPU
@@ -152,11 +153,8 @@ def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: d
 def read(path: str | Path) -> tuple[Entry, ...]:
     """Entries of a coefficients file. Raises UserError for a file that is none."""
     path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--coefficients {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+    document = read_json(path, "--coefficients ", "expected what `estimate.py fit` writes")
+    if document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"--coefficients {path}: expected a JSON object with schema_version {SCHEMA_VERSION}")
     entries = document.get("entries")
     if not isinstance(entries, list) or not entries:
@@ -176,8 +174,8 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
         samples = np.array(item.get("samples") or np.zeros((0, 3)), float).reshape(-1, 3)
         scatter = np.array(item.get("scatter") or [], float)
         points = int(item.get("points", 0))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: {str(error).partition(';')[0]}") from error
     if not np.isfinite(x).all() or (x < 0).any() or not x.any():
         raise UserError(f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0")
     model, method, gpu = (str(item[key]) for key in ("model", "method", "gpu"))
@@ -200,7 +198,7 @@ def _range(where: str, told: Any) -> Range | None:
         low, high = (float(v) for v in told["tokens"])
         least, most = (float(v) for v in told["shares"])
         return Range((low, high), (least, most), None if told.get("row_tokens") is None else int(told["row_tokens"]))
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{where}: range = {told!r}: expected tokens [low, high], shares [low, high], row_tokens") from None
 
 

@@ -110,7 +110,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from moejax.estimator import coefficients, plan
+    from moejax.estimator import coefficients, memory, plan
 
     entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
     job, table = asked.job_of(options, entries), asked.gpu_table(options)
@@ -134,8 +134,8 @@ def _plan(options: argparse.Namespace) -> int:
         print(software)
         told_of = [*job.told, *asked.assumed(options, job)]
         _predictions(_title(job), made.options, told_of, [*_offered(offers, made.options, options.spot), *unpriced])
-        for why in made.left_out.values():
-            print(f"left out: {why.brief}")
+        for why in memory.refusals(made.left_out):
+            print(f"left out: {why}")
         for name, p in answers.items():
             print(f"{name}: " + (_least(name, made.options) if p is None else f"{p.gpu}, batch {p.batch}: {_hours(p)}, {_usd(p)}"))
     _draw(options, lambda draw: lambda folder: draw.options(folder, job, made))

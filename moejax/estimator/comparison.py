@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moejax import json_lines
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import units
 from moejax.estimator.coefficients import Entry, Range, StepTime
@@ -59,14 +60,11 @@ def read_prediction(folder: Path) -> Document:
         raise UserError(f"{folder} does not exist (expected a run's folder, e.g. runs/demo)")
     if not path.is_file():
         raise UserError(f"{folder} holds no {PREDICTION}: it is no run of this version's train.py, or it ended before its first step")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in _TOLD if key not in document]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: no whole JSON ({error})") from None
+    document = read_json(path)
+    missing = [key for key in _TOLD if key not in document]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    return dict(document)
+    return document
 
 
 def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,19 +139,16 @@ _COMPILER_KEYS = tuple(field.name for field in dataclasses.fields(CompilerFigure
 def from_yaml(path: str | Path) -> dict[str, GPU]:
     """The table with a user's own GPUs: `NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}`.
 
-    `watts`, `chip`, `source` and `bf16` (false: it has none) are optional; with `compute_capability: 8.6, multiprocessors: 84, l2_mb: 6,
-    clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table, however it is written, replaces that
-    GPU. Raises UserError for a file, key or value that cannot be meant.
+    `watts`, `chip`, `source` and `bf16` (false: it has none, as below compute capability 8) are optional; with `compute_capability: 8.6,
+    multiprocessors: 84, l2_mb: 6, clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table, however it is written,
+    replaces that GPU. Raises UserError for a file, key or value that cannot be meant.
     """
-    import yaml
+    from moejax.yaml_file import read_yaml
 
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--gpu-file {path}: {getattr(error, 'strerror', None) or error}") from error
+    document = read_yaml(path, "--gpu-file ")
     example = "NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}"
-    if not isinstance(document, dict) or not all(isinstance(v, dict) for v in document.values()):
+    if not isinstance(document, dict) or not all(isinstance(v, dict) and _plain(str(k)) for k, v in document.items()):
         raise UserError(f"--gpu-file {path}: expected lines like `{example}`")
     table = dict(GPUS)
     for name, figures in document.items():
@@ -162,15 +158,23 @@ def from_yaml(path: str | Path) -> dict[str, GPU]:
             what = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(map(str, unknown))}"
             raise UserError(f"--gpu-file {path}: {name} {what}; expected `{example}`")
         for key in ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops", "watts", "multiprocessors", "l2_mb", "clock_ghz"):
-            value = figures.get(key)
-            if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
-                raise UserError(f"--gpu-file {path}: {name}.{key} = {value!r}: expected a number above 0")
+            value = figures.get(key, 1)
+            if value is None and not _YAML_KEYS.get(key):
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0.001 <= value <= 1e9:
+                raise UserError(f"--gpu-file {path}: {name}.{key} = {repr(value)[:40]}: expected a number above 0, as on its data sheet")
         if not isinstance(figures.get("bf16", True), bool):
             raise UserError(f"--gpu-file {path}: {name}.bf16 = {figures['bf16']!r}: expected true or false")
-        gpu = _gpu(str(name), figures["memory_gb"], figures["bandwidth_gb_per_second"], figures["bf16_tflops"],
-                   figures.get("watts"), str(figures.get("chip", name)), bf16=figures.get("bf16", True))  # fmt: skip
-        table = {known: other for known, other in table.items() if _plain(known) != _plain(str(name))}
         compiler = _compiler_figures(f"--gpu-file {path}: {name}", figures)
+        able = compiler is None or float(compiler.compute_capability) >= 8
+        if not able and figures.get("bf16"):
+            raise UserError(
+                f"--gpu-file {path}: {name}.bf16 = true: a GPU of compute_capability {figures['compute_capability']} has no bf16 (8.0 has)"
+            )
+        gpu = _gpu(str(name), figures["memory_gb"], figures["bandwidth_gb_per_second"], figures["bf16_tflops"],
+                   figures.get("watts"), str(figures.get("chip", name)), bf16=figures.get("bf16", able))  # fmt: skip
+        table = {known: other for known, other in table.items() if _plain(known) != _plain(str(name))}
         platform = None if compiler is None else platform_of_capability(compiler.compute_capability)
         table[str(name)] = dataclasses.replace(gpu, source=str(figures.get("source", path.name)), compiler=compiler, platform=platform)
     return table

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moejax import reference
+from moejax.documents import read_text
 from moejax.errors import UserError
 
 Batching = Literal["pad_longest", "pad_bucket", "pack", "fixed"]
@@ -105,7 +106,7 @@ class Lengths:
             return batch * self.expected_longest(batch, multiple=multiple, row_tokens=row_tokens, buckets=buckets)
         if batching == "fixed":
             if row_tokens is None or row_tokens < 1:
-                raise UserError(f"batching 'fixed' with rows of {row_tokens} tokens: say how long a row is, at least 1")
+                raise UserError(f"--batching fixed: how many tokens has a row? Give --row-tokens (it is {row_tokens}), at least 1")
             return float(batch * row_tokens)
         if batching not in get_args(Batching):
             raise UserError(f"batching {batching!r}: expected one of {', '.join(get_args(Batching))}")
@@ -144,17 +145,24 @@ def constant(queries: int, tokens: int) -> Lengths:
 def from_file(path: str | Path) -> Lengths:
     """Lengths from a file: a JSON list of numbers, or one number a line. Raises UserError for anything else."""
     path = Path(path)
+    text = read_text(path, "--lengths ")
+    expected = "expected a JSON list of tokens per query, or one number a line"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--lengths {path}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        values = json.loads(text) if text.lstrip().startswith("[") else [float(line) for line in text.split()]
-        lengths = np.array(values, float)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"--lengths {path}: expected a JSON list of tokens per query, or one number a line ({error})") from error
-    if lengths.ndim != 1 or not len(lengths):
-        raise UserError(f"--lengths {path}: expected whole numbers of at least 1, one a query")
+        values = json.loads(text, parse_int=float) if text.lstrip().startswith("[") else text.split()
+    except (ValueError, RecursionError) as error:
+        why = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(f"--lengths {path}: {expected} ({why})") from error
+    if not values:
+        raise UserError(f"--lengths {path} is empty: {expected}")
+    if text.lstrip().startswith("["):
+        other = next((value for value in values if not isinstance(value, float)), None)
+        none = None if other is None and None not in values else str(json.dumps(other))
+    else:
+        none = next((value for value in values if not _a_number(value)), None)
+    if none is not None:
+        record = " (records of a data set? their tokens are counted by `train.py --dry-run`)" if none.startswith(("{", '{"')) else ""
+        raise UserError(f"--lengths {path}: {expected}, found {none[:40]}{record}")
+    lengths = np.array(values, float)
     wrong = np.flatnonzero(~((lengths >= 1) & (lengths <= MOST) & (lengths == np.round(lengths))))
     if len(wrong):
         raise UserError(
@@ -163,6 +171,14 @@ def from_file(path: str | Path) -> Lengths:
         )
     tokens, counts = np.unique(lengths.astype(np.int64), return_counts=True)
     return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} {'queries' if len(lengths) > 1 else 'query'}")
+
+
+def _a_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def of_dataset(dataset: str) -> Lengths:

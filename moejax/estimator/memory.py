@@ -66,7 +66,7 @@ def cached(key: dict[str, Any], compile_it: Callable[[], Peak], *, folder: Path 
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == json.loads(text):
             return Peak(**kept["peak"]), True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     peak = compile_it()
     try:
@@ -159,11 +159,20 @@ def by_closed_form(usable: float) -> tuple[float, float]:
 
 
 class DoesNotFit(UserError):
-    """A step is refused by one GPU; another may take it. `brief`: without which."""
+    """A step is refused by one GPU; another may take it. `brief`: without which. `what`: the part of it that is the same on every GPU."""
 
-    def __init__(self, brief: str, others: str = "") -> None:
-        super().__init__(f"{brief}; {others}" if others else brief)
-        self.brief = brief
+    def __init__(self, brief: str, others: str = "", what: str = "") -> None:
+        self.what, self.more = what, brief
+        self.brief = f"{what}: {brief}" if what else brief
+        super().__init__(f"{self.brief}; {others}" if others else self.brief)
+
+
+def refusals(left_out: dict[str, DoesNotFit]) -> list[str]:
+    """Why these GPUs do not do, without those that would; what is the same of several is said once."""
+    told: dict[str, list[str]] = {}
+    for why in left_out.values():
+        told.setdefault(why.what or why.brief, []).append(why.more)
+    return [f"{what}: {', '.join(more)}" if more != [what] else what for what, more in told.items()]
 
 
 def would_do(gpus: Iterable[GPU]) -> str:

@@ -12,7 +12,7 @@ from moejax.errors import UserError
 from moejax.estimator.coefficients import Entry, choose
 from moejax.estimator.gpus import GPU
 from moejax.estimator.job import Job
-from moejax.estimator.memory import DoesNotFit
+from moejax.estimator.memory import DoesNotFit, refusals
 from moejax.estimator.prices import Price, cheapest
 from moejax.estimator.room import EQUATION_1, Room
 
@@ -136,7 +136,9 @@ def predict_all(
         except DoesNotFit as error:
             left_out[gpu.name] = error
     if not found:
-        raise UserError("; ".join(str(why) if len(left_out) == 1 else why.brief for why in left_out.values()))
+        (told, *more) = [str(why) for why in left_out.values()] if len(left_out) == 1 else refusals(left_out)
+        cut = f" ({'; '.join(job.told[1:])})" if job.told[1:] and any(why.what for why in left_out.values()) else ""
+        raise UserError("; ".join([told, *more]) + cut)
     return found, left_out
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moejax.documents import read_text
 from moejax.errors import UserError
 from moejax.estimator.gpus import GPU, GPUS, find
 
@@ -75,14 +77,17 @@ def load(name_or_file: str, gpus: dict[str, GPU] | None = None) -> tuple[Price, 
     if name_or_file in SETS:
         return SETS[name_or_file]
     path = Path(name_or_file)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"--prices {path} {what}: expected a CSV file, or one of {', '.join(SETS)}")
+    text = read_text(path, "--prices ")
+    header = text.split("\n", 1)[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            columns = [c.strip() for c in reader.fieldnames or ()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prices {name_or_file}: {reason}; expected a CSV file, or one of {', '.join(SETS)}") from error
+        rows = list(reader)
+        columns = [c.strip() for c in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise UserError(f"--prices {path}, line {max(reader.line_num, 1)}: broken CSV: {error}") from error
     rows = [{(k or "").strip(): (v or "").strip() if isinstance(v, str) else "" for k, v in row.items()} for row in rows]
     day = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
     catalog = "AcceleratorName" in columns or "InstanceType" in columns
@@ -103,8 +108,9 @@ def _check(path: Path, columns: list[str], rows: list[dict[str, str]], needed: t
         raise UserError(f"--prices {path}: currency {', '.join(sorted(currencies))}: convert the prices to USD first")
     missing = [c for c in needed if c not in columns]
     if missing:
+        there = ", ".join(columns)[:200] or "none"
         raise UserError(
-            f"--prices {path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing (it has {', '.join(columns) or 'none'}); "
+            f"--prices {path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing (it has {there}); "
             f"expected SkyPilot's {','.join(_SKYPILOT)} or {','.join(_SIMPLE)}[,seller][,day][,spot]"
         )
 
@@ -115,7 +121,7 @@ def _amount(path: Path, line: int, column: str, text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise UserError(f"--prices {path}, line {line}: {column} = {text!r}: expected a number of US dollars above 0, without a sign")
+        raise UserError(f"--prices {path}, line {line}: {column} = {text[:40]!r}: expected US dollars, a number above 0 without a sign")
     return value
 
 
@@ -123,7 +129,11 @@ def _simple(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GP
     for line, row in enumerate(rows, 2):
         usd = _amount(path, line, "usd_per_hour", row["usd_per_hour"])
         spot = row.get("spot", "").lower() in ("1", "true", "yes")
-        yield Price(find(row["gpu"], gpus).name, usd, row.get("seller") or path.stem, row.get("day") or day, spot)
+        try:
+            gpu = find(row["gpu"], gpus)
+        except UserError as error:
+            raise UserError(f"--prices {path}, line {line}: {error}") from None
+        yield Price(gpu.name, usd, row.get("seller") or path.stem, row.get("day") or day, spot)
 
 
 def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GPU]) -> Iterable[Price]:

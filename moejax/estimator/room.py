@@ -64,7 +64,7 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
             if resident > gpu.memory_gb
             else f"{job.model} by {job.method} with one query of {job.longest} tokens needs {needed:.1f} GB by equation 1"
         )
-        raise memory.DoesNotFit(f"{what}: {needed - gpu.memory_gb:.1f} GB more than the {gpu.name}'s {gpu.memory_gb:g} GB", would)
+        raise memory.DoesNotFit(f"{needed - gpu.memory_gb:.1f} GB more than the {gpu.name}'s {gpu.memory_gb:g} GB", would, what)
     return max(paper.max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
 
 

@@ -176,7 +176,7 @@ def larger(path: Path, key: str, count: int) -> bool:
     """Whether the JSON file `path` is a result over more than `count` examples (under `key`): a look at a few does not replace it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))[key] > count
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

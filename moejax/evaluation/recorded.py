@@ -53,7 +53,10 @@ class ScoredRun:
         if not path.is_file():
             raise UserError(f"{path} is not there: was the folder copied without eval/?")
         # Not splitlines: an answer may hold a line separator of Unicode's.
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is not whole: a copy that was cut off?") from None
 
 
 def open_scored(folder: Path) -> ScoredRun:

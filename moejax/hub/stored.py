@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moejax.documents import without_advice
 from moejax.errors import UserError
 from moejax.files import lfs_pointer
 from moejax.hub import bitsandbytes
@@ -23,8 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} {lfs_pointer(path) or f'cannot be read ({error}): download it again'}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} {lfs_pointer(path) or f'cannot be read ({without_advice(error)}): download it again'}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
     return content

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.files import replace_text
 
@@ -136,16 +137,7 @@ def read(path: Path) -> StepProfile:
     again = "write it again with `moejax profile CONFIG`"
     if not path.is_file():
         raise UserError(f"{path} does not exist (expected the {FILE_NAME} of a profiled run): {again}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {again}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}: no whole JSON ({error.msg}): was it cut off? {again.capitalize()}"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}: {again}")
+    content = read_json(path, remedy=again)
     version = content.get("schema_version")
     if type(version) is not int or version != VERSION:
         found = "schema_version is missing" if version is None else f"schema_version = {version!r}"

@@ -99,7 +99,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         opened: Any = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             events = json.load(file)["traceEvents"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no trace of torch.profiler, or is cut off ({type(error).__name__})") from None
     return list(events)
 

@@ -41,6 +41,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from moejax.documents import read_json, read_text
 from moejax.errors import UserError
 from moejax.files import replace_text
 
@@ -212,7 +213,7 @@ def as_csv(rows: list[Row]) -> str:
 
 def read_csv(path: str | Path) -> list[Row]:
     """The rows of a results.csv, as `write` was given them. Raises UserError naming file, line and value."""
-    reader = csv.reader(io.StringIO(_text(Path(path)), newline=""))
+    reader = csv.reader(io.StringIO(read_text(_there(Path(path)), remedy=AGAIN), newline=""))
     header = tuple(next(reader, ()))
     if header != COLUMNS:
         raise UserError(f"{path}: columns {','.join(header)}: expected {','.join(COLUMNS)}")
@@ -259,23 +260,14 @@ def read_plan(folder: str | Path) -> Study:
 AGAIN = "run the same `moejax characterize` again (finished trials are kept), or take another folder"
 
 
-def _text(path: Path) -> str:
+def _there(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected what `moejax characterize --out {path.parent}` writes")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {AGAIN}") from None
+    return path
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: no whole JSON ({error.msg}): was it cut off? {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(_there(path), remedy=AGAIN)
 
 
 def _version(content: dict[str, Any], path: Path) -> dict[str, Any]:

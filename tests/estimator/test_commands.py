@@ -85,7 +85,8 @@ def test_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
     assert code == 0 and (tmp_path / "plan.png").exists()
     assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
-    assert "4.8 GB more than the A10G's 24 GB\n" in out and "left out: V100-32 has no bf16" in out
+    assert "4.8 GB more than the A10G's 24 GB" in out and "left out: V100-32 has no bf16" in out
+    assert out.count("holds 28.1 GB before any activation") == 1, "what is the same of several cards is said once"
     (unpriced,) = re.findall(r"no price known in 2026: (.*?); --prices FILE brings your own", " ".join(out.split()))
     assert "A40 (--prices study has one)" in unpriced and "RTX-PRO-6000" in unpriced  # they fit, and their time is in the table
     assert "RTX-4090" not in unpriced and "L4," not in unpriced and "V100" not in unpriced  # of what does not fit no price is told
@@ -188,8 +189,8 @@ def test_this_machine(capsys, tmp_path, monkeypatch):
      ((*PREDICT, "--batch", "-1"), "batch = -1"), ((*PREDICT, "--epochs", "0"), "epochs = 0"),
      ((*PREDICT, "--experts-per-token", "12"), "expected 1 to 8"), ((*PREDICT, "--model", "llama"), "--model llama"),
      ((*PREDICT, "--method", "dora"), "--method dora"), ((*PREDICT, "--method", "full"), "no coefficients for mixtral by full"),
-     ((*PREDICT, "--batching", "rows"), "batching 'rows'"), ((*PREDICT, "--batching", "fixed"), "say how long a row is"),
-     ((*PREDICT, "--prices", "nowhere.csv"), "No such file"), ((*PREDICT, "--coefficients", "nowhere.json"), "No such file"),
+     ((*PREDICT, "--batching", "rows"), "batching 'rows'"), ((*PREDICT, "--batching", "fixed"), "--batching fixed: how many tokens"),
+     ((*PREDICT, "--prices", "nowhere.csv"), "nowhere.csv does not exist"), ((*PREDICT, "--coefficients", "nowhere.json"), "No such file"),
      ((*PREDICT, "--spot"), "no spot price"), (("predict", "--dataset", "math_14k", "--gpu", "L4"), "4.8 GB more than the L4's"),
      (("plan", "--dataset", "math_14k", "--deadline", "-1"), "deadline = -1"),
      (("plan", "--dataset", "math_14k", "--gpu", "A10G"), "4.8 GB more than the A10G's")],

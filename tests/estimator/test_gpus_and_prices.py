@@ -176,7 +176,7 @@ def test_bad_price_files(tmp_path, text, message):
 
 
 def test_a_price_file_that_is_none():
-    with pytest.raises(UserError, match=r"No such file.*one of study, 2026"):
+    with pytest.raises(UserError, match=r"nowhere.csv does not exist: .*one of study, 2026"):
         prices.load("nowhere.csv")
 
 

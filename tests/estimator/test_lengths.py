@@ -81,7 +81,7 @@ def test_a_length_that_is_none_is_named(tmp_path):
             lengths.constant(**size)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "a\n", "1.5\n", "-3\n", "[[1], [2]]", '["x"]', "nan", "1e400"])
+@pytest.mark.parametrize("text", ["", "[]", "a\n", "1.5\n", "-3\n", "[[1], [2]]", '["3"]', "[true]", "[null]", "nan", "1e400"])
 def test_files_of_something_else(tmp_path, text):
     path = tmp_path / "lengths"
     path.write_text(text)

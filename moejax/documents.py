@@ -1,0 +1,50 @@
+"""JSON files that users bring, or that a run left: read whole, or one message that says what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.files import lfs_pointer
+
+
+def read_json(path: Path, given: str = "", remedy: str = "") -> dict[str, Any]:
+    """The object in a JSON file. given: what named the file (an option, with a space behind it); remedy: what to do, in the message.
+
+    Raises UserError for a file that cannot be read, is cut off, or holds something else.
+    """
+    text = read_text(path, given, remedy)
+    where, then = f"{given}{path}", f" {remedy[0].upper()}{remedy[1:]}" if remedy else ""
+    remedy = f": {remedy}" if remedy else ""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, line {error.lineno}: no whole JSON ({error.msg}): was it cut off?{then}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be read{remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {without_advice(error)}{remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(content).__name__}{remedy}")
+    return content
+
+
+def read_text(path: Path, given: str = "", remedy: str = "") -> str:
+    """A file's text. Raises UserError where it cannot be read, or is no UTF-8. given, remedy: as in `read_json`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{given}{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{given}{path} is not UTF-8 text (byte {error.start}): {remedy or 'save it as UTF-8'}") from None
+    pointer = lfs_pointer(path)
+    if pointer is not None:
+        raise UserError(f"{given}{path} {pointer}")
+    return text
+
+
+def without_advice(error: Exception) -> str:
+    """Python's own words, without its advice."""
+    return str(error).partition(";")[0]
