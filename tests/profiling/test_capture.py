@@ -180,7 +180,7 @@ def test_an_error_inside_the_window_closes_the_trace(session_experiment, cached,
 
 def test_a_new_shape_inside_the_window(session_experiment, cached, tmp_path, capsys):
     """With padded rows a later step may compile: the run ends well, and says why there is no profile."""
-    records = [{"instruction": "One " * n, "output": "two"} for n in [2] * 8 + [20] * 4]
+    records = [{"instruction": "One " * n, "output": "two"} for n in [20] * 8 + [2] * 4]  # the longest is compiled at the start
     (tmp_path / "lengths.json").write_text(json.dumps(records))
     data = {"source": str(tmp_path / "lengths.json"), "holdout": 0, "shuffle": False}
     experiment = session_experiment(
