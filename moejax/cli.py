@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parsed(parser: argparse.ArgumentParser, given: Sequence[str], of_command: argparse.ArgumentParser | None, **preset: str) -> int:
     """Run what the arguments say. An option that does not exist is a mistake like every other, told with what may be meant."""
     options, unknown = parser.parse_known_args(given, argparse.Namespace(**preset))
+    if "overrides" in options:  # argparse takes them in one place alone: before the options, or after
+        options.overrides = [*options.overrides, *(text for text in unknown if "=" in text and not text.startswith("-"))]
+        unknown = [text for text in unknown if text not in options.overrides]
     try:
         if unknown:
             raise UserError(_unknown_argument(unknown[0], given, of_command or parser, "overrides" in options))

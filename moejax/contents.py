@@ -16,6 +16,7 @@ Part = Literal["data", "evaluation", "questions", "tokenizer", "adapter", "base"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"
 )  # fmt: skip
+_OF_BASE = {"base_config": "config.json and generation_config.json", "base_files": "names, sizes and index of its files"}
 
 
 def _tuple(value: Any) -> Any:
@@ -26,8 +27,9 @@ class MadeOf(BaseModel):
     """SHA-256 of contents, in hexadecimal; null: there is none, or it is not known. Written by the run, in its config.yaml.
 
     data, evaluation: the records as they were read, in order; questions: those of `eval.data`; tokenizer, adapter: their files;
-    base_files: names and sizes of the weights' files and their index; base: the weights as they are stored in memory, on `platform`.
-    steps: of the whole run. changed: what a resumed run went on with instead, where it was asked to.
+    base_config: config.json and generation_config.json; base_files: names and sizes of the weights' files and their index; base: the
+    weights as they are stored in memory, on `platform`. steps: of the whole run. changed: what a resumed run went on with instead, where
+    it was asked to.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,6 +39,7 @@ class MadeOf(BaseModel):
     questions: str | None = None
     tokenizer: str | None = None
     adapter: str | None = None
+    base_config: str | None = None
     base_files: str | None = None
     base: str | None = None
     platform: str | None = None
@@ -46,13 +49,13 @@ class MadeOf(BaseModel):
     def differences(self, now: MadeOf) -> dict[str, str]:
         """Part -> both contents, of those that are known on both sides and differ."""
         found: dict[str, str] = {}
-        for part in ("data", "evaluation", "questions", "tokenizer", "adapter", "base_files", "base"):
+        for part in ("data", "evaluation", "questions", "tokenizer", "adapter", "base_config", "base_files", "base"):
             then, here = getattr(self, part), getattr(now, part)
             if part == "base" and self.platform != now.platform:
                 continue  # another device may round a scale otherwise; the files were compared
             if then is not None and here is not None and then != here:
-                what = "names, sizes and index of its files" if part == "base_files" else "sha256"
-                found.setdefault(part.removesuffix("_files"), f"{what} {then[:16]}… when the run began, {here[:16]}… now")
+                what = _OF_BASE.get(part, "sha256")
+                found.setdefault("base" if part in _OF_BASE else part, f"{what} {then[:16]}… when the run began, {here[:16]}… now")
         if self.steps is not None and now.steps is not None and self.steps != now.steps:
             found["steps"] = f"{self.steps} in the whole run when it began, {now.steps} now"
         return found
@@ -91,6 +94,19 @@ def tokenizer_content(source: str, tokenizer: Any) -> str:
         return files_content([path / name for name in _TOKENIZER_FILES if (path / name).is_file()])
     whole = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizer.pad_token, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(whole).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def base_content(folder: Path) -> str:
+    """Of what a model's folder says of its model, beside the weights: by its values, not by how they are written."""
+    files = [path for path in (folder / "config.json", folder / "generation_config.json") if path.is_file()]
+    return records_content(_values(path.read_text(encoding="utf-8-sig", errors="replace")) for path in files)
+
+
+def _values(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # whoever uses it says so
+        return text
 
 
 def files_content(files: Iterable[Path]) -> str:

@@ -17,7 +17,7 @@ from models.config import Architecture
 from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.runs import open_run
+from moejax.evaluation.runs import check_made_of, open_run
 from moejax.hub import beside, merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint, layers_in
 from moejax.terminal import Console
@@ -47,6 +47,8 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
         raise UserError(f"{folder}: its base has random weights (model.preset), which nobody else has: nothing to put an adapter on")
     base = weights.resolve(str(source), experiment.model.revision) if trained else folder / "model"
     sizes = architecture(experiment, base)
+    if trained:
+        check_made_of(folder, experiment, base, _tokenizer(experiment, base))
     total = model_bytes(sizes)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -42,6 +42,8 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "--dry_run"], "--dry_run is no option of moejax train: did you mean --dry-run?"),
         (["train", "--config", CONFIG, "--qqq"], "takes values of the config as key.sub=value, without dashes"),
         (["train", "--config", CONFIG, "lr=1"], "unknown key lr: did you mean training.learning_rate?"),
+        (["train", "--config", CONFIG, "--resume", "lr=1"], "unknown key lr: did you mean training.learning_rate?"),
+        (["train", "--config", CONFIG, "seed=1", "--resume", "now"], "'now' is one argument too many for moejax train"),
         (["profile", CONFIG, "--batch_size=8"], "did you mean data.batch_rows=8?"),
         (["generate", "--run", "x", "--prompt", "y", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
         (["doctor", "now"], "'now' is one argument too many for moejax doctor"),

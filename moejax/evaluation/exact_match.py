@@ -16,12 +16,12 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
 from moejax.evaluation.evaluate import evaluate, larger, prompts_of
-from moejax.evaluation.runs import open_run, tuned
+from moejax.evaluation.runs import base_model, check_made_of, open_run, tuned
 from moejax.evaluation.tasks import example, find
 from moejax.files import replace_text
 from moejax.hub import weights
 from moejax.terminal import Console
-from moejax.training.state import architecture, create_model
+from moejax.training.state import architecture
 
 ROWS = 64  # problems answered together
 
@@ -48,8 +48,9 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
     ends = ends_of(tokenizer, experiment.data.template, model_folder)
     sizes = architecture(experiment, model_folder)
+    check_made_of(folder, experiment, model_folder, tokenizer)
     prompts_of(tokenizer, task, examples, experiment.data.template, task.max_new_tokens, sizes.max_position_embeddings)
-    model = create_model(experiment, sizes, model_folder)
+    model = base_model(folder, experiment, sizes, model_folder)
     right: dict[str, int] = {}
     if known:  # training data need not have answers that are numbers
         guess = commonest(known)

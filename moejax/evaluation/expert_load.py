@@ -20,7 +20,7 @@ from moejax.data.pipeline import in_order
 from moejax.data.sources import load_records
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.runs import open_run, tuned
+from moejax.evaluation.runs import base_model, check_made_of, open_run, tuned
 from moejax.files import replace_text
 from moejax.hub import weights
 from moejax.terminal import Console
@@ -53,8 +53,13 @@ def run(run_folder: str | None, config_file: str | None, data: str, limit: int |
     sizes = architecture(experiment, model_folder)
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
     check_vocabulary(tokenizer, sizes.vocab_size)
+    if run_folder is not None:
+        check_made_of(folder, experiment, model_folder, tokenizer)
     batches = in_order(experiment.data, records, tokenizer, experiment.seed, data)
-    model = create_model(experiment, sizes, model_folder)
+    if run_folder is None:
+        model = create_model(experiment, sizes, model_folder)
+    else:
+        model = base_model(folder, experiment, sizes, model_folder)
     counts = {"base": count(model, batches)}  # a fresh adapter's B is zero: the model is its base
     if run_folder is not None:
         counts["tuned"] = count(tuned(experiment, sizes, folder, model), batches)

@@ -13,10 +13,12 @@ from models.build import Model, build
 from models.config import Architecture
 from moejax import config as experiments
 from moejax.config import Experiment
+from moejax.contents import MadeOf, base_content, tokenizer_content
 from moejax.data.ends import Ends, ends_of
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.hub.quantized_cache import Content
 from moejax.training.state import architecture, create_model
 
 
@@ -35,6 +37,30 @@ def open_run(folder: Path) -> Experiment:
     if not (folder / "config.yaml").is_file() or not any((folder / part).is_dir() for part in ("adapter", "model")):
         raise UserError(f"{folder} is no finished run (expected config.yaml, and adapter/ or model/, in it)")
     return experiments.load(folder / "config.yaml")
+
+
+def check_made_of(folder: Path, experiment: Experiment, model_folder: Path | None, tokenizer: Any) -> None:
+    """Raises UserError where base or tokenizer are others than those that the run in `folder` began with, as far as their files tell."""
+    source = experiment.tokenizer or model_folder
+    now: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer_content(str(source), tokenizer)}
+    if model_folder is not None:
+        now |= {"base_config": base_content(model_folder), "base_files": weights.files_of(model_folder)}
+    _same(folder, experiment, now)
+
+
+def _same(folder: Path, experiment: Experiment, now: dict[str, Any]) -> None:
+    found = (experiment.made_of or MadeOf()).differences(MadeOf(platform=jax.default_backend(), **now))
+    if found:
+        told = "; ".join(f"{part}: {text}" for part, text in found.items())
+        raise UserError(f"{folder} was made of another content. Changed: {told}. Put back what the run was made of")
+
+
+def base_model(folder: Path, experiment: Experiment, sizes: Architecture, model_folder: Path | None) -> Model:
+    """What the run in `folder` began with. Raises UserError where its weights have become others since."""
+    content = Content()
+    model = create_model(experiment, sizes, model_folder, content)
+    _same(folder, experiment, {"base": content.value})
+    return model
 
 
 def tuned(experiment: Experiment, sizes: Architecture, folder: Path, base: Model) -> Model:
@@ -69,13 +95,14 @@ def load(folder: Path, base: bool = False) -> Loaded:
     sizes = architecture(experiment, model_folder)
     tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
     check_vocabulary(tokenizer, sizes.vocab_size)
+    check_made_of(folder, experiment, model_folder, tokenizer)
 
     def make() -> Model:
         if base:  # a fresh adapter's B is zero: the model is its base
-            return create_model(experiment, sizes, model_folder)
+            return base_model(folder, experiment, sizes, model_folder)
         if experiment.adapter is None:  # all weights were trained: nothing of the base is needed
             return create_model(experiment, sizes, folder / "model")
-        return tuned(experiment, sizes, folder, create_model(experiment, sizes, model_folder))
+        return tuned(experiment, sizes, folder, base_model(folder, experiment, sizes, model_folder))
 
     template = experiment.data.template
     return Loaded(make, sizes, tokenizer, template, ends_of(tokenizer, template, model_folder))

@@ -21,7 +21,7 @@ from moejax.hub.torch_file import TorchFile
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError naming the file where it cannot be read or is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,9 +109,10 @@ class Checkpoints:
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _named(state))
         what = f"checkpoint {step} in {self.manager.directory}"
         try:
-            restored = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
-            )
+            with _told_once():
+                restored = self.manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+                )
             leaves = {name: restored.state[name] for name in abstract}
             content = dict(restored.position)
             if "sha256" not in content:  # of a version that kept no checksums
@@ -150,6 +153,25 @@ class Checkpoints:
             raise UserError(
                 f"{self.manager.directory}: a checkpoint cannot be written: {why}. Make room, or set runs_dir to another disk; {kept}"
             ) from error
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What cannot be read is one exception. orbax reads all arrays at once: the others fail after it, in threads and in tasks that nobody
+    waits for, with a traceback each, some of them long after the block."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    sys.unraisablehook = usual
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ import jax
 
 from moejax import config
 from moejax.config import Experiment
-from moejax.contents import MadeOf, files_content, records_content, tokenizer_content
+from moejax.contents import MadeOf, base_content, files_content, records_content, tokenizer_content
 from moejax.data.pipeline import Dataset
 from moejax.hub import snapshot, weights
 from moejax.training import run_folder
@@ -50,7 +50,7 @@ class Identity:
             if self.before is None:
                 told.append(f"note: {run_folder.folder_of(e)} was begun by a version that kept no hashes: its contents cannot be compared")
         if model_folder is not None:
-            now["base_files"] = weights.files_of(model_folder)
+            now |= {"base_config": base_content(model_folder), "base_files": weights.files_of(model_folder)}
         return told + self._compare(now)
 
     def of_files(self, model_folder: Path) -> list[str]:

@@ -133,6 +133,8 @@ def test_scopes_are_in_the_compiled_step(tmp_path):
         ({"nobody_knows": {"this": [1]}}, r'nobody_knows = \{"this": \[1\]\}: not known to be computed'),
         ({"hidden_size": "128"}, 'hidden_size = "128": expected a whole number'),
         ({"rope_theta": "1e6"}, 'rope_theta = "1e6": expected a number'),
+        ({"rope_theta": -1}, "rope_theta = -1.0: expected a number above 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps = 0: expected a number above 0"),
     ],
 )
 def test_configs_that_would_compute_something_else_are_refused(change, message):

@@ -1,9 +1,12 @@
 """Checkpoints that cannot be written, and those that are not what was written."""
 
 import errno
+import logging
 import shutil
+import sys
 from functools import partial
 from operator import mul
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.training.checkpoint import Checkpoints, Position, _checksums
+from moejax.training.checkpoint import Checkpoints, Position, _checksums, _told_once
 from moejax.training.step import TrainState
 
 STATE = TrainState({"a": jax.random.normal(jax.random.key(0), (30, 400)), "b": jnp.ones(5, jnp.bfloat16)}, {}, jnp.zeros((), jnp.int32))
@@ -114,6 +117,21 @@ def test_none_is_whole(three):
         checkpoints.newest(STATE, print)
     checkpoints.close()
     assert not (three.parent / "damaged").exists() and (three / "3").is_dir()
+
+
+def test_reads_that_were_given_up_print_no_traceback_each(monkeypatch):
+    """As threads of tensorstore, and asyncio, would after the first that failed; what else cannot be raised is told as ever."""
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", usual := lambda unraisable: told.append(str(unraisable.exc_value)))
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.NOTSET)
+    with _told_once():
+        pass
+    assert sys.unraisablehook is usual
+    with pytest.raises(ValueError, match="the first"), _told_once():
+        raise ValueError("the first")
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert told == ["another"] and not logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
 
 
 def test_a_checkpoint_of_a_version_without_checksums(three):

@@ -15,11 +15,12 @@ from support import ROOT, TINY, tiny_experiments
 
 from models.build import build
 from models.config import PRESETS, LoRAConfig
-from moejax import config
+from moejax import config, export
 from moejax.contents import MadeOf
 from moejax.data.tokenize import Query
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
+from moejax.evaluation import runs
 from moejax.hub.peft import save_adapter
 from moejax.hub.save import save_weights
 from moejax.runs.claim import claimed
@@ -181,6 +182,9 @@ CHANGES = {
     "evaluation": (lambda f: edited(f / "eval.json", lambda r: r[1:]), "Changed: evaluation: sha256"),
     "tokenizer": (lambda f: longer(f / "tokenizer.json"), "Changed: tokenizer: sha256"),
     "adapter": (lambda f: flip_a_byte(f / "earlier/adapter/adapter_model.safetensors"), "Changed: adapter: sha256"),
+    "a setting of the base": (
+        lambda f: edited(f / "base/config.json", lambda c: c | {"rms_norm_eps": 1e-3}), "Changed: base: config.json and generation_config"
+    ),
     "another base": (lambda f: rewritten(f / "base/model.safetensors"), "Changed: base: names, sizes and index of its files"),
     "a base of the same sizes": (lambda f: flip_a_byte(f / "base/model.safetensors"), "Changed: base: sha256"),
 }  # fmt: skip
@@ -201,9 +205,9 @@ def test_a_run_is_resumed_with_its_own_contents_alone(what, copied, monkeypatch)
 
 def test_every_part_is_compared_and_named():
     """Also the problems of an eval: section; weights that another device rounded are left to their files."""
-    parts = ("data", "evaluation", "questions", "tokenizer", "adapter", "base_files", "base")
+    parts = ("data", "evaluation", "questions", "tokenizer", "adapter", "base_config", "base_files", "base")
     then, now = (MadeOf(**dict.fromkeys(parts, letter * 64), platform="cpu", steps=number) for letter, number in (("a", 1), ("b", 2)))
-    assert set(then.differences(now)) == {*parts, "steps"} - {"base_files"}
+    assert set(then.differences(now)) == {*parts, "steps"} - {"base_config", "base_files"}
     assert then.differences(then) == MadeOf().differences(now) == {}
     elsewhere = then.model_copy(update={"base": "b" * 64, "platform": "gpu"})
     assert then.differences(elsewhere) == {}
@@ -223,6 +227,24 @@ def test_other_data_where_they_are_asked_for(copied, capsys):
     edited(folder / "train.json", lambda records: records[:5])
     with pytest.raises(UserError, match=r"has done \d+ steps, and .* the whole run has 2: nothing is left to train"):
         loop.run(experiment, resume=True)
+
+
+def test_what_was_learned_is_not_put_on_another_base(copied):
+    """Asking a run's model what it answers: its adapter belongs to the base and the tokenizer that it was trained with."""
+    folder, experiment = copied
+    run = place_of(experiment)
+    edited(folder / "base/config.json", lambda c: c)  # written otherwise, the same values
+    loaded = runs.load(run)
+    flip_a_byte(folder / "base/model.safetensors")
+    with pytest.raises(UserError, match=r"runs/run was made of another content\. Changed: base: sha256"):
+        loaded.make()
+    edited(folder / "base/config.json", lambda c: c | {"rope_theta": 1.0})
+    for refused in (lambda: runs.load(run), lambda: export.run(str(run), str(folder / "out"), None, True, None)):
+        with pytest.raises(UserError, match="Changed: base: config"):
+            refused()
+    longer(folder / "tokenizer.json")
+    with pytest.raises(UserError, match=r"Changed: tokenizer: sha256 .*; base: config"):
+        runs.load(run)
 
 
 def test_another_place_with_the_same_content(copied, capsys, monkeypatch):
