@@ -71,9 +71,8 @@ class Dataset:
         if t.first_marked is not None:
             index, mark = t.first_marked
             kept = "as tokens: data.template = text takes its records as they are written" if t.as_written else "as text"
-            found.append(
-                f"{t.marked:,} records hold control tokens or the template's marks (first: record {index}, {mark!r}): kept, {kept}"
-            )
+            many = f"{t.marked:,} record{'s hold' if t.marked > 1 else ' holds'}"
+            found.append(f"{many} control tokens or the template's marks (first: record {index}, {mark!r}): kept, {kept}")
         if t.end != t.end_of_sequence:
             text = t.end.removesuffix(t.end_of_sequence)
             found.append(

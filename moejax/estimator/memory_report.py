@@ -52,7 +52,9 @@ def table(
     `gpus`: those that may be named where one does not do."""
     lines = [_line(experiment, gpu, peaks, gpus, rows, padded) for gpu, peaks in asked]
     refused = [str(line["problem"]) for line in lines if line["problem"]]
-    if len(refused) == len(lines):
+    none = len(refused) == len(lines)
+    refused = _said_once(refused)
+    if none:
         raise UserError("; ".join(refused))
     if as_json:
         print_json({"config": experiment.name, "row_tokens": asked[0][1].row_tokens, "gpus": lines})
@@ -83,6 +85,12 @@ def table(
     heads = (f"{line['gpu']}, {counted(line['shown'], 'row')}" for line in shown)
     show_table("what the peak is made of, GB", ("part", *heads), parts, notes)
     return 0
+
+
+def _said_once(refused: Sequence[str]) -> list[str]:
+    """Refusals as `memory.DoesNotFit` words them; which GPUs would do is said once where that is the same of all."""
+    parts = [text.rpartition("; ") for text in refused]
+    return [*(head for head, _, _ in parts), parts[0][2]] if len(parts) > 1 and len({tail for *_, tail in parts}) == 1 else list(refused)
 
 
 def _share(experiment: Experiment) -> str:

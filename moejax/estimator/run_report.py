@@ -11,6 +11,7 @@ from moejax.errors import UserError
 from moejax.estimator import comparison
 from moejax.estimator.commands import print_json, show_table
 from moejax.estimator.fitting import Fitted
+from moejax.estimator.units import counted
 
 
 def fitted(found: Sequence[Fitted], out: str, *, as_json: bool, plot: str | None) -> int:
@@ -93,7 +94,7 @@ def compared(found: dict[str, dict[str, Any]], *, as_json: bool) -> int:
         print_json(found)
         return 0
     for folder, document in found.items():
-        print(f"{folder}: {document['model']} by {document['method']} on {document['gpu']}, {document['steps']} steps")
+        print(f"{folder}: {document['model']} by {document['method']} on {document['gpu']}, {counted(document['steps'], 'step')}")
         for line in comparison.lines(document):
             print(f"  {line}")
         print(f"  kept in {Path(folder) / comparison.COMPARISON}")

@@ -136,7 +136,7 @@ def read(path: Path) -> StepProfile:
         path = path / FILE_NAME
     again = "write it again with `moejax profile CONFIG`"
     if not path.is_file():
-        raise UserError(f"{path} does not exist (expected the {FILE_NAME} of a profiled run): {again}")
+        raise UserError(f"{path} does not exist (expected the {FILE_NAME} of a profiled run): make one with `moejax profile CONFIG`")
     content = read_json(path, remedy=again)
     version = content.get("schema_version")
     if type(version) is not int or version != VERSION:

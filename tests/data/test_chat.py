@@ -80,7 +80,7 @@ def test_an_end_that_is_no_token(folder):
     assert tokenizer.decode(query.ids[query.prompt :]) == "The answer is 3.<|im_end|></s>"
     assert found.marked == 1, "the user's mark is the same text as the template's"
     told = Dataset(None, None, found, "a.json").notes()
-    assert told[0].startswith("1 records hold")
+    assert told[0].startswith("1 record holds")
     assert "'<|im_end|>', which is no token of this tokenizer: the end of sequence '</s>'" in told[1]
     assert ends_of(tokenizer, "chat") == Ends((tokenizer.eos_token_id,), "<|im_end|>")
 

@@ -341,6 +341,13 @@ def test_mistakes_are_one_message(capsys, arguments, message):
     assert code == 2 and out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+def test_which_gpus_would_do_is_said_once():
+    refused = ["8 GB more than the 22 GB usable on L4; A40, H100 would do", "T4 has no bf16. more; A40, H100 would do"]
+    assert memory_report._said_once(refused) == [*(text.split("; ")[0] for text in refused), "A40, H100 would do"]
+    assert memory_report._said_once([*refused, "a; no GPU of the table would do"]) == [*refused, "a; no GPU of the table would do"]
+    assert memory_report._said_once(refused[:1]) == refused[:1]
+
+
 def test_without_the_extra_the_closed_form_says_so(monkeypatch):
     monkeypatch.setattr(estimating.importlib.util, "find_spec", lambda name: None)
     assert "the extra `aot` is missing" in estimating.why_not_compiled(gpus.GPUS["H100"])
