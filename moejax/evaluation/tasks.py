@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def _read_problem(record: Record) -> Example:
         expected = final_number(str(record["answer"]))
         if expected is None:
             raise ValueError(f"its answer is no number: {record['answer']!r}")
+    if not math.isfinite(expected):
+        raise ValueError("its answer is a number beyond all that can be compared")
     return Example(_record(asked, record, output), str(_number(expected)))
 
 
@@ -213,8 +216,8 @@ def example(task: Task, source: str, index: int, record: Any) -> Example:
         found = task.read(record)
     except KeyError as error:
         raise UserError(f"{where} has no {error.args[0]!r} (it has {', '.join(record)}); {form}") from None
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{where}: {error}; {form}") from None
+    except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise UserError(f"{where}: {str(error)[:300]}; {form}") from None
     if blank(found.record["instruction"]):
         raise UserError(f"{where} asks nothing: its prompt is empty")
     return found

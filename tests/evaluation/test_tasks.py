@@ -212,6 +212,12 @@ def test_a_name_for_datasets(tmp_path):
         ),
         ("boolq-generated", [{"question": "a", "answer": None}], "record 0: no text under 'answer', but null"),
         ("gsm8k", [{"instruction": None, "answer": "1"}], "record 0: no text under 'instruction', but null"),
+        ("gsm8k", [{"instruction": "a", "answer": "9" * 400}], "record 0: its answer is a number beyond"),
+        (
+            "winogrande-loglikelihood",
+            [{"sentence": "a _", "option1": "b", "option2": "c", "answer": float("inf")}],
+            "record 0: cannot convert float infinity",
+        ),
         ("gsm8k", [{"instruction": "a", "input": 3, "answer": "1"}], "record 0: no text under 'input', but a number"),
         ("gsm8k", [{"instruction": "a", "answer": [1]}], "record 0: no text under 'answer', but a list"),
         ("gsm8k", [{"instruction": "a", "answer": 0}, {"instruction": "\u200b", "answer": 0}], "record 1 asks nothing"),
