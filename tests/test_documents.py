@@ -1,8 +1,12 @@
 """JSON and YAML of users and of runs: what they are instead is one message, through whichever door they come."""
 
+import shutil
+
 import pytest
+from support import ROOT
 
 from moejax.data.ends import ends_of
+from moejax.data.tokenizer import load_tokenizer
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import coefficients, comparison, gpus
@@ -78,3 +82,15 @@ def test_an_old_card_has_no_bf16_whether_it_is_said_or_not(tmp_path):
     (tmp_path / "a.yaml").write_text(f"OLD: {base}{more.format(7.5)}NEW: {base}{more.format(8.6)}BARE: {base}}}\n")
     table = gpus.from_yaml(tmp_path / "a.yaml")
     assert [table[name].bf16 for name in ("OLD", "NEW", "BARE")] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"[" * 99999, "nested too deeply"), (b"{", "no whole JSON"), (b"\xef\xbb\xbf{}", "begins with a byte-order mark")],
+)
+def test_the_file_of_a_tokenizer_that_is_none_is_named(name, content, told, tmp_path):
+    shutil.copytree(ROOT / "assets/tiny-mixtral", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{told}"):
+        load_tokenizer(str(tmp_path))

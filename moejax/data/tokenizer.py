@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.documents import read_json
 from moejax.errors import UserError, first_line
 from moejax.files import settle
 
@@ -44,6 +46,7 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     except UserError:
         raise
     except Exception as error:
+        _check_files(path)
         raise UserError(
             f"tokenizer {source!r} could not be loaded ({type(error).__name__}: {first_line(error)}). "
             "Expected a tokenizer.json, a folder that has one, or a Hub id"
@@ -69,6 +72,15 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_files(path: Path) -> None:
+    """Raises UserError that names the one of a tokenizer's files which is no JSON object, where a library only said that it is none."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    for file in [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]:
+        read_json(file)
+        if file.read_bytes().startswith(codecs.BOM_UTF8):
+            raise UserError(f"{file} begins with a byte-order mark, which `transformers` does not take: save it as UTF-8 without one")
 
 
 def _beside(tokenizer: Any, path: Path) -> None:
