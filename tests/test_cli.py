@@ -125,7 +125,9 @@ def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatc
     assert "not there" not in capsys.readouterr().out
     lost = [f"data.source={tmp_path}/lost.json", f"adapter.init_from={tmp_path}/lost", "data.records=null", "data.bytes=null"]
     assert cli.train_main(["--config", CONFIG, "--dry-run", *lost]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not there")]
+    out = capsys.readouterr().out
+    assert "asks no network" not in out, "said once, with its cause"
+    told = [line for line in out.splitlines() if line.startswith("not there")]
     assert [line.split("(")[0].strip() for line in told] == [
         f"not there: data.source = {tmp_path}/lost.json",
         f"not there: adapter.init_from = {tmp_path}/lost",

@@ -84,8 +84,10 @@ def report(experiment: Experiment) -> int:
         known = experiment if there else experiment.model_copy(update={"eval": None})
         steps = total_steps(experiment, read_data(known, sizes, _folder(experiment), console)[2])
     console.print(_schedule(experiment, steps))
-    told = [] if elsewhere is None else [f"data not read, a dry run asks no network: {elsewhere} is no file or folder here"]
-    for line in [*told, *asked, *missing(experiment), *_place(experiment)]:
+    lost = missing(experiment)
+    named = elsewhere is None or any(elsewhere in line for line in lost)
+    told = [] if named else [f"data not read, a dry run asks no network: {elsewhere} is no file or folder here"]
+    for line in [*told, *asked, *lost, *_place(experiment)]:
         console.print(line, soft_wrap=True)
     return 0
 
@@ -103,9 +105,8 @@ def _place(experiment: Experiment) -> list[str]:
 
 def missing(experiment: Experiment) -> list[str]:
     """A line for each local file or folder that the config names and that is not there: a real run would stop at it."""
-    data = experiment.data.source
-    named = {
-        "data.source": data if data and is_file(data) else None,
+    data = {"data.source": experiment.data.source, "data.eval_source": experiment.data.eval_source}
+    named = {key: name if name and is_file(name) else None for key, name in data.items()} | {
         "model.source": experiment.model.source,
         "adapter.init_from": experiment.adapter.init_from if experiment.adapter else None,
     }
@@ -114,7 +115,7 @@ def missing(experiment: Experiment) -> list[str]:
         # What looks like owner/name may be a Hub id, and a URL is fetched: neither can be checked without a network.
         if name is None or name.startswith(("https://", "http://")):
             continue
-        hub_id = key != "data.source" and name.count("/") == 1 and not name.startswith((".", "/"))
+        hub_id = key not in data and name.count("/") == 1 and not name.startswith((".", "/"))
         if not hub_id and not Path(name).exists():
             lines.append(f"not there: {key} = {name} (looked for from {Path.cwd()}); a run would stop here")
     return lines
