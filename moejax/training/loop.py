@@ -409,7 +409,7 @@ class Trainer:
 
     def _summary(self) -> None:
         steady = [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
-        lines = [f"{self.step} steps done; everything is in {self.folder}"]
+        lines = [f"{self.step} step{'s' * (self.step != 1)} done; everything is in {self.folder}"]
         if not self.history:
             lines += ["nothing was left to train: an earlier process had done all steps"]
         if steady:
