@@ -99,12 +99,13 @@ def versions() -> dict[str, str]:
     return {name: found[name] for name in names if name in found}
 
 
-def run(arguments: list[str], seconds: float, programs: str) -> dict[str, Any]:
-    """One step in a process of its own: its report, or what became of it. programs: where compiled ones lie, for the steps after it."""
+def run(arguments: list[str], seconds: float) -> dict[str, Any]:
+    """One step in a process of its own: its report, or what became of it. All is compiled anew: compiling is timed, and of a program that
+    comes from a cache on disk a trace says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         out, start = Path(folder) / "out.json", time.perf_counter()
         command = [sys.executable, *arguments, "--out", str(out)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": programs}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": ""}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
@@ -177,17 +178,7 @@ def main() -> int:
         kept_at = next(p for n in range(1, 1000) if not (p := options.out.with_suffix(f".{n}.json")).exists())
         options.out.rename(kept_at)
         print(f"{kept_at}: what was there (device, commit or versions differ)", flush=True)
-    with tempfile.TemporaryDirectory() as programs:
-        take(steps(options.tiny), report, end, options, programs)
-    print(f"{options.out}")
-    return int(any(name not in report["steps"] or report["steps"][name]["exit"] for name in steps(options.tiny)))
-
-
-def take(wanted: dict[str, tuple[list[str], float]], report: dict[str, Any], end: float, options: Any, programs: str) -> None:
-    """Each step that the report has not, until `end`."""
-    import kept
-
-    for name, (arguments, limit) in wanted.items():
+    for name, (arguments, limit) in steps(options.tiny).items():
         before = report["steps"].get(name)
         if before is not None and before["exit"] == 0:
             print(f"{told(name, before)} (from before)", flush=True)
@@ -196,9 +187,11 @@ def take(wanted: dict[str, tuple[list[str], float]], report: dict[str, Any], end
         if left < LEAST_SECONDS:
             print(f"{name}: no time left; the same command does it", flush=True)
             continue
-        report["steps"][name] = run(arguments, min(limit * max(1.0, options.minutes / 8), left), programs)
+        report["steps"][name] = run(arguments, min(limit * max(1.0, options.minutes / 8), left))
         kept.write(options.out, report)
         print(told(name, report["steps"][name]), flush=True)
+    print(f"{options.out}")
+    return int(any(name not in report["steps"] or report["steps"][name]["exit"] for name in steps(options.tiny)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Mixtral-8x7B: NF4 codes, LoRA on experts and routers. BlackMamba-2.8B: full fine
     python benchmarks/gpu_step.py --model blackmamba --cases 1x128:2,8x512:2,16x512:8
     python benchmarks/gpu_step.py --tiny                     # the same on a CPU, in seconds
 
-`--trace`: one more step of each case under jax's profiler, by phase and stage (compiled again, without CUDA graphs).
+`--trace`: one more step of each case under jax's profiler, by phase and stage; all steps are then without CUDA graphs, as traces want it.
 A case is ROWSxLENGTH:K. `uniform` routes as random weights do; `skewed` biases the routers towards `SKEW`: one expert far above its
 share, the kind of imbalance of the study's figure 11. The share that came of it is in the result.
 """
@@ -95,10 +95,8 @@ def bytes_in_use(peak: bool = False) -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use" if peak else "bytes_in_use")
 
 
-def traced(step: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+def traced(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
     """Where the time of one step goes, in seconds."""
-    compiled = compile_profiled(step.lower(state, frozen, batch))
-    state, _ = jax.block_until_ready(compiled(state, frozen, batch))
     b, _ = breakdown_check.traced(compiled, state, frozen, batch)
     return {
         "step_seconds": b.step_seconds, "busy_seconds": b.busy_seconds, "attributed": b.attributed, "phases": b.phases,
@@ -122,7 +120,8 @@ def run_case(
     batch, queries = make_batch(rows, length, batching, config.vocab_size)
     batch = jax.device_put(batch)
     start = time.perf_counter()
-    compiled = step.lower(state, frozen, batch).compile()
+    lowering = step.lower(state, frozen, batch)
+    compiled = compile_profiled(lowering) if trace else lowering.compile()
     compile_seconds = time.perf_counter() - start
     before = {"bytes_before": bytes_in_use(), "peak_bytes_before": bytes_in_use(peak=True)}  # random weights may take more than a step
     seconds = []
@@ -154,7 +153,7 @@ def run_case(
         "compiler_peak_bytes": compiler_peak_bytes(compiled),
         **measured,
         "loss": loss,
-        **({"trace": traced(step, state, frozen, batch)} if trace else {}),
+        **({"trace": traced(compiled, state, frozen, batch)} if trace else {}),
     }
 
 
