@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Checkpoints:
     """Asynchronous checkpoints of a run: the last `keep`, and the best by evaluation loss if `best`."""
 
     def __init__(self, folder: Path, keep: int, best: bool):
+        _tell_once()
         policies: list[Any] = [LatestN(keep)]
         if best:
             policies.append(
@@ -109,10 +111,9 @@ class Checkpoints:
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _named(state))
         what = f"checkpoint {step} in {self.manager.directory}"
         try:
-            with _told_once():
-                restored = self.manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
-                )
+            restored = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+            )
             leaves = {name: restored.state[name] for name in abstract}
             content = dict(restored.position)
             if "sha256" not in content:  # of a version that kept no checksums
@@ -155,10 +156,10 @@ class Checkpoints:
             ) from error
 
 
-@contextmanager
-def _told_once() -> Iterator[None]:
-    """What cannot be read is one exception. orbax reads all arrays at once: the others fail after it, in threads and in tasks that nobody
-    waits for, with a traceback each, some of them long after the block."""
+@cache
+def _tell_once() -> None:
+    """What cannot be read or written is one exception. orbax reads and writes all arrays at once: the others fail after it, in threads and
+    in tasks that nobody waits for, with a traceback each, some of them long after it."""
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -166,12 +167,8 @@ def _told_once() -> Iterator[None]:
             usual(unraisable)
 
     sys.unraisablehook = hook
-    try:
-        yield
-    except Exception:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        raise
-    sys.unraisablehook = usual
+    for name in ("absl", "asyncio"):  # orbax logs each by the first
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

@@ -60,8 +60,8 @@ class MetricWriter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._folder}: what was measured cannot be written ({error.strerror or error}): make room there, then continue with "
-                "the same command and --resume"
+                f"{self._folder}: what was measured cannot be written ({error.strerror or error}): make room there, then give the "
+                "same command again, with --resume where the folder still is (a run without a step leaves none)"
             ) from error
 
 
