@@ -4,9 +4,9 @@ import io
 import time
 
 import pytest
-from rich.console import Console
 
 from moejax import progress
+from moejax.terminal import Console
 
 
 @pytest.mark.parametrize("long", [True, False])

@@ -120,7 +120,7 @@ def test_stochastic_rounding_resumes_to_the_bit(run, tmp_path):
     folder = Checkpoints(tmp_path / "checkpoints", keep=1, best=False)
     folder.save(2, states[2], Position(0, 2), None)
     folder.wait()
-    restored, _ = folder.restore(states[0])
+    restored, _ = folder.restore(states[0], 2)
     folder.close()
     again, after = run("bfloat16_stochastic", 2, restored)
     assert after == records[2:]

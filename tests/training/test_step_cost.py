@@ -16,7 +16,7 @@ from support import ROOT
 from models import layers
 from models.ops import expert_tile, grouped_choice, linear
 from moejax import config
-from moejax.training import aot, experts, step_cost
+from moejax.training import aot, experts, step, step_cost
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
@@ -41,15 +41,27 @@ def step_of(model, k, backend="loop", remat="full"):
 once = cache(step_of)  # for tests that compile what is there, unpatched
 
 
-def counted(experiment, sizes, step, loads=None):
+@pytest.fixture
+def patched():
+    """`step_of` of code that a test changed: no step that was traced before (tests/shared_steps.py), and none is left behind."""
+
+    def make(*arguments, **settings):
+        step.make_train_step.cache_clear()
+        return step_of(*arguments, **settings)
+
+    yield make
+    step.make_train_step.cache_clear()
+
+
+def counted(experiment, sizes, compiled_step, loads=None):
     plan = experts.plan(experiment, sizes, ROWS * TOKENS)
-    return step_cost.costs(step.program, plan, step_cost.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads)
+    return step_cost.costs(compiled_step.program, plan, step_cost.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads)
 
 
 def compiled(model, k, backend="loop", make=once):
     """(found, floors' stages, architecture) of one step of the bench config."""
-    experiment, sizes, step = make(model, k, backend, "full")
-    return counted(experiment, sizes, step), floors.floors(experiment, sizes, ROWS, TOKENS), sizes
+    experiment, sizes, compiled_step = make(model, k, backend, "full")
+    return counted(experiment, sizes, compiled_step), floors.floors(experiment, sizes, ROWS, TOKENS), sizes
 
 
 def flops_share(found, stages):
@@ -82,7 +94,7 @@ def test_a_dense_fallback_would_be_seen():
     assert flops_share(found, stages) > 2
 
 
-def test_one_more_copy_of_the_experts_would_be_seen(monkeypatch):
+def test_one_more_copy_of_the_experts_would_be_seen(patched, monkeypatch):
     """One that XLA cannot fuse away: sorted. Nothing is run."""
     plain = linear.dequantized
 
@@ -92,7 +104,7 @@ def test_one_more_copy_of_the_experts_would_be_seen(monkeypatch):
             return jax.lax.sort(wide).astype(dtype)
 
     monkeypatch.setattr(expert_tile, "dequantized", copied)
-    found, _, sizes = compiled("mixtral", 2, make=step_of)
+    found, _, sizes = compiled("mixtral", 2, make=patched)
     assert dequantized_bytes(found, sizes) > 2 * MOST_OF_A_WEIGHT
     assert step_cost.total(found).bytes > MIXTRAL_BYTES
 
@@ -104,33 +116,33 @@ def recomputed(found):
 
 
 @pytest.mark.parametrize("model", ["mixtral", "blackmamba"])
-def test_dots_computes_no_large_product_twice(model, monkeypatch):
+def test_dots_computes_no_large_product_twice(model, patched, monkeypatch):
     """What is left is elementwise, and the router's skinny adapter. A name that is no longer kept would be seen."""
     assert recomputed(counted(*once(model, 2, "loop", "dots"))) < 0.02
     assert recomputed(counted(*once(model, 2, "loop", "full"))) > 0.2
     monkeypatch.setattr(layers, "DOT_NAMES", tuple(name for name in layers.DOT_NAMES if name != "hidden"))
-    assert recomputed(counted(*step_of(model, 2, remat="dots"))) > 0.1
+    assert recomputed(counted(*patched(model, 2, remat="dots"))) > 0.1
 
 
 def test_what_dots_keeps_is_bounded():
     """Beside what `full` keeps: the results of the layers' products, each once. Nothing dequantized, no scores, no logits."""
-    experiment, c, step = once("mixtral", 2, "loop", "dots")
+    experiment, c, compiled_step = once("mixtral", 2, "loop", "dots")
     tokens = ROWS * TOKENS
     sorted_rows = tokens * c.experts_per_token + experts.plan(experiment, c, tokens).tile
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim  # q, k, v and the weighted values
     adapters = 16  # of the router: the product with A
     kept = 4 * c.num_layers * (tokens * (heads + c.hidden_size + c.num_experts + adapters) + 2 * sorted_rows * c.intermediate_size)
-    more = step.temporary_bytes - once("mixtral", 2, "loop", "full")[2].temporary_bytes
+    more = compiled_step.temporary_bytes - once("mixtral", 2, "loop", "full")[2].temporary_bytes
     assert 0.9 * kept < more < 1.05 * kept
 
 
 def test_capacity_pads_by_no_more_than_its_capacities():
     """A random routing fits into the smallest; a skewed one, above them all, goes through the loop. A wider one would be seen."""
-    experiment, sizes, step = step_of("mixtral", 2, "capacity")
+    experiment, sizes, compiled_step = step_of("mixtral", 2, "capacity")
     tokens, stages = ROWS * TOKENS, floors.floors(experiment, sizes, ROWS, TOKENS)
 
     def share(loads):
-        return flops_share(counted(experiment, sizes, step, np.array(loads)), stages)
+        return flops_share(counted(experiment, sizes, compiled_step, np.array(loads)), stages)
 
     def drawn(skew):
         chosen = routing.experts_of(tokens, sizes.num_experts, sizes.experts_per_token, skew)
