@@ -31,7 +31,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done i
         "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}",
+        # A blank alone would be the name of a file to XLA.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}".strip(),
     }
 
 import jax.numpy as jnp
