@@ -36,10 +36,10 @@ import turns
 from gpu_frameworks import FORMULA, rate_cell, table
 from gpu_step import matrix_rate
 
-from models.build import build
-from models.config import LoRAConfig, MixtralConfig
 from moejax import config as configuration
 from moejax.data.batch import Batch
+from moejax.models.build import build
+from moejax.models.config import LoRAConfig, MixtralConfig
 from moejax.training import flops, memory
 from moejax.training.state import architecture, initial_state, split
 from moejax.training.step import Objective, make_train_step

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 
-from models.ops import nf4
-from models.ops.linear import part
 from moejax.errors import UserError
+from moejax.models.ops import nf4
+from moejax.models.ops.linear import part
 from moejax.profiling.program import Program, elements, module_of
 
 EXPERTS = 8

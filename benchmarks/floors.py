@@ -22,13 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from models.config import Architecture, BlackMambaConfig, MixtralConfig
 from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimating import architecture_of
 from moejax.estimator import sizes
 from moejax.estimator.roofline import NF4_BYTES
+from moejax.models.config import Architecture, BlackMambaConfig, MixtralConfig
 
 FP32 = 4
 SIZES = {"bfloat16": 2, "float32": 4}

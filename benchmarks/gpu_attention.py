@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 
-from models.ops.attention import segment_attention
+from moejax.models.ops.attention import segment_attention
 
 QUERIES = 4  # in a row
 

@@ -28,13 +28,13 @@ from flax import nnx
 from safetensors.numpy import save_file
 from support import VECTORS, hub_tensor, loss_and_gradients
 
-from models.build import build
-from models.config import BlackMambaConfig, LoRAConfig, from_hub_config
-from models.ops import nf4
 from moejax.data.batch import Batch
 from moejax.hub.names import module_names, tensors
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import attribute, load_weights
+from moejax.models.build import build
+from moejax.models.config import BlackMambaConfig, LoRAConfig, from_hub_config
+from moejax.models.ops import nf4
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
 

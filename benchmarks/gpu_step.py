@@ -33,11 +33,11 @@ import kept
 import numpy as np
 from flax import nnx
 
-from models.build import build, random_weights
-from models.config import PRESETS, Architecture
 from moejax import config as experiments
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
+from moejax.models.build import build, random_weights
+from moejax.models.config import PRESETS, Architecture
 from moejax.profiling.capture import compile_profiled
 from moejax.training import flops
 from moejax.training.memory import compiler_peak_bytes

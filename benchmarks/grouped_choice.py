@@ -33,9 +33,9 @@ import kept
 from choices import update
 from routing import SKEWED, experts_of
 
-from models.moe import GATED
-from models.ops import grouped_choice, grouped_table, nf4
-from models.ops import grouped_matmul as gm
+from moejax.models.moe import GATED
+from moejax.models.ops import grouped_choice, grouped_table, nf4
+from moejax.models.ops import grouped_matmul as gm
 from moejax.training import experts as of_run
 
 E, K, RANK = 8, 2, 16

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from routing import SKEWED, experts_of
 
-from models.moe import GATED
-from models.ops import grouped_matmul as gm
+from moejax.models.moe import GATED
+from moejax.models.ops import grouped_matmul as gm
 
 
 def main() -> int:

@@ -24,9 +24,6 @@ import contract
 import jax
 import numpy as np
 
-from models.build import Model, build
-from models.config import MixtralConfig
-from models.ops.nf4 import NF4Tensor
 from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.data.batching import stack
@@ -35,6 +32,9 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.hub.names import tensors
+from moejax.models.build import Model, build
+from moejax.models.config import MixtralConfig
+from moejax.models.ops.nf4 import NF4Tensor
 from moejax.training.parameters import base_and_active, groups_of
 from moejax.training.run_steps import steps_in, total_steps
 from moejax.training.state import architecture, create_model, model_arguments

@@ -54,9 +54,9 @@ def peak_bytes() -> int:
 def load(folder: Path, cache: Path) -> None:
     import jax
 
-    from models.build import build
-    from models.config import Quantization
     from moejax.hub import weights
+    from moejax.models.build import build
+    from moejax.models.config import Quantization
     from moejax.terminal import Console
 
     model = build(weights.read_config(folder), quantization=Quantization())

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from models.build import build
-from models.config import PRESETS
 from moejax.hub.names import tensors
 from moejax.hub.safetensors_file import Writer
 from moejax.hub.weights import attribute
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 
 
 def main():

@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import kept
 from choices import update
 
-from models.ops import scan_table
-from models.ops import selective_scan as ss
-from models.ops.grouped_choice import here
+from moejax.models.ops import scan_table
+from moejax.models.ops import selective_scan as ss
+from moejax.models.ops.grouped_choice import here
 
 STATES = 16
 MARGIN = 1.1

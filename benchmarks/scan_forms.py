@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.ops import selective_scan as ss
+from moejax.models.ops import selective_scan as ss
 
 
 def checkpointed(u: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, chunk: int) -> jax.Array:

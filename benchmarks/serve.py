@@ -22,7 +22,6 @@ import jax
 from gpu_step import matrix_rate, no_adaptation
 from scan_choice import copy_rate
 
-from models.build import build, random_weights
 from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.data.batch import segment_lengths
@@ -31,6 +30,7 @@ from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import weights
+from moejax.models.build import build, random_weights
 from moejax.training import memory
 from moejax.training.metrics import memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule

@@ -1,26 +1,31 @@
-"""The Flax port: Mixtral, its numerics and its adapters. Imports jax, flax and numpy, never moejax.
+"""The Flax port: Mixtral, its numerics and its adapters. Imports jax, flax and numpy, and nothing else of moejax.
 
-Importing this package imports no jax: `models.config` describes an architecture without it, and the rest is loaded when first used.
+The folder lies at the top of the checkout, and moejax/models is a link to it: `moejax.models` is its one name.
+
+Importing this package imports no jax: `moejax.models.config` describes an architecture without it, and the rest is loaded when first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from models.config import PRESETS, LoRAConfig, MixtralConfig, Quantization, from_hub_config
+from moejax.models.config import PRESETS, LoRAConfig, MixtralConfig, Quantization, from_hub_config
+
+if __name__ == "models":
+    raise ImportError("the folder models/ of a checkout: import it as moejax.models, or every class would be there twice")
 
 if TYPE_CHECKING:
-    from models.build import build
-    from models.mixtral import Mixtral
+    from moejax.models.build import build
+    from moejax.models.mixtral import Mixtral
 
 __all__ = ["PRESETS", "LoRAConfig", "Mixtral", "MixtralConfig", "Quantization", "build", "from_hub_config"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "build":
-        from models.build import build
+        from moejax.models.build import build
 
         return build
     if name == "Mixtral":
-        from models.mixtral import Mixtral
+        from moejax.models.mixtral import Mixtral
 
         return Mixtral
-    raise AttributeError(f"module 'models' has no attribute {name!r}")
+    raise AttributeError(f"module 'moejax.models' has no attribute {name!r}")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.config import MixtralConfig
-from models.layers import Linear, rotate
-from models.ops.attention import masked_attention, segment_attention
+from moejax.models.config import MixtralConfig
+from moejax.models.layers import Linear, rotate
+from moejax.models.ops.attention import masked_attention, segment_attention
 
 
 class KeyValues(NamedTuple):

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.config import BlackMambaConfig
-from models.layers import Embedding, LanguageModel, LayerNorm, RMSNorm, rematerialized, scannable, stack_layers
-from models.mamba import Mamba, MambaState
-from models.moe import MoE, RouterStats
-from models.ops import selective_scan as ss
-from models.ops.grouped_choice import here
+from moejax.models.config import BlackMambaConfig
+from moejax.models.layers import Embedding, LanguageModel, LayerNorm, RMSNorm, rematerialized, scannable, stack_layers
+from moejax.models.mamba import Mamba, MambaState
+from moejax.models.moe import MoE, RouterStats
+from moejax.models.ops import selective_scan as ss
+from moejax.models.ops.grouped_choice import here
 
 
 class LayerPair(nnx.Module):
@@ -136,7 +136,7 @@ class BlackMamba(LanguageModel):
     def cached(
         self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: MambaState
     ) -> tuple[jax.Array, MambaState]:
-        """The forward pass from states: what `models.cache` is made of. Inference only."""
+        """The forward pass from states: what `moejax.models.cache` is made of. Inference only."""
         check_padding(valid)
         graphdef, state = nnx.split(self.layers)
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.blackmamba import BlackMamba
-from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
-from models.layers import ExpertLinear, Frozen, Linear
-from models.lora import LoRA
-from models.mixtral import Mixtral
-from models.ops import nf4
+from moejax.models.blackmamba import BlackMamba
+from moejax.models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
+from moejax.models.layers import ExpertLinear, Frozen, Linear
+from moejax.models.lora import LoRA
+from moejax.models.mixtral import Mixtral
+from moejax.models.ops import nf4
 
 Model = Mixtral | BlackMamba
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from models import foreign_settings as foreign
+from moejax.models import foreign_settings as foreign
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
 QUANTIZED_MODULES = ("attention", "experts", "router")

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.lora import LoRA
-from models.ops import linear
-from models.ops.grouped_matmul import Projection
-from models.ops.linear import OfLayer
+from moejax.models.lora import LoRA
+from moejax.models.ops import linear
+from moejax.models.ops.grouped_matmul import Projection
+from moejax.models.ops.linear import OfLayer
 
 INIT_STD = 0.02
 REMAT_POLICIES = ("none", "dots", "full")
@@ -94,7 +94,7 @@ class Linear(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix per expert. weight: [E, out, in]. `models.moe` multiplies by it."""
+    """One matrix per expert. weight: [E, out, in]. `moejax.models.moe` multiplies by it."""
 
     def __init__(self, key: jax.Array, experts: int, in_size: int, out_size: int, dtype: Any, *, axes: tuple[str, str]):
         self.weight: nnx.Variable = nnx.Param(normal(key, (experts, out_size, in_size), dtype), axes=("experts", *axes))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.config import LoRAConfig
-from models.ops.grouped_matmul import LoRAWeights
+from moejax.models.config import LoRAConfig
+from moejax.models.ops.grouped_matmul import LoRAWeights
 
 
 class LoRA(nnx.Module):

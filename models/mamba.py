@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.config import BlackMambaConfig
-from models.layers import Linear
-from models.ops import selective_scan as ss
+from moejax.models.config import BlackMambaConfig
+from moejax.models.layers import Linear
+from moejax.models.ops import selective_scan as ss
 
 
 class MambaState(NamedTuple):

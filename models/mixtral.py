@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attention import Attention, KeyValues
-from models.config import MixtralConfig
-from models.layers import Embedding, LanguageModel, Linear, RMSNorm, rematerialized, scannable, stack_layers
-from models.moe import MoE, RouterStats
-from models.ops.grouped_choice import here
+from moejax.models.attention import Attention, KeyValues
+from moejax.models.config import MixtralConfig
+from moejax.models.layers import Embedding, LanguageModel, Linear, RMSNorm, rematerialized, scannable, stack_layers
+from moejax.models.moe import MoE, RouterStats
+from moejax.models.ops.grouped_choice import here
 
 
 class DecoderLayer(nnx.Module):
@@ -117,7 +117,7 @@ class Mixtral(LanguageModel):
     def cached(
         self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues
     ) -> tuple[jax.Array, KeyValues]:
-        """The forward pass over a cache [L, B, G, S, C]: what `models.cache` is made of. Inference only."""
+        """The forward pass over a cache [L, B, G, S, C]: what `moejax.models.cache` is made of. Inference only."""
         graphdef, state = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KeyValues], layer: tuple[nnx.State, jax.Array]) -> tuple[tuple[jax.Array, KeyValues], None]:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.config import Architecture
-from models.layers import ExpertLinear, Linear, trainable
-from models.ops import grouped_matmul as gm
-from models.ops import linear
+from moejax.models.config import Architecture
+from moejax.models.layers import ExpertLinear, Linear, trainable
+from moejax.models.ops import grouped_matmul as gm
+from moejax.models.ops import linear
 
 
 class RouterStats(NamedTuple):

@@ -231,7 +231,7 @@ def guarded(options: argparse.Namespace) -> int:
         )
         return 2
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("moejax", "models"):
+        if error.name is None or error.name.split(".")[0] == "moejax":
             raise
         remedy = (
             "`make demo` installs it in .venv (then: . .venv/bin/activate); BUILD.md has other ways"

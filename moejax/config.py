@@ -11,11 +11,19 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from models.config import LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, BlackMambaConfig, LoRAConfig, MixtralConfig
 from moejax import other_tools
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig, Place
+from moejax.models.config import (
+    LORA_TARGETS,
+    PRESETS,
+    QUANTIZED_MODULES,
+    Architecture,
+    BlackMambaConfig,
+    LoRAConfig,
+    MixtralConfig,
+)
 from moejax.yaml_file import read_yaml
 
 

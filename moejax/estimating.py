@@ -21,11 +21,11 @@ from moejax.estimator.asked import HERE, names_of
 from moejax.estimator.gpus import GPU, GPUS, platform_of_capability
 
 if TYPE_CHECKING:
-    from models.config import Architecture
     from moejax.config import Experiment
     from moejax.estimator.closed_form import Breakdown
     from moejax.estimator.fitting import Run
     from moejax.estimator.memory import Largest, Peak
+    from moejax.models.config import Architecture
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("memory", "fit", "compare")
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 def architecture_of(experiment: Experiment) -> Architecture:
     """The sizes of a config's model: of its folder where it is one, else of its preset; nothing is fetched."""
-    from models.config import from_hub_config
+    from moejax.models.config import from_hub_config
 
     source = experiment.model.source
     file = Path(source or "", "config.json")
@@ -132,7 +132,7 @@ class Oracle:
         if gpu.usable_bytes is None:
             device = closed_form.device_of(gpu)
         else:
-            from models.ops.grouped_choice import here
+            from moejax.models.ops.grouped_choice import here
 
             device = here()
         return closed_form.breakdown(experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=platform, device=device)

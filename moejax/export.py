@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.build import Model, build
-from models.config import Architecture
 from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.runs import check_made_of, open_run
 from moejax.hub import beside, merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint, layers_in
+from moejax.models.build import Model, build
+from moejax.models.config import Architecture
 from moejax.terminal import Console
 from moejax.training.state import adapter_config, architecture, quantization_config
 

@@ -44,7 +44,7 @@ from safetensors.numpy import save_file
 import shared_steps  # noqa: F401  isort: skip
 from support import VECTORS
 
-from models.config import BlackMambaConfig, from_hub_config
+from moejax.models.config import BlackMambaConfig, from_hub_config
 
 
 @pytest.fixture(scope="session")

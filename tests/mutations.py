@@ -190,7 +190,7 @@ def main(words: list[str]) -> int:
             copy.mkdir()
             for name in COPIED:
                 if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                    shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results"))
                 else:
                     shutil.copy2(ROOT / name, copy / name)
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.cache import decode_step, prefill
-from models.config import LORA_TARGETS
 from moejax.config import Experiment, dump
 from moejax.hub.peft import adapted, save_adapter
+from moejax.models.cache import decode_step, prefill
+from moejax.models.config import LORA_TARGETS
 from moejax.training.state import architecture, create_model, split
 from moejax.training.step import Objective, sums
 

@@ -10,11 +10,11 @@ import pytest
 from pydantic import BaseModel
 from support import ROOT, TINY
 
-from models.config import LORA_TARGETS
 from moejax.config import Experiment
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
+from moejax.models.config import LORA_TARGETS
 from moejax.training import loop
 
 TOKENIZER = ROOT / "assets/tiny-mixtral/tokenizer.json"

@@ -1,6 +1,7 @@
-"""Imports go one way: models.ops → models → moejax → train.py."""
+"""Imports go one way: moejax.models.ops → moejax.models → the rest of moejax → train.py."""
 
 import ast
+import importlib
 
 import pytest
 from support import ROOT
@@ -18,19 +19,25 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def inside(folder, *but):
+    """Dotted names of the modules and packages of a folder of the checkout."""
+    package = "moejax" if folder == "moejax" else f"moejax.{folder}"
+    return [f"{package}.{p.stem}" for p in (ROOT / folder).iterdir() if not p.stem.startswith("_") and p.stem not in but]
+
+
 def forbidden_for(path):
     """Prefixes that a file may not import."""
     parts = path.relative_to(ROOT).parts
     if parts[:2] == ("models", "ops"):
-        return [f"models.{p.stem}" for p in (ROOT / "models").glob("*.py") if p.stem != "__init__"] + ["moejax"]
+        return [name for name in inside("models") if name != "moejax.models.ops"] + inside("moejax", "models")
     if parts[0] == "models":
-        return ["moejax"]
+        return inside("moejax", "models")
     rules = {
         "data": ["jax", "flax", "moejax.training", "moejax.hub", "moejax.evaluation"],
         "hub": ["moejax.training", "moejax.evaluation"],
         "config.py": ["jax", "flax", "moejax.training", "moejax.hub", "moejax.data"],
         "profiling": ["moejax.training"],
-        "reference": ["jax", "flax", "models", *(f"moejax.{part}" for part in ("config", "data", "hub", "training", "estimator"))],
+        "reference": ["jax", "flax", "moejax.models", *(f"moejax.{part}" for part in ("config", "data", "hub", "training", "estimator"))],
         "estimator": ["jax", "flax", "moejax.training", "moejax.profiling"],
         "report": ["jax", "flax", "moejax.training", "moejax.profiling"],
     }
@@ -42,3 +49,11 @@ def test_arrows(path):
     forbidden = forbidden_for(path)
     wrong = [name for name in imported(path) if any(name == f or name.startswith(f"{f}.") for f in forbidden)]
     assert not wrong
+
+
+def test_the_models_have_one_name():
+    """`models` beside `moejax.models` would be every class twice."""
+    assert not [(str(p), name) for p in sorted(ROOT.rglob("*.py")) for name in imported(p)
+                if name.split(".")[0] == "models" and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]  # fmt: skip
+    with pytest.raises(ImportError, match=r"import it as moejax\.models"):
+        importlib.import_module("models")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.ops.linear import Weight, dequantized, part
+from moejax.models.ops.linear import Weight, dequantized, part
 
 
 class Plan(NamedTuple):

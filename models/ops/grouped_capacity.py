@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.ops import grouped_loop
-from models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
+from moejax.models.ops import grouped_loop
+from moejax.models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
 
 
 def _branch(plan: Plan, sizes: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ import math
 
 import jax
 
-from models.ops.expert_tile import Plan
-from models.ops.grouped_table import entry
+from moejax.models.ops.expert_tile import Plan
+from moejax.models.ops.grouped_table import entry
 
 BACKENDS = ("loop", "capacity", "ragged")
 CAPACITIES = (1.125, 1.5, 2.0)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
-from models.ops.linear import out_size
+from moejax.models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
+from moejax.models.ops.linear import out_size
 
 
 def _rows(array: jax.Array, row: jax.Array, count: int) -> jax.Array:

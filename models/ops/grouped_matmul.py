@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from models.ops import grouped_capacity, grouped_loop, grouped_ragged
-from models.ops.expert_tile import LoRAWeights, Plan, Projection
-from models.ops.grouped_choice import BACKENDS, choose
-from models.ops.linear import Weight, dequantized, with_frozen
+from moejax.models.ops import grouped_capacity, grouped_loop, grouped_ragged
+from moejax.models.ops.expert_tile import LoRAWeights, Plan, Projection
+from moejax.models.ops.grouped_choice import BACKENDS, choose
+from moejax.models.ops.linear import Weight, dequantized, with_frozen
 
 __all__ = [
     "BACKENDS", "Groups", "LoRAWeights", "Plan", "Projection", "choose", "combine", "dense_matmul", "dispatch", "group", "grouped_mlp",

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from models.ops.choice_table import Table, read
+from moejax.models.ops.choice_table import Table, read
 
 TABLE = Path(__file__).with_name("grouped_choice.json")
 

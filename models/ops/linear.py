@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.ops.nf4 import NF4Tensor, dequantize
+from moejax.models.ops.nf4 import NF4Tensor, dequantize
 
 
 class OfLayer(NamedTuple):

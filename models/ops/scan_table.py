@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from models.ops.choice_table import Table, read
+from moejax.models.ops.choice_table import Table, read
 
 TABLE = Path(__file__).with_name("scan_choice.json")
 CHUNKS = {"chunked": 16, "chunked_associative": 32}

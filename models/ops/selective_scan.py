@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from models.ops import scan_table
-from models.ops.scan_table import CHUNKS
+from moejax.models.ops import scan_table
+from moejax.models.ops.scan_table import CHUNKS
 
 FORMS = ("sequential", "associative", "chunked", "chunked_associative")
 

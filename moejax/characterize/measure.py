@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.build import Model, build, random_weights
 from moejax import hub
 from moejax.characterize.study import Setting
 from moejax.data.batch import Batch
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
+from moejax.models.build import Model, build, random_weights
 from moejax.profiling import xplane
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.capture import Capture, compile_profiled

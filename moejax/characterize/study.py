@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from models.config import Architecture, BlackMambaConfig
 from moejax import config as experiments
 from moejax.characterize.presets import PRESETS, Preset, Sizes, override
 from moejax.config import Experiment, whole_row
@@ -18,6 +17,7 @@ from moejax.data.batching import Batches
 from moejax.errors import UserError, first_line
 from moejax.estimating import ROOT, architecture_of
 from moejax.estimator import closed_form, gpus, lengths, memory, sizes
+from moejax.models.config import Architecture, BlackMambaConfig
 from moejax.report.results import Model
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from moejax.estimator import closed_form, gpus, memory
 
 if TYPE_CHECKING:
-    from models.config import Architecture
     from moejax.config import Experiment
+    from moejax.models.config import Architecture
 
 
 def lines(experiment: Experiment, config: Architecture) -> list[str]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from models.config import Architecture, BlackMambaConfig
-from models.ops import grouped_table, scan_table
 from moejax.errors import UserError
 from moejax.estimator import gpus, sizes
 from moejax.estimator.gpus import Platform
 from moejax.estimator.sizes import ITEM
+from moejax.models.config import Architecture, BlackMambaConfig
+from moejax.models.ops import grouped_table, scan_table
 
 if TYPE_CHECKING:
     from moejax.config import Experiment

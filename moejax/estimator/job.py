@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from models.config import PRESETS, Architecture
 from moejax.errors import UserError
 from moejax.estimator import roofline
 from moejax.estimator.lengths import STUDY_MULTIPLE, Batching, Lengths
 from moejax.estimator.roofline import Method
+from moejax.models.config import PRESETS, Architecture
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from models.config import PRESETS, Architecture, BlackMambaConfig, LoRAConfig
 from moejax.estimator.gpus import GPU
+from moejax.models.config import PRESETS, Architecture, BlackMambaConfig, LoRAConfig
 
 Method = Literal["qlora", "lora", "full"]
 FloatArray = NDArray[np.float64]

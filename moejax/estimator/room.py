@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.config import PRESETS
 from moejax import reference
 from moejax.estimator import memory, paper, roofline
 from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
 from moejax.estimator.lengths import STUDY_CUTOFF, of_study
+from moejax.models.config import PRESETS
 
 
 @dataclass(frozen=True)

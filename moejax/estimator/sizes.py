@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from models.config import Architecture, BlackMambaConfig
+from moejax.models.config import Architecture, BlackMambaConfig
 
 if TYPE_CHECKING:
     from moejax.config import Experiment

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from models.build import Model
 from moejax.data.ends import Ends
 from moejax.data.tokenize import prompts
 from moejax.errors import UserError
@@ -18,6 +17,7 @@ from moejax.evaluation.generate import bucket, cut, generate, in_groups
 from moejax.evaluation.loglikelihood import encode_pair, loglikelihoods
 from moejax.evaluation.tasks import Example, Task
 from moejax.files import replace_text
+from moejax.models.build import Model
 
 Progress = Callable[[int, int], None]
 

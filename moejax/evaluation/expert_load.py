@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from models.build import Model
 from moejax import config as experiments
 from moejax.data.batching import Batches
 from moejax.data.pipeline import in_order
@@ -23,6 +22,7 @@ from moejax.errors import UserError
 from moejax.evaluation.runs import base_model, check_made_of, open_run, tuned
 from moejax.files import replace_text
 from moejax.hub import weights
+from moejax.models.build import Model
 from moejax.terminal import Console
 from moejax.training.metrics import load_variance
 from moejax.training.state import architecture, create_model

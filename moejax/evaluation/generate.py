@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.build import Model
-from models.cache import Cache, decode_step, init_cache, prefill
-from models.config import Architecture
 from moejax.errors import UserError
+from moejax.models.build import Model
+from moejax.models.cache import Cache, decode_step, init_cache, prefill
+from moejax.models.config import Architecture
 
 End = int | Sequence[int]  # the token, or the tokens, that end an answer
 CHECKED = 16  # tokens between two questions whether every answer has stopped

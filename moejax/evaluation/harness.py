@@ -22,13 +22,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"lm-evaluation-harness is not installed: {installation.for_extra('eval')}", name=error.name) from error
 from tqdm import tqdm
 
-from models.build import Model
 from moejax.data import chat
 from moejax.data.ends import ends_of
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, bucket, cut, generate, in_groups
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
 from moejax.evaluation.runs import load
+from moejax.models.build import Model
 
 MAX_NEW_TOKENS = 256  # the harness's own default, where a task names no length
 ENDLESS = 2**31 - 1  # the positions of a model that knows none

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.build import Model
 from moejax.data.text_tokens import text_tokens
 from moejax.errors import UserError
 from moejax.evaluation.generate import bucket, in_groups
+from moejax.models.build import Model
 
 CHUNK = 256  # places whose logits [CHUNK, V] exist at one time
 

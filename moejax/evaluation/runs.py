@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.build import Model, build
-from models.config import Architecture
 from moejax import config as experiments
 from moejax.config import Experiment
 from moejax.contents import MadeOf, base_content, tokenizer_content
@@ -19,6 +17,8 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.hub.quantized_cache import Content
+from moejax.models.build import Model, build
+from moejax.models.config import Architecture
 from moejax.training.state import architecture, create_model
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models.build import Model
     from moejax.config import Experiment
+    from moejax.models.build import Model
 
 __all__ = ["load"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from models.ops import nf4
 from moejax.errors import UserError
+from moejax.models.ops import nf4
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _STATE = ".quant_state.bitsandbytes__"

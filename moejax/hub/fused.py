@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from models.config import Architecture
 from moejax.errors import UserError
+from moejax.models.config import Architecture
 
 _FUSED = re.compile(r"(base_model\.model\.model\.layers\.\d+\.)mlp\.(gate|experts|experts\.base_layer)\.lora_([AB])\.weight")
 _SPLIT = re.compile(

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.build import Model, build
-from models.config import Architecture, MixtralConfig
-from models.mixtral import Mixtral
 from moejax.hub import peft, stored, streaming, weights
 from moejax.hub.names import attribute, index_of
+from moejax.models.build import Model, build
+from moejax.models.config import Architecture, MixtralConfig
+from moejax.models.mixtral import Mixtral
 
 _LAYER = re.compile(r"^(model\.layers|decoder\.layers)\.(\d+)\.")
 
 
 class Checkpoint(NamedTuple):
-    """A folder in Hub layout, and how its weights are stored here: `models.build.build`'s arguments. Each adapter over it is a model of
+    """A folder in Hub layout, and how its weights are stored here: arguments of `moejax.models.build.build`. Each adapter over it is a model of
     its own; without any it is one."""
 
     sizes: Architecture
@@ -133,7 +133,7 @@ def logits(
 ) -> list[np.ndarray]:
     """fp32 [T, V] of `tokens` (int32 [T]) by the checkpoint in `folder`, once for each adapter (or once, without any).
 
-    arguments: `models.build.build`'s, which say how the weights are stored. advance: called after each layer. Raises as `Walk` does.
+    arguments: `moejax.models.build.build`'s, which say how the weights are stored. advance: called after each layer. Raises as `Walk` does.
     """
     with ExitStack() as stack:
         walk = Walk(Checkpoint(sizes, folder, adapters, arguments), tokens, stack)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from models.build import Model
-from models.ops import nf4
 from moejax.hub.names import Place, attribute, index_of, tensors
 from moejax.hub.safetensors_file import Writer
 from moejax.hub.save import write_config, write_json
 from moejax.hub.stored import open_tensors
 from moejax.hub.streaming import read_tensor, stored_shape
+from moejax.models.build import Model
+from moejax.models.ops import nf4
 
 SHARD_BYTES = 2_000_000_000
 
@@ -28,7 +28,7 @@ def save_merged(
 ) -> int:
     """Write base + alpha/rank · B A of every adapted matrix, in bf16, with config.json and generation_config.json. Returns its bytes.
 
-    model: abstract but for its adapters (`models.build.build` without a key, `peft.load_adapter`); it says what is quantized. A
+    model: abstract but for its adapters (`moejax.models.build.build` without a key, `peft.load_adapter`); it says what is quantized. A
     quantized matrix is merged as it was trained against: to NF4 and back, then the adapter's part, in fp32, then rounded once.
     base: the folder its weights are read from. Host memory holds one tensor. progress: called with the bytes of each. Raises UserError as
     `weights.load_weights` does, and for a full disk.

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.build import Model, build
-from models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.hub.quantized_cache import Content
+from moejax.models.build import Model, build
+from moejax.models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.terminal import Console
 
 CACHED_FROM_BYTES = 1_000_000_000
@@ -50,7 +50,7 @@ def quantization_config(experiment: Experiment) -> Quantization | None:
 
 
 def model_arguments(experiment: Experiment) -> dict[str, Any]:
-    """Keyword arguments of `models.build.build` that the experiment fixes."""
+    """Keyword arguments of `moejax.models.build.build` that the experiment fixes."""
     t = experiment.training
     return {
         "quantization": quantization_config(experiment),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from models.config import Architecture, MixtralConfig
+from moejax.models.config import Architecture, MixtralConfig
 
 
 class Place(NamedTuple):

@@ -12,9 +12,6 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from models.build import Model
-from models.foreign_settings import ANY, uncomputed
-from models.lora import LoRA
 from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
 from moejax.hub.fused import fuse, unfuse
@@ -22,6 +19,9 @@ from moejax.hub.names import Place, attribute, module_names
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import read_json
 from moejax.hub.torch_file import TorchFile
+from moejax.models.build import Model
+from moejax.models.foreign_settings import ANY, uncomputed
+from moejax.models.lora import LoRA
 
 _PREFIX = "base_model.model."
 _OUR_NAMES = {"router": "gate"}

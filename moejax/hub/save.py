@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from models.build import Model
-from models.config import Architecture, MixtralConfig
-from models.ops import nf4
 from moejax.errors import UserError
 from moejax.files import replace_text
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.safetensors_file import write_file
+from moejax.models.build import Model
+from moejax.models.config import Architecture, MixtralConfig
+from moejax.models.ops import nf4
 
 
 def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:

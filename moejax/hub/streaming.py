@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.build import Model
-from models.ops import nf4
 from moejax.errors import UserError
 from moejax.hub.names import Place, attribute, tensors
 from moejax.hub.quantized_cache import Keeper, ahead, put
 from moejax.hub.safetensors_file import Staging
+from moejax.models.build import Model
+from moejax.models.ops import nf4
 
 
 def fill(

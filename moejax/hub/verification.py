@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.ops import nf4
 from moejax.hub.layerwise import Checkpoint, Routing, Walk
+from moejax.models.ops import nf4
 
 ROUNDING = 1e-5
 """Of a matrix's largest number: fp32 sums in another order. What is stored in fewer bits may be off by half of its last one as well."""

@@ -12,9 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from models.build import Model, materialize_lora
-from models.config import Architecture, from_hub_config
-from models.ops import nf4
 from moejax.contents import sizes_content
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes, quantized_cache
@@ -23,6 +20,9 @@ from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import open_tensors, read_json, weight_files
 from moejax.hub.streaming import by_variable, fill, leaf_name
+from moejax.models.build import Model, materialize_lora
+from moejax.models.config import Architecture, from_hub_config
+from moejax.models.ops import nf4
 from moejax.terminal import Console
 
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
@@ -56,7 +56,7 @@ def load_weights(
     model: Model, folder: Path, lora_key: jax.Array, *, cache: Path | None = None, console: Console | None = None,
     content: Content | None = None,
 ) -> Model:  # fmt: skip
-    """Fill an abstract model (`models.build.build` without a key) from a folder's safetensors or .bin; adapters from `lora_key`.
+    """Fill an abstract model (`moejax.models.build.build` without a key) from a folder's safetensors or .bin; adapters from `lora_key`.
 
     One tensor at a time: read by memory map, cast or quantized (each expert's matrix by itself), put into its place on the device,
     so that the host never holds more than a few tensors. cache: the folder that keeps quantized weights for the next start

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from models.build import build
-from models.config import Architecture
 from moejax import installation
 from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.errors import UserError, first_line
 from moejax.estimator.targets import TARGETS, Target, target_text
+from moejax.models.build import build
+from moejax.models.config import Architecture
 from moejax.training.compile import step_of, told
 from moejax.training.memory import compiler_peak_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 from rich.table import Table
 
-from models.build import build
 from moejax.config import Experiment
 from moejax.data.sources import is_file
 from moejax.estimator import cards
 from moejax.estimator.units import gigabytes
+from moejax.models.build import build
 from moejax.terminal import Console
 from moejax.training import held_out, low_precision, run_folder
 from moejax.training.inputs import not_local, read_data

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.config import Architecture
-from models.ops.grouped_choice import choose, here
-from models.ops.grouped_matmul import Plan
-from models.ops.grouped_ragged import ragged_dot
-from models.ops.grouped_table import measured
 from moejax.config import Experiment
 from moejax.errors import UserError
+from moejax.models.config import Architecture
+from moejax.models.ops.grouped_choice import choose, here
+from moejax.models.ops.grouped_matmul import Plan
+from moejax.models.ops.grouped_ragged import ragged_dot
+from moejax.models.ops.grouped_table import measured
 from moejax.profiling.program import Program, module_of
 
 DENSE_FROM = 2.0
@@ -21,7 +21,7 @@ DENSE_FROM = 2.0
 
 
 def plan(experiment: Experiment, config: Architecture, tokens: int) -> Plan | None:
-    """What `models.moe` will choose here for so many tokens; None where all experts see all tokens."""
+    """What `moejax.models.moe` will choose here for so many tokens; None where all experts see all tokens."""
     if config.experts_per_token == config.num_experts:
         return None
     return choose(

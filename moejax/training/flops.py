@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from models.config import Architecture, BlackMambaConfig, LoRAConfig
 from moejax.estimator import gpus
+from moejax.models.config import Architecture, BlackMambaConfig, LoRAConfig
 
 
 @dataclass(frozen=True)

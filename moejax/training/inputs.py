@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.config import Architecture
 from moejax.config import Experiment
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.models.config import Architecture
 from moejax.progress import waiting
 from moejax.terminal import Console
 from moejax.training import example, held_out

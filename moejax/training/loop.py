@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.build import Model, build
 from moejax.config import Experiment
 from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches
@@ -23,6 +22,7 @@ from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
 from moejax.hub import beside, peft, save, weights
 from moejax.hub.quantized_cache import Content
+from moejax.models.build import Model, build
 from moejax.profiling.capture import Capture
 from moejax.progress import waiting
 from moejax.runs.claim import claimed

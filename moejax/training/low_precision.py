@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.build import Model
-from models.layers import INIT_STD
 from moejax.config import Experiment
+from moejax.models.build import Model
+from moejax.models.layers import INIT_STD
 from moejax.terminal import Console
 from moejax.training.optimizer import is_decayed
 from moejax.training.state import split

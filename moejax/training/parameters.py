@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from models.build import Model
-from models.config import Architecture
-from models.ops.nf4 import NF4Tensor
+from moejax.models.build import Model
+from moejax.models.config import Architecture
+from moejax.models.ops.nf4 import NF4Tensor
 
 _GROUPS = (
     ("embeddings", "embed."), ("head", "head."), ("router", ".moe.router."), ("experts", ".moe.w"), ("attention", ".attention."),

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from models.config import Architecture
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import coefficients, comparison, fitting, gpus, prices, units
+from moejax.models.config import Architecture
 from moejax.terminal import Console
 from moejax.training.step_profile import cpu_name
 

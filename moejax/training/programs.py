@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from models.config import Architecture
 from moejax.config import Experiment
 from moejax.data.pipeline import Dataset
+from moejax.models.config import Architecture
 from moejax.profiling.capture import compile_profiled
 from moejax.progress import waiting
 from moejax.terminal import Console

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jax
 
-from models.config import Architecture
-from models.layers import REMAT_POLICIES
 from moejax import estimating
 from moejax.config import Experiment, load
+from moejax.models.config import Architecture
+from moejax.models.layers import REMAT_POLICIES
 from moejax.terminal import Console
 from moejax.training import memory
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from models.build import Model
 from moejax.data.batching import Batches
 from moejax.errors import UserError
 from moejax.evaluation.evaluate import evaluate, write
 from moejax.evaluation.recorded import Record, percent, recorded
 from moejax.files import replace_text
+from moejax.models.build import Model
 from moejax.training.held_out import HeldOut
 
 BEST = "best"  # the folder of the best model in a run's folder

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.build import Model
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub.model import (
@@ -19,6 +18,7 @@ from moejax.hub.model import (
     model_arguments,
     quantization_config,
 )
+from moejax.models.build import Model
 from moejax.training.step import Objective, TrainState
 
 __all__ = [

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from models.mixtral import load_balancing_loss
-from models.moe import RouterStats
-from models.ops.cross_entropy import linear_cross_entropy
 from moejax.data.batch import Batch
+from moejax.models.mixtral import load_balancing_loss
+from moejax.models.moe import RouterStats
+from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.training import rounding
 
 Tree = Any

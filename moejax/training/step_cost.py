@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from models.config import Architecture
-from models.ops import grouped_matmul as gm
+from moejax.models.config import Architecture
+from moejax.models.ops import grouped_matmul as gm
 from moejax.profiling.program import Cost, Program, Trips, module_of
 from moejax.profiling.scopes import Place
 

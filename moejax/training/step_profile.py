@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from models.build import Model
 from moejax import __version__
 from moejax.config import Experiment
 from moejax.errors import UserError
+from moejax.models.build import Model
 from moejax.profiling import breakdown, roofline, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label

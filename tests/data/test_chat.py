@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from models.build import build
-from models.config import PRESETS
 from moejax.data import chat
 from moejax.data.ends import Ends, ends_of
 from moejax.data.pipeline import Dataset
@@ -18,6 +16,8 @@ from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.generate import before, generate, stream
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from models.config import PRESETS
 from moejax import cli, config, estimating
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import cards, closed_form, gpus, memory, memory_report, sizes
 from moejax.estimator.targets import target_of
+from moejax.models.config import PRESETS
 from moejax.training import aot
 
 TARGETS = ["w1", "w2", "w3", "gate"]
@@ -65,7 +65,7 @@ def test_arguments_to_the_byte(case):
     import jax
     import numpy as np
 
-    from models.build import build
+    from moejax.models.build import build
     from moejax.training.optimizer import make_optimizer, make_schedule
     from moejax.training.state import initial_state, model_arguments, split
 
@@ -82,7 +82,7 @@ def test_arguments_to_the_byte(case):
 
 @pytest.mark.parametrize("nf4", [True, False])
 def test_tiles_are_those_of_the_model(nf4):
-    from models.ops.grouped_matmul import choose
+    from moejax.models.ops.grouped_matmul import choose
 
     small = CASES["lora, sparse"].model.architecture(None)
     for platform in ("cpu", "gpu"):
@@ -94,7 +94,7 @@ def test_tiles_are_those_of_the_model(nf4):
 
 
 def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
-    from models.ops import grouped_table
+    from moejax.models.ops import grouped_table
 
     def entry(tile):
         shape = {"rows_per_expert": 128, "hidden": 4096, "intermediate": 14336, "nf4": True}
@@ -112,7 +112,7 @@ def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
 
 
 def test_constants_are_those_of_the_operations():
-    from models.ops import attention, nf4
+    from moejax.models.ops import attention, nf4
 
     assert (attention.SMALLEST_BLOCK, attention.LARGEST_BLOCK) == closed_form.ATTENTION_BLOCKS
     assert (nf4.BLOCK, nf4.NESTED_BLOCK) == (sizes.NF4_BLOCK, sizes.NESTED_BLOCK)

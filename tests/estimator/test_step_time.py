@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares, nnls
 
-from models.config import PRESETS
 from moejax import reference
 from moejax.errors import UserError
 from moejax.estimator import curves, forms, gpus, paper, reproduce, roofline, transfer
 from moejax.estimator.least_squares import fit_seconds, fit_seconds_many, fit_throughput, nonnegative
 from moejax.estimator.step_time import Observations, fit
+from moejax.models.config import PRESETS
 
 A40 = gpus.find("A40")
 

@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from models.build import build
-from models.config import LoRAConfig, from_hub_config
 from moejax.errors import UserError
 from moejax.evaluation.generate import generate
 from moejax.evaluation.loglikelihood import _score, encode_pair, loglikelihoods
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import load_weights
+from moejax.models.build import build
+from moejax.models.config import LoRAConfig, from_hub_config
 
 
 @pytest.fixture(scope="module")

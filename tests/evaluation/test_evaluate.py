@@ -14,8 +14,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from models.build import build
-from models.config import PRESETS
 from moejax.data.tokenize import prompts as prompt_ids
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
@@ -23,6 +21,8 @@ from moejax.evaluation.answers import wilson_interval
 from moejax.evaluation.evaluate import evaluate, write
 from moejax.evaluation.loglikelihood import encode_pair, loglikelihoods
 from moejax.evaluation.tasks import Example, find, load
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 
 CONFIG = PRESETS["mixtral-tiny"].replace(vocab_size=512, hidden_size=32, num_layers=2, max_position_embeddings=256)
 

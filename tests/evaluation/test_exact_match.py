@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from support import ROOT
 
-from models.build import build
-from models.config import PRESETS
 from moejax import cli, config
 from moejax.hub.save import save_weights
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 
 
 @pytest.fixture

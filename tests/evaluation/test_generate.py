@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.build import build
-from models.cache import decode_step, init_cache, prefill
-from models.config import PRESETS
 from moejax.errors import UserError
 from moejax.evaluation import generate as generating
 from moejax.evaluation.generate import CHECKED, Sampling, _go_on, before, candidates, cut, generate, stream
+from moejax.models.build import build
+from moejax.models.cache import decode_step, init_cache, prefill
+from moejax.models.config import PRESETS
 
 CONFIG = PRESETS["mixtral-tiny"].replace(vocab_size=50, hidden_size=32, num_layers=2, max_position_embeddings=64)
 

@@ -11,11 +11,11 @@ from oracles.load_bitsandbytes import CASES, load, logit_difference, stored_othe
 from safetensors.numpy import load_file, save_file
 from support import VECTORS
 
-from models.build import build
-from models.config import LoRAConfig, Quantization
-from models.ops import nf4
 from moejax.errors import UserError
 from moejax.hub import merge, stored, weights
+from moejax.models.build import build
+from moejax.models.config import LoRAConfig, Quantization
+from moejax.models.ops import nf4
 
 FOLDER = VECTORS / "bitsandbytes"
 W1 = "model.layers.1.block_sparse_moe.experts.0.w1.weight"

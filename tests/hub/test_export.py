@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT, VECTORS, finished_run
 from transformers import PreTrainedTokenizerFast
 
-from models.build import build
-from models.config import LoRAConfig
 from moejax import cli, export
 from moejax.errors import UserError
 from moejax.hub import merge, peft, weights
+from moejax.models.build import build
+from moejax.models.config import LoRAConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import VECTORS, finished_run, full_logits
 
-from models.build import build
-from models.config import LORA_TARGETS, LoRAConfig
 from moejax import cli
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.models.build import build
+from moejax.models.config import LORA_TARGETS, LoRAConfig
 
 MLP = "base_model.model.model.layers.0.mlp."
 UP_A, UP_B = (f"{MLP}experts.base_layer.lora_{letter}.weight" for letter in "AB")

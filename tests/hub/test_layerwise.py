@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import ROOT, finished_run, full_logits
 
-from models.build import build
-from models.config import LORA_TARGETS, LoRAConfig, Quantization
 from moejax.errors import UserError
 from moejax.hub import layerwise, peft, weights
+from moejax.models.build import build
+from moejax.models.config import LORA_TARGETS, LoRAConfig, Quantization
 
 TOKENS = np.arange(1, 41, dtype=np.int32)
 

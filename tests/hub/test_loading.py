@@ -15,12 +15,12 @@ from safetensors.numpy import load_file, save_file
 from support import VECTORS, full_logits
 from test_weights import CONFIG, arrays, assert_same
 
-from models.build import build
-from models.config import Quantization
 from moejax.errors import UserError
 from moejax.hub import quantized_cache, safetensors_file
 from moejax.hub.save import save_weights
 from moejax.hub.weights import load_weights, read_config, report
+from moejax.models.build import build
+from moejax.models.config import Quantization
 
 KEY = jax.random.key(0)
 
@@ -146,7 +146,7 @@ class TestCache:
         cache = tmp_path / "cache"
         first = load(folder, cache=cache)
         assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
-        monkeypatch.setattr("models.ops.nf4.quantize", None)
+        monkeypatch.setattr("moejax.models.ops.nf4.quantize", None)
         assert_same(load(folder, cache=cache), first)
 
     def test_other_content_settings_or_version_are_made_anew(self, folder, tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import VECTORS, save_torch
 
-from models.build import build
-from models.config import LORA_TARGETS, LoRAConfig
 from moejax.errors import UserError
 from moejax.hub import peft
+from moejax.models.build import build
+from moejax.models.config import LORA_TARGETS, LoRAConfig
 
 FIRST = "base_model.model.model.layers.0.block_sparse_moe.gate.lora_A.weight"
 

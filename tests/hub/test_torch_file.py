@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from support import VECTORS
 
-from models.build import build
 from moejax.errors import UserError
 from moejax.hub.torch_file import TorchFile
 from moejax.hub.weights import load_weights, read_config
+from moejax.models.build import build
 
 
 def test_tensors():

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.build import build
-from models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization
 from moejax.hub import layerwise, merge, peft, verification
 from moejax.hub.layerwise import Checkpoint
 from moejax.hub.names import tensors
 from moejax.hub.save import save_weights
+from moejax.models.build import build
+from moejax.models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization
 
 SMALL = PRESETS["mixtral-tiny"].replace(
     vocab_size=32, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, num_experts=4

@@ -10,8 +10,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support import save_torch
 
-from models.build import build
-from models.config import PRESETS, LoRAConfig, Quantization
 from moejax import hub
 from moejax.config import Experiment
 from moejax.errors import UserError
@@ -19,6 +17,8 @@ from moejax.hub.peft import load_adapter, read_adapter_config, save_adapter
 from moejax.hub.save import save_weights
 from moejax.hub.stored import weight_files
 from moejax.hub.weights import load_weights, read_config, resolve
+from moejax.models.build import build
+from moejax.models.config import PRESETS, LoRAConfig, Quantization
 
 CONFIG = PRESETS["mixtral-tiny"].replace(
     vocab_size=32, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4

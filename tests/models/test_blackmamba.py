@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 from support import assert_close_to_largest, decoder, full_logits, loss_and_gradients
 
-from models.blackmamba import BlackMamba
-from models.build import build
-from models.cache import init_cache
-from models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization, from_hub_config
 from moejax.data.batch import Batch
 from moejax.hub.names import tensors
 from moejax.hub.save import save_weights
 from moejax.hub.weights import attribute, load_weights
+from moejax.models.blackmamba import BlackMamba
+from moejax.models.build import build
+from moejax.models.cache import init_cache
+from moejax.models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization, from_hub_config
 from moejax.training.state import split
 
 CASES = {"top1": (1, "gelu"), "top2": (2, "gelu"), "dense": (4, "gelu"), "top2_silu": (2, "silu")}

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from support import TINY
 
-from models.build import build
-from models.config import PRESETS, LoRAConfig, Quantization
-from models.layers import REMAT_POLICIES
-from models.mixtral import load_balancing_loss
-from models.moe import RouterStats
-from models.ops import attention, linear, nf4, selective_scan
-from models.ops import grouped_matmul as gm
-from models.ops.cross_entropy import linear_cross_entropy
 from moejax.data.batch import Batch
+from moejax.models.build import build
+from moejax.models.config import PRESETS, LoRAConfig, Quantization
+from moejax.models.layers import REMAT_POLICIES
+from moejax.models.mixtral import load_balancing_loss
+from moejax.models.moe import RouterStats
+from moejax.models.ops import attention, linear, nf4, selective_scan
+from moejax.models.ops import grouped_matmul as gm
+from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
 

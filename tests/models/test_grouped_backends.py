@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.ops import grouped_matmul as gm
-from models.ops import nf4
+from moejax.models.ops import grouped_matmul as gm
+from moejax.models.ops import nf4
 
 E, D, F, N, R = 5, 37, 53, 41, 3
 

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from support import VECTORS, assert_close_to_largest, full_logits
 
-from models.build import build
-from models.config import LoRAConfig
 from moejax.hub.names import module_names
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import load_weights
+from moejax.models.build import build
+from moejax.models.config import LoRAConfig
 from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_train_step, sums
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from support import assert_close_to_largest, decoder, full_logits, hub_tensor, loss_and_gradients
 
-from models.build import build
-from models.cache import init_cache
-from models.mixtral import load_balancing_loss
 from moejax.hub.names import module_names
 from moejax.hub.weights import load_weights
+from moejax.models.build import build
+from moejax.models.cache import init_cache
+from moejax.models.mixtral import load_balancing_loss
 
 CASES = {"top2": 2, "dense": 8}
 

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from support import VECTORS
 
-from models.build import build, random_weights
-from models.config import PRESETS, LoRAConfig, Quantization, from_hub_config
 from moejax.data.batching import assemble
 from moejax.data.tokenize import Query
+from moejax.models.build import build, random_weights
+from moejax.models.config import PRESETS, LoRAConfig, Quantization, from_hub_config
 from moejax.training.aot import compile_step
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
@@ -48,7 +48,7 @@ def test_packed_equals_alone(k):
 
 
 def test_long_rows_are_attended_in_blocks_exactly():
-    from models.ops import attention
+    from moejax.models.ops import attention
 
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 1024, h, 8)), jnp.float32) for h in (4, 2, 2))

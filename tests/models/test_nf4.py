@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import VECTORS
 
-from models.ops import nf4
+from moejax.models.ops import nf4
 
 CASES = ("normal", "router", "zeros", "nested", "odd", "tiny", "bfloat16", "float16", "large")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from models.config import PRESETS
-from models.mamba import Mamba
-from models.ops import scan_table
-from models.ops import selective_scan as ss
+from moejax.models.config import PRESETS
+from moejax.models.mamba import Mamba
+from moejax.models.ops import scan_table
+from moejax.models.ops import selective_scan as ss
 
 B, T, D, N = 2, 37, 6, 4
 WORKING = ("sequential", "associative", "chunked", "chunked_associative")

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 from traces import module
 
-from models.build import build
-from models.config import PRESETS, LoRAConfig, Quantization
-from models.mamba import Mamba
-from models.ops import nf4
-from models.ops.linear import part
+from moejax.models.build import build
+from moejax.models.config import PRESETS, LoRAConfig, Quantization
+from moejax.models.mamba import Mamba
+from moejax.models.ops import nf4
+from moejax.models.ops.linear import part
 from moejax.profiling.program import Program, elements
 from moejax.profiling.scopes import place
 from moejax.training import aot

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.build import build
 from moejax.hub.weights import load_weights, read_config
+from moejax.models.build import build
 
 
 def main():

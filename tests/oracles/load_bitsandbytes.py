@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from models.build import build
-from models.config import QUANTIZED_MODULES, Quantization
-from models.ops.nf4 import NF4Tensor
 from moejax.errors import UserError
 from moejax.hub.names import tensors
 from moejax.hub.weights import attribute, index_of, load_weights, read_config
+from moejax.models.build import build
+from moejax.models.config import QUANTIZED_MODULES, Quantization
+from moejax.models.ops.nf4 import NF4Tensor
 
 CASES = {
     "double": Quantization(double=True),

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.build import build
-from models.config import LoRAConfig
 from moejax.hub import peft, weights
+from moejax.models.build import build
+from moejax.models.config import LoRAConfig
 
 MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",), "weight": ("gate",)}
 

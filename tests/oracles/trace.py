@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from models.build import build
-from models.config import PRESETS, LoRAConfig, Quantization
 from moejax.data.batch import Batch
+from moejax.models.build import build
+from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.profiling import xplane
 from moejax.profiling.capture import compile_profiled
 from moejax.training.state import initial_state, split

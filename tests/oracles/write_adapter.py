@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.build import build
-from models.config import LORA_TARGETS, PRESETS, LoRAConfig
 from moejax.hub.peft import adapted, save_adapter
 from moejax.hub.save import save_weights
+from moejax.models.build import build
+from moejax.models.config import LORA_TARGETS, PRESETS, LoRAConfig
 
 
 def main():

@@ -4,9 +4,9 @@ import jax
 import pytest
 from support import ROOT
 
-from models.config import PRESETS
 from moejax import config
 from moejax.errors import UserError
+from moejax.models.config import PRESETS
 from moejax.training import aot
 
 EXPERIMENT = config.load(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml")

@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 from support import ROOT
 
-from models.config import PRESETS
-from models.ops import grouped_choice, grouped_table
 from moejax import config
 from moejax.errors import UserError
+from moejax.models.config import PRESETS
+from moejax.models.ops import grouped_choice, grouped_table
 from moejax.training import aot, experts
 
 CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"

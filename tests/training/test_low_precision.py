@@ -9,10 +9,10 @@ from flax import nnx
 from rich.console import Console
 from support import TINY
 
-from models.build import build
-from models.config import PRESETS
 from moejax.config import TrainingConfig
 from moejax.data.batch import Batch
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 from moejax.training import low_precision, rounding
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.optimizer import is_decayed, make_optimizer

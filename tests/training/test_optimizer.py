@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from support import TINY
 
-from models.build import build
-from models.config import LORA_TARGETS, PRESETS, LoRAConfig
 from moejax.config import TrainingConfig
+from moejax.models.build import build
+from moejax.models.config import LORA_TARGETS, PRESETS, LoRAConfig
 from moejax.training.optimizer import is_decayed, make_optimizer
 from moejax.training.state import split
 

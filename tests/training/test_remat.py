@@ -9,11 +9,11 @@ import yaml
 from rich.console import Console
 from support import ROOT, loss_and_gradients
 
-from models.build import build
-from models.config import PRESETS
 from moejax import estimating
 from moejax.errors import UserError
 from moejax.estimator import closed_form
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 from moejax.training import aot, loop, remat
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]

@@ -13,8 +13,6 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from support import ROOT, TINY, tiny_experiments
 
-from models.build import build
-from models.config import PRESETS, LoRAConfig
 from moejax import config, export
 from moejax.contents import MadeOf
 from moejax.data.tokenize import Query
@@ -23,6 +21,8 @@ from moejax.errors import UserError
 from moejax.evaluation import runs
 from moejax.hub.peft import save_adapter
 from moejax.hub.save import save_weights
+from moejax.models.build import build
+from moejax.models.config import PRESETS, LoRAConfig
 from moejax.runs.claim import claimed
 from moejax.training import example, loop, memory, run_folder
 from moejax.training.metrics import MetricWriter

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 from support import TINY, assert_close_to_largest
 
-from models.build import build
-from models.config import PRESETS, LoRAConfig
-from models.lora import LoRA
 from moejax.data.batch import Batch
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
+from moejax.models.build import build
+from moejax.models.config import PRESETS, LoRAConfig
+from moejax.models.lora import LoRA
 from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_eval_step, make_train_step, sums
 

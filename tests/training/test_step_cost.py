@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from models import layers
-from models.ops import expert_tile, grouped_choice, linear
 from moejax import config
+from moejax.models import layers
+from moejax.models.ops import expert_tile, grouped_choice, linear
 from moejax.training import aot, experts, step, step_cost
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
