@@ -6,11 +6,12 @@
 Each result is a line, written at once: program (the first config that has it), gpu, rows, row_tokens, layers, peak_gb or error, seconds,
 commit, versions, `sources` (a hash of what the step is made of). What other sources or versions made is compiled again. A process of its
 own compiles for one program and GPU: where the compiler aborts, the line says so and the rest goes on. Programs are compiled with two
-layers (they are scanned), and once as they are, at the config's own rows. Kernels that an earlier shape had are not made again. Needs the
-extra `aot`. Nothing runs.
+layers (they are scanned), those of the small models at three of the shapes; and once as they are, at the config's own rows. Kernels that
+an earlier shape had are not made again. Needs the extra `aot`. Nothing runs.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -52,12 +53,14 @@ def real(name: str) -> bool:
     return "8x7b" in name or "2.8b" in name
 
 
-def cells(name: str, rows: list[int], lengths: list[int]) -> Iterator[Cell]:
+def cells(name: str, rows: list[int], lengths: list[int], every: bool) -> Iterator[Cell]:
+    """Every number of rows with every length, of a small model (but with `every`) each with one; last the config's own shape."""
     from moejax import config, estimating
 
     experiment = config.load(ROOT / "configs" / f"{name}.yaml")
     sizes = estimating.architecture_of(experiment)
-    yield from ((r, n, min(DEPTH, sizes.num_layers)) for r in rows for n in lengths if n <= sizes.max_position_embeddings)
+    shapes = itertools.product(rows, lengths) if every or real(name) else zip(rows, lengths, strict=False)
+    yield from ((r, n, min(DEPTH, sizes.num_layers)) for r, n in shapes if n <= sizes.max_position_embeddings)
     yield experiment.data.batch_rows, experiment.data.longest_row, sizes.num_layers
 
 
@@ -133,6 +136,7 @@ def main() -> int:
     parser.add_argument("--gpu", default=GPUS, help=f"comma-separated; default: {GPUS}")
     parser.add_argument("--rows", default=ROWS, help=f"comma-separated; default: {ROWS}")
     parser.add_argument("--lengths", default=LENGTHS, help=f"comma-separated; default: {LENGTHS}")
+    parser.add_argument("--every", action="store_true", help="the small models' programs at every shape too, not at three")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,11 +156,11 @@ def main() -> int:
         # By value: the first number of rows at each length before the others, published models before small ones.
         order = [
             (some, gpu, name)
-            for some in (rows[:1], rows[1:]) for published in (True, False)
+            for some in (rows[:1], rows) for published in (True, False)
             for gpu in options.gpu.split(",") for name in asked if real(name) == published
         ]  # fmt: skip
         for some, gpu, name in order:
-            open_cells = [c for c in cells(name, some, lengths) if (name, gpu, *c) not in known]
+            open_cells = [c for c in cells(name, some, lengths, options.every) if (name, gpu, *c) not in known]
             for told in compiled(name, gpu, open_cells, Path(kernels)):
                 line = {"program": name, "configs": asked[name], "gpu": gpu} | told | {"commit": commit} | same
                 file.write(json.dumps(line) + "\n")
