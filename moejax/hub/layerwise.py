@@ -23,8 +23,8 @@ _LAYER = re.compile(r"^(model\.layers|decoder\.layers)\.(\d+)\.")
 
 
 class Checkpoint(NamedTuple):
-    """A folder in Hub layout, and how its weights are stored here: arguments of `moejax.models.build.build`. Each adapter over it is a model of
-    its own; without any it is one."""
+    """A folder in Hub layout, and how its weights are stored here: arguments of `moejax.models.build.build`. Each adapter over it is a
+    model of its own; without any it is one."""
 
     sizes: Architecture
     folder: Path
