@@ -18,8 +18,10 @@ def test_configs_that_compile_to_the_same_instructions_are_one_program():
 
 
 def test_shapes_are_of_whole_rows_and_the_own_one_is_in_full_depth():
-    made = list(aot_grid.cells("mixtral_8x7b_cs_sparse", [2, 8], [368, 2048]))
+    made = list(aot_grid.cells("mixtral_8x7b_cs_sparse", [2, 8], [368, 2048], False))
     assert made == [(2, 368, 2), (2, 2048, 2), (8, 368, 2), (8, 2048, 2), (1, 2048, 32)]
+    small = list(aot_grid.cells("demo", [2, 8], [368, 2048], False))
+    assert small[:-1] == [(2, 368, 2), (8, 2048, 2)] and small[-1][2] == 4
     assert all(int(n) % 16 == 0 for n in aot_grid.LENGTHS.split(","))
 
 
