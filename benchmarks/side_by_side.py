@@ -31,8 +31,8 @@ from curves_report import between
 from moejax import config as configuration
 from moejax.errors import UserError
 from moejax.profiling import command, schema
+from moejax.profiling.bars import Bars, draw, study, takeaways
 from moejax.profiling.scopes import OUTSIDE
-from moejax.report.breakdown import Bars, draw, study, takeaways
 from moejax.training.step_profile import cpu_name
 
 MIXTRAL, MAMBA = "configs/bench_mixtral_tiny.yaml", "configs/bench_blackmamba_tiny.yaml"

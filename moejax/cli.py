@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moejax import __version__, estimating, installation, program_cache, streams
-from moejax.characterize import command as characterize
 from moejax.errors import UserError, first_line
 from moejax.estimator import commands as estimate
-from moejax.report import command as report
 
 if TYPE_CHECKING:
     from moejax.config import DeviceConfig
 
+# The study's commands. Nothing else of the tool names moejax.study (tests/test_imports.py).
+STUDY = {
+    "characterize": "moejax.study.characterize.command", "compare": "moejax.study.report.accuracy", "report": "moejax.study.report.command",
+    "estimate memory --study": "moejax.study.cost.table_3", "estimate reproduce": "moejax.study.cost.command",
+}  # fmt: skip
 NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
 _OTHER_WORDS = {"train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval", "generate": "chat infer inference",
                 "estimate": "predict plan memory fit", "export": "merge save convert", "doctor": "info env check"}  # fmt: skip
@@ -58,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
     compare.add_argument("--plot", default=None, metavar="FILE", help="draw the figure into this .png, .svg or .pdf")
     _add_export(commands.add_parser("export", help="a run's adapter or merged model, for PyTorch; reloaded and compared"))
-    characterize.add_arguments(commands.add_parser("characterize", help="the study's experiments on this machine, one resumable sweep"))
-    report.add_arguments(commands.add_parser("report", help="one page (HTML, Markdown) of what `moejax characterize` measured"))
+    characterize = "the study's experiments on this machine, one resumable sweep"
+    _study("characterize").add_arguments(commands.add_parser("characterize", help=characterize))
+    _study("report").add_arguments(commands.add_parser("report", help="one page (HTML, Markdown) of what `moejax characterize` measured"))
     commands.add_parser("doctor", help="what this machine has, what is wrong with it, and what to do")
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given == ["estimate"]:
@@ -273,7 +278,16 @@ def guarded(options: argparse.Namespace) -> int:
         return 130
 
 
+def _study(command: str) -> Any:
+    return importlib.import_module(STUDY[command])
+
+
 def run(options: argparse.Namespace) -> int:
+    name = options.command
+    if name == "estimate":
+        name += f" {options.estimate_command}" + " --study" * getattr(options, "study", False)
+    if name in STUDY:
+        return _study(name).run(options)
     if options.command == "estimate":
         return (estimating if options.estimate_command in estimating.COMMANDS else estimate).run(options)
     if options.command == "breakdown":
@@ -298,18 +312,10 @@ def run(options: argparse.Namespace) -> int:
         from moejax.evaluation import expert_load
 
         return expert_load.run(options.run, options.config, options.data, options.limit)
-    if options.command == "compare":
-        from moejax.report import accuracy
-
-        return accuracy.run(options.runs, options.plot)
     if options.command == "export":
         from moejax import export
 
         return export.run(options.run, options.out, options.format, options.verify, options.tolerance)
-    if options.command == "characterize":
-        return characterize.run(options)
-    if options.command == "report":
-        return report.run(options.folders, options.out)
     if options.command == "doctor":
         from moejax import doctor
 

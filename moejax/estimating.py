@@ -176,16 +176,17 @@ class Oracle:
         return memory.largest_rows(self.peak_bytes, limit, guess, slope)
 
 
+def quiet_compiler(gpus: str) -> None:
+    """Before jax is imported: none of XLA's remarks about a driver that is not there, and no device but where one is asked."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if HERE not in gpus.split(","):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def _memory(options: argparse.Namespace) -> int:
     from moejax.estimator import memory_report
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about a driver that is not there
-    if HERE not in options.gpu.split(","):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if options.study:
-        if options.config or options.overrides or options.rows is not None or options.seq_len is not None:
-            raise UserError("--study runs the study's own configs, rows and GPUs: leave out --config, --rows, --seq-len and key.sub=value")
-        return memory_report.study(_oracle_of_cell, options.closed_form, options.json, versions())
+    quiet_compiler(options.gpu)
     if not options.config:
         raise UserError("which experiment? --config FILE (see configs/), or --study")
     from moejax import config
@@ -219,15 +220,6 @@ def oracle(experiment: Experiment, architecture: Architecture, gpu: GPU, row_tok
     """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
     reason = "--closed-form was given" if closed else why_not_compiled(gpu)
     return Oracle(experiment, architecture, gpu, row_tokens, reason)
-
-
-def _oracle_of_cell(model: str, dataset: str, kind: str, gpu: str, row_tokens: int, closed: bool) -> Oracle:
-    from moejax import config
-
-    preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[model]
-    name = f"{preset}_{'cs' if dataset == 'commonsense_15k' else 'math'}_{kind}.yaml"
-    experiment = config.load(ROOT / "configs" / name)
-    return oracle(experiment, architecture_of(experiment), GPUS[gpu], row_tokens, closed)
 
 
 def this_machine(fraction: float) -> GPU:

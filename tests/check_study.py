@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from moejax.report import results
+from moejax.study.report import results
 
 folder = Path(sys.argv[1])
 found = results.read(folder)

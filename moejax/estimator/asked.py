@@ -32,8 +32,7 @@ def names_of(gpus: str) -> list[str]:
 
 def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
     """The job; `entries`: whose software's times are predicted. Raises UserError for what cannot be meant."""
-    from moejax import reference
-    from moejax.estimator import job, lengths, roofline
+    from moejax.estimator import job, lengths, published, roofline
 
     if options.model not in MODELS:
         raise UserError(f"--model {options.model}: expected one of {', '.join(dict.fromkeys(MODELS))}")
@@ -49,17 +48,18 @@ def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
     if len(given) != 1:
         both = f" ({' and '.join(f'--{name}' for name in given)} were given)" if given else ""
         raise UserError(f"which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE{both}")
+    sets = published.read("lengths.json")
     if options.lengths:
         length = lengths.from_file(options.lengths)
     elif options.dataset:
-        if options.dataset not in reference.DATASETS:
-            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(reference.DATASETS)}")
+        if options.dataset not in sets:
+            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(sets)}")
         length = lengths.of_dataset(options.dataset)
     else:
         if options.records is None:
             raise UserError("--length needs --records: how many queries of this length")
         length = lengths.constant(options.records, options.length)
-    printed = reference.raw()["table2_datasets"].get(options.dataset, {}).get("queries")
+    printed = sets.get(options.dataset, {}).get("queries")
     queries = options.records or printed or length.queries
     multiple, row_tokens = _multiple(entries), options.row_tokens
     if row_tokens and options.batching in ("fixed", "pack") and multiple != lengths.STUDY_MULTIPLE:

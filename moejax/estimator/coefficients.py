@@ -3,8 +3,9 @@
 A file (`coefficients.json`, version 1) holds
 `{"schema_version": 1, "entries": [{"model", "method", "gpu", "t0_seconds", "token_seconds", "expert_token_seconds", "source", "points",
 "samples": [[t0, u, v], …], "scatter": […], "only_share", "framework", "range", "doubt"}], "paper": {…}}`: t0, u and v of
-`step_time.py`, bootstrap samples of them, draws of one step's relative scatter, k/E where it was one only, whose software was measured
-("jax": this project), between which tokens and k/E, and why not to trust them. `paper` (equations 1 and 2, by `fitting.py`) is for reading.
+seconds = t0 + tokens·(u + v·k/E), bootstrap samples of them, draws of one step's relative scatter, k/E where it was one only, whose
+software was measured ("jax": this project), between which tokens and k/E, and why not to trust them. `paper` (equations 1 and 2, by
+`fitting.py`) is for reading.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ import numpy as np
 
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.estimator import gpus, transfer
+from moejax.estimator import gpus, published, transfer
 from moejax.estimator.gpus import GPU
-from moejax.estimator.lengths import STUDY_CUTOFF
-from moejax.estimator.roofline import STUDY_MODELS
-from moejax.estimator.step_time import FloatArray, Observations, spread
+from moejax.estimator.least_squares import FloatArray, spread
 from moejax.files import replace_text
 
 SCHEMA_VERSION = 1
@@ -111,23 +110,8 @@ class StepTime:
 
 
 def study() -> tuple[Entry, ...]:
-    """From the seven published curves: Mixtral by QLoRA on four GPUs, BlackMamba's full fine-tuning on the A40 (PyTorch, 2024)."""
-    from moejax.estimator.curves import observations, study_fits
-
-    curves: dict[tuple[str, str], list[Observations]] = {}
-    for curve in observations():
-        curves.setdefault((curve.model, curve.gpu.name), []).append(curve)
-    entries = {}
-    for found in study_fits().values():
-        key = found.model, found.gpu.name
-        method = STUDY_MODELS[found.model][1]
-        tokens, shares = (np.concatenate([getattr(c, what) for c in curves[key]]) for what in ("tokens", "share"))
-        known = Range((tokens.min(), tokens.max()), (shares.min(), shares.max()), STUDY_CUTOFF)
-        entries[key] = Entry(
-            found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, "the study's curves, PyTorch",
-            len(tokens), framework="pytorch", range=known,
-        )  # fmt: skip
-    return tuple(entries.values())
+    """From the study's seven curves: Mixtral by QLoRA on four GPUs, BlackMamba's full fine-tuning on the A40 (PyTorch, 2024)."""
+    return read(published.FOLDER / "coefficients.json")
 
 
 def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: dict[str, GPU]) -> StepTime:

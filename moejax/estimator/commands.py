@@ -1,4 +1,4 @@
-"""`estimate.py reproduce | predict | plan`: arguments, tables, JSON. What a command needs is imported when it runs."""
+"""`estimate.py predict | plan`: arguments, tables, JSON. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
@@ -65,23 +66,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run a command; mistakes of the user's are raised as UserError."""
-    return {"reproduce": _reproduce, "predict": _predict, "plan": _plan}[options.estimate_command](options)
-
-
-def _reproduce(options: argparse.Namespace) -> int:
-    from moejax.estimator import reproduce
-
-    sections = [*reproduce.sections(), *([reproduce.form_scores()] if options.forms else [])]
-    bars = reproduce.bars()
-    if options.json:
-        document: dict[str, Any] = {s.key: {"title": s.title, "rows": s.records(), "notes": s.notes} for s in sections}
-        print_json(document | {"bars": dataclasses.asdict(bars) | {"met": bars.met}})
-    else:
-        for section in sections:
-            show_table(section.title, section.columns, section.rows, section.notes)
-        print("bars met" if bars.met else "bars NOT met")
-    _draw(options, lambda draw: draw.reproduction)
-    return 0
+    return {"predict": _predict, "plan": _plan}[options.estimate_command](options)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -105,7 +90,7 @@ def _predict(options: argparse.Namespace) -> int:
         for why in left_out.values():
             print(f"left out: {why}")
     cards = {gpu.name: gpu for gpu in chosen}
-    _draw(options, lambda draw: lambda folder: draw.throughput(folder, job, found, entries, table | cards))
+    draw(options.plot, lambda figures, folder: figures.throughput(folder, job, found, entries, table | cards))
     return 0
 
 
@@ -138,7 +123,7 @@ def _plan(options: argparse.Namespace) -> int:
             print(f"left out: {why}")
         for name, p in answers.items():
             print(f"{name}: " + (_least(name, made.options) if p is None else f"{p.gpu}, batch {p.batch}: {_hours(p)}, {_usd(p)}"))
-    _draw(options, lambda draw: lambda folder: draw.options(folder, job, made))
+    draw(options.plot, lambda figures, folder: figures.options(folder, job, made))
     return 0
 
 
@@ -274,18 +259,16 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, default=float))
 
 
-def _draw(options: argparse.Namespace, which: Callable[[Any], Callable[[Any], Sequence[Any]]]) -> None:
-    """Draw into --plot's folder, if asked, and say where (on stderr: stdout may be JSON)."""
-    if not options.plot:
+def draw(plot: str | None, which: Callable[[Any, Path], Sequence[Path]]) -> None:
+    """Draw by estimator/figures.py into --plot's folder, if asked, and say where (on stderr: stdout may be JSON)."""
+    if not plot:
         return
-    from pathlib import Path
-
     from moejax.estimator import figures
 
-    folder = Path(options.plot)
+    folder = Path(plot)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--plot {folder}: {error.strerror}") from error
-    for path in which(figures)(folder):
+    for path in which(figures, folder):
         print(f"drawn: {path}", file=sys.stderr)

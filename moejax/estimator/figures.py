@@ -1,4 +1,4 @@
-"""Figures of the estimator: the study's curves beside both models, throughput over batch, and hours against dollars."""
+"""Figures of the estimator: throughput over batch, hours against dollars, and what a fit leaves."""
 
 from __future__ import annotations
 
@@ -13,79 +13,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from moejax import reference
-from moejax.estimator import curves, paper
 from moejax.estimator.coefficients import Entry, choose
 from moejax.estimator.fitting import Fitted
 from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
 from moejax.estimator.plan import Plan, Prediction, batches
-from moejax.estimator.step_time import fit
 from moejax.estimator.units import counted
 
 INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
 
 
-def _clean(axes: Any) -> None:
+def clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
-
-
-def reproduction(folder: Path) -> list[Path]:
-    """Figure 13, and Figures 14 and 15 with the paper's fit and ours."""
-    return [_figure_13(folder / "figure_13.png"), _figures_14_15(folder / "figures_14_15.png")]
-
-
-def _figure_13(path: Path) -> Path:
-    given = reference.max_batch_figure()
-    gb = np.linspace(24, 125, 200)
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    pairs = ((given.artifact, BLUE, "artifact"), (given.printed, ORANGE, "printed"))
-    for pair, color, label in pairs:
-        c0, c1 = pair["mixtral"]
-        batch = [paper.max_batch_raw(g, given.model_gb["mixtral"], given.sequence_tokens, 0.25, c0, c1) for g in gb]
-        axes.plot(gb, batch, color=color, label=f"equation 1, {label} C0 = {c0:g}, C1 = {c1:g}")
-    axes.plot(*zip(*given.ground_truth.items(), strict=True), "o", color=INK, label="measured by the study")
-    axes.plot(*zip(*given.printed_projection.items(), strict=True), "D", mfc="white", color=INK, label="projected by the study")
-    axes.set(xlabel="GPU memory, GB", ylabel="largest batch, queries", title="Figure 13: Mixtral, commonsense, 2 of 8 experts")
-    axes.legend(frameon=False)
-    _clean(axes)
-    return _save(figure, path)
-
-
-def _figures_14_15(path: Path) -> Path:
-    data = {c.name: c for c in curves.observations()}
-    ours = fit(list(data.values()), pooling="curve", loss="throughput")
-    figure, grid = plt.subplots(2, 4, figsize=(13, 6.2), layout="constrained")
-    panels = list(grid.flat)
-    for axes, curve in zip(panels, reference.curves(), strict=False):
-        theirs = paper.fit_curve(curve, "fitted")
-        lengths = curves.lengths.of_study(curve.dataset or curves.FIGURE_15_DATASET)
-        for kind, color in (("sparse", BLUE), ("dense", ORANGE)):
-            points = curve.kind(kind)
-            share = reference.EXPERTS_PER_TOKEN[kind] / reference.EXPERTS
-            axes.plot(*zip(*points, strict=True), "o", ms=4.5, color=color, label=f"{kind}, measured")
-            batch = np.arange(1, max(b for b, _ in points) + 1)
-            tokens = np.array([lengths.batch_tokens(int(b)) for b in batch])
-            seconds = ours[curve.name].seconds(batch.astype(float), tokens, np.full(len(batch), share))
-            axes.plot(batch, batch / seconds, color=color, label=f"{kind}, ours")
-            smooth = np.linspace(1, batch[-1], 80)
-            axes.plot(smooth, theirs.throughput(smooth, np.full(80, share)), ":", color=color, label=f"{kind}, the paper's form")
-        axes.set_title(curve.name.replace("commonsense_15k", "commonsense").replace("math_14k", "MATH"), fontsize=10)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _clean(axes)
-    panels[-1].axis("off")
-    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
-    figure.supxlabel("batch, queries")
-    figure.supylabel("queries per second")
-    return _save(figure, path)
 
 
 def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Sequence[Entry], table: dict[str, GPU]) -> list[Path]:
@@ -107,8 +53,8 @@ def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Seq
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
-    _clean(axes)
-    return [_save(figure, folder / "throughput.png")]
+    clean(axes)
+    return [save(figure, folder / "throughput.png")]
 
 
 def options(folder: Path, job: Job, made: Plan) -> list[Path]:
@@ -129,10 +75,10 @@ def options(folder: Path, job: Job, made: Plan) -> list[Path]:
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.grid(axis="x", color=GREY, alpha=0.3)
-        _clean(axes)
+        clean(axes)
     title = f"{_named(job)}, {counted(job.queries, 'query', 'queries')} x {counted(job.epochs, 'epoch')} (grey: carried over, not measured)"
     figure.suptitle(title, fontsize=10)
-    return [_save(figure, folder / "plan.png")]
+    return [save(figure, folder / "plan.png")]
 
 
 def _named(job: Job) -> str:
@@ -141,7 +87,7 @@ def _named(job: Job) -> str:
     return f"{model}, {method}, k = {job.experts_per_token}"
 
 
-def residuals(folder: Path, found: Sequence[Fitted]) -> Path:
+def residuals(folder: Path, found: Sequence[Fitted]) -> list[Path]:
     """Seconds over tokens with the fitted law, and each run's error, device by device."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     for f, color in zip(found, [BLUE, ORANGE, GREEN, INK, GREY] * len(found), strict=False):
@@ -157,5 +103,5 @@ def residuals(folder: Path, found: Sequence[Fitted]) -> Path:
     right.axhline(0, color=GREY, lw=1)
     right.set(xlabel="tokens a step", ylabel="predicted over measured, less 1, %")
     for axes in (left, right):
-        _clean(axes)
-    return _save(figure, folder / "fit.png")
+        clean(axes)
+    return [save(figure, folder / "fit.png")]

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.estimator import gpus, paper
+from moejax.estimator import gpus
 from moejax.estimator.coefficients import Entry, Range
-from moejax.estimator.least_squares import fit_seconds, nonnegative
-from moejax.estimator.step_time import COEFFICIENTS, RESAMPLES, FloatArray, resampled
+from moejax.estimator.equations import fit_equation2
+from moejax.estimator.least_squares import RESAMPLES, FloatArray, fit_seconds, nonnegative, resampled
 
 C3 = {"mixtral": 1.8, "blackmamba": 2.5}  # fixed by the study's artifact, one per model
+COEFFICIENTS = 3  # t0, u, v
 TRUSTED_ERROR = 0.15  # of one of its own runs; on a quiet machine predictions miss by 2.4 % at most (docs/estimator.md)
 
 
@@ -158,7 +159,7 @@ def _equation_2(model: str, queries: FloatArray, share: FloatArray, seconds: Flo
     rate = queries / seconds
     found: dict[str, Any] = {}
     for form in ("printed", "fitted"):
-        e = paper.fit_equation2(form, queries, share, rate, c3)  # type: ignore[arg-type]
+        e = fit_equation2(form, queries, share, rate, c3)  # type: ignore[arg-type]
         rmse = float(np.sqrt(np.mean((e.throughput(queries, share) - rate) ** 2)))
         found[form] = {"c2": e.c2, "c3": e.c3, "c4": e.c4, "rmse_queries_per_second": rmse}
     return found

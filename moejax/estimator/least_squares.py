@@ -1,4 +1,5 @@
-"""Least squares with coefficients that are not negative, in numpy: scipy.optimize alone takes longer to import than `predict` may.
+"""Least squares with coefficients that are not negative, and their scatter, in numpy: scipy.optimize alone takes longer to import than
+`predict` may.
 
 Seconds are linear in the coefficients, and there are few: the exact minimum is the best of the unconstrained minima over the subsets
 of coefficients that are not zero, so subsets are tried instead of iterating.
@@ -6,6 +7,7 @@ of coefficients that are not zero, so subsets are tried instead of iterating.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from moejax.errors import UserError
 
 FloatArray = NDArray[np.float64]
+RESAMPLES = 400
 
 
 def nonnegative(features: FloatArray, target: FloatArray) -> FloatArray:
@@ -58,32 +61,33 @@ def fit_seconds_many(features: FloatArray, seconds: FloatArray) -> FloatArray:
     return x
 
 
-def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None) -> FloatArray:
-    """Coefficients x >= 0 by least squares on queries per second, queries/(features·x); Gauss-Newton from `fit_seconds`' answer.
+def spread(seconds: FloatArray, scatter: FloatArray, level: float) -> tuple[float, float]:
+    """Quantiles of every sampled time with every draw of scatter on it."""
+    outcomes = np.outer(seconds.ravel(), 1 + scatter)
+    low, high = np.quantile(outcomes, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
-    `scale`: what a unit of error is at each point, where curves of unlike throughput are fitted together.
-    """
-    rate = queries / seconds
-    weight = 1.0 / (np.ones_like(rate) if scale is None else scale)
-    x = fit_seconds(features, seconds)
 
-    def cost(candidate: FloatArray) -> float:
-        model = features @ candidate
-        return float(np.sum((weight * (queries / model - rate)) ** 2)) if (model > 0).all() else np.inf
-
-    for _ in range(100):
-        model = features @ x
-        slope = weight * queries / model**2
-        # queries/t is queries/model - queries/model²·(t - model) near the present x: linear in the coefficients again.
-        proposal = nonnegative(features * slope[:, None], slope * model + weight * (queries / model - rate))
-        step = 1.0
-        while cost(x + step * (proposal - x)) > cost(x) and step > 1e-6:
-            step /= 2
-        change = step * (proposal - x)
-        x = x + change
-        if np.max(np.abs(change) / (np.abs(x) + 1e-12)) < 1e-9:
-            break
-    return x
+def resampled(
+    matrix: FloatArray, seconds: FloatArray, x: FloatArray, resamples: int, solve: Callable[[FloatArray], FloatArray] | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """(samples [resamples, coefficients], scatter [resamples]) of a fit x of seconds = matrix·x: relative residuals drawn again and
+    refitted (by `solve`, or by relative errors). Both are empty where fewer than two points exceed the coefficients, or for 0 resamples."""
+    model = matrix @ x
+    spare = len(seconds) - matrix.shape[1]
+    if not resamples or spare < 2:
+        return np.zeros((0, len(x))), np.zeros(0)
+    residuals = seconds / model - 1
+    deviation = float(np.sqrt(np.sum(residuals**2) / spare))
+    wide = (residuals - residuals.mean()) * np.sqrt(len(seconds) / spare)
+    generator = np.random.default_rng(0)
+    draws = generator.integers(len(seconds), size=(resamples, len(seconds)))
+    # The deviation itself is known from few points: dividing by a drawn chi makes Student's t of both kinds of error.
+    unknown = np.sqrt(spare / generator.chisquare(spare, size=(2, resamples)))
+    drawn = model * (1 + wide[draws])
+    refitted = fit_seconds_many(matrix, drawn) if solve is None else np.array([solve(again) for again in drawn])
+    samples = np.maximum(x + unknown[0][:, None] * (refitted - x), 0.0)
+    return samples, np.maximum(deviation * unknown[1] * generator.standard_normal(resamples), -0.99)
 
 
 def _enough(features: FloatArray) -> None:

@@ -17,13 +17,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moejax import reference
 from moejax.documents import read_text
 from moejax.errors import UserError
+from moejax.estimator import published
 
 Batching = Literal["pad_longest", "pad_bucket", "pack", "fixed"]
 STUDY_CUTOFF, STUDY_MULTIPLE = 1024, 8  # the study cut at 1024 tokens and padded to a multiple of 8
 MOST = 10**9  # of queries, or of tokens in one
+WITH_LENGTHS = ("commonsense_15k", "math_14k")  # the study's data sets of which every length is known
 SMALLEST_BUCKET = 128  # of pad_bucket: 128, 256, 512 … up to the longest query, as a config's `data.buckets` begin
 
 
@@ -129,8 +130,8 @@ def _positive(**sizes: float) -> None:
 @cache
 def of_study(dataset: str) -> Lengths:
     """Figure 2's lengths of "commonsense_15k" or "math_14k", in GPT-NeoX's tokens."""
-    h = reference.length_histogram(dataset)
-    return Lengths(np.array(h.lengths), np.array(h.counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)", STUDY_CUTOFF)
+    tokens, counts = zip(*published.read("lengths.json")[dataset]["lengths"], strict=True)
+    return Lengths(np.array(tokens), np.array(counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)", STUDY_CUTOFF)
 
 
 def constant(queries: int, tokens: int) -> Lengths:
@@ -183,10 +184,10 @@ def _a_number(text: str) -> bool:
 
 def of_dataset(dataset: str) -> Lengths:
     """The study's lengths; for "hellaswag" and "gsm8k", of which it prints no more than the median, every query of that length."""
-    if dataset in ("commonsense_15k", "math_14k"):
+    if dataset in WITH_LENGTHS:
         return of_study(dataset)
-    printed = reference.raw()["table2_datasets"][dataset]
-    tokens = printed["median_seq_len"]
+    printed = published.read("lengths.json")[dataset]
+    tokens = printed["median_tokens"]
     return Lengths(
         np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen",
         STUDY_CUTOFF,

@@ -1,18 +1,18 @@
-"""What `estimate.py memory` prints: the largest batch, the peak and what it is made of; and the study's Table III beside ours.
+"""What `estimate.py memory` prints: the largest batch, the peak and what it is made of.
 
 Who knows a peak is handed in: a compiler's figures, or the closed form's. Nothing is compiled here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moejax.errors import UserError
 from moejax.estimator import memory
 from moejax.estimator.commands import print_json, show_table
-from moejax.estimator.gpus import GPU, GPUS
+from moejax.estimator.gpus import GPU
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
     if padded:
         return 1.0
     dataset = PurePath(experiment.data.source or "").stem  # by its whole name: another's set has other lengths
-    return row_tokens / lengths.of_study(dataset).mean if dataset in ("commonsense_15k", "math_14k") else None
+    return row_tokens / lengths.of_study(dataset).mean if dataset in lengths.WITH_LENGTHS else None
 
 
 def table(
@@ -165,38 +165,3 @@ def _close(peaks: Peaks, rows: int, asked: bool, sure: float, possible: float) -
         return None
     more = f"{rows + 1:,} rows" if most == rows + 1 else f"{rows + 1:,} to {most:,} rows"
     return f"{more}: {memory.COMPILE}"
-
-
-def study(ask: Callable[[str, str, str, str, int, bool], Peaks], closed: bool, as_json: bool, versions: dict[str, str]) -> int:
-    """Table III on 40, 48 and 80 GB: the study's largest batch, and ours for queries padded to the longest row, proved by b and b + 1.
-    `versions`: of what compiles, for the JSON. Exit code 1 where ours is smaller than the study's."""
-    from moejax.config import DeviceConfig
-
-    fraction = DeviceConfig().memory_fraction
-    rows = []
-    ratios: dict[tuple[str, str, str], float] = {}  # compiler over closed form, of the same program with other rows: a better guess
-    for cell in memory.study_cells():
-        same = cell.gpu, cell.model, cell.kind
-        peaks = ask(cell.model, cell.dataset, cell.kind, cell.gpu, cell.row_tokens, closed)
-        found = peaks.largest(memory.usable_bytes(GPUS[cell.gpu], fraction), ratios.get(same, 1.0))
-        by = "closed form" if peaks.reason is not None else "compiler"
-        closed_gb = peaks.breakdown(found.rows or 1).total / 1e9
-        ratios[same] = (found.peak or found.next_peak) / 1e9 / closed_gb
-        held = None if cell.study is None else "yes" if found.rows >= cell.study else "NO"
-        rows.append(
-            (cell.gpu, cell.model, cell.kind, cell.dataset, cell.row_tokens, cell.study, found.rows, held,
-             None if found.peak is None else found.peak / 1e9, found.next_peak / 1e9, closed_gb, by, len(found.tried))
-        )  # fmt: skip
-    columns = ("GPU", "model", "kind", "data set", "row", "study", "ours", "at least",
-               "peak GB", "one more", "closed form GB", "by", "asked")  # fmt: skip
-    if as_json:
-        cells = [dict(zip(columns, row, strict=True)) for row in rows]
-        print_json({"what": "Table III beside ours", "memory_fraction": fraction, "versions": versions, "cells": cells})
-    else:
-        notes = [
-            "queries padded to the longest row (commonsense 512 tokens, MATH cut at 1024), one a row: the study's padding at its worst",
-            "study: Table III (A40), the ends of Figure 15's curves (MATH), Figure 13's measured points (commonsense, sparse); - not run",
-            f"ours fits in {fraction:.0%} of the memory; peak: with so many queries, and with one more; asked: batch sizes looked at",
-        ]
-        show_table("Table III beside ours: largest batch, queries", columns, rows, notes)
-    return 0 if all(row[7] != "NO" for row in rows) else 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moejax import reference
-from moejax.estimator import memory, paper, roofline
+from moejax.estimator import memory, published, roofline
+from moejax.estimator.equations import max_batch
 from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
-from moejax.estimator.lengths import STUDY_CUTOFF, of_study
+from moejax.estimator.lengths import STUDY_CUTOFF
 from moejax.models.config import PRESETS
 
 
@@ -25,19 +25,14 @@ class Room:
 
 def _swept(job: Job, gpu: GPU) -> int:
     """The largest batch that the study ran of this model and k, with rows as long, on a GPU of no more memory; 0 without any."""
-    from moejax.estimator.curves import FIGURE_15_DATASET, GPU_NAMES
-
-    kinds = {k: kind for kind, k in reference.EXPERTS_PER_TOKEN.items()}
-    kind = kinds.get(job.experts_per_token)
-    if kind is None or job.method != roofline.STUDY_MODELS[job.model][1]:
+    if job.method != roofline.STUDY_MODELS[job.model][1]:
         return 0
     return max(
         (
-            batch
-            for curve in reference.curves()
-            if curve.model == job.model and find(GPU_NAMES[curve.gpu]).memory_gb <= gpu.memory_gb
-            if min(of_study(curve.dataset or FIGURE_15_DATASET).longest, STUDY_CUTOFF) >= job.longest
-            for batch, _ in curve.kind(kind)
+            ran["queries"]
+            for ran in published.read("batches.json")[job.model]["ran"]
+            if ran["experts_per_token"] == job.experts_per_token and ran["row_tokens"] >= job.longest
+            if find(ran["gpu"]).memory_gb <= gpu.memory_gb
         ),
         default=0,
     )
@@ -49,13 +44,13 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     Raises DoesNotFit where weights, gradients and optimizer alone exceed the GPU, or not one query fits: by how much, and where it
     would.
     """
-    figure = reference.max_batch_figure()
-    c0, c1 = figure.artifact.get(job.model) or figure.printed[job.model]
+    fitted = published.read("batches.json")[job.model]
+    c0, c1 = fitted["c0"], fitted["c1"]
     method = roofline.STUDY_MODELS[job.model][1]
     adapters = roofline.adapter_weights(PRESETS[job.preset]) if job.method != "full" else 0.0
     resident = job.work.resident_gb(job.method, adapters)
     # Equation 1 was fitted with the model's own bytes, whatever training adds to them; for another method they are counted.
-    model_gb = figure.model_gb[job.model] if job.method == method else resident
+    model_gb = fitted["model_gb"] if job.method == method else resident
     needed = max(resident, model_gb + job.longest * ((1 - c1) + c1 * job.share) / c0)
     if needed > gpu.memory_gb:
         would = memory.would_do(g for g in table.values() if g.bf16 and g.memory_gb >= needed)
@@ -65,7 +60,7 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
             else f"{job.model} by {job.method} with one query of {job.longest} tokens needs {needed:.1f} GB by equation 1"
         )
         raise memory.DoesNotFit(f"{needed - gpu.memory_gb:.1f} GB more than the {gpu.name}'s {gpu.memory_gb:g} GB", would, what)
-    return max(paper.max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
+    return max(max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
 
 
 EQUATION_1 = Room(by_equation_1, "equation 1", " or that the study ran in as much memory", STUDY_CUTOFF)

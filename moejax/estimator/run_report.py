@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import UserError
 from moejax.estimator import comparison
-from moejax.estimator.commands import print_json, show_table
+from moejax.estimator.commands import draw, print_json, show_table
 from moejax.estimator.fitting import Fitted
 from moejax.estimator.units import counted
 
@@ -35,15 +34,7 @@ def fitted(found: Sequence[Fitted], out: str, *, as_json: bool, plot: str | None
         ]
         show_table(f"{e.model} by {e.method} on {e.gpu}", ("run", "queries", "tokens", "k/E", "s/step", "error %"), rows, notes)
     print(f"written: {out}", file=sys.stderr if as_json else sys.stdout)
-    if plot:
-        from moejax.estimator import figures
-
-        folder = Path(plot)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--plot {folder}: {error.strerror}") from error
-        print(f"drawn: {figures.residuals(folder, found)}", file=sys.stderr)
+    draw(plot, lambda figures, folder: figures.residuals(folder, found))
     return 0
 
 

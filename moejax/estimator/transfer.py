@@ -1,4 +1,4 @@
-"""Coefficients carried to a GPU that nobody measured, by the two GPUs' data-sheet figures alone; and how wrong that is.
+"""Coefficients carried to a GPU that nobody measured, by the two GPUs' data-sheet figures alone.
 
 What bounds t0 is not known from outside: bandwidth if it is dequantizing and the optimizer, the host if it is launching kernels
 (of 1.1 s that a Mixtral's forward pass takes on the A40 at batch 1, the expert kernels of Figure 6 are 0.47 s). So three rules:
@@ -14,13 +14,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from moejax.estimator.curves import observations, study_fits
 from moejax.estimator.gpus import GPU
-from moejax.estimator.step_time import FloatArray
+from moejax.estimator.least_squares import FloatArray
 
 Rule = Literal["optimistic", "host-bound", "as it is"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-SOURCE_CURVE = "a40/mixtral/commonsense_15k"
 
 
 def factors(source: GPU, target: GPU, rule: Rule) -> FloatArray:
@@ -32,18 +30,3 @@ def factors(source: GPU, target: GPU, rule: Rule) -> FloatArray:
         "host-bound": np.array([max(1.0, reading), computing, computing]),
         "as it is": np.ones(3),
     }[rule]
-
-
-def errors() -> dict[tuple[str, Rule], tuple[float, float]]:
-    """(curve, rule) -> (mean relative error of throughput, mean signed one) of the A40's coefficients on the other GPUs' curves."""
-    source = study_fits()[SOURCE_CURVE]
-    found = {}
-    for curve in observations():
-        if curve.gpu.name == source.gpu.name:
-            continue
-        for rule in RULES:
-            x = source.coefficients * factors(source.gpu, curve.gpu, rule)
-            predicted = np.column_stack([np.ones_like(curve.tokens), curve.tokens, curve.tokens * curve.share]) @ x
-            relative = curve.seconds / predicted - 1  # of queries per second
-            found[curve.name, rule] = float(np.abs(relative).mean()), float(relative.mean())
-    return found

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from moejax.errors import UserError
 from moejax.profiling import roofline, schema, torch_trace, xplane
+from moejax.profiling.bars import ALL, Bars, draw, study, takeaways
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
-from moejax.report.breakdown import ALL, Bars, draw, study, takeaways
 from moejax.terminal import Console
 
 WIDE = 132  # characters that the whole table of stages takes
@@ -224,7 +224,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
-# Of report.breakdown.takeaways, in its order: what fits beside a run's name in 80 characters.
+# Of bars.takeaways, in its order: what fits beside a run's name in 80 characters.
 _HEADINGS = ("MoE /\nlayers", "matmul\n/ MoE", "dequant\n/ MoE", "optim.\n/ step", "backw.+rec.\n/ forward", "recomp.\n/ step")
 
 

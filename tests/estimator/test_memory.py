@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from support import kept_result
 
 from moejax import cli, config, estimating
 from moejax.config import Experiment
@@ -197,19 +198,6 @@ def test_a_table_that_chooses_the_program_makes_the_key(monkeypatch, tmp_path):
     assert estimating._sources() != before
 
 
-def test_every_cell_of_the_study():
-    cells = memory.study_cells()
-    known = {(c.gpu, c.model, c.kind, c.dataset): c.study for c in cells if c.study is not None}
-    assert known["A40", "blackmamba", "sparse", "commonsense_15k"] == 20 and known["A40", "mixtral", "sparse", "math_14k"] == 4
-    assert known["A100-80", "mixtral", "sparse", "commonsense_15k"] == 27 and known["A100-40", "mixtral", "dense", "math_14k"] == 1
-    assert {c.row_tokens for c in cells} == {512, 1024} and len(cells) == 16
-
-
-def kept_result(name):
-    """The newest of benchmarks/results under this name."""
-    return json.loads(max((estimating.ROOT / "benchmarks" / "results").glob(f"*-{name}.json")).read_text())
-
-
 def test_the_closed_form_beside_kept_compiled_figures():
     """docs/estimator.md's table: every config on three GPUs, and which cells miss the bar of 3 %."""
     missed = set()
@@ -221,18 +209,6 @@ def test_the_closed_form_beside_kept_compiled_figures():
         if abs(made.total / row["compiler_bytes"] - 1) > 0.03:
             missed.add((row["config"].replace("_cs_", "_").replace("_math_", "_"), row["rows"], row["gpu"]))
     assert missed == {("blackmamba_2.8b_dense", 8, "A100-80"), ("blackmamba_2.8b_dense", 8, "A40"), ("mixtral_8x7b_dense", 8, "A40")}
-
-
-def test_kept_table_3_is_proved_and_at_least_the_studys():
-    document = kept_result("table3")
-    cells = memory.study_cells()
-    assert len(document["cells"]) == len(cells)
-    for kept, cell in zip(document["cells"], cells, strict=True):
-        same = [kept[name] for name in ("GPU", "model", "kind", "data set", "study")]
-        assert same == [cell.gpu, cell.model, cell.kind, cell.dataset, cell.study]
-        limit = memory.usable_bytes(gpus.GPUS[cell.gpu], document["memory_fraction"]) / 1e9
-        assert kept["by"] == "compiler" and kept["peak GB"] <= limit < kept["one more"]
-        assert cell.study is None or kept["ours"] >= cell.study
 
 
 def run(capsys, *arguments):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.estimator import coefficients, gpus, lengths, memory, paper, plan, prices, room
+from moejax.estimator import coefficients, gpus, lengths, memory, plan, prices, room
 from moejax.estimator.gpus import GPUS
 from moejax.estimator.job import Job
 
@@ -26,7 +26,7 @@ def test_table_4_by_our_model(gpu, batch, printed):
     assert p.batch == p.fits == batch and p.measured
     assert p.usd == pytest.approx(printed, rel=0.07)
     assert p.usd_interval[0] <= printed <= p.usd_interval[1]
-    assert p.usd == pytest.approx(paper.usd(15000, 10, p.queries_per_second, p.price.usd_per_hour))
+    assert p.usd == pytest.approx(15000 * 10 / p.queries_per_second / 3600 * p.price.usd_per_hour)
 
 
 def test_dollars_follow_hours_and_hours_follow_throughput():

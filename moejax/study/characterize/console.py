@@ -1,0 +1,122 @@
+"""What `moejax characterize` does, and what it says meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moejax.errors import UserError
+from moejax.study.characterize import study
+from moejax.study.characterize.children import Result
+from moejax.study.characterize.plan import Task
+from moejax.study.characterize.presets import parse_bytes
+from moejax.study.characterize.sweep import Sweep, environment
+from moejax.study.report import results
+from moejax.terminal import Console
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan, run what has not run, write the results. Returns 0; 1 where trials failed; 130 where it was interrupted."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    limit = parse_bytes(options.memory_limit) if options.memory_limit else None
+    wanted = study.resolve(options.preset, options.config, options.overrides, limit, options.pretrained)
+    env, memory = environment(wanted)
+    folder = Path(options.out)
+    if options.plan:
+        from moejax.study.characterize import plan
+
+        expected = [(t.name, plan.expected(t, wanted, env, memory.bytes or 0)) for t in plan.tasks(wanted)]
+        console.print(_table(expected, {}, memory, env))
+        return 0
+    try:
+        sweep = Sweep.open(wanted, folder, options.preset, _command(options), env, memory)
+    except OSError as error:
+        raise _unwritten(folder, error) from None
+    expected = [(p.trial, p.expected_seconds) for p in sweep.content.plan]
+    console.print(_table(expected, sweep.content.trials, memory, env))
+    progress = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("{task.description}"),
+                        console=console) if console.is_terminal else None  # fmt: skip
+    count, total = len(sweep.tasks), sum(seconds for _, seconds in expected)
+    bar = progress.add_task("starting", total=total) if progress else None
+
+    def told(task: Task, result: Result | None, left: float) -> None:
+        number = sweep.tasks.index(task) + 1
+        if result is None:
+            if progress and bar is not None:
+                gone = sum(s for name, s in expected if name in sweep.done)
+                progress.update(bar, completed=gone, description=f"{number}/{count} {task.name}, {_time(left)} left")
+            return
+        text = f"{number:3}/{count} {result.status:13} {task.name}"
+        text += "" if result.seconds is None else f"  {result.seconds:.1f} s"
+        text += f", {_time(left)} left" + (f"\n          {result.message}" if result.message and result.status != "done" else "")
+        console.print(text, soft_wrap=True)
+
+    if progress:
+        progress.start()
+    try:
+        sweep.run(told)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", soft_wrap=True)
+        return 130
+    except OSError as error:
+        raise _unwritten(folder, error) from None
+    finally:
+        sweep.close()
+        if progress:
+            progress.stop()
+    failed = [name for name, r in sweep.done.items() if not r.final]
+    rows = len(sweep.content.rows)
+    console.print(f"{rows} values in {folder / results.CSV_FILE} and {results.JSON_FILE}", soft_wrap=True)
+    console.print(f"the page: {shlex.join(['moejax', 'report', str(folder)])}", soft_wrap=True)
+    if failed:
+        told_ = f"{len(failed)} of {count} trials failed ({', '.join(failed[:3])}{', …' if len(failed) > 3 else ''})"
+        why = f"why is in {folder / results.STUDY_FILE} and in {folder / 'logs'}; the same command tries them again"
+        print(f"error: {told_}: {why}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _unwritten(folder: Path, error: OSError) -> UserError:
+    where = "" if error.filename is None or Path(error.filename) == folder else f"{error.filename}: "
+    return UserError(f"--out {folder}: {where}{error.strerror}: expected a folder that can be written (finished trials are kept)")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line as it would be typed."""
+    parts = ["moejax", "characterize", *(["--preset", options.preset] if options.preset else [])]
+    parts += [part for file in options.config for part in ("--config", file)] + ["--out", options.out]
+    parts += ["--memory-limit", options.memory_limit] if options.memory_limit else []
+    return shlex.join([*parts, *(["--pretrained"] if options.pretrained else []), *options.overrides])
+
+
+def _table(
+    expected: list[tuple[str, float]], trials: dict[str, results.Trial], memory: results.MemoryLimit, env: results.Environment
+) -> Table:
+    """The plan, and what became of it already."""
+    of = "artificial limit" if memory.artificial else "of the device"
+    table = Table(title=f"{env.device}; {(memory.bytes or 0) / 1e9:.3g} GB ({of})", title_justify="left")
+    table.add_column("trial", no_wrap=True)
+    table.add_column("expected", justify="right")
+    table.add_column("state")
+    for name, seconds in expected:
+        state = trials[name].status if name in trials else "pending"
+        table.add_row(name, _time(seconds), "" if state == "pending" else state)
+    table.add_section()
+    table.add_row(f"{len(expected)} trials", _time(sum(seconds for _, seconds in expected)), "")
+    waiting = sum(s for name, s in expected if name not in trials or trials[name].status in ("pending", "failed"))
+    if trials and waiting < sum(s for _, s in expected):
+        table.add_row("of these to be run", _time(waiting), "")
+    return table
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+

@@ -1,0 +1,61 @@
+"""`python -m moejax.study.characterize.environment DTYPE`: what this process's device is, as one line of JSON. A process of its own, so
+that the study's parent never holds the device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from moejax import __version__
+from moejax.estimating import versions
+from moejax.study.report.results import Environment, digest
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with "+" where files were changed; None outside of one."""
+    root = Path(__file__).parents[3]
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def describe(dtype: str) -> tuple[Environment, int | None]:
+    """The environment, and the bytes that a process may use of the device (None on a CPU, which has no limit of its own)."""
+    import jax
+
+    from moejax.training import flops
+    from moejax.training.step_profile import cpu_name
+
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    limit = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
+    fraction = float(os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75"))
+    peak, source = flops.peak_flops(dtype)
+    bandwidth, _ = flops.peak_bytes_per_second()
+    size = round(limit / fraction) if limit else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_cpu = device.platform == "cpu"
+    content = {
+        "device": cpu_name() if on_cpu else device.device_kind, "platform": "cpu" if on_cpu else "gpu", "memory_bytes": size,
+        "versions": {"python": platform.python_version(), "moejax": __version__} | versions(), "cpu": cpu_name(),
+        "git_commit": git_commit(),
+    }  # fmt: skip
+    peaks = {
+        "peak_flops": peak, "peak_bytes_per_second": bandwidth, "peaks": "measured" if source == "measured" else "tabled"
+    }  # fmt: skip
+    return Environment(**content, **peaks, fingerprint=digest(content)), limit  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    found, usable = describe(sys.argv[1])
+    print(json.dumps({"environment": asdict(found), "usable_bytes": usable}))

@@ -1,0 +1,122 @@
+"""Which trials a study has, in which order, and about how long each takes.
+
+A trial's name says what it measures: EXPERIMENT/MODEL/DATA/ROUTING/…; its child process finds its setting by it. The expected seconds are
+rough: starting, compiling and the step's FLOPs and bytes at a share of the device's peaks. As trials finish, what is left is scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from moejax.estimator import closed_form, gpus, roofline, sizes
+from moejax.study.characterize.presets import Batch, queries_of
+from moejax.study.characterize.study import Setting, Study
+from moejax.study.report.results import Environment
+
+Kind = Literal["predict", "prove", "throughput", "breakdown", "length", "expert_load", "fit", "cost"]
+EXPERIMENT: dict[Kind, str] = {
+    "predict": "largest_batch", "prove": "largest_batch", "throughput": "throughput", "breakdown": "stages", "length": "length",
+    "expert_load": "expert_load", "fit": "fit_throughput", "cost": "cost",
+}  # fmt: skip
+# (seconds to start a process, seconds to compile a step, share of the matrix peak, share of the bandwidth): a CPU by cpu-demo on two cores,
+# a GPU's compiling by benchmarks/results/2026-11-25-aot-memory.json; the shares on a GPU are a guess on the careful side.
+_PACE = {"cpu": (5.0, 5.0, 0.25, 0.1), "gpu": (12.0, 10.0, 0.25, 0.5)}
+_FILL_BYTES_PER_SECOND = 2e9  # random weights, or a file's
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trial: what is run of which setting. batch: of throughput; row_tokens: of a row, where the trial fixes it."""
+
+    name: str
+    kind: Kind
+    setting: Setting
+    batching: Literal["pad_longest", "pack", "fixed"] | None = None
+    batch: Batch | None = None
+    row_tokens: int | None = None
+
+    @property
+    def needs_largest(self) -> bool:
+        """Whether it waits for the largest batch of its setting."""
+        return self.kind in ("throughput", "breakdown", "length", "expert_load")
+
+
+def tasks(study: Study) -> list[Task]:
+    """All trials, in the order in which they run: what others wait for first."""
+    sizes_, found = study.sizes, []
+    for s in study.settings:
+        found.append(Task(f"largest_batch/{s.key}/predict", "predict", s, "fixed", None, s.longest))
+        found.append(Task(f"largest_batch/{s.key}/prove", "prove", s, "fixed", None, s.longest))
+    for s in study.first_data():
+        at = sizes_.breakdown_tokens
+        found.append(Task(f"stages/{s.key}/1", "breakdown", s, "fixed", 1, at))
+        lengths = sizes_.lengths if s.routing == "sparse" else sizes_.dense_lengths
+        for length in lengths if at in lengths else sorted((at, *lengths)):
+            found.append(Task(f"length/{s.key}/{length}", "length", s, "fixed", "largest", length))
+    for s in study.settings:
+        found += [Task(f"throughput/{s.key}/padded/{_name(b)}", "throughput", s, "pad_longest", b, s.longest) for b in sizes_.batches]
+        row = sizes_.pack_row_tokens or s.longest
+        found += [Task(f"throughput/{s.key}/packed/{_name(b)}", "throughput", s, "pack", b, row) for b in sizes_.packed]
+    for s in study.settings:
+        if s.routing == "sparse":
+            found.append(Task(f"expert_load/{s.key}", "expert_load", s, "pack", None, sizes_.pack_row_tokens or s.longest))
+    for s in {s.model: s for s in study.settings}.values():
+        found += [Task(f"fit/{s.model}", "fit", s), Task(f"cost/{s.model}", "cost", s)]
+    return found
+
+
+def _name(batch: Batch) -> str:
+    return str(batch).replace("/", "of")
+
+
+def rows_of(task: Task, largest: int, study: Study) -> int:
+    """Rows of a step of this trial, where `largest` rows of the setting's longest query fit. Not yet checked against the memory."""
+    assert task.row_tokens is not None
+    queries = queries_of(task.batch or "largest", largest)
+    if task.batching == "pad_longest" or task.batch == 1:
+        return queries
+    rows = max(1, queries * task.setting.longest // task.row_tokens)
+    return min(rows, 8) if task.kind == "expert_load" else rows
+
+
+def expected(task: Task, study: Study, environment: Environment, limit: float) -> float:
+    """Seconds that a trial is expected to take, all its processes together."""
+    if task.kind in ("fit", "cost"):
+        return 2.0
+    s, sizes_ = task.setting, study.sizes
+    start, compile_, of_peak, of_bandwidth = _PACE[environment.platform]
+    known = gpus.of_device_kind(environment.device)
+    platform: Any = "cpu" if environment.platform == "cpu" else closed_form.platform_of(known) if known else "sm9"
+    weights = sum(w.bytes for w in sizes.stored(s.experiment, s.architecture))
+    load = weights / _FILL_BYTES_PER_SECOND
+    largest = max(1, s.closed_form_rows(s.longest, limit, platform))
+    rows = rows_of(task, largest, study)
+    assert task.row_tokens is not None
+    tokens = rows * task.row_tokens
+    work = roofline.work(s.architecture, s.method)
+    share = s.architecture.experts_per_token / s.architecture.num_experts
+    passes = 4 if s.method == "full" else 3
+    flops = 2 * passes * tokens * (work.rest_weights + share * work.experts * work.expert_weights + work.head_products)
+    step = flops / (of_peak * (environment.peak_flops or 1e12)) + weights / (of_bandwidth * (environment.peak_bytes_per_second or 1e11))
+    if task.kind == "predict":
+        return start + 2.5 * compile_
+    if task.kind == "prove":
+        return 2 * (start + compile_ / 2) + load + 3 * step
+    if task.kind in ("breakdown", "length"):
+        return start + 1.5 * compile_ + load + (3 + sizes_.timed + 2 * sizes_.traced) * step
+    if task.kind == "expert_load":
+        forward = 2 * max(1, sizes_.load_queries // 4) * step / 3 / rows
+        return start + 2 * compile_ + load + sizes_.tune_steps * step + forward
+    queries = queries_of(task.batch or "largest", largest)
+    steps = max(1, sizes_.queries // queries)
+    shapes = 1 if task.batching == "pack" else max(1, min(steps, s.longest // 16))
+    # A padded batch is as long as its longest query, a packed one holds several: on the whole half of the longest row.
+    return start + shapes * compile_ + load + (steps + shapes) * step * (0.5 if s.longest > 64 else 1.0)
+
+
+def pace(measured: Sequence[tuple[float, float]]) -> float:
+    """What the expected seconds of the trials to come are multiplied by: median of measured over expected of those that ran."""
+    return median(m / e for m, e in measured) if measured else 1.0

@@ -1,0 +1,187 @@
+"""Our model of a step's time, its fit and its uncertainty.
+
+    seconds = t0 + tokens·(u + v·k/E)
+
+`tokens` are those that the batching really computes, padding included (`lengths.py`). t0 is what a step costs whatever the batch:
+dequantizing or reading every weight, launching kernels, the optimizer. u is a token's work outside the experts, v its work if it
+visited all of them; k/E is the share that it visits. All three are at least 0, so more tokens or more experts never take less time.
+
+Beside it stands the roofline form, whose terms are FLOPs and bytes at the GPU's data-sheet peaks and whose coefficients are a fixed
+time and two inverse efficiencies (`roofline.py`):
+
+    seconds = t0 + rest_flops·tokens/peak / e1 + passes·Σ_experts hypot(bytes/bandwidth, flops/peak) / e2
+
+Both are linear in their three coefficients. What curves share is pooled: a model's per-token work belongs to the chip, t0 to the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moejax.errors import UserError
+from moejax.estimator import roofline
+from moejax.estimator.gpus import GPU
+from moejax.estimator.least_squares import FloatArray, fit_seconds, nonnegative, resampled, spread
+
+Form = Literal["affine", "roofline", "no padding"]
+Pooling = Literal["curve", "card", "chip"]
+Loss = Literal["seconds", "throughput"]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Measured steps of one model on one GPU: a curve. All arrays are [points]."""
+
+    name: str
+    model: str
+    gpu: GPU
+    queries: FloatArray
+    tokens: FloatArray  # computed by the step, padding included
+    share: FloatArray  # k/E
+    seconds: FloatArray
+
+    def __post_init__(self) -> None:
+        for what in ("queries", "tokens", "share", "seconds"):
+            if not (getattr(self, what) > 0).all():
+                raise UserError(f"{self.name}: {what} of every measured step must be above 0")
+
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Observations:
+        """These points only."""
+        part = {key: getattr(self, key)[index] for key in ("queries", "tokens", "share", "seconds")}
+        return Observations(self.name, self.model, self.gpu, **part)
+
+    @property
+    def throughput(self) -> FloatArray:
+        return self.queries / self.seconds
+
+
+def features(form: Form, model: str, gpu: GPU, queries: FloatArray, tokens: FloatArray, share: FloatArray) -> FloatArray:
+    """[points, 3]: what the coefficients multiply. "no padding" replaces tokens by 100 times the queries: the form without lengths."""
+    if form == "roofline":
+        work = roofline.of_study(model)
+        rest = work.rest_flops() * tokens / gpu.flops_per_second
+        return np.column_stack([np.ones_like(tokens), rest, work.expert_seconds_at_peak(gpu, tokens, share)])
+    tokens = 100 * queries if form == "no padding" else tokens
+    return np.column_stack([np.ones_like(tokens), tokens, tokens * share])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A curve's coefficients x >= 0 of features·x, bootstrap samples of them, and draws of one step's relative scatter about the law.
+
+    `samples` is [resamples, 3] and `scatter` [resamples]; both are empty where there are fewer than two points more than coefficients:
+    then nothing is known about the error.
+    """
+
+    form: Form
+    model: str
+    gpu: GPU
+    coefficients: FloatArray
+    samples: FloatArray
+    scatter: FloatArray
+
+    def seconds(self, queries: FloatArray, tokens: FloatArray, share: FloatArray) -> FloatArray:
+        """Predicted step seconds, [points]."""
+        return features(self.form, self.model, self.gpu, queries, tokens, share) @ self.coefficients
+
+    def of(self, observed: Observations) -> FloatArray:
+        """Predicted seconds at the points of a curve."""
+        return self.seconds(observed.queries, observed.tokens, observed.share)
+
+    def interval(self, queries: float, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
+        """Seconds between which one more measured step would lie: the coefficients' uncertainty and the scatter of points. Or None."""
+        if not len(self.samples):
+            return None
+        one = features(self.form, self.model, self.gpu, *(np.array([float(v)]) for v in (queries, tokens, share)))
+        return spread(one @ self.samples.T, self.scatter, level)
+
+
+def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None) -> FloatArray:
+    """Coefficients x >= 0 by least squares on queries per second, queries/(features·x); Gauss-Newton from `fit_seconds`' answer.
+
+    `scale`: what a unit of error is at each point, where curves of unlike throughput are fitted together.
+    """
+    rate = queries / seconds
+    weight = 1.0 / (np.ones_like(rate) if scale is None else scale)
+    x = fit_seconds(features, seconds)
+
+    def cost(candidate: FloatArray) -> float:
+        model = features @ candidate
+        return float(np.sum((weight * (queries / model - rate)) ** 2)) if (model > 0).all() else np.inf
+
+    for _ in range(100):
+        model = features @ x
+        slope = weight * queries / model**2
+        # queries/t is queries/model - queries/model²·(t - model) near the present x: linear in the coefficients again.
+        proposal = nonnegative(features * slope[:, None], slope * model + weight * (queries / model - rate))
+        step = 1.0
+        while cost(x + step * (proposal - x)) > cost(x) and step > 1e-6:
+            step /= 2
+        change = step * (proposal - x)
+        x = x + change
+        if np.max(np.abs(change) / (np.abs(x) + 1e-12)) < 1e-9:
+            break
+    return x
+
+
+def _groups(curves: Sequence[Observations], pooling: Pooling) -> list[list[Observations]]:
+    """Curves that share per-token work."""
+    groups: dict[tuple[str, ...], list[Observations]] = {}
+    for curve in curves:
+        key = {"curve": (curve.name,), "card": (curve.model, curve.gpu.name), "chip": (curve.model, curve.gpu.chip)}[pooling]
+        groups.setdefault(key, []).append(curve)
+    return list(groups.values())
+
+
+def fit(
+    curves: Sequence[Observations],
+    *,
+    form: Form = "affine",
+    pooling: Pooling = "chip",
+    loss: Loss = "seconds",
+    scales: dict[str, float] | None = None,
+    resamples: int = 0,
+) -> dict[str, Fit]:
+    """Curve name -> Fit. Loss "seconds": relative errors of the time; "throughput": squared errors of queries per second, each curve's
+    over its `scales` entry (by default the curve's highest throughput), so that curves of one group weigh alike.
+
+    Raises UserError where points are fewer than coefficients.
+    """
+    fits: dict[str, Fit] = {}
+    for group in _groups(curves, pooling):
+        fits |= _fit_group(group, form, pooling, loss, scales or {}, resamples)
+    return fits
+
+
+def _fit_group(
+    group: list[Observations], form: Form, pooling: Pooling, loss: Loss, scales: dict[str, float], resamples: int
+) -> dict[str, Fit]:
+    cards = [curve.name if pooling == "curve" else curve.gpu.name for curve in group]
+    starts = list(dict.fromkeys(cards))
+    rows = []
+    for curve, card in zip(group, cards, strict=True):
+        own = features(form, curve.model, curve.gpu, curve.queries, curve.tokens, curve.share)
+        t0 = np.zeros((len(own), len(starts)))
+        t0[:, starts.index(card)] = own[:, 0]
+        rows.append(np.hstack([t0, own[:, 1:]]))
+    matrix = np.vstack(rows)
+    seconds = np.concatenate([c.seconds for c in group])
+    queries = np.concatenate([c.queries for c in group])
+    unit = np.concatenate([np.full(len(c.queries), scales.get(c.name, float(c.throughput.max()))) for c in group])
+
+    def solve(measured: FloatArray) -> FloatArray:
+        return fit_seconds(matrix, measured) if loss == "seconds" else fit_throughput(matrix, measured, queries, unit)
+
+    many = None if loss == "seconds" else solve
+    x = solve(seconds)
+    samples, scatter = resampled(matrix, seconds, x, resamples, many)
+    found = {}
+    for curve, card in zip(group, cards, strict=True):
+        columns = [starts.index(card), len(starts), len(starts) + 1]
+        found[curve.name] = Fit(form, curve.model, curve.gpu, x[columns], samples[:, columns], scatter)
+    return found

@@ -1,0 +1,57 @@
+"""`moejax report`: one HTML page, and the same as Markdown, from one or several folders of `moejax characterize`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from moejax.errors import UserError
+from moejax.files import replace_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="what `moejax characterize --out` wrote; several are compared")
+    parser.add_argument(
+        "--out", default=None, metavar="FILE.html", help="default: DIR/report.html, or comparison.html here; FILE.md and figures beside it"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page. Raises UserError for what is no such folder, and where nothing can be written."""
+    from moejax.study.report import compare, document, html, markdown, page, svg
+
+    file = _target(options.folders, options.out)
+    sources = compare.load(options.folders)
+    report = document.build(sources)
+    figures = file.with_name(f"{file.stem}_figures")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _folder(figures, {f"{f.name}.svg": svg.alone(f.svg) for f in page.figures(report)})
+        replace_text(file.with_suffix(".md"), markdown.render(report, figures.name))
+        replace_text(file, html.render(report))
+    except OSError as error:
+        raise UserError(f"{error.filename or file}: {error.strerror}: the report cannot be written; --out says where it goes") from None
+    print(f"{file}\n{file.with_suffix('.md')} with {figures}")
+    return 0
+
+
+def _target(folders: Sequence[str], out: str | None) -> Path:
+    if len({Path(f).resolve() for f in folders}) < len(folders):
+        raise UserError(f"{', '.join(folders)}: a folder is given twice: expected different ones to compare")
+    if out is None:
+        return Path(folders[0]) / "report.html" if len(folders) == 1 else Path("comparison.html")
+    if Path(out).suffix != ".html":
+        raise UserError(f"--out {out}: expected a file's name that ends in .html (Markdown is written beside it)")
+    return Path(out)
+
+
+def _folder(folder: Path, files: dict[str, str]) -> None:
+    """A folder of just these files. An older report's figures go; anything else that lies there stays."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.svg"):
+        if old.name not in files:
+            old.unlink()
+    for name, content in files.items():
+        replace_text(folder / name, content)

@@ -1,0 +1,344 @@
+"""The report: every number against the CSV, what stands where, what a broken sweep looks like."""
+
+import html
+import json
+import re
+import shlex
+import xml.etree.ElementTree as ET
+
+import made
+import pages
+import pytest
+from support import ROOT
+
+from moejax import cli
+from moejax.study import reference
+from moejax.study.report import compare, results
+
+SECTIONS = [e.replace("_", "-") for e in results.EXPERIMENTS]
+
+
+def report(tmp_path, *studies, names=()):
+    """Write studies and the report about them; (folders, the page, its file)."""
+    folders = [tmp_path / (names[i] if names else f"study{i}") for i in range(len(studies))]
+    for folder, study in zip(folders, studies, strict=True):
+        results.write(study, folder)
+    file = tmp_path / "out" / "page.html"
+    assert cli.main(["report", *map(str, folders), "--out", str(file)]) == 0
+    return folders, pages.read(file), file
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return report(tmp_path_factory.mktemp("one"), made.study())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    bigger = made.study("made-up bigger GPU", 2.0, {"sparse": 16, "dense": 6})
+    return report(tmp_path_factory.mktemp("two"), made.study(), bigger)
+
+
+DEMO = ROOT / "tests" / "study" / "report" / "fixtures" / "cpu_demo"  # of `moejax characterize --preset cpu-demo`, as it wrote them
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    file = tmp_path_factory.mktemp("demo") / "page.html"
+    assert cli.main(["report", str(DEMO), "--out", str(file)]) == 0
+    return [DEMO], pages.read(file), file
+
+
+SCALES = {"ns": 1e-9, "µs": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "%": 0.01, "TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
+
+
+def read_number(text, unit):
+    """What a reader takes a rounded text for, in the row's own unit."""
+    number, _, suffix = text.replace(",", "").lstrip("$").partition(" ")
+    scale = SCALES[suffix] if suffix else 1
+    return float(number) * (1 if unit == "GB" else scale)
+
+
+def check_values(folders, page):
+    """Every value of every CSV is on the page, exactly; nothing on it claims to be measured that no CSV has."""
+    lines = {f"{i}:{n}": row for i, folder in enumerate(folders) for n, row in pages.csv_lines(folder).items()}
+    ours = [c for c in page.cells if c.source == "ours"]
+    assert {c.place for c in ours} == set(lines) and len(lines) > 100
+    for cell in ours:
+        row = lines[cell.place]
+        assert cell.value == row["value"], cell
+        if cell.text in ("measured", "carried over"):
+            assert row["metric"] == "measured" and (cell.text == "measured") == (row["value"] == "1")
+        else:
+            # Three digits; dollars in cents.
+            absolute = 0.0051 if row["unit"] == "USD" else 0
+            assert read_number(cell.text, row["unit"]) == pytest.approx(float(row["value"]), rel=0.0051, abs=absolute), cell
+    assert not [c for c in page.cells if c.source != "ours" and c.place]
+    return lines, ours
+
+
+@pytest.mark.parametrize("which", ["one", "two", "demo"])
+def test_the_numbers_are_exactly_the_csvs(which, request):
+    folders, page, _ = request.getfixturevalue(which)
+    check_values(folders, page)
+
+
+@pytest.mark.parametrize("which", ["one", "two", "demo"])
+def test_every_value_stands_in_the_row_and_column_of_its_name(which, request):
+    folders, page, _ = request.getfixturevalue(which)
+    lines = {f"{i}:{n}": row for i, folder in enumerate(folders) for n, row in pages.csv_lines(folder).items()}
+    devices = [json.loads((f / "characterize.json").read_text())["environment"]["device"] for f in folders]
+    checked = 0
+    for cell in page.cells:
+        if cell.source != "ours" or not cell.section:  # the summary's have no row
+            continue
+        row, said = lines[cell.place], f"{cell.group} {cell.line}"
+        where = f"{row} in {cell}"
+        # Figure 13 shows the batches that ran once more.
+        assert cell.section.replace("-", "_") == row["experiment"] or (cell.section, row["metric"]) == ("fit-batch", "proved_batch"), where
+        assert row["model"] in said, where
+        assert not row["routing"] or row["routing"] in said, where
+        data = {"cs": "commonsense", "math": "math"}.get(row["data"])  # the demo has one data set: said once
+        assert not data or data in said, where
+        if row["experiment"] in ("stages", "layers"):
+            assert cell.line == {"moe": "MoE", "layers": "rest of the layers"}.get(row["scope"], row["scope"]), where
+        if row["experiment"] in ("kernels", "utilization"):
+            name = "rest of the MoE" if row["scope"] == "moe" else row["scope"].removeprefix("moe/").replace("_", " ")
+            other = f"batch {row['batch']}: {row['scope']}, seconds".replace("_", " ")  # among the other values
+            assert name in cell.line.replace("_", " ") or cell.line.replace("_", " ") == other, where
+        if row["experiment"] in ("throughput", "fit_throughput") and row["batch"]:
+            assert f"batch {float(row['batch']):g}" in cell.line, where
+        if row["experiment"] == "length":
+            assert row["seq_len"] in said, where
+        if cell.section == "cost":
+            assert cell.line == row["scope"] + (f" ({devices[int(cell.place[0])]})" if len(folders) > 1 else ""), where
+        else:
+            assert cell.head == devices[int(cell.place.split(":")[0])], where
+        checked += 1
+    assert checked >= len(lines)
+
+
+def study_cells(page, section, group, line):
+    return [float(c.value) for c in page.cells if (c.source, c.section, c.group, c.line) == ("study", section, group, line)]
+
+
+def test_the_reference_stands_beside_by_meaning(one):
+    _, page, _ = one
+    stages = reference.stage_seconds()
+    for model in reference.MODELS:
+        largest = {k: max(r.batch for r in stages.rows if (r.model, r.kind) == (model, k)) for k in ("sparse", "dense")}
+        for group, kind, batch in (
+            ("sparse, batch 1", "sparse", 1),
+            ("sparse, largest batch", "sparse", largest["sparse"]),
+            ("sparse, dense's largest batch", "sparse", largest["dense"]),
+            ("dense, largest batch", "dense", largest["dense"]),
+        ):
+            row = stages.row(model, kind, batch).values
+            assert study_cells(page, "stages", f"{model}-made, {group}", "forward") == [row["forward"]]
+            # The study's backward pass holds its recomputation: it must not stand beside ours without.
+            assert study_cells(page, "stages", f"{model}-made, {group}", "backward") == []
+            assert study_cells(page, "stages", f"{model}-made, {group}", "backward with recomputation") == [row["backward"]]
+    table = {(m.model, m.dataset, m.kind): m for m in reference.max_batches()}
+    three = table["mixtral", "math_14k", "sparse"]
+    assert study_cells(page, "largest-batch", "mixtral-made, math", "sparse") == [three.printed, three.swept] == [3, 4]
+    (curve,) = (c for c in reference.curves() if (c.gpu, c.model, c.dataset) == ("a40", "mixtral", "commonsense_15k"))
+    for batch, rate in curve.kind("sparse"):
+        assert study_cells(page, "throughput", "mixtral-made, commonsense, sparse", f"batch {batch} (padded to the longest)") == [rate]
+    for row in reference.cost_table():
+        assert row.usd in [float(c.value) for c in page.cells if (c.section, c.source, c.line) == ("cost", "study", row.gpu)]
+    latency = reference.sequence_length_sensitivity("latency_seconds").row("blackmamba", "dense").values
+    for tokens, value in latency.items():
+        assert study_cells(page, "length", "blackmamba-made, dense: seconds a step", tokens) == [value]
+
+
+@pytest.mark.parametrize("which", ["one", "two", "demo"])
+def test_every_reference_says_its_model(which, request):
+    """Nobody shall compare a tiny model with Mixtral-8x7B without knowing it: where the study's number stands, its model's name does."""
+    _, page, file = request.getfixturevalue(which)
+    cells = [c for c in page.cells if c.source == "study" and c.section]
+    assert len(cells) > 100
+    models = set()
+    for cell in cells:
+        said = [name for name in ("Mixtral-8x7B", "BlackMamba-2.8B") if name in f"{cell.group} {cell.beside}"]
+        assert len(said) == 1, cell
+        models.add((cell.section, *said))
+        if cell.section not in ("cost", "fit-batch", "expert-load"):
+            assert cell.head == "study: PyTorch, A40", cell
+    assert {s for s, _ in models} == set(SECTIONS)
+    for figure in re.findall(r"<figure>.*?</figure>", file.read_text(), flags=re.S):
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]
+        named = ("Mixtral-8x7B", "BlackMamba-2.8B")
+        assert any(name in caption or f"study: {name}" in figure for name in named) and "study" in caption, caption
+        assert ">study: sparse" not in figure and ">study: dense" not in figure
+
+
+def test_lengths_are_sorted_whoever_measured_them(one, demo):
+    for _, page, _ in (one, demo):
+        groups = {}
+        for cell in page.cells:
+            if cell.section == "length" and cell.line.isdigit():
+                groups.setdefault(cell.group, []).append(int(cell.line))
+        assert len(groups) >= 6 and all(lengths == sorted(lengths) and {64, 128, 1024} <= set(lengths) for lengths in groups.values())
+
+
+def test_an_artificial_limit_is_said_beside_what_fits(one, demo):
+    for (_, page, file), limit in ((one, None), (demo, "90 MB")):
+        (items,) = re.findall(r"<ul>(.*?)</ul>", file.read_text().split("<nav")[0], flags=re.S)
+        sentence = html.unescape(re.sub("<[^>]*>", "", re.findall(r"<li>(.*?)</li>", items)[1]))
+        assert ("artificial memory limit of 90 MB, not the device's" in sentence) == (limit is not None)
+        assert ("a step was held to 90 MB: an artificial limit" in page.text) == (limit is not None)
+
+
+def test_precision_and_command(tmp_path, demo):
+    assert "Ours in float32." in demo[1].text and "mixed precision" not in demo[1].text
+    training = {"compute_dtype": "bfloat16", "param_dtype": "float32"}
+    config = {"settings": {"any": {"experiment": {"training": training}}}}
+    folders, page, file = report(tmp_path, made.study(config=config), names=["my study; echo"])
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", file.read_text())
+    said = [c for c in captions if "mixed precision: bfloat16, trained weights in float32" in c]
+    assert len(said) == len([c for c in captions if "largest batch by memory" not in c and "Each expert" not in c]) > 8
+    # And the command is what a shell takes.
+    command = re.search(r"This page: (moejax report .*?) \(moejax", page.text)[1]
+    assert shlex.split(command) == ["moejax", "report", str(folders[0])]
+
+
+def test_table_4_says_hours_and_whose_price(one):
+    _, _, file = one
+    table = re.search(r'<section id="cost".*?</section>', file.read_text(), flags=re.S)[0]
+    rows = [re.sub("<[^>]*>", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", table, flags=re.S)]
+    ours = [row for row in rows if "carried over" in row and "A100-80GB" in row]
+    assert len(ours) == 4 and all("made-up seller, 2026-11-01" in row for row in ours)
+    theirs = [row for row in rows if "32.7" in row]
+    assert len(theirs) == 1 and "CUDO, 2024" in theirs[0] and f"|{32.7 / 0.79:.3g}|" in theirs[0]  # hours: dollars over dollars an hour
+    heads = re.findall(r'<th scope="col">(.*?)</th>', table)
+    assert heads[heads.index("$") - 1 : heads.index("$") + 3] == ["hours", "$", "$/hour", "price of"]
+
+
+def test_shares_and_sums_are_computed_from_the_rows(one):
+    folders, page, _ = one
+    study = results.read(folders[0])
+    where = {"model": "mixtral-made", "routing": "sparse", "batch": 8}
+    seconds = {r.scope: r.value for r in study.of("stages", **where)}
+    busy = sum(v for k, v in seconds.items() if k != "idle")
+    cells = [c for c in page.cells if (c.section, c.group) == ("stages", "mixtral-made, sparse, largest batch") and c.head == "made-up GPU"]
+    derived = {c.line: float(c.value) for c in cells if c.source == "derived" and c.text.endswith("%")}
+    assert derived["forward"] == pytest.approx(seconds["forward"] / busy)
+    assert derived["backward with recomputation"] == pytest.approx((seconds["recompute"] + seconds["backward"]) / busy)
+    assert "idle" not in derived
+    layers = {r.scope: r.value for r in study.of("layers", **where)}
+    moe = layers["moe"] / sum(layers[k] for k in ("moe", "attention", "norm"))
+    assert f"takes {100 * moe:.3g} % of mixtral-made's layers' time (study's Mixtral-8x7B on an A40: " in page.text
+
+
+def test_the_summary_is_five_sentences_of_the_data(one, two):
+    for folders, _, file in (one, two):
+        (items,) = re.findall(r"<ul>(.*?)</ul>", file.read_text().split("<nav")[0], flags=re.S)
+        sentences = re.findall(r"<li>(.*?)</li>", items)
+        assert len(sentences) == 5 and all(s.endswith(".") for s in sentences)
+        rows = results.read(folders[0]).of("throughput", metric="queries_per_second", model="mixtral-made", data="cs", routing="sparse")
+        best = max(r.value for r in rows if r.batching != "pack")
+        assert f'value="{best!r}"' in sentences[2]
+
+
+def test_two_are_compared(two):
+    _, page, file = two
+    heads = re.findall(r"<thead><tr>(.*?)</tr>", file.read_text())
+    assert any("made-up GPU</th>" in h and "made-up bigger GPU</th>" in h and "2nd / 1st" in h and "study: PyTorch" in h for h in heads)
+    ratios = [c for c in page.cells if (c.section, c.group, c.line) == ("largest-batch", "mixtral-made, commonsense", "sparse")]
+    assert [(c.source, float(c.value)) for c in ratios] == [("ours", 8), ("ours", 16), ("derived", 2), ("study", 8)]
+    # By meaning, not by size: largest beside largest.
+    group = "mixtral-made, sparse, largest batch"
+    cells = [c for c in page.cells if (c.section, c.group, c.line, c.source) == ("stages", group, "forward", "ours")]
+    assert [c.head for c in cells] == ["made-up GPU", "made-up bigger GPU"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([{"device": "A"}, {"device": "B"}], ["A", "B"]),
+        ([{"versions": {"jax": "0.10.2"}}, {"versions": {"jax": "0.11.0"}}], ["jax 0.10.2", "jax 0.11.0"]),
+        ([{"config": {"moe": {"backend": "loop"}}}, {"config": {"moe": {"backend": "tiles"}}}], ["backend loop", "backend tiles"]),
+        (
+            [{"device": d, "versions": {"jax": v}} for d, v in ("A1", "B1", "B2")],
+            ["A, jax 1", "B, jax 1", "B, jax 2"],
+        ),
+        ([{}, {}], ["first", "second"]),
+    ],
+)
+def test_labels_say_what_differs(changes, expected, tmp_path):
+    folders = [tmp_path / n for n in ("first", "second", "third")[: len(changes)]]
+    assert compare.labels([made.study(**c) for c in changes], folders) == expected
+
+
+def test_figures_are_whole_and_do_not_clash(two):
+    _, page, file = two
+    content = file.read_text()
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids) and len(page.links) >= len(SECTIONS)
+    assert set(SECTIONS) <= set(page.ids)
+    used = set(re.findall(r"url\(#([^)]+)\)", content)) | {f.removeprefix("#") for f in page.fetched if f.startswith("#")}
+    assert used and used <= set(page.ids)
+    figures = re.findall(r"<svg.*?</svg>", content, flags=re.S)
+    assert len(figures) >= 13
+    for figure in figures:
+        root = ET.fromstring(figure)
+        assert root.get("role") == "img" and root.find("{*}title").text and len(root.find("{*}desc").text) > 60
+        assert "#010203" not in figure and "#fefdfc" not in figure  # the page's own ink and paper
+
+
+def test_the_page_stands_alone(one):
+    _, page, file = one
+    assert all(tag not in ("script", "iframe", "img", "object") for tag, _ in page.tags)
+    assert [f for f in page.fetched if not f.startswith("#")] == ["data:,"]
+    assert not re.findall(r"(?:src|href)=\"https?:|@import|url\((?!#)", file.read_text())
+
+
+def test_the_same_as_markdown(one):
+    _, page, file = one
+    content = file.with_suffix(".md").read_text()
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", content):
+        assert ET.parse(file.parent / path).getroot().tag.endswith("svg")
+    assert content.count("![") == file.read_text().count("<svg")
+    for anchor in re.findall(r"\]\(#([^)]+)\)", content):
+        assert f'<a id="{anchor}"></a>' in content
+    plain = content.replace("\\", "")
+    texts = {c.text for c in page.cells}
+    assert len(texts) > 100 and all(t in plain for t in texts)
+
+
+def test_the_same_input_gives_the_same_bytes(one, tmp_path):
+    folders, _, file = one
+    again = tmp_path / "page.html"
+    assert cli.main(["report", str(folders[0]), "--out", str(again)]) == 0
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_where_it_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        results.write(made.study(name), tmp_path / name)
+    assert cli.main(["report", "a"]) == 0 and (tmp_path / "a" / "report.html").exists() and (tmp_path / "a" / "report.md").exists()
+    assert cli.main(["report", "a", "b"]) == 0 and (tmp_path / "comparison.html").exists()
+    stale = tmp_path / "a" / "report_figures" / "old.svg"
+    stale.write_text("<svg/>")
+    assert cli.main(["report", "a"]) == 0 and not stale.exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_demo_by_hand(demo):
+    """Some of the fixture's values, read by a person from results.csv."""
+    _, page, file = demo
+    assert "29 of 29 trials gave a result" in page.text
+    cells = {(c.section, c.group, c.line): c.value for c in page.cells if c.source == "ours" and c.section}
+    assert cells["largest-batch", "tiny-mixtral", "sparse"] == "37"
+    assert cells["largest-batch", "tiny-mixtral", "dense"] == "8"
+    assert cells["stages", "tiny-mixtral, dense, batch 1", "optimizer"] == "0.0027523257000000006"
+    assert cells["length", "tiny-mixtral, sparse: seconds a step", "256"] == "0.30797472899985223"
+    assert cells["expert-load", "tiny-blackmamba, sparse, after fine-tuning", "expert 7"] == "7.828125"
+    # The study has no word problems: its commonsense stands apart, and says so.
+    assert study_cells(page, "largest-batch", "study: Mixtral-8x7B, commonsense", "sparse") == [8]
+    assert study_cells(page, "throughput", "study: Mixtral-8x7B, commonsense, dense", "batch 2")[0] == pytest.approx(0.5138618605, abs=0)
+    assert study_cells(page, "largest-batch", "tiny-mixtral", "sparse") == []
+    (figure,) = re.findall(r'<figure><svg[^>]*aria-labelledby="fit_throughput-1-title.*?</svg>', file.read_text(), flags=re.S)
+    for said in ("sparse: measured", "dense: measured", "sparse: step model", "dense: equation 2"):
+        assert f">{said}</text>" in figure
