@@ -170,7 +170,7 @@ def killed_study(open_sweep, tmp_path):
     def kill(behaviour):
         close(open_sweep({PACKED: behaviour}, out=tmp_path / "other"))
         here = Path(__file__).parent
-        parent = subprocess.Popen([sys.executable, "-c", DRIVER, str(here), str(here.parent), str(tmp_path)])
+        parent = subprocess.Popen([sys.executable, "-c", DRIVER, str(here), str(here.parents[1]), str(tmp_path)])
         hangs = tmp_path / "hangs.txt"
         while not hangs.exists() or not hangs.read_text():
             assert parent.poll() is None, "the driver ended before its trial was reached"
