@@ -240,7 +240,7 @@ def guarded(options: argparse.Namespace) -> int:
             raise
         remedy = (
             "`make demo` installs it in .venv (then: . .venv/bin/activate); BUILD.md has other ways"
-            if installation.PROJECT.is_file()
+            if installation.checkout()
             else installation.pip_install(*installation.requirements())
         )
         print(f"error: {error}: this Python lacks what moejax needs. {remedy}", file=sys.stderr)

@@ -87,8 +87,8 @@ def _sources() -> str:
     """Hash of everything that the step is made of: sources, and the tables that choose what is compiled."""
     from moejax.estimator.memory import digest
 
-    training = [ROOT / "moejax" / "training" / f"{name}.py" for name in ("aot", "optimizer", "state", "step")]
-    models = [path for path in (ROOT / "models").rglob("*") if path.suffix in (".py", ".json")]
+    training = [installation.PACKAGE / "training" / f"{name}.py" for name in ("aot", "optimizer", "state", "step")]
+    models = [path for path in (installation.PACKAGE / "models").rglob("*") if path.suffix in (".py", ".json")]
     return digest([*models, *training])
 
 

@@ -9,12 +9,19 @@ import sys
 import tomllib
 from pathlib import Path
 
-PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE / "configs"
+PROJECT = PACKAGE.parent / "pyproject.toml"
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that runs; None where moejax was installed as a wheel."""
+    return PROJECT.parent if PROJECT.is_file() and 'name = "moejax"' in PROJECT.read_text(encoding="utf-8") else None
 
 
 def requirements(extra: str | None = None) -> list[str]:
     """What moejax needs, or what its `extra` adds, as pip takes it. Read from the checkout, else from the installed package."""
-    if PROJECT.is_file():
+    if checkout():
         project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
         return list(project["dependencies"] if extra is None else project["optional-dependencies"].get(extra, ()))
     try:

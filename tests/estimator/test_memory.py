@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from support import kept_result
 
-from moejax import cli, config, estimating
+from moejax import cli, config, estimating, installation
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import cards, closed_form, gpus, memory, memory_report, sizes
@@ -188,10 +188,10 @@ def test_what_makes_the_program_makes_the_key():
 
 def test_a_table_that_chooses_the_program_makes_the_key(monkeypatch, tmp_path):
     """models/ops/grouped_choice.json: another tile is another program."""
-    shutil.copytree(estimating.ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "moejax").symlink_to(estimating.ROOT / "moejax")
+    for part in ("models", "training"):
+        shutil.copytree(installation.PACKAGE / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     before = estimating._sources()
-    monkeypatch.setattr(estimating, "ROOT", tmp_path)
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path)
     assert estimating._sources() == before
     table = tmp_path / "models" / "ops" / "grouped_choice.json"
     table.write_text(table.read_text().replace('"tile": 64', '"tile": 32'))
