@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax import __version__, estimating, installation, program_cache, streams
+from moejax.commands import init
 from moejax.errors import UserError, first_line
 from moejax.estimator import commands as estimate
 
@@ -26,8 +27,9 @@ STUDY = {
     "estimate memory --study": "moejax.study.cost.table_3", "estimate reproduce": "moejax.study.cost.command",
 }  # fmt: skip
 NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
-_OTHER_WORDS = {"train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval", "generate": "chat infer inference",
-                "estimate": "predict plan memory fit", "export": "merge save convert", "doctor": "info env check"}  # fmt: skip
+_OTHER_WORDS = {"init": "new create start", "train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval",
+                "generate": "chat infer inference", "estimate": "predict plan memory fit", "export": "merge save convert",
+                "doctor": "info env check"}  # fmt: skip
 ESTIMATE = "what fits, how fast, how many dollars, on which GPU"
 
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moejax", description="Fine-tune Mixture-of-Experts models on one GPU, in JAX.")
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    init.add_arguments(commands.add_parser("init", help="write a commented config for your own data"))
     add_train_arguments(commands.add_parser("train", help="fine-tune a model as a config file says", allow_abbrev=False))
     estimating.add_arguments(estimate.add_arguments(commands.add_parser("estimate", help=ESTIMATE)))
     evaluate = commands.add_parser("exact-match", help="answers of the base and of the tuned model on held-out problems")
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_breakdown(commands.add_parser("breakdown", help="where the time of a profiled run's step goes, beside the study's"))
     profile_help = "run a config's first steps, trace some, say where a step's time goes"
     profile = commands.add_parser("profile", allow_abbrev=False, help=profile_help)
-    profile.add_argument("config", metavar="CONFIG", help="experiment in YAML (see configs/); the run is called NAME-profile")
+    profile.add_argument("config", metavar="CONFIG", help="experiment in YAML; the run is called NAME-profile")
     profile.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="e.g. profile.steps=5 data.batch_rows=4")
     profile.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     load = commands.add_parser(
@@ -210,8 +213,9 @@ def _main_of_one(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment in YAML (see configs/)")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="experiment in YAML (`moejax init` writes one)")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="change single values, e.g. training.epochs=3")
+    parser.add_argument("--config", dest="file", metavar="CONFIG", help="the same by name")
     parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="show parameters, memory and schedule; load and train nothing")
 
@@ -316,6 +320,8 @@ def run(options: argparse.Namespace) -> int:
         from moejax import export
 
         return export.run(options.run, options.out, options.format, options.verify, options.tolerance)
+    if options.command == "init":
+        return init.run(options)
     if options.command == "doctor":
         from moejax import doctor
 
@@ -323,6 +329,11 @@ def run(options: argparse.Namespace) -> int:
     from moejax import config
 
     profile = options.command == "profile"
+    if not profile and options.file is not None:
+        options.overrides = [text for text in (options.config, *options.overrides) if text is not None]
+        options.config = options.file
+    if options.config is None:
+        raise UserError("which experiment? `moejax train CONFIG` (`moejax init` writes one)")
     experiment = (config.load_profiled if profile else config.load)(options.config, options.overrides)
     prepare_jax(experiment.device)
     if profile:

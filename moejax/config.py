@@ -375,7 +375,7 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"config file {file} {what} (expected a YAML file; see configs/)")
+        raise UserError(f"config file {file} {what} (expected a YAML file; `moejax init` writes one)")
     content = read_yaml(file)
     if not isinstance(content, dict):
         got = "nothing: it is empty" if content is None else "a list" if isinstance(content, list) else repr(str(content)[:60])

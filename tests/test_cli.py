@@ -35,7 +35,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "--training.lr", "3"], "did you mean training.learning_rate=3?"),
         (["trian"], "'trian' is no command of moejax: did you mean train?"),
         (["finetune", "x"], "did you mean train?"),
-        (["frobnicate"], "expected one of train, estimate,"),
+        (["frobnicate"], "expected one of init, train, estimate,"),
         (["train", "--config", "configs"], "config file configs is a folder"),
         (["train", "--config", CONFIG, "--bf16"], "did you mean training.compute_dtype=VALUE?"),
         (["train", "--config", CONFIG, "--r", "8"], "did you mean adapter.rank=8?"),  # not --resume for short

@@ -74,6 +74,18 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
+def byte_tokenizer() -> Any:
+    """A `tokenizers.Tokenizer` in which each byte of UTF-8 is a token, with <unk>, <s> and </s> as 0, 1 and 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.add_special_tokens(names[:3])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def _check_files(path: Path) -> None:
     """Raises UserError that names the one of a tokenizer's files which is no JSON object, where a library only said that it is none."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

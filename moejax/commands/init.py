@@ -1,0 +1,73 @@
+"""`moejax init`: a commented config for one's own data, from those of `configs/` that say `my_data.jsonl`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from moejax import installation
+from moejax.errors import UserError
+
+_DATA, _MODEL, _TOKENIZER = "my_data.jsonl", "mixtral_8x7b", "tokenizer.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", default="finetune.yaml", metavar="CONFIG.yaml", help="default: finetune.yaml")
+    parser.add_argument("--model", default=_MODEL, metavar="NAME", help="a Hub id, a model's folder, or a config that comes with moejax: "
+        f"{_MODEL} (default), mixtral_tiny (random weights, for a CPU), …")  # fmt: skip
+    parser.add_argument("--data", default=_DATA, metavar="FILE", help=f"records: .json, .jsonl, .csv, .parquet (default: {_DATA})")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the config, and the tokenizer of bytes where it has one. Raises UserError where a file would be replaced."""
+    file = Path(options.config)
+    text = written(file, options.model, options.data)
+    tokenizer = file.parent / _TOKENIZER if f"\ntokenizer: {_TOKENIZER}" in text else None
+    for path in (file, tokenizer):
+        if path is not None and path.exists():
+            raise UserError(f"{path} is there already: nothing is replaced; give another name, or another folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        from moejax.data.tokenizer import byte_tokenizer
+
+        byte_tokenizer().save(str(tokenizer))
+        text = text.replace(f"\ntokenizer: {_TOKENIZER}", f"\ntokenizer: {_scalar(str(tokenizer))}")
+    file.write_text(text, encoding="utf-8")
+    missing = "" if Path(options.data).exists() else f" ({options.data} is not there yet)"
+    print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
+    for command, what in (
+        (f"moejax train {file} --dry-run", "parameters, memory, schedule; loads nothing"),
+        (f"moejax estimate memory --config {file}", "the largest batch on which GPU"),
+        (f"moejax train {file}", ""),
+    ):
+        print(f"  {command:<50}{what}".rstrip())
+    return 0
+
+
+def written(file: Path, model: str, data: str) -> str:
+    """The config's text. Raises UserError for a name that is no model's."""
+    shipped = {path.stem: content for path in sorted(installation.CONFIGS.glob("*.yaml"))
+               if _DATA in (content := path.read_text(encoding="utf-8"))}  # fmt: skip
+    text = shipped.get(model.replace("-", "_"))
+    if text is None and "/" not in model and not Path(model).is_dir():
+        raise UserError(f"--model {model}: expected a Hub id (with a /), a folder that exists, or one of {', '.join(shipped)}")
+    if text is None:  # the sizes of another model are in its config.json
+        text = shipped[_MODEL].partition("\n")[2]
+        text = re.sub(r"\n  source: [^\n]*\n  preset: [^\n]*", lambda _: f"\n  source: {_scalar(model)}", text, count=1)
+        text = f"# QLoRA fine-tuning of {model}.\n{text}"
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem).lstrip(".-") or "run"
+    text = re.sub(r"^name: .*", f"name: {name}  # the run's folder is runs/{name}", text, count=1, flags=re.MULTILINE)
+    return text.replace(f"source: {_DATA}  # yours", f"source: {_scalar(data)}")
+
+
+def _scalar(text: str) -> str:
+    """As YAML has it, in quotes where it needs them."""
+    import yaml
+
+    try:
+        plain = yaml.safe_load(f"x: {text}") == {"x": text}
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)

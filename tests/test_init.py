@@ -1,0 +1,84 @@
+"""`moejax init`, and `moejax train CONFIG`."""
+
+import pytest
+from support import ROOT
+
+from moejax import cli, config
+from moejax.commands import init
+from moejax.data.tokenizer import byte_tokenizer, load_tokenizer
+from moejax.errors import UserError
+
+STARTERS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "my_data.jsonl" in path.read_text())
+
+
+@pytest.mark.parametrize("starter", STARTERS, ids=lambda p: p.stem)
+def test_a_config_that_comes_with_moejax_with_the_users_file_in_it(starter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data, file = "my: records #1.jsonl", "folder/my run.yaml"
+    assert cli.main(["init", file, "--model", starter.stem.replace("_", "-"), "--data", data]) == 0
+    assert f"{data} is not there yet" in capsys.readouterr().out
+    written, shipped = config.load(file), config.load(starter)
+    assert (written.name, written.data.source) == ("my_run", data)
+    if (tmp_path / "folder/tokenizer.json").exists():
+        assert written.tokenizer == "folder/tokenizer.json" and shipped.tokenizer == "tokenizer.json"
+        load_tokenizer(written.tokenizer)
+    as_shipped = {"name": shipped.name, "tokenizer": shipped.tokenizer}
+    as_shipped["data"] = written.data.model_copy(update={"source": "my_data.jsonl"})
+    assert written.model_copy(update=as_shipped) == shipped
+    assert "  # " in (tmp_path / file).read_text()
+
+
+def test_another_model_brings_its_sizes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local").mkdir()
+    for file, model in (("hub.yaml", "acme/large"), ("local.yaml", "local")):
+        assert cli.main(["init", file, "--model", model]) == 0
+        written = config.load(file)
+        assert (written.model.source, written.model.preset, written.quantization.format) == (model, None, "nf4")
+    assert cli.main(["init"]) == 0 and config.load("finetune.yaml").model.preset == "mixtral-8x7b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["there.yaml"], "there.yaml is there already"),
+        (["new.yaml", "--model", "mixtral_tiny"], "tokenizer.json is there already"),
+        (["new.yaml", "--model", "acme"], "a Hub id (with a /), a folder that exists, or one of blackmamba_2.8b, mixtral_8x7b"),
+    ],
+)
+def test_nothing_is_replaced_and_nothing_guessed(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there.yaml", "tokenizer.json"):
+        (tmp_path / name).write_text("mine")
+    assert cli.main(["init", *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [("there.yaml", "mine"), ("tokenizer.json", "mine")]
+
+
+def test_the_tokenizer_of_bytes(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = "[INST] Größe  [/INST]\n\t🙂\x00"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(text.encode()) and min(ids) > 2 and tokenizer.decode(ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.vocab_size, tokenizer("</s>")["input_ids"]) == (2, 259, [2])
+
+
+def test_train_takes_its_config_by_place_or_by_name(monkeypatch, capsys):
+    loaded = []
+
+    def load(file, overrides):
+        loaded.append((file, *overrides))
+        raise UserError("enough")
+
+    monkeypatch.setattr(config, "load", load)
+    by_place, by_name = ["a.yaml", "seed=1"], ["--config", "a.yaml"]
+    for given in (by_place, ["a.yaml", "--resume", "seed=1"], [*by_name, "seed=1"], ["seed=1", *by_name], ["seed=1", "--resume", *by_name]):
+        cli.main(["train", *given])
+        cli.train_main(given)
+    assert loaded == [("a.yaml", "seed=1")] * 10
+    assert cli.main(["train"]) == 2 and "moejax init` writes one" in capsys.readouterr().err
+
+
+def test_a_value_that_yaml_would_take_for_something_else():
+    assert [init._scalar(text) for text in ("a/b.jsonl", "1.0", "a: b", "é #1", "[x")] == ["a/b.jsonl", '"1.0"', '"a: b"', '"é #1"', '"[x"']
