@@ -99,9 +99,10 @@ def versions() -> dict[str, str]:
     return {name: found[name] for name in names if name in found}
 
 
-def run(arguments: list[str], seconds: float) -> dict[str, Any]:
-    """One step in a process of its own: its report, or what became of it. All is compiled anew: compiling is timed, and of a program that
-    comes from a cache on disk a trace says nothing."""
+def run(arguments: list[str], seconds: float, why: str = "") -> dict[str, Any]:
+    """One step in a process of its own: its report, or what became of it. why: it is stopped after so many seconds.
+
+    All is compiled anew: compiling is timed, and of a program that comes from a cache on disk a trace says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         out, start = Path(folder) / "out.json", time.perf_counter()
         command = [sys.executable, *arguments, "--out", str(out)]
@@ -112,7 +113,7 @@ def run(arguments: list[str], seconds: float) -> dict[str, Any]:
             )
             code, said = done.returncode, (done.stderr or done.stdout).strip()
         except subprocess.TimeoutExpired:
-            code, said = -1, f"stopped after {seconds:.0f} s"
+            code, said = -1, f"stopped after {seconds:.0f} s{why}"
         result = {"seconds": round(time.perf_counter() - start, 1), "command": " ".join(["python", *arguments]), "exit": code}
         if out.exists():
             result["report"] = json.loads(out.read_text())
@@ -187,7 +188,9 @@ def main() -> int:
         if left < LEAST_SECONDS:
             print(f"{name}: no time left; the same command does it", flush=True)
             continue
-        report["steps"][name] = run(arguments, min(limit * max(1.0, options.minutes / 8), left))
+        limit *= max(1.0, options.minutes / 8)
+        why = "" if limit < left else f", as {options.minutes:g} min were over: the same command does it"
+        report["steps"][name] = run(arguments, min(limit, left), why)
         kept.write(options.out, report)
         print(told(name, report["steps"][name]), flush=True)
     print(f"{options.out}")

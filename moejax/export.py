@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
+from moejax.estimator.units import told
 from moejax.evaluation.runs import check_made_of, open_run
 from moejax.hub import beside, merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint, layers_in
@@ -102,7 +103,7 @@ def _write_merged(
 ) -> None:
     free = shutil.disk_usage(aside).free
     if free < total:
-        raise UserError(f"{aside.parent} has {free / 1e9:.2f} GB free, the model takes {total / 1e9:.2f}: choose another --out")
+        raise UserError(f"{aside.parent} has {told(free)} free, the model takes {told(total)}: choose another --out")
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("merging", total=total)

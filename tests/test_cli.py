@@ -124,8 +124,10 @@ def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatc
     assert cli.train_main(["--config", CONFIG, "--dry-run"]) == 0
     assert "not there" not in capsys.readouterr().out
     lost = [f"data.source={tmp_path}/lost.json", f"adapter.init_from={tmp_path}/lost", "data.records=null", "data.bytes=null"]
-    assert cli.train_main(["--config", CONFIG, "--dry-run", *lost]) == 0
+    one = ["training.epochs=1", "training.warmup_steps=1", "data.batch_rows=1"]
+    assert cli.train_main(["--config", CONFIG, "--dry-run", *lost, *one]) == 0
     out = capsys.readouterr().out
+    assert "of 1 row, " in out and "schedule: 1 epoch; " in out and ", 1 warm-up step, " in out
     assert "asks no network" not in out, "said once, with its cause"
     told = [line for line in out.splitlines() if line.startswith("not there")]
     assert [line.split("(")[0].strip() for line in told] == [

@@ -78,7 +78,7 @@ def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
     steps = {record["step"]: record for record in found if "step_seconds" in record}
     left = [steps[step] for step in sorted(steps.keys() - set(disturbed))]
     if not left:
-        many = f"{len(steps)} step{'s' * (len(steps) != 1)}"
+        many = units.counted(len(steps), "step")
         raise UserError(f"{path} has {many}, all of which warmed up, waited for the compiler or were traced: train longer")
     return left
 

@@ -68,11 +68,15 @@ def table(
     ]
     notes = [*refused, _what_rows_are(asked[0][1].row_tokens, padded, per_row)]
     reasons: dict[str, list[str]] = {}
+    close: dict[str, list[str]] = {}
     for line in lines:
         if line["close"]:
-            notes.append(f"{line['gpu']}: {line['close']}")
+            close.setdefault(line["close"].partition(":")[0], []).append(line["gpu"])
         if line["reason"]:
             reasons.setdefault(line["reason"], []).append(line["gpu"])
+    if close:
+        told = [f"{', '.join(of)}: {more}" for more, of in close.items()]
+        notes.append(f"{'; '.join(told)}: {memory.COMPILE}")
     notes += [f"{', '.join(of)}: by the closed form, not by the compiler: {reason}" for reason, of in reasons.items()]
     show_table(f"{experiment.name}: rows of {asked[0][1].row_tokens} tokens, {_share(experiment)}", columns, cells, notes)
     shown = [line for line in lines if line["parts_gb"]]

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 from moejax.profiling import roofline, schema, torch_trace, xplane
 from moejax.profiling.bars import ALL, Bars, draw, study, takeaways
 from moejax.profiling.breakdown import Breakdown, analyze
@@ -144,7 +145,7 @@ def _print(r: Run, console: Console) -> None:
     b = r.breakdown
     title = r.bars.name.replace("\n", " ")
     if b is not None:
-        title += f": {b.steps} traced steps of {b.program} on a {b.platform.upper()}"
+        title += f": {counted(b.steps, 'traced step')} of {b.program} on a {b.platform.upper()}"
     console.print(title, style="bold", soft_wrap=True)
     console.print(_phases(r))
     if b is None:

@@ -10,6 +10,7 @@ import jax
 from moejax import installation
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.errors import UserError, first_line
+from moejax.estimator.units import counted
 
 _TOOLS = f"the compiler's own tools, with jax's plugin in jaxlib's version: {installation.for_extra('cuda12')}"
 _WHAT_TO_TRY = (
@@ -24,7 +25,7 @@ _ELSE = "another number of rows (data.batch_rows) or another version of jax (pip
 def step_of(experiment: Experiment, rows: int, row_tokens: int) -> str:
     """The name of an experiment's step in a message."""
     micro = experiment.training.gradient_accumulation
-    return f"the step of {experiment.name} ({'' if micro == 1 else f'{micro} x '}{rows} rows x {row_tokens} tokens)"
+    return f"the step of {experiment.name} ({'' if micro == 1 else f'{micro} x '}{counted(rows, 'row')} x {row_tokens} tokens)"
 
 
 def advice(error: BaseException) -> str:

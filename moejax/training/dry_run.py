@@ -14,7 +14,7 @@ from rich.table import Table
 from moejax.config import Experiment
 from moejax.data.sources import is_file
 from moejax.estimator import cards
-from moejax.estimator.units import gigabytes
+from moejax.estimator.units import counted, gigabytes
 from moejax.models.build import build
 from moejax.terminal import Console
 from moejax.training import held_out, low_precision, run_folder
@@ -124,20 +124,21 @@ def missing(experiment: Experiment) -> list[str]:
 def _schedule(experiment: Experiment, steps: int | None) -> str:
     """steps: of the whole run, where the data were read."""
     d, t = experiment.data, experiment.training
-    micro = f"{t.gradient_accumulation} micro-batch{'es' if t.gradient_accumulation > 1 else ''}"
-    shape = f"batch: {micro} of {d.batch_rows} rows, {d.batching}, at most {d.longest_row} tokens a row"
-    rate = f"learning rate {t.learning_rate:g}, {t.schedule}, {t.warmup_steps} warm-up steps, clip {t.clip_norm}"
+    micro = counted(t.gradient_accumulation, "micro-batch", "micro-batches")
+    shape = f"batch: {micro} of {counted(d.batch_rows, 'row')}, {d.batching}, at most {d.longest_row} tokens a row"
+    rate = f"learning rate {t.learning_rate:g}, {t.schedule}, {counted(t.warmup_steps, 'warm-up step')}, clip {t.clip_norm}"
     if t.steps is not None or steps is not None:
-        return f"{shape}\nschedule: {t.steps or steps} steps; {rate}"
+        return f"{shape}\nschedule: {counted(t.steps or steps or 0, 'step')}; {rate}"
+    epochs = counted(t.epochs or 0, "epoch")
     if d.records is None:
-        return f"{shape}\nschedule: {t.epochs} epochs; steps unknown before the data is read (data.records is not declared); {rate}"
+        return f"{shape}\nschedule: {epochs}; steps unknown before the data is read (data.records is not declared); {rate}"
     if d.batching == "pack":
         return (
-            f"{shape}\nschedule: {t.epochs} epochs of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
+            f"{shape}\nschedule: {epochs} of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
         )
     train = d.records - d.holdout
     each = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
     return (
-        f"{shape}\nschedule: {t.epochs} epochs of {train:,} declared records: {each:,} steps each, {each * (t.epochs or 1):,} in all "
+        f"{shape}\nschedule: {epochs} of {train:,} declared records: {counted(each, 'step')} each, {each * (t.epochs or 1):,} in all "
         f"(fewer if records are dropped); {rate}"
     )

@@ -20,6 +20,7 @@ from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches
 from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 from moejax.hub import beside, peft, save, weights
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
@@ -165,8 +166,8 @@ class Trainer:
             self.step = int(self.state.step)
             if self.step > self.total_steps:
                 raise UserError(
-                    f"{folder} has done {self.step} steps, and with the data and settings of today the whole run has {self.total_steps}: "
-                    "nothing is left to train. Start a new run under another name=…"
+                    f"{folder} has done {counted(self.step, 'step')}, and with the data and settings of today the whole run has "
+                    f"{self.total_steps}: nothing is left to train. Start a new run under another name=…"
                 )
         elif resume:
             console.print(
@@ -409,7 +410,7 @@ class Trainer:
 
     def _summary(self) -> None:
         steady = [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
-        lines = [f"{self.step} step{'s' * (self.step != 1)} done; everything is in {self.folder}"]
+        lines = [f"{counted(self.step, 'step')} done; everything is in {self.folder}"]
         if not self.history:
             lines += ["nothing was left to train: an earlier process had done all steps"]
         if steady:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 
 
 def compiler_peak_bytes(compiled: Any) -> int:
@@ -60,6 +61,6 @@ def check(compiled: Any, rows: int, compile_rows: Callable[[int], Any], limit: i
         else "not even one row fits: use a shorter data.row_tokens or a larger device"
     )
     raise UserError(
-        f"out of memory: the step asks for {peak / 1e9:.2f} GB with {rows} rows, {limit / 1e9:.2f} GB are usable on "
+        f"out of memory: the step asks for {peak / 1e9:.2f} GB with {counted(rows, 'row')}, {limit / 1e9:.2f} GB are usable on "
         f"{jax.local_devices()[0].device_kind}; {advice} (keep the batch by training.gradient_accumulation)"
     )

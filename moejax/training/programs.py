@@ -7,6 +7,7 @@ from typing import Any
 
 from moejax.config import Experiment
 from moejax.data.pipeline import Dataset
+from moejax.estimator.units import counted
 from moejax.models.config import Architecture
 from moejax.profiling.capture import compile_profiled
 from moejax.progress import waiting
@@ -31,7 +32,7 @@ class Programs:
         """The program for a shape. Raises UserError, with the batch that would fit, where it takes more memory than there is."""
         if shape not in self._compiled:
             start = time.perf_counter()
-            with waiting(self._console, f"compiling the step for {shape[1]} rows of {shape[2]} tokens"):
+            with waiting(self._console, f"compiling the step for {counted(shape[1], 'row')} of {shape[2]} tokens"):
                 program = self._compile(shape, shape[1])
                 peak = memory.check(program, shape[1], lambda rows: self._compile(shape, rows), memory.usable_bytes())
             self._compiled[shape] = program

@@ -11,6 +11,7 @@ from moejax.data.batch import Batch
 from moejax.data.batching import stack
 from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 from moejax.training.checkpoint import Position
 
 
@@ -69,7 +70,7 @@ def check_steps(experiment: Experiment, dataset: Dataset) -> list[str]:
     t, d, total = experiment.training, experiment.data, total_steps(experiment, dataset)
     each = [steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1)] if t.steps is None else []
     if t.warmup_steps >= total:
-        made = f" ({_count(len(each), 'epoch')} of {_count(each[0], 'step')})" if each else ""
+        made = f" ({counted(len(each), 'epoch')} of {counted(each[0], 'step')})" if each else ""
         raise UserError(
             f"training: warmup_steps = {t.warmup_steps} leaves nothing of steps = {total}{made}: lower training.warmup_steps, or train "
             "longer"
@@ -80,7 +81,8 @@ def check_steps(experiment: Experiment, dataset: Dataset) -> list[str]:
     every = {"training.eval_every": t.eval_every, "checkpoint.every": experiment.checkpoint.every}
     if experiment.eval is not None:
         every["eval.every_steps"] = experiment.eval.every_steps
-    told += [f"{key} = {n}: the run has {total} steps, only its last counts" for key, n in every.items() if n is not None and n > total]
+    only = f"the run has {counted(total, 'step')}, only its last counts"
+    told += [f"{key} = {n}: {only}" for key, n in every.items() if n is not None and n > total]
     batches, rows = dataset.train.batches_per_epoch(0), dataset.train.rows()
     if t.gradient_accumulation > batches:
         told.append(
@@ -88,12 +90,8 @@ def check_steps(experiment: Experiment, dataset: Dataset) -> list[str]:
             "epoch's; the others are padding"
         )
     if d.batch_rows > rows:
-        told.append(f"data.batch_rows = {d.batch_rows}: an epoch has {_count(rows, 'row')}, the rest of each batch is padding")
+        told.append(f"data.batch_rows = {d.batch_rows}: an epoch has {counted(rows, 'row')}, the rest of each batch is padding")
     return [f"note: {line}" for line in told]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def check_profile(experiment: Experiment, dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from moejax import __version__
 from moejax.config import Experiment
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 from moejax.models.build import Model
 from moejax.profiling import breakdown, roofline, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
@@ -57,7 +58,7 @@ def report(measured: Measured, console: Console) -> None:
         )
         return
     if not capture.complete:
-        say(f"profile: stopped after {capture.done} of {capture.last - capture.first + 1} traced steps: no {schema.FILE_NAME}")
+        say(f"profile: stopped after {capture.done} of {counted(capture.last - capture.first + 1, 'traced step')}: no {schema.FILE_NAME}")
         return
     try:
         path = xplane.find(folder)
