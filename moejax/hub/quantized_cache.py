@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -28,7 +29,7 @@ from moejax.terminal import Console
 
 T = TypeVar("T")
 
-FORMAT = 2  # raise it when codes, scales or names change
+FORMAT = 3  # raise it when codes, scales or names change
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
 
 
@@ -50,19 +51,25 @@ def key(files: list[Path], leaves: dict[str, Any], settings: str) -> str:
 class Content:
     """SHA-256 of a model's tensors as they are stored, in whatever order they come. `value`: in hexadecimal, once all are there.
 
-    `put` returns at once; `wait` before the memory of what was put changes.
+    sums: name -> CRC-32 of its bytes, where its parts came in order. `put` returns at once; `wait` before the memory of what was put
+    changes.
     """
 
     def __init__(self) -> None:
         self.value: str | None = None
+        self.sums: dict[str, int] = {}
         self._parts: dict[str, str] = {}
         self._pending: list[tuple[str, Future[str]]] = []
         self._pool = ThreadPoolExecutor(1)
 
     def put(self, name: str, array: np.ndarray, index: tuple[int, ...]) -> None:
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        data = _bytes(array)
         kind = f"{name} {list(index)} {array.dtype} {list(array.shape)}"
-        self._pending.append((kind, self._pool.submit(lambda: hashlib.sha256(data).hexdigest())))
+        self._pending.append((kind, self._pool.submit(self._hashed, name, data)))
+
+    def _hashed(self, name: str, data: memoryview) -> str:
+        self.sums[name] = zlib.crc32(data, self.sums.get(name, 0))
+        return hashlib.sha256(data).hexdigest()
 
     def wait(self) -> None:
         self._parts |= {kind: digest.result() for kind, digest in self._pending}
@@ -77,38 +84,52 @@ class Content:
 
 
 _CONTENT = "content_sha256"  # a tensor of its own: what the other tensors hash to, as they were streamed
+_SUMS = "crc32"  # another one: of each tensor, in their order
 
 
-def read(path: Path, leaves: dict[str, Any], content: Content | None = None) -> dict[str, jax.Array] | None:
+def read(
+    path: Path, leaves: dict[str, Any], content: Content | None = None, console: Console | None = None
+) -> dict[str, jax.Array] | None:
     """The arrays of a cache, and into `content` the hash that is kept with them.
 
-    None where there is none or it is not what was asked for (it is then made anew)."""
+    None where there is none, or it is not what was asked for or (which `console` is told) not what was written: it is then made anew."""
     if not path.is_file():
         return None
     try:
         reader = Reader(path)
     except UserError:
         return None
-    if set(reader.names()) != {*leaves, _CONTENT} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
+    if set(reader.names()) != {*leaves, _CONTENT, _SUMS} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
-    if content is not None:
-        content.value = reader.get_tensor(_CONTENT).tobytes().hex()
     pieces: list[tuple[str, int | None]] = []
     for name, leaf in leaves.items():
         # What is not copied whole goes a layer at a time, so that the host holds no more of it.
         small = math.prod(leaf.shape) * np.dtype(numpy_dtype(leaf.dtype)).itemsize <= _at_once_bytes() or len(leaf.shape) < 2
         pieces += [(name, None)] if small else [(name, layer) for layer in range(leaf.shape[0])]
     arrays: dict[str, jax.Array] = {}
+    sums = dict.fromkeys(leaves, 0)
     with ThreadPoolExecutor(1) as pool:
         values = ahead(pool, (partial(_copy, reader, name, layer) for name, layer in pieces))
         for (name, layer), value in zip(pieces, values, strict=True):
+            sums[name] = zlib.crc32(_bytes(value), sums[name])
             if layer is None:
                 arrays[name] = jax.block_until_ready(jax.device_put(value))
             else:
                 if layer == 0:
                     arrays[name] = jnp.zeros(leaves[name].shape, leaves[name].dtype)
                 arrays[name] = jax.block_until_ready(put(arrays[name], jax.device_put(value), (jnp.int32(layer),)))
+    changed = [name for name, sum_ in zip(leaves, reader.get_tensor(_SUMS).tolist(), strict=True) if sums[name] != sum_]
+    if changed:
+        if console is not None:
+            console.print(f"warning: {path}: {changed[0]} is not what was written there; it is made anew from the checkpoint")
+        return None
+    if content is not None:
+        content.value = reader.get_tensor(_CONTENT).tobytes().hex()
     return arrays
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _copy(reader: Reader, name: str, layer: int | None) -> np.ndarray:
@@ -154,7 +175,7 @@ class Keeper:
         self._shapes = {name: (tuple(leaf.shape), numpy_dtype(leaf.dtype)) for name, leaf in leaves.items()}
         self._path, self._console, self._writer = path, console, None
         if path is not None:
-            shapes = self._shapes | {_CONTENT: ((32,), np.dtype(np.uint8))}
+            shapes = self._shapes | {_CONTENT: ((32,), np.dtype(np.uint8)), _SUMS: ((len(leaves),), np.dtype(np.int64))}
             self._try(lambda: setattr(self, "_writer", Writer(path, shapes, {"format": str(FORMAT)})))
 
     def put(self, name: str, value: Any, index: tuple[int, ...]) -> None:
@@ -190,11 +211,16 @@ class Keeper:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        content = None if self._content is None else self._content.finish()
-        if self._writer is not None:
-            writer = self._writer
-            if kind is None and content is not None:
-                self._try(lambda: writer.write(_CONTENT, np.frombuffer(bytes.fromhex(content), np.uint8)))
+        content, writer = self._content, self._writer
+        whole = None if content is None else content.finish()
+
+        def hashes() -> None:
+            if writer is not None and content is not None and whole is not None:
+                writer.write(_CONTENT, np.frombuffer(bytes.fromhex(whole), np.uint8))
+                writer.write(_SUMS, np.array([content.sums[name] for name in self._shapes]))
+
+        if kind is None:
+            self._try(hashes)
         if self._writer is not None:
             self._try(lambda: writer.__exit__(kind))
 

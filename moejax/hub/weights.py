@@ -73,7 +73,7 @@ def load_weights(
         if any(isinstance(source, bitsandbytes.Quantized) for source in files.values()):
             cache = None  # the checkpoint is as small, and as fast to read
         path = _cache_path(cache, folder, leaves, repr(model.config)) if cache is not None and quantized else None
-        kept = None if path is None else quantized_cache.read(path, leaves, content)
+        kept = None if path is None else quantized_cache.read(path, leaves, content, console)
         if kept is not None:
             values = jax.tree.unflatten(treedef, [kept[name] for name in leaves])
             for name, variable in base_variables(model):

@@ -169,6 +169,19 @@ class TestCache:
         assert_same(load(folder, cache=cache), first)
         assert path.read_bytes() == content
 
+    @pytest.mark.parametrize("at_once", [0, 1 << 28])
+    def test_one_changed_bit_is_seen(self, at_once, folder, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(quantized_cache, "_at_once_bytes", lambda: at_once)
+        cache = tmp_path / "cache"
+        first = load(folder, cache=cache)
+        (path,) = cache.iterdir()
+        content = path.read_bytes()
+        start = content.index(np.asarray(first.layers.moe.w2.weight.get_value().codes).tobytes())
+        path.write_bytes(content[: start + 77] + bytes([content[start + 77] ^ 4]) + content[start + 78 :])
+        assert_same(load(folder, cache=cache, console=Console()), first)
+        assert "moe.w2.weight.codes is not what was written there; it is made anew" in " ".join(capsys.readouterr().out.split())
+        assert path.read_bytes() == content
+
     def test_a_full_disk_costs_the_cache_and_not_the_load(self, folder, tmp_path, monkeypatch, capsys):
         cache = tmp_path / "cache"
         expected = load(folder)
