@@ -1,5 +1,6 @@
 """Shared fixtures: the PyTorch vectors, and the tiny Mixtral they were made with."""
 
+import gc
 import json
 import mmap
 import os
@@ -101,3 +102,10 @@ def blackmamba_folder(blackmamba_vectors, tmp_path_factory):
     config = BlackMambaConfig(**sizes).to_hub_config()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: the garbage collector, a tenth of the tests' time as Python sets it, looks at what is newer."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
