@@ -67,6 +67,7 @@ class Entry:
     framework: str | None = None  # whose steps were measured: "jax" (this project), "pytorch"; None: not known
     range: Range | None = None
     doubt: str | None = None  # why not to trust them
+    file: str | None = None  # where it was read
 
     def beyond(self, tokens: float, share: float, row_tokens: int) -> list[str]:
         """In what a step is an extrapolation; nothing where that is not known."""
@@ -124,14 +125,27 @@ def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: d
         if entry.gpu == gpu.name:
             return StepTime(entry, gpu, (np.ones(3),), True)
 
-    def distance(entry: Entry) -> tuple[bool, float]:
-        source = gpus.find(entry.gpu, table)
+    def distance(found: tuple[Entry, GPU]) -> tuple[bool, float]:
+        source = found[1]
         return source.chip != gpu.chip, abs(math.log(source.flops_per_second / gpu.flops_per_second))
 
-    entry = min(fitting, key=distance)
-    source = gpus.find(entry.gpu, table)
+    entry, source = min(_with_gpus(fitting, table), key=distance)
     rules: list[transfer.Rule] = sorted(transfer.RULES, key=lambda rule: rule != "host-bound")
     return StepTime(entry, gpu, tuple(transfer.factors(source, gpu, rule) for rule in rules), False)
+
+
+def _with_gpus(entries: Sequence[Entry], table: dict[str, GPU]) -> list[tuple[Entry, GPU]]:
+    """Entries of GPUs whose figures are known, with them. Raises UserError, naming the file, where there is none."""
+    found: list[tuple[Entry, GPU]] = []
+    why = ""
+    for entry in entries:
+        try:
+            found.append((entry, gpus.find(entry.gpu, table)))
+        except UserError as error:
+            why = why or f"{entry.file or entry.source}, {entry.model} by {entry.method}: {error}"
+    if not found:
+        raise UserError(why)
+    return found
 
 
 def read(path: str | Path) -> tuple[Entry, ...]:
@@ -171,8 +185,9 @@ def _entry(path: Path, index: int, item: Any) -> Entry:
         if value is not None and not isinstance(value, str):
             raise UserError(f"{where}: {key} = {value!r}: expected null or text")
     return Entry(
-        model, method, gpu, x, samples, scatter, str(source or path.name), points, only, framework, _range(where, item.get("range")), doubt
-    )
+        model, method, gpu, x, samples, scatter, str(source or path.name), points, only, framework, _range(where, item.get("range")), doubt,
+        str(path),
+    )  # fmt: skip
 
 
 def _range(where: str, told: Any) -> Range | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,7 +73,16 @@ def _hellaswag(record: Record) -> Question:
     if "ctx_a" in record and "ctx_b" in record:
         context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
     label = f"{record['activity_label']}: " if record.get("activity_label") else ""
-    return Question(_without_tags(f"{label}{context}"), tuple(map(_without_tags, record["endings"])), int(record["label"]))
+    return Question(_without_tags(f"{label}{context}"), tuple(map(_without_tags, record["endings"])), _number(record, "label"))
+
+
+def _number(record: Record, column: str) -> int:
+    """Which answer is right, of a column that holds a number or a text that says it. Raises ValueError for what is no whole number."""
+    value = record[column]
+    if not isinstance(value, bool) and (not isinstance(value, float) or value.is_integer()):
+        with suppress(ValueError):
+            return int(value)
+    raise ValueError(f"its {column} is {value!r}: expected the number of an answer")
 
 
 def _without_tags(text: str) -> str:
@@ -136,18 +146,18 @@ SETS: dict[str, Choice] = {
     ),
     "piqa": Choice(
         "solution", "Please choose the correct solution to the question: ", "\n\n", 2, ("goal", "sol1", "sol2", "label"),
-        lambda r: Question(r["goal"], (r["sol1"], r["sol2"]), int(r["label"])),
+        lambda r: Question(r["goal"], (r["sol1"], r["sol2"]), _number(r, "label")),
         lambda q: _each(f"Question: {q.context}\nAnswer:", q.options),
     ),
     "siqa": _multiple_choice(
         ("context", "question", "answerA", "answerB", "answerC", "label"),
-        lambda r: Question(f"{r['context']} {r['question']}", (r["answerA"], r["answerB"], r["answerC"]), int(r["label"]) - 1),
+        lambda r: Question(f"{r['context']} {r['question']}", (r["answerA"], r["answerB"], r["answerC"]), _number(r, "label") - 1),
         "Q: {}\nA:",
     ),
     "winogrande": Choice(
         "option", "Please choose the correct answer to fill in the blank to complete the given sentence: ", " ", 2,
         ("sentence", "option1", "option2", "answer"),
-        lambda r: Question(r["sentence"], (r["option1"], r["option2"]), int(r["answer"]) - 1),
+        lambda r: Question(r["sentence"], (r["option1"], r["option2"]), _number(r, "answer") - 1),
         _winogrande_candidates, " ",
     ),
     "arc-easy": _multiple_choice(("question", "choices", "answerKey"), _lettered("question"), "Question: {}\nAnswer:"),

@@ -14,6 +14,7 @@ from moejax.data.parsing import parse
 from moejax.data.records import Record, blank, text_of, texts_in, unicode
 from moejax.data.sources import from_datasets, is_file, read_file
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 from moejax.evaluation.answers import final_number, strict_number
 from moejax.evaluation.choices import SETS, Candidates, Choice
 
@@ -88,7 +89,7 @@ def _read_choice(choice: Choice, method: Method, record: Record) -> Example:
         return Example(_record(record["instruction"], record, record.get("output") or ""), record["answer"])
     question = choice.parsed(record) if adapters else choice.read(record)
     if not 0 <= question.right < len(question.options):
-        raise ValueError(f"it has {len(question.options)} answers, and the right one is number {question.right + 1}")
+        raise ValueError(f"it has {counted(len(question.options), 'answer')}, and the right one is number {question.right + 1}")
     expected = choice.words[question.right]
     asked = _record(choice.instruction(question), {}, f"the correct answer is {expected}")
     if method == "generated":

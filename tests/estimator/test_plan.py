@@ -140,6 +140,17 @@ def test_coefficients_file(tmp_path):
     assert p.hours_interval is p.usd_interval is None and any("no interval" in note for note in p.notes)
 
 
+def test_coefficients_of_a_gpu_that_no_table_has(tmp_path):
+    """A CPU's, say: nothing is carried over from it; alone, it is named with its file."""
+    path = tmp_path / "c.json"
+    here = {"model": "mixtral", "method": "qlora", "gpu": "AMD EPYC", "t0_seconds": 1, "token_seconds": 1, "expert_token_seconds": 1}
+    path.write_text(json.dumps({"schema_version": 1, "entries": [here, here | {"gpu": "A40"}]}))
+    entries = coefficients.read(path)
+    assert coefficients.choose(entries, "mixtral", "qlora", GPUS["H100"], GPUS).entry.gpu == "A40"
+    with pytest.raises(UserError, match=r"c\.json, mixtral by qlora: unknown GPU 'AMD EPYC'"):
+        coefficients.choose(entries[:1], "mixtral", "qlora", GPUS["H100"], GPUS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "coefficients"), ("[]", "expected a JSON object, got list"), ('{"schema_version": 2}', "schema_version 1"),

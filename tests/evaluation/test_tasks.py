@@ -204,7 +204,7 @@ def test_a_name_for_datasets(tmp_path):
             "its answer is 'answer1': expected one of ending1",
         ),
         ("hellaswag-loglikelihood", [{"instruction": "a", "answer": "ending1"}], "its instruction does not begin with"),
-        ("hellaswag-loglikelihood", [{"ctx": "a", "endings": ["b"], "label": ""}], "invalid literal"),
+        ("hellaswag-loglikelihood", [{"ctx": "a", "endings": ["b"], "label": ""}], "its label is ''"),
         ("hellaswag-loglikelihood", [{"ctx": "a", "label": 0}], "has no 'endings'"),
         *(
             ("boolq-generated", [{"question": "a", "answer": missing}], "record 0: its answer is .*: expected true or false")
@@ -213,10 +213,13 @@ def test_a_name_for_datasets(tmp_path):
         ("boolq-generated", [{"question": "a", "answer": None}], "record 0: no text under 'answer', but null"),
         ("gsm8k", [{"instruction": None, "answer": "1"}], "record 0: no text under 'instruction', but null"),
         ("gsm8k", [{"instruction": "a", "answer": "9" * 400}], "record 0: its answer is a number beyond"),
-        (
-            "winogrande-loglikelihood",
-            [{"sentence": "a _", "option1": "b", "option2": "c", "answer": float("inf")}],
-            "record 0: cannot convert float infinity",
+        *(
+            (
+                "winogrande-loglikelihood",
+                [{"sentence": "a _", "option1": "b", "option2": "c", "answer": odd}],
+                f"record 0: its answer is {odd!r}: expected the number of an answer",
+            )
+            for odd in (float("inf"), 1.5, True, "1.5")
         ),
         ("gsm8k", [{"instruction": "a", "input": 3, "answer": "1"}], "record 0: no text under 'input', but a number"),
         ("gsm8k", [{"instruction": "a", "answer": [1]}], "record 0: no text under 'answer', but a list"),
@@ -235,7 +238,7 @@ def test_a_name_for_datasets(tmp_path):
         (
             "hellaswag-loglikelihood",
             [{"ctx": "a", "endings": ["b"], "label": 3}],
-            "it has 1 answers, and the right one is number 4",
+            "it has 1 answer, and the right one is number 4",
         ),
         (
             "piqa-loglikelihood",
