@@ -27,14 +27,13 @@ if TYPE_CHECKING:
     from moejax.estimator.memory import Largest, Peak
     from moejax.models.config import Architecture
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = ("memory", "fit", "compare")
 
 
 def add_arguments(commands: Any) -> None:
     """The three commands and their options."""
     memory = commands.add_parser("memory", help="the largest batch that fits, the peak and what it is made of, by the compiler")
-    memory.add_argument("--config", metavar="FILE", help="experiment in YAML (see configs/)")
+    memory.add_argument("--config", metavar="FILE", help="experiment in YAML (`moejax init` writes one)")
     memory.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
     memory.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
     memory.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
@@ -188,7 +187,7 @@ def _memory(options: argparse.Namespace) -> int:
 
     quiet_compiler(options.gpu)
     if not options.config:
-        raise UserError("which experiment? --config FILE (see configs/), or --study")
+        raise UserError("which experiment? --config FILE (`moejax init` writes one), or --study")
     from moejax import config
     from moejax.estimator import gpus
 
@@ -257,7 +256,7 @@ def this_machine_timed(own: bool) -> GPU:
     if gpu.platform == "cpu" and not own:
         raise UserError(
             f"--gpu {HERE}: this machine has a CPU only ({gpu.name}), and the study's times are of GPUs: profile your own runs here "
-            "(moejax profile CONFIG, estimate.py fit RUN…, then --coefficients FILE), or name a GPU; `memory --gpu here` says what fits"
+            "(moejax profile CONFIG, moejax estimate fit RUN…, then --coefficients FILE), or name a GPU; `memory --gpu here` says what fits"
         )
     if gpu.source != "this machine":
         return gpu

@@ -137,7 +137,7 @@ def software(options: argparse.Namespace, entries: Sequence[Entry]) -> str:
     if not options.coefficients:
         return (
             "Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's "
-            "(moejax profile, estimate.py fit and --coefficients FILE bring your own)"
+            "(moejax profile, moejax estimate fit and --coefficients FILE bring your own)"
         )
     names = {"jax": "this project (JAX)", "pytorch": "PyTorch", None: "software that the file does not name"}
     known = dict.fromkeys(names.get(e.framework, e.framework) for e in entries)

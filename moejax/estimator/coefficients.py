@@ -151,7 +151,7 @@ def _with_gpus(entries: Sequence[Entry], table: dict[str, GPU]) -> list[tuple[En
 def read(path: str | Path) -> tuple[Entry, ...]:
     """Entries of a coefficients file. Raises UserError for a file that is none."""
     path = Path(path)
-    document = read_json(path, "--coefficients ", "expected what `estimate.py fit` writes")
+    document = read_json(path, "--coefficients ", "expected what `moejax estimate fit` writes")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"--coefficients {path}: expected a JSON object with schema_version {SCHEMA_VERSION}")
     entries = document.get("entries")

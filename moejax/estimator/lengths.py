@@ -161,7 +161,7 @@ def from_file(path: str | Path) -> Lengths:
     else:
         none = next((value for value in values if not _a_number(value)), None)
     if none is not None:
-        record = " (records of a data set? their tokens are counted by `train.py --dry-run`)" if none.startswith(("{", '{"')) else ""
+        record = " (records of a data set? `moejax train CONFIG --dry-run` counts their tokens)" if none.startswith(("{", '{"')) else ""
         raise UserError(f"--lengths {path}: {expected}, found {none[:40]}{record}")
     lengths = np.array(values, float)
     wrong = np.flatnonzero(~((lengths >= 1) & (lengths <= MOST) & (lengths == np.round(lengths))))

@@ -96,7 +96,7 @@ def conclude(folder: Path, console: Console) -> None:
 
 def _time(file: Path, model: str, method: str, gpu: str, share: float) -> tuple[dict[str, Any] | None, str | None]:
     """The entry of this model, method and device in the file, as prediction.json keeps it; or why there is none."""
-    how = f"profile runs (moejax profile CONFIG), then python estimate.py fit RUN… --out {file}"
+    how = f"profile runs (moejax profile CONFIG), then moejax estimate fit RUN… --out {file}"
     if not file.is_file():
         return None, f"{file} is not there: {how}"
     try:

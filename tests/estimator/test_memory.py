@@ -202,7 +202,7 @@ def test_the_closed_form_beside_kept_compiled_figures():
     """docs/estimator.md's table: every config on three GPUs, and which cells miss the bar of 3 %."""
     missed = set()
     for row in kept_result("memory-check")["results"]:
-        experiment = config.load(estimating.ROOT / "configs" / f"{row['config']}.yaml")
+        experiment = config.load(installation.CONFIGS / f"{row['config']}.yaml")
         architecture, platform = estimating.architecture_of(experiment), closed_form.platform_of(gpus.find(row["gpu"]))
         made = closed_form.breakdown(experiment, architecture, rows=row["rows"], row_tokens=row["row_tokens"], platform=platform)
         assert made.total == row["closed_form_bytes"]
@@ -216,7 +216,7 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-SPARSE = ("--config", str(estimating.ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml"), "--closed-form")
+SPARSE = ("--config", str(installation.CONFIGS / "mixtral_8x7b_cs_sparse.yaml"), "--closed-form")
 
 
 def test_the_command(capsys):
@@ -233,7 +233,7 @@ def test_the_command(capsys):
     assert json.loads(out)["gpus"][0]["problem"] is None and "V100-32 has no bf16" in json.loads(out)["gpus"][1]["problem"]
     code, _, err = run(capsys, *SPARSE, "--seq-len", "128", "--gpu", "V100-32")
     assert code == 2 and "would need 29.82 GB of its 29.44; RTX-5090" in err and "V100-32," not in err and "float32 would run" not in err
-    tiny = ("--config", str(estimating.ROOT / "configs" / "bench_mixtral_tiny.yaml"), "--closed-form", "--rows", "10")
+    tiny = ("--config", str(installation.CONFIGS / "bench_mixtral_tiny.yaml"), "--closed-form", "--rows", "10")
     code, out, _ = run(capsys, *tiny, "--gpu", "A40")
     assert code == 0 and " MB" in out and " 0.000" not in out
     code, _, err = run(capsys, *tiny, "--gpu", "T4", "training.compute_dtype=bfloat16")

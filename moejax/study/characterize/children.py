@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moejax import installation
 from moejax.errors import UserError
-from moejax.estimating import ROOT
 from moejax.files import replace_text
 from moejax.study.characterize import trial as trials
 from moejax.study.characterize.trial import HOST_MEMORY, result_path
@@ -46,8 +46,8 @@ class Result:
 
 
 def environment() -> dict[str, str]:
-    """Of a child: it imports this checkout."""
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    """Of a child: it imports this checkout, where there is one."""
+    path = os.pathsep.join(str(p) for p in (installation.checkout(), os.environ.get("PYTHONPATH")) if p)
     return os.environ | {"PYTHONPATH": path}
 
 

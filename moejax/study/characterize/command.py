@@ -9,7 +9,7 @@ from moejax.study.characterize.presets import PRESETS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     presets = "; ".join(f"{name}: {p.what}" for name, p in PRESETS.items())
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="experiment in YAML (see configs/); may be repeated")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="experiment in YAML; may be repeated")
     parser.add_argument("--preset", metavar="NAME", help=f"configs and sizes of the sweep. {presets}")
     parser.add_argument("--out", required=True, metavar="DIR", help="the study's folder; an unfinished one is continued")
     parser.add_argument("--plan", action="store_true", help="print the trials and how long each is expected to take; run nothing")

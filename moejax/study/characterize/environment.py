@@ -10,16 +10,17 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from moejax import __version__
+from moejax import __version__, installation
 from moejax.estimating import versions
 from moejax.study.report.results import Environment, digest
 
 
 def git_commit() -> str | None:
     """The checkout's commit, with "+" where files were changed; None outside of one."""
-    root = Path(__file__).parents[3]
+    root = installation.checkout()
+    if root is None:
+        return None
     try:
         head, changed = (
             subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moejax import config as experiments
+from moejax import installation
 from moejax.config import Experiment, whole_row
 from moejax.data.batching import Batches
 from moejax.errors import UserError, first_line
-from moejax.estimating import ROOT, architecture_of
+from moejax.estimating import architecture_of
 from moejax.estimator import closed_form, gpus, lengths, memory, sizes
 from moejax.models.config import Architecture, BlackMambaConfig
 from moejax.study.characterize.presets import PRESETS, Preset, Sizes, override
@@ -137,13 +138,13 @@ def resolve(
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     if preset is None and not files:
-        raise UserError(f"what is to be characterized? --config FILE (see configs/), or --preset {' | '.join(PRESETS)}")
+        raise UserError(f"what is to be characterized? --config FILE (`moejax init` writes one), or --preset {' | '.join(PRESETS)}")
     known: Preset | None = PRESETS[preset] if preset else None
     sizes_, overrides = override(known.sizes if known else Sizes(), overrides)
     given = bool(files)
     if not files:
         assert known is not None
-        files = [str(ROOT / "configs" / f"{name}.yaml") for name in known.configs]
+        files = [str(installation.CONFIGS / f"{name}.yaml") for name in known.configs]
     if memory_limit is None and known:
         memory_limit = known.memory_limit
     settings: dict[str, Setting] = {}
@@ -164,10 +165,15 @@ def resolve(
 
 
 def _of_checkout(experiment: Experiment) -> Experiment:
-    """A preset works from any folder: files that its configs name and that are not here are the checkout's."""
+    """A preset works from any folder: the bundled files that its configs name are the checkout's. Raises UserError in a wheel."""
+    root = installation.checkout()
 
     def found(path: str | None) -> str | None:
-        return str(ROOT / path) if path and not Path(path).exists() and (ROOT / path).exists() else path
+        if path is None or not path.startswith("assets/") or Path(path).exists():
+            return path
+        if root is None:
+            raise UserError(f"this preset needs {path}, which is in a checkout of moejax and no wheel: give --config FILE, or run it there")
+        return str(root / path)
 
     model, data = (part.model_copy(update={"source": found(part.source)}) for part in (experiment.model, experiment.data))
     return experiment.model_copy(update={"model": model, "data": data, "tokenizer": found(experiment.tokenizer)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from moejax import config, estimating
+from moejax import config, estimating, installation
 from moejax.config import DeviceConfig
 from moejax.errors import UserError
 from moejax.estimator import lengths, memory
@@ -100,5 +100,5 @@ def run(options: argparse.Namespace) -> int:
 def _oracle(cell: Cell, closed: bool) -> estimating.Oracle:
     preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[cell.model]
     name = f"{preset}_{'cs' if cell.dataset == 'commonsense_15k' else 'math'}_{cell.kind}.yaml"
-    experiment = config.load(estimating.ROOT / "configs" / name)
+    experiment = config.load(installation.CONFIGS / name)
     return estimating.oracle(experiment, estimating.architecture_of(experiment), GPUS[cell.gpu], cell.row_tokens, closed)

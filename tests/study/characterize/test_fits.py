@@ -5,6 +5,7 @@ import json
 
 import pytest
 from small_study import ENVIRONMENT, SIZES, write_config
+from support import ROOT
 
 from moejax.errors import UserError
 from moejax.estimator import prices
@@ -50,7 +51,7 @@ def fitted(tmp_path):
 
 def test_the_cost_is_of_the_whole_run(fitted, tmp_path):
     """All epochs of the records that are trained on, at the fastest batch; dollars by the price that is named."""
-    records = len(json.loads((study.ROOT / "assets/problems/test.json").read_text()))
+    records = len(json.loads((ROOT / "assets/problems/test.json").read_text()))
     _, outcome = fitted("cost", data={"holdout": 50}, training={"epochs": 3})
     for routing, share in (("sparse", 0.5), ("dense", 1.0)):
         here = {r.metric: r for r in outcome.rows if (r.scope, r.routing) == ("H100", routing)}
@@ -88,7 +89,7 @@ def test_the_studys_lengths_are_for_its_own_sets():
     """By their whole names; cut where the config says, and nowhere else."""
     sources = ("a/commonsense_15k.json", "math_14k", "data/math_of_mine.json", "acme/commonsense-long", "assets/problems/train.json", None)
     assert [study._data_label(source) for source in sources] == ["cs", "math", "other", "other", "problems", "fixed"]
-    config = str(study.ROOT / "configs" / "mixtral_8x7b_math_sparse.yaml")
+    config = str(ROOT / "configs" / "mixtral_8x7b_math_sparse.yaml")
     made = {n: study.resolve(None, [config], [f"data.max_length={n}"], None, False).settings[0] for n in (512, 2048)}
     assert made[512].longest == 512 and 1024 < made[2048].longest <= 2048
     assert max(len(q.ids) for q in made[2048].queries(20_000)) > 1024
