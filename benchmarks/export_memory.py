@@ -88,7 +88,7 @@ def main():
                 variable.set_value(jnp.full(variable.get_value().shape, 0.01, jnp.float32))
         peft.save_adapter(model, folder / "adapter", "base")
         with ExitStack() as stack:  # the first call compiles
-            merge.merged_tensor(model, "lm_head.weight", weights.open_tensors(folder, stack), folder)
+            merge.merged_tensor(model, "lm_head.weight", weights.open_tensors(folder, stack, CONFIG), folder)
         merged = partial(merge.save_merged, model, folder, folder / "merged", shard_bytes=2_000_000_000)
         seconds, rose, total = watched(merged)
         print(f"merged {_told(total, seconds, rose)}")

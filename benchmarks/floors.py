@@ -28,7 +28,7 @@ from moejax.errors import UserError
 from moejax.estimating import architecture_of
 from moejax.estimator import sizes
 from moejax.estimator.roofline import NF4_BYTES
-from moejax.models.config import Architecture, BlackMambaConfig, MixtralConfig
+from moejax.models.config import Architecture, BlackMambaConfig
 
 FP32 = 4
 SIZES = {"bfloat16": 2, "float32": 4}
@@ -71,7 +71,7 @@ def experts(item: int, config: Architecture, n: float, trained: bool, quantized:
     """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too."""
     c = config
     d, f, e, k = c.hidden_size, c.intermediate_size, c.num_experts, c.experts_per_token
-    layers = c.num_layers // 2 if isinstance(c, BlackMambaConfig) else c.num_layers
+    layers = c.blocks
     passes = (3 + trained) + (3 + trained) + (2 + trained)
     out = [merged("moe/w1, w3, w2", layers, product(item, n, d, f, passes, e, n * k))]
     if quantized:
@@ -85,7 +85,7 @@ def experts(item: int, config: Architecture, n: float, trained: bool, quantized:
     return out
 
 
-def mixtral(item: int, c: MixtralConfig, rows: int, length: int, trained_weights: float, quantized: bool, rank: int) -> list[Stage]:
+def mixtral(item: int, c: Any, rows: int, length: int, trained_weights: float, quantized: bool, rank: int) -> list[Stage]:
     n, d, layers = rows * length, c.hidden_size, c.num_layers
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     matrices = [product(item, n, d, q + 2 * kv, 3), product(item, n, q, d, 2)]

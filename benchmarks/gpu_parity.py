@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from support import VECTORS, hub_tensor, loss_and_gradients
 
 from moejax.data.batch import Batch
-from moejax.hub.names import module_names, tensors
+from moejax.hub.names import modules, tensors
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import attribute, load_weights
 from moejax.models.build import build
@@ -110,7 +110,7 @@ def mixtral(folder: Path) -> Iterator[Check]:
         model = load_weights(build(sizes.replace(experts_per_token=k), dtype=jnp.float32), where, jax.random.key(0))
 
         def gradients(tree: Any) -> Iterator[tuple[str, Any]]:
-            return ((f"{name}.weight", hub_tensor(tree, place)) for name, place in module_names(sizes).items())
+            return ((f"{name}.weight", hub_tensor(tree, place)) for name, place in modules(sizes).items())
 
         yield from compared(f"mixtral {case}", model, batch, known, case, gradients)
     for case in ("experts", "all"):
@@ -128,7 +128,7 @@ def lora(case: str, sizes: Any, where: Path, batch: Batch) -> Iterator[Check]:
     loss, gradients = jax.jit(jax.value_and_grad(lambda t: sums(objective, t, frozen, batch, None)[0] / batch.loss_mask.sum()))(trainable)
     yield check(f"lora {case}: loss", abs(float(loss) / float(known["losses"][0]) - 1), LOSS)
     of_model, worst = nnx.merge(graphdef, gradients, frozen), 0.0
-    for name, place in module_names(sizes).items():
+    for name, place in modules(sizes).items():
         pair = getattr(reduce(getattr, place.path, of_model), "lora", None)
         if pair is not None:
             index = (place.layer,) if place.expert is None else (place.layer, place.expert)

@@ -1,4 +1,4 @@
-"""The Flax port: Mixtral, its numerics and its adapters. Imports jax, flax and numpy, and nothing else of moejax.
+"""The Flax port: the models, their numerics and their adapters. Imports jax, flax and numpy, and nothing else of moejax.
 
 The folder lies at the top of the checkout, and moejax/models is a link to it: `moejax.models` is its one name.
 
@@ -14,9 +14,9 @@ if __name__ == "models":
 
 if TYPE_CHECKING:
     from moejax.models.build import build
-    from moejax.models.mixtral import Mixtral
+    from moejax.models.decoder import Decoder
 
-__all__ = ["PRESETS", "LoRAConfig", "Mixtral", "MixtralConfig", "Quantization", "build", "from_hub_config"]
+__all__ = ["PRESETS", "Decoder", "LoRAConfig", "MixtralConfig", "Quantization", "build", "from_hub_config"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,8 +24,8 @@ def __getattr__(name: str) -> Any:
         from moejax.models.build import build
 
         return build
-    if name == "Mixtral":
-        from moejax.models.mixtral import Mixtral
+    if name == "Decoder":
+        from moejax.models.decoder import Decoder
 
-        return Mixtral
+        return Decoder
     raise AttributeError(f"module 'moejax.models' has no attribute {name!r}")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.models.blackmamba import BlackMamba
-from moejax.models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
+from moejax.models.config import Architecture, LoRAConfig, Quantization
+from moejax.models.decoder import Decoder
 from moejax.models.layers import ExpertLinear, Frozen, Linear
 from moejax.models.lora import LoRA
-from moejax.models.mixtral import Mixtral
 from moejax.models.ops import nf4
 
-Model = Mixtral | BlackMamba
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_LORA_PATHS = {
-    **dict.fromkeys(_ATTENTION, "attention"),
-    "gate": "moe", "w1": "moe", "w2": "moe", "w3": "moe",
-}  # fmt: skip
+Model = Decoder
 
 
 def build(
@@ -36,7 +30,7 @@ def build(
     backend: str = "auto",
     platform: str | None = None,
 ) -> Model:
-    """A Mixtral or BlackMamba with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
+    """A model with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
 
     With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in NF4 where
     `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
@@ -46,8 +40,7 @@ def build(
     base_key, lora_key = jax.random.split(jax.random.key(0) if key is None else key)
 
     def base() -> Model:
-        kind: Any = BlackMamba if isinstance(config, BlackMambaConfig) else Mixtral
-        return kind(config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform)
+        return Decoder(config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform)
 
     model: Model = nnx.eval_shape(base) if key is None else base()
     if frozen:
@@ -78,43 +71,38 @@ def quantized(value: Any, double: bool) -> nf4.NF4Tensor:
 
 
 def _modules_of(model: Model, names: tuple[str, ...]) -> set[int]:
-    layers: Any = model.layers
-    groups: dict[str, list[nnx.Module]] = {
-        "attention": [getattr(layers.attention, p) for p in _ATTENTION] if isinstance(model, Mixtral) else [],
-        "experts": [layers.moe.w1, layers.moe.w2, layers.moe.w3],
-        "router": [layers.moe.router],
-    }
-    return {id(module) for name in names for module in groups[name]}
+    groups = model.config.groups
+    return {id(_at(model, path)) for name in names for path in groups.get(name, ())}
+
+
+def _at(model: Model, path: tuple[str, ...]) -> Any:
+    return reduce(getattr, path, model)
 
 
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
     """Put an adapter on every layer that `config.targets` names. In place; abstract without a key."""
+    there = model.config.targets
     for index, target in enumerate(sorted(config.targets)):
-        parent = getattr(model.layers, _LORA_PATHS[target], None)
-        if parent is None:
-            there = [name for name, place in _LORA_PATHS.items() if hasattr(model.layers, place)]
-            raise ValueError(f"LoRA target {target!r} does not exist in a {type(model).__name__}: expected some of {there}")
-        module: Linear | ExpertLinear = getattr(parent, "router" if target == "gate" else target)
-        axes, shape = module.weight.get_metadata("axes"), weight_shape(module.weight)
+        if target not in there:
+            raise ValueError(f"LoRA target {target!r} does not exist in a {model.config.title}: expected some of {list(there)}")
+        for number, path in enumerate(there[target]):
+            module: Linear | ExpertLinear = _at(model, path)
+            axes, shape = module.weight.get_metadata("axes"), weight_shape(module.weight)
 
-        def make(k: jax.Array, axes: Any = axes, shape: tuple[int, ...] = shape) -> LoRA:
-            return LoRA(k, shape[:-2], shape[-1], shape[-2], config, axes)
+            def make(k: jax.Array, axes: Any = axes, shape: tuple[int, ...] = shape) -> LoRA:
+                return LoRA(k, shape[:-2], shape[-1], shape[-2], config, axes)
 
-        k = jax.random.fold_in(jax.random.key(0) if key is None else key, index)
-        module.lora = nnx.eval_shape(make, k) if key is None else make(k)
+            k = jax.random.fold_in(jax.random.key(0) if key is None else key, index + 100 * number)
+            module.lora = nnx.eval_shape(make, k) if key is None else make(k)
 
 
 def materialize_lora(model: Model, key: jax.Array) -> Model:
     """Draw the adapters of an abstract model as `build` draws them for the same key. In place; returns the model."""
     lora_key = jax.random.split(key)[1]
-    modules = {
-        name: getattr(getattr(model.layers, parent), "router" if name == "gate" else name)
-        for name, parent in _LORA_PATHS.items()
-        if hasattr(model.layers, parent)
-    }
-    targets = [name for name, module in modules.items() if module.lora is not None]
+    adapters = {target: _at(model, paths[0]).lora for target, paths in model.config.targets.items()}
+    targets = [target for target, lora in adapters.items() if lora is not None]
     if targets:
-        lora = modules[targets[0]].lora
+        lora = adapters[targets[0]]
         rank = lora.a.get_value().shape[-2]
         add_lora(model, LoRAConfig(rank, lora.scale * rank, lora.dropout, tuple(targets)), lora_key)
     return model

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """layers: keys and values of a Mixtral, convolution and scan states of a BlackMamba, [L, B, …]; lengths: int32 [B], tokens held."""
+    """layers: of each stack, attention's keys and values or Mamba's states, [L, B, …]; lengths: int32 [B], tokens held."""
 
     layers: Any
     lengths: jax.Array

@@ -7,6 +7,7 @@ what is computed here), or a table of its own (for a group of settings). A key t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
@@ -31,6 +32,18 @@ def uncomputed(settings: Mapping[str, Any], known: Table, ignored: Collection[st
                 yield _said(name, value)
         elif value not in expected:
             yield f"{_said(name, value)} (expected {' or '.join(json.dumps(e) for e in expected)})"
+
+
+def check(settings: Mapping[str, Any], known: Table, ignored: Collection[str]) -> None:
+    """Raises ValueError where a config.json has a setting that is not known to be computed here."""
+    found = list(uncomputed(settings, known, ignored))
+    if found:
+        keys = dict.fromkeys(re.split("[ .]", text)[0] for text in found)
+        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+        raise ValueError(
+            f"config.json has {', '.join(found[:6])}{more}: not known to be computed here, so the model could give other numbers. "
+            f"Give another model; or, if you know that this changes nothing, set model.ignored_settings=[{','.join(keys)}]"
+        )
 
 
 def whole_number(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -72,43 +85,9 @@ _METADATA = (
 HARMLESS: dict[str, Any] = dict.fromkeys((*_TOKENS, *_GENERATION, *_METADATA), ANY)
 """What transformers writes into any config.json that changes nothing of a forward pass: it may have any value."""
 
-_ROPE: Table = {"rope_theta": ANY, "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
-_BITSANDBYTES: Table = {
+ROPE: Table = {"rope_theta": ANY, "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
+BITSANDBYTES: Table = {
     "quant_method": ("bitsandbytes",), "load_in_4bit": (True,), "_load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",),
     "bnb_4bit_use_double_quant": ANY, "bnb_4bit_compute_dtype": ANY, "bnb_4bit_quant_storage": ANY, "llm_int8_threshold": ANY,
     "llm_int8_skip_modules": ANY, "llm_int8_enable_fp32_cpu_offload": ANY, "llm_int8_has_fp16_weight": ANY,
-}  # fmt: skip
-
-MIXTRAL: dict[str, Any] = HARMLESS | dict.fromkeys(
-    (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "num_local_experts", "num_experts", "num_experts_per_tok", "rope_theta", "rms_norm_eps", "max_position_embeddings",
-        "router_aux_loss_coef", "output_router_logits",
-    ),
-    ANY,
-) | {
-    "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "router_jitter_noise": (0,), "norm_topk_prob": (True,),
-    "tie_word_embeddings": (False, True), "partial_rotary_factor": (1,), "pretraining_tp": (1,),
-    "rope_parameters": _ROPE, "rope_scaling": _ROPE,
-    "quantization_config": _BITSANDBYTES,
-}  # fmt: skip
-"""`sliding_window` and `layer_types` are judged where the file is read: by the number of positions and of layers."""
-
-BLACKMAMBA: dict[str, Any] = HARMLESS | dict.fromkeys(
-    (
-        # What the released code reads, with the study's `topk` and our `activation` …
-        "num_layers", "hidden_size", "state_size", "conv_dimension", "vocab_size", "expansion_factor", "mamba_moe_layers",
-        "ffn_hidden_size", "topk", "activation",
-        # … and what has no effect there.
-        "activation_func", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "base_model_type", "bias",
-        "bias_dropout_fusion", "bias_gelu_fusion", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale",
-        "fp32_residual_connection", "fused_add_norm", "gated_linear_unit", "init_method", "init_method_std",
-        "max_position_embeddings", "num_moe_experts", "output_layer_init_method", "padded_vocab_size", "params_dtype",
-        "perform_initialization", "persist_layer_norm", "rms_norm", "seq_length", "tie_word_embeddings", "use_cpu_initialization",
-        "use_fast_path",
-    ),
-    ANY,
-) | {
-    "add_bias_linear": (False,), "swiglu": (True,), "conv_bias": (True,), "dt_rank": ("auto",), "hidden_dropout": (0,),
-    "layernorm_epsilon": (1e-5,), "layernorm_zero_centered_gamma": (False,), "residual_in_fp32": (True,), "routing_mode": ("sinkhorn",),
 }  # fmt: skip

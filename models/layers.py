@@ -7,7 +7,7 @@ rank), so that a mesh can be laid under the model later.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,14 @@ DOT_NAMES = ("linear", "mixed", "scan_states", "hidden")
 """What the products of a layer computed: of its linear layers, of the attention or the scan (and the scan's states), of the experts."""
 
 
+class Target(NamedTuple):
+    """What a model is compiled for: the grouped products' backend, the scan's form ("auto": chosen by shape) and the platform."""
+
+    backend: str
+    scan: str
+    platform: str
+
+
 class Frozen(nnx.Variable):
     """A weight that is never trained: an array, or an `NF4Tensor` (codes and scales)."""
 
@@ -43,8 +51,8 @@ def trainable(variable: nnx.Variable) -> bool:
 class RMSNorm(nnx.Module):
     """x · rsqrt(mean(x²) + eps) · w over the last axis; statistics in fp32."""
 
-    def __init__(self, size: int, eps: float, dtype: Any):
-        self.weight: nnx.Variable = nnx.Param(jnp.ones(size, dtype), axes=("embed",))
+    def __init__(self, size: int, eps: float, dtype: Any, axis: str = "embed"):
+        self.weight: nnx.Variable = nnx.Param(jnp.ones(size, dtype), axes=(axis,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,25 +121,6 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         with jax.named_scope("embed"):
             return jnp.take(self.weight.get_value(), tokens, axis=0).astype(dtype)
-
-
-class LanguageModel(nnx.Module):
-    """What the loss and decoding ask of a model: hidden states become logits by `head_weight`, the embedding's table if tied."""
-
-    config: Any
-    dtype: Any
-    embed: Embedding
-    head: Linear
-
-    @property
-    def head_weight(self) -> nnx.Variable:
-        """The [V, D] variable that makes logits."""
-        return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden: [..., D] -> fp32 [..., V]."""
-        weight = linear.dequantized(self.head_weight.get_value(), self.dtype, "head_dequant")
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

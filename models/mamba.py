@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.models.config import BlackMambaConfig
-from moejax.models.layers import Linear
+from moejax.models.config import Architecture, specs
+from moejax.models.layers import Linear, Target
 from moejax.models.ops import selective_scan as ss
 
 
 class MambaState(NamedTuple):
-    """What one layer remembers of a sequence. conv: the last K-1 inputs of the convolution, [B, K-1, D]; scan: fp32 [B, D, N]."""
+    """What layers remember of a sequence. conv: the last K-1 inputs of the convolution, [L, B, K-1, D]; scan: fp32 [L, B, D, N]."""
 
     conv: jax.Array
     scan: jax.Array
@@ -57,12 +57,14 @@ class Mamba(nnx.Module):
     dt, the scan and the gate in fp32, the products in the compute dtype.
     """
 
-    def __init__(self, key: jax.Array, config: BlackMambaConfig, dtype: Any, scan: str, platform: str):
+    splits_recomputation = False  # a layer is recomputed as a whole
+
+    def __init__(self, key: jax.Array, spec: specs.Mamba, config: Architecture, dtype: Any, target: Target):
         keys = jax.random.split(key, 6)
-        h, d, n, r = config.hidden_size, config.inner_size, config.state_size, config.rank
+        h, d, n, r = config.hidden_size, spec.inner, spec.state, spec.rank
         scope = "dequant"
         self.in_proj = Linear(keys[0], h, 2 * d, dtype, scope=scope, axes=("channels", "embed"))
-        self.conv = Conv(keys[1], d, config.conv_size, dtype)
+        self.conv = Conv(keys[1], d, spec.conv, dtype)
         self.x_proj = Linear(keys[2], d, r + 2 * n, dtype, scope=scope, axes=("rank", "channels"))
         self.dt_proj = Linear(keys[3], r, d, dtype, scope=scope, axes=("channels", "rank"))
         # Steps between 0.001 and 0.1 to begin with, and decays of 1 … N, as Mamba does.
@@ -72,10 +74,18 @@ class Mamba(nnx.Module):
         self.a_log: nnx.Variable = nnx.Param(a_log.astype(dtype), axes=("channels", "state"))
         self.d: nnx.Variable = nnx.Param(jnp.ones(d, dtype), axes=("channels",))
         self.out_proj = Linear(keys[5], d, h, dtype, scope=scope, axes=("embed", "channels"))
-        self.sizes, self.scan, self.platform = (r, n), scan, platform
+        self.sizes, self.target = (r, n), target
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """segment_ids: int32 [B, T]; nothing passes from one segment to the next."""
+    @staticmethod
+    def empty(spec: specs.Mamba, layers: int, batch: int, length: int, dtype: Any) -> MambaState:
+        """Of sequences that hold nothing: zeros. They do not grow with `length`."""
+        conv = jnp.zeros((layers, batch, spec.conv - 1, spec.inner), dtype)
+        return MambaState(conv, jnp.zeros((layers, batch, spec.inner, spec.state), jnp.float32))
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None = None, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """segment_ids: int32 [B, T]; nothing passes from one segment to the next. Positions are not used, and nothing is dropped."""
         with jax.named_scope("mamba"):
             inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
             with jax.named_scope("conv"):
@@ -83,8 +93,11 @@ class Mamba(nnx.Module):
             before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
             return self._scan(u, z, segment_ids != before, None, None)[0]
 
-    def cached(self, x: jax.Array, valid: jax.Array, state: MambaState) -> tuple[jax.Array, MambaState]:
-        """The same layer for tokens that follow `state`. valid: bool [B, T], false for right padding, which changes no state."""
+    def cached(
+        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: MambaState, layer: jax.Array
+    ) -> tuple[jax.Array, MambaState]:
+        """The same for tokens that follow the state of `layer`. valid: bool [B, T], false for right padding, which changes no state."""
+        state = MambaState(*(held[layer] for held in cache))
         with jax.named_scope("mamba"):
             inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
             with jax.named_scope("conv"):
@@ -92,7 +105,8 @@ class Mamba(nnx.Module):
             out, scan = self._scan(u, z, None, valid, state.scan)
             held = jnp.concatenate([state.conv, inner.astype(state.conv.dtype)], axis=1)
             last = jnp.sum(valid, axis=1)[:, None] + jnp.arange(state.conv.shape[1])
-            return out, MambaState(jnp.take_along_axis(held, last[..., None], axis=1), scan)
+            new = MambaState(jnp.take_along_axis(held, last[..., None], axis=1), scan)
+            return out, MambaState(*(old.at[layer].set(value) for old, value in zip(cache, new, strict=True)))
 
     def _scan(
         self, u: jax.Array, z: jax.Array, starts: jax.Array | None, valid: jax.Array | None, state: jax.Array | None
@@ -104,7 +118,7 @@ class Mamba(nnx.Module):
             dt = jnp.where(valid[..., None], dt, 0.0)
         with jax.named_scope("scan"):
             a, d = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d))
-            form, chunk = ss.choose(self.scan, self.platform, *u.shape)
+            form, chunk = ss.choose(self.target.scan, self.target.platform, *u.shape)
             y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=form, chunk=chunk)
         y = checkpoint_name(y, "mixed")
         gated = (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype)

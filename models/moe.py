@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.models.config import Architecture
-from moejax.models.layers import ExpertLinear, Linear, trainable
+from moejax.models.config import Architecture, specs
+from moejax.models.layers import ExpertLinear, Linear, Target, trainable
 from moejax.models.ops import grouped_matmul as gm
 from moejax.models.ops import linear
 
@@ -25,24 +25,21 @@ class RouterStats(NamedTuple):
 class MoE(nnx.Module):
     """out = Σ over the chosen experts of p_e · w2_e(act(w1_e x) · w3_e x).
 
-    A softmax router (Mixtral): p = softmax → top-k → renormalized. A sigmoid router (BlackMamba, with a bias): p = the sigmoids of the
-    top-k themselves. act: silu, or gelu (erf).
+    p: softmax or sigmoids of the router's logits → top-k → divided by their sum, if the spec says so. act: silu, or gelu (erf).
 
     The weight p_e multiplies the activation before w2: the same sum, but w2 need not be recomputed in the backward pass.
     """
 
-    def __init__(self, key: jax.Array, config: Architecture, dtype: Any, backend: str, platform: str):
+    def __init__(self, key: jax.Array, spec: specs.MoE, config: Architecture, dtype: Any, target: Target):
         keys = jax.random.split(key, 4)
-        e, d, f = config.num_experts, config.hidden_size, config.intermediate_size
-        self.router = Linear(
-            keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"), bias=config.router == "sigmoid"
-        )
+        e, d, f = spec.experts, config.hidden_size, spec.hidden
+        self.router = Linear(keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"), bias=spec.router.bias)
         self.w1 = ExpertLinear(keys[1], e, d, f, dtype, axes=("hidden", "embed"))
         self.w2 = ExpertLinear(keys[2], e, f, d, dtype, axes=("embed", "hidden"))
         self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"))
-        self.experts, self.k = e, config.experts_per_token
-        self.sigmoid, self.gated = config.router == "sigmoid", GATED[config.activation]
-        self.backend, self.platform = backend, platform
+        self.experts, self.k = e, spec.experts_per_token
+        self.scores, self.renormalize, self.gated = SCORES[spec.router.kind], spec.router.renormalize, GATED[spec.activation]
+        self.target = target
 
     def __call__(
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None, *, keep: bool = False
@@ -58,7 +55,7 @@ class MoE(nnx.Module):
         """indices: int32 [N, K]; weights: fp32 [N, K], with a softmax router of sum one."""
         with jax.named_scope("router"):
             logits = self.router(x.astype(jnp.float32), _fold(dropout_key, 0))  # [N, E], fp32
-            probabilities = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits, axis=-1)
+            probabilities = self.scores(logits)
         sums = jnp.sum(probabilities * valid[:, None], axis=0)
         if self.k == self.experts:
             counts = jnp.full(self.experts, jnp.sum(valid, dtype=jnp.int32))
@@ -68,7 +65,7 @@ class MoE(nnx.Module):
             chosen = indices[..., None] == jnp.arange(self.experts)
             # One of the summands is not zero: a gather, but one whose gradient is no scatter.
             picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
-            weights = picked if self.sigmoid else picked / jnp.sum(picked, axis=-1, keepdims=True)
+            weights = picked / jnp.sum(picked, axis=-1, keepdims=True) if self.renormalize else picked
             weights = checkpoint_name(weights, "router_weights")
             counts = jnp.sum(chosen & valid[:, None, None], axis=(0, 1), dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
@@ -82,7 +79,7 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         weight = self.w1.weight.get_value()
         plan = gm.choose(
-            self.backend, self.platform, x.shape[0], self.experts, self.k,
+            self.target.backend, self.target.platform, x.shape[0], self.experts, self.k,
             hidden=x.shape[1], intermediate=linear.out_size(weight), nf4=linear.is_nf4(weight),
         )._replace(activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout)  # fmt: skip
         with jax.named_scope("dispatch"):
@@ -133,6 +130,7 @@ def _gelu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:
 
 
 GATED = {"silu": _silu_gated, "gelu": _gelu_gated}
+SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
 def _fold(key: jax.Array | None, index: int) -> jax.Array | None:

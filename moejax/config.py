@@ -16,13 +16,12 @@ from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.eval_config import EvalConfig, Place
 from moejax.models.config import (
+    FAMILIES,
     LORA_TARGETS,
     PRESETS,
     QUANTIZED_MODULES,
     Architecture,
-    BlackMambaConfig,
     LoRAConfig,
-    MixtralConfig,
 )
 from moejax.yaml_file import read_yaml
 
@@ -85,8 +84,8 @@ class ModelConfig(_Section):
             raise ValueError("give model.source (a Hub id or a folder) or model.preset (random weights)")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset!r} is unknown: {_nearest(self.preset, PRESETS)}")
-        kinds: tuple[Any, ...] = (MixtralConfig, BlackMambaConfig) if self.preset is None else (type(PRESETS[self.preset]),)
-        fields = {name for kind in kinds for name in kind.__dataclass_fields__}
+        families = FAMILIES.values() if self.preset is None else (type(PRESETS[self.preset]),)
+        fields = {name for family in families for name in family.fields()}
         for name in self.overrides:
             if name not in fields:
                 raise ValueError(f"overrides.{name} is no field of the architecture: {_nearest(name, fields)}")
@@ -105,9 +104,9 @@ class ModelConfig(_Section):
             base = PRESETS[self.preset]
         if self.experts_per_token is not None:
             base = base.replace(experts_per_token=self.experts_per_token)
-        unknown = sorted(set(self.overrides) - set(base.__dataclass_fields__))
+        unknown = sorted(set(self.overrides) - set(base.fields()))
         if unknown:
-            raise ValueError(f"overrides.{unknown[0]} is no field of a {type(base).__name__.removesuffix('Config')}")
+            raise ValueError(f"overrides.{unknown[0]} is no field of a {base.title}")
         return base.replace(**self.overrides)
 
 

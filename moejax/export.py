@@ -18,7 +18,7 @@ from moejax.errors import UserError
 from moejax.estimator.units import told
 from moejax.evaluation.runs import check_made_of, open_run
 from moejax.hub import beside, merge, peft, verification, weights
-from moejax.hub.layerwise import Checkpoint, layers_in
+from moejax.hub.layerwise import Checkpoint
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
 from moejax.terminal import Console
@@ -132,7 +132,7 @@ def _compare(
         models = [Checkpoint(sizes, base, own, arguments), reloaded]
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("verifying", total=sizes.num_layers // layers_in(sizes))
+        task = bar.add_task("verifying", total=sizes.blocks)
         return verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: bar.advance(task))
 
 

@@ -30,6 +30,9 @@ def forbidden_for(path):
     parts = path.relative_to(ROOT).parts
     if parts[:2] == ("models", "ops"):
         return [name for name in inside("models") if name != "moejax.models.ops"] + inside("moejax", "models")
+    if parts[0] == "models" and parts[1] in ("config", "families", "foreign_settings.py"):
+        rest = inside("models", "config", "families", "foreign_settings")
+        return ["jax", "flax", *rest, *inside("moejax", "models")]
     if parts[0] == "models":
         return inside("moejax", "models")
     rules = {

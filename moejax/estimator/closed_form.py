@@ -12,7 +12,7 @@ ranges; no number in here is fitted to a peak. docs/estimator.md compares it wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
 from moejax.estimator import gpus, sizes
@@ -89,7 +89,7 @@ def tile_rows(device: str, tokens: int, config: Architecture, nf4: bool) -> int:
 class _Step:
     """The sizes that the moments are made of."""
 
-    config: Architecture
+    config: Any
     platform: Platform
     device: str
     rows: int

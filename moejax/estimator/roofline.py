@@ -8,13 +8,13 @@ is not recomputed. Attention's scores, norms, activations and adapters are left 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moejax.estimator.gpus import GPU
-from moejax.models.config import PRESETS, Architecture, BlackMambaConfig, LoRAConfig
+from moejax.models.config import PRESETS, Architecture, LoRAConfig, specs
 
 Method = Literal["qlora", "lora", "full"]
 FloatArray = NDArray[np.float64]
@@ -75,14 +75,15 @@ def work(config: Architecture, method: Method) -> Work:
     d, f = config.hidden_size, config.intermediate_size
     head = config.vocab_size * d
     router = d * config.num_experts
-    if isinstance(config, BlackMambaConfig):
-        inner, rank, states = config.inner_size, config.rank, config.state_size
-        mamba = d * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * d
-        layers, rest, tables = config.num_layers // 2, mamba + router, head  # embedding and head are one matrix
-    else:
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        layers, rest = config.num_layers, 2 * d * q + 2 * d * kv + router
-        tables = head if config.tie_word_embeddings else 2 * head
+    layers, mixer = config.blocks, config.stacks[0].block.mixer
+    match mixer:
+        case specs.Mamba(inner=inner, state=states, rank=rank):
+            rest = d * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * d + router
+        case specs.GQA(heads=heads, kv_heads=kv, head_dim=c):
+            rest = 2 * d * heads * c + 2 * d * kv * c + router
+        case _:
+            assert_never(mixer)
+    tables = head if config.tie_word_embeddings else 2 * head
     return Work(layers * rest, layers * 3 * d * f, tables, head, config.num_experts, method == "full")
 
 

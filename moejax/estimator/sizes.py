@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
-from moejax.models.config import Architecture, BlackMambaConfig
+from moejax.models.config import Architecture, specs
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -41,28 +41,34 @@ class Stored:
 
 def layers(config: Architecture) -> int:
     """Bodies of the scan over layers: a BlackMamba's are pairs."""
-    return config.num_layers // 2 if isinstance(config, BlackMambaConfig) else config.num_layers
+    return config.blocks
 
 
 def layer_shapes(config: Architecture) -> dict[str, Shape]:
     """Weights of one layer (a BlackMamba's: of one pair), [..., out, in]."""
     d, f, e = config.hidden_size, config.intermediate_size, config.num_experts
     experts = {"router": (e, d), "w1": (e, f, d), "w2": (e, d, f), "w3": (e, f, d), "norm_1": (d,), "norm_2": (d,)}
-    if isinstance(config, BlackMambaConfig):
-        i, r, n = config.inner_size, config.rank, config.state_size
-        return {
-            "in_proj": (2 * i, d), "conv": (i, config.conv_size), "conv_bias": (i,), "x_proj": (r + 2 * n, i), "dt_proj": (i, r),
-            "dt_bias": (i,), "a_log": (i, n), "d": (i,), "out_proj": (d, i), "router_bias": (e,),
-        } | experts  # fmt: skip
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {"q_proj": (heads, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, heads)} | experts
+    block = config.stacks[0].block
+    if block.feed_forward.router.bias:
+        experts["router_bias"] = (e,)
+    match block.mixer:
+        case specs.Mamba(inner=i, state=n, conv=taps, rank=r):
+            return {
+                "in_proj": (2 * i, d), "conv": (i, taps), "conv_bias": (i,), "x_proj": (r + 2 * n, i), "dt_proj": (i, r),
+                "dt_bias": (i,), "a_log": (i, n), "d": (i,), "out_proj": (d, i),
+            } | experts  # fmt: skip
+        case specs.GQA(heads=heads, kv_heads=kv, head_dim=c, qk_norm=norm):
+            norms = {None: {}, "head": {"q_norm": (c,), "k_norm": (c,)}, "all": {"q_norm": (heads * c,), "k_norm": (kv * c,)}}[norm]
+            return {"q_proj": (heads * c, d), "k_proj": (kv * c, d), "v_proj": (kv * c, d), "o_proj": (d, heads * c)} | norms | experts
+        case _:
+            assert_never(block.mixer)
 
 
 def outer_shapes(config: Architecture) -> dict[str, Shape]:
     """Weights outside the layers."""
     v, d = config.vocab_size, config.hidden_size
     shapes: dict[str, Shape] = {"embed": (v, d), "norm": (d,)}
-    if isinstance(config, BlackMambaConfig):
+    if config.stream.final_norm == "layer":
         shapes["norm_bias"] = (d,)
     return shapes if config.tie_word_embeddings else shapes | {"head": (v, d)}
 
@@ -126,5 +132,5 @@ def optimizer_bytes(optimizer: str, trained: tuple[Stored, ...]) -> int:
 
 def batch_bytes(config: Architecture, accumulation: int, rows: int, row_tokens: int) -> int:
     """tokens, targets, loss mask, segments and (but for a BlackMamba) positions, 4 bytes each, and the number of the step."""
-    arrays = 4 if isinstance(config, BlackMambaConfig) else 5
+    arrays = 5 if isinstance(config.stacks[0].block.mixer, specs.GQA) else 4
     return 4 * arrays * accumulation * rows * row_tokens + 4

@@ -129,14 +129,15 @@ def gather(found: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def check(files: Mapping[str, Any], wanted: Iterable[tuple[str, Any]]) -> None:
-    """Whether the model stores each tensor (name, abstract value) as a checkpoint that bitsandbytes quantized does.
+def check(files: Mapping[str, Any], wanted: Iterable[tuple[str, Any, str | None]]) -> None:
+    """Whether the model stores each tensor (name, abstract value, what quantization.modules calls its part of the model) as a checkpoint
+    that bitsandbytes quantized does.
 
     Raises UserError with the settings that do. A checkpoint without quantized matrices is not looked at.
     """
     if not any(isinstance(source, Quantized) for source in files.values()):
         return
-    for name, value in wanted:
+    for name, value, module in wanted:
         source = files.get(name)
         ours, theirs = isinstance(value, nf4.NF4Tensor), isinstance(source, Quantized)
         if source is None:
@@ -145,18 +146,11 @@ def check(files: Mapping[str, Any], wanted: Iterable[tuple[str, Any]]) -> None:
         if ours and not theirs:
             raise UserError(
                 f"{where} is not quantized, as the rest of this checkpoint is, and quantization.modules would quantize it: leave "
-                f"{_module(name)} out of quantization.modules, or give the original model"
+                f"{module} out of quantization.modules, or give the original model"
             )
         if theirs and not ours:
-            module = _module(name)
             remedy = f"set quantization.format=nf4 and quantization.modules with {module}" if module else _ORIGINAL.lower()
             raise UserError(f"{where} is quantized to NF4, and this model keeps it unquantized: {remedy}")
         if isinstance(source, Quantized) and source.double != (value.offset is not None):
             kind = "8-bit" if source.double else "fp32"
             raise UserError(f"{where} has {kind} scales: set quantization.double={str(source.double).lower()}")
-
-
-def _module(name: str) -> str | None:
-    """What quantization.modules calls the part of the model that a tensor is of."""
-    known = (".self_attn.", "attention"), (".experts.", "experts"), (".gate.", "router")
-    return next((module for part, module in known if part in name), None)

@@ -1,6 +1,6 @@
 """The fused adapter format of transformers 5 with PEFT 0.19 or later (`target_parameters`): one pair over all experts of a layer.
 
-transformers 5 holds a Mixtral layer's experts as `gate_up_proj` [E, 2F, D] (w1's rows, then w3's) and `down_proj` [E, D, F]. PEFT
+transformers 5 holds a layer's experts as `gate_up_proj` [E, 2F, D] (w1's rows, then w3's) and `down_proj` [E, D, F]. PEFT
 flattens their pairs: A is [E·r, in], expert-major; B is [out, r·E], its column rank_index·E + expert. With both adapted, gate_up_proj's
 pair is the inner one (`experts.base_layer`). w1 and w3 share gate_up_proj's A; two separate pairs of rank r are one of rank 2r.
 """
@@ -14,34 +14,38 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.hub.names import modules
 from moejax.models.config import Architecture
 
-_FUSED = re.compile(r"(base_model\.model\.model\.layers\.\d+\.)mlp\.(gate|experts|experts\.base_layer)\.lora_([AB])\.weight")
-_SPLIT = re.compile(
-    r"(base_model\.model\.model\.layers\.\d+\.)block_sparse_moe\.(?:(gate)|experts\.(\d+)\.(w[123]))\.lora_([AB])\.weight"
-)
+_FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(gate|experts|experts\.base_layer)\.lora_([AB])\.weight")
 PARAMETERS = {"gate": "mlp.gate.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
-def fuse(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def fuse(
+    tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, settings) of a per-expert adapter -> those of the fused one, the same deltas in the same bits.
 
     gate_up_proj has rank r where w1 and w3 have the same A everywhere, else 2r: A = [A1; A3], B = [[B1, 0], [0, B3]].
     Raises UserError where only one of w1 and w3 is adapted: PEFT refuses that too.
     """
-    targets = set(settings["target_modules"])
+    ours = {name: target for target, name in sizes.target_names.items()}
+    targets = {ours[name] for name in settings["target_modules"]}
     if len(targets & {"w1", "w3"}) == 1:
         raise UserError("the fused format adapts w1 and w3 together, and the run only one of them: use --format peft")
     out: dict[str, np.ndarray] = {}
     stacks: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
+    places = modules(sizes)
     for name, value in tensors.items():
-        match = _SPLIT.fullmatch(name)
-        if match is None:
+        module, _, letter = name.removesuffix(".weight").rpartition(".lora_")
+        place = places[module.removeprefix("base_model.model.")]
+        layer = f"base_model.model.model.layers.{place.layer}."
+        if place.path[-1] == "router":
+            out[f"{layer}mlp.gate.lora_{letter}.weight"] = value
+        elif place.expert is None:
             out[name] = value
-        elif match[2]:
-            out[f"{match[1]}mlp.gate.lora_{match[5]}.weight"] = value
         else:
-            stacks.setdefault((match[1], match[4], match[5]), {})[int(match[3])] = value
+            stacks.setdefault((layer, place.path[-1], letter), {})[place.expert] = value
     whole = {key: np.stack([experts[e] for e in range(len(experts))]) for key, experts in stacks.items()}
     layers = sorted({prefix for prefix, _, _ in whole})
     up, down = "w1" in targets, "w2" in targets
@@ -59,7 +63,7 @@ def fuse(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> tuple[dict
     present = {"gate": "gate" in targets, "gate_up": up, "down": down}
     doubled = up and not shared
     return out, settings | {
-        "target_modules": sorted(targets - {"gate", "w1", "w2", "w3"}),
+        "target_modules": sorted(name for name, target in ours.items() if target in targets - {"gate", "w1", "w2", "w3"}),
         "target_parameters": [PARAMETERS[name] for name, wanted in present.items() if wanted],
         # PEFT refuses dropout on parameters; it matters in training only.
         "lora_dropout": 0.0,
@@ -87,6 +91,7 @@ def unfuse(
     outer = "down" if nested or not any(name.endswith("gate_up_proj") for name in named) else "gate_up"
     kinds = {"gate": "gate", "experts": outer, "experts.base_layer": "gate_up"}
     shapes = {"gate": (1, hidden, experts), "gate_up": (experts, hidden, 2 * inner), "down": (experts, inner, hidden)}
+    names = {(place.path[-1], place.layer, place.expert): name for name, place in modules(sizes).items()}
     out: dict[str, np.ndarray] = {}
     doubled = False
     for name in tensors:
@@ -113,9 +118,12 @@ def unfuse(
         count, columns, rows = shapes[kind]
         a = _checked(tensors[name], name, (count * rank, columns), path)
         b = _checked(tensors[name_b], name_b, (rows, rank * count), path)
-        prefix = f"{match[1]}block_sparse_moe."
+        layer = int(match[1])
+        if layer >= sizes.blocks:
+            raise UserError(f"{path}: tensor {name!r} has no place in a model of {sizes.blocks} layers: another base model?")
         if kind == "gate":
-            out |= {f"{prefix}gate.lora_A.weight": a, f"{prefix}gate.lora_B.weight": b}
+            own = f"base_model.model.{names['router', layer, None]}"
+            out |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
             continue
         a, b = a.reshape(count, rank, columns), b.reshape(rows, rank, count).transpose(2, 0, 1)
         pairs = {"w2": (a, b)}
@@ -133,8 +141,8 @@ def unfuse(
             pairs = {w: (a[:, part], halves[w][:, :, part]) for w, part in parts.items()}
         for w, (pair_a, pair_b) in pairs.items():
             for e in range(count):
-                out[f"{prefix}experts.{e}.{w}.lora_A.weight"] = pair_a[e]
-                out[f"{prefix}experts.{e}.{w}.lora_B.weight"] = pair_b[e]
+                own = f"base_model.model.{names[w, layer, e]}"
+                out |= {f"{own}.lora_A.weight": pair_a[e], f"{own}.lora_B.weight": pair_b[e]}
     if not doubled or wanted != 2 * r:
         return out, settings
     return {name: _filled_up(value, name, 2 * r) for name, value in out.items()}, settings | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +13,9 @@ import numpy as np
 from flax import nnx
 
 from moejax.hub import peft, stored, streaming, weights
-from moejax.hub.names import attribute, index_of
+from moejax.hub.names import attribute, block_tensors, index_of
 from moejax.models.build import Model, build
-from moejax.models.config import Architecture, MixtralConfig
-from moejax.models.mixtral import Mixtral
-
-_LAYER = re.compile(r"^(model\.layers|decoder\.layers)\.(\d+)\.")
+from moejax.models.config import Architecture
 
 
 class Checkpoint(NamedTuple):
@@ -60,10 +56,10 @@ class Walk:
         arguments = {**checkpoint.arguments, "dtype": jnp.float32}
         whole = build(self.sizes, **arguments)  # shapes and names; nothing of it is ever filled but adapters
         self._pairs: list[Any] = [_pairs(whole, adapter) for adapter in checkpoint.adapters] or [None]
-        self.part = build(self.sizes.replace(num_layers=layers_in(self.sizes)), **arguments)
+        self.part = build(self.sizes.replace(num_layers=self.sizes.num_layers // self.sizes.blocks), **arguments)  # one layer
         self._blank = nnx.split(self.part)[1]
         self._run = _runner(self.part, len(tokens))
-        self._files = stored.open_tensors(self.folder, stack)
+        self._files = stored.open_tensors(self.folder, stack, self.sizes)
         weights.check_names(self._files, whole, self.folder)
         streaming.fill(self.part, self._files, self.folder, under="embed")
         self.streams = [self.part.embed(jnp.asarray(tokens)[None], jnp.float32)] * len(self._pairs)
@@ -71,13 +67,14 @@ class Walk:
 
     @property
     def layers(self) -> int:
-        return self.sizes.num_layers // layers_in(self.sizes)
+        return self.sizes.blocks
 
     def read(self, layer: int) -> None:
         """Put the weights of a layer in the place of what was there."""
         self._at = layer
         nnx.update(self.part, self._blank)
-        streaming.fill(self.part, _of_layer(self._files, layer, layers_in(self.sizes)), self.folder, under="layers")
+        files = {name: self._files[own] for name, own in self._own_names().items() if own in self._files}
+        streaming.fill(self.part, files, self.folder, under="layers")
 
     def step(self, model: int, experts: np.ndarray | None = None) -> Routing | None:
         """Run a model's stream through the layer that was read, each token through `experts` (int32 [T, K]) or those that it chooses.
@@ -104,6 +101,7 @@ class Walk:
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight that is in memory now, one layer's and one expert's at a time."""
+        own = self._own_names()
         for (path, attr), parts in streaming.by_variable(self.part).items():
             module = attribute(self.part, path)
             value = getattr(module, attr).get_value()
@@ -114,12 +112,11 @@ class Walk:
                 index = () if place.layer is None else index_of(place)
                 at = (self._at, *index[1:])
                 pairs = [None if lora is None or p is None else (*_taken(_pair(p, path), at), lora.scale) for p in self._pairs]
-                yield Matrix(self._own_name(name), _taken(value, index), pairs)
+                yield Matrix(own.get(name, name), _taken(value, index), pairs)
 
-    def _own_name(self, name: str) -> str:
-        """A tensor's name in the checkpoint, by its name in a model that has one of our layers."""
-        match, count = _LAYER.match(name), layers_in(self.sizes)
-        return name if match is None else f"{match[1]}.{self._at * count + int(match[2])}.{name[match.end() :]}"
+    def _own_names(self) -> dict[str, str]:
+        """The names of a layer's tensors in a model that has no other -> in the checkpoint."""
+        return dict(zip(block_tensors(self.part.config, 0), block_tensors(self.sizes, self._at), strict=True))
 
 
 def logits(
@@ -144,11 +141,6 @@ def logits(
             advance()
         walk.end()
         return [walk.logits(model) for model in range(len(walk.streams))]
-
-
-def layers_in(sizes: Architecture) -> int:
-    """Layers of the checkpoint in one of the model's: a BlackMamba's come in pairs, a mixer and experts."""
-    return 1 if isinstance(sizes, MixtralConfig) else 2
 
 
 def _pairs(whole: Model, adapter: Path) -> nnx.State:
@@ -183,7 +175,7 @@ def _runner(part: Model, length: int) -> Callable[..., tuple[jax.Array, list[tup
     they visit their own instead -> the stream after it, and what its router gave and would have chosen."""
     graphdef = nnx.split(part.layers)[0]
     segment_ids = jnp.ones((1, length), jnp.int32)
-    positions = (jnp.arange(length)[None],) if isinstance(part, Mixtral) else ()
+    positions = jnp.arange(length)[None]
 
     @jax.jit
     def run(state: nnx.State, x: jax.Array, experts: Any, free: Any) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
@@ -196,16 +188,6 @@ def _runner(part: Model, length: int) -> Callable[..., tuple[jax.Array, list[tup
             return jnp.where(free, own, experts)
 
         object.__setattr__(layer.moe, "choose", chosen)  # for this trace only
-        return layer(x, segment_ids, *positions, None, False)[0], seen
+        return layer(x, segment_ids, positions, None, False)[0], seen
 
     return run
-
-
-def _of_layer(files: dict[str, Any], layer: int, count: int) -> dict[str, Any]:
-    """The checkpoint's tensors of one of our layers, under the names of a model that has no other."""
-    out = {}
-    for name, source in files.items():
-        match = _LAYER.match(name)
-        if match and int(match[2]) // count == layer:
-            out[f"{match[1]}.{int(match[2]) % count}.{name[match.end() :]}"] = source
-    return out

@@ -42,7 +42,7 @@ def save_merged(
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {name: (_whole_shape(model, places), ml_dtypes.bfloat16) for name, places in tensors(model.config).items()}
     with ExitStack() as stack:
-        source = open_tensors(base, stack)
+        source = open_tensors(base, stack, model.config)
         for file, names in zip(files, shards, strict=True):
             with Writer(folder / file, {name: shapes[name] for name in names}, {"format": "pt"}) as writer:
                 for name in names:

@@ -13,7 +13,7 @@ from moejax.errors import UserError
 from moejax.hub import peft, weights
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
-from moejax.models.config import Architecture, BlackMambaConfig, LoRAConfig, Quantization
+from moejax.models.config import Architecture, LoRAConfig, Quantization
 from moejax.terminal import Console
 
 CACHED_FROM_BYTES = 1_000_000_000
@@ -31,11 +31,10 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
             f"rows of {experiment.data.longest_text} tokens exceed the model's max_position_embeddings = "
             f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
         )
-    if isinstance(config, BlackMambaConfig) and experiment.adapter is not None:
-        there = [name for name in experiment.adapter.targets if name in ("gate", "w1", "w2", "w3")]
-        missing = [name for name in experiment.adapter.targets if name not in there]
+    if experiment.adapter is not None and config.targets.keys() != config.target_names.keys():
+        missing = [name for name in experiment.adapter.targets if name not in config.targets]
         why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
-        raise UserError(f"adapter: a BlackMamba is trained whole here ({why}): remove the adapter and quantization sections")
+        raise UserError(f"adapter: a {config.title} is trained whole here ({why}): remove the adapter and quantization sections")
     return config
 
 

@@ -1,11 +1,13 @@
-"""The one table between our parameters and the Hub's names."""
+"""Between our parameters and the names of a checkpoint's tensors, which the architecture says (`moejax.models.config.specs`)."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from moejax.models.config import Architecture, MixtralConfig
+from moejax.models.config import Architecture
+from moejax.models.config.specs import BlockNames, Stack
 
 
 class Place(NamedTuple):
@@ -21,6 +23,14 @@ class Place(NamedTuple):
     half: int | None = None
 
 
+class Part(NamedTuple):
+    """What a tensor over all experts holds of one of them: the expert's own tensor, by its name."""
+
+    name: str
+    expert: int
+    half: int | None
+
+
 def attribute(model: Any, path: tuple[str, ...]) -> Any:
     """The module at a path of attributes."""
     for name in path:
@@ -33,77 +43,79 @@ def index_of(place: Place) -> Any:
     return tuple(i for i in (place.layer, place.expert) if i is not None) or ...
 
 
-_LAYER = {
-    "input_layernorm": ("attention_norm",),
-    "post_attention_layernorm": ("moe_norm",),
-    "self_attn.q_proj": ("attention", "q_proj"),
-    "self_attn.k_proj": ("attention", "k_proj"),
-    "self_attn.v_proj": ("attention", "v_proj"),
-    "self_attn.o_proj": ("attention", "o_proj"),
-    "block_sparse_moe.gate": ("moe", "router"),
-}
-_EXPERT = {"w1": ("moe", "w1"), "w2": ("moe", "w2"), "w3": ("moe", "w3")}
-_TOP = {"model.embed_tokens": ("embed",), "model.norm": ("norm",), "lm_head": ("head",)}
-_PATTERN = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe\.experts\.(\d+)\.(w[123])|(.+))$")
-
-
-def place_of(name: str) -> Place | None:
-    """The place of a Hub module (`model.layers.3.block_sparse_moe.experts.5.w1`, no `.weight`); None for an unknown one."""
-    if name in _TOP:
-        return Place(_TOP[name])
-    match = _PATTERN.match(name)
-    if not match:
-        return None
-    layer, expert, matrix, module = match.groups()
-    if matrix:
-        return Place(("layers", *_EXPERT[matrix]), int(layer), int(expert))
-    return Place(("layers", *_LAYER[module]), int(layer)) if module in _LAYER else None
-
-
-def module_names(config: MixtralConfig) -> dict[str, Place]:
-    """Every Hub module of a Mixtral (without `.weight`) and its place here, in the Hub's order."""
-    names = ["model.embed_tokens"]
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        names += [f"{prefix}.{module}" for module in _LAYER]
-        names += [f"{prefix}.block_sparse_moe.experts.{e}.{w}" for e in range(config.num_experts) for w in _EXPERT]
-    names += ["model.norm"] + ([] if config.tie_word_embeddings else ["lm_head"])
-    places = {name: place_of(name) for name in names}
-    return {name: place for name, place in places.items() if place is not None}
-
-
-def tensors(config: Architecture) -> dict[str, tuple[Place, ...]]:
+@lru_cache(maxsize=32)
+def tensors(config: Architecture) -> Mapping[str, tuple[Place, ...]]:
     """Every tensor of a checkpoint and its places here (two where a tensor holds two of our matrices), in the Hub's order."""
-    if isinstance(config, MixtralConfig):
-        return {f"{name}.weight": (place,) for name, place in module_names(config).items()}
-    table: dict[str, tuple[Place, ...]] = {"embedding.word_embeddings.weight": (Place(("embed",)),)}
-    for index in range(config.num_layers):
-        prefix, layer = f"decoder.layers.{index}", index // 2
-        if index % 2 == 0:
-            table[f"{prefix}.norm.weight"] = (Place(("layers", "mamba_norm"), layer),)
-            for name, (module, attr) in _MAMBA.items():
-                table[f"{prefix}.mixer.{name}"] = (Place(("layers", "mamba", *module), layer, attr=attr),)
-        else:
-            table[f"{prefix}.norm.weight"] = (Place(("layers", "moe_norm"), layer),)
-            for attr in ("weight", "bias"):
-                table[f"{prefix}.mixer.router.{attr}"] = (Place(("layers", "moe", "router"), layer, attr=attr),)
-            for e in range(config.num_experts):
-                expert, moe = f"{prefix}.mixer.local_experts.{e}", ("layers", "moe")
-                halves = (Place((*moe, "w1"), layer, e, half=0), Place((*moe, "w3"), layer, e, half=1))
-                table[f"{expert}.linear_fc1.weight"] = halves
-                table[f"{expert}.linear_fc2.weight"] = (Place((*moe, "w2"), layer, e),)
-    for attr in ("weight", "bias"):
-        table[f"decoder.final_layernorm.{attr}"] = (Place(("norm",), attr=attr),)
+    table = {name: _places(variable) for name, variable in config.names.before.items()}
+    for block in range(config.blocks):
+        table |= block_tensors(config, block)
+    return table | {name: _places(variable) for name, variable in config.names.after.items()}
+
+
+def block_tensors(config: Architecture, block: int) -> dict[str, tuple[Place, ...]]:
+    """Those of one of our layers, counted over all stacks; in the same order for each layer of a stack."""
+    stack, names, at, numbers = _of_block(config, block)
+    table = {name.format(*numbers): _places(variable, stack.name, at) for name, variable in names.weights.items()}
+    for e in range(stack.block.feed_forward.experts):
+        for name, variable in names.experts.items():
+            table[name.format(*numbers, e=e)] = _places(variable, stack.name, at, e)
     return table
 
 
-_MAMBA = {
-    "A_log": ((), "a_log"), "D": ((), "d"), "in_proj.weight": (("in_proj",), "weight"), "conv1d.weight": (("conv",), "weight"),
-    "conv1d.bias": (("conv",), "bias"), "x_proj.weight": (("x_proj",), "weight"), "dt_proj.weight": (("dt_proj",), "weight"),
-    "dt_proj.bias": ((), "dt_bias"), "out_proj.weight": (("out_proj",), "weight"),
-}  # fmt: skip
+def modules(config: Architecture) -> dict[str, Place]:
+    """Every Hub module that is one of our weights (its tensor's name without `.weight`) and its place, in the Hub's order."""
+    return {
+        name.removesuffix(".weight"): places[0]
+        for name, places in tensors(config).items()
+        if name.endswith(".weight") and len(places) == 1 and places[0].attr == "weight"
+    }
 
-PEFT_TARGETS = {
-    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "o_proj": "self_attn.o_proj",
-    "gate": "block_sparse_moe.gate", "w1": "w1", "w2": "w2", "w3": "w3",
-}  # fmt: skip
+
+@lru_cache(maxsize=8)
+def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
+    """Every tensor over all experts that transformers 5 makes of a layer's, and its parts, expert by expert."""
+    table = {}
+    for block in range(config.blocks):
+        stack, names, _, numbers = _of_block(config, block)
+        own = {variable: name for name, variable in names.experts.items()}
+        for name, variable in names.stacked.items():
+            halves = [(variable, None)] if isinstance(variable, str) else [(v, half) for half, v in enumerate(variable)]
+            table[name.format(*numbers)] = tuple(
+                Part(own[v].format(*numbers, e=e), e, half) for e in range(stack.block.feed_forward.experts) for v, half in halves
+            )
+    return table
+
+
+@lru_cache(maxsize=8)
+def renamed(config: Architecture) -> Mapping[str, str]:
+    """Names that transformers 5 gives to tensors, and the checkpoint's own, where they differ."""
+    table: dict[str, str] = {}
+    for block in range(config.blocks):
+        _, names, _, numbers = _of_block(config, block)
+        own = {variable: name for name, variable in names.weights.items()}
+        table |= {name.format(*numbers): own[variable].format(*numbers) for name, variable in names.renamed.items()}
+    return {name: own_name for name, own_name in table.items() if name != own_name}
+
+
+def _of_block(config: Architecture, block: int) -> tuple[Stack, BlockNames, int, list[int]]:
+    """The stack that a block is in and its names, its number in the stack, and the numbers of its layers in the checkpoint."""
+    at, first = block, 0
+    for stack, names in zip(config.stacks, config.names.blocks, strict=True):
+        if at < stack.repeats:
+            return stack, names, at, [first + at * names.layers + i for i in range(names.layers)]
+        at, first = at - stack.repeats, first + stack.repeats * names.layers
+    raise IndexError(block)
+
+
+def _places(
+    variable: str | tuple[str, ...], stack: str | None = None, layer: int | None = None, expert: int | None = None
+) -> tuple[Place, ...]:
+    return tuple(_split(variable, stack, layer, expert))
+
+
+def _split(variable: str | tuple[str, ...], stack: str | None, layer: int | None, expert: int | None) -> Iterator[Place]:
+    several = (variable,) if isinstance(variable, str) else variable
+    for half, name in enumerate(several):
+        *path, attr = name.split(".")
+        where = tuple(path) if stack is None else (stack, *path)
+        yield Place(where, layer, expert, attr, half if len(several) > 1 else None)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
 from moejax.hub.fused import fuse, unfuse
-from moejax.hub.names import Place, attribute, module_names
+from moejax.hub.names import Place, attribute, index_of, modules
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import read_json
 from moejax.hub.torch_file import TorchFile
@@ -24,13 +24,12 @@ from moejax.models.foreign_settings import ANY, uncomputed
 from moejax.models.lora import LoRA
 
 _PREFIX = "base_model.model."
-_OUR_NAMES = {"router": "gate"}
 
 
 def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     """Hub module name -> its place and the (stacked) adapter that holds its pair."""
     found = {}
-    for name, place in module_names(model.config).items():
+    for name, place in modules(model.config).items():
         lora = getattr(attribute(model, place.path), "lora", None)
         if lora is not None:
             found[name] = (place, lora)
@@ -45,11 +44,10 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
     pairs = adapted(model)
     tensors = {}
     for name, (place, lora) in pairs.items():
-        index = (place.layer,) if place.expert is None else (place.layer, place.expert)
         for letter, variable in (("A", lora.a), ("B", lora.b)):
-            tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(variable.get_value()[index])
+            tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(variable.get_value()[index_of(place)])
     lora = next(iter(pairs.values()))[1]
-    targets = sorted({_OUR_NAMES.get(place.path[-1], place.path[-1]) for place, _ in pairs.values()})
+    targets = sorted({name.rpartition(".")[2] for name in pairs})
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -72,7 +70,7 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
         "use_dora": False,
     }
     if fused:
-        tensors, config = fuse(tensors, config)
+        tensors, config = fuse(tensors, config, model.config)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
 
@@ -102,7 +100,7 @@ def load_adapter(model: Model, folder: Path) -> None:
                 f"alpha {lora.scale * a.shape[-2]:g}: set adapter.rank and adapter.alpha to the adapter's"
             )
         _, into_a, into_b = buffers.setdefault(id(lora), (lora, np.empty(a.shape, a.dtype), np.empty(b.shape, b.dtype)))
-        index = (place.layer,) if place.expert is None else (place.layer, place.expert)
+        index = index_of(place)
         for letter, buffer in (("A", into_a), ("B", into_b)):
             buffer[index] = _take(tensors, f"{_PREFIX}{name}.lora_{letter}.weight", buffer[index].shape, path)
     if tensors:
@@ -189,7 +187,7 @@ def _check_plain(config: dict[str, Any], path: Path) -> None:
 def _check_targets(model: Model, tensors: dict[str, np.ndarray], path: Path) -> None:
     """The layers that the file has pairs for must be those that the model has adapters on: said by target, not tensor by tensor."""
     theirs = {name.removesuffix(".weight").rpartition(".lora_")[0].rpartition(".")[2] for name in tensors}
-    ours = {_OUR_NAMES.get(place.path[-1], place.path[-1]) for place, _ in adapted(model).values()}
+    ours = {name.rpartition(".")[2] for name in adapted(model)}
     if theirs & {"experts", "base_layer"}:
         raise UserError(
             f"{path} has tensors in the format of transformers 5 with PEFT 0.19 or later (one adapter over all experts), but "

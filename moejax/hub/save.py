@@ -14,7 +14,7 @@ from moejax.files import replace_text
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.safetensors_file import write_file
 from moejax.models.build import Model
-from moejax.models.config import Architecture, MixtralConfig
+from moejax.models.config import Architecture
 from moejax.models.ops import nf4
 
 
@@ -41,7 +41,7 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
 def write_config(c: Architecture, folder: Path, dtype: Any) -> None:
     """config.json and generation_config.json of a model whose weights are stored in `dtype`."""
     hub_config = c.to_hub_config()
-    if isinstance(c, MixtralConfig):  # transformers has no class for a BlackMamba
+    if "architectures" in hub_config:  # transformers has it
         hub_config |= {"torch_dtype": str(jnp.dtype(dtype)), "transformers_version": "4.57.6"}
     write_json(folder / "config.json", hub_config)
     generation = {"_from_model_config": True, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}

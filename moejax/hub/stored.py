@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,10 @@ from moejax.documents import without_advice
 from moejax.errors import UserError
 from moejax.files import lfs_pointer
 from moejax.hub import bitsandbytes
+from moejax.hub.names import renamed, stacked
 from moejax.hub.safetensors_file import Reader, Staging
 from moejax.hub.torch_file import TorchFile
+from moejax.models.config import Architecture
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,15 +58,12 @@ class Source(NamedTuple):
             self.file.release(self.name)
 
 
-_FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(gate_up_proj|down_proj)|(gate)\.weight)$")
-
-
-def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[str, Any]:
     """tensor name -> where it is read: a `Source`, or a `bitsandbytes.Quantized`. Raises UserError naming the file.
 
     From model.safetensors or pytorch_model.bin, whole or in shards that an index names; safetensors where there are both.
 
-    Fused expert tensors appear under their experts' names.
+    Tensors over all experts appear under their experts' own names, as `config` has them.
     """
     where, files = _layout(folder)
     if not files:
@@ -83,28 +81,24 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         )
     found: dict[str, Any] = {}
     for name, source in bitsandbytes.gather(held).items():
-        found |= _expanded(source.file, name) if isinstance(source, Source) else {name: source}
+        found |= _expanded(source.file, name, config) if isinstance(source, Source) else {name: source}
     return found
 
 
-def _expanded(file: Any, name: str) -> dict[str, Source]:
-    """The tensors of one expert each that a file's tensor holds; itself where it is not fused."""
-    match = _FUSED.match(name)
-    if not match:
-        return {name: Source(file, name, file.nbytes(name))}
-    layer, fused, gate = match.groups()
-    block = f"{layer}.block_sparse_moe"
-    if gate:
-        return {f"{block}.gate.weight": Source(file, name, file.nbytes(name))}
-    shape = file.shape(name)
-    if len(shape) != 3 or (fused == "gate_up_proj" and shape[1] % 2):
+def _expanded(file: Any, name: str, config: Architecture) -> dict[str, Source]:
+    """The tensors of one expert each that a file's tensor holds; itself where it is of no expert or of one."""
+    parts = stacked(config).get(name)
+    if parts is None:
+        return {renamed(config).get(name, name): Source(file, name, file.nbytes(name))}
+    shape, halves = file.shape(name), 1 if parts[0].half is None else 2
+    if len(shape) != 3 or shape[1] % halves:
         raise UserError(f"{file.path}: tensor {name!r} has shape {list(shape)}, expected [experts, rows, columns]")
-    half = shape[1] // 2
-    parts = {"w1": slice(0, half), "w3": slice(half, None)} if fused == "gate_up_proj" else {"w2": slice(None)}
-    size = file.nbytes(name) // (shape[0] * len(parts))
-    return {
-        f"{block}.experts.{e}.{w}.weight": Source(file, name, size, e, rows) for e in range(shape[0]) for w, rows in parts.items()
-    }
+    if shape[0] * halves != len(parts):
+        raise UserError(f"{file.path}: tensor {name!r} is of {shape[0]} experts, expected {len(parts) // halves} by its config.json")
+    rows = shape[1] // halves
+    size = file.nbytes(name) // len(parts)
+    slices = {half: slice(half * rows, (half + 1) * rows) for half in range(halves)}
+    return {part.name: Source(file, name, size, part.expert, slices[part.half or 0]) for part in parts}
 
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # each may lie in shards with an index instead; the first that is there is read

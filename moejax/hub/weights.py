@@ -67,7 +67,7 @@ def load_weights(
     flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     leaves = {leaf_name(path): leaf for path, leaf in flat}
     with ExitStack() as stack:
-        files = open_tensors(folder, stack)
+        files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
         quantized = any(isinstance(value, nf4.NF4Tensor) for value in abstract.values())
         if any(isinstance(source, bitsandbytes.Quantized) for source in files.values()):
@@ -93,7 +93,7 @@ def load_weights(
 def check_files(model: Model, folder: Path) -> None:
     """Raises UserError where a folder's files are not whole by their headers, or hold other tensors than the model: without reading any."""
     with ExitStack() as stack:
-        check_names(open_tensors(folder, stack), model, folder)
+        check_names(open_tensors(folder, stack, model.config), model, folder)
 
 
 def files_of(folder: Path) -> str | None:
@@ -166,7 +166,7 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
     config, places = model.config, tensors(model.config)
     unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq"))
     if config.tie_word_embeddings:
-        unknown = [name for name in unknown if name not in ("lm_head.weight", "output_layer.weight")]
+        unknown = [name for name in unknown if name not in config.names.unread]
     if unknown:
         raise UserError(
             f"{folder}: {len(unknown)} tensors have no place in a {_describe(config)}, first {unknown[0]!r}{_hint(unknown)}"
@@ -174,8 +174,9 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
     missing = next((name for name in places if name not in files), None)
     if missing is not None:
         raise UserError(f"{folder}: tensor {missing!r} is missing: download the checkpoint again")
-    stored = ((n, getattr(attribute(model, p.path), p.attr).get_value()) for n, several in places.items() for p in several)
-    bitsandbytes.check(files, stored)
+    groups = {path: group for group, paths in config.groups.items() for path in paths}
+    wanted = ((n, getattr(attribute(model, p.path), p.attr).get_value(), groups.get(p.path)) for n, ps in places.items() for p in ps)
+    bitsandbytes.check(files, wanted)
 
 
 def _cache_path(cache: Path, folder: Path, leaves: dict[str, Any], settings: str) -> Path:
@@ -188,5 +189,4 @@ def _progress(console: Console | None) -> Progress:
 
 
 def _describe(config: Architecture) -> str:
-    kind = type(config).__name__.removesuffix("Config")
-    return f"{kind} of {config.num_layers} layers and {config.num_experts} experts"
+    return f"{config.title} of {config.num_layers} layers and {config.num_experts} experts"

@@ -17,12 +17,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 
 from moejax.estimator import gpus
-from moejax.models.config import Architecture, BlackMambaConfig, LoRAConfig
+from moejax.models.config import Architecture, LoRAConfig, specs
 
 
 @dataclass(frozen=True)
@@ -41,30 +42,26 @@ def active_matrices(config: Architecture) -> dict[str, tuple[int, int, int]]:
     """name -> (in, out, how many of them one token meets in one layer; a BlackMamba's layer is a pair)."""
     d, f, k = config.hidden_size, config.intermediate_size, config.experts_per_token
     experts = {"gate": (d, config.num_experts, 1), "w1": (d, f, k), "w3": (d, f, k), "w2": (f, d, k)}
-    if isinstance(config, BlackMambaConfig):
-        inner, r, n = config.inner_size, config.rank, config.state_size
-        # The convolution's taps, and per state: the decay and the input, and the sum with C; all multiply-adds, one weight each.
-        small = {"conv": (config.conv_size, inner, 1), "scan": (3 * n, inner, 1)}
-        mixer = {
-            "in_proj": (d, 2 * inner, 1),
-            "x_proj": (inner, r + 2 * n, 1),
-            "dt_proj": (r, inner, 1),
-            "out_proj": (inner, d, 1),
-        }
-        return mixer | small | experts
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (d, heads, 1), "k_proj": (d, kv, 1), "v_proj": (d, kv, 1), "o_proj": (heads, d, 1),
-    } | experts  # fmt: skip
+    mixer = config.stacks[0].block.mixer
+    match mixer:
+        case specs.Mamba(inner=inner, state=n, conv=taps, rank=r):
+            # The convolution's taps, and per state: the decay and the input, and the sum with C; all multiply-adds, one weight each.
+            small = {"conv": (taps, inner, 1), "scan": (3 * n, inner, 1)}
+            matrices = {"in_proj": (d, 2 * inner, 1), "x_proj": (inner, r + 2 * n, 1), "dt_proj": (r, inner, 1), "out_proj": (inner, d, 1)}
+            return matrices | small | experts
+        case specs.GQA(heads=heads, kv_heads=kv, head_dim=c):
+            q, kv = heads * c, kv * c
+            return {"q_proj": (d, q, 1), "k_proj": (d, kv, 1), "v_proj": (d, kv, 1), "o_proj": (q, d, 1)} | experts
+        case _:
+            assert_never(mixer)
 
 
 def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
     """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one."""
     matrices = active_matrices(config)
-    recurrent = isinstance(config, BlackMambaConfig)
-    layers = config.num_layers // 2 if recurrent else config.num_layers
+    layers, mixer = config.blocks, config.stacks[0].block.mixer
     base = layers * sum(i * o * n for i, o, n in matrices.values()) + config.vocab_size * config.hidden_size
-    scores = 0 if isinstance(config, BlackMambaConfig) else 4 * layers * config.num_heads * config.head_dim
+    scores = 4 * layers * mixer.heads * mixer.head_dim if isinstance(mixer, specs.GQA) else 0
     if adapter is None:
         return FlopCount(6 * base, 3 * scores)
     low_rank = layers * sum(adapter.rank * (i + o) * n for name, (i, o, n) in matrices.items() if name in adapter.targets)

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from moejax.data.batch import Batch
-from moejax.models.mixtral import load_balancing_loss
+from moejax.models.decoder import load_balancing_loss
 from moejax.models.moe import RouterStats
 from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.training import rounding

@@ -69,7 +69,7 @@ def test_merging_starts_from_the_codes():
     model = build(sizes, quantization=Quantization(), adapter=LoRAConfig(rank=2, targets=("q_proj",)))
     loaded = load(FOLDER / "double", Quantization()).layers.moe.w1.weight.get_value()
     with weights.ExitStack() as stack:
-        files = stored.open_tensors(FOLDER / "double", stack)
+        files = stored.open_tensors(FOLDER / "double", stack, sizes)
         merged = merge.merged_tensor(model, W1, files, FOLDER / "double")
     np.testing.assert_array_equal(merged, nf4.dequantize(loaded)[1, 0])
 

@@ -56,7 +56,7 @@ def test_merging_is_pefts_merging(mixtral_folder, reference_config, mixtral_vect
     model = build(reference_config, adapter=LoRAConfig(settings["r"], settings["lora_alpha"], 0.0, targets), dtype=jnp.float32)
     peft.load_adapter(model, VECTORS / "peft_all")
     with weights.ExitStack() as stack:
-        files = weights.open_tensors(mixtral_folder, stack)
+        files = weights.open_tensors(mixtral_folder, stack, reference_config)
         merged = {name: merge.merged_tensor(model, name, files, mixtral_folder) for name in files}
     save_file(merged, str(tmp_path / "model.safetensors"))
     plain = weights.load_weights(build(reference_config, dtype=jnp.float32), tmp_path, jax.random.key(0))

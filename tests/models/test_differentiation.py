@@ -11,8 +11,8 @@ from support import TINY
 from moejax.data.batch import Batch
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
+from moejax.models.decoder import load_balancing_loss
 from moejax.models.layers import REMAT_POLICIES
-from moejax.models.mixtral import load_balancing_loss
 from moejax.models.moe import RouterStats
 from moejax.models.ops import attention, linear, nf4, selective_scan
 from moejax.models.ops import grouped_matmul as gm

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from support import VECTORS, assert_close_to_largest, full_logits
 
-from moejax.hub.names import module_names
+from moejax.hub.names import modules
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import load_weights
 from moejax.models.build import build
@@ -37,7 +37,7 @@ def case(request, mixtral_folder, reference_config):
 def adapter_tensors(model):
     """PEFT's name -> array, for the adapters (or their gradients) inside a model."""
     out = {}
-    for name, place in module_names(model.config).items():
+    for name, place in modules(model.config).items():
         lora = getattr(reduce(getattr, place.path, model), "lora", None)
         if lora is not None:
             index = (place.layer,) if place.expert is None else (place.layer, place.expert)

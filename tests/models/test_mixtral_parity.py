@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from support import assert_close_to_largest, decoder, full_logits, hub_tensor, loss_and_gradients
 
-from moejax.hub.names import module_names
+from moejax.hub.names import modules
 from moejax.hub.weights import load_weights
 from moejax.models.build import build
 from moejax.models.cache import init_cache
-from moejax.models.mixtral import load_balancing_loss
+from moejax.models.decoder import load_balancing_loss
 
 CASES = {"top2": 2, "dense": 8}
 
@@ -41,7 +41,7 @@ def test_loss_gradients_and_counts(case, remat, models_by_case, reference_batch,
     np.testing.assert_array_equal(stats.counts, mixtral_vectors[f"{case}/counts"])
     aux = load_balancing_loss(stats, jnp.sum(reference_batch.segment_ids > 0))
     np.testing.assert_allclose(aux, mixtral_vectors[f"{case}/aux"], rtol=1e-6)
-    for name, place in module_names(model.config).items():
+    for name, place in modules(model.config).items():
         reference = mixtral_vectors[f"{case}/grad/{name}.weight"]
         assert_close_to_largest(hub_tensor(gradients, place), reference, 2e-5, name)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.models.config import PRESETS
-from moejax.models.layers import RMSNorm, rotate
+from moejax.models.layers import RMSNorm, Target, rotate
 from moejax.models.moe import MoE
 from moejax.models.ops import attention, expert_tile
 from moejax.models.ops.cross_entropy import linear_cross_entropy
@@ -65,7 +65,7 @@ def test_norm_of_large_numbers():
 
 def test_router_probabilities():
     config = PRESETS["mixtral-tiny"].replace(hidden_size=64, num_experts=4)
-    moe = MoE(jax.random.key(0), config, BF16, "loop", "cpu")
+    moe = MoE(jax.random.key(0), config.stacks[0].block.feed_forward, config, BF16, Target("loop", "auto", "cpu"))
     x, x64 = draw(0, (20, 64), 20.0)
     indices, weights, _ = moe._route(x, jnp.ones(20, bool), None)
     logits = x64 @ np.asarray(moe.router.weight.get_value(), np.float64).T

@@ -9,6 +9,7 @@ import pytest
 from support import ROOT
 
 from moejax.models.config import PRESETS
+from moejax.models.layers import Target
 from moejax.models.mamba import Mamba
 from moejax.models.ops import scan_table
 from moejax.models.ops import selective_scan as ss
@@ -138,7 +139,7 @@ def test_form_and_chunk_are_the_nearest_measured_shapes(monkeypatch):
 def test_the_model_runs_the_tables_form(monkeypatch):
     """The program of a layer holds the chosen chunk's states: [chunk, rows, states, channels]."""
     config = PRESETS["blackmamba-tiny"]
-    mamba = Mamba(jax.random.key(0), config, jnp.float32, "auto", "cpu")
+    mamba = Mamba(jax.random.key(0), config.stacks[0].block.mixer, config, jnp.float32, Target("auto", "auto", "cpu"))
     x, segments = jnp.ones((2, 64, config.hidden_size)), jnp.ones((2, 64), jnp.int32)
     for chunk in (8, 64):
         found = {"rows": 2, "length": 64, "channels": 256, "form": "chunked", "chunk": chunk}

@@ -10,6 +10,7 @@ from traces import module
 
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
+from moejax.models.layers import Target
 from moejax.models.mamba import Mamba
 from moejax.models.ops import nf4
 from moejax.models.ops.linear import part
@@ -119,8 +120,9 @@ def test_convolution_and_silu_are_one_fusion():
     from flax import nnx
 
     config = PRESETS["blackmamba-tiny"]
-    graphdef, state = nnx.split(Mamba(jax.random.key(0), config, jnp.float32, "chunked", "cpu"))
-    x, segments = jnp.zeros((2, 64, config.inner_size)), jnp.ones((2, 64), jnp.int32)
+    mixer = config.stacks[0].block.mixer
+    graphdef, state = nnx.split(Mamba(jax.random.key(0), mixer, config, jnp.float32, Target("auto", "chunked", "cpu")))
+    x, segments = jnp.zeros((2, 64, mixer.inner)), jnp.ones((2, 64), jnp.int32)
 
     def convolved(state, x):
         with jax.named_scope("mamba"), jax.named_scope("conv"):

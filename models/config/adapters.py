@@ -1,0 +1,47 @@
+"""How a model is stored and adapted: NF4 storage, LoRA. No jax here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
+QUANTIZED_MODULES = ("attention", "experts", "router")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """NF4 storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router."""
+
+    double: bool = True
+    modules: tuple[str, ...] = QUANTIZED_MODULES
+
+    def __post_init__(self) -> None:
+        unknown = [m for m in self.modules if m not in QUANTIZED_MODULES]
+        if unknown:
+            raise ValueError(f"quantization modules {unknown}: expected some of {list(QUANTIZED_MODULES)}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA as PEFT 0.18 on transformers 4 means it: one pair (A, B) per linear layer, per expert; delta = alpha/rank · B A.
+
+    `targets`: names of PEFT's users; `gate` is the router. Dropout acts on the input of A.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("w1", "w2", "w3", "gate")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank = {self.rank}: expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA dropout = {self.dropout}: expected 0 <= dropout < 1")
+        unknown = [t for t in self.targets if t not in LORA_TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(f"LoRA targets {unknown or '[]'} match nothing: expected some of {list(LORA_TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank

@@ -1,0 +1,258 @@
+"""What an architecture is: its sizes, and stacks of equal blocks, each a mixer and a feed-forward. No jax here.
+
+Whatever follows from an architecture (parameters, FLOPs, bytes, tensors' names, adapters' targets) is computed from these specs: only
+a family's own file (`moejax.models.families`) knows which family it is. A `match` on kinds ends in `assert_never`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GQA:
+    """Grouped-query attention with rotary positions. qk_norm: an RMSNorm of q and k, of each head by itself or of all heads together."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    qk_norm: Literal["head", "all"] | None = None
+    module: ClassVar[str] = "attention"
+    targets: ClassVar[Mapping[str, str]] = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """A gated selective scan (arXiv 2312.00752). inner: channels; state: numbers of each; conv: taps; rank: what dt is made from."""
+
+    inner: int
+    state: int
+    conv: int
+    rank: int
+    module: ClassVar[str] = "mamba"
+    targets: ClassVar[Mapping[str, str]] = {}
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a token's experts are chosen and weighted. renormalize: the weights of the chosen ones sum to one."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class MoE:
+    """A router over gated experts: w2(act(w1 x) · w3 x). hidden: rows of w1 and w3. Every token visits all experts where that many are
+    asked for: the dense model."""
+
+    experts: int
+    experts_per_token: int
+    hidden: int
+    activation: Literal["silu", "gelu"]
+    router: Router
+    module: ClassVar[str] = "moe"
+    targets: ClassVar[Mapping[str, str]] = {"gate": "router", "w1": "w1", "w2": "w2", "w3": "w3"}
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"experts": ("w1", "w2", "w3"), "router": ("router",)}
+
+
+Mixer = GQA | Mamba
+FeedForward = MoE
+
+
+@dataclass(frozen=True)
+class Block:
+    """x += mixer(norm(x)); x += feed_forward(norm(x))."""
+
+    mixer: Mixer
+    feed_forward: FeedForward
+
+    @property
+    def halves(self) -> tuple[Mixer, FeedForward]:
+        return self.mixer, self.feed_forward
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`repeats` equal blocks, whose weights are stacked [L, …] in the model's attribute `name`."""
+
+    block: Block
+    repeats: int
+    name: str = "layers"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What runs through the blocks. norm_eps: of every norm; final_norm: of the one before the head; fp32: the stream itself is in fp32,
+    whatever is computed in."""
+
+    norm_eps: float
+    final_norm: Literal["rms", "layer"] = "rms"
+    fp32: bool = False
+
+
+Names = Mapping[str, str | tuple[str, str]]
+"""A checkpoint's name of a tensor -> the variable here (`moe.w1.weight`), or the two whose rows it holds one after the other."""
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """A checkpoint's tensors of one block, paths here without the stack's name.
+
+    `{0}` in a name is the number of the checkpoint's layer, `{1}` of the next one, where a block is two of its layers (`layers`); `{e}`
+    of the expert. stacked: one tensor over all experts [E, out, in], as transformers 5 holds them; renamed: what it calls otherwise.
+    """
+
+    weights: Names
+    experts: Names
+    stacked: Names = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layers: int = 1
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """A checkpoint's tensors: those before the blocks, of a block of each stack, and those behind. unread: of files that have them though
+    the head is tied."""
+
+    before: Names
+    blocks: tuple[BlockNames, ...]
+    after: Names
+    unread: tuple[str, ...] = ("lm_head.weight",)
+
+
+@dataclass(frozen=True)
+class Architecture(ABC):
+    """A model's sizes under the names that `model.overrides` takes, and what follows from them. Each family is a subclass.
+
+    `experts_per_token == num_experts` is the dense model: every token visits every expert, and nothing is sorted. num_layers: as the
+    checkpoint counts them. Raises ValueError where the sizes contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
+
+    model_type: ClassVar[str]
+    """What config.json calls the family."""
+    title: ClassVar[str]
+    """What people call it."""
+    default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
+    """Where adapters are if nobody says: the router as servers expect it, neither trained nor quantized."""
+    default_quantized: ClassVar[tuple[str, ...]] = ("attention", "experts")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", int) and value < 1:
+                raise ValueError(f"{field.name} = {value}: expected at least 1")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} exceeds num_experts = {self.num_experts}: "
+                f"choose at most {self.num_experts} (that is the dense model)"
+            )
+
+    # What a family says.
+
+    @property
+    @abstractmethod
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks, in order."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> Stream:
+        """What holds for the model as a whole."""
+
+    @property
+    @abstractmethod
+    def names(self) -> TensorNames:
+        """How its checkpoints name their tensors."""
+
+    @classmethod
+    @abstractmethod
+    def from_hub(cls, config: Mapping[str, Any], ignored: Collection[str] = ()) -> Self:
+        """Read a `config.json`: see `moejax.models.config.from_hub_config`."""
+
+    @abstractmethod
+    def to_hub_config(self) -> dict[str, Any]:
+        """The `config.json` that `from_hub` reads, and transformers where it has the family."""
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        """Well-known sizes by name, in lower case."""
+        return {}
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` is of this family."""
+        return config.get("model_type") == cls.model_type
+
+    # What follows.
+
+    @property
+    def dense(self) -> bool:
+        """Whether every token visits every expert."""
+        return self.experts_per_token == self.num_experts
+
+    @property
+    def blocks(self) -> int:
+        return sum(stack.repeats for stack in self.stacks)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """The names that `replace` takes."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+
+    @property
+    def targets(self) -> dict[str, tuple[Path, ...]]:
+        """Adapter target, by our name -> the (stacked) modules that it is."""
+        found: dict[str, tuple[Path, ...]] = {}
+        for stack in self.stacks:
+            for half in stack.block.halves:
+                for target, module in half.targets.items():
+                    found[target] = (*found.get(target, ()), (stack.name, half.module, module))
+        return found
+
+    @property
+    def groups(self) -> dict[str, tuple[Path, ...]]:
+        """What `quantization.modules` may name -> the modules."""
+        found: dict[str, tuple[Path, ...]] = {}
+        for stack in self.stacks:
+            for half in stack.block.halves:
+                for group, modules in half.groups.items():
+                    found[group] = (*found.get(group, ()), *((stack.name, half.module, module) for module in modules))
+        return found
+
+    @property
+    def target_names(self) -> dict[str, str]:
+        """Adapter target, by our name -> what its checkpoints, and so PEFT, call the module; none where no tensor is of it alone."""
+        modules = {path: target for target, paths in self.targets.items() for path in paths}
+        found = {}
+        for stack, names in zip(self.stacks, self.names.blocks, strict=True):
+            for name, variable in [*names.weights.items(), *names.experts.items()]:
+                if isinstance(variable, str) and variable.endswith(".weight"):
+                    target = modules.get((stack.name, *variable.split(".")[:-1]))
+                    if target is not None:
+                        found[target] = name.split(".")[-2]
+        return found

@@ -1,0 +1,219 @@
+"""The architecture on one page.
+
+    x = embed(tokens)
+    for every block:  x += mixer(norm(x));  x += feed_forward(norm(x))
+    logits = head(norm(x))
+
+What a block is, the architecture's specs say (`moejax.models.config.specs`). Equal blocks are one module whose weights are stacked
+[L, …]; `jax.lax.scan` runs them, each body recomputed in the backward pass if `remat` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from moejax.models.attention import Attention
+from moejax.models.config import Architecture, specs
+from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, rematerialized, scannable, stack_layers
+from moejax.models.mamba import Mamba
+from moejax.models.moe import MoE, RouterStats
+from moejax.models.ops import linear
+from moejax.models.ops import selective_scan as ss
+from moejax.models.ops.grouped_choice import here
+
+
+def mixer_class(spec: specs.Mixer) -> type[Attention] | type[Mamba]:
+    match spec:
+        case specs.GQA():
+            return Attention
+        case specs.Mamba():
+            return Mamba
+        case _:
+            assert_never(spec)
+
+
+class Layer(nnx.Module):
+    """x += mixer(norm(x)); x += moe(norm(x)). x: [B, T, D], rounded to `compute` before each norm where the stream is fp32."""
+
+    def __init__(self, key: jax.Array, block: specs.Block, config: Architecture, dtype: Any, compute: Any, target: Target):
+        keys = jax.random.split(key)
+        size, eps = config.hidden_size, config.stream.norm_eps
+        mixer: Any = mixer_class(block.mixer)
+        self.mixer = block.mixer.module  # the attributes are called by what it is
+        setattr(self, f"{self.mixer}_norm", RMSNorm(size, eps, dtype))
+        setattr(self, self.mixer, mixer(keys[0], block.mixer, config, dtype, target))
+        self.moe_norm = RMSNorm(size, eps, dtype)
+        self.moe = MoE(keys[1], block.feed_forward, config, dtype, target)
+        self.compute = compute
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, keep: bool
+    ) -> tuple[jax.Array, RouterStats]:
+        mixer = getattr(self, self.mixer)
+        x = x + mixer(self._normed(x), segment_ids, positions, dropout_key).astype(x.dtype)
+        if mixer.splits_recomputation:
+            x = checkpoint_name(x, "halfway")
+        return self._experts(x, segment_ids > 0, dropout_key, keep)
+
+    def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array) -> tuple[jax.Array, Any]:
+        """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
+        out, cache = getattr(self, self.mixer).cached(self._normed(x), valid, positions, cache, number)
+        return self._experts(x + out.astype(x.dtype), valid, None, False)[0], cache
+
+    def _normed(self, x: jax.Array) -> jax.Array:
+        norm: RMSNorm = getattr(self, f"{self.mixer}_norm")
+        return norm(x.astype(self.compute))
+
+    def _experts(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
+    ) -> tuple[jax.Array, RouterStats]:
+        rows = self.moe_norm(x.astype(self.compute)).reshape(-1, x.shape[-1])
+        out, stats = self.moe(rows, valid.reshape(-1), dropout_key, keep=keep)
+        return x + out.reshape(x.shape).astype(x.dtype), stats
+
+
+class Decoder(nnx.Module):
+    """tokens [B, T] -> hidden states [B, T, D]; `logits` (or the chunked loss) maps those to the vocabulary.
+
+    dtype: what is computed in. param_dtype: what weights are stored in. platform: what the program is compiled for.
+    """
+
+    layers: Any
+    """The stack of that name: every family here has it."""
+
+    def __init__(
+        self,
+        config: Architecture,
+        key: jax.Array,
+        *,
+        dtype: Any,
+        param_dtype: Any,
+        backend: str = "auto",
+        scan: str = "auto",
+        platform: str | None = None,
+    ):
+        keys = jax.random.split(key, 3)
+        target = Target(backend, scan, platform or here())
+        ss.choose(scan, target.platform, 1, 1, 1)  # refuses a form that does not exist
+        self.config, self.dtype, size = config, jnp.dtype(dtype), config.hidden_size
+        self.embed = Embedding(keys[0], config.vocab_size, size, param_dtype)
+        for number, stack in enumerate(config.stacks):
+
+            def make(k: jax.Array, block: specs.Block = stack.block) -> Layer:
+                return Layer(k, block, config, param_dtype, self.dtype, target)
+
+            stack_key = keys[1] if number == 0 else jax.random.fold_in(keys[1], number)
+            setattr(self, stack.name, stack_layers(make, stack_key, stack.repeats))
+        norm = {"rms": RMSNorm, "layer": LayerNorm}[config.stream.final_norm]
+        self.norm = norm(size, config.stream.norm_eps, param_dtype)
+        if not config.tie_word_embeddings:
+            self.head = Linear(keys[2], size, config.vocab_size, param_dtype, scope="head_dequant", axes=("vocab", "embed"))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        remat: str = "none",
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterStats]:
+        """tokens, segment_ids (0 = padding), positions: int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …]."""
+        self._check_padding(segment_ids > 0)
+        x, stats = self.embed(tokens, self.dtype).astype(self._stream_dtype), []
+        with jax.named_scope("layers"):
+            for number, stack in enumerate(self.config.stacks):
+                state, layer_of = scannable(getattr(self, stack.name))
+                stack_key = dropout_key if dropout_key is None or number == 0 else jax.random.fold_in(dropout_key, 2**16 + number)
+
+                def body(
+                    x: jax.Array, layer: tuple[nnx.State, jax.Array], layer_of: Any = layer_of, dropout_key: Any = stack_key
+                ) -> tuple[jax.Array, RouterStats]:
+                    weights, index = layer
+                    key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+                    out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat != "full")
+                    return out
+
+                x, of_stack = jax.lax.scan(rematerialized(body, remat), x, (state, jnp.arange(stack.repeats)))
+                stats.append(of_stack)
+        return self.norm(x.astype(self.dtype)), jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *stats)
+
+    def init_cache(self, batch: int, length: int) -> tuple[Any, ...]:
+        """What each stack's layers know of sequences that hold nothing yet."""
+        found = []
+        for stack in self.config.stacks:
+            mixer: Any = mixer_class(stack.block.mixer)
+            found.append(mixer.empty(stack.block.mixer, stack.repeats, batch, length, self.dtype))
+        return tuple(found)
+
+    def cached(
+        self, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: tuple[Any, ...]
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """The forward pass over a cache: what `moejax.models.cache` is made of. valid: bool [B, T]. Inference only."""
+        self._check_padding(valid)
+        x, after = self.embed(tokens, self.dtype).astype(self._stream_dtype), []
+        for stack, held in zip(self.config.stacks, cache, strict=True):
+            graphdef, state = nnx.split(getattr(self, stack.name))
+
+            def body(carry: tuple[jax.Array, Any], layer: Any, graphdef: Any = graphdef) -> tuple[tuple[jax.Array, Any], None]:
+                (x, held), (weights, number) = carry, layer
+                return nnx.merge(graphdef, weights).cached(x, valid, positions, held, number), None
+
+            (x, new), _ = jax.lax.scan(body, (x, held), (state, jnp.arange(stack.repeats)))
+            after.append(new)
+        return self.norm(x.astype(self.dtype)), tuple(after)
+
+    @property
+    def head_weight(self) -> nnx.Variable:
+        """The [V, D] variable that makes logits: the embedding's table if tied."""
+        return self.embed.weight if self.config.tie_word_embeddings else self.head.weight
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: [..., D] -> fp32 [..., V]."""
+        weight = linear.dequantized(self.head_weight.get_value(), self.dtype, "head_dequant")
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+    @property
+    def _stream_dtype(self) -> Any:
+        return jnp.float32 if self.config.stream.fp32 else self.dtype
+
+    def _check_padding(self, real: jax.Array) -> None:
+        if any(isinstance(stack.block.mixer, specs.Mamba) for stack in self.config.stacks):
+            check_padding(real)
+
+
+def check_padding(real: jax.Array) -> None:
+    """real: bool [B, T]. Raises ValueError for rows of no length, and (where the values are known) for padding before a token.
+
+    Nothing masks padding in a recurrent model: on the left it would run through the state and the convolution that the first real token
+    finds. On the right it comes too late to matter.
+    """
+    if real.shape[1] == 0:
+        raise ValueError("the sequence length is 0: expected at least one token a row")
+    if isinstance(real, jax.core.Tracer):
+        return
+    early = np.asarray(real[:, 1:] & ~real[:, :-1])
+    if early.any():
+        row, column = (int(i) for i in np.argwhere(early)[0])
+        raise ValueError(
+            f"row {row} has padding at {column} before a token at {column + 1}: a recurrent model would carry the padding in its state "
+            "into the tokens behind it. Pad on the right"
+        )
+
+
+def load_balancing_loss(stats: RouterStats, tokens: jax.Array) -> jax.Array:
+    """Switch-style auxiliary loss over all layers together, as transformers' `load_balancing_loss_func` with a padding mask.
+
+    stats: [L, E]; tokens: number of real tokens. E · Σ_e (share of choices that fall on e) · (mean probability of e).
+    """
+    layers, experts = stats.counts.shape
+    total = jnp.maximum(tokens, 1).astype(jnp.float32) * layers
+    share = jnp.sum(stats.counts, axis=0).astype(jnp.float32) / total
+    probability = jnp.sum(stats.probabilities, axis=0) / total
+    return experts * jnp.sum(share * probability)

@@ -1,0 +1,173 @@
+"""What families of attention and experts have in common (Mixtral and those that followed it): sizes, config.json, tensors' names."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from moejax.models import foreign_settings as foreign
+from moejax.models.config.specs import GQA, Architecture, Block, BlockNames, MoE, Router, Stack, Stream, TensorNames
+
+KNOWN: dict[str, Any] = (
+    foreign.HARMLESS
+    | dict.fromkeys(
+        (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "num_local_experts", "num_experts", "num_experts_per_tok", "rope_theta", "rms_norm_eps", "max_position_embeddings",
+            "router_aux_loss_coef", "output_router_logits",
+        ),
+        foreign.ANY,
+    )
+    | {
+        "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "tie_word_embeddings": (False, True), "partial_rotary_factor": (1,),
+        "pretraining_tp": (1,), "rope_parameters": foreign.ROPE, "rope_scaling": foreign.ROPE,
+        "quantization_config": foreign.BITSANDBYTES,
+    }
+)  # fmt: skip
+"""What such a config.json may say. `sliding_window` and `layer_types` are judged by the number of positions and of layers."""
+
+
+@dataclass(frozen=True)
+class AttentionMoEConfig(Architecture, ABC):
+    """Grouped-query attention, RMSNorm, and in every layer a softmax router over gated (SwiGLU) experts."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    router_aux_loss_coef: float
+
+    architecture: ClassVar[str]
+    """transformers' class."""
+    module: ClassVar[str] = "mlp"
+    """What checkpoints call the experts' half of a layer,"""
+    matrices: ClassVar[tuple[str, str, str]] = ("gate_proj", "down_proj", "up_proj")
+    """and w1, w2, w3."""
+    qk_norm: ClassVar[Literal["head", "all"] | None] = None
+    missing: ClassVar[Mapping[str, Any]]
+    """transformers' values of what a config.json leaves out."""
+    known: ClassVar[Mapping[str, Any]] = {}
+    """Keys of config.json beyond `KNOWN`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd: rotary positions turn pairs")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a number above 0")
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the weights of a token's experts sum to one."""
+        return True
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        attention = GQA(self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.qk_norm)
+        router = Router("softmax", self.renormalizes)
+        experts = MoE(self.num_experts, self.experts_per_token, self.intermediate_size, "silu", router)
+        return (Stack(Block(attention, experts), self.num_layers),)
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.rms_norm_eps)
+
+    @property
+    def names(self) -> TensorNames:
+        layer = "model.layers.{0}"
+        norms = () if self.qk_norm is None else ("q_norm", "k_norm")
+        weights = {f"{layer}.input_layernorm.weight": "attention_norm.weight"}
+        weights[f"{layer}.post_attention_layernorm.weight"] = "moe_norm.weight"
+        attention = ("q_proj", "k_proj", "v_proj", "o_proj", *norms)
+        weights |= {f"{layer}.self_attn.{name}.weight": f"attention.{name}.weight" for name in attention}
+        weights[f"{layer}.{self.module}.gate.weight"] = "moe.router.weight"
+        experts = {
+            f"{layer}.{self.module}.experts.{{e}}.{name}.weight": f"moe.{ours}.weight"
+            for name, ours in zip(self.matrices, ("w1", "w2", "w3"), strict=True)
+        }
+        stacked: dict[str, str | tuple[str, str]] = {
+            f"{layer}.mlp.experts.gate_up_proj": ("moe.w1.weight", "moe.w3.weight"),
+            f"{layer}.mlp.experts.down_proj": "moe.w2.weight",
+        }
+        block = BlockNames(weights, experts, stacked, {f"{layer}.mlp.gate.weight": "moe.router.weight"})
+        head = {} if self.tie_word_embeddings else {"lm_head.weight": "head.weight"}
+        return TensorNames({"model.embed_tokens.weight": "embed.weight"}, (block,), {"model.norm.weight": "norm.weight"} | head)
+
+    @classmethod
+    def own_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that a family reads in its own way."""
+        return {"intermediate_size": foreign.whole_number(config, "intermediate_size")}
+
+    @classmethod
+    def from_hub(cls, config: Mapping[str, Any], ignored: Collection[str] = ()) -> Self:
+        """In the dialect of transformers 4 (`rope_theta`) or 5 (`rope_parameters`); what is missing has transformers' default."""
+
+        def size(name: str) -> int:
+            return foreign.whole_number(config, name, cls.missing.get(name))
+
+        layers, heads, hidden = size("num_hidden_layers"), size("num_attention_heads"), size("hidden_size")
+        positions = size("max_position_embeddings")
+        window, types = config.get("sliding_window"), config.get("layer_types")
+        # A window over every position is none; and of some families, one that is not used.
+        whole = (isinstance(window, int) and window >= positions) or config.get("use_sliding_window") is False
+        judged = {
+            "sliding_window": (None, window) if whole else (None,),
+            "layer_types": (None, types) if types == ["full_attention"] * layers else (None,),
+        }
+        foreign.check(config, KNOWN | dict(cls.known) | judged, ignored)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kv_heads = config.get("num_key_value_heads", cls.missing["num_key_value_heads"])
+        experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=heads if kv_heads is None else size("num_key_value_heads"),
+            head_dim=hidden // heads if config.get("head_dim") is None else size("head_dim"),
+            num_experts=foreign.whole_number(config, experts, cls.missing["num_experts"]),
+            experts_per_token=size("num_experts_per_tok"),
+            rope_theta=float(
+                foreign.number(rope if rope.get("rope_theta") is not None else config, "rope_theta", cls.missing["rope_theta"])
+            ),
+            rms_norm_eps=foreign.number(config, "rms_norm_eps", cls.missing["rms_norm_eps"]),
+            max_position_embeddings=positions,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            router_aux_loss_coef=foreign.number(config, "router_aux_loss_coef", cls.missing["router_aux_loss_coef"]),
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            **cls.own_fields(config),
+        )
+
+    def to_hub_config(self) -> dict[str, Any]:
+        """The `config.json` that transformers 4 and 5 both read."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "num_local_experts": self.num_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+        }
