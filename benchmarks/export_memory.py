@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from moejax.hub import layerwise, merge, peft, save, weights
+from moejax import export
+from moejax.hub import layerwise, merge, peft, save, verification, weights
 from moejax.hub.names import tensors
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig, MixtralConfig, Quantization
@@ -94,12 +95,12 @@ def main():
         print(f"merged {_told(total, seconds, rose)}")
         del model, merged
         tokens = np.arange(1, 65, dtype=np.int32)
-        for what, source, kind in (
-            ("the trained model (NF4 and adapter)", folder, {"adapters": [folder / "adapter"], **arguments}),
-            ("the merged one", folder / "merged", {"param_dtype": jnp.bfloat16}),
-        ):
-            seconds, rose, _ = watched(lambda s=source, k=kind: layerwise.logits(config, s, tokens, **k))
-            print(f"logits of {what}: {_told(total, seconds, rose)}")
+        checkpoints = (
+            layerwise.Checkpoint(config, folder, [folder / "adapter"], arguments),
+            layerwise.Checkpoint(config, folder / "merged", (), {"param_dtype": jnp.bfloat16}),
+        )
+        seconds, rose, found = watched(lambda: verification.compare(checkpoints, tokens, export.TOLERANCE["merged"]))
+        print(f"verified base and merged: {_told(2 * total, seconds, rose)}; logits differ by {100 * found.share:.2g} % of the largest")
 
 
 if __name__ == "__main__":
