@@ -28,14 +28,18 @@ def uncomputed(settings: Mapping[str, Any], known: Table, ignored: Collection[st
             elif value:
                 yield f"{_said(name, value)} (expected names and values)"
         elif key not in known:
-            if value not in (False, "", [], {}):  # 0 is False
+            if value is not False and value not in ("", [], {}):  # 0 says something
                 yield _said(name, value)
         elif value not in expected:
             yield f"{_said(name, value)} (expected {' or '.join(json.dumps(e) for e in expected)})"
 
 
 def check(settings: Mapping[str, Any], known: Table, ignored: Collection[str]) -> None:
-    """Raises ValueError where a config.json has a setting that is not known to be computed here."""
+    """Raises ValueError where a config.json has a setting that is not known to be computed here, or ids that are none."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = settings.get(name)
+        if any(type(id_) is not int for id_ in (value if isinstance(value, list) else [value])) and value is not None:
+            raise ValueError(f"{_said(name, value)}: expected the number of a token, several, or null")
     found = list(uncomputed(settings, known, ignored))
     if found:
         keys = dict.fromkeys(re.split("[ .]", text)[0] for text in found)

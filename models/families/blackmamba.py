@@ -96,11 +96,11 @@ class BlackMambaConfig(Architecture):
         if not isinstance(layers, list):
             raise ValueError(f"mamba_moe_layers = {layers!r}: expected a list of 'r' (Mamba) and numbers of experts in turn")
         for index, kind in enumerate(layers):
-            if (kind == "r") != (index % 2 == 0) or (kind != "r" and not str(kind).isdigit()):
+            if (kind == "r") != (index % 2 == 0) or (kind != "r" and not str(kind).isdecimal()):
                 raise ValueError(
                     f"mamba_moe_layers[{index}] = {kind!r}: expected 'r' (Mamba) and a number of experts in turn, beginning with 'r'"
                 )
-        counts = sorted({int(str(kind)[-1]) for kind in layers[1::2]})
+        counts = sorted({int(str(kind)) for kind in layers[1::2]})
         if len(counts) != 1:
             raise ValueError(f"mamba_moe_layers has layers of {counts} experts: expected one number for all")
         if len(layers) != config["num_layers"]:

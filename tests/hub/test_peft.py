@@ -49,6 +49,7 @@ def test_pefts_adapter_goes_in_and_comes_out_to_the_bit(folder, reference_config
         ({"peft_type": "IA3"}, r"peft_type = \"IA3\" \(expected \"LORA\"\)"),
         ({"bias": "lora_only"}, r"bias = \"lora_only\" \(expected \"none\"\)"),
         ({"alora_invocation_tokens": [4]}, r"config\.json has alora_invocation_tokens = \[4\]: only plain LoRA over .* take it out"),
+        ({"new_rank": 0}, r"new_rank = 0: only plain LoRA"),
         ({"arrow_config": {"top_k": 2}, "use_new": 1.5}, r"has arrow_config = \{\"top_k\": 2\}, use_new = 1\.5: only plain LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights = \"pissa_niter_4\" .*only plain LoRA over the base's own weights"),
         ({"init_lora_weights": "lora_ga"}, r"init_lora_weights = \"lora_ga\""),
@@ -76,7 +77,7 @@ def test_settings_that_do_not_fit(change, message, folder, reference_config):
     [
         {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "target_modules": ".*(gate|w[123]|_proj)", "exclude_modules": "lm_head"},
         {"init_lora_weights": "gaussian", "lora_dropout": 0.1, "auto_mapping": {"parent_library": "x"}, "qalora_group_size": 32},
-        {"use_new": False, "new_config": None, "new_pattern": {}, "new_tokens": [], "new_name": "", "new_rank": 0},
+        {"use_new": False, "new_config": None, "new_pattern": {}, "new_tokens": [], "new_name": ""},
     ],
 )
 def test_settings_that_change_nothing(change, folder, reference_config):
