@@ -16,9 +16,10 @@ from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import told
-from moejax.evaluation.runs import check_made_of, open_run
+from moejax.evaluation.runs import check_base, check_made_of, open_run
 from moejax.hub import beside, merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint
+from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
 from moejax.terminal import Console
@@ -120,20 +121,24 @@ def _tokenizer(experiment: Experiment, base: Path) -> Any:
 def _compare(
     experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, limit: float, console: Console
 ) -> verification.Comparison:
-    """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory."""
+    """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory. Raises UserError where the
+    base's weights are others than the run's."""
     stored = jnp.dtype(experiment.training.compute_dtype if experiment.adapter else experiment.training.stored_dtype)
     arguments: dict[str, Any] = {"param_dtype": stored, "frozen_dtype": stored, "quantization": quantization_config(experiment)}
     arguments |= {"adapter": adapter_config(experiment)}
-    own = [] if experiment.adapter is None else [folder / "adapter"]
+    own, content = ([], None) if experiment.adapter is None else ([folder / "adapter"], Content())
     if chosen != "merged":
-        models = [Checkpoint(sizes, base, [*own, written], arguments)]
+        models = [Checkpoint(sizes, base, [*own, written], arguments, content)]
     else:
         reloaded = Checkpoint(weights.read_config(written), written, (), {"param_dtype": jnp.bfloat16})
-        models = [Checkpoint(sizes, base, own, arguments), reloaded]
+        models = [Checkpoint(sizes, base, own, arguments, content), reloaded]
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("verifying", total=sizes.blocks)
-        return verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: bar.advance(task))
+        compared = verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: bar.advance(task))
+    if content is not None:
+        check_base(folder, experiment, content.finish())
+    return compared
 
 
 def _verdict(c: verification.Comparison, limit: float) -> str:

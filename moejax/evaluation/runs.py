@@ -59,8 +59,13 @@ def base_model(folder: Path, experiment: Experiment, sizes: Architecture, model_
     """What the run in `folder` began with. Raises UserError where its weights have become others since."""
     content = Content()
     model = create_model(experiment, sizes, model_folder, content)
-    _same(folder, experiment, {"base": content.value})
+    check_base(folder, experiment, content.value)
     return model
+
+
+def check_base(folder: Path, experiment: Experiment, content: str | None) -> None:
+    """Raises UserError where the hash of the base's weights is another than that of what the run in `folder` began with."""
+    _same(folder, experiment, {"base": content})
 
 
 def tuned(experiment: Experiment, sizes: Architecture, folder: Path, base: Model) -> Model:

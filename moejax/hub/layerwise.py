@@ -14,18 +14,20 @@ from flax import nnx
 
 from moejax.hub import peft, stored, streaming, weights
 from moejax.hub.names import attribute, block_tensors, index_of
+from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
 
 
 class Checkpoint(NamedTuple):
     """A folder in Hub layout, and how its weights are stored here: arguments of `moejax.models.build.build`. Each adapter over it is a
-    model of its own; without any it is one."""
+    model of its own; without any it is one. content: takes what the hash of the weights is made of, as they are read."""
 
     sizes: Architecture
     folder: Path
     adapters: Sequence[Path] = ()
     arguments: Mapping[str, Any] = {}
+    content: Content | None = None
 
 
 class Matrix(NamedTuple):
@@ -52,7 +54,7 @@ class Walk:
 
     def __init__(self, checkpoint: Checkpoint, tokens: np.ndarray, stack: ExitStack):
         """tokens: int32 [T]. What is opened is closed by `stack`."""
-        self.sizes, self.folder = checkpoint.sizes, checkpoint.folder
+        self.sizes, self.folder, self._content, self._at = checkpoint.sizes, checkpoint.folder, checkpoint.content, 0
         arguments = {**checkpoint.arguments, "dtype": jnp.float32}
         whole = build(self.sizes, **arguments)  # shapes and names; nothing of it is ever filled but adapters
         self._pairs: list[Any] = [_pairs(whole, adapter) for adapter in checkpoint.adapters] or [None]
@@ -61,9 +63,8 @@ class Walk:
         self._run = _runner(self.part, len(tokens))
         self._files = stored.open_tensors(self.folder, stack, self.sizes)
         weights.check_names(self._files, whole, self.folder)
-        streaming.fill(self.part, self._files, self.folder, under="embed")
+        self._fill(self._files, "embed")
         self.streams = [self.part.embed(jnp.asarray(tokens)[None], jnp.float32)] * len(self._pairs)
-        self._at = 0
 
     @property
     def layers(self) -> int:
@@ -74,7 +75,20 @@ class Walk:
         self._at = layer
         nnx.update(self.part, self._blank)
         files = {name: self._files[own] for name, own in self._own_names().items() if own in self._files}
-        streaming.fill(self.part, files, self.folder, under="layers")
+        self._fill(files, "layers")
+
+    def _fill(self, files: dict[str, Any], under: str) -> None:
+        streaming.fill(self.part, files, self.folder, under=under, keep=None if self._content is None else self)
+
+    def put(self, name: str, value: Any, index: tuple[int, ...]) -> None:
+        """What `fill` read, under the place that it has in the whole model."""
+        if self._content is not None:
+            self._content.put(name, np.asarray(value), (self._at, *index[1:]) if index else ())
+
+    def wait(self) -> None:
+        """Until nothing that was put is read any more."""
+        if self._content is not None:
+            self._content.wait()
 
     def step(self, model: int, experts: np.ndarray | None = None) -> Routing | None:
         """Run a model's stream through the layer that was read, each token through `experts` (int32 [T, K]) or those that it chooses.
@@ -93,7 +107,7 @@ class Walk:
         """Read what comes after the layers."""
         nnx.update(self.part, self._blank)
         for under in ("norm", "embed" if self.sizes.tie_word_embeddings else "head"):
-            streaming.fill(self.part, self._files, self.folder, under=under)
+            self._fill(self._files, under)
 
     def logits(self, model: int) -> np.ndarray:
         """fp32 [T, V], after `end`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,18 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.hub.names import Place, attribute, tensors
-from moejax.hub.quantized_cache import Keeper, ahead, put
+from moejax.hub.quantized_cache import ahead, put
 from moejax.hub.safetensors_file import Staging
 from moejax.models.build import Model
 from moejax.models.ops import nf4
+
+
+class Keep(Protocol):
+    """Who gets a copy, as `quantized_cache.Keeper` does."""
+
+    def put(self, name: str, value: Any, index: tuple[int, ...]) -> None: ...
+
+    def wait(self) -> None: ...
 
 
 def fill(
@@ -25,13 +33,13 @@ def fill(
     folder: Path,
     *,
     under: str | None = None,
-    keep: Keeper | None = None,
+    keep: Keep | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Give the base weights of an abstract model (those under attribute `under`, or all) their values from `files`.
 
-    keep: the cache that gets a copy. advance: called with the bytes of each tensor. Raises UserError, with file and tensor, where one
-    is missing, has another shape, or holds NaN.
+    keep: gets a copy of each part as it is stored. advance: called with the bytes of each tensor. Raises UserError, with file and
+    tensor, where one is missing, has another shape, or holds NaN.
     """
     targets = {(path, attr): parts for (path, attr), parts in by_variable(model).items() if under in (None, path[0])}
     values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}

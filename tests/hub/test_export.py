@@ -16,10 +16,14 @@ from support import ROOT, VECTORS, finished_run
 from transformers import PreTrainedTokenizerFast
 
 from moejax import cli, export
+from moejax.config import dump
+from moejax.contents import MadeOf
 from moejax.errors import UserError
 from moejax.hub import merge, peft, weights
+from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig
+from moejax.training.state import architecture, create_model
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,23 @@ def test_a_merged_model_computes_what_was_trained(run_folder, tmp_path, capsys):
     assert {v.dtype for v in load_file(str(out / "model.safetensors")).values()} == {jnp.dtype(jnp.bfloat16)}
     # transformers 4 knows no other name for the class.
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_base_with_other_weights_is_refused(tmp_path):
+    """Of the same names, sizes and config."""
+    base, run, content = tmp_path / "base", tmp_path / "run", Content()
+    shutil.copytree(ROOT / "assets/tiny-mixtral", base)
+    experiment = finished_run(run, model={"source": str(base)})
+    create_model(experiment, architecture(experiment, base), base, content)
+    made_of = {"base": content.value, "platform": jax.default_backend()}
+    (run / "config.yaml").write_text(dump(experiment.model_copy(update={"made_of": MadeOf(**made_of)})))
+    assert export.run(str(run), str(tmp_path / "right"), "peft", True, None) == 0
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(UserError, match=r"run was made of another content\. Changed: base: sha256 .* Put back"):
+        export.run(str(run), str(tmp_path / "wrong"), "peft", True, None)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_merging_is_pefts_merging(mixtral_folder, reference_config, mixtral_vectors, tmp_path):

@@ -1,6 +1,7 @@
 """A checkpoint's logits a layer at a time: those of the whole model, and of the adapter that was asked for."""
 
 import shutil
+from contextlib import ExitStack
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from support import ROOT, finished_run, full_logits
 
 from moejax.errors import UserError
 from moejax.hub import layerwise, peft, weights
+from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import LORA_TARGETS, LoRAConfig, Quantization
 
@@ -48,6 +50,20 @@ def test_adapters_over_nf4_each_by_itself(tmp_path):
         expected = whole(folder, adapter, **arguments)
         np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(("name", "quantization"), [("tiny-mixtral", Quantization()), ("tiny-blackmamba", None)])
+def test_the_hash_of_what_is_read_is_that_of_the_whole(name, quantization):
+    folder, whole, read = ROOT / "assets" / name, Content(), Content()
+    sizes = weights.read_config(folder)
+    arguments = {"quantization": quantization, "param_dtype": jnp.bfloat16, "frozen_dtype": jnp.bfloat16}
+    weights.load_weights(build(sizes, **arguments), folder, jax.random.key(0), content=whole)
+    with ExitStack() as stack:
+        walk = layerwise.Walk(layerwise.Checkpoint(sizes, folder, (), arguments, read), TOKENS, stack)
+        for layer in range(walk.layers):
+            walk.read(layer)
+        walk.end()
+    assert read.finish() == whole.value
 
 
 def test_no_more_than_a_layer_is_held(monkeypatch):
