@@ -18,7 +18,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -28,7 +28,7 @@ from moejax.errors import UserError
 from moejax.estimating import architecture_of
 from moejax.estimator import sizes
 from moejax.estimator.roofline import NF4_BYTES
-from moejax.models.config import Architecture, BlackMambaConfig
+from moejax.models.config import Architecture, specs
 
 FP32 = 4
 SIZES = {"bfloat16": 2, "float32": 4}
@@ -58,8 +58,8 @@ def product(
     return Stage("", passes * 2 * n * inputs * outputs, passes * moved)
 
 
-def merged(name: str, times: float, *stages: Stage) -> Stage:
-    return Stage(name, times * sum(s.flops for s in stages), times * sum(s.bytes for s in stages))
+def merged(name: str, *stages: Stage) -> Stage:
+    return Stage(name, sum(s.flops for s in stages), sum(s.bytes for s in stages))
 
 
 def dequantization(item: int, weights: float, passes: float) -> Stage:
@@ -67,51 +67,42 @@ def dequantization(item: int, weights: float, passes: float) -> Stage:
     return Stage("", 2 * weights * passes, weights * passes * (NF4_BYTES + item))
 
 
-def experts(item: int, config: Architecture, n: float, trained: bool, quantized: bool, rank: int = 0) -> list[Stage]:
-    """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too."""
-    c = config
-    d, f, e, k = c.hidden_size, c.intermediate_size, c.num_experts, c.experts_per_token
-    layers = c.blocks
+def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantized: bool, ranks: list[int]) -> list[Stage]:
+    """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too.
+    ranks: of the adapters on the three."""
+    f, e, k = spec.hidden, spec.experts, spec.experts_per_token
     passes = (3 + trained) + (3 + trained) + (2 + trained)
-    out = [merged("moe/w1, w3, w2", layers, product(item, n, d, f, passes, e, n * k))]
+    out = [merged("moe/w1, w3, w2", product(item, n, d, f, passes, e, n * k))]
     if quantized:
-        out.append(merged("moe: dequantization", layers, dequantization(item, 3 * e * d * f, 2)))
-    if rank:  # forward, again, and a product each for the gradients of A, B and what goes in
-        out.append(merged("moe/lora", layers, *(product(item, n, d + f, rank, 4, e, n * k),) * 3))
-    moved = 0.0 if c.dense else 8 * item * n * k * d
-    out.append(Stage("moe/dispatch, combine", 0, layers * moved))
+        out.append(merged("moe: dequantization", dequantization(item, 3 * e * d * f, 2)))
+    if ranks:  # forward, again, and a product each for the gradients of A, B and what goes in
+        out.append(merged("moe/lora", *(product(item, n, d + f, rank, 4, e, n * k) for rank in ranks)))
+    moved = 0.0 if spec.dense else 8 * item * n * k * d
+    out.append(Stage("moe/dispatch, combine", 0, moved))
     # Forward (read two, write one), and backward (read three, write three); recomputed rows stay where they are.
-    out.append(Stage("moe/act", layers * 10 * n * k * f, layers * 9 * item * n * k * f))
+    out.append(Stage("moe/act", 10 * n * k * f, 9 * item * n * k * f))
     return out
 
 
-def mixtral(item: int, c: Any, rows: int, length: int, trained_weights: float, quantized: bool, rank: int) -> list[Stage]:
-    n, d, layers = rows * length, c.hidden_size, c.num_layers
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    matrices = [product(item, n, d, q + 2 * kv, 3), product(item, n, q, d, 2)]
+def attention(item: int, d: int, spec: specs.GQA, rows: int, length: int, trained: bool, quantized: bool) -> list[Stage]:
+    n, q, kv = rows * length, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     pairs = rows * length * (length + 1) / 2
-    out = [merged("attention: projections", layers, *matrices)]
+    out = [merged("attention: projections", product(item, n, d, q + 2 * kv, 3 + trained), product(item, n, q, d, 2 + trained))]
     if quantized:
-        out.append(merged("attention: dequantization", layers, dequantization(item, d * (q + 2 * kv), 3), dequantization(item, q * d, 2)))
+        out.append(merged("attention: dequantization", dequantization(item, d * (q + 2 * kv), 3), dequantization(item, q * d, 2)))
     # Scores and weighted values; backward the scores again, and the gradients of weights, values, queries and keys. Nothing is written.
-    out.append(Stage("attention: scores", layers * 14 * pairs * q, layers * 3 * item * n * (2 * q + 2 * kv)))
-    out += experts(item, c, n, False, quantized, rank)
-    out.append(Stage("norms, stream", 0, layers * 2 * 8 * item * n * d))
-    return [*out, *ends(item, c, n, False, trained_weights, FP32)]
+    return [*out, Stage("attention: scores", 14 * pairs * q, 3 * item * n * (2 * q + 2 * kv))]
 
 
-def blackmamba(item: int, c: BlackMambaConfig, rows: int, length: int, trained_weights: float, param_bytes: int) -> list[Stage]:
-    n, d, i, s = rows * length, c.hidden_size, c.inner_size, c.state_size
-    layers = c.num_layers // 2
-    into, small = product(item, n, d, 2 * i, 4), product(item, n, i, c.rank + 2 * s, 4)
-    matrices = [into, small, product(item, n, c.rank, i, 4), product(item, n, i, d, 3)]
-    out = [merged("mamba: projections", layers, *matrices)]
-    # u, dt in fp32, y out, forward and again; backward reads them and dy, and writes du and ddt. States never leave the registers.
-    out.append(Stage("mamba/scan", layers * 3 * 9 * n * i * s, layers * FP32 * n * i * (3 + 3 + 5)))
-    out.append(Stage("mamba/conv, gate", layers * 3 * 2 * c.conv_size * n * i, layers * item * n * i * 14))
-    out += experts(item, c, n, True, False)
-    out.append(Stage("norms, stream", 0, layers * 2 * 8 * FP32 * n * d))
-    return [*out, *ends(item, c, n, True, trained_weights, param_bytes)]
+def mamba(item: int, d: int, spec: specs.Mamba, n: float, trained: bool) -> list[Stage]:
+    i, s, r = spec.inner, spec.state, spec.rank
+    again = [product(item, n, into, out, 3 + trained) for into, out in ((d, 2 * i), (i, r + 2 * s), (r, i))]
+    return [
+        merged("mamba: projections", *again, product(item, n, i, d, 2 + trained)),
+        # u, dt in fp32, y out, forward and again; backward reads them and dy, and writes du and ddt. States never leave the registers.
+        Stage("mamba/scan", 3 * 9 * n * i * s, FP32 * n * i * (3 + 3 + 5)),
+        Stage("mamba/conv, gate", 3 * 2 * spec.conv * n * i, item * n * i * 14),
+    ]
 
 
 def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, param_bytes: int) -> list[Stage]:
@@ -123,12 +114,26 @@ def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, pa
 
 def floors(experiment: Experiment, config: Architecture, rows: int, length: int) -> list[Stage]:
     """All stages of one optimizer step with one micro-batch of rows x length tokens."""
-    item = SIZES[experiment.training.compute_dtype]
-    trained = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
-    if isinstance(config, BlackMambaConfig):
-        return blackmamba(item, config, rows, length, trained, SIZES[experiment.training.stored_dtype])
-    rank = 0 if experiment.adapter is None else experiment.adapter.rank
-    return mixtral(item, config, rows, length, trained, experiment.quantization.format == "nf4", rank)
+    t, adapter, q = experiment.training, experiment.adapter, experiment.quantization
+    item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
+    quantized = set(q.modules) if q.format == "nf4" else set()
+    weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
+    found: dict[str, Stage] = {}
+    for stack in config.stacks:
+        mixer, moe = stack.block.halves
+        match mixer:
+            case specs.GQA():
+                stages = attention(item, d, mixer, rows, length, full, "attention" in quantized)
+            case specs.Mamba():
+                stages = mamba(item, d, mixer, n, full)
+            case _:
+                assert_never(mixer)
+        ranks = [adapter.rank for target in adapter.targets if target in moe.groups["experts"]] if adapter else []
+        stages += experts(item, d, moe, n, full, "experts" in quantized, ranks)
+        stages.append(Stage("norms, stream", 0, 2 * 8 * (FP32 if config.stream.fp32 else item) * n * d))
+        for stage in stages:
+            found[stage.name] = merged(stage.name, found.get(stage.name, Stage("", 0, 0)), *[stage] * stack.repeats)
+    return [*found.values(), *ends(item, config, n, full, weights, SIZES[t.stored_dtype] if full else FP32)]
 
 
 def useful_flops(config: Architecture, experiment: Experiment, rows: int, length: int) -> float:

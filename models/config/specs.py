@@ -13,6 +13,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 Path = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer's weights [out, in]; copies: how many side by side [copies, out, in] (experts'); met: how many a token meets."""
+
+    out: int
+    inner: int
+    copies: int | None = None
+    met: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        return (self.out, self.inner) if self.copies is None else (self.copies, self.out, self.inner)
 
 
 @dataclass(frozen=True)
@@ -25,8 +40,20 @@ class GQA:
     rope_theta: float
     qk_norm: Literal["head", "all"] | None = None
     module: ClassVar[str] = "attention"
+    positional: ClassVar[bool] = True
     targets: ClassVar[Mapping[str, str]] = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+    def matrices(self, width: int) -> dict[str, Matrix]:
+        """Its linear layers, where the stream has `width` numbers a token."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"q_proj": Matrix(q, width), "k_proj": Matrix(kv, width), "v_proj": Matrix(kv, width), "o_proj": Matrix(width, q)}
+
+    @property
+    def others(self) -> dict[str, Shape]:
+        """Its other variables, none of which meets the stream."""
+        sizes = {None: (), "head": (1, 1), "all": (self.heads, self.kv_heads)}[self.qk_norm]
+        return {f"{name}.weight": (n * self.head_dim,) for name, n in zip(("q_norm", "k_norm"), sizes, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -38,8 +65,20 @@ class Mamba:
     conv: int
     rank: int
     module: ClassVar[str] = "mamba"
+    positional: ClassVar[bool] = False
     targets: ClassVar[Mapping[str, str]] = {}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def matrices(self, width: int) -> dict[str, Matrix]:
+        into, out = Matrix(2 * self.inner, width), Matrix(width, self.inner)
+        x = Matrix(self.rank + 2 * self.state, self.inner)
+        return {"in_proj": into, "x_proj": x, "dt_proj": Matrix(self.inner, self.rank), "out_proj": out}
+
+    @property
+    def others(self) -> dict[str, Shape]:
+        one = (self.inner,)
+        taps, states = (self.inner, self.conv), (self.inner, self.state)
+        return {"conv.weight": taps, "conv.bias": one, "dt_bias": one, "a_log": states, "d": one}
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,20 @@ class MoE:
     module: ClassVar[str] = "moe"
     targets: ClassVar[Mapping[str, str]] = {"gate": "router", "w1": "w1", "w2": "w2", "w3": "w3"}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"experts": ("w1", "w2", "w3"), "router": ("router",)}
+
+    @property
+    def dense(self) -> bool:
+        """Whether every token visits every expert."""
+        return self.experts_per_token == self.experts
+
+    def matrices(self, width: int) -> dict[str, Matrix]:
+        into = Matrix(self.hidden, width, self.experts, self.experts_per_token)
+        out = Matrix(width, self.hidden, self.experts, self.experts_per_token)
+        return {"router": Matrix(self.experts, width), "w1": into, "w2": out, "w3": into}
+
+    @property
+    def others(self) -> dict[str, Shape]:
+        return {"router.bias": (self.experts,)} if self.router.bias else {}
 
 
 Mixer = GQA | Mamba
@@ -223,6 +276,29 @@ class Architecture(ABC):
     def fields(cls) -> tuple[str, ...]:
         """The names that `replace` takes."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+
+    @property
+    def weights(self) -> dict[Path, Shape]:
+        """Every variable of the model -> its shape; a stack's have an axis of its blocks before them."""
+        d, norm = self.hidden_size, {"rms": ("weight",), "layer": ("weight", "bias")}[self.stream.final_norm]
+        found: dict[Path, Shape] = {(*path, "weight"): (blocks, *m.shape) for path, (m, blocks) in self.linears.items()}
+        for stack in self.stacks:
+            for half in stack.block.halves:
+                found |= {(stack.name, half.module, *name.split(".")): (stack.repeats, *shape) for name, shape in half.others.items()}
+                found[stack.name, f"{half.module}_norm", "weight"] = (stack.repeats, d)
+        for module in ("embed",) if self.tie_word_embeddings else ("embed", "head"):
+            found[module, "weight"] = (self.vocab_size, d)
+        return found | {("norm", part): (d,) for part in norm}
+
+    @property
+    def linears(self) -> dict[Path, tuple[Matrix, int]]:
+        """The blocks' linear layers, and how many blocks have each."""
+        return {
+            (stack.name, half.module, name): (matrix, stack.repeats)
+            for stack in self.stacks
+            for half in stack.block.halves
+            for name, matrix in half.matrices(self.hidden_size).items()
+        }
 
     @property
     def targets(self) -> dict[str, tuple[Path, ...]]:

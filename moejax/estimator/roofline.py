@@ -8,13 +8,13 @@ is not recomputed. Attention's scores, norms, activations and adapters are left 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moejax.estimator.gpus import GPU
-from moejax.models.config import PRESETS, Architecture, LoRAConfig, specs
+from moejax.models.config import PRESETS, Architecture, LoRAConfig
 
 Method = Literal["qlora", "lora", "full"]
 FloatArray = NDArray[np.float64]
@@ -72,27 +72,18 @@ class Work:
 
 def work(config: Architecture, method: Method) -> Work:
     """The step's work for an architecture trained by a method."""
-    d, f = config.hidden_size, config.intermediate_size
-    head = config.vocab_size * d
-    router = d * config.num_experts
-    layers, mixer = config.blocks, config.stacks[0].block.mixer
-    match mixer:
-        case specs.Mamba(inner=inner, state=states, rank=rank):
-            rest = d * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * d + router
-        case specs.GQA(heads=heads, kv_heads=kv, head_dim=c):
-            rest = 2 * d * heads * c + 2 * d * kv * c + router
-        case _:
-            assert_never(mixer)
-    tables = head if config.tie_word_embeddings else 2 * head
-    return Work(layers * rest, layers * 3 * d * f, tables, head, config.num_experts, method == "full")
+    head, rest, expert = config.vocab_size * config.hidden_size, 0, 0
+    for matrix, blocks in config.linears.values():
+        size = blocks * matrix.out * matrix.inner
+        rest, expert = (rest + size, expert) if matrix.copies is None else (rest, expert + size)
+    return Work(rest, expert, head if config.tie_word_embeddings else 2 * head, head, config.num_experts, method == "full")
 
 
 def adapter_weights(config: Architecture, adapter: LoRAConfig | None = None) -> float:
-    """Weights of a LoRA adapter on every expert and router (the study's targets), or on `adapter.targets` of these."""
-    adapter = adapter or LoRAConfig()
-    d, f, e = config.hidden_size, config.intermediate_size, config.num_experts
-    sizes = {"w1": e * (d + f), "w2": e * (d + f), "w3": e * (d + f), "gate": d + e}
-    return config.num_layers * adapter.rank * sum(sizes.get(target, 0) for target in adapter.targets)
+    """Weights of a LoRA adapter; without one, of the study's: on every expert and router."""
+    adapter, linears = adapter or LoRAConfig(), config.linears
+    adapted = [linears[path] for target in adapter.targets for path in config.targets.get(target, ())]
+    return adapter.rank * sum(blocks * (m.copies or 1) * (m.out + m.inner) for m, blocks in adapted)
 
 
 def of_study(model: str) -> Work:

@@ -38,33 +38,31 @@ class FlopCount:
         return self.per_token * tokens + self.per_pair * pairs
 
 
-def active_matrices(config: Architecture) -> dict[str, tuple[int, int, int]]:
-    """name -> (in, out, how many of them one token meets in one layer; a BlackMamba's layer is a pair)."""
-    d, f, k = config.hidden_size, config.intermediate_size, config.experts_per_token
-    experts = {"gate": (d, config.num_experts, 1), "w1": (d, f, k), "w3": (d, f, k), "w2": (f, d, k)}
-    mixer = config.stacks[0].block.mixer
-    match mixer:
-        case specs.Mamba(inner=inner, state=n, conv=taps, rank=r):
-            # The convolution's taps, and per state: the decay and the input, and the sum with C; all multiply-adds, one weight each.
-            small = {"conv": (taps, inner, 1), "scan": (3 * n, inner, 1)}
-            matrices = {"in_proj": (d, 2 * inner, 1), "x_proj": (inner, r + 2 * n, 1), "dt_proj": (r, inner, 1), "out_proj": (inner, d, 1)}
-            return matrices | small | experts
-        case specs.GQA(heads=heads, kv_heads=kv, head_dim=c):
-            q, kv = heads * c, kv * c
-            return {"q_proj": (d, q, 1), "k_proj": (d, kv, 1), "v_proj": (d, kv, 1), "o_proj": (q, d, 1)} | experts
+def _apart(half: specs.Mixer | specs.FeedForward) -> tuple[int, int]:
+    """Multiply-adds a token beside the matrices, and FLOPs a pair."""
+    match half:
+        case specs.GQA(heads=heads, head_dim=c):
+            return 0, 4 * heads * c
+        case specs.Mamba(inner=inner, state=states, conv=taps):  # a state's decay, its input, and its sum with C
+            return (taps + 3 * states) * inner, 0
+        case specs.MoE():
+            return 0, 0
         case _:
-            assert_never(mixer)
+            assert_never(half)
 
 
 def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
     """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one."""
-    matrices = active_matrices(config)
-    layers, mixer = config.blocks, config.stacks[0].block.mixer
-    base = layers * sum(i * o * n for i, o, n in matrices.values()) + config.vocab_size * config.hidden_size
-    scores = 4 * layers * mixer.heads * mixer.head_dim if isinstance(mixer, specs.GQA) else 0
+    linears = config.linears
+    base = config.vocab_size * config.hidden_size + sum(n * m.met * m.out * m.inner for m, n in linears.values())
+    scores = 0
+    for stack in config.stacks:
+        for more, pair in map(_apart, stack.block.halves):
+            base, scores = base + stack.repeats * more, scores + stack.repeats * pair
     if adapter is None:
         return FlopCount(6 * base, 3 * scores)
-    low_rank = layers * sum(adapter.rank * (i + o) * n for name, (i, o, n) in matrices.items() if name in adapter.targets)
+    adapted = [linears[path] for target in adapter.targets for path in config.targets.get(target, ())]
+    low_rank = sum(adapter.rank * n * m.met * (m.out + m.inner) for m, n in adapted)
     return FlopCount(4 * base + 6 * low_rank, 3 * scores)
 
 

@@ -11,9 +11,10 @@ from support import kept_result
 from moejax import cli, config, estimating, installation
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import cards, closed_form, gpus, memory, memory_report, sizes
+from moejax.estimator import block_memory, cards, closed_form, gpus, memory, memory_report, roofline, sizes
 from moejax.estimator.targets import target_of
-from moejax.models.config import PRESETS
+from moejax.models.config import PRESETS, MixtralConfig
+from moejax.models.config.specs import Block, Mamba, Stack
 from moejax.training import aot
 
 TARGETS = ["w1", "w2", "w3", "gate"]
@@ -81,6 +82,45 @@ def test_arguments_to_the_byte(case):
     assert made.batch == 4 + 4 * (4 if "mamba" in case.model.preset else 5) * case.training.gradient_accumulation * 2 * 64
 
 
+class Hybrid(MixtralConfig):
+    """Two stacks: an attention model's blocks, and BlackMamba's behind them."""
+
+    @property
+    def stacks(self):
+        second = Mamba(inner=192, state=8, conv=4, rank=6)
+        (first,) = super().stacks
+        return first, Stack(Block(second, first.block.feed_forward), 3, "later")
+
+
+HYBRID = Hybrid(**{name: getattr(PRESETS["mixtral-tiny"], name) for name in MixtralConfig.fields()})
+
+
+@pytest.mark.parametrize("sizes", [*PRESETS.values(), HYBRID], ids=[*PRESETS, "two stacks"])
+def test_weights_are_those_of_the_model(sizes):
+    from flax import nnx
+
+    from moejax.models.build import build
+
+    there = {path: v.get_value().shape for path, v in nnx.to_flat_state(nnx.state(build(sizes)))}
+    assert sizes.weights == there
+
+
+def test_several_stacks_are_summed():
+    """FLOPs and weights by hand; arguments to the byte and the peak of the compiled step."""
+    from moejax.training import flops
+
+    one, two = (flops.count(sizes, None) for sizes in (PRESETS["mixtral-tiny"], HYBRID))
+    mixer = 2 * 192 * 128 + (6 + 2 * 8) * 192 + 192 * 6 + 128 * 192
+    experts = 8 * 128 + 2 * 3 * 160 * 128
+    assert two.per_pair == one.per_pair and two.per_token - one.per_token == 6 * 3 * (mixer + experts + (4 + 3 * 8) * 192)
+    works = [roofline.work(sizes, "full").weights for sizes in (PRESETS["mixtral-tiny"], HYBRID)]
+    assert works[1] - works[0] == 3 * (mixer + 8 * 128 + 8 * 3 * 160 * 128)
+    compiled = aot.compile_step(CASES["full, dense"], HYBRID, rows=16, row_tokens=256, gpu=None)
+    made = closed_form.breakdown(CASES["full, dense"], HYBRID, rows=16, row_tokens=256, platform="cpu")
+    assert made.arguments == compiled.argument_bytes
+    assert made.total == pytest.approx(compiled.peak_bytes, rel=0.03)
+
+
 @pytest.mark.parametrize("nf4", [True, False])
 def test_tiles_are_those_of_the_model(nf4):
     from moejax.models.ops.grouped_matmul import choose
@@ -91,7 +131,8 @@ def test_tiles_are_those_of_the_model(nf4):
             sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "nf4": nf4}
             for tokens in (1, 37, 512, 4096, 65536):
                 expected = choose("auto", platform, tokens, model.num_experts, model.experts_per_token, **sizes).tile
-                assert closed_form.tile_rows(platform, tokens, model, nf4) == expected
+                moe = model.stacks[0].block.feed_forward
+                assert block_memory.tile_rows(platform, tokens, model.hidden_size, moe, nf4) == expected
 
 
 def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
@@ -115,7 +156,7 @@ def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
 def test_constants_are_those_of_the_operations():
     from moejax.models.ops import attention, nf4
 
-    assert (attention.SMALLEST_BLOCK, attention.LARGEST_BLOCK) == closed_form.ATTENTION_BLOCKS
+    assert (attention.SMALLEST_BLOCK, attention.LARGEST_BLOCK) == block_memory.ATTENTION_BLOCKS
     assert (nf4.BLOCK, nf4.NESTED_BLOCK) == (sizes.NF4_BLOCK, sizes.NESTED_BLOCK)
 
 

@@ -76,3 +76,12 @@ def test_what_is_no_profile_is_told(breakdown, tmp_path, capsys, monkeypatch):
     (tmp_path / "x.json").write_text("{}")
     assert "expected a profiled run's folder" in refused(tmp_path / "x.json")
     assert "expected a profiled run's folder" in refused(tmp_path / "none.json")
+
+
+def test_a_trained_base_is_multiplied_once_more():
+    """Whatever its mixer; and only adapted experts have an adapter's products."""
+    for file, mixer in ((TINY, "attention: projections"), (TINY.replace("mixtral", "blackmamba"), "mamba: projections")):
+        full, adapted = (config.load(file, ["quantization.format=none", more]) for more in ("adapter=null", "adapter.targets=[gate]"))
+        flops = [{s.name: s.flops for s in floors.floors(e, e.model.architecture(None), 10, 128)} for e in (full, adapted)]
+        assert flops[0]["moe/w1, w3, w2"] == 11 / 8 * flops[1]["moe/w1, w3, w2"] and "moe/lora" not in flops[1]
+        assert flops[0][mixer] > 1.3 * flops[1][mixer]

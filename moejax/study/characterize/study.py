@@ -110,7 +110,7 @@ class Study:
         """As the results name them."""
         found = {}
         for s in self.settings:
-            total = sum(w.size for w in sizes.stored(s.experiment, s.architecture) if "lora" not in w.name)
+            total = sum(w.size for w in sizes.stored(s.experiment, s.architecture) if not w.adapter)
             weights = "random" if s.random_weights else str(s.experiment.model.source)
             found[s.model] = Model(s.model, s.family, s.method, weights, total)
         return list(found.values())
