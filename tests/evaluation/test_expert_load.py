@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     """A run of a few steps; its folder, its experiment, its data."""
     folder = tmp_path_factory.mktemp("load")
     training = {"steps": 3, "learning_rate": 0.1, "gradient_accumulation": 1, "remat": "none"}
-    experiment = tiny_experiments(folder)(training=training, adapter={"dropout": 0.0})
+    experiment = tiny_experiments(folder)(training=training)
     path = folder / "config.yaml"
     path.write_text(config.dump(experiment))
     assert cli.main(["train", "--config", str(path)]) == 0

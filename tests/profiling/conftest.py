@@ -26,9 +26,7 @@ def session_experiment(tmp_path_factory):
 def profiled(session_experiment):
     """Eight steps, the third and the fourth traced: the folder and what was printed."""
     training = {"steps": 8, "gradient_accumulation": 1, "schedule": "constant"}
-    experiment = session_experiment(
-        "traced", training=training, adapter={"dropout": 0.0}, profile={"start_step": 3, "steps": 2}
-    )
+    experiment = session_experiment("traced", training=training, profile={"start_step": 3, "steps": 2})
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         assert loop.run(experiment, resume=False) == 0

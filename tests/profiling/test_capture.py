@@ -18,7 +18,7 @@ from moejax.training.loop import Trainer
 STEPS = 8
 WINDOW = {"start_step": 3, "steps": 2}
 # A constant rate: runs of other lengths are the same program.
-SMALL = {"training": {"steps": STEPS, "gradient_accumulation": 1, "schedule": "constant"}, "adapter": {"dropout": 0.0}}
+SMALL = {"training": {"steps": STEPS, "gradient_accumulation": 1, "schedule": "constant"}}
 
 
 def folder_of(experiment):

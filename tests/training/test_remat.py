@@ -113,7 +113,7 @@ def test_the_program_asked_about_is_the_one_that_runs(make_experiment, tmp_path,
 
 
 def test_others_refuse_auto(make_experiment, tmp_path):
-    experiment = make_experiment(training={"remat": "auto"}, model={"aux_loss_coef": 0.0}, adapter={"dropout": 0.0})
+    experiment = make_experiment(training={"remat": "auto"}, model={"aux_loss_coef": 0.0})
     with pytest.raises(UserError, match=r"training\.remat = auto is resolved by a training run only: set none, dots or full"):
         aot.compile_step(experiment, SIZES, rows=1, row_tokens=8, gpu=None)
     for policy in ("auto", "dots"):

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from support import ROOT, TINY, tiny_experiments
+from test_loop import NotCompiled
 
 from moejax import config, export
 from moejax.contents import MadeOf
@@ -28,15 +29,6 @@ from moejax.training import example, loop, memory, run_folder
 from moejax.training.metrics import MetricWriter
 
 
-class NotCompiled:
-    """In the place of `Programs` where no step is done."""
-
-    seconds, peak_bytes = 0.0, 0
-
-    def __init__(self, *_):
-        self.get = lambda shape: None
-
-
 def test_a_warm_up_longer_than_the_run(make_experiment, tmp_path, monkeypatch):
     """The config cannot know it where epochs are given: the run does, before a model is made."""
     monkeypatch.setattr(loop, "create_model", None)
@@ -48,10 +40,11 @@ def test_a_warm_up_longer_than_the_run(make_experiment, tmp_path, monkeypatch):
         make_experiment(training={"steps": 14, "warmup_steps": 20})
 
 
-def test_what_comes_never_is_told(make_experiment, capsys):
-    experiment = make_experiment(
-        training={"steps": 1, "gradient_accumulation": 64, "eval_every": 5}, checkpoint={"every": 7}, data={"batch_rows": 100, "holdout": 0}
-    )
+def test_what_comes_never_is_told(make_experiment, tmp_path, capsys):
+    (tmp_path / "three.json").write_text(json.dumps(json.loads((tmp_path / "train.json").read_text())[:3]))
+    data = {"source": str(tmp_path / "three.json"), "batch_rows": 4, "holdout": 0}
+    training = {"steps": 1, "gradient_accumulation": 2, "eval_every": 5}
+    experiment = make_experiment(training=training, checkpoint={"every": 7}, data=data)
     assert loop.run(experiment, resume=False) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert [line.split(":")[1].strip().split(" =")[0] for line in told] == [
@@ -136,7 +129,7 @@ def begun(tmp_path_factory):
     shutil.copy(ROOT / "assets/tiny-mixtral/tokenizer.json", folder / "tokenizer.json")
     made = make(
         model={"source": str(folder / "base"), "preset": None, "overrides": {}},
-        adapter={"rank": 2, "alpha": 4.0, "targets": ["gate"], "dropout": 0.0, "init_from": str(folder / "earlier/adapter")},
+        adapter={"rank": 2, "alpha": 4.0, "targets": ["gate"], "init_from": str(folder / "earlier/adapter")},
         data={"holdout": 0, "eval_source": str(folder / "eval.json")},
         training={"steps": None, "epochs": 1, "gradient_accumulation": 1},
     ).model_copy(update={"tokenizer": str(folder / "tokenizer.json")})

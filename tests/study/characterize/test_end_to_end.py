@@ -54,7 +54,7 @@ def asked_once():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, here):
     folder = tmp_path_factory.mktemp("a_process_too")
-    arguments = ["characterize", "--config", write_config(folder), "--memory-limit", "6MB", "--out", str(folder / "out"), *SIZES]
+    arguments = ["characterize", "--config", write_config(folder), "--memory-limit", "1MB", "--out", str(folder / "out"), *SIZES]
     assert cli.main(arguments) == 0
     return folder / "out"
 
@@ -63,7 +63,7 @@ def test_every_part_ran(study):
     found = results.read(study)
     assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
     assert found.finished and {r.experiment for r in found.rows} == set(results.EXPERIMENTS)
-    assert found.memory_limit == results.MemoryLimit(6_000_000, True)
+    assert found.memory_limit == results.MemoryLimit(1_000_000, True)
     assert found.environment.platform == "cpu" and found.environment.peaks == "measured" and "jax" in found.environment.versions
     assert [p.trial for p in found.plan] == list(found.trials) and all(p.expected_seconds > 0 for p in found.plan)
 
@@ -73,8 +73,8 @@ def test_the_largest_batch_ran_and_one_above_was_refused(study):
     values = {r.metric: r for r in found.of("largest_batch")}
     largest = values["proved_batch"].value
     assert values["predicted_batch"].value == largest >= 1 and values["failed_batch"].value == largest + 1
-    assert values["peak_bytes"].value <= 6_000_000
-    assert (values["memory_limit"].value, values["memory_limit"].scope) == (6_000_000, "artificial")
+    assert values["peak_bytes"].value <= 1_000_000
+    assert (values["memory_limit"].value, values["memory_limit"].scope) == (1_000_000, "artificial")
     trial = found.trials["largest_batch/mixtral-tiny/problems/sparse/prove"]
     assert f"{largest + 1}: RESOURCE_EXHAUSTED (artificial limit" in trial.message
     refused = json.loads((study / "trials" / f"largest_batch/mixtral-tiny/problems/sparse/prove@{largest + 1}.json").read_text())
