@@ -64,16 +64,17 @@ def decoder(model):
     return lambda *rest: _begin(graphdef, state, rest), lambda *rest: _go_on(graphdef, state, rest)
 
 
+@partial(jax.jit, static_argnums=0)
+@partial(jax.value_and_grad, argnums=1, has_aux=True)
+def _mean(objective, trainable, frozen, batch):
+    total, (_, stats) = sums(objective, trainable, frozen, batch, None)
+    return total / batch.loss_mask.sum(), stats
+
+
 def loss_and_gradients(model, batch, **settings):
     """Mean loss, routing statistics and all gradients (in a model's places) of the training objective."""
     graphdef, trainable, frozen = split(model, full=True)
-    objective = Objective(graphdef, full=True, chunk_tokens=16, **settings)
-
-    def mean(trainable):
-        total, (_, stats) = sums(objective, trainable, frozen, batch, None)
-        return total / batch.loss_mask.sum(), stats
-
-    (loss, stats), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True))(trainable)
+    (loss, stats), gradients = _mean(Objective(graphdef, full=True, chunk_tokens=16, **settings), trainable, frozen, batch)
     return loss, stats, nnx.merge(graphdef, gradients, frozen)
 
 

@@ -77,7 +77,7 @@ def test_label_smoothing(models_by_case, batch, blackmamba_vectors):
 
 def test_an_expert_without_tokens_has_exactly_zero_gradient(models_by_case, batch):
     model = models_by_case["top1"]
-    one = Batch(*(a[:1, :5] for a in batch))
+    one = Batch(*(jnp.broadcast_to(a[:1], a.shape).at[:, 5:].set(0) for a in batch))  # in each row the same five tokens
     _, stats, gradients = loss_and_gradients(model, one)
     idle = np.argwhere(np.asarray(stats.counts) == 0)
     assert len(idle)
@@ -109,10 +109,10 @@ def test_packed_equals_alone(case, models_by_case, batch):
     model = models_by_case[case]
     graphdef, trainable, frozen = split(model, full=True)
     first, second = np.asarray(batch.tokens[0, :9]), np.asarray(batch.tokens[1, :7])
-    packed = jnp.asarray(np.concatenate([first, second, [0]]))[None]
-    packed_segments = jnp.asarray([1] * 9 + [2] * 7 + [0])[None]
-    alone = jnp.asarray(np.stack([first, np.pad(second, (0, 2))]))
-    alone_segments = jnp.asarray(np.stack([[1] * 9, [1] * 7 + [0] * 2]))
+    packed, packed_segments, alone, alone_segments = np.zeros((4, 2, 17), np.int32)  # one program for both: of rows and a row of padding
+    packed[0, :16], packed_segments[0, :16] = np.concatenate([first, second]), [1] * 9 + [2] * 7
+    alone[0, :9], alone[1, :7] = first, second
+    alone_segments[0, :9] = alone_segments[1, :7] = 1
 
     def total(trainable, tokens, segments):
         hidden = nnx.merge(graphdef, trainable, frozen)(tokens, segments)[0]

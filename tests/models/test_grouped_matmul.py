@@ -72,19 +72,22 @@ def make_inputs(routing, padding, seed=0):
 PLAN = gm.Plan("loop", tile=16, small_tile=4, activation=gated)
 
 
+@partial(jax.jit, static_argnums=0)
+@partial(jax.value_and_grad, argnums=(1, 2, 3, 4))
+def loss_of(plan, x, weights, inputs, output, experts, valid, cotangent):
+    """Of the plan's product; None: of the reference."""
+    function = reference if plan is None else partial(ours, plan=plan)
+    return jnp.sum(function(x, weights, inputs, output, experts, valid) * cotangent)
+
+
 @pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("padding", [0, 13])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_values_and_gradients(routing, padding, keep):
     rng, experts, valid, x, weights, cotangent = make_inputs(routing, padding)
-    arguments = (x, weights, *make_weights(rng))
-
-    def loss(function, *arguments):
-        return jnp.sum(function(*arguments, experts, valid) * cotangent)
-
-    plan = PLAN._replace(trainable=True, keep=keep)
-    expected = jax.jit(jax.value_and_grad(partial(loss, reference), argnums=range(4)))(*arguments)
-    found = jax.jit(jax.value_and_grad(partial(loss, partial(ours, plan=plan)), argnums=range(4)))(*arguments)
+    arguments = (x, weights, *make_weights(rng), experts, valid, cotangent)
+    expected = loss_of(None, *arguments)
+    found = loss_of(PLAN._replace(trainable=True, keep=keep), *arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 

@@ -41,8 +41,8 @@ def test_packed_equals_alone(k):
     model = nnx.merge(nnx.split(model)[0], jax.tree.map(wider, nnx.split(model)[1]))
     graphdef, trainable, frozen = split(model, full=True)
     loss = jax.jit(jax.value_and_grad(lambda t, batch: sums(Objective(graphdef, full=True), t, frozen, batch, None)[0]))
-    packed = loss(trainable, assemble([queries], 1, 40))
-    alone = loss(trainable, assemble([[q] for q in queries], 4, 16))
+    packed = loss(trainable, assemble([queries], 4, 40))  # and rows of padding: one program for both
+    alone = loss(trainable, assemble([[q] for q in queries], 4, 40))
     np.testing.assert_allclose(packed[0], alone[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max())), packed[1], alone[1])
 

@@ -1,6 +1,7 @@
 """The forms of the selective scan agree with a loop in fp64, packed or alone, in values and gradients."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def starts_at(*places, t=T):
 def test_values(form, t):
     operands, state = make(t=t), jnp.asarray(np.random.default_rng(9).normal(size=(B, D, N)), jnp.float32)
     starts = starts_at(*[p for p in (0, 11, 16, 17) if p < t], t=t) if t > 5 else jnp.zeros((B, t), bool)
-    y, last = ss.selective_scan(*operands, starts, state, form=form, chunk=8)
+    y, last = jax.jit(partial(ss.selective_scan, form=form, chunk=8))(*operands, starts, state)
     expected, expected_last = by_hand(*operands, np.asarray(starts), state)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(last, expected_last, rtol=1e-5, atol=1e-5 * np.abs(expected_last).max())
@@ -81,11 +82,13 @@ def test_a_segment_in_a_row_equals_the_segment_alone(form):
     second = (*second[:2], first[2], *second[3:5], first[5])  # one A and one D
     packed = [jnp.concatenate([x, y], axis=1) if x.ndim == 3 else x for x, y in zip(first, second, strict=True)]
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(operands, starts):
         return jnp.sum(jnp.sin(ss.selective_scan(*operands, starts, form=form, chunk=8)[0]))
 
-    together = jax.value_and_grad(loss)(tuple(packed), jnp.zeros((B, 37), bool).at[:, 0].set(True).at[:, 13].set(True))
-    alone = [jax.value_and_grad(loss)(o, jnp.zeros((B, o[0].shape[1]), bool)) for o in (first, second)]
+    together = loss(tuple(packed), jnp.zeros((B, 37), bool).at[:, 0].set(True).at[:, 13].set(True))
+    alone = [loss(o, jnp.zeros((B, o[0].shape[1]), bool)) for o in (first, second)]
     np.testing.assert_allclose(together[0], alone[0][0] + alone[1][0], rtol=1e-5)
     for i in (0, 1, 3, 4):
         parts = np.concatenate([alone[0][1][i], alone[1][1][i]], axis=1)
