@@ -35,6 +35,7 @@ def test_another_model_brings_its_sizes(tmp_path, monkeypatch):
         assert cli.main(["init", file, "--model", model]) == 0
         written = config.load(file)
         assert (written.model.source, written.model.preset, written.quantization.format) == (model, None, "nf4")
+        assert written.adapter == config.AdapterConfig()  # its family's targets
     assert cli.main(["init"]) == 0 and config.load("finetune.yaml").model.preset == "mixtral-8x7b"
 
 

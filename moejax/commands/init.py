@@ -53,8 +53,8 @@ def written(file: Path, model: str, data: str) -> str:
     text = shipped.get(model.replace("-", "_"))
     if text is None and "/" not in model and not Path(model).is_dir():
         raise UserError(f"--model {model}: expected a Hub id (with a /), a folder that exists, or one of {', '.join(shipped)}")
-    if text is None:  # the sizes of another model are in its config.json
-        text = shipped[_MODEL].partition("\n")[2]
+    if text is None:  # another model's sizes are in its config.json, and its adapter has its family's targets
+        text = re.sub(r"\n  targets: [^\n]*", "", shipped[_MODEL].partition("\n")[2])
         text = re.sub(r"\n  source: [^\n]*\n  preset: [^\n]*", lambda _: f"\n  source: {_scalar(model)}", text, count=1)
         text = f"# QLoRA fine-tuning of {model}.\n{text}"
     name = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem).lstrip(".-") or "run"
