@@ -15,6 +15,7 @@ from moejax.data.ends import Ends
 from moejax.data.records import blank, unicode
 from moejax.data.tokenize import prompts
 from moejax.errors import UserError
+from moejax.estimator.units import counted
 from moejax.evaluation.generate import Sampling, before, cut, padded_length, stream
 from moejax.evaluation.loglikelihood import encoded
 from moejax.evaluation.runs import load
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"--- {text}\n{answers.text(row)[0]}")
     if count:
         print(
-            f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s (decoding, without prefill and compile)",
+            f"{counted(count, 'token')} in {seconds:.2f} s: {count / seconds:.1f} tokens/s (decoding, without prefill and compile)",
             file=sys.stderr,
         )
     return 0

@@ -26,7 +26,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} {lfs_pointer(path) or f'cannot be read ({without_advice(error)}): download it again'}") from None
+        what = f"cannot be read ({without_advice(error)})" if path.stat().st_size else "is empty (a full disk, an interrupted copy?)"
+        raise UserError(f"{path} {lfs_pointer(path) or f'{what}: download it again, or copy it'}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
     return content
