@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 _NUMBERS = count()  # next() is atomic: two threads get two
 
@@ -38,11 +39,18 @@ def settle(new: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end of the block replaces `path`. A failure leaves the old file and nothing beside it."""
+    """A path to write to; what is there at the end of the block replaces `path`. A failure leaves the old file and nothing beside it.
+
+    An OSError that names no file, as a full disk's, names `path` then.
+    """
     new = aside(path)
     try:
         yield new
         settle(new, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         new.unlink(missing_ok=True)
 
@@ -51,6 +59,12 @@ def replace_text(path: Path, text: str, *, newline: str | None = None) -> None:
     """Write UTF-8 text, in place of what was there. A failure (OSError) leaves the old file and nothing beside it."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8", newline=newline)
+
+
+def save_figure(figure: Any, path: Path, **how: Any) -> None:
+    """Draw a figure of matplotlib's into a .png, .svg or .pdf, in place of what was there. Raises OSError as `replacing` does."""
+    with replacing(path) as new:
+        figure.savefig(new, format=path.suffix.lower().removeprefix("."), **how)
 
 
 def lfs_pointer(path: Path) -> str | None:

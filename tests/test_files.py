@@ -1,8 +1,11 @@
 """Files that are replaced whole or not at all."""
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from support import ROOT
@@ -57,3 +60,11 @@ def test_nobody_names_a_file_aside_by_hand():
     """`files` names them: other names are shared by two writers, and stay after a writer that was killed."""
     found = {p.relative_to(ROOT).as_posix() for p in (ROOT / "moejax").rglob("*.py") if '.tmp"' in p.read_text(encoding="utf-8")}
     assert found == {"moejax/files.py"}
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The kernel says no name where a write fails."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"a\.png") as caught:
+        files.save_figure(SimpleNamespace(savefig=Mock(side_effect=full)), tmp_path / "a.png", dpi=1)
+    assert caught.value.filename == str(tmp_path / "a.png") and not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
 from moejax.estimator.plan import Plan, Prediction, batches
 from moejax.estimator.units import counted
+from moejax.files import save_figure
 
 INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
 
@@ -29,7 +30,7 @@ def clean(axes: Any) -> None:
 
 
 def save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     plt.close(figure)
     return path
 

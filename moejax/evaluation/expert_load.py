@@ -20,7 +20,7 @@ from moejax.data.sources import load_records
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.runs import base_model, check_made_of, open_run, tuned
-from moejax.files import replace_text
+from moejax.files import replace_text, replacing, save_figure
 from moejax.hub import weights
 from moejax.models.build import Model
 from moejax.terminal import Console
@@ -147,10 +147,11 @@ def draw(result: dict[str, Any], folder: Path) -> bytes:
         axes.set(title=name, xlabel="expert", xticks=range(experts), yticks=range(0, layers, max(1, layers // 8)))
     maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=maps, label="tokens per query")
-    figure.savefig(folder / "expert_load.svg")
+    save_figure(figure, folder / "expert_load.svg")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    (folder / "expert_load.png").write_bytes(buffer.getvalue())
+    with replacing(folder / "expert_load.png") as new:
+        new.write_bytes(buffer.getvalue())
     return buffer.getvalue()
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moejax.files import save_figure
+
 STUDY = Path(__file__).with_name("study_bars.json")  # written by `python -m moejax.study.publish`
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
 KERNELS = (
@@ -181,5 +183,5 @@ def _utilization(runs: Sequence[Bars], path: Path) -> list[Path]:
 def _save(figure: Any, path: Path) -> list[Path]:
     files = [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
     for file in files:
-        figure.savefig(file, dpi=130)
+        save_figure(figure, file, dpi=130)
     return files

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from moejax.errors import UserError
 from moejax.evaluation.recorded import ScoredRun, open_scored, percent
+from moejax.files import save_figure
 from moejax.study import reference
 from moejax.study.report.naming import REFERENCE
 from moejax.terminal import Console
@@ -168,4 +169,4 @@ def draw(runs: Sequence[ScoredRun], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     ours.legend(fontsize=8, frameon=False, loc="lower right")
     figure.legend(*studies[0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=4, loc="outside lower right")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
