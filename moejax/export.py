@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moejax import files
 from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
@@ -52,8 +53,7 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
     if trained:
         check_made_of(folder, experiment, base, _tokenizer(experiment, base))
     total = model_bytes(sizes)
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = files.aside(target)
     try:
         aside.mkdir(parents=True)
         if chosen != "merged":
@@ -74,6 +74,8 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
                     "--no-verify writes it all the same"
                 ) from None
             console.print(_verdict(compared, limit), soft_wrap=True)
+        if target.exists():
+            raise UserError(f"{target} has been written meanwhile, by another export: choose another --out (nothing was overwritten)")
         aside.replace(target)
     except OSError as error:
         raise UserError(

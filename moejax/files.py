@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,15 @@ _NUMBERS = count()  # next() is atomic: two threads get two
 
 
 def aside(path: Path) -> Path:
-    """A file beside `path` that only this call's writer writes: NAME.HOST-PID-NUMBER.tmp. The caller removes it, or `settle`s it.
+    """A file or folder beside `path` that only this call's writer writes: NAME.HOST-PID-NUMBER.tmp. The caller removes or renames it.
 
-    Those that writers of the same file left behind when they were killed on this machine are removed.
+    Those that writers of the same one left behind when they were killed on this machine are removed.
     """
     here = re.escape(f"{path.name}.{socket.gethostname()}-")
     for other in path.parent.glob("*.tmp"):
         left = re.fullmatch(rf"{here}(\d+)-\d+\.tmp", other.name)
         if left and not process_runs(int(left[1])):
-            other.unlink(missing_ok=True)
+            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_NUMBERS)}.tmp")
 
 

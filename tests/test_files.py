@@ -46,13 +46,16 @@ def test_two_writers_share_no_file_and_the_dead_one_is_cleaned_up(tmp_path):
     child.join()
     other = tmp_path / "b.elsewhere-1-0.tmp"
     other.write_bytes(b"")
-    assert child.exitcode == 3 and len(list(tmp_path.iterdir())) == 3
+    assert child.exitcode == 3 and len(list(tmp_path.iterdir())) == 4
     files.replace_text(path, "")
     assert set(tmp_path.iterdir()) == {path, ours, other}
 
 
 def _killed(path):
     files.aside(path).write_bytes(b"half")
+    folder = files.aside(path)
+    folder.mkdir()
+    (folder / "b").write_bytes(b"half")
     os._exit(3)
 
 

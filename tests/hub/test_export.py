@@ -156,10 +156,25 @@ def full_disk():
 
 @pytest.mark.parametrize("format_", ["merged", "peft", "fused"])
 def test_a_full_disk_leaves_nothing(format_, run_folder, tmp_path, full_disk):
-    name = r"\.m\.partial/(adapter_)?model\.safetensors"
+    name = r"/m\.\S+\.tmp/(adapter_)?model\.safetensors"
     with pytest.raises(UserError, match=name + r" cannot be written \(File too large\): nothing was left there; free space"):
         export.run(str(run_folder), str(tmp_path / "m"), format_, False, None)
     assert nothing_left(tmp_path)
+
+
+def test_two_exports_to_one_place(run_folder, tmp_path, monkeypatch):
+    """The one that ends first is the one that stays, whole."""
+    compare = export._compare
+
+    def and_another(*arguments):
+        monkeypatch.setattr(export, "_compare", compare)
+        assert export.run(str(run_folder), str(tmp_path / "m"), "peft", False, None) == 0
+        return compare(*arguments)
+
+    monkeypatch.setattr(export, "_compare", and_another)
+    with pytest.raises(UserError, match=r"m has been written meanwhile, by another export"):
+        export.run(str(run_folder), str(tmp_path / "m"), "peft", True, None)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["adapter_config.json", "adapter_model.safetensors", "m"]
 
 
 def test_a_full_disk_at_the_tokenizer(run_folder, tmp_path, monkeypatch):
