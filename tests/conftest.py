@@ -1,5 +1,6 @@
 """Shared fixtures: the PyTorch vectors, and the tiny Mixtral they were made with."""
 
+import ctypes
 import gc
 import json
 import mmap
@@ -36,6 +37,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done i
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}".strip(),
     }
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,3 +111,13 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """A folder's programs go with its last test: others share few of them, and all together are gigabytes."""
+    if nextitem is not None and nextitem.path.parent != item.path.parent:
+        jax.clear_caches()
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed
+        if trim is not None:
+            trim(0)

@@ -2,12 +2,14 @@
 
 import json
 import struct
+import tempfile
 import zipfile
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import jax
 import numpy as np
+import yaml
 from flax import nnx
 
 from moejax.config import Experiment, dump
@@ -134,12 +136,23 @@ def finished_run(folder, **sections):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(experiment))
     if experiment.adapter is not None:
-        source = Path(experiment.model.source or ROOT / "assets/tiny-mixtral")
-        model = create_model(experiment, architecture(experiment, source), source)
-        for index, lora in enumerate({id(lora): lora for _, lora in adapted(model).values()}.values()):
-            lora.b.set_value(0.1 * jax.random.normal(jax.random.key(index), lora.b.get_value().shape))
-        save_adapter(model, folder / "adapter", str(source))
+        (folder / "adapter").mkdir()
+        for name, data in _adapter(dump(experiment.model_copy(update={"name": "any", "runs_dir": "any"}))).items():
+            (folder / "adapter" / name).write_bytes(data)
     return experiment
+
+
+@cache
+def _adapter(text):
+    """The files of a config's adapter, by name: one of A drawn as training begins with it, and B too."""
+    experiment = Experiment.model_validate(yaml.safe_load(text))
+    source = Path(experiment.model.source or ROOT / "assets/tiny-mixtral")
+    model = create_model(experiment, architecture(experiment, source), source)
+    for index, lora in enumerate({id(lora): lora for _, lora in adapted(model).values()}.values()):
+        lora.b.set_value(0.1 * jax.random.normal(jax.random.key(index), lora.b.get_value().shape))
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder) / "adapter", str(source))
+        return {path.name: path.read_bytes() for path in (Path(folder) / "adapter").iterdir()}
 
 
 def save_torch(path, tensors):
