@@ -39,7 +39,7 @@ def programs() -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {}
     names = [path.stem for path in (ROOT / "configs").glob("*.yaml")]
-    for name in sorted(names, key=lambda n: (not real(n), "dense" in n, "blackmamba" in n, n)):
+    for name in sorted(names, key=lambda n: (not real(n), "dense" in n, n)):
         experiment = config.load(ROOT / "configs" / f"{name}.yaml")
         part = memory.relevant(experiment)
         part["training"] = {k: v for k, v in part["training"].items() if k not in _NOT_IN_THE_PROGRAM}

@@ -37,6 +37,7 @@ import numpy as np
 import optax
 
 from moejax.data.batch import Batch
+from moejax.estimator.roofline import STUDY_MODELS
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.profiling import breakdown, xplane
@@ -48,7 +49,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "vocab_s
 
 def setup(model: str, k: int, remat: str, rows: int, row_tokens: int, **other: int) -> tuple[Any, ...]:
     """The jitted step with its state, frozen weights and batch; and the loss as a function. other: sizes instead of SIZES."""
-    full = model == "blackmamba"
+    full = STUDY_MODELS[model][1] == "full"
     sizes = SIZES | other
     sizes |= {} if full else {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "max_position_embeddings": row_tokens}
     config = PRESETS[f"{model}-tiny"].replace(experts_per_token=k, **sizes)
@@ -178,7 +179,7 @@ def variants(model: str, k: int, rows: int, row_tokens: int, rounds: int) -> lis
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("mixtral", "blackmamba"), default="mixtral")
+    parser.add_argument("--model", choices=tuple(STUDY_MODELS), default="mixtral")
     parser.add_argument("--remat", choices=("full", "none"), default=None, help="only this policy")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--row-tokens", type=int, default=512)

@@ -33,7 +33,6 @@ from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.hub.names import tensors
 from moejax.models.build import Model, build
-from moejax.models.config import MixtralConfig
 from moejax.models.ops.nf4 import NF4Tensor
 from moejax.training.parameters import base_and_active, groups_of
 from moejax.training.run_steps import steps_in, total_steps
@@ -80,10 +79,9 @@ def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> di
 
 
 def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[str, Any]:
-    kind = "mixtral" if isinstance(config, MixtralConfig) else "blackmamba"
     if experiment.training.remat not in ("none", "full"):
         raise UserError(f"training.remat = {experiment.training.remat}: PyTorch's side knows full and none: set one of them")
-    content = {"format": contract.FORMAT, "kind": kind, "experiment": experiment.model_dump(mode="json")}
+    content = {"format": contract.FORMAT, "kind": config.model_type, "experiment": experiment.model_dump(mode="json")}
     if stack_name is not None:
         try:
             contract.check(content, stack_name)

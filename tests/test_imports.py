@@ -68,3 +68,34 @@ def test_the_models_have_one_name():
     assert not [(str(p), name) for p in ours for name in imported(p) if name.split(".")[0] == "models"]
     with pytest.raises(ImportError, match=r"import it as moejax\.models"):
         importlib.import_module("models")
+
+
+FAMILY_IS_ASKED = {
+    "moejax/profiling/bars.py": "which of the study's two models stands beside a run",
+    "moejax/estimator/fitting.py": "which of the study's two constants its equation has",
+    "benchmarks/pytorch/contract.py": "which model the hand-written PyTorch stack is",
+}
+
+
+def asks_a_family(path):
+    """Whether a file looks at which family an architecture is: its class, or its name or mixer in a comparison."""
+    from moejax.models.config import FAMILIES
+
+    classes, names = {family.__name__ for family in FAMILIES.values()}, {*FAMILIES, "mamba"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            said = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & names
+        elif isinstance(node, ast.MatchClass) or (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"):
+            said = {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node)} & classes
+        else:
+            continue
+        if said:
+            return True
+    return False
+
+
+def test_only_a_familys_own_file_asks_which_family_it_is():
+    """Whatever follows from an architecture is computed from its specs."""
+    files = [*FILES, *(ROOT / "benchmarks").rglob("*.py")]
+    asking = {str(p.relative_to(ROOT)) for p in files if asks_a_family(p)}
+    assert {name for name in asking if not name.startswith("models/families/")} == set(FAMILY_IS_ASKED) and len(FAMILY_IS_ASKED) <= 3

@@ -48,7 +48,7 @@ def check(content: dict[str, Any], stack: str) -> None:
         f"adapter.dropout = {adapter and adapter['dropout']}": bool(adapter and adapter["dropout"]),
         "quantization.format = nf4": quantized and stack == "today",
         f"training.param_dtype = {t['param_dtype']}": adapter is None
-        and kind == "mixtral"
+        and stack != "plain"
         and t["param_dtype"] != t["compute_dtype"],
         f"training.weight_decay_on = {t['weight_decay_on']}": adapter is None
         and bool(t["weight_decay"])

@@ -16,6 +16,7 @@ from moejax.estimator import gpus
 from moejax.estimator.coefficients import Entry, Range
 from moejax.estimator.equations import fit_equation2
 from moejax.estimator.least_squares import RESAMPLES, FloatArray, fit_seconds, nonnegative, resampled
+from moejax.estimator.roofline import STUDY_MODELS
 
 C3 = {"mixtral": 1.8, "blackmamba": 2.5}  # fixed by the study's artifact, one per model
 COEFFICIENTS = 3  # t0, u, v
@@ -30,8 +31,7 @@ def gpu_name(device: str) -> str:
 
 def model_name(model: str) -> str:
     """`predict`'s name of a model (a Hub id, a folder or a preset), or its own."""
-    presets = {"mixtral": "mixtral-8x7b", "blackmamba": "blackmamba-2.8b"}
-    return next((known for known, preset in presets.items() if preset in model.lower()), model)
+    return next((known for known, (preset, _) in STUDY_MODELS.items() if preset in model.lower()), model)
 
 
 @dataclass(frozen=True)

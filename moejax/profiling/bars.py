@@ -6,10 +6,10 @@ The study's seconds are an A40's; bars are shares of a whole, with the seconds a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moejax.files import save_figure
 
@@ -34,6 +34,11 @@ class Bars:
     ours: bool = True
     idle: float | None = None
     utilization: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)  # kernel -> shares of both peaks
+
+
+def study_model(kinds: Collection[str]) -> Literal["mixtral", "blackmamba"]:
+    """The study's model beside which one stands whose layers are of these kinds: the one that scans, else the one that attends."""
+    return "blackmamba" if "mamba" in kinds else "mixtral"
 
 
 def study(model: str, kind: str) -> list[Bars]:

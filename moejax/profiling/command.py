@@ -15,7 +15,7 @@ from rich.table import Table
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.profiling import roofline, schema, torch_trace, xplane
-from moejax.profiling.bars import ALL, Bars, draw, study, takeaways
+from moejax.profiling.bars import ALL, Bars, draw, study, study_model, takeaways
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
 from moejax.terminal import Console
@@ -68,7 +68,7 @@ def _setting(r: Run) -> tuple[str, str]:
     kernels, dense = r.bars.kernels, r.dense
     if dense is None:
         dense = "moe/dispatch" not in kernels and "moe/topk" not in kernels
-    return "blackmamba" if "mamba" in r.bars.layers else "mixtral", "dense" if dense else "sparse"
+    return study_model(r.bars.layers), "dense" if dense else "sparse"
 
 
 def _default_folder(path: Path) -> Path:

@@ -17,7 +17,8 @@ from moejax.data.batching import Batches
 from moejax.errors import UserError, first_line
 from moejax.estimating import architecture_of
 from moejax.estimator import closed_form, gpus, lengths, memory, sizes
-from moejax.models.config import Architecture, BlackMambaConfig
+from moejax.models.config import Architecture
+from moejax.profiling.bars import study_model
 from moejax.study.characterize.presets import PRESETS, Preset, Sizes, override
 from moejax.study.report.results import Model
 
@@ -202,7 +203,7 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
         )
     content: dict[str, Any] = dict(
         model=Path(source).name if source and Path(source).is_dir() else experiment.model.preset or str(source),
-        family="blackmamba" if isinstance(base, BlackMambaConfig) else "mixtral",
+        family=study_model([half.module for stack in base.stacks for half in stack.block.halves]),
         method="full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora",
         routing=routing, data=label, random_weights=source is None or (not pretrained and not Path(source).is_dir()),
         random_data=random_data, experiment=experiment,

@@ -69,7 +69,7 @@ def _layout(curves: Sequence[Observations], pooling: str) -> tuple[list[float], 
     for c in curves:
         own = (c.name,) if pooling == "curve" else (c.model, c.gpu.name)
         shared = (c.model, c.gpu.chip) if pooling in ("chip", "chip ratio") else own
-        t0, v = (0.4, 2e-4) if c.model == "blackmamba" else (2.0, 2e-3)
+        t0, v = {"mixtral": (2.0, 2e-3), "blackmamba": (0.4, 2e-4)}[c.model]
         first = place("t0", t0, *own)
         if pooling in ("ratio", "chip ratio"):
             places.append((first, place("u/v", 0.1, c.model), place("v", v, *shared)))

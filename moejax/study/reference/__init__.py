@@ -266,6 +266,10 @@ def printed_rmse() -> dict[str, float]:
     return raw()["fig14_fig15_printed_rmse"]
 
 
+COSTED = "mixtral"
+"""The model of Table IV."""
+
+
 def cost_table() -> tuple[CostRow, ...]:
     """Table IV."""
     rows = raw()["table4_cost"]["rows"]

@@ -61,11 +61,7 @@ def said(column: str, value: Any) -> str:
 
 def family(sources: Sequence[Source], model: str) -> str:
     """The study's model beside which this one stands."""
-    for source in sources:
-        for known in source.study.models:
-            if known.name == model:
-                return known.family
-    return "blackmamba" if "mamba" in model else "mixtral"
+    return next(known.family for source in sources for known in source.study.models if known.name == model)
 
 
 def beside(sources: Sequence[Source], rows: Iterable[Row], on: str = " on an A40") -> str:

@@ -172,7 +172,7 @@ def _models(source: Source, brief: bool) -> Said:
         parts.append(text(f"fine-tuning {model} ({setting}) costs least on {cheapest.scope}: ", source.number(cheapest)))
     if not costs:
         parts.append(text("no price is known for this device"))
-    elif not brief and any(family([source], r.model) == "mixtral" for r in costs):
+    elif not brief and any(family([source], r.model) == reference.COSTED for r in costs):
         row = min(reference.cost_table(), key=lambda r: r.usd)
-        parts.append(text(f"the study's Mixtral-8x7B on {row.gpu}: ", published(row.usd, "$")))
+        parts.append(text(f"the study's {REFERENCE[reference.COSTED]} on {row.gpu}: ", published(row.usd, "$")))
     return begin, _join(parts, ", " if brief else "; ")
