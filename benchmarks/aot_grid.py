@@ -34,8 +34,8 @@ Cell = tuple[int, int, int]  # rows, tokens of a row, layers
 
 def programs() -> dict[str, list[str]]:
     """Configs by the first of those that compile to the same instructions; the real models before the small ones."""
-    from moejax import config, estimating
-    from moejax.estimator import memory
+    from moejax import config
+    from moejax.estimator import memory, sizes
 
     found: dict[str, list[str]] = {}
     names = [path.stem for path in (ROOT / "configs").glob("*.yaml")]
@@ -44,7 +44,7 @@ def programs() -> dict[str, list[str]]:
         part = memory.relevant(experiment)
         part["training"] = {k: v for k, v in part["training"].items() if k not in _NOT_IN_THE_PROGRAM}
         part["training"]["weight_decay"] = bool(part["training"]["weight_decay"])
-        found.setdefault(json.dumps([part, repr(estimating.architecture_of(experiment))]), []).append(name)
+        found.setdefault(json.dumps([part, repr(sizes.architecture_of(experiment))]), []).append(name)
     return {same[0]: same for same in found.values()}
 
 
@@ -55,10 +55,11 @@ def real(name: str) -> bool:
 
 def cells(name: str, rows: list[int], lengths: list[int], every: bool) -> Iterator[Cell]:
     """Every number of rows with every length, of a small model (but with `every`) each with one; last the config's own shape."""
-    from moejax import config, estimating
+    from moejax import config
+    from moejax.estimator import sizes
 
     experiment = config.load(ROOT / "configs" / f"{name}.yaml")
-    sizes = estimating.architecture_of(experiment)
+    sizes = sizes.architecture_of(experiment)
     shapes = itertools.product(rows, lengths) if every or real(name) else zip(rows, lengths, strict=False)
     yield from ((r, n, min(DEPTH, sizes.num_layers)) for r, n in shapes if n <= sizes.max_position_embeddings)
     yield experiment.data.batch_rows, experiment.data.longest_row, sizes.num_layers
@@ -66,8 +67,9 @@ def cells(name: str, rows: list[int], lengths: list[int], every: bool) -> Iterat
 
 def worker(name: str, gpu: str, asked: list[Cell]) -> None:
     """Compile each cell, and print a line before and after it."""
-    from moejax import config, estimating
+    from moejax import config
     from moejax.errors import UserError
+    from moejax.estimator import sizes
     from moejax.training import aot
 
     for rows, row_tokens, layers in asked:
@@ -75,7 +77,7 @@ def worker(name: str, gpu: str, asked: list[Cell]) -> None:
         experiment = config.load(ROOT / "configs" / f"{name}.yaml", [f"model.overrides.num_layers={layers}"])
         start, outcome = time.perf_counter(), {}
         try:
-            compiled = aot.compile_step(experiment, estimating.architecture_of(experiment), rows=rows, row_tokens=row_tokens, gpu=gpu)
+            compiled = aot.compile_step(experiment, sizes.architecture_of(experiment), rows=rows, row_tokens=row_tokens, gpu=gpu)
             outcome = {"peak_gb": round(compiled.peak_bytes / 1e9, 3)}
         except UserError as error:
             outcome = {"error": str(error)}
@@ -144,9 +146,11 @@ def main() -> int:
         name, gpu, asked = options.worker
         worker(name, gpu, json.loads(asked))
         return 0
-    from moejax import estimating
 
-    same = {"versions": estimating.versions(), "sources": estimating._sources()}
+    from moejax import installation
+    from moejax.training import oracle
+
+    same = {"versions": installation.versions(), "sources": oracle._sources()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     known = told_before(options.out, {} if options.table else same)
     rows, lengths = ([int(n) for n in text.split(",")] for text in (options.rows, options.lengths))

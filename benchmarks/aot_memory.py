@@ -23,7 +23,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moejax import config, estimating
+from moejax import config, installation
 from moejax.errors import UserError
 
 
@@ -71,7 +71,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/aot_memory.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "versions": estimating.versions(), "steps": [],
+        "versions": installation.versions(), "steps": [],
     }  # fmt: skip
     try:
         for path, gpu in itertools.product(options.config, options.gpu.split(",")):

@@ -38,12 +38,13 @@ from gpu_step import matrix_rate
 
 from moejax import config as configuration
 from moejax.data.batch import Batch
+from moejax.device import cpu_name
+from moejax.hub.model import architecture
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig, MixtralConfig
 from moejax.training import flops, memory
-from moejax.training.state import architecture, initial_state, split
+from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_train_step
-from moejax.training.step_profile import cpu_name
 
 LORA_ALPHA = 32.0
 

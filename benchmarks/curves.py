@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
 import torch_run
 
 from moejax import config as configuration
+from moejax.device import cpu_name
 from moejax.errors import UserError
-from moejax.training.step_profile import cpu_name
 
 TOLERANCE = 1e-4
 TIE = 1e-4

@@ -30,10 +30,10 @@ import turns
 
 from moejax.data.templates import render
 from moejax.data.tokenizer import load_tokenizer
+from moejax.device import cpu_name
 from moejax.evaluation.generate import generate
 from moejax.hub import weights
 from moejax.models.build import build
-from moejax.training.step_profile import cpu_name
 
 MODEL, PROBLEMS = HERE.parent / "assets/tiny-mixtral", HERE.parent / "assets/problems/test.json"
 

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moejax import estimating
+from moejax import installation
+from moejax.commands.estimate_fit import measured
 from moejax.estimator.comparison import step_time, time_prediction
 from moejax.estimator.fitting import Run, fit_runs
 
@@ -53,7 +54,7 @@ def main() -> int:
     document = {
         "what": "step seconds of five batch sizes, and two predicted from three, by `estimate.py fit`'s code",
         "date": datetime.date.today().isoformat(), "command": f"python benchmarks/estimator_sweep.py --repeats {options.repeats}",
-        "config": options.config, "steps": options.steps, "device": runs[0].device, "versions": estimating.versions(),
+        "config": options.config, "steps": options.steps, "device": runs[0].device, "versions": installation.versions(),
         "load_at_start": load, "bar": BAR, "largest_error": worst,
         "runs": [
             {"rows": r, "queries": m.queries, "tokens": m.tokens, "seconds": m.seconds, "all_seconds": [turn[i].seconds for turn in turns]}
@@ -74,7 +75,7 @@ def profile(config: str, rows: int, steps: int, folder: str) -> Run:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    run = estimating.measured(Path(folder) / f"rows{rows}")
+    run = measured(Path(folder) / f"rows{rows}")
     print(f"{rows} rows: {1e3 * run.seconds:.0f} ms a step of {run.tokens:.0f} tokens", flush=True)
     return run
 

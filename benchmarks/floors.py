@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimating import architecture_of
 from moejax.estimator import sizes
 from moejax.estimator.roofline import NF4_BYTES
+from moejax.estimator.sizes import architecture_of
 from moejax.models.config import Architecture, specs
 
 FP32 = 4
@@ -138,8 +138,8 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
 
 def useful_flops(config: Architecture, experiment: Experiment, rows: int, length: int) -> float:
     """Model FLOPs as model FLOP utilization counts them (moejax/training/flops.py): no recomputation."""
+    from moejax.hub.model import adapter_config
     from moejax.training import flops
-    from moejax.training.state import adapter_config
 
     counted = flops.count(config, adapter_config(experiment))
     return counted.step(rows * length, flops.visible_pairs([length] * rows))
@@ -168,10 +168,11 @@ class Profiled:
 
 def profiled(path: Path) -> Profiled:
     """A profiled run's folder, or what `moejax breakdown --json` printed of one run. Raises UserError."""
-    from moejax.profiling import command, schema
+    from moejax.commands import breakdown
+    from moejax.profiling import schema
 
     if path.is_dir():
-        run, profile = command.as_dict(command.load(path)), schema.read(path)
+        run, profile = breakdown.as_dict(breakdown.load(path)), schema.read(path)
         shape = f"{round(profile.batch.rows or 0)}x{round(profile.batch.row_tokens or 0)}"
         return Profiled(*_stages(run, path), str(path / "config.yaml"), shape)
     how = f"--measured {path}: expected a profiled run's folder, or what `moejax breakdown RUN --json` printed"

@@ -78,7 +78,7 @@ def doctor() -> dict[str, Any]:
     """The findings of `moejax doctor` but for the Hub's, what jax and the driver say of the device."""
     import jax
 
-    from moejax import doctor
+    from moejax.commands import doctor
 
     findings = [*doctor.versions(), *doctor.devices(), *doctor.memory(), *doctor.caches()]
     device = jax.local_devices()[0]

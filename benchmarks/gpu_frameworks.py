@@ -35,13 +35,14 @@ import turns
 from turns import Side, Stopped
 
 from moejax import config as configuration
+from moejax import gpus
 from moejax.config import Experiment
+from moejax.device import cpu_name
 from moejax.errors import UserError
-from moejax.estimator import gpus, prices
+from moejax.estimator import prices
 from moejax.estimator.roofline import NF4_BYTES
+from moejax.hub.model import adapter_config, architecture
 from moejax.training import flops
-from moejax.training.state import adapter_config, architecture
-from moejax.training.step_profile import cpu_name
 
 RANDOM = [
     "model.source=null", "data.source=null", "data.records=null", "data.bytes=null", "data.sha256=null", "data.batching=fixed",

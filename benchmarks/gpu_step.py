@@ -34,15 +34,17 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as experiments
+from moejax import device as machine
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
+from moejax.hub.model import adapter_config, model_arguments
 from moejax.models.build import build, random_weights
 from moejax.models.config import PRESETS, Architecture
 from moejax.profiling.capture import compile_profiled
 from moejax.training import flops
 from moejax.training.memory import compiler_peak_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import adapter_config, initial_state, model_arguments, objective, split
+from moejax.training.state import initial_state, objective, split
 from moejax.training.step import make_train_step
 
 SKEW = (0.26, 0.19, 0.14, 0.12, 0.10, 0.08, 0.06, 0.05)
@@ -135,7 +137,7 @@ def run_case(
     counts = np.asarray(metrics["expert_counts"])
     lengths = [length] * rows if batching == "fixed" else [min(QUERY_TOKENS, length)] * queries
     model_flops = flops.count(config, adapter_config(experiment)).step(sum(lengths), flops.visible_pairs(lengths))
-    peak, source = flops.peak_flops(experiment.training.compute_dtype)
+    peak, source = machine.peak_flops(experiment.training.compute_dtype)
     measured = before | {"measured_peak_bytes": bytes_in_use(peak=True)}
     return {
         "rows": rows,

@@ -31,12 +31,12 @@ from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, save, weights
+from moejax.hub.model import architecture, create_model, model_arguments
 from moejax.hub.names import tensors
 from moejax.models.build import Model, build
 from moejax.models.ops.nf4 import NF4Tensor
 from moejax.training.parameters import base_and_active, groups_of
 from moejax.training.run_steps import steps_in, total_steps
-from moejax.training.state import architecture, create_model, model_arguments
 
 DIGEST_LIMIT = 2_000_000_000
 """Weights of larger models are not compared one by one: reading them twice would take longer than the runs."""

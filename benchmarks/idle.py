@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 
 from moejax import config as configuration
+from moejax.device import cpu_name
 from moejax.errors import UserError
 from moejax.training import loop
 from moejax.training.loop import Trainer
-from moejax.training.step_profile import cpu_name
 
 WARM_UP = 2
 

@@ -18,9 +18,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moejax import config, estimating
+from moejax import config, gpus, installation
 from moejax.errors import UserError
-from moejax.estimator import gpus
+from moejax.estimator import sizes
+from moejax.training import oracle
 
 BAR = 0.03
 
@@ -53,7 +54,7 @@ def main() -> int:
         document = {
             "what": "peak memory of one training step: the compiler's figure for GPUs that were not there, and the closed form",
             "date": datetime.date.today().isoformat(), "command": "python benchmarks/memory_check.py",
-            "versions": estimating.versions(), "results": results,
+            "versions": installation.versions(), "results": results,
         }  # fmt: skip
         options.out.write_text(json.dumps(document, indent=1) + "\n")
     return 0
@@ -63,7 +64,7 @@ def check(path: Path, gpu: str) -> list[dict[str, object]]:
     """Both figures at the config's rows and at eight times as many."""
     experiment = config.load(path)
     tokens = experiment.data.longest_row
-    asked = estimating.oracle(experiment, estimating.architecture_of(experiment), gpus.GPUS[gpu], tokens, False)
+    asked = oracle.oracle(experiment, sizes.architecture_of(experiment), gpus.GPUS[gpu], tokens, False)
     if asked.reason is not None:
         raise UserError(f"{gpu}: {asked.reason}")
     found = []

@@ -28,13 +28,14 @@ from moejax.data.batch import segment_lengths
 from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
+from moejax.device import memory_bytes
 from moejax.errors import UserError
 from moejax.hub import weights
+from moejax.hub.model import architecture, create_model, model_arguments
 from moejax.models.build import build, random_weights
 from moejax.training import memory
-from moejax.training.metrics import memory_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import architecture, create_model, initial_state, model_arguments, objective, split
+from moejax.training.state import initial_state, objective, split
 from moejax.training.step import make_train_step
 
 

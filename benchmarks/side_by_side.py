@@ -29,11 +29,12 @@ import torch_run
 from curves_report import between
 
 from moejax import config as configuration
+from moejax.commands import breakdown
+from moejax.device import cpu_name
 from moejax.errors import UserError
-from moejax.profiling import command, schema
+from moejax.profiling import schema
 from moejax.profiling.bars import Bars, draw, study, takeaways
 from moejax.profiling.scopes import OUTSIDE
-from moejax.training.step_profile import cpu_name
 
 MIXTRAL, MAMBA = "configs/bench_mixtral_tiny.yaml", "configs/bench_blackmamba_tiny.yaml"
 DENSE, MAMBA_ROWS = "model.experts_per_token=8", ["data.row_tokens=128", "data.max_length=128", "data.batch_rows=30"]
@@ -151,7 +152,7 @@ def main() -> int:
         pythons = {s: torch_run.reference_python(s, given[contract.MAKE[s]]) for s in {RUNS[n][1] for n in options.only}}
         for name in options.only:
             folders = profile(name, pythons, options.runs)
-            ours, theirs = (command.load(folder) for folder in folders)
+            ours, theirs = (breakdown.load(folder) for folder in folders)
             results[name] = {"moejax": described(folders[0], ours.bars), "pytorch": described(folders[1], theirs.bars)}
             batch = f"batch {RUNS[name][3]}"
             paper = [b for b in study(*name.split("-")[:2]) if batch in b.name]

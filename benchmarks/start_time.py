@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kept
 
+from moejax.device import cpu_name
 from moejax.errors import UserError
-from moejax.training.step_profile import cpu_name
 
 ROOT = Path(__file__).parent.parent
 ONE_STEP = ["name=start", "training.steps=1", "training.warmup_steps=0", "training.epochs=null", "training.eval_every=null", "eval=null"]

@@ -55,3 +55,14 @@ def for_packages(names: list[str]) -> str:
     """The command that installs these of moejax's packages, in versions that it works with."""
     known = {name_of(requirement): requirement for requirement in requirements()}
     return pip_install(*(known.get(name_of(name), name) for name in names))
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

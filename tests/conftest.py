@@ -45,7 +45,7 @@ from safetensors.numpy import save_file
 
 # Equal steps are one function here, which jax traces, lowers and compiles once for all tests: before anything takes it by its name.
 import shared_steps  # noqa: F401  isort: skip
-from support import VECTORS
+from support import VECTORS, tiny_experiments
 
 from moejax.models.config import BlackMambaConfig, from_hub_config
 
@@ -121,3 +121,9 @@ def pytest_runtest_teardown(item, nextitem):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed
         if trim is not None:
             trim(0)
+
+
+@pytest.fixture
+def make_experiment(tmp_path):
+    """make_experiment(section={field: value}) -> Experiment on the bundled problems, whose runs lie in tmp_path."""
+    return tiny_experiments(tmp_path)

@@ -13,10 +13,11 @@ import yaml
 from flax import nnx
 
 from moejax.config import Experiment, dump
+from moejax.hub.model import architecture, create_model
 from moejax.hub.peft import adapted, save_adapter
 from moejax.models.cache import decode_step, prefill
 from moejax.models.config import LORA_TARGETS
-from moejax.training.state import architecture, create_model, split
+from moejax.training.state import split
 from moejax.training.step import Objective, sums
 
 ROOT = Path(__file__).parent.parent

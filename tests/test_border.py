@@ -11,7 +11,8 @@ import pytest
 from rich.table import Table
 from support import ROOT
 
-from moejax import cli, config, doctor, installation, streams
+from moejax import cli, config, installation, streams
+from moejax.commands import doctor
 from moejax.errors import UserError
 from moejax.terminal import Console
 
@@ -70,7 +71,7 @@ def test_a_reader_that_goes_away_ends_nothing():
         ("\udcff".encode, r"'\udcff' holds bytes that are not UTF-8"),
         (
             jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot\nmore"),
-            "error: XLA, in `doctor`: INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot. Try rows of a multiple of 16",
+            "error: XLA, in `moejax doctor`: INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot. Try rows of a multiple of",
         ),
         (lambda: jax.devices("no-such-device"), "error: no device for jax (JAX_PLATFORMS=cpu): Unknown backend no-such-device"),
     ],
@@ -81,7 +82,7 @@ def test_what_the_machine_refuses_is_one_message(failure, told, monkeypatch, cap
             raise failure
         failure()
 
-    monkeypatch.setattr(cli, "run", fail)
+    monkeypatch.setattr(doctor, "run", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert cli.main(["doctor"]) == 2
     assert told in capsys.readouterr().err

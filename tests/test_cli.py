@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from moejax import cli, config
+from moejax import cli, config, runtime
 
 CONFIG = str(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml")
 
@@ -35,7 +35,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "--training.lr", "3"], "did you mean training.learning_rate=3?"),
         (["trian"], "'trian' is no command of moejax: did you mean train?"),
         (["finetune", "x"], "did you mean train?"),
-        (["frobnicate"], "expected one of init, train, estimate,"),
+        (["frobnicate"], "expected one of init, train, export,"),
         (["train", "--config", "configs"], "config file configs is a folder"),
         (["train", "--config", CONFIG, "--bf16"], "did you mean training.compute_dtype=VALUE?"),
         (["train", "--config", CONFIG, "--r", "8"], "did you mean adapter.rank=8?"),  # not --resume for short
@@ -189,7 +189,7 @@ def test_imports_without_jax(module):
 def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command, monkeypatch, tmp_path):
     """Also where there is no run: the command itself says so."""
     told = []
-    monkeypatch.setattr(cli, "prepare_jax", lambda device: told.append(device.compilation_cache))
+    monkeypatch.setattr(runtime, "prepare_jax", lambda device: told.append(device.compilation_cache))
     (tmp_path / "config.yaml").write_text(
         "name: a\nmodel: {preset: mixtral-tiny}\ndata: {batching: fixed}\ntraining: {steps: 1}\ndevice: {compilation_cache: /elsewhere}\n"
     )
@@ -200,7 +200,7 @@ def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command,
 def test_expert_load_of_a_config_keeps_compiled_programs_where_that_config_says(monkeypatch, tmp_path):
     """Not where a config.yaml says that happens to lie in the current folder."""
     told = []
-    monkeypatch.setattr(cli, "prepare_jax", lambda device: told.append(device.compilation_cache))
+    monkeypatch.setattr(runtime, "prepare_jax", lambda device: told.append(device.compilation_cache))
     monkeypatch.chdir(tmp_path)
     text = "name: a\nmodel: {preset: mixtral-tiny}\ndata: {batching: fixed}\ntraining: {steps: 1}\ndevice: {compilation_cache: %s}\n"
     (tmp_path / "config.yaml").write_text(text % "/other")

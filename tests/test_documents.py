@@ -5,11 +5,12 @@ import shutil
 import pytest
 from support import ROOT
 
+from moejax import gpus
 from moejax.data.ends import ends_of
 from moejax.data.tokenizer import load_tokenizer
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.estimator import coefficients, comparison, gpus
+from moejax.estimator import coefficients, comparison
 from moejax.hub.stored import read_json as read_hub_json
 from moejax.profiling import schema
 from moejax.yaml_file import read_yaml

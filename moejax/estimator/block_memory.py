@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from moejax.estimator.gpus import Platform
+from moejax.gpus import Platform
 from moejax.models.config import specs
 from moejax.models.ops import grouped_table, scan_table
 

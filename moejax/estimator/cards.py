@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moejax.estimator import closed_form, gpus, memory
+from moejax import gpus
+from moejax.estimator import closed_form, memory
 from moejax.estimator.units import counted
 
 if TYPE_CHECKING:

@@ -13,17 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import gpus, sizes
+from moejax.estimator import sizes
 from moejax.estimator.block_memory import Adapted, Step, block_of
-from moejax.estimator.gpus import Platform
 from moejax.estimator.sizes import ITEM
+from moejax.gpus import Platform
 from moejax.models.config import Architecture, specs
 from moejax.models.ops import grouped_table, scan_table
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
-    from moejax.estimator.gpus import GPU
+    from moejax.gpus import GPU
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from moejax import gpus
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.estimator import gpus, published, transfer
-from moejax.estimator.gpus import GPU
+from moejax.estimator import published, transfer
 from moejax.estimator.least_squares import FloatArray, spread
 from moejax.files import replace_text
+from moejax.gpus import GPU
 
 SCHEMA_VERSION = 1
 _NUMBERS = ("t0_seconds", "token_seconds", "expert_token_seconds")

@@ -19,8 +19,8 @@ from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import units
 from moejax.estimator.coefficients import Entry, Range, StepTime
-from moejax.estimator.gpus import GPU
 from moejax.files import replace_text
+from moejax.gpus import GPU
 
 PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
 _TOLD = ("compiler_peak_bytes", "gpu", "model", "method", "share", "time", "disturbed_steps")

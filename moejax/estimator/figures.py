@@ -15,11 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 from moejax.estimator.coefficients import Entry, choose
 from moejax.estimator.fitting import Fitted
-from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
 from moejax.estimator.plan import Plan, Prediction, batches
 from moejax.estimator.units import counted
 from moejax.files import save_figure
+from moejax.gpus import GPU, find
 
 INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
 

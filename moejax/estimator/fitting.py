@@ -12,21 +12,15 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.estimator import gpus
 from moejax.estimator.coefficients import Entry, Range
 from moejax.estimator.equations import fit_equation2
 from moejax.estimator.least_squares import RESAMPLES, FloatArray, fit_seconds, nonnegative, resampled
 from moejax.estimator.roofline import STUDY_MODELS
+from moejax.gpus import gpu_name
 
 C3 = {"mixtral": 1.8, "blackmamba": 2.5}  # fixed by the study's artifact, one per model
 COEFFICIENTS = 3  # t0, u, v
 TRUSTED_ERROR = 0.15  # of one of its own runs; on a quiet machine predictions miss by 2.4 % at most (docs/estimator.md)
-
-
-def gpu_name(device: str) -> str:
-    """The table's name of a device that jax or torch names so, or its own."""
-    found = gpus.of_device_kind(device)
-    return device if found is None else found.name
 
 
 def model_name(model: str) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
-from moejax.estimator.gpus import GPU
 from moejax.files import replace_text
+from moejax.gpus import GPU
 
 if TYPE_CHECKING:
     from moejax.config import Experiment

@@ -10,11 +10,11 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.estimator.coefficients import Entry, choose
-from moejax.estimator.gpus import GPU
 from moejax.estimator.job import Job
 from moejax.estimator.memory import DoesNotFit, refusals
 from moejax.estimator.prices import Price, cheapest
 from moejax.estimator.room import EQUATION_1, Room
+from moejax.gpus import GPU
 
 LEVEL = 0.95
 Interval = tuple[float, float] | None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moejax.documents import read_text
 from moejax.errors import UserError
-from moejax.estimator.gpus import GPU, GPUS, find
+from moejax.gpus import GPU, GPUS, find
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moejax.estimator.gpus import GPU
+from moejax.gpus import GPU
 from moejax.models.config import PRESETS, Architecture, LoRAConfig
 
 Method = Literal["qlora", "lora", "full"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from moejax.estimator import memory, published, roofline
 from moejax.estimator.equations import max_batch
-from moejax.estimator.gpus import GPU, find
 from moejax.estimator.job import Job
 from moejax.estimator.lengths import STUDY_CUTOFF
+from moejax.gpus import GPU, find
 from moejax.models.config import PRESETS
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moejax.models.config import Architecture, specs
+from moejax.documents import read_json
+from moejax.errors import UserError
+from moejax.models.config import Architecture, from_hub_config, specs
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -38,6 +41,18 @@ class Stored:
     @property
     def bytes(self) -> int:
         return sum(self.parts.values())
+
+
+def architecture_of(experiment: Experiment) -> Architecture:
+    """The sizes of a config's model: of its folder where it is one, else of its preset; nothing is fetched."""
+    source = experiment.model.source
+    file = Path(source or "", "config.json")
+    content = read_json(file) if source and file.is_file() else None
+    try:
+        base = None if content is None else from_hub_config(content, experiment.model.ignored_settings)
+        return experiment.model.architecture(base)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model: {error}") from None
 
 
 def nf4_parts(shape: Shape, leading: int, double: bool) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moejax.estimator.gpus import GPU, GPUS, CompilerFigures
+from moejax.gpus import GPU, GPUS, CompilerFigures
 
 
 class Multiprocessor(NamedTuple):

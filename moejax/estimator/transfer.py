@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from moejax.estimator.gpus import GPU
 from moejax.estimator.least_squares import FloatArray
+from moejax.gpus import GPU
 
 Rule = Literal["optimistic", "host-bound", "as it is"]
 RULES: tuple[Rule, ...] = get_args(Rule)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.data.ends import Ends
 from moejax.errors import UserError
 from moejax.models.build import Model
 from moejax.models.cache import Cache, decode_step, init_cache, prefill
@@ -267,3 +268,39 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """The text before the first stop string, and whether there was one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
+
+
+class Answers:
+    """What has come of each prompt's answer."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: int, ends: Ends) -> None:
+        self.tokenizer, self.stops, self.ends = tokenizer, [*stops, *([ends.text] if ends.text else [])], ends.ids
+        self.tokens: list[list[int]] = [[] for _ in range(prompts)]
+        self.ended = [False] * prompts
+
+    def add(self, piece: np.ndarray) -> None:
+        for row, tokens in enumerate(piece):
+            if not self.ended[row]:
+                kept = before(tokens, self.ends)
+                self.tokens[row] += kept
+                self.ended[row] = len(kept) < len(tokens) or self.text(row)[1]
+
+    def text(self, row: int) -> tuple[str, bool]:
+        """An answer up to the first stop string, and whether there was one."""
+        return cut(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True), self.stops)
+
+    def finished(self) -> bool:
+        return all(self.ended)
+
+    def count(self) -> int:
+        return sum(map(len, self.tokens))
+
+    def certain(self, shown: int) -> str:
+        """What of the first answer is certain behind the `shown` characters."""
+        text, stopped = self.text(0)
+        certain = len(text)
+        if not stopped:  # a character of several tokens may be incomplete, and a stop string may have begun
+            certain = len(text.rstrip("\ufffd"))
+            begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            certain = min(certain, len(text) - max(begun, default=0))
+        return text[shown:certain]

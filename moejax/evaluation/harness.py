@@ -27,8 +27,8 @@ from moejax.data.ends import ends_of
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, bucket, cut, generate, in_groups
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
-from moejax.evaluation.runs import load
 from moejax.models.build import Model
+from moejax.runs.open import load
 
 MAX_NEW_TOKENS = 256  # the harness's own default, where a task names no length
 ENDLESS = 2**31 - 1  # the positions of a model that knows none

@@ -20,12 +20,13 @@ from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.errors import UserError, first_line
 from moejax.estimator.targets import TARGETS, Target, target_text
+from moejax.hub.model import model_arguments
 from moejax.models.build import build
 from moejax.models.config import Architecture
 from moejax.training.compile import step_of, told
 from moejax.training.memory import compiler_peak_bytes
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import initial_state, model_arguments, objective, split
+from moejax.training.state import initial_state, objective, split
 from moejax.training.step import make_train_step
 
 

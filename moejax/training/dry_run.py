@@ -15,14 +15,16 @@ from moejax.config import Experiment
 from moejax.data.sources import is_file
 from moejax.estimator import cards
 from moejax.estimator.units import counted, gigabytes
+from moejax.hub.model import architecture, model_arguments
 from moejax.models.build import build
+from moejax.runs import folders
 from moejax.terminal import Console
-from moejax.training import held_out, low_precision, run_folder
+from moejax.training import held_out, low_precision
 from moejax.training.inputs import not_local, read_data
 from moejax.training.optimizer import make_optimizer
 from moejax.training.parameters import Group, base_and_active, groups_of
 from moejax.training.run_steps import total_steps
-from moejax.training.state import architecture, model_arguments, split
+from moejax.training.state import split
 
 
 def parameter_groups(experiment: Experiment) -> dict[str, Group]:
@@ -94,7 +96,7 @@ def report(experiment: Experiment) -> int:
 
 def _place(experiment: Experiment) -> list[str]:
     """A line where the run's folder is there already, or could not be made."""
-    folder = run_folder.folder_of(experiment).absolute()
+    folder = folders.folder_of(experiment).absolute()
     if folder.is_dir() and any(folder.iterdir()):
         return [f"there already: {folder}; a run would go on in it with --resume, or stop here"]
     above = next(path for path in (folder, *folder.parents) if path.exists())

@@ -13,16 +13,9 @@ t + 1 keys; counted from the real segment lengths, twice as much again backward.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-import jax
-import jax.numpy as jnp
-
-from moejax.estimator import gpus
 from moejax.models.config import Architecture, LoRAConfig, specs
 
 
@@ -69,40 +62,3 @@ def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
 def visible_pairs(lengths: list[int]) -> int:
     """(query, key) pairs of causal attention inside segments of these lengths."""
     return sum(n * (n + 1) // 2 for n in lengths)
-
-
-def peak_flops(dtype: str) -> tuple[float, str]:
-    """Peak FLOP/s of the first device and where the figure comes from ("data sheet", or "measured" by a matmul)."""
-    gpu = _gpu()
-    if gpu is not None:
-        return gpu.flops_per_second, "data sheet"
-    size = 1024
-    return 2 * size**3 / _seconds(lambda a: a @ a, jnp.ones((size, size), dtype)), "measured"
-
-
-def peak_bytes_per_second() -> tuple[float, str]:
-    """Memory bandwidth of the first device, likewise; measured by reading and writing 128 MB in place."""
-    gpu = _gpu()
-    if gpu is not None:
-        return gpu.bytes_per_second, "data sheet"
-    size = 2**25  # fp32: larger than a CPU's cache
-    # In place: to a new array, a CPU's kernel would hand out pages at an eighth of the speed.
-    return 2 * 4 * size / _seconds(lambda a: a + 1, jnp.ones(size, jnp.float32), in_place=True), "measured"
-
-
-def _gpu() -> gpus.GPU | None:
-    """The first device's data sheet, if it is a GPU that has one here."""
-    device = jax.local_devices()[0]
-    return gpus.of_device_kind(device.device_kind) if device.platform == "gpu" else None
-
-
-def _seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, *, in_place: bool = False) -> float:
-    """The best of a few runs; in place: each overwrites the result of the one before."""
-    compiled = jax.jit(function, donate_argnums=0 if in_place else ())
-    best = math.inf
-    for run in range(6):
-        start = time.perf_counter()
-        y = compiled(x).block_until_ready()
-        best = min(best, time.perf_counter() - start) if run else best  # the first one compiles
-        x = y if in_place else x
-    return best

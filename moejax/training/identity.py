@@ -12,7 +12,7 @@ from moejax.config import Experiment
 from moejax.contents import MadeOf, base_content, files_content, records_content, tokenizer_content
 from moejax.data.pipeline import Dataset
 from moejax.hub import snapshot, weights
-from moejax.training import run_folder
+from moejax.runs import folders
 from moejax.training.held_out import HeldOut
 from moejax.training.run_steps import total_steps
 
@@ -44,11 +44,11 @@ class Identity:
             now["adapter"] = files_content(path for path in files if path.is_file())
         told = []
         if self.resume:
-            begun = config.load(run_folder.folder_of(e) / "config.yaml")
-            self.moved = run_folder.moved(begun, e)
+            begun = config.load(folders.folder_of(e) / "config.yaml")
+            self.moved = folders.moved(begun, e)
             told = [f"{key}: {both}: another place; the contents decide" for key, both in self.moved.items()]
             if self.before is None:
-                told.append(f"note: {run_folder.folder_of(e)} was begun by a version that kept no hashes: its contents cannot be compared")
+                told.append(f"note: {folders.folder_of(e)} was begun by a version that kept no hashes: its contents cannot be compared")
         if model_folder is not None:
             now |= {"base_config": base_content(model_folder), "base_files": weights.files_of(model_folder)}
         return told + self._compare(now)
@@ -67,7 +67,7 @@ class Identity:
         made_of = self.now.model_copy(update={"changed": (*history, *self.changed)})
         experiment = experiment.model_copy(update={"made_of": made_of})
         if not self.resume or self.before is None or self.changed or self.moved:
-            run_folder.write_config(experiment)
+            folders.write_config(experiment)
         return experiment
 
     def _compare(self, found: dict[str, Any]) -> list[str]:
@@ -78,6 +78,6 @@ class Identity:
         if not self.resume:
             differences = self.before.model_copy(update={"steps": None}).differences(part)
             return [f"note: not what the config's run was made of: {name}: {text}" for name, text in differences.items()]
-        told = self.before.check(part, self.experiment.checkpoint.resume_with_changed, run_folder.folder_of(self.experiment))
+        told = self.before.check(part, self.experiment.checkpoint.resume_with_changed, folders.folder_of(self.experiment))
         self.changed += told
         return told

@@ -15,49 +15,32 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moejax import device
 from moejax.config import Experiment
 from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches
 from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
 from moejax.estimator.units import counted
-from moejax.hub import beside, peft, save, weights
+from moejax.hub import peft, save, weights
+from moejax.hub.model import adapter_config, architecture, continue_adapter, create_model, model_arguments
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.profiling.capture import Capture
 from moejax.progress import waiting
+from moejax.runs import beside, folders, pinning
 from moejax.runs.claim import claimed
 from moejax.terminal import Console
-from moejax.training import (
-    device_check,
-    experts,
-    flops,
-    held_out,
-    low_precision,
-    pinning,
-    prediction,
-    remat,
-    run_folder,
-    step_profile,
-)
+from moejax.training import device_check, experts, flops, held_out, low_precision, prediction, remat, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.identity import Identity
 from moejax.training.inputs import read_data
-from moejax.training.metrics import Display, MetricWriter, duration, expert_load, memory_bytes
+from moejax.training.metrics import Display, MetricWriter, duration, expert_load
 from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.programs import Programs, largest_shape
 from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
 from moejax.training.scoring import Scoring
-from moejax.training.state import (
-    adapter_config,
-    architecture,
-    continue_adapter,
-    create_model,
-    initial_state,
-    model_arguments,
-    objective,
-    split,
-)
+from moejax.training.state import initial_state, objective, split
 from moejax.training.step import Objective, TrainState, make_eval_step
 
 
@@ -79,8 +62,8 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     device_check.check(experiment, jax.local_devices()[0])
     folder = Path(experiment.runs_dir) / experiment.name
     if resume and not folder.is_dir():
-        run_folder.prepare(experiment, resume=True)  # which says that there is no such run
-    with claimed(folder), run_folder.kept_if_begun(folder):
+        folders.prepare(experiment, resume=True)  # which says that there is no such run
+    with claimed(folder), folders.kept_if_begun(folder):
         return _run(experiment, folder, console, resume=resume, keep=keep)
 
 
@@ -93,7 +76,7 @@ def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool
 
     if resume:
         experiment = pinning.adopted(remat.of_run(experiment))
-    begun = run_folder.prepare(experiment, resume=resume)
+    begun = folders.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
     experiment = pinning.pinned(experiment, model_folder)
@@ -177,7 +160,7 @@ class Trainer:
         self.writer = MetricWriter(folder, self.step if resume else None, self._say)
         self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment))
-        self.peak_flops, self.peak_source = flops.peak_flops(t.compute_dtype)
+        self.peak_flops, self.peak_source = device.peak_flops(t.compute_dtype)
         self.history: list[dict[str, Any]] = []
         p = experiment.profile
         self.capture = Capture(folder, p.start_step, p.steps, self.step) if p else Capture(folder, 1, 0)
@@ -324,7 +307,7 @@ class Trainer:
             "padded_tokens_per_second": batch.tokens.size / seconds,
             "model_flop_utilization": model_flops / seconds / self.peak_flops,
         }
-        return record | memory_bytes() | expert_load(values["expert_counts"], len(lengths))
+        return record | device.memory_bytes() | expert_load(values["expert_counts"], len(lengths))
 
     def _mean_loss(self, batches: Batches) -> tuple[float, float]:
         """Mean loss per supervised token, and how many there are."""
@@ -417,7 +400,7 @@ class Trainer:
             seconds = sum(r["step_seconds"] for r in steady)
             rate = {k: sum(r[k] for r in steady) / seconds for k in ("queries", "real_tokens")}
             utilization = float(np.median([r["model_flop_utilization"] for r in steady]))
-            memory_name, memory_value = next(iter(memory_bytes().items()))
+            memory_name, memory_value = next(iter(device.memory_bytes().items()))
             lines += [
                 f"loss {self.history[0]['loss']:.4f} at step {self.history[0]['step']} -> {self.history[-1]['loss']:.4f}"
                 + ("" if self.eval_loss is None else f", evaluation {self.eval_loss:.4f}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,19 +24,6 @@ def compiler_peak_bytes(compiled: Any) -> int:
 def _on_cpu(compiled: Any) -> bool:
     devices = {d.platform for s in jax.tree.leaves(compiled.input_shardings) for d in s.device_set}
     return devices == {"cpu"}
-
-
-def usable_bytes() -> int | None:
-    """What this process may use of the first device; on a CPU what the system says is available. None where unknown."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    meminfo = Path("/proc/meminfo")
-    if device.platform != "cpu" or not meminfo.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def check(compiled: Any, rows: int, compile_rows: Callable[[int], Any], limit: int | None) -> int:

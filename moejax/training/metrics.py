@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -15,7 +13,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -24,6 +21,7 @@ from tensorboard.util import tensor_util
 
 from moejax import json_lines
 from moejax.errors import UserError
+from moejax.evaluation.expert_load import load_variance
 from moejax.terminal import Console
 
 
@@ -102,23 +100,6 @@ def expert_load(counts: np.ndarray, queries: int) -> dict[str, Any]:
     return {"expert_counts": counts.tolist(), "expert_load_variance": load_variance(load.mean(axis=0))} | {
         f"expert_load_variance/layer_{layer}": load_variance(row) for layer, row in enumerate(load)
     }
-
-
-def load_variance(load: np.ndarray) -> float:
-    """Sample variance (the sum over E - 1) of tokens per query over the experts, load [E].
-
-    The study's figure 11 shows tokens per query, mean over queries and layers, of the experts 0 to 7, and prints this variance for
-    BlackMamba and for one of Mixtral's four data sets and models; beside the other three stands the population variance (over E).
-    """
-    return float(load.var(ddof=1)) if load.size > 1 else 0.0
-
-
-def memory_bytes() -> dict[str, int]:
-    """Peak memory of the device; on a CPU, whose allocator does not say, the peak resident memory of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return {"device_peak_bytes": stats["peak_bytes_in_use"], "device_bytes": stats["bytes_in_use"]}
-    return {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
 
 
 class Display:

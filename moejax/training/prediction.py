@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 
+from moejax import gpus
 from moejax.config import Experiment
+from moejax.device import cpu_name
 from moejax.errors import UserError
-from moejax.estimator import coefficients, comparison, fitting, gpus, prices, units
+from moejax.estimator import coefficients, comparison, fitting, prices, units
 from moejax.models.config import Architecture
 from moejax.terminal import Console
-from moejax.training.step_profile import cpu_name
 
 COEFFICIENTS = "coefficients.json"
 
@@ -48,7 +49,7 @@ def announce(
     model = fitting.model_name(experiment.model.source or str(experiment.model.preset))
     method = "full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora"
     share = config.experts_per_token / config.num_experts
-    gpu = fitting.gpu_name(name)
+    gpu = gpus.gpu_name(name)
     time, why = _time(Path(experiment.runs_dir) / COEFFICIENTS, model, method, gpu, share)
     price = prices.cheapest(prices.load("2026", gpus.GPUS), gpu) if gpu in gpus.GPUS else None
     document = {

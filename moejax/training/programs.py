@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from moejax import device
 from moejax.config import Experiment
 from moejax.data.pipeline import Dataset
 from moejax.estimator.units import counted
@@ -34,7 +35,7 @@ class Programs:
             start = time.perf_counter()
             with waiting(self._console, f"compiling the step for {counted(shape[1], 'row')} of {shape[2]} tokens"):
                 program = self._compile(shape, shape[1])
-                peak = memory.check(program, shape[1], lambda rows: self._compile(shape, rows), memory.usable_bytes())
+                peak = memory.check(program, shape[1], lambda rows: self._compile(shape, rows), device.usable_bytes())
             self._compiled[shape] = program
             self.peak_bytes = max(self.peak_bytes, peak)
             self.seconds += time.perf_counter() - start

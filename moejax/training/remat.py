@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 
-from moejax import estimating
+from moejax import device
 from moejax.config import Experiment, load
 from moejax.models.config import Architecture
 from moejax.models.layers import REMAT_POLICIES
 from moejax.terminal import Console
-from moejax.training import memory
+from moejax.training import oracle
 
 RESERVE = 0.03
 """Of the usable memory, left free by a policy that is not the last resort: the compiler's peak may be so much below the allocator's."""
@@ -41,7 +41,7 @@ def resolve(experiment: Experiment, config: Architecture, steps: int, console: C
     """
     if experiment.training.remat != "auto":
         return experiment
-    limit = memory.usable_bytes()
+    limit = device.usable_bytes()
     if limit is None:
         chosen, why = "full", "how much memory there is is not known here"
     else:
@@ -58,9 +58,9 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
     compiled step says so. Figures that were compiled before, by the same versions for the same device, come from the cache on disk."""
     told = []
     rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
-    here = estimating.this_machine(experiment.device.memory_fraction)
+    here = device.this_machine(experiment.device.memory_fraction)
     for policy in REMAT_POLICIES[:-1]:
-        asked = estimating.Oracle(with_policy(experiment, policy), config, here, row_tokens, None)
+        asked = oracle.Oracle(with_policy(experiment, policy), config, here, row_tokens, None)
         estimated = asked.breakdown(rows).total if policy == "none" else 0
         if estimated > HOPELESS * limit:
             told.append(f"{policy}: about {estimated / 1e9:.1f} by arithmetic")

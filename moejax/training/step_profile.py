@@ -15,6 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from moejax import __version__
+from moejax import device as machine
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator.units import counted
@@ -23,7 +24,7 @@ from moejax.profiling import breakdown, roofline, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
 from moejax.terminal import Console
-from moejax.training import experts, flops, memory, metrics
+from moejax.training import experts, memory
 from moejax.training.parameters import base_and_active, groups_of
 
 MEASURED_AGAIN = 3  # times, where a stage of the step was faster than a measured peak
@@ -134,34 +135,25 @@ def _device(peak_at_start: float, dtype: str, reached: float) -> schema.Device:
     """A peak that is measured is the best of two measurements: another process may have disturbed one. It is measured again while it lies
     below what a stage of the step `reached`, FLOP/s."""
     device = jax.local_devices()[0]
-    peak, source = flops.peak_flops(dtype)
+    peak, source = machine.peak_flops(dtype)
     peak = max(peak, peak_at_start)
     for _ in range(MEASURED_AGAIN if source == "measured" else 0):
         if peak >= reached:
             break
-        peak = max(peak, flops.peak_flops(dtype)[0])
-    bandwidth = max(flops.peak_bytes_per_second()[0] for _ in range(2))
+        peak = max(peak, machine.peak_flops(dtype)[0])
+    bandwidth = max(machine.peak_bytes_per_second()[0] for _ in range(2))
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:  # what this process may use: a known fraction of the whole
         size = round(stats["bytes_limit"] / float(os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75")))
     else:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return schema.Device(
-        name=device.device_kind if device.platform != "cpu" else cpu_name(),
+        name=device.device_kind if device.platform != "cpu" else machine.cpu_name(),
         memory_bytes=size,
         peak_flops=peak,
         peak_bytes_per_second=bandwidth,
         peaks_measured=source == "measured",
     )
-
-
-def cpu_name() -> str:
-    """The CPU's model, and how many cores this process may use."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def _batch(batching: Any, traced: list[dict[str, Any]]) -> schema.Batch:
@@ -193,7 +185,7 @@ def _memory(programs: list[Any]) -> schema.Memory:
     analysis = largest.memory_analysis()
     return schema.Memory(
         compiler_peak_bytes=memory.compiler_peak_bytes(largest),
-        measured_peak_bytes=next(iter(metrics.memory_bytes().values())),
+        measured_peak_bytes=next(iter(machine.memory_bytes().values())),
         arguments_bytes=analysis.argument_size_in_bytes,
         temporaries_bytes=analysis.temp_size_in_bytes,
     )

@@ -21,8 +21,8 @@ from moejax import config as configuration
 from moejax.config import Experiment, TrainingConfig
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.hub.model import architecture, create_model
 from moejax.training.optimizer import make_schedule
-from moejax.training.state import architecture, create_model
 
 TINY = {
     "name": "tiny",

@@ -14,7 +14,7 @@ import contract
 import gpu_frameworks
 import turns
 
-from moejax.estimator import gpus
+from moejax import gpus
 
 PLAYED = """
 import json, sys

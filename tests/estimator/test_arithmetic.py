@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from moejax.estimator import gpus, roofline
+from moejax import gpus
+from moejax.estimator import roofline
 from moejax.estimator.least_squares import nonnegative
 from moejax.models.config import PRESETS
 

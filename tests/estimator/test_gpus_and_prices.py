@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import gpus, prices, targets
+from moejax.estimator import prices, targets
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 from support import kept_result
 
-from moejax import cli, config, estimating, installation
+from moejax import cli, config, device, gpus, installation
+from moejax.commands import estimate_memory
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import block_memory, cards, closed_form, gpus, memory, memory_report, roofline, sizes
+from moejax.estimator import block_memory, cards, closed_form, memory, roofline, sizes
 from moejax.estimator.targets import target_of
 from moejax.models.config import PRESETS, MixtralConfig
 from moejax.models.config.specs import Block, Mamba, Stack
-from moejax.training import aot
+from moejax.training import aot, oracle
 
 TARGETS = ["w1", "w2", "w3", "gate"]
 LORA = {"quantization": {"format": "nf4"}, "adapter": {"rank": 16, "targets": TARGETS}}
@@ -67,9 +68,10 @@ def test_arguments_to_the_byte(case):
     import jax
     import numpy as np
 
+    from moejax.hub.model import model_arguments
     from moejax.models.build import build
     from moejax.training.optimizer import make_optimizer, make_schedule
-    from moejax.training.state import initial_state, model_arguments, split
+    from moejax.training.state import initial_state, split
 
     architecture = case.model.architecture(None)
     model = build(architecture, **model_arguments(case))
@@ -149,7 +151,7 @@ def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
     loaded = config.load(*SPARSE[1:2])
     peaks = {}
     for name in ("H100", "H200"):  # one kind of program; nothing was measured on an H200: tiles of 512 rows
-        peaks[name] = estimating.oracle(loaded, estimating.architecture_of(loaded), gpus.GPUS[name], 2048, True).breakdown(2)
+        peaks[name] = oracle.oracle(loaded, sizes.architecture_of(loaded), gpus.GPUS[name], 2048, True).breakdown(2)
     assert peaks["H100"].total < peaks["H200"].total
 
 
@@ -231,12 +233,12 @@ def test_a_table_that_chooses_the_program_makes_the_key(monkeypatch, tmp_path):
     """models/ops/grouped_choice.json: another tile is another program."""
     for part in ("models", "training"):
         shutil.copytree(installation.PACKAGE / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    before = estimating._sources()
+    before = oracle._sources()
     monkeypatch.setattr(installation, "PACKAGE", tmp_path)
-    assert estimating._sources() == before
+    assert oracle._sources() == before
     table = tmp_path / "models" / "ops" / "grouped_choice.json"
     table.write_text(table.read_text().replace('"tile": 64', '"tile": 32'))
-    assert estimating._sources() != before
+    assert oracle._sources() != before
 
 
 def test_the_closed_form_beside_kept_compiled_figures():
@@ -244,7 +246,7 @@ def test_the_closed_form_beside_kept_compiled_figures():
     missed = set()
     for row in kept_result("memory-check")["results"]:
         experiment = config.load(installation.CONFIGS / f"{row['config']}.yaml")
-        architecture, platform = estimating.architecture_of(experiment), closed_form.platform_of(gpus.find(row["gpu"]))
+        architecture, platform = sizes.architecture_of(experiment), closed_form.platform_of(gpus.find(row["gpu"]))
         made = closed_form.breakdown(experiment, architecture, rows=row["rows"], row_tokens=row["row_tokens"], platform=platform)
         assert made.total == row["closed_form_bytes"]
         if abs(made.total / row["compiler_bytes"] - 1) > 0.03:
@@ -303,15 +305,15 @@ def test_the_closed_form_leaves_room_for_its_error(capsys):
 def test_queries_of_a_packed_row_are_known_of_the_studys_sets_alone():
     """By the whole name: somebody's my_math_14k_long.json has other lengths."""
     study = config.load(SPARSE[1])
-    assert memory_report.queries_per_row(study, 2048, False) == pytest.approx(20.5, abs=0.1)
+    assert estimate_memory.queries_per_row(study, 2048, False) == pytest.approx(20.5, abs=0.1)
     for source in ("data/my_commonsense_15k_long.json", "acme/math_14k-v2"):
-        assert memory_report.queries_per_row(config.load(SPARSE[1], [f"data.source={source}"]), 2048, False) is None
+        assert estimate_memory.queries_per_row(config.load(SPARSE[1], [f"data.source={source}"]), 2048, False) is None
 
 
 def test_no_card_is_named_that_would_be_refused():
     """`--dry-run`: one row of 2048 takes 29.9 GB by the closed form, an RTX 5090 has 31.0: neither fits nor does not."""
     loaded = config.load(SPARSE[1], ["data.batch_rows=1"])
-    fits, close, small, without = cards.lines(loaded, estimating.architecture_of(loaded))
+    fits, close, small, without = cards.lines(loaded, sizes.architecture_of(loaded))
     assert fits.startswith("fits (1 row of 2,048 tokens, by the closed form, in 0.92 of the memory): A40, A100-40, ")
     assert close == f"{memory.COMPILE}: RTX-5090" and "RTX-4090" in small and without.endswith(": T4, V100-16, V100-32")
     assert not any(name in fits for name in ("RTX-5090", "RTX-4090", "V100", "T4"))
@@ -360,16 +362,16 @@ def test_mistakes_are_one_message(capsys, arguments, message):
 
 def test_which_gpus_would_do_is_said_once():
     refused = ["8 GB more than the 22 GB usable on L4; A40, H100 would do", "T4 has no bf16. more; A40, H100 would do"]
-    assert memory_report._said_once(refused) == [*(text.split("; ")[0] for text in refused), "A40, H100 would do"]
-    assert memory_report._said_once([*refused, "a; no GPU of the table would do"]) == [*refused, "a; no GPU of the table would do"]
-    assert memory_report._said_once(refused[:1]) == refused[:1]
+    assert estimate_memory._said_once(refused) == [*(text.split("; ")[0] for text in refused), "A40, H100 would do"]
+    assert estimate_memory._said_once([*refused, "a; no GPU of the table would do"]) == [*refused, "a; no GPU of the table would do"]
+    assert estimate_memory._said_once(refused[:1]) == refused[:1]
 
 
 def test_without_the_extra_the_closed_form_says_so(monkeypatch):
-    monkeypatch.setattr(estimating.importlib.util, "find_spec", lambda name: None)
-    assert "the extra `aot` is missing" in estimating.why_not_compiled(gpus.GPUS["H100"])
+    monkeypatch.setattr(oracle.importlib.util, "find_spec", lambda name: None)
+    assert "the extra `aot` is missing" in oracle.why_not_compiled(gpus.GPUS["H100"])
     monkeypatch.undo()
-    assert estimating.why_not_compiled(estimating.this_machine(0.9)) is None
+    assert oracle.why_not_compiled(device.this_machine(0.9)) is None
 
 
 def test_targets_of_the_same_chip():

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import coefficients, gpus, lengths, memory, plan, prices, room
-from moejax.estimator.gpus import GPUS
+from moejax.estimator import coefficients, lengths, memory, plan, prices, room
 from moejax.estimator.job import Job
+from moejax.gpus import GPUS
 
 STUDY = coefficients.study()
 MATH = Job("mixtral", "qlora", 2, lengths.of_study("math_14k"), 15000, 10)

@@ -8,15 +8,16 @@ import pytest
 from support import ROOT, finished_run
 
 from moejax import cli
+from moejax.commands import eval as eval_command
 from moejax.data.templates import render
 from moejax.errors import UserError
-from moejax.evaluation import eval_command
+from moejax.evaluation import evaluate as evaluation
 from moejax.evaluation.evaluate import evaluate
 from moejax.evaluation.generate import generate
-from moejax.evaluation.runs import load
 from moejax.evaluation.tasks import find
 from moejax.evaluation.tasks import load as load_examples
 from moejax.hub.save import save_weights
+from moejax.runs.open import load
 
 PROBLEMS = str(ROOT / "assets/problems/test.json")
 ENDINGS = [
@@ -110,7 +111,7 @@ def test_a_full_disk_does_not_cost_the_result(tmp_path, capsys, monkeypatch):
     def full(result, folder):
         raise UserError(f"{folder}: no room")
 
-    monkeypatch.setattr(eval_command, "write", full)
+    monkeypatch.setattr(evaluation, "write", full)
     arguments = ["eval", str(ROOT / "assets/tiny-mixtral"), "--task", "gsm8k-strict", "--data", PROBLEMS, "--limit", "2"]
     assert cli.main([*arguments, "--max-new-tokens", "4", "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()

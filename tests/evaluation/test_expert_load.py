@@ -14,9 +14,10 @@ from moejax.data.batching import assemble
 from moejax.data.pipeline import in_order
 from moejax.data.sources import load_records
 from moejax.data.tokenizer import load_tokenizer
+from moejax.evaluation.expert_load import load_variance
+from moejax.hub.model import architecture, create_model
 from moejax.hub.peft import load_adapter
 from moejax.training import metrics
-from moejax.training.state import architecture, create_model
 
 # arXiv 2408.04693, figure 11: tokens per query of experts 0 to 7 (1000 queries; mean over 32 or 18 layers), and the printed variance.
 FIGURE_11 = {
@@ -47,7 +48,7 @@ POPULATION = {"Mixtral HE tuned", "Mixtral GS", "Mixtral GS tuned"}  # where the
 @pytest.mark.parametrize("name", FIGURE_11)
 def test_the_variance_is_the_studys(name):
     load, printed = FIGURE_11[name]
-    variance = metrics.load_variance(np.array(load))
+    variance = load_variance(np.array(load))
     assert (variance * 7 / 8 if name in POPULATION else variance) == pytest.approx(printed, abs=0.051)
     layers = 32 if name.startswith("Mixtral") else 18
     counts = np.array(load) * layers * 1000  # whole tokens: the numbers are means over 1000 queries and all layers

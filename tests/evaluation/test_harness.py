@@ -16,7 +16,7 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.generate import generate
 from moejax.evaluation.loglikelihood import loglikelihoods
-from moejax.evaluation.runs import load
+from moejax.runs.open import load
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install -e '.[eval]' (make test does)")
 

@@ -14,7 +14,8 @@ from support import ROOT
 from moejax import config
 from moejax.errors import UserError
 from moejax.hub import snapshot
-from moejax.training import loop, pinning, run_folder
+from moejax.runs import folders, pinning
+from moejax.training import loop
 
 SHA, NEWER = "a" * 40, "b" * 40
 ID = "org/name"
@@ -182,7 +183,7 @@ def test_a_branch_in_the_id_is_pinned_too(offline, tmp_path):
     assert (again.model.source, again.model.revision) == (ID, SHA)
     cached(offline, NEWER, ROOT / "docs")
     assert snapshot.resolve(again.model.source, again.model.revision).name == SHA
-    run_folder.write_config(again)
+    folders.write_config(again)
     assert pinning.adopted(named).model == again.model
     for other in ({"source": f"{ID}@{NEWER}"}, {"source": "org/other@main"}):
         begun = experiment(tmp_path, model=other)

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from support import ROOT, finished_run
 
-from moejax import export
 from moejax.data.tokenizer import load_tokenizer
 from moejax.hub import layerwise, merge, weights
+from moejax.runs import export
+from moejax.terminal import Console
 
 
 def main():
     folder = Path(sys.argv[1])
     experiment = finished_run(folder / "run")
-    code = export.run(str(folder / "run"), str(folder / "merged"), "merged", True, None)
+    export.export(folder / "run", folder / "merged", "merged", True, None, Console())
     written = folder / "sharded"  # the same in five files with an index
     base = ROOT / "assets/tiny-mixtral"
     model = export._abstract(experiment, weights.read_config(base), folder / "run")
@@ -23,8 +24,7 @@ def main():
     tokens = np.array(load_tokenizer(str(folder / "merged")).encode(export.PROMPT), np.int32)
     (logits,) = layerwise.logits(weights.read_config(written), written, tokens, param_dtype=jnp.bfloat16)
     np.savez(folder / "logits.npz", tokens=tokens, logits=logits, prompt=export.PROMPT)
-    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

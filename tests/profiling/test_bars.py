@@ -8,7 +8,7 @@ import pytest
 from support import VECTORS
 
 from moejax import cli
-from moejax.profiling import command
+from moejax.commands import breakdown
 from moejax.profiling.bars import Bars, takeaways
 
 TRACE = str(VECTORS / "mixtral-cpu.xplane.pb.gz")
@@ -48,7 +48,7 @@ def test_the_command_draws_and_prints(tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what is printed alone."""
-    monkeypatch.setattr(command, "draw", lambda bars, folder: [])
+    monkeypatch.setattr(breakdown, "draw", lambda bars, folder: [])
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -99,7 +99,7 @@ def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys, 
     assert "(pytorch)" in capsys.readouterr().out
     assert (tmp_path / "figures/moe_kernels.svg").is_file()
     # PyTorch chooses and dispatches with k = E too: k says which of the study's bars stand beside, not the stages.
-    monkeypatch.setattr(command, "draw", lambda bars, folder: [])
+    monkeypatch.setattr(breakdown, "draw", lambda bars, folder: [])
     for k, beside in ((2, "sparse, batch"), (8, "dense, batch")):
         schema.write(profile.model_copy(update={"moe": schema.Moe(experts=8, top_k=k, backend="eager")}), folder / schema.FILE_NAME)
         assert cli.main(["breakdown", str(folder), "--out", str(tmp_path / "figures")]) == 0

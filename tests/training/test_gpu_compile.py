@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from moejax import config, estimating
+from moejax import config
 from moejax.data.batching import Batches
 from moejax.data.tokenize import Query
 from moejax.errors import UserError
+from moejax.estimator import sizes
 from moejax.training import aot
 
 needs_aot = pytest.mark.skipif(
@@ -38,7 +39,7 @@ def padded(e, longest):
 )  # fmt: skip
 def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest):
     e = experiment(name)
-    compiled = aot.compile_step(e, estimating.architecture_of(e), rows=rows, row_tokens=padded(e, longest), gpu=gpu)
+    compiled = aot.compile_step(e, sizes.architecture_of(e), rows=rows, row_tokens=padded(e, longest), gpu=gpu)
     assert compiled.argument_bytes < compiled.peak_bytes < 4e9
 
 
@@ -46,7 +47,7 @@ def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest):
 def test_a_compile_that_fails_says_what_and_for_which_device_and_what_to_try():
     e = experiment("mixtral_8x7b_cs_sparse")
     with pytest.raises(UserError) as told:
-        aot.compile_step(e, estimating.architecture_of(e), rows=2, row_tokens=372, gpu="H100")
+        aot.compile_step(e, sizes.architecture_of(e), rows=2, row_tokens=372, gpu="H100")
     message = str(told.value)
     assert message.startswith(f"the step of {e.name} (2 rows x 372 tokens) does not compile for NVIDIA H100 80GB HBM3: INTERNAL: ")
     assert "\n" not in message and "Try rows of a multiple of 16 tokens" in message

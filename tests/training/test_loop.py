@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moejax import config
+from moejax import config, device
 from moejax.errors import UserError
 from moejax.hub.peft import load_adapter
-from moejax.training import loop, memory
+from moejax.training import loop
 from moejax.training.loop import Trainer
 
 
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_experiment):
 
 
 def test_out_of_memory_is_said_before_it_happens(make_experiment, monkeypatch):
-    monkeypatch.setattr(memory, "usable_bytes", lambda: 2_000_000)
+    monkeypatch.setattr(device, "usable_bytes", lambda: 2_000_000)
     with pytest.raises(UserError, match=r"asks for .* GB with 8 rows.*data\.batch_rows=\d+ would fit"):
         loop.run(make_experiment(data={"batch_rows": 8}), resume=False)
 

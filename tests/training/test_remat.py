@@ -9,12 +9,11 @@ import yaml
 from rich.console import Console
 from support import ROOT, loss_and_gradients
 
-from moejax import estimating
 from moejax.errors import UserError
 from moejax.estimator import closed_form
 from moejax.models.build import build
 from moejax.models.config import PRESETS
-from moejax.training import aot, loop, remat
+from moejax.training import aot, loop, memory, oracle, remat
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
 
@@ -37,9 +36,9 @@ def peaks(monkeypatch, tmp_path):
             asked.append(self.experiment.training.remat)
             return int(table[asked[-1]])
 
-        monkeypatch.setattr(estimating.Oracle, "peak_bytes", peak_bytes)
-        monkeypatch.setattr(estimating.Oracle, "breakdown", lambda self, rows: type("Told", (), {"total": int(closed)}))
-        monkeypatch.setattr(remat.memory, "usable_bytes", lambda: None if limit is None else int(limit))
+        monkeypatch.setattr(oracle.Oracle, "peak_bytes", peak_bytes)
+        monkeypatch.setattr(oracle.Oracle, "breakdown", lambda self, rows: type("Told", (), {"total": int(closed)}))
+        monkeypatch.setattr(remat.device, "usable_bytes", lambda: None if limit is None else int(limit))
         return asked
 
     return play
@@ -73,7 +72,7 @@ def test_a_named_policy_is_left_alone(peaks, make_experiment):
 def test_a_run_keeps_its_choice_and_resumes_with_it(make_experiment, monkeypatch, tmp_path, capsys):
     """With real figures of this machine; the second start has another memory, and goes on with the program it began with."""
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remat.memory, "usable_bytes", lambda: 10**12)
+    monkeypatch.setattr(remat.device, "usable_bytes", lambda: 10**12)
     training = {"remat": "auto", "steps": 2, "gradient_accumulation": 1}
     experiment = make_experiment(training=training, profile={"start_step": 2, "steps": 1})
     assert loop.run(experiment, resume=False) == 0
@@ -81,10 +80,10 @@ def test_a_run_keeps_its_choice_and_resumes_with_it(make_experiment, monkeypatch
     folder = tmp_path / "runs" / "run"
     assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["remat"] == "none"
     assert json.loads((folder / "step_profile.json").read_text())["remat"] == "none"
-    monkeypatch.setattr(remat.memory, "usable_bytes", lambda: 10)
+    monkeypatch.setattr(remat.device, "usable_bytes", lambda: 10)
     assert remat.of_run(experiment).training.remat == "none"
     with monkeypatch.context() as patch:
-        patch.setattr(remat.memory, "check", lambda *a: 1)
+        patch.setattr(memory, "check", lambda *a: 1)
         assert loop.run(experiment, resume=True) == 0
 
 

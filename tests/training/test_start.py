@@ -14,18 +14,20 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT, TINY, tiny_experiments
 from test_loop import NotCompiled
 
-from moejax import config, export
+from moejax import config, device
 from moejax.contents import MadeOf
 from moejax.data.tokenize import Query
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation import runs
 from moejax.hub.peft import save_adapter
 from moejax.hub.save import save_weights
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig
+from moejax.runs import export, folders
+from moejax.runs import open as opened
 from moejax.runs.claim import claimed
-from moejax.training import example, loop, memory, run_folder
+from moejax.terminal import Console
+from moejax.training import example, loop
 from moejax.training.metrics import MetricWriter
 
 
@@ -68,7 +70,7 @@ def test_a_start_that_cannot_write_is_one_message_and_leaves_nothing(what, make_
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs/run" / what))
 
-    place = {"config.yaml": (run_folder, "replace_text"), "metrics.jsonl": (MetricWriter, "__init__")}
+    place = {"config.yaml": (folders, "replace_text"), "metrics.jsonl": (MetricWriter, "__init__")}
     with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"{what} cannot be written \(No space .*\): make room"):
         patch.setattr(loop, "Programs", NotCompiled)
         patch.setattr(*place.get(what, (loop.prediction, "announce")), full)
@@ -227,17 +229,17 @@ def test_what_was_learned_is_not_put_on_another_base(copied):
     folder, experiment = copied
     run = place_of(experiment)
     edited(folder / "base/config.json", lambda c: c)  # written otherwise, the same values
-    loaded = runs.load(run)
+    loaded = opened.load(run)
     flip_a_byte(folder / "base/model.safetensors")
     with pytest.raises(UserError, match=r"runs/run was made of another content\. Changed: base: sha256"):
         loaded.make()
     edited(folder / "base/config.json", lambda c: c | {"rope_theta": 1.0})
-    for refused in (lambda: runs.load(run), lambda: export.run(str(run), str(folder / "out"), None, True, None)):
+    for refused in (lambda: opened.load(run), lambda: export.export(run, folder / "out", None, True, None, Console())):
         with pytest.raises(UserError, match="Changed: base: config"):
             refused()
     longer(folder / "tokenizer.json")
     with pytest.raises(UserError, match=r"Changed: tokenizer: sha256 .*; base: config"):
-        runs.load(run)
+        opened.load(run)
 
 
 def test_another_place_with_the_same_content(copied, capsys, monkeypatch):
@@ -277,7 +279,7 @@ def test_weights_come_last(make_experiment, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         loop.run(make_experiment(model=model, data={"source": "nowhere.json"}), resume=False)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory: the step asks for"):
-        patch.setattr(memory, "usable_bytes", lambda: 1_000_000)
+        patch.setattr(device, "usable_bytes", lambda: 1_000_000)
         loop.run(make_experiment(model=model, data={"batch_rows": 1}), resume=False)
     monkeypatch.setattr(loop, "Programs", NotCompiled)
     with pytest.raises(UserError, match=r"a{40} has none of model\.safetensors"):

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 
 from moejax import __version__, installation
-from moejax.estimating import versions
+from moejax.installation import versions
 from moejax.study.report.results import Environment, digest
 
 
@@ -35,15 +35,15 @@ def describe(dtype: str) -> tuple[Environment, int | None]:
     """The environment, and the bytes that a process may use of the device (None on a CPU, which has no limit of its own)."""
     import jax
 
-    from moejax.training import flops
-    from moejax.training.step_profile import cpu_name
+    from moejax import device as machine
+    from moejax.device import cpu_name
 
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     limit = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
     fraction = float(os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75"))
-    peak, source = flops.peak_flops(dtype)
-    bandwidth, _ = flops.peak_bytes_per_second()
+    peak, source = machine.peak_flops(dtype)
+    bandwidth, _ = machine.peak_bytes_per_second()
     size = round(limit / fraction) if limit else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     on_cpu = device.platform == "cpu"
     content = {

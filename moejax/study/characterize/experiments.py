@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from moejax import gpus
 from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches, stack
-from moejax.estimator import closed_form, gpus, memory
+from moejax.device import usable_bytes
+from moejax.estimator import closed_form, memory
 from moejax.profiling import roofline
 from moejax.study.characterize.measure import Session, random_rows
 from moejax.study.characterize.outcome import Outcome, Trial
 from moejax.study.report.results import Row
-from moejax.training.memory import usable_bytes
 
 WARM = 2
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from moejax import gpus
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.estimator import coefficients, equations, fitting, gpus, prices
+from moejax.estimator import coefficients, equations, fitting, prices
 from moejax.estimator.fitting import Fitted, Run
 from moejax.study.characterize import plan
 from moejax.study.characterize.outcome import Outcome

@@ -17,6 +17,7 @@ from moejax import hub
 from moejax.data.batch import Batch
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
+from moejax.hub.model import model_arguments
 from moejax.models.build import Model, build, random_weights
 from moejax.profiling import xplane
 from moejax.profiling.breakdown import Breakdown, analyze
@@ -24,7 +25,7 @@ from moejax.profiling.capture import Capture, compile_profiled
 from moejax.study.characterize.study import Setting
 from moejax.training import aot
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import initial_state, model_arguments, split
+from moejax.training.state import initial_state, split
 
 
 class OutOfMemory(Exception):

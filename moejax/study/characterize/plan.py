@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from moejax.estimator import closed_form, gpus, roofline, sizes
+from moejax import gpus
+from moejax.estimator import closed_form, roofline, sizes
 from moejax.study.characterize.presets import Batch, queries_of
 from moejax.study.characterize.study import Setting, Study
 from moejax.study.report.results import Environment

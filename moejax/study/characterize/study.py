@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moejax import config as experiments
-from moejax import installation
+from moejax import gpus, installation
 from moejax.config import Experiment, whole_row
 from moejax.data.batching import Batches
 from moejax.errors import UserError, first_line
-from moejax.estimating import architecture_of
-from moejax.estimator import closed_form, gpus, lengths, memory, sizes
+from moejax.estimator import closed_form, lengths, memory, sizes
+from moejax.estimator.sizes import architecture_of
 from moejax.models.config import Architecture
 from moejax.profiling.bars import study_model
 from moejax.study.characterize.presets import PRESETS, Preset, Sizes, override
@@ -167,6 +167,8 @@ def resolve(
 
 def _of_checkout(experiment: Experiment) -> Experiment:
     """A preset works from any folder: the bundled files that its configs name are the checkout's. Raises UserError in a wheel."""
+    root = installation.checkout()
+
     root = installation.checkout()
 
     def found(path: str | None) -> str | None:

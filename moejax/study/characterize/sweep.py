@@ -16,6 +16,7 @@ from typing import Any
 
 import moejax.study.characterize.children as children
 from moejax.errors import UserError
+from moejax.runs.folders import differences
 from moejax.study.characterize import plan
 from moejax.study.characterize.children import Result, Runner
 from moejax.study.characterize.plan import Task
@@ -23,12 +24,11 @@ from moejax.study.characterize.presets import queries_of
 from moejax.study.characterize.study import Study
 from moejax.study.report import results
 from moejax.study.report.results import Environment, MemoryLimit, Planned, Row, Trial
-from moejax.training.run_folder import differences
 
 
 def environment(study: Study) -> tuple[Environment, MemoryLimit]:
     """Of this machine's device, asked in a process of its own. Raises UserError where there is no limit to the memory of a step."""
-    from moejax.cli import prepare_jax
+    from moejax.runtime import prepare_jax
 
     first = study.settings[0].experiment
     prepare_jax(first.device)

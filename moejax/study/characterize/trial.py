@@ -95,7 +95,7 @@ def run(folder: Path, trial: str, rows: int | None) -> int:
 
 def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: int | None) -> tuple[str, str | None, Any]:
     """(status, message, outcome); out of memory is a status."""
-    from moejax.cli import prepare_jax
+    from moejax.runtime import prepare_jax
 
     prepare_jax(task.setting.experiment.device)
     import jax

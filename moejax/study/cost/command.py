@@ -6,11 +6,18 @@ import argparse
 import dataclasses
 from typing import Any
 
-from moejax.estimator.commands import draw, print_json, show_table
-from moejax.study.cost import figures, reproduce
+from moejax.commands.tables import draw, print_json, show_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
 
 
 def run(options: argparse.Namespace) -> int:
+    from moejax.study.cost import reproduce
+
     sections = [*reproduce.sections(), *([reproduce.form_scores()] if options.forms else [])]
     bars = reproduce.bars()
     if options.json:
@@ -20,5 +27,8 @@ def run(options: argparse.Namespace) -> int:
         for section in sections:
             show_table(section.title, section.columns, section.rows, section.notes)
         print("bars met" if bars.met else "bars NOT met")
-    draw(options.plot, lambda _, folder: figures.reproduction(folder))
+    if options.plot:
+        from moejax.study.cost import figures
+
+        draw(options.plot, lambda _, folder: figures.reproduction(folder))
     return 0

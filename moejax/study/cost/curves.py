@@ -12,7 +12,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moejax.estimator import gpus, lengths, transfer
+from moejax import gpus
+from moejax.estimator import lengths, transfer
 from moejax.estimator.coefficients import Entry, Range
 from moejax.estimator.least_squares import RESAMPLES
 from moejax.estimator.lengths import STUDY_CUTOFF

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from moejax.errors import UserError
 from moejax.estimator import roofline
-from moejax.estimator.gpus import GPU
 from moejax.estimator.least_squares import FloatArray, fit_seconds, nonnegative, resampled, spread
+from moejax.gpus import GPU
 
 Form = Literal["affine", "roofline", "no padding"]
 Pooling = Literal["curve", "card", "chip"]

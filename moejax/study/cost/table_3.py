@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from moejax import config, estimating, installation
+from moejax import config, installation
+from moejax.commands.estimate_memory import quiet_compiler
+from moejax.commands.tables import print_json, show_table
 from moejax.config import DeviceConfig
 from moejax.errors import UserError
-from moejax.estimator import lengths, memory
-from moejax.estimator.commands import print_json, show_table
-from moejax.estimator.gpus import GPUS
+from moejax.estimator import lengths, memory, sizes
+from moejax.gpus import GPUS
 from moejax.study import reference
 from moejax.study.cost.curves import FIGURE_15_DATASET, GPU_NAMES
+from moejax.training import oracle
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     Exit code 1 where ours is smaller than the study's."""
     if options.config or options.overrides or options.rows is not None or options.seq_len is not None:
         raise UserError("--study runs the study's own configs, rows and GPUs: leave out --config, --rows, --seq-len and key.sub=value")
-    estimating.quiet_compiler(options.gpu)
+    quiet_compiler(options.gpu)
     fraction = DeviceConfig().memory_fraction
     rows = []
     ratios: dict[tuple[str, str, str], float] = {}  # compiler over closed form, of the same program with other rows: a better guess
@@ -86,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
                "peak GB", "one more", "closed form GB", "by", "asked")  # fmt: skip
     if options.json:
         cells = [dict(zip(columns, row, strict=True)) for row in rows]
-        print_json({"what": "Table III beside ours", "memory_fraction": fraction, "versions": estimating.versions(), "cells": cells})
+        print_json({"what": "Table III beside ours", "memory_fraction": fraction, "versions": installation.versions(), "cells": cells})
     else:
         notes = [
             "queries padded to the longest row (commonsense 512 tokens, MATH cut at 1024), one a row: the study's padding at its worst",
@@ -97,8 +99,8 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(row[7] != "NO" for row in rows) else 1
 
 
-def _oracle(cell: Cell, closed: bool) -> estimating.Oracle:
+def _oracle(cell: Cell, closed: bool) -> oracle.Oracle:
     preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[cell.model]
     name = f"{preset}_{'cs' if cell.dataset == 'commonsense_15k' else 'math'}_{cell.kind}.yaml"
     experiment = config.load(installation.CONFIGS / name)
-    return estimating.oracle(experiment, estimating.architecture_of(experiment), GPUS[cell.gpu], cell.row_tokens, closed)
+    return oracle.oracle(experiment, sizes.architecture_of(experiment), GPUS[cell.gpu], cell.row_tokens, closed)

@@ -24,6 +24,11 @@ SUFFIXES = (".png", ".svg", ".pdf")
 WIDE = 120  # characters, where the output is no terminal
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
+    parser.add_argument("--plot", default=None, metavar="FILE", help="draw the figure into this .png, .svg or .pdf")
+
+
 def run(options: argparse.Namespace) -> int:
     """Print the tables, and draw the figure where --plot names its file. Raises UserError for what is no such run, or runs that answer
     other questions."""

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from small_study import ENVIRONMENT, SIZES, write_config
 
-from moejax import cli
+from moejax import cli, runtime
 from moejax.errors import UserError
 from moejax.estimator.prices import SETS
 from moejax.study.characterize import children, command, sweep, trial
@@ -38,7 +38,7 @@ def here():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(children.Runner, "_wait", in_this_process)
-        patch.setattr(cli, "prepare_jax", lambda device: None)  # of this process, which is the tests'
+        patch.setattr(runtime, "prepare_jax", lambda device: None)  # of this process, which is the tests'
         yield
 
 
@@ -125,7 +125,7 @@ def test_a_dense_blackmamba(tmp_path, monkeypatch):
     wanted = study.resolve(None, [config], [*SIZES, "sweep.routings=[dense]", "sweep.dense_lengths=[32]"], 10**8, False)
     limit = results.MemoryLimit(10**8, True)
     Sweep.open(wanted, tmp_path / "out", None, "a command", ENVIRONMENT, limit).close()
-    monkeypatch.setattr(cli, "prepare_jax", lambda device: None)  # of this process, which is the tests'
+    monkeypatch.setattr(runtime, "prepare_jax", lambda device: None)  # of this process, which is the tests'
     experiments = set()
     for name in ("length/blackmamba-tiny/problems/dense/32", "throughput/blackmamba-tiny/problems/dense/padded/largest"):
         assert trial.run(tmp_path / "out", name, 2) == 0
@@ -151,7 +151,7 @@ def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):
         raise MemoryError("Unable to allocate 47 GiB")
 
     monkeypatch.setattr(experiments, "predict", predict)
-    monkeypatch.setattr(cli, "prepare_jax", lambda device: None)  # of this process, which is the tests'
+    monkeypatch.setattr(runtime, "prepare_jax", lambda device: None)  # of this process, which is the tests'
     assert trial.run(tmp_path / "out", name, None) == 0
     left = children.read(trial.result_path(tmp_path / "out", name))
     assert (left.status, left.message) == ("out_of_memory", "out of memory on the host: MemoryError: Unable to allocate 47 GiB")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
+from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import gpus, roofline, transfer
+from moejax.estimator import roofline, transfer
 from moejax.estimator.least_squares import fit_seconds, fit_seconds_many
 from moejax.study import reference
 from moejax.study.cost import curves, forms, paper, reproduce

@@ -2,7 +2,8 @@
 
 from support import kept_result
 
-from moejax.estimator import gpus, memory
+from moejax import gpus
+from moejax.estimator import memory
 from moejax.study.cost.table_3 import study_cells
 
 

@@ -1,38 +1,71 @@
-"""What `estimate.py memory` prints: the largest batch, the peak and what it is made of.
-
-Who knows a peak is handed in: a compiler's figures, or the closed form's. Nothing is compiled here.
-"""
+"""`moejax estimate memory`: the largest batch, the peak and what it is made of."""
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+from moejax import config, gpus
+from moejax.commands.asked import names_of
+from moejax.commands.tables import print_json, show_table
+from moejax.config import Experiment
+from moejax.device import HERE, this_machine
 from moejax.errors import UserError
 from moejax.estimator import memory
-from moejax.estimator.commands import print_json, show_table
-from moejax.estimator.gpus import GPU
+from moejax.estimator.sizes import architecture_of
 from moejax.estimator.units import Gigabytes, counted, gigabytes
-
-if TYPE_CHECKING:
-    from moejax.config import Experiment
-    from moejax.estimator.closed_form import Breakdown
+from moejax.gpus import GPU
+from moejax.training.oracle import Oracle, oracle
 
 
-class Peaks(Protocol):
-    """One experiment's step on one GPU, by rows. `reason`: why it is not the compiler that answers; None where it does."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="experiment in YAML (`moejax init` writes one)")
+    parser.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
+    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
+    parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
+    parser.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
+    parser.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
+    parser.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without --config)")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single values of the config")
 
-    reason: str | None
-    row_tokens: int
-    hits: int
-    misses: int
 
-    def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown: ...
+def quiet_compiler(gpus: str) -> None:
+    """Before jax is imported: none of XLA's remarks about a driver that is not there, and no device but where one is asked."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if HERE not in gpus.split(","):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-    def peak_bytes(self, rows: int) -> int: ...
 
-    def largest(self, limit: float, ratio: float = 1.0) -> memory.Largest: ...
+def run(options: argparse.Namespace) -> int:
+    quiet_compiler(options.gpu)
+    if not options.config:
+        raise UserError("which experiment? --config FILE (`moejax init` writes one), or --study")
+    for name in ("seq_len", "rows"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    experiment = config.load(options.config, options.overrides)
+    if experiment.training.remat == "auto":  # the largest batch is that of the policy that keeps least
+        experiment = config.load(options.config, [*options.overrides, "training.remat=full"])
+        if not options.json:
+            print("training.remat = auto: counted as full, which the largest batch needs; with room left a run recomputes less")
+    architecture = architecture_of(experiment)
+    row_tokens = options.seq_len or experiment.data.longest_text
+    if row_tokens > architecture.max_position_embeddings:
+        raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
+    row_tokens = config.whole_row(row_tokens)
+    cards = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    asked = dict.fromkeys(HERE if name == HERE else gpus.find(name, cards) for name in names_of(options.gpu))
+    found = []
+    for card in asked:
+        gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
+        found.append((gpu, oracle(experiment, architecture, gpu, row_tokens, options.closed_form)))
+    padded = options.seq_len is not None or experiment.data.batching != "pack"
+    return show(experiment, found, cards, rows=options.rows, padded=padded, as_json=options.json)
 
 
 def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> float | None:
@@ -45,12 +78,12 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
     return row_tokens / lengths.of_study(dataset).mean if dataset in lengths.WITH_LENGTHS else None
 
 
-def table(
-    experiment: Experiment, asked: Sequence[tuple[GPU, Peaks]], gpus: dict[str, GPU], *, rows: int | None, padded: bool, as_json: bool
+def show(
+    experiment: Experiment, asked: Sequence[tuple[GPU, Oracle]], cards: dict[str, GPU], *, rows: int | None, padded: bool, as_json: bool
 ) -> int:
     """Print one line a GPU, and the breakdown at the largest batch (or at `rows`). UserError where not one row fits on any GPU.
-    `gpus`: those that may be named where one does not do."""
-    lines = [_line(experiment, gpu, peaks, gpus, rows, padded) for gpu, peaks in asked]
+    `cards`: those that may be named where one does not do."""
+    lines = [_line(experiment, gpu, peaks, cards, rows, padded) for gpu, peaks in asked]
     refused = [str(line["problem"]) for line in lines if line["problem"]]
     none = len(refused) == len(lines)
     refused = _said_once(refused)
@@ -109,13 +142,13 @@ def _what_rows_are(row_tokens: int, padded: bool, per_row: float | None) -> str:
     return f"rows are packed: {per_row:.1f} queries each at the data set's mean length (GPT-NeoX tokens, the study's Figure 2)"
 
 
-def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], rows: int | None, padded: bool) -> dict[str, Any]:
+def _line(experiment: Experiment, gpu: GPU, peaks: Oracle, cards: dict[str, GPU], rows: int | None, padded: bool) -> dict[str, Any]:
     fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
     limit = memory.usable_bytes(gpu, fraction)
     problem = close = None
     if not gpu.bf16 and experiment.training.asks_bf16:  # before anything is compiled for it
         chosen, peak, after = rows or 0, peaks.breakdown(rows or 1).total, None
-        problem = _without_bf16(experiment, gpu, peaks, gpus, rows or 1, limit)
+        problem = _without_bf16(experiment, gpu, peaks, cards, rows or 1, limit)
     elif rows is None:
         found = peaks.largest(limit)
         chosen, peak, after = found.rows, found.peak or found.next_peak, found.next_peak
@@ -123,7 +156,7 @@ def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], 
         chosen, peak, after = rows, peaks.peak_bytes(rows), None
     sure, possible = memory.by_closed_form(limit) if closed else (limit, limit)
     if problem is None and (chosen == 0 or peak > possible):
-        problem = _too_large(experiment, gpu, peaks, gpus, max(1, chosen), peak)
+        problem = _too_large(experiment, gpu, peaks, cards, max(1, chosen), peak)
     elif problem is None and closed:
         close = _close(peaks, chosen, rows is not None, sure, possible)
     shown = chosen or 1
@@ -141,26 +174,26 @@ def _line(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], 
     }  # fmt: skip
 
 
-def _too_large(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], rows: int, peak: float) -> str:
+def _too_large(experiment: Experiment, gpu: GPU, peaks: Oracle, cards: dict[str, GPU], rows: int, peak: float) -> str:
     """By how much, and where it would do: on GPUs that a run would not refuse."""
     what = f"{experiment.name} with {'one row' if rows == 1 else f'{rows:,} rows'} of {peaks.row_tokens} tokens"
-    others = [g for g in gpus.values() if g.bf16 or not experiment.training.asks_bf16]
+    others = [g for g in cards.values() if g.bf16 or not experiment.training.asks_bf16]
     fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
     return str(memory.too_large(what, peak, gpu, fraction, others, lambda g: peaks.breakdown(rows, g).total, closed=closed))
 
 
-def _without_bf16(experiment: Experiment, gpu: GPU, peaks: Peaks, gpus: dict[str, GPU], rows: int, limit: float) -> str:
+def _without_bf16(experiment: Experiment, gpu: GPU, peaks: Oracle, cards: dict[str, GPU], rows: int, limit: float) -> str:
     """What would run: fp32 here, if that fits, and the GPUs that have bf16 and room."""
     fraction, fp32 = experiment.device.memory_fraction, peaks.breakdown(rows, float32=True).total
     here = "training.compute_dtype=float32 training.param_dtype=float32 would run"
     if fp32 > memory.by_closed_form(limit)[0]:
         here = f"in float32 {counted(rows, 'row')} would need {fp32 / 1e9:.2f} GB of its {limit / 1e9:.2f}"
-    sure = {g: memory.by_closed_form(memory.usable_bytes(g, fraction))[0] for g in gpus.values() if g.bf16}
+    sure = {g: memory.by_closed_form(memory.usable_bytes(g, fraction))[0] for g in cards.values() if g.bf16}
     others = memory.would_do(g for g, most in sure.items() if peaks.breakdown(rows, g).total <= most)
     return f"{gpu.name} has no bf16, which the training section asks for: a run is refused there. {here}; {others}"
 
 
-def _close(peaks: Peaks, rows: int, asked: bool, sure: float, possible: float) -> str | None:
+def _close(peaks: Oracle, rows: int, asked: bool, sure: float, possible: float) -> str | None:
     """Which rows the closed form cannot judge, its error being what it is."""
     if asked:
         return None if peaks.peak_bytes(rows) <= sure else f"{counted(rows, 'row')}: {memory.COMPILE}"

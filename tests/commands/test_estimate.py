@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax import cli, estimating
+from moejax import cli, device
 from moejax.estimator import coefficients
 
 ROOT = Path(__file__).parent.parent.parent
@@ -140,15 +140,13 @@ def test_a_tail_of_long_queries_costs(capsys, tmp_path):
 
 def test_this_machine(capsys, tmp_path, monkeypatch):
     """A CPU has no times by the study; with coefficients of its own it is predicted for, in its own memory."""
-    from moejax.training import memory
-
     code, out, err = run(capsys, *PREDICT[:3], "--gpu", "here")
     assert code == 2 and out == "" and "--gpu here: this machine has a CPU only" in err and "--coefficients FILE" in err
-    file, name = tmp_path / "c.json", estimating.this_machine(0.9).name
+    file, name = tmp_path / "c.json", device.this_machine(0.9).name
     entry = dataclasses.replace(coefficients.study()[0], gpu=name, framework="jax", coefficients=np.array([9.0, 1.0, 1.0]))
     coefficients.write(file, [entry])
     for gb, batch in ((200, 1), (20, None)):
-        monkeypatch.setattr(memory, "usable_bytes", lambda gb=gb: gb * 10**9)
+        monkeypatch.setattr(device, "usable_bytes", lambda gb=gb: gb * 10**9)
         code, out, err = run(capsys, *PREDICT[:3], "--gpu", "here,here", "--coefficients", str(file), "--epochs", "1", "--json")
         if batch:
             (p,) = json.loads(out)["predictions"]

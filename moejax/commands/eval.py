@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-
-import jax
-from rich.progress import Progress
+from typing import TYPE_CHECKING
 
 from moejax.errors import UserError
-from moejax.evaluation.evaluate import Result, evaluate, larger, pairs_of, prompts_of, write
-from moejax.evaluation.runs import load
-from moejax.evaluation.tasks import find
-from moejax.evaluation.tasks import load as load_examples
-from moejax.terminal import Console
+from moejax.runtime import prepare_jax_for
+
+if TYPE_CHECKING:
+    from moejax.evaluation.evaluate import Result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
+    parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-loglikelihood")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
+    parser.add_argument("--split", default=None, help="of a name for `datasets` (default: the task's)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N examples")
+    parser.add_argument("--base", action="store_true", help="the model that the run began with: without its adapter")
+    parser.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="of a generated answer (default: the task's)")
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="examples computed together (default: 16)")
+    parser.add_argument("--out", default=None, metavar="DIR", help="default: RUN/eval/NAME, or NAME-base with --base")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints accuracy, interval and speed; writes predictions.jsonl and result.json to --out or RUN/eval/TASK (see `larger`)."""
+    prepare_jax_for(options.run)
+    import jax
+    from rich.progress import Progress
+
+    from moejax.evaluation.evaluate import evaluate, pairs_of, prompts_of, write
+    from moejax.evaluation.tasks import find
+    from moejax.evaluation.tasks import load as load_examples
+    from moejax.runs.open import load
+    from moejax.terminal import Console
+
     task = find(options.task)
     new = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     for name, value in (("--limit", options.limit), ("--rows", options.rows), ("--max-new-tokens", new)):
@@ -61,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _out(folder: Path, task: str, options: argparse.Namespace, count: int) -> Path:
+    from moejax.evaluation.evaluate import larger
+
     given = options.out
     if given is None and not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is no run's folder, so nothing is written there: give --out DIR")

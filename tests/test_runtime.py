@@ -7,12 +7,12 @@ import warnings
 
 from support import ROOT
 
-from moejax import program_cache
+from moejax import runtime
 
 CHILD = """
 import sys
-from moejax import cli, config
-cli.prepare_jax(config.DeviceConfig(compilation_cache=sys.argv[1]))
+from moejax import config, runtime
+runtime.prepare_jax(config.DeviceConfig(compilation_cache=sys.argv[1]))
 import jax._src.cache_key
 assert jax._src.cache_key.jaxlib_version_str
 jax._src.cache_key.jaxlib_version_str = sys.argv[2]
@@ -55,7 +55,7 @@ def test_what_another_version_left_is_not_found(tmp_path):
 
 def test_a_folder_that_is_full_is_told_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    program_cache.replace_unreadable(tmp_path)
+    runtime.replace_unreadable(tmp_path)
     for name in ("jit_a", "jit_b"):
         text = f"Error writing persistent compilation cache entry for '{name}': OSError: [Errno 28] No space left on device"
         warnings.showwarning(UserWarning(text), UserWarning, "file", 1)

@@ -1,19 +1,58 @@
-"""What `estimate.py fit` and `compare` print, and the figure of a fit's residuals."""
+"""`moejax estimate fit RUN…`: coefficients.json from the step_profile.json of several runs of one model."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moejax.estimator import comparison
-from moejax.estimator.commands import draw, print_json, show_table
-from moejax.estimator.fitting import Fitted
-from moejax.estimator.units import counted
+from moejax.commands.tables import draw, print_json, show_table
+from moejax.errors import UserError
+
+if TYPE_CHECKING:
+    from moejax.estimator.fitting import Fitted, Run
 
 
-def fitted(found: Sequence[Fitted], out: str, *, as_json: bool, plot: str | None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, or a step_profile.json")
+    parser.add_argument("--out", default="coefficients.json", metavar="FILE", help="where the coefficients go (default: coefficients.json)")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--plot", metavar="DIR", help="draw the residuals (PNG) into this folder")
+
+
+def run(options: argparse.Namespace) -> int:
+    from moejax.estimator import coefficients
+    from moejax.estimator.fitting import fit_runs
+
+    fitted = fit_runs([measured(Path(path)) for path in options.runs])
+    paper = {f.entry.gpu: {"equation_1": f.equation_1, "equation_2": f.equation_2} for f in fitted}
+    coefficients.write(options.out, [f.entry for f in fitted], paper)
+    report(fitted, options.out, as_json=options.json)
+    draw(options.plot, lambda figures, folder: figures.residuals(folder, fitted))
+    return 0
+
+
+def measured(path: Path) -> Run:
+    """A run's step_profile.json as plain figures. Raises UserError for one that is missing, or says too little."""
+    from moejax.estimator.fitting import Run
+    from moejax.profiling import schema
+
+    p = schema.read(path)
+    needed = {"step_seconds.median": p.step_seconds.median, "batch.queries": p.batch.queries, "batch.tokens": p.batch.tokens}
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} is null or 0: nothing can be fitted to this run; profile it again")
+    peak = p.memory.compiler_peak_bytes or p.memory.measured_peak_bytes
+    return Run(
+        str(path), p.framework, p.device.name, p.model.name, p.model.params_total, p.method, p.moe.experts, p.moe.top_k,
+        float(p.batch.queries or 0), float(p.batch.tokens or 0), float(p.step_seconds.median or 0), peak, p.memory.arguments_bytes,
+        p.precision, p.remat, round(p.batch.row_tokens or 0) or None,
+    )  # fmt: skip
+
+
+def report(found: Sequence[Fitted], out: str, *, as_json: bool) -> None:
     """Coefficients by device with their errors, the residual of every run, and where the file is."""
     if as_json:
         print_json({"file": out, "fits": [_told(f) for f in found]})
@@ -34,8 +73,6 @@ def fitted(found: Sequence[Fitted], out: str, *, as_json: bool, plot: str | None
         ]
         show_table(f"{e.model} by {e.method} on {e.gpu}", ("run", "queries", "tokens", "k/E", "s/step", "error %"), rows, notes)
     print(f"written: {out}", file=sys.stderr if as_json else sys.stdout)
-    draw(plot, lambda figures, folder: figures.residuals(folder, found))
-    return 0
 
 
 def _limits(f: Fitted) -> list[str]:
@@ -77,16 +114,3 @@ def _told(f: Fitted) -> dict[str, Any]:
     coefficients = dict(zip(("t0_seconds", "token_seconds", "expert_token_seconds"), e.coefficients.tolist(), strict=True))
     return {"model": e.model, "method": e.method, "gpu": e.gpu, **coefficients, "only_share": e.only_share, "doubt": e.doubt, "runs": runs,
             "equation_1": f.equation_1, "equation_2": f.equation_2}  # fmt: skip
-
-
-def compared(found: dict[str, dict[str, Any]], *, as_json: bool) -> int:
-    """Predicted against measured of every run."""
-    if as_json:
-        print_json(found)
-        return 0
-    for folder, document in found.items():
-        print(f"{folder}: {document['model']} by {document['method']} on {document['gpu']}, {counted(document['steps'], 'step')}")
-        for line in comparison.lines(document):
-            print(f"  {line}")
-        print(f"  kept in {Path(folder) / comparison.COMPARISON}")
-    return 0

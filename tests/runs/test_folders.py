@@ -6,7 +6,7 @@ import yaml
 from moejax.config import DeviceConfig, dump
 from moejax.contents import MadeOf
 from moejax.errors import UserError
-from moejax.training import run_folder
+from moejax.runs import folders
 
 
 def changed(experiment, section, **values):
@@ -15,48 +15,48 @@ def changed(experiment, section, **values):
 
 def test_what_may_differ_when_a_run_is_continued(make_experiment):
     experiment = make_experiment("older")
-    assert run_folder.prepare(experiment, resume=False) is None
-    run_folder.write_config(experiment)
-    config = run_folder.folder_of(experiment) / "config.yaml"
+    assert folders.prepare(experiment, resume=False) is None
+    folders.write_config(experiment)
+    config = folders.folder_of(experiment) / "config.yaml"
     older = yaml.safe_load(config.read_text())
     del older["device"]["compilation_cache"], older["profile"], older["made_of"]  # a run of a version that did not know these keys
     config.write_text(yaml.safe_dump(older))
-    assert run_folder.prepare(experiment, resume=True) is None
-    run_folder.prepare(experiment.model_copy(update={"device": DeviceConfig(memory_fraction=0.5)}), resume=True)
+    assert folders.prepare(experiment, resume=True) is None
+    folders.prepare(experiment.model_copy(update={"device": DeviceConfig(memory_fraction=0.5)}), resume=True)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
-        run_folder.prepare(experiment.model_copy(update={"seed": 1}), resume=True)
+        folders.prepare(experiment.model_copy(update={"seed": 1}), resume=True)
     with pytest.raises(UserError, match=r"data\.source: .*train\.json' -> 'elsewhere\.json'"):  # what was in it is not known
-        run_folder.prepare(changed(experiment, "data", source="elsewhere.json"), resume=True)
+        folders.prepare(changed(experiment, "data", source="elsewhere.json"), resume=True)
     older["sedd"] = 1
     config.write_text(yaml.safe_dump(older))
     with pytest.raises(UserError, match="sedd"):
-        run_folder.prepare(experiment, resume=True)
+        folders.prepare(experiment, resume=True)
     assert "sedd" not in dump(experiment)
 
 
 def test_a_run_that_decayed_all_goes_on_so(make_experiment):
     """Before there was `weight_decay_on`, norms and biases were decayed too."""
     whole = make_experiment("decayed", training={"weight_decay": 0.1}, adapter=None, quantization={"format": "none"})
-    run_folder.write_config(whole)
-    config = run_folder.folder_of(whole) / "config.yaml"
+    folders.write_config(whole)
+    config = folders.folder_of(whole) / "config.yaml"
     older = yaml.safe_load(config.read_text())
     del older["training"]["weight_decay_on"]
     config.write_text(yaml.safe_dump(older))
     with pytest.raises(UserError, match=r"training\.weight_decay_on: 'all' -> 'matrices'"):
-        run_folder.prepare(whole, resume=True)
-    run_folder.prepare(changed(whole, "training", weight_decay_on="all"), resume=True)
+        folders.prepare(whole, resume=True)
+    folders.prepare(changed(whole, "training", weight_decay_on="all"), resume=True)
 
 
 def test_a_place_may_differ_where_its_content_is_known(make_experiment):
     """Then the content decides, which is read later."""
     experiment = make_experiment().model_copy(update={"made_of": MadeOf(data="0", tokenizer="1")})
-    run_folder.write_config(experiment)
+    folders.write_config(experiment)
     elsewhere = changed(experiment, "data", source="elsewhere.json").model_copy(update={"tokenizer": "other", "made_of": None})
-    assert run_folder.prepare(elsewhere, resume=True) == experiment.made_of
-    assert list(run_folder.moved(experiment, elsewhere)) == ["tokenizer", "data.source"]
+    assert folders.prepare(elsewhere, resume=True) == experiment.made_of
+    assert list(folders.moved(experiment, elsewhere)) == ["tokenizer", "data.source"]
     declared = changed(elsewhere, "data", records=5, sha256="0")
     with pytest.raises(UserError, match=r"data\.records: None -> 5; data\.sha256"):
-        run_folder.prepare(declared, resume=True)
-    run_folder.prepare(changed(declared, "checkpoint", resume_with_changed=("data",)), resume=True)
+        folders.prepare(declared, resume=True)
+    folders.prepare(changed(declared, "checkpoint", resume_with_changed=("data",)), resume=True)
     with pytest.raises(UserError, match=r"eval: None ->|model\.source: None -> 'x'"):  # a run without a source has random weights
-        run_folder.prepare(changed(experiment, "model", source="x"), resume=True)
+        folders.prepare(changed(experiment, "model", source="x"), resume=True)

@@ -1,4 +1,5 @@
-"""jax's folder of compiled programs. What another version, device or program left there has another name, and is not found.
+"""What jax reads when it is imported, and its folder of compiled programs. What another version, device or program left there has another
+name, and is not found.
 
 An entry that cannot be read (a run was killed while jax wrote it) jax compiles anew, with a warning, but does not write again: every later
 start would compile too. Here such entries are removed, and so written again.
@@ -6,11 +7,15 @@ start would compile too. Here such entries are removed, and so written again.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+from moejax.config import DeviceConfig, load
+from moejax.errors import UserError
 
 _UNWRITABLE = "Error writing persistent compilation cache entry"
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'")
@@ -39,3 +44,25 @@ def replace_unreadable(folder: Path) -> None:
         print(f"{folder}: a compiled program of {unreadable[1]} cannot be read (cut off?): compiled anew", file=sys.stderr)
 
     warnings.showwarning = show
+
+
+def prepare_jax(device: DeviceConfig) -> None:
+    """jax's settings, which it reads when it is imported. What the environment sets wins."""
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(device.memory_fraction))
+    if device.compilation_cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(device.compilation_cache).expanduser()))
+        # jax leaves out what compiles in less than a second: most of what a start compiles, but for the step.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        replace_unreadable(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+
+def prepare_jax_for(run: str | None, config: str | None = None) -> None:
+    """As the config of a run's folder says, or a config's file; by default where there is none to read: the command itself says what is
+    wrong."""
+    file = config if run is None else Path(run) / "config.yaml"
+    try:
+        device = DeviceConfig() if file is None else load(file).device
+    except UserError:
+        device = DeviceConfig()
+    prepare_jax(device)

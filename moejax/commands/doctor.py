@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -36,7 +37,11 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def run() -> int:
+def add_arguments(_: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(_: argparse.Namespace) -> int:
     """Print the table. Returns 1 if something would make every run fail, else 0."""
     findings = [*versions(), *devices(), *memory(), *plugin(), *caches(), hub()]
     table = Table(title=f"moejax {__version__}", title_justify="left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
 from moejax.terminal import Console
 
+NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
 WIDE = 132  # characters that the whole table of stages takes
 
 
@@ -36,7 +38,24 @@ class Run:
     dense: bool | None = None
 
 
-def run(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, a *.xplane.pb, or a step_profile.json")
+    parser.add_argument("--out", default=None, metavar="DIR", help="where the figures go (default: RUN/breakdown)")
+    parser.add_argument(
+        "--reference",
+        choices=("match", "all", "none"),
+        default="match",
+        help="the study's bars beside: of the same model and k (default), of all its settings, or none",
+    )
+    parser.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
+    parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
+
+
+def run(options: argparse.Namespace) -> int:
+    return show(options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json)
+
+
+def show(
     paths: Sequence[str], *, out: str | None = None, reference: str = "match", ncu: str | None = None, as_json: bool = False
 ) -> int:
     """Print the tables of these runs (folders, traces or step_profile.json files) and draw the figures. Raises UserError."""

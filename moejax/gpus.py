@@ -195,3 +195,9 @@ def _compiler_figures(where: str, figures: dict[str, Any]) -> CompilerFigures | 
     if int(cores) != cores:
         raise UserError(f"{where}.multiprocessors = {cores}: expected a whole number")
     return CompilerFigures(text, int(cores), float(figures["l2_mb"]), float(figures["clock_ghz"]))
+
+
+def gpu_name(device: str) -> str:
+    """The table's name of a device that jax or torch names so, or its own."""
+    found = of_device_kind(device)
+    return device if found is None else found.name

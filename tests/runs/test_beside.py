@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.hub.beside import carry
 from moejax.hub.save import write_config
 from moejax.models.config import PRESETS
+from moejax.runs.beside import carry
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 GENERATION = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 510], "temperature": 0.6, "do_sample": True}

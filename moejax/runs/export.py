@@ -1,4 +1,4 @@
-"""`moejax export RUN --out DIR`: what a run trained, for PyTorch: a PEFT adapter or a merged model, reloaded and compared."""
+"""What a run trained, for PyTorch: a PEFT adapter or a merged model, reloaded and compared."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from moejax.config import Experiment
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import told
-from moejax.evaluation.runs import check_base, check_made_of, open_run
-from moejax.hub import beside, merge, peft, verification, weights
+from moejax.hub import merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint
+from moejax.hub.model import adapter_config, architecture, quantization_config
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
+from moejax.runs import beside
+from moejax.runs.open import check_base, check_made_of, open_run
 from moejax.terminal import Console
-from moejax.training.state import adapter_config, architecture, quantization_config
 
 PROMPT = (
     "A box holds 12 apples. Tom takes 5 of them and puts 3 pears into it. How many pieces of fruit are in the box now? Write down "
@@ -35,9 +36,8 @@ TOLERANCE = {"peft": 1e-5, "fused": 1e-5, "merged": 0.05}
 rounded to bf16."""
 
 
-def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance: float | None) -> int:
+def export(folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None, console: Console) -> None:
     """Write DIR whole or not at all. Raises UserError for a mistake, a full disk, and a model that reloads differently."""
-    folder, target, console = Path(run_folder), Path(out), Console()
     experiment = open_run(folder)
     trained = experiment.adapter is not None
     chosen = format_ or ("peft" if trained else "merged")
@@ -85,7 +85,6 @@ def run(run_folder: str, out: str, format_: str | None, verify: bool, tolerance:
         shutil.rmtree(aside, ignore_errors=True)
     what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
     console.print(f"{what}: {target}{'' if verify else ' (not verified)'}", soft_wrap=True)
-    return 0
 
 
 def model_bytes(sizes: Architecture) -> int:

@@ -16,10 +16,10 @@ from moejax.data.ends import Ends, ends_of
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
+from moejax.hub.model import architecture, create_model
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
-from moejax.training.state import architecture, create_model
 
 
 class Loaded(NamedTuple):

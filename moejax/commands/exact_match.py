@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-from rich.table import Table
-
-from moejax.data.ends import ends_of
-from moejax.data.records import Record
-from moejax.data.sources import load_records
-from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.answers import commonest, correct, final_number, wilson_interval
-from moejax.evaluation.evaluate import evaluate, larger, prompts_of
-from moejax.evaluation.runs import base_model, check_made_of, open_run, tuned
-from moejax.evaluation.tasks import example, find
 from moejax.files import replace_text
-from moejax.hub import weights
-from moejax.terminal import Console
-from moejax.training.state import architecture
+from moejax.runtime import prepare_jax_for
 
 ROWS = 64  # problems answered together
 
 
-def run(run_folder: str, data: str, limit: int | None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
+    parser.add_argument("--data", required=True, help="held-out problems (.json, .jsonl, .csv, .parquet, with `answer`)")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+
+
+def run(options: argparse.Namespace) -> int:
     """Prints a table and writes every prompt, output and verdict to RUN/predictions.jsonl and the figures to exact_match.json."""
-    folder, console = Path(run_folder), Console()
+    prepare_jax_for(options.run)
+    import jax
+    from rich.table import Table
+
+    from moejax.data.ends import ends_of
+    from moejax.data.sources import load_records
+    from moejax.data.tokenizer import load_tokenizer
+    from moejax.evaluation.answers import commonest, correct, wilson_interval
+    from moejax.evaluation.evaluate import evaluate, larger, prompts_of
+    from moejax.evaluation.tasks import example, find
+    from moejax.hub import weights
+    from moejax.hub.model import architecture
+    from moejax.runs.open import base_model, check_made_of, open_run, tuned
+    from moejax.terminal import Console
+
+    folder, data, limit, console = Path(options.run), options.data, options.limit, Console()
     experiment = open_run(folder)
     source = experiment.model.source
     if source is None:
@@ -88,8 +97,10 @@ def run(run_folder: str, data: str, limit: int | None) -> int:
     return 0
 
 
-def _answer(record: Record) -> str | None:
+def _answer(record: Any) -> str | None:
     """A record's answer, if it is a number or a text with one."""
+    from moejax.evaluation.answers import final_number
+
     answer = record["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return None

@@ -5,24 +5,36 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moejax.data.ends import Ends
-from moejax.data.records import blank, unicode
-from moejax.data.tokenize import prompts
 from moejax.errors import UserError
 from moejax.estimator.units import counted
-from moejax.evaluation.generate import Sampling, before, cut, padded_length, stream
-from moejax.evaluation.loglikelihood import encoded
-from moejax.evaluation.runs import load
+from moejax.runtime import prepare_jax_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="RUN", help="a finished run's folder, e.g. runs/demo")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, as it stands; may be given several times")
+    asked.add_argument("--instruction", action="append", metavar="TEXT", help="the same, put into the template the run was trained with")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token; 1: as the model has it")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that have this share together")
+    parser.add_argument("--top-k", type=int, default=None, help="draw from the likeliest so many tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before this text; may be given several times")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the answers (a single one as it comes) to standard output and tokens/s to standard error."""
+    prepare_jax_for(options.run)
+    from moejax.data.records import blank, unicode
+    from moejax.data.tokenize import prompts
+    from moejax.evaluation.generate import Answers, Sampling, padded_length, stream
+    from moejax.evaluation.loglikelihood import encoded
+    from moejax.runs.open import load
+
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     stops = options.stop or []
     if "" in stops:
@@ -48,13 +60,15 @@ def run(options: argparse.Namespace) -> int:
     answers = Answers(tokenizer, stops, len(asked), ends)
     pieces = stream(model, asked, max_new_tokens=options.max_new_tokens, end=ends.ids, sampling=sampling)
     answers.add(next(pieces))
-    printed = answers.show(0) if len(asked) == 1 else 0
+    printed = 0
+    if len(asked) == 1:
+        printed += show(answers.certain(printed))
     start = time.perf_counter()  # the first token is prefill's; everything is compiled by now
     first = answers.count()
     for piece in pieces if not answers.finished() else ():
         answers.add(piece)
         if len(asked) == 1:
-            printed = answers.show(printed)
+            printed += show(answers.certain(printed))
         if answers.finished():
             break
     seconds, count = time.perf_counter() - start, answers.count() - first
@@ -71,38 +85,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-class Answers:
-    """What has come of each prompt's answer."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompts: int, ends: Ends) -> None:
-        self.tokenizer, self.stops, self.ends = tokenizer, [*stops, *([ends.text] if ends.text else [])], ends.ids
-        self.tokens: list[list[int]] = [[] for _ in range(prompts)]
-        self.ended = [False] * prompts
-
-    def add(self, piece: np.ndarray) -> None:
-        for row, tokens in enumerate(piece):
-            if not self.ended[row]:
-                kept = before(tokens, self.ends)
-                self.tokens[row] += kept
-                self.ended[row] = len(kept) < len(tokens) or self.text(row)[1]
-
-    def text(self, row: int) -> tuple[str, bool]:
-        """An answer up to the first stop string, and whether there was one."""
-        return cut(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True), self.stops)
-
-    def finished(self) -> bool:
-        return all(self.ended)
-
-    def count(self) -> int:
-        return sum(map(len, self.tokens))
-
-    def show(self, printed: int) -> int:
-        """Print what of the first answer is new and certain. Returns the number of characters printed so far."""
-        text, stopped = self.text(0)
-        certain = len(text)
-        if not stopped:  # a character of several tokens may be incomplete, and a stop string may have begun
-            certain = len(text.rstrip("\ufffd"))
-            begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-            certain = min(certain, len(text) - max(begun, default=0))
-        print(text[printed:certain], end="", flush=True)
-        return max(printed, certain)
+def show(text: str) -> int:
+    """Print it as it comes. Returns its length."""
+    print(text, end="", flush=True)
+    return len(text)

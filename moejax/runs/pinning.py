@@ -29,7 +29,7 @@ def pinned(experiment: Experiment, model_folder: Path | None) -> Experiment:
 def adopted(experiment: Experiment) -> Experiment:
     """The experiment with the commits of the run of this name, where it names no other: what a resumed run goes on with.
 
-    A run that is not there, or took something else, is `run_folder.prepare`'s to refuse.
+    A run that is not there, or took something else, is `folders.prepare`'s to refuse.
     """
     path = Path(experiment.runs_dir) / experiment.name / "config.yaml"
     if not path.is_file():

@@ -7,17 +7,17 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 
 if TYPE_CHECKING:
     from moejax.estimator.coefficients import Entry
-    from moejax.estimator.gpus import GPU
     from moejax.estimator.job import Job
     from moejax.estimator.prices import Price
     from moejax.estimator.room import Room
+    from moejax.gpus import GPU
 
-HERE = "here"  # --gpu: this machine's own
 EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
@@ -92,23 +92,21 @@ def assumed(options: argparse.Namespace, job: Job) -> list[str]:
 
 def gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
     """The table, with the GPUs of --gpu-file."""
-    from moejax.estimator import gpus
+    from moejax import gpus
 
     return gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
 
 
 def gpus_of(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
     """Those of --gpu, `here` among them; all of the table without."""
-    from moejax.estimator import gpus
+    from moejax import gpus
 
     if options.gpu is None:
         return list(table.values())
     found = []
     for name in dict.fromkeys(names_of(options.gpu)):
         if name == HERE:
-            from moejax import estimating
-
-            found.append(estimating.this_machine_timed(bool(options.coefficients)))
+            found.append(this_machine_timed(bool(options.coefficients)))
         else:
             found.append(gpus.find(name, table))
     return list(dict.fromkeys(found))

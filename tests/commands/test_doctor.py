@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moejax import cli, doctor
+from moejax import cli
+from moejax.commands import doctor
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_what_is_wrong_comes_with_what_to_do(monkeypatch, tmp_path):
     assert "-m pip install 'jax[cuda12]==" in next(iter(doctor.devices())).advice
     monkeypatch.setattr(doctor, "versions", lambda: findings)
     monkeypatch.setattr(doctor, "hub", lambda: doctor.Finding("Hub", "ok", ""))
-    assert doctor.run() == 1
+    assert doctor.run(None) == 1
     assert all(f.advice for f in findings if f.status != "ok")
 
 

@@ -1,0 +1,109 @@
+"""Peaks of a training step by the compiler, kept on disk; or by the closed form, with the reason.
+
+jax is imported only where something is to be compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+from moejax import installation
+from moejax.config import Experiment
+from moejax.estimator import closed_form, memory
+from moejax.estimator.closed_form import Breakdown
+from moejax.estimator.memory import Largest, Peak
+from moejax.estimator.targets import MULTIPROCESSORS, target_of
+from moejax.gpus import GPU
+from moejax.models.config import Architecture
+
+
+def _sources() -> str:
+    """Hash of everything that the step is made of: sources, and the tables that choose what is compiled."""
+    training = [installation.PACKAGE / "training" / f"{name}.py" for name in ("aot", "optimizer", "state", "step")]
+    models = [path for path in (installation.PACKAGE / "models").rglob("*") if path.suffix in (".py", ".json")]
+    return memory.digest([*models, *training])
+
+
+def why_not_compiled(gpu: GPU) -> str | None:
+    """Why no compiler can answer for this GPU here; None where one can."""
+    if gpu.usable_bytes is not None:
+        return None
+    if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
+        return f"the extra `aot` is missing ({installation.for_extra('aot')})"
+    if target_of(gpu) is not None:
+        return None
+    if gpu.compiler is not None:
+        return f"{gpu.name}: compute capability {gpu.compiler.compute_capability} is none of {', '.join(MULTIPROCESSORS)}"
+    return f"{gpu.name}: --gpu-file says no compute_capability, multiprocessors, l2_mb, clock_ghz"
+
+
+@dataclass
+class Oracle:
+    """Peaks of one experiment's step on one GPU: compiled and kept, or, with a `reason`, by the closed form."""
+
+    experiment: Experiment
+    config: Architecture
+    gpu: GPU
+    row_tokens: int
+    reason: str | None
+    hits: int = 0
+    misses: int = 0
+    known: dict[int, Peak] = field(default_factory=dict)
+
+    def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown:
+        """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
+        gpu, experiment = gpu or self.gpu, self.experiment
+        if float32:
+            training = experiment.training.model_copy(update={"compute_dtype": "float32", "param_dtype": "float32"})
+            experiment = experiment.model_copy(update={"training": training})
+        platform = closed_form.platform_of(gpu)
+        if gpu.usable_bytes is None:
+            device = closed_form.device_of(gpu)
+        else:
+            from moejax.models.ops.grouped_choice import here
+
+            device = here()
+        return closed_form.breakdown(experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=platform, device=device)
+
+    def peak_bytes(self, rows: int) -> int:
+        if self.reason is not None:
+            return self.breakdown(rows).total
+        if rows not in self.known:
+            self.known[rows] = self._compiled(rows)
+        return self.known[rows].peak_bytes
+
+    def _compiled(self, rows: int) -> Peak:
+        from moejax.training import aot
+
+        gpu = None if self.gpu.usable_bytes is not None else target_of(self.gpu)
+        target: Any = aot.machine() if gpu is None else dataclasses.asdict(gpu)
+        key = {
+            "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
+            "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
+        }  # fmt: skip
+
+        def compile_it() -> Peak:
+            c = aot.compile_step(self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, gpu=gpu)
+            return memory.Peak(c.peak_bytes, c.argument_bytes, c.temporary_bytes, c.compile_seconds)
+
+        peak, there = memory.cached(key, compile_it)
+        self.hits, self.misses = self.hits + there, self.misses + (not there)
+        return peak
+
+    def largest(self, limit: float, ratio: float = 1.0) -> Largest:
+        """The largest number of rows within `limit` bytes; the closed form times `ratio` says where to begin. Where the closed form
+        itself answers, its error is allowed for."""
+        if self.reason is not None:
+            return memory.largest_rows(self.peak_bytes, memory.by_closed_form(limit)[0])
+        guess = max(1, memory.largest_rows(lambda rows: int(ratio * self.breakdown(rows).total), limit).rows)
+        slope = self.breakdown(guess + 1).total - self.breakdown(guess).total
+        return memory.largest_rows(self.peak_bytes, limit, guess, slope)
+
+
+def oracle(experiment: Experiment, architecture: Architecture, gpu: GPU, row_tokens: int, closed: bool) -> Oracle:
+    """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
+    reason = "--closed-form was given" if closed else why_not_compiled(gpu)
+    return Oracle(experiment, architecture, gpu, row_tokens, reason)
