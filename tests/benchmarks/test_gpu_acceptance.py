@@ -39,6 +39,14 @@ def test_a_step_that_fails_takes_none_with_it_and_is_done_again(called, capsys):
     assert "first: done" in (out := capsys.readouterr().out) and "(from before)" in out
 
 
+def test_a_step_that_is_stopped_says_so(called, monkeypatch, capsys):
+    """Also where all its checks were right until then."""
+    run = gpu_acceptance.run
+    monkeypatch.setattr(gpu_acceptance, "run", lambda arguments, seconds, why: run(arguments, 2, why))
+    code, _ = called(first=WRITES + "; import time; time.sleep(60)")
+    assert code == 1 and "first: NOT RIGHT" in (out := capsys.readouterr().out) and "0 of 0 checks; stopped after 2 s\n" in out
+
+
 def test_results_of_another_device_are_not_taken_over_and_not_lost(called, monkeypatch, tmp_path):
     _, before = called(first=WRITES)
     monkeypatch.setattr("kept.device", lambda: ("gpu", "NVIDIA Other"))
