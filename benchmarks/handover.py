@@ -35,7 +35,7 @@ from moejax.hub.model import architecture, create_model, model_arguments
 from moejax.hub.names import tensors
 from moejax.models.build import Model, build
 from moejax.models.ops.nf4 import NF4Tensor
-from moejax.training.parameters import base_and_active, groups_of
+from moejax.training.parameters import groups_of
 from moejax.training.run_steps import steps_in, total_steps
 
 DIGEST_LIMIT = 2_000_000_000
@@ -92,8 +92,7 @@ def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[
 
 def _described(model: Model, name: str) -> dict[str, Any]:
     """What experiment.json says of the model, weights or not."""
-    groups = groups_of(model)
-    total, active = base_and_active(groups, model.config)
+    groups, (total, active) = groups_of(model), model.config.parameters
     return {
         "hub_config": model.config.to_hub_config(),
         "model": {

@@ -7,6 +7,7 @@ a family's own file (`moejax.models.families`) knows which family it is. A `matc
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class GQA:
     rope_theta: float
     qk_norm: Literal["head", "all"] | None = None
     module: ClassVar[str] = "attention"
+    scopes: ClassVar[tuple[str, ...]] = ("dequant", "lora")
     positional: ClassVar[bool] = True
     targets: ClassVar[Mapping[str, str]] = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -65,6 +67,7 @@ class Mamba:
     conv: int
     rank: int
     module: ClassVar[str] = "mamba"
+    scopes: ClassVar[tuple[str, ...]] = ("conv", "scan", "dequant", "lora")
     positional: ClassVar[bool] = False
     targets: ClassVar[Mapping[str, str]] = {}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -101,6 +104,10 @@ class MoE:
     activation: Literal["silu", "gelu"]
     router: Router
     module: ClassVar[str] = "moe"
+    scopes: ClassVar[tuple[str, ...]] = (
+        "router", "router_dequant", "topk", "dispatch", "w1", "w1_dequant", "w3", "w3_dequant", "act", "w2", "w2_dequant",
+        "combine", "lora",
+    )  # fmt: skip
     targets: ClassVar[Mapping[str, str]] = {"gate": "router", "w1": "w1", "w2": "w2", "w3": "w3"}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"experts": ("w1", "w2", "w3"), "router": ("router",)}
 
@@ -121,6 +128,8 @@ class MoE:
 
 Mixer = GQA | Mamba
 FeedForward = MoE
+HALVES: tuple[type[Mixer | FeedForward], ...] = (GQA, Mamba, MoE)
+"""Every kind; `module` is its attribute and its scope, `scopes` what is told apart inside it."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +308,19 @@ class Architecture(ABC):
             for half in stack.block.halves
             for name, matrix in half.matrices(self.hidden_size).items()
         }
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """All, and those that a token meets."""
+        every = sum(math.prod(shape) for shape in self.weights.values())
+        return every, every - sum(n * (m.copies - m.met) * m.out * m.inner for m, n in self.linears.values() if m.copies)
+
+    def kind_of(self, path: Path) -> str:
+        """What a variable is counted among: a group that can be quantized, its mixer, norms, embeddings or head."""
+        if len(path) < 3:
+            return {"embed": "embeddings", "norm": "norms"}.get(path[0], path[0])
+        group = next((name for name, modules in self.groups.items() if path[:3] in modules), path[1])
+        return "norms" if group.endswith("_norm") else group
 
     @property
     def targets(self) -> dict[str, tuple[Path, ...]]:

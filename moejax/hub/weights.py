@@ -112,7 +112,7 @@ def report(model: Model) -> list[str]:
     for name, variable in base_variables(model):
         value = variable.get_value()
         kind = "NF4" if isinstance(value, nf4.NF4Tensor) else str(jnp.dtype(value.dtype))
-        count = found.setdefault(_group(name), {}).setdefault(kind, [0, 0])
+        count = found.setdefault(model.config.kind_of(tuple(name.split("."))), {}).setdefault(kind, [0, 0])
         count[0] += value.size
         count[1] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
     lines = []
@@ -127,13 +127,6 @@ def base_variables(model: Model) -> Iterator[tuple[str, nnx.Variable]]:
     """Dotted path and variable of every weight of the base, once each; adapters left out."""
     for path, attr in by_variable(model):
         yield ".".join((*path, attr)), getattr(attribute(model, path), attr)
-
-
-def _group(name: str) -> str:
-    for key, group in (("router", "router"), ("moe.w", "experts"), ("norm", "norms"), ("attention.", "attention"), ("mamba.", "mamba")):
-        if key in name:
-            return group
-    return name.split(".")[0]
 
 
 def _short(count: int) -> str:

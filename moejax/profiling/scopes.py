@@ -11,22 +11,19 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
+from moejax.models.config import specs
+
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
 
 SCOPES: dict[str, tuple[str, ...]] = {
     "embed": (),
     "layers": (),  # the loop over layers itself: slices of stacked weights, additions to the stream, what is kept for the backward pass
     "norm": (),
-    "attention": ("dequant", "lora"),
-    "mamba": ("conv", "scan", "dequant", "lora"),
-    "moe": (
-        "router", "router_dequant", "topk", "dispatch", "w1", "w1_dequant", "w3", "w3_dequant", "act", "w2", "w2_dequant",
-        "combine", "lora",
-    ),
+    **{half.module: half.scopes for half in specs.HALVES},
     "head_dequant": (),
     "loss": (),
     "optimizer": (),
-}  # fmt: skip
+}
 """Layer kinds, and the parts that are told apart inside them: the names under which `models` and the train step run."""
 
 OUTSIDE = "other"

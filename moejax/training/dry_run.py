@@ -6,14 +6,12 @@ import math
 import os
 from pathlib import Path
 
-import jax
-import optax
-from flax import nnx
 from rich.table import Table
 
 from moejax.config import Experiment
 from moejax.data.sources import is_file
 from moejax.estimator import cards
+from moejax.estimator.sizes import optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
 from moejax.hub.model import architecture, model_arguments
 from moejax.models.build import build
@@ -21,25 +19,14 @@ from moejax.runs import folders
 from moejax.terminal import Console
 from moejax.training import held_out, low_precision
 from moejax.training.inputs import not_local, read_data
-from moejax.training.optimizer import make_optimizer
-from moejax.training.parameters import Group, base_and_active, groups_of
+from moejax.training.parameters import Group, groups_of
 from moejax.training.run_steps import total_steps
-from moejax.training.state import split
 
 
 def parameter_groups(experiment: Experiment) -> dict[str, Group]:
     """Group name -> counts of the model that this experiment builds, from an abstract model."""
     model = build(architecture(experiment, _folder(experiment)), **model_arguments(experiment))
     return groups_of(model)
-
-
-def optimizer_bytes(experiment: Experiment) -> int:
-    """Bytes of the optimizer's state, from its abstract initialization."""
-    model = build(architecture(experiment, _folder(experiment)), **model_arguments(experiment))
-    _, trainable, _ = split(model, full=experiment.adapter is None)
-    optimizer = make_optimizer(experiment.training, optax.constant_schedule(0.0))
-    state = jax.eval_shape(optimizer.init, nnx.to_pure_dict(trainable))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _folder(experiment: Experiment) -> Path | None:
@@ -59,20 +46,20 @@ def report(experiment: Experiment) -> int:
         state = "yes" if group.trainable else "frozen"
         table.add_row(name, f"{group.parameters:,}", group.dtype, f"{gigabytes(group.bytes)}", state)
     sizes = architecture(experiment, _folder(experiment))
-    base, active = base_and_active(groups, sizes)
+    base, active = sizes.parameters
     trained = [g for g in groups.values() if g.trainable]
-    stored = sum(g.bytes for g in groups.values())
-    optimizer = optimizer_bytes(experiment)
+    weights = sum(g.bytes for g in groups.values())
+    optimizer = optimizer_bytes(experiment.training.optimizer, tuple(w for w in stored(experiment, sizes) if w.trained))
     gradients = sum(g.bytes for g in trained)
     table.add_section()
     table.add_row("base model", f"{base:,}", "", "", "")
     table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", "")
     table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gigabytes(gradients)}", "")
-    table.add_row("weights in memory", "", "", f"{gigabytes(stored)}", "")
+    table.add_row("weights in memory", "", "", f"{gigabytes(weights)}", "")
     table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{gigabytes(optimizer)}", "")
     table.add_row("gradients", "", trained[0].dtype, f"{gigabytes(gradients)}", "")
     table.add_section()
-    total = stored + optimizer + gradients
+    total = weights + optimizer + gradients
     table.add_row("before activations", "", "", f"{gigabytes(total)}", "")
     console.print(table)
     for line in cards.lines(experiment, sizes):

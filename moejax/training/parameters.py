@@ -10,14 +10,7 @@ import jax
 from flax import nnx
 
 from moejax.models.build import Model
-from moejax.models.config import Architecture
 from moejax.models.ops.nf4 import NF4Tensor
-
-_GROUPS = (
-    ("embeddings", "embed."), ("head", "head."), ("router", ".moe.router."), ("experts", ".moe.w"), ("attention", ".attention."),
-    ("mamba", ".mamba."),
-    ("norms", "norm"),
-)  # fmt: skip
 
 
 @dataclass
@@ -34,9 +27,7 @@ def groups_of(model: Model) -> dict[str, Group]:
     """Group name -> counts; of weights or of their shapes alone."""
     groups: dict[str, Group] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(str(p) for p in path)
-        lora = ".lora." in name
-        group = groups.setdefault(_group_name(name) + (" LoRA" if lora else ""), Group())
+        group = groups.setdefault(model.config.kind_of(tuple(map(str, path))) + (" LoRA" if "lora" in path else ""), Group())
         value: Any = variable.get_value()
         leaves = jax.tree.leaves(value)
         group.parameters += value.size if isinstance(value, NF4Tensor) else math.prod(value.shape)
@@ -45,18 +36,6 @@ def groups_of(model: Model) -> dict[str, Group]:
         group.dtype = _nf4_name(value) if isinstance(value, NF4Tensor) else str(value.dtype)
         group.trainable = isinstance(variable, nnx.Param)
     return groups
-
-
-def base_and_active(groups: dict[str, Group], config: Architecture) -> tuple[int, int]:
-    """Parameters without adapters: all, and those that one token meets."""
-    base = sum(g.parameters for n, g in groups.items() if not n.endswith("LoRA"))
-    idle = groups["experts"].parameters * (config.num_experts - config.experts_per_token) // config.num_experts
-    return base, base - idle
-
-
-def _group_name(path: str) -> str:
-    dotted = f".{path}"
-    return next(name for name, part in _GROUPS if part in dotted)
 
 
 def _nf4_name(value: NF4Tensor) -> str:

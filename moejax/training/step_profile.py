@@ -25,7 +25,7 @@ from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
 from moejax.terminal import Console
 from moejax.training import experts, memory
-from moejax.training.parameters import base_and_active, groups_of
+from moejax.training.parameters import groups_of
 
 MEASURED_AGAIN = 3  # times, where a stage of the step was faster than a measured peak
 
@@ -98,8 +98,7 @@ def phase_table(profile: schema.StepProfile, capture: Capture) -> Table:
 def assemble(measured: Measured, found: breakdown.Breakdown) -> schema.StepProfile:
     """The contract's fields, from the run and from its trace."""
     experiment, config = measured.experiment, measured.model.config
-    groups = groups_of(measured.model)
-    total, active = base_and_active(groups, config)
+    groups, (total, active) = groups_of(measured.model), config.parameters
     _, rows, row_tokens = measured.traced[-1]["shape"]
     backend = experts.backend(experiment, config, rows * row_tokens)
     quantized = experiment.quantization.format != "none"

@@ -136,7 +136,7 @@ def test_report_counts_every_weight(folder):
     lines = report(load(folder))
     experts = next(line for line in lines if line.startswith("experts"))
     assert experts.startswith("experts: 49.2 k parameters, NF4, ") and experts.endswith(" kB; 0 left unquantized")
-    assert any(line.startswith("embed: 1.02 k parameters, float32") for line in lines)
+    assert any(line.startswith("embeddings: 1.02 k parameters, float32") for line in lines)
 
 
 class TestCache:
