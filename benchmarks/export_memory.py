@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moejax import export
-from moejax.hub import layerwise, merge, peft, save, verification, weights
+from moejax.hub import layerwise, merge, peft, save, streaming, verification, weights
 from moejax.hub.names import tensors
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig, MixtralConfig, Quantization
@@ -39,7 +39,7 @@ def own_bytes() -> int:
 def write_base(model, folder: Path) -> None:
     """Random weights in Hub layout, one file a layer."""
     rng = np.random.default_rng(0)
-    shapes = {name: merge._whole_shape(model, places) for name, places in tensors(model.config).items()}
+    shapes = {name: streaming.whole_shape(model, places) for name, places in tensors(model.config).items()}
     sizes = {name: int(np.prod(shape)) * 2 for name, shape in shapes.items()}
     where = {}
     for i, names in enumerate(merge.plan_shards(sizes, 200_000_000)):

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from moejax.hub.names import Place, attribute, index_of, tensors
+from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.safetensors_file import Writer
 from moejax.hub.save import write_config, write_json
 from moejax.hub.stored import open_tensors
-from moejax.hub.streaming import read_tensor, stored_shape
+from moejax.hub.streaming import read_tensor, whole_shape
 from moejax.models.build import Model
 from moejax.models.ops import nf4
 
@@ -33,14 +33,14 @@ def save_merged(
     base: the folder its weights are read from. Host memory holds one tensor. progress: called with the bytes of each. Raises UserError as
     `weights.load_weights` does, and for a full disk.
     """
-    sizes = {name: 2 * math.prod(_whole_shape(model, places)) for name, places in tensors(model.config).items()}
+    sizes = {name: 2 * math.prod(whole_shape(model, places)) for name, places in tensors(model.config).items()}
     shards = plan_shards(sizes, shard_bytes)
     files = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = {name: (_whole_shape(model, places), ml_dtypes.bfloat16) for name, places in tensors(model.config).items()}
+    shapes = {name: (whole_shape(model, places), ml_dtypes.bfloat16) for name, places in tensors(model.config).items()}
     with ExitStack() as stack:
         source = open_tensors(base, stack, model.config)
         for file, names in zip(files, shards, strict=True):
@@ -76,7 +76,7 @@ def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
 def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) -> np.ndarray:
     """fp32: a tensor of the checkpoint as the trained model means it, adapter included."""
     places = tensors(model.config)[name]
-    raw = read_tensor(files, name, _whole_shape(model, places), base)
+    raw = read_tensor(files, name, whole_shape(model, places), base)
     place = places[0]  # a tensor that holds two of our matrices is a BlackMamba's: neither quantized nor adapted
     module = attribute(model, place.path)
     if isinstance(raw, nf4.NF4Tensor):
@@ -90,12 +90,3 @@ def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) ->
         return value
     a, b = (np.asarray(v.get_value()[index_of(place)], np.float32) for v in (lora.a, lora.b))
     return value + np.float32(lora.scale) * (b @ a)
-
-
-def _whole_shape(model: Model, places: tuple[Place, ...]) -> tuple[int, ...]:
-    """The shape of a tensor as the checkpoint stores it."""
-    place = places[0]
-    value = getattr(attribute(model, place.path), place.attr).get_value()
-    leading = (place.layer is not None) + (place.expert is not None)
-    shape = value.shape if isinstance(value, nf4.NF4Tensor) else value.shape[leading:]
-    return stored_shape(place, tuple(shape))

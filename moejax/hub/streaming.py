@@ -109,7 +109,7 @@ def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
 def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path, staging: Staging) -> Any:
     """A copy of a tensor in the host's memory, as stored."""
     half = None if place.half is None else slice(place.half * shape[0], (place.half + 1) * shape[0])
-    raw = _checked(files, name, stored_shape(place, shape), folder)
+    raw = checked(files, name, stored_shape(place, shape), folder)
     if isinstance(raw, nf4.NF4Tensor):
         return raw
     if half is not None:
@@ -122,7 +122,7 @@ def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder
 
     Raises UserError where it is missing, of another shape or no number.
     """
-    raw = _checked(files, name, shape, folder)
+    raw = checked(files, name, shape, folder)
     if isinstance(raw, nf4.NF4Tensor):
         return raw
     value = jnp.asarray(raw)
@@ -130,7 +130,7 @@ def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder
     return value
 
 
-def _checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
+def checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
     """A tensor as its source gives it, of this shape and of a kind that is read."""
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing: download the checkpoint again")
@@ -162,6 +162,15 @@ def stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
     if place.path[-1] == "conv" and place.attr == "weight":
         return (shape[0], 1, shape[1])
     return (2 * shape[0], *shape[1:]) if place.half is not None else shape
+
+
+def whole_shape(model: Model, places: tuple[Place, ...]) -> tuple[int, ...]:
+    """The shape of a tensor as the checkpoint stores it."""
+    place = places[0]
+    value = getattr(attribute(model, place.path), place.attr).get_value()
+    leading = (place.layer is not None) + (place.expert is not None)
+    shape = value.shape if isinstance(value, nf4.NF4Tensor) else value.shape[leading:]
+    return stored_shape(place, tuple(shape))
 
 
 def leaf_name(path: Any) -> str:

@@ -17,9 +17,10 @@ from moejax.errors import UserError
 from moejax.hub import bitsandbytes, quantized_cache
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.quantized_cache import Content, Keeper
+from moejax.hub.safetensors_file import Reader
 from moejax.hub.snapshot import resolve
-from moejax.hub.stored import open_tensors, read_json, weight_files
-from moejax.hub.streaming import by_variable, fill, leaf_name
+from moejax.hub.stored import Source, open_tensors, read_json, weight_files
+from moejax.hub.streaming import by_variable, checked, fill, leaf_name, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
 from moejax.models.ops import nf4
@@ -91,9 +92,14 @@ def load_weights(
 
 
 def check_files(model: Model, folder: Path) -> None:
-    """Raises UserError where a folder's files are not whole by their headers, or hold other tensors than the model: without reading any."""
+    """Raises UserError where a folder's files are not whole by their headers, or hold other tensors than the model, or (a safetensors
+    file's) of other shapes: without reading any."""
     with ExitStack() as stack:
-        check_names(open_tensors(folder, stack, model.config), model, folder)
+        files = open_tensors(folder, stack, model.config)
+        check_names(files, model, folder)
+        for name, places in tensors(model.config).items():
+            if isinstance(source := files[name], Source) and isinstance(source.file, Reader):
+                checked(files, name, whole_shape(model, places), folder)
 
 
 def files_of(folder: Path) -> str | None:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from support import VECTORS, full_logits
+from support import ROOT, VECTORS, full_logits
 from test_weights import CONFIG, arrays, assert_same
 
 from moejax.errors import UserError
 from moejax.hub import quantized_cache, safetensors_file
 from moejax.hub.save import save_weights
-from moejax.hub.weights import load_weights, read_config, report
+from moejax.hub.weights import check_files, load_weights, read_config, report
 from moejax.models.build import build
 from moejax.models.config import Quantization
 
@@ -255,3 +255,15 @@ def test_a_checkpoint_of_transformers_5():
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     logits = full_logits(model, tokens, jnp.ones_like(tokens), positions)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba"])
+def test_other_shapes_than_configs_are_seen_in_the_headers(name):
+    """Before anything is compiled or loaded; expert by expert, and of tensors that hold two of our matrices."""
+    base = ROOT / "assets" / name
+    sizes = read_config(base)
+    check_files(build(sizes), base)
+    with pytest.raises(UserError, match=r"has shape \[512, 128\], expected \[511, 128\] by its config\.json"):
+        check_files(build(sizes.replace(vocab_size=511)), base)
+    with pytest.raises(UserError, match=r"experts\.0\.\S+' has shape .*by its config\.json"):
+        check_files(build(sizes.replace(intermediate_size=96)), base)
