@@ -117,6 +117,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
     weights = projections(d, f, storage, dtype)
     plans, calls, errors = candidates(platform, tokens, d, f, storage != "array"), {}, {}
     calls["dense"] = dense(d, f, tokens * K, dtype)
+    steps = {name: step(plan, *weights) for name, plan in plans.items()}
     for routing, loads in (("uniform", None), ("skewed", SKEWED)):
         choices = jnp.asarray(experts_of(tokens, E, K, loads))
         reference = None
@@ -125,7 +126,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
             x = gm.dispatch(jax.random.normal(jax.random.key(2), (tokens, d)), groups)
             arguments = (x.astype(dtype), jnp.ones_like(x, dtype), groups.sizes)
             try:
-                call = step(plan, *weights)
+                call = steps[name]
                 found = call(*arguments)
                 if reference is None:
                     fp32 = step(plan, *jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, weights))
