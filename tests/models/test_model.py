@@ -54,8 +54,8 @@ def test_long_rows_are_attended_in_blocks_exactly():
     q, k, v = (jnp.asarray(rng.normal(size=(1, 1024, h, 8)), jnp.float32) for h in (4, 2, 2))
     segments = jnp.asarray(np.sort(rng.integers(1, 5, (1, 1024))), jnp.int32)
     mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((1024, 1024), bool))[None]
-    expected = attention.masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-    np.testing.assert_allclose(attention.segment_attention(q, k, v, segments), expected, atol=1e-6)
+    expected = jax.jit(attention.masked_attention)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    np.testing.assert_allclose(jax.jit(attention.segment_attention)(q, k, v, segments), expected, atol=1e-6)
 
 
 def test_only_the_adapter_is_trainable_and_the_rest_is_codes():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import ROOT, VECTORS, finished_run
+from support import ROOT, VECTORS, finished_run, full_logits
 from transformers import PreTrainedTokenizerFast
 
 from moejax import cli
@@ -86,9 +86,9 @@ def test_merging_is_pefts_merging(mixtral_folder, reference_config, mixtral_vect
     with np.load(VECTORS / "lora_all.npz") as file:
         expected = file["logits"]
     ids, mask = mixtral_vectors["ids"].astype(np.int32), mixtral_vectors["mask"].astype(np.int32)
-    hidden, _ = plain(ids, mask, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) * mask)
+    logits = full_logits(plain, ids, mask, np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape) * mask)
     real = mask.astype(bool)
-    np.testing.assert_allclose(np.asarray(plain.logits(hidden))[real], expected[real], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(logits[real], expected[real], atol=2e-5, rtol=0)
 
 
 def test_shards_hold_what_one_file_holds(run_folder, tmp_path):
