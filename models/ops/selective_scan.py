@@ -8,10 +8,8 @@ length 512. `sequential` is the reference, left to automatic differentiation; `a
 is here to be compared with. The working forms run over chunks and have their own gradient: the forward pass keeps the state at each
 chunk's start, the backward pass computes a chunk's states again and runs through them in reverse. They differ in the recurrence
 inside a chunk: `chunked` goes step by step (a CPU's cache likes it), `chunked_associative` takes log(chunk) wide steps (a GPU would
-otherwise be launched for each); `scan_choice.json` says which runs where. `benchmarks/scan_forms.py`, forward + backward, batch 2, length
-1024, D 512, N 16 on two cores, the recorded run: whole-row associative 374 ms, chunked 76 ms (56 when the machine is quiet), the same
-chunks by `jax.checkpoint` instead of this gradient 83 ms (81). A kernel would be a third such form: the same arguments, resets and
-gradients, through `_chunk_forward` and `_chunk_backward`.
+otherwise be launched for each); `scan_choice.json` says which runs where. A kernel would be a third such form: the same arguments,
+resets and gradients, through `_chunk_forward` and `_chunk_backward`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """FLOPs and bytes of a step by arithmetic from the model's sizes: what the GPU's peaks alone would allow.
 
-A multiply-add counts two. With gradient checkpointing every matrix inside the layers is multiplied in the forward pass, again in its
-recomputation, once for the gradient of its input, and, where it is trained, once for its own. The head stands outside the layers and
-is not recomputed. Attention's scores, norms, activations and adapters are left out: what is left is a lower bound.
+A multiply-add counts two. Every matrix is multiplied in the forward pass, once for the gradient of its input, and, where it is trained,
+once for its own. Recomputation, attention's scores, norms, activations and adapters are left out: what is left is a lower bound.
 """
 
 from __future__ import annotations
@@ -10,14 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moejax.gpus import GPU
 from moejax.models.config import PRESETS, Architecture, LoRAConfig
 
 Method = Literal["qlora", "lora", "full"]
-FloatArray = NDArray[np.float64]
 STUDY_MODELS: dict[str, tuple[str, Method]] = {"mixtral": ("mixtral-8x7b", "qlora"), "blackmamba": ("blackmamba-2.8b", "full")}
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a code of 4 bits, an 8-bit scale per 64 weights, an fp32 one per 256 scales
 
@@ -37,27 +32,10 @@ class Work:
     def weights(self) -> float:
         return self.rest_weights + self.experts * self.expert_weights + self.table_weights
 
-    def rest_flops(self) -> float:
-        """FLOPs a token outside the experts, over the whole step."""
-        return 2 * (self._passes(True) * self.rest_weights + self._passes(False) * self.head_products)
-
-    def _passes(self, recompute: bool) -> int:
-        return 2 + self.trained + recompute
-
-    def expert_seconds_at_peak(self, gpu: GPU, tokens: FloatArray, share: FloatArray) -> FloatArray:
-        """Seconds of the experts' matrix products at the GPU's full rates, each expert with tokens·share of the tokens.
-
-        A product reads its bf16 weights whatever the tokens: sqrt(reading² + computing²), the knee at the ridge of the roofline.
-        Against the kernels of Figure 6 on the A40 this is within 14 % with one common factor; max(reading, computing) is not.
-        """
-        reading = 2 * self.expert_weights / gpu.bytes_per_second
-        computing = 2 * self.expert_weights * tokens * share / gpu.flops_per_second
-        return self._passes(True) * self.experts * np.hypot(reading, computing)
-
     def least_seconds(self, gpu: GPU, tokens: float, share: float, method: Method) -> float:
         """What no implementation can undercut: the useful FLOPs at the peak, or reading twice what a single token meets."""
         met = self.rest_weights + share * self.experts * self.expert_weights
-        flops = 2 * self._passes(False) * tokens * (met + self.head_products)
+        flops = 2 * (2 + self.trained) * tokens * (met + self.head_products)
         read = 2 * self.head_products + (NF4_BYTES if method == "qlora" else 2) * met
         return max(flops / gpu.flops_per_second, 2 * read / gpu.bytes_per_second)
 

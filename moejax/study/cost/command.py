@@ -10,7 +10,6 @@ from moejax.commands.tables import draw, print_json, show_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--forms", action="store_true", help="also every form of the step-time model that was tried (a minute)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
 
@@ -18,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from moejax.study.cost import reproduce
 
-    sections = [*reproduce.sections(), *([reproduce.form_scores()] if options.forms else [])]
+    sections = reproduce.sections()
     bars = reproduce.bars()
     if options.json:
         document: dict[str, Any] = {s.key: {"title": s.title, "rows": s.records(), "notes": s.notes} for s in sections}

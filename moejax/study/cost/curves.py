@@ -19,7 +19,7 @@ from moejax.estimator.least_squares import RESAMPLES
 from moejax.estimator.lengths import STUDY_CUTOFF
 from moejax.estimator.roofline import STUDY_MODELS
 from moejax.study import reference
-from moejax.study.cost.step_time import Fit, Form, Loss, Observations, Pooling, fit
+from moejax.study.cost.step_time import Fit, Observations, Pooling, features, fit
 
 GPU_NAMES = {"a40": "A40", "a100-40gb": "A100-40", "a100-80gb": "A100-80", "h100-80gb": "H100"}
 FIGURE_15_DATASET = "math_14k"
@@ -61,17 +61,17 @@ def rmse(curve: Observations, found: Fit) -> float:
     return float(np.sqrt(np.mean((curve.queries / found.of(curve) - curve.throughput) ** 2)))
 
 
-def whole_curve_rmse(form: Form, pooling: Pooling, scales: dict[str, float] | None = None) -> dict[str, float]:
+def whole_curve_rmse(pooling: Pooling, scales: dict[str, float] | None = None) -> dict[str, float]:
     """Curve -> RMSE in queries per second, fitted to the throughput of all points (`scales` as in `fit`: where curves are pooled)."""
     data = observations()
-    fits = fit(data, form=form, pooling=pooling, loss="throughput", scales=scales)
+    fits = fit(data, pooling=pooling, loss="throughput", scales=scales)
     return {c.name: rmse(c, fits[c.name]) for c in data}
 
 
-def larger_half_error(form: Form, pooling: Pooling, loss: Loss = "seconds") -> dict[str, float]:
+def larger_half_error(pooling: Pooling) -> dict[str, float]:
     """Curve -> mean relative error of throughput at the larger half of its batch sizes, fitted to the smaller half."""
     data = observations()
-    fits = fit([c.take(smaller_half(c)) for c in data], form=form, pooling=pooling, loss=loss)
+    fits = fit([c.take(smaller_half(c)) for c in data], pooling=pooling)
     errors = {}
     for curve in data:
         held = curve.take(~smaller_half(curve))
@@ -86,8 +86,8 @@ def coverage(level: float = 0.95) -> tuple[int, int]:
     inside = total = 0
     for curve in data:
         held = curve.take(~smaller_half(curve))
-        for queries, tokens, share, seconds in zip(held.queries, held.tokens, held.share, held.seconds, strict=True):
-            interval = fits[curve.name].interval(queries, tokens, share, level)
+        for tokens, share, seconds in zip(held.tokens, held.share, held.seconds, strict=True):
+            interval = fits[curve.name].interval(tokens, share, level)
             if interval is not None:
                 total += 1
                 inside += interval[0] <= seconds <= interval[1]
@@ -103,7 +103,7 @@ def transfer_errors() -> dict[tuple[str, transfer.Rule], tuple[float, float]]:
             continue
         for rule in transfer.RULES:
             x = source.coefficients * transfer.factors(source.gpu, curve.gpu, rule)
-            predicted = np.column_stack([np.ones_like(curve.tokens), curve.tokens, curve.tokens * curve.share]) @ x
+            predicted = features(curve.tokens, curve.share) @ x
             relative = curve.seconds / predicted - 1  # of queries per second
             found[curve.name, rule] = float(np.abs(relative).mean()), float(relative.mean())
     return found

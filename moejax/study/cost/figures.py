@@ -50,7 +50,7 @@ def _figures_14_15(path: Path) -> Path:
             axes.plot(*zip(*points, strict=True), "o", ms=4.5, color=color, label=f"{kind}, measured")
             batch = np.arange(1, max(b for b, _ in points) + 1)
             tokens = np.array([lengths.batch_tokens(int(b)) for b in batch])
-            seconds = ours[curve.name].seconds(batch.astype(float), tokens, np.full(len(batch), share))
+            seconds = ours[curve.name].seconds(tokens, np.full(len(batch), share))
             axes.plot(batch, batch / seconds, color=color, label=f"{kind}, ours")
             smooth = np.linspace(1, batch[-1], 80)
             axes.plot(smooth, theirs.throughput(smooth, np.full(80, share)), ":", color=color, label=f"{kind}, the paper's form")

@@ -159,8 +159,8 @@ def bars() -> Bars:
 def our_model() -> Section:
     """seconds = t0 + tokens·(u + v·k/E) on the same curves, scored like the paper's fitted form."""
     theirs = {c.name: paper.rmse(c, paper.fit_curve(c, "fitted")) for c in reference.curves()}
-    alone, pooled = (curves.whole_curve_rmse("affine", pooling, theirs) for pooling in ("curve", "chip"))
-    half_alone, half = (curves.larger_half_error("affine", pooling) for pooling in ("curve", "chip"))
+    alone, pooled = (curves.whole_curve_rmse(pooling, theirs) for pooling in ("curve", "chip"))
+    half_alone, half = (curves.larger_half_error(pooling) for pooling in ("curve", "chip"))
     data = {c.name: c for c in curves.observations()}
     rows = []
     for curve in reference.curves():
@@ -179,7 +179,7 @@ def our_model() -> Section:
         "pooled by chip, fitted to the smaller half's seconds)",
         f"by curve, 21 coefficients: {mean[0]:.2f} %; the paper's form: {mean[2]:.2f} %",
         f"95 % intervals from the smaller halves hold {inside} of the {total} points of the larger halves.",
-        "Figure 15's curves with MATH lengths (docs/estimator.md says why; --forms has both).",
+        "Figure 15's curves with MATH lengths (docs/estimator.md says why).",
     )
     columns = ("curve", "paper's RMSE", "ours", "ratio", "ratio, pooled", "half, by curve %", "half, pooled %",
                "half, paper's %")  # fmt: skip
@@ -192,29 +192,3 @@ def transfers() -> Section:
     notes = ("optimistic: t0 by bandwidth, u and v by peak FLOP/s; host-bound: t0 unchanged; as it is: nothing faster than the A40.",)
     columns = ("curve", "rule", "mean error %", "signed %")
     return Section("transfers", "The A40's Mixtral coefficients carried to other GPUs", columns, tuple(rows), notes)
-
-
-def form_scores() -> Section:
-    """Every form that was tried (takes a minute)."""
-    from moejax.study.cost import forms
-
-    theirs = {c.name: paper.rmse(c, paper.fit_curve(c, "fitted")) for c in reference.curves()}
-    rows = []
-    for dataset in ("math_14k", "commonsense_15k"):
-        for pooling in forms.POOLINGS:
-            for form in forms.FORMS:
-                s = forms.score(form, pooling, dataset, theirs)
-                ratios = list(s.rmse_ratio.values())
-                mean, error = s.leave_one_out or (None, None)
-                rows.append(
-                    (dataset, pooling, form, s.coefficients, max(ratios), sum(r <= RATIO_FOUR_BAR for r in ratios),
-                     None if mean is None else 100 * mean, None if error is None else 100 * error, 100 * s.larger_half_mean)
-                )  # fmt: skip
-    notes = (
-        "ratio: RMSE over the paper's, whole curves fitted to throughput. left out: mean error of each point of the smaller halves,",
-        "fitted to all others (seconds), mean over curves, and its standard error. larger half: fitted to the smaller halves' seconds.",
-        "How the form was chosen: docs/estimator.md.",
-    )
-    columns = ("Figure 15's lengths", "pooling", "form", "coefficients", "largest ratio", "ratios <= 0.25", "left out %", "± %",
-               "larger half %")  # fmt: skip
-    return Section("forms", "Every form tried", columns, tuple(rows), notes)

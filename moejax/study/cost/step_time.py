@@ -5,13 +5,7 @@
 `tokens` are those that the batching really computes, padding included (`lengths.py`). t0 is what a step costs whatever the batch:
 dequantizing or reading every weight, launching kernels, the optimizer. u is a token's work outside the experts, v its work if it
 visited all of them; k/E is the share that it visits. All three are at least 0, so more tokens or more experts never take less time.
-
-Beside it stands the roofline form, whose terms are FLOPs and bytes at the GPU's data-sheet peaks and whose coefficients are a fixed
-time and two inverse efficiencies (`roofline.py`):
-
-    seconds = t0 + rest_flops·tokens/peak / e1 + passes·Σ_experts hypot(bytes/bandwidth, flops/peak) / e2
-
-Both are linear in their three coefficients. What curves share is pooled: a model's per-token work belongs to the chip, t0 to the card.
+What curves share is pooled: a model's per-token work belongs to the chip, t0 to the card.
 """
 
 from __future__ import annotations
@@ -24,12 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moejax.errors import UserError
-from moejax.estimator import roofline
 from moejax.estimator.least_squares import FloatArray, fit_seconds, nonnegative, resampled, spread
 from moejax.gpus import GPU
 
-Form = Literal["affine", "roofline", "no padding"]
-Pooling = Literal["curve", "card", "chip"]
+Pooling = Literal["curve", "chip"]
 Loss = Literal["seconds", "throughput"]
 
 
@@ -60,13 +52,8 @@ class Observations:
         return self.queries / self.seconds
 
 
-def features(form: Form, model: str, gpu: GPU, queries: FloatArray, tokens: FloatArray, share: FloatArray) -> FloatArray:
-    """[points, 3]: what the coefficients multiply. "no padding" replaces tokens by 100 times the queries: the form without lengths."""
-    if form == "roofline":
-        work = roofline.of_study(model)
-        rest = work.rest_flops() * tokens / gpu.flops_per_second
-        return np.column_stack([np.ones_like(tokens), rest, work.expert_seconds_at_peak(gpu, tokens, share)])
-    tokens = 100 * queries if form == "no padding" else tokens
+def features(tokens: FloatArray, share: FloatArray) -> FloatArray:
+    """[points, 3]: what the coefficients multiply."""
     return np.column_stack([np.ones_like(tokens), tokens, tokens * share])
 
 
@@ -78,26 +65,25 @@ class Fit:
     then nothing is known about the error.
     """
 
-    form: Form
     model: str
     gpu: GPU
     coefficients: FloatArray
     samples: FloatArray
     scatter: FloatArray
 
-    def seconds(self, queries: FloatArray, tokens: FloatArray, share: FloatArray) -> FloatArray:
+    def seconds(self, tokens: FloatArray, share: FloatArray) -> FloatArray:
         """Predicted step seconds, [points]."""
-        return features(self.form, self.model, self.gpu, queries, tokens, share) @ self.coefficients
+        return features(tokens, share) @ self.coefficients
 
     def of(self, observed: Observations) -> FloatArray:
         """Predicted seconds at the points of a curve."""
-        return self.seconds(observed.queries, observed.tokens, observed.share)
+        return self.seconds(observed.tokens, observed.share)
 
-    def interval(self, queries: float, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
+    def interval(self, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
         """Seconds between which one more measured step would lie: the coefficients' uncertainty and the scatter of points. Or None."""
         if not len(self.samples):
             return None
-        one = features(self.form, self.model, self.gpu, *(np.array([float(v)]) for v in (queries, tokens, share)))
+        one = features(np.array([float(tokens)]), np.array([float(share)]))
         return spread(one @ self.samples.T, self.scatter, level)
 
 
@@ -133,7 +119,7 @@ def _groups(curves: Sequence[Observations], pooling: Pooling) -> list[list[Obser
     """Curves that share per-token work."""
     groups: dict[tuple[str, ...], list[Observations]] = {}
     for curve in curves:
-        key = {"curve": (curve.name,), "card": (curve.model, curve.gpu.name), "chip": (curve.model, curve.gpu.chip)}[pooling]
+        key = (curve.name,) if pooling == "curve" else (curve.model, curve.gpu.chip)
         groups.setdefault(key, []).append(curve)
     return list(groups.values())
 
@@ -141,7 +127,6 @@ def _groups(curves: Sequence[Observations], pooling: Pooling) -> list[list[Obser
 def fit(
     curves: Sequence[Observations],
     *,
-    form: Form = "affine",
     pooling: Pooling = "chip",
     loss: Loss = "seconds",
     scales: dict[str, float] | None = None,
@@ -154,18 +139,18 @@ def fit(
     """
     fits: dict[str, Fit] = {}
     for group in _groups(curves, pooling):
-        fits |= _fit_group(group, form, pooling, loss, scales or {}, resamples)
+        fits |= _fit_group(group, pooling, loss, scales or {}, resamples)
     return fits
 
 
 def _fit_group(
-    group: list[Observations], form: Form, pooling: Pooling, loss: Loss, scales: dict[str, float], resamples: int
+    group: list[Observations], pooling: Pooling, loss: Loss, scales: dict[str, float], resamples: int
 ) -> dict[str, Fit]:
     cards = [curve.name if pooling == "curve" else curve.gpu.name for curve in group]
     starts = list(dict.fromkeys(cards))
     rows = []
     for curve, card in zip(group, cards, strict=True):
-        own = features(form, curve.model, curve.gpu, curve.queries, curve.tokens, curve.share)
+        own = features(curve.tokens, curve.share)
         t0 = np.zeros((len(own), len(starts)))
         t0[:, starts.index(card)] = own[:, 0]
         rows.append(np.hstack([t0, own[:, 1:]]))
@@ -183,5 +168,5 @@ def _fit_group(
     found = {}
     for curve, card in zip(group, cards, strict=True):
         columns = [starts.index(card), len(starts), len(starts) + 1]
-        found[curve.name] = Fit(form, curve.model, curve.gpu, x[columns], samples[:, columns], scatter)
+        found[curve.name] = Fit(curve.model, curve.gpu, x[columns], samples[:, columns], scatter)
     return found
