@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, and nothing heavy before it is needed."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "seed=1", "--resume", "now"], "'now' is one argument too many for moejax train"),
         (["profile", CONFIG, "--batch_size=8"], "did you mean data.batch_rows=8?"),
         (["generate", "--run", "x", "--prompt", "y", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
+        (["generate", "x", "--prompt", "y", "--max_new_tokens=3"], "usage: moejax generate ["),
+        (["generate", "--prompt", "y"], "which run? Give one RUN"),
+        (["generate", "x", "--run", "y", "--prompt", "z"], "which run? Give one RUN"),
+        (["estimate", "memory", CONFIG, "--rowes", "3"], "--rowes is no option of moejax estimate memory: did you mean --rows?"),
+        (["estimate", "nope"], "'nope' is no command of moejax estimate: expected one of memory, predict, plan,"),
+        (["estimate", "predit"], "'predit' is no command of moejax estimate: did you mean predict?"),
+        (["predict"], "'predict' is no command of moejax: did you mean estimate predict?"),
+        (["--verbose", "train"], "--verbose is no option of moejax: expected a command first"),
         (["doctor", "now"], "'now' is one argument too many for moejax doctor"),
     ],
 )
@@ -63,6 +72,22 @@ def test_without_arguments_the_help_is_shown(main, arguments, capsys, monkeypatc
     assert main(arguments or None) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("usage: ") and "--help" in shown.out and not shown.err
+
+
+def test_every_command_has_its_help(capsys):
+    """Its module is there, with add_arguments and run; the overview names it in its group."""
+    assert cli.main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert [line.rstrip(":") for line in overview.splitlines() if line.endswith(":")] == list(cli.GROUPS)
+    for name, command in (cli.COMMANDS | {f"estimate {name}": command for name, command in cli.ESTIMATE.items()}).items():
+        try:
+            assert cli.main([*name.split(), "--help"]) == 0
+        except SystemExit as ended:
+            assert ended.code == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"usage: moejax {name} [") and command.help[1:] in " ".join(out.split()), name
+        assert command.commands or callable(importlib.import_module(command.module).run)
+        assert " " in name or f"  {name} " in overview
 
 
 def test_what_this_user_may_not_read_is_one_message(monkeypatch, capsys):

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moejax import config, gpus
+from moejax.commands.arguments import add_config, settle_config
 from moejax.commands.asked import names_of
 from moejax.commands.tables import print_json, show_table
 from moejax.config import Experiment
@@ -22,15 +23,14 @@ from moejax.training.oracle import Oracle, oracle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="experiment in YAML (`moejax init` writes one)")
+    add_config(parser)
     parser.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
     parser.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
     parser.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
-    parser.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without --config)")
+    parser.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without CONFIG)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single values of the config")
 
 
 def quiet_compiler(gpus: str) -> None:
@@ -42,8 +42,7 @@ def quiet_compiler(gpus: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     quiet_compiler(options.gpu)
-    if not options.config:
-        raise UserError("which experiment? --config FILE (`moejax init` writes one), or --study")
+    settle_config(options, ", or --study")
     for name in ("seq_len", "rows"):
         value = getattr(options, name)
         if value is not None and value < 1:

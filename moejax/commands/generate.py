@@ -1,4 +1,4 @@
-"""`moejax generate --run RUN --prompt TEXT`: what a finished run's model says, or a model's folder."""
+"""`moejax generate RUN --prompt TEXT`: what a finished run's model says, or a model's folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moejax.commands.arguments import add_run, settle_run
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.runtime import prepare_jax_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="RUN", help="a finished run's folder, e.g. runs/demo")
+    add_run(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, as it stands; may be given several times")
     asked.add_argument("--instruction", action="append", metavar="TEXT", help="the same, put into the template the run was trained with")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the answers (a single one as it comes) to standard output and tokens/s to standard error."""
+    settle_run(options)
     prepare_jax_for(options.run)
     from moejax.data.records import blank, unicode
     from moejax.data.tokenize import prompts

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
     for command, what in (
         (f"moejax train {file} --dry-run", "parameters, memory, schedule; loads nothing"),
-        (f"moejax estimate memory --config {file}", "the largest batch on which GPU"),
+        (f"moejax estimate memory {file}", "the largest batch on which GPU"),
         (f"moejax train {file}", ""),
     ):
         print(f"  {command:<50}{what}".rstrip())

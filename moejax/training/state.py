@@ -10,21 +10,8 @@ from flax import nnx
 
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub.model import (
-    adapter_config,
-    architecture,
-    continue_adapter,
-    create_model,
-    model_arguments,
-    quantization_config,
-)
 from moejax.models.build import Model
 from moejax.training.step import Objective, TrainState
-
-__all__ = [
-    "adapter_config", "architecture", "continue_adapter", "create_model", "initial_state", "model_arguments", "objective",
-    "quantization_config", "split",
-]  # fmt: skip
 
 
 def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:

@@ -348,7 +348,7 @@ def test_this_machine_is_compiled_for_and_kept(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "which experiment? --config FILE"), (("--study", "--rows", "3"), "--study runs the study's own"),
+    [((), "which experiment? Give its CONFIG"), (("--study", "--rows", "3"), "--study runs the study's own"),
      ((*SPARSE, "--gpu", ","), "--gpu ',': expected names of GPUs"), ((*SPARSE, "--gpu", "H1000"), "unknown GPU 'H1000': did you mean"),
      ((*SPARSE, "--rows", "0"), "--rows 0: expected at least 1"), ((*SPARSE, "--seq-len", "-1"), "--seq-len -1"),
      ((*SPARSE, "--seq-len", "40000"), "exceed the model's max_position_embeddings"),

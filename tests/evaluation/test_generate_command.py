@@ -28,7 +28,7 @@ def expected(run):
 def test_one_prompt(run, expected, capsys):
     prompt, answer = expected
     for asked in (["--prompt", prompt], ["--instruction", QUESTION]):
-        assert cli.main(["generate", "--run", str(run), *asked, "--max-new-tokens", "12"]) == 0
+        assert cli.main(["generate", str(run), *asked, "--max-new-tokens", "12"]) == 0
         out, err = capsys.readouterr()
         assert out == answer + "\n"
         assert "tokens/s" in err
@@ -37,7 +37,7 @@ def test_one_prompt(run, expected, capsys):
 def test_stop(run, expected, capsys):
     prompt, answer = expected
     stop = answer[5:8]
-    assert cli.main(["generate", "--run", str(run), "--prompt", prompt, "--max-new-tokens", "12", "--stop", stop]) == 0
+    assert cli.main(["generate", str(run), "--prompt", prompt, "--max-new-tokens", "12", "--stop", stop]) == 0
     assert capsys.readouterr().out == answer[: answer.index(stop)] + "\n"
 
 
@@ -46,7 +46,7 @@ def test_several_sampled(run, capsys):
     asked = ["--prompt", "[INST] 1 + 1 [/INST]", "--prompt", "Why"]
     outputs = []
     for seed in ("1", "1", "2"):
-        assert cli.main(["generate", "--run", str(run), *asked, *drawn, "--seed", seed]) == 0
+        assert cli.main(["generate", str(run), *asked, *drawn, "--seed", seed]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].startswith("--- [INST] 1 + 1 [/INST]\n") and "\n--- Why\n" in outputs[0]
@@ -82,7 +82,7 @@ def test_what_is_not_certain_yet_is_not_shown():
     ],
 )
 def test_bad_input(arguments, message, run, capsys):
-    assert cli.main(["generate", "--run", str(run), *arguments]) == 2
+    assert cli.main(["generate", str(run), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
 

@@ -139,7 +139,7 @@ def resolve(
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     if preset is None and not files:
-        raise UserError(f"what is to be characterized? --config FILE (`moejax init` writes one), or --preset {' | '.join(PRESETS)}")
+        raise UserError(f"what is to be characterized? Give a CONFIG (`moejax init` writes one), or --preset {' | '.join(PRESETS)}")
     known: Preset | None = PRESETS[preset] if preset else None
     sizes_, overrides = override(known.sizes if known else Sizes(), overrides)
     given = bool(files)

@@ -66,8 +66,8 @@ def study_cells() -> tuple[Cell, ...]:
 def run(options: argparse.Namespace) -> int:
     """Table III on 40, 48 and 80 GB: the study's largest batch, and ours for queries padded to the longest row, proved by b and b + 1.
     Exit code 1 where ours is smaller than the study's."""
-    if options.config or options.overrides or options.rows is not None or options.seq_len is not None:
-        raise UserError("--study runs the study's own configs, rows and GPUs: leave out --config, --rows, --seq-len and key.sub=value")
+    if options.config or options.file or options.overrides or options.rows is not None or options.seq_len is not None:
+        raise UserError("--study runs the study's own configs, rows and GPUs: leave out CONFIG, --rows, --seq-len and key.sub=value")
     quiet_compiler(options.gpu)
     fraction = DeviceConfig().memory_fraction
     rows = []

@@ -200,7 +200,7 @@ def test_plan_runs_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--out", "x"], "what is to be characterized? --config FILE (`moejax init` writes one), or --preset study-mixtral |"),
+        (["--out", "x"], "what is to be characterized? Give a CONFIG (`moejax init` writes one), or --preset study-mixtral |"),
         (["--preset", "fast", "--out", "x"], "--preset fast: expected one of study-mixtral,"),
         (["--preset", "cpu-demo", "--out", "x", "--memory-limit", "lots"], "--memory-limit lots: expected bytes, e.g. 2GB"),
         (["--preset", "quick", "--out", "x", "sweep.querys=3"], "override 'sweep.querys=3': expected sweep.NAME=VALUE with one of"),

@@ -1,0 +1,34 @@
+"""Arguments that several commands have: CONFIG with its changes, and RUN; by place, or by the name that they had."""
+
+from __future__ import annotations
+
+import argparse
+
+from moejax.errors import UserError
+
+
+def add_config(parser: argparse.ArgumentParser, changes: str = "change single values, e.g. training.epochs=3") -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="experiment in YAML (`moejax init` writes one)")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=changes)
+    parser.add_argument("--config", dest="file", metavar="CONFIG", help="the same by name")
+
+
+def settle_config(options: argparse.Namespace, otherwise: str = "") -> None:
+    """`options.config` and `options.overrides` as they are meant. Raises UserError where no config is given, and nothing `otherwise`."""
+    if options.file is not None:  # what stands in its place is a change
+        options.overrides = [text for text in (options.config, *options.overrides) if text is not None]
+        options.config = options.file
+    if options.config is None:
+        raise UserError(f"which experiment? Give its CONFIG (`moejax init` writes one){otherwise}")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
+    parser.add_argument("--run", dest="folder", metavar="RUN", help="the same by name")
+
+
+def settle_run(options: argparse.Namespace) -> None:
+    """`options.run` as it is meant. Raises UserError where none is given, or two are."""
+    if (options.run is None) == (options.folder is None):
+        raise UserError("which run? Give one RUN: a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
+    options.run = options.folder or options.run
