@@ -1,4 +1,4 @@
-"""Arguments that several commands have: CONFIG with its changes, and RUN; by place, or by the name that they had."""
+"""Arguments that several commands have: CONFIG with its changes, and RUN, by place or by the name that they had; names of GPUs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def settle_run(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.folder is None):
         raise UserError("which run? Give one RUN: a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
     options.run = options.folder or options.run
+
+
+def names_of(gpus: str) -> list[str]:
+    """The names in --gpu. Raises UserError where there is none."""
+    names = [name.strip() for name in gpus.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--gpu {gpus!r}: expected names of GPUs, e.g. A40,H100")
+    return names

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moejax.commands.tables import print_json
 from moejax.errors import UserError
+from moejax.estimator import coefficients, comparison
 from moejax.estimator.units import counted
 
 
@@ -17,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from moejax.estimator import coefficients, comparison
-
     entries = coefficients.read(options.coefficients) if options.coefficients else ()
     found = {}
     for path in options.runs:

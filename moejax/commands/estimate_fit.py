@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moejax.commands.tables import draw, print_json, show_table
 from moejax.errors import UserError
-
-if TYPE_CHECKING:
-    from moejax.estimator.fitting import Fitted, Run
+from moejax.estimator import coefficients
+from moejax.estimator.fitting import Fitted, Run, fit_runs
+from moejax.profiling import schema
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from moejax.estimator import coefficients
-    from moejax.estimator.fitting import fit_runs
-
     fitted = fit_runs([measured(Path(path)) for path in options.runs])
     paper = {f.entry.gpu: {"equation_1": f.equation_1, "equation_2": f.equation_2} for f in fitted}
     coefficients.write(options.out, [f.entry for f in fitted], paper)
@@ -36,9 +33,6 @@ def run(options: argparse.Namespace) -> int:
 
 def measured(path: Path) -> Run:
     """A run's step_profile.json as plain figures. Raises UserError for one that is missing, or says too little."""
-    from moejax.estimator.fitting import Run
-    from moejax.profiling import schema
-
     p = schema.read(path)
     needed = {"step_seconds.median": p.step_seconds.median, "batch.queries": p.batch.queries, "batch.tokens": p.batch.tokens}
     missing = [name for name, value in needed.items() if not value]
@@ -111,6 +105,6 @@ def _told(f: Fitted) -> dict[str, Any]:
         {"run": r.path, "queries": r.queries, "tokens": r.tokens, "share": r.share, "seconds": r.seconds, "error": error}
         for r, error in zip(f.runs, f.errors, strict=True)
     ]
-    coefficients = dict(zip(("t0_seconds", "token_seconds", "expert_token_seconds"), e.coefficients.tolist(), strict=True))
-    return {"model": e.model, "method": e.method, "gpu": e.gpu, **coefficients, "only_share": e.only_share, "doubt": e.doubt, "runs": runs,
+    numbers = dict(zip(("t0_seconds", "token_seconds", "expert_token_seconds"), e.coefficients.tolist(), strict=True))
+    return {"model": e.model, "method": e.method, "gpu": e.gpu, **numbers, "only_share": e.only_share, "doubt": e.doubt, "runs": runs,
             "equation_1": f.equation_1, "equation_2": f.equation_2}  # fmt: skip

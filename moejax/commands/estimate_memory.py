@@ -9,8 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moejax import config, gpus
-from moejax.commands.arguments import add_config, settle_config
-from moejax.commands.asked import names_of
+from moejax.commands.arguments import add_config, names_of, settle_config
 from moejax.commands.tables import print_json, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine

@@ -1,20 +1,28 @@
-"""What `estimate predict` and `estimate plan` share: their job's options, and how predictions are shown."""
+"""What `estimate predict` and `estimate plan` share: what is asked (job, GPUs, prices, whose memory and software), how it is shown."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moejax import gpus
+from moejax.commands.arguments import names_of
 from moejax.commands.tables import show_table
+from moejax.device import HERE, this_machine_timed
+from moejax.errors import UserError
+from moejax.estimator import lengths, prices, published, roofline, room
+from moejax.estimator.coefficients import Entry
+from moejax.estimator.job import Job
+from moejax.estimator.plan import Prediction
+from moejax.estimator.prices import Price
+from moejax.estimator.room import Room
 from moejax.estimator.units import counted
-
-if TYPE_CHECKING:
-    from moejax.estimator.job import Job
-    from moejax.estimator.plan import Prediction
-    from moejax.estimator.prices import Price
+from moejax.gpus import GPU
 
 MEMORY = "whose memory limits the batch: the study's (default with its coefficients), or this project's (default with --coefficients)"
+EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
+MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +46,106 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
+
+
+def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
+    """The job; `entries`: whose software's times are predicted. Raises UserError for what cannot be meant."""
+    if options.model not in MODELS:
+        raise UserError(f"--model {options.model}: expected one of {', '.join(dict.fromkeys(MODELS))}")
+    model = MODELS[options.model]
+    method = options.method or roofline.STUDY_MODELS[model][1]
+    if method not in ("qlora", "lora", "full"):
+        raise UserError(f"--method {method}: expected qlora, lora or full")
+    for name in ("records", "length", "row_tokens", "pad_multiple"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
+    if len(given) != 1:
+        both = f" ({' and '.join(f'--{name}' for name in given)} were given)" if given else ""
+        raise UserError(f"which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE{both}")
+    sets = published.read("lengths.json")
+    if options.lengths:
+        length = lengths.from_file(options.lengths)
+    elif options.dataset:
+        if options.dataset not in sets:
+            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(sets)}")
+        length = lengths.of_dataset(options.dataset)
+    else:
+        if options.records is None:
+            raise UserError("--length needs --records: how many queries of this length")
+        length = lengths.constant(options.records, options.length)
+    printed = sets.get(options.dataset, {}).get("queries")
+    queries = options.records or printed or length.queries
+    multiple, row_tokens = _multiple(entries), options.row_tokens
+    if row_tokens and options.batching in ("fixed", "pack") and multiple != lengths.STUDY_MULTIPLE:
+        row_tokens = -(-row_tokens // multiple) * multiple  # as a run's rows are
+    return Job(
+        model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length.repeated(queries),
+        queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
+        row_tokens, options.pad_multiple or multiple,
+    )  # fmt: skip
+
+
+def _multiple(entries: Sequence[Entry]) -> int:
+    """What the software rounds rows up to whose times are predicted."""
+    if not all(e.framework == "jax" for e in entries):
+        return lengths.STUDY_MULTIPLE
+    from moejax.config import ROW_MULTIPLE  # pydantic: a quarter of a second
+
+    return ROW_MULTIPLE
+
+
+def assumed(options: argparse.Namespace, job: Job) -> list[str]:
+    """What the study's settings stand in for, because nothing was said."""
+    experts = counted(job.experts_per_token, "expert")
+    assumed = {"epochs": counted(job.epochs, "epoch"), "method": job.method, "experts_per_token": f"{experts} a token"}
+    told = [f"{what} (--{name.replace('_', '-')})" for name, what in assumed.items() if getattr(options, name) is None]
+    return [f"as in the study, because nothing else was said: {', '.join(told)}"] if told else []
+
+
+def gpu_table(options: argparse.Namespace) -> dict[str, GPU]:
+    """The table, with the GPUs of --gpu-file."""
+    return gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+
+
+def gpus_of(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
+    """Those of --gpu, `here` among them; all of the table without."""
+    if options.gpu is None:
+        return list(table.values())
+    found = []
+    for name in dict.fromkeys(names_of(options.gpu)):
+        if name == HERE:
+            found.append(this_machine_timed(bool(options.coefficients)))
+        else:
+            found.append(gpus.find(name, table))
+    return list(dict.fromkeys(found))
+
+
+def offers_of(options: argparse.Namespace, table: dict[str, GPU]) -> tuple[Price, ...]:
+    """The prices. Raises UserError where spot prices are asked of a list without any."""
+    offers = prices.load(options.prices, table)
+    if options.spot and not any(price.spot for price in offers):
+        raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
+    return offers
+
+
+def room_of(options: argparse.Namespace) -> Room:
+    """Batch sizes are limited by the memory of the program whose times are predicted."""
+    memory = options.memory or ("closed-form" if options.coefficients else "equation-1")
+    return room.closed_form_room() if memory == "closed-form" else room.EQUATION_1
+
+
+def software(options: argparse.Namespace, entries: Sequence[Entry]) -> str:
+    """Whose steps the times are of: the first line that is printed."""
+    if not options.coefficients:
+        return (
+            "Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's "
+            "(moejax profile, moejax estimate fit and --coefficients FILE bring your own)"
+        )
+    names = {"jax": "this project (JAX)", "pytorch": "PyTorch", None: "software that the file does not name"}
+    known = dict.fromkeys(names.get(e.framework, e.framework) for e in entries)
+    return f"Times are those of {' and '.join(map(str, known))}, as fitted in {options.coefficients}"
 
 
 def job_title(job: Job) -> str:
@@ -75,8 +183,6 @@ def usd(p: Prediction) -> str:
 
 def without_price(names: Sequence[str], options: argparse.Namespace) -> list[str]:
     """GPUs that do but have no price, said once: which set was asked, and which has one."""
-    from moejax.estimator import prices
-
     told = []
     for name in names:
         sets = [key for key, offers in prices.SETS.items() if prices.cheapest(offers, name) and key != options.prices]
@@ -88,14 +194,14 @@ def without_price(names: Sequence[str], options: argparse.Namespace) -> list[str
 
 def sellers_ask(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
     """What other sellers ask: one GPU's prices differ by more than any model's error."""
-    from moejax.estimator import prices
-
     ranges = {p.gpu: prices.asked(offers, p.gpu, spot=spot) for p in found}
     told = [f"{gpu} {prices.dollars(low)} to {prices.dollars(high)}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
     return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
 
 
-def show_predictions(title: str, found: Sequence[Prediction], rows_told: Sequence[str], offered: Sequence[str]) -> None:
+def show(options: argparse.Namespace, entries: Sequence[Entry], job: Job, offers: Sequence[Price], found: Sequence[Prediction]) -> None:
+    """Whose software, the table, and what holds of all its rows."""
+    print(software(options, entries))
     rows = [
         (
             p.gpu if p.measured else f"{p.gpu} *",
@@ -115,10 +221,11 @@ def show_predictions(title: str, found: Sequence[Prediction], rows_told: Sequenc
             said.setdefault(note, []).append(p.gpu)
     notes = [f"{', '.join(gpus)}: {note}" for note, gpus in said.items()]
     columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
-    ending = [*rows_told]
+    ending = [*job.told, *assumed(options, job)]
     if any(p.hours_interval for p in found):
         ending.append("In brackets: where one measured run would lie with 95 %.")
     if not all(p.measured for p in found):
         spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
         ending.append(f"* not measured: carried over{spans} (docs/estimator.md)")
-    show_table(title, columns, rows, [*ending, *offered, *notes])
+    missing = without_price([p.gpu for p in found if p.price is None], options)
+    show_table(job_title(job), columns, rows, [*ending, *sellers_ask(offers, found, options.spot), *missing, *notes])
