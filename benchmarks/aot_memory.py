@@ -37,7 +37,7 @@ def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dic
     backend = experiment.model.moe_backend
     plan = choose(
         backend, aot.TARGETS[gpu].name, tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
-        intermediate=sizes.intermediate_size, nf4=experiment.quantization.experts_in_nf4,
+        intermediate=sizes.intermediate_size, quantized=experiment.quantization.of_experts,
     )  # fmt: skip
     cost = None
     if sizes.dense or plan.backend != "capacity":

@@ -1,4 +1,4 @@
-"""NF4 to bf16 by each form of the code look-up: bytes per second, beside a copy of as many bytes; and what the compiler fuses.
+"""NF4 to bf16 in each layout of the codes, by each look-up: bytes per second, beside a copy of as many; and what the compiler fuses.
 
     python benchmarks/dequant_forms.py --out benchmarks/results/<date>-dequant-<device>.json      # one expert matrix of Mixtral-8x7B
     python benchmarks/dequant_forms.py --shape 512x256 --dtype float32 --out …                   # what `make frameworks` has on a CPU
@@ -6,12 +6,13 @@
 
 As the model does it: 8 experts' codes in one stack, one expert's matrix at a time in a loop, each used once, by a product with one
 row: it is in the time, and told by itself for matrices that need no dequantization. The bytes are those that must move: half a byte a
-weight read, the result written. `large fusions`: what writes at least one element for each weight; one is the aim.
+weight read, the result written. `large fusions`: what writes at least one element for each weight. Forms are measured in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -27,20 +28,22 @@ import jax
 import jax.numpy as jnp
 
 from moejax.errors import UserError
-from moejax.models.ops import nf4
+from moejax.models.ops import nf4, quantized
 from moejax.models.ops.linear import part
 from moejax.profiling.program import Program, elements, module_of
 
 EXPERTS = 8
+FORMS = {f"{layout}, {name}": (layout, look_up) for layout in quantized.LAYOUTS for name, look_up in nf4.LOOK_UPS.items()}
 
 
-def stack(shape: tuple[int, int], double: bool) -> nf4.NF4Tensor:
-    """Random codes of 8 matrices."""
-    a = nf4.abstract(shape, leading=(EXPERTS,), double=double)
-    bits = [jax.random.bits(jax.random.key(i), s.shape, jnp.uint8) for i, s in enumerate((a.codes, a.absmax))]
-    if a.nested_absmax is None or a.offset is None:
-        return nf4.NF4Tensor(bits[0], jnp.full(a.absmax.shape, 0.05), None, None, shape)
-    return nf4.NF4Tensor(*bits, jnp.full(a.nested_absmax.shape, 0.005), jnp.full(a.offset.shape, 0.05), shape)
+def stack(shape: tuple[int, int], double: bool) -> Any:
+    """Shapes and dtypes of 8 matrices."""
+    return quantized.abstract("nf4-double" if double else "nf4", (EXPERTS, *shape))
+
+
+def dequantized(form: str, weight: Any, dtype: Any) -> jax.Array:
+    layout, look_up = FORMS[form]
+    return nf4.dequantize(dataclasses.replace(weight, layout=layout), dtype, look_up)
 
 
 def loop(make: Any, row: jax.Array, weights: Any) -> jax.Array:
@@ -66,22 +69,23 @@ def large_fusions(compiled: Any, weights: int) -> int:
 
 def fused(form: str, shape: tuple[int, int], dtype: Any, double: bool, sharding: Any) -> int:
     """Of one expert's matrix out of the stack, compiled for the device of `sharding`."""
-    codes = nf4.abstract(shape, leading=(EXPERTS,), double=double)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), codes)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), stack(shape, double))
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-    function = jax.jit(lambda t, e: nf4.dequantize(part(t, e), dtype, nf4.LOOK_UPS[form]))
+    function = jax.jit(lambda t, e: dequantized(form, part(t, e), dtype))
     return large_fusions(function.lower(arguments, index).compile(), math.prod(shape))
 
 
-def median(function: Any, arguments: tuple[Any, ...], repeat: int) -> float:
-    compiled = jax.jit(function)
-    jax.block_until_ready(compiled(*arguments))
-    seconds = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def medians(functions: dict[str, Any], arguments: tuple[Any, ...], repeat: int) -> dict[str, float]:
+    """Seconds of each, taken in turn."""
+    compiled = {name: jax.jit(function) for name, function in functions.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeat + 1):
+        for name, function in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            if turn:  # not the one that compiles
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 def main() -> int:
@@ -100,21 +104,21 @@ def main() -> int:
         try:
             for gpu in o.gpu.split(","):
                 sharding = jax.sharding.SingleDeviceSharding(aot.device(gpu))
-                counts = {form: fused(form, shape, dtype, not o.single, sharding) for form in nf4.LOOK_UPS}  # type: ignore[arg-type]
+                counts = {form: fused(form, shape, dtype, not o.single, sharding) for form in FORMS}  # type: ignore[arg-type]
                 print(f"{gpu}: large fusions " + ", ".join(f"{form} {count}" for form, count in counts.items()))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
-    weights = stack(shape, not o.single)  # type: ignore[arg-type]
+    weights = stack(shape, not o.single).random(jax.random.key(0))  # type: ignore[arg-type]
     row = jnp.ones((1, shape[1]), dtype)
     n = math.prod(shape)
     moved = EXPERTS * n * (0.5 + dtype.itemsize)
     copied = jnp.ones(int(moved / 8), jnp.float32)  # read and written: as many bytes
-    rate = moved / median(lambda x: x + 1, (copied,), o.repeat)
+    rate = moved / medians({"": lambda x: x + 1}, (copied,), o.repeat)[""]
     del copied
     plain = jnp.ones((EXPERTS, *shape), dtype)
-    product = median(lambda row, w: loop(lambda x: x, row, w), (row, plain), o.repeat)
+    product = medians({"": lambda row, w: loop(lambda x: x, row, w)}, (row, plain), o.repeat)[""]
     del plain
     report: dict[str, Any] = {
         "command": " ".join(["python benchmarks/dequant_forms.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
@@ -124,16 +128,16 @@ def main() -> int:
     }  # fmt: skip
     print(f"the product alone {1e3 * product / EXPERTS:.3f} ms a matrix, a copy {rate / 1e9:.2f} GB/s")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    for form, look_up in nf4.LOOK_UPS.items():
-        run = lambda row, w, f=look_up: loop(lambda t: nf4.dequantize(t, dtype, f), row, w)  # noqa: E731
-        seconds = median(run, (row, weights), o.repeat) / EXPERTS
+    runs = {form: lambda row, w, form=form: loop(lambda t: dequantized(form, t, dtype), row, w) for form in FORMS}
+    for form, seconds in medians(runs, (row, weights), o.repeat).items():
+        seconds /= EXPERTS
         report["forms"][form] = {
             "seconds": seconds, "bytes_per_second": moved / EXPERTS / seconds, "of_copy": moved / EXPERTS / seconds / rate,
             "large_fusions": fused(form, shape, dtype, not o.single, here),  # type: ignore[arg-type]
         }  # fmt: skip
         f = report["forms"][form]
         print(
-            f"{form:<6} {1e3 * seconds:9.3f} ms a matrix, {f['bytes_per_second'] / 1e9:8.2f} GB/s, {100 * f['of_copy']:4.0f} % of a copy, "
+            f"{form:<13} {1e3 * seconds:9.3f} ms a matrix, {f['bytes_per_second'] / 1e9:8.2f} GB/s, {100 * f['of_copy']:4.0f} % of a copy, "
             f"{f['large_fusions']} large fusions",
             flush=True,
         )

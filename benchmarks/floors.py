@@ -26,7 +26,7 @@ from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import sizes
-from moejax.estimator.roofline import NF4_BYTES
+from moejax.estimator.roofline import QLORA_BYTES
 from moejax.estimator.sizes import architecture_of
 from moejax.models.config import Architecture, specs
 
@@ -64,7 +64,7 @@ def merged(name: str, *stages: Stage) -> Stage:
 
 def dequantization(item: int, weights: float, passes: float) -> Stage:
     """Codes and scales read, numbers of `item` bytes written."""
-    return Stage("", 2 * weights * passes, weights * passes * (NF4_BYTES + item))
+    return Stage("", 2 * weights * passes, weights * passes * (QLORA_BYTES + item))
 
 
 def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantized: bool, ranks: list[int]) -> list[Stage]:
@@ -116,7 +116,7 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
     """All stages of one optimizer step with one micro-batch of rows x length tokens."""
     t, adapter, q = experiment.training, experiment.adapter, experiment.quantization
     item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
-    quantized = set(q.modules) if q.format == "nf4" else set()
+    quantized = set(q.modules) if q.kind else set()
     weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
     found: dict[str, Stage] = {}
     for stack in config.stacks:

@@ -40,7 +40,7 @@ from moejax.config import Experiment
 from moejax.device import cpu_name
 from moejax.errors import UserError
 from moejax.estimator import prices
-from moejax.estimator.roofline import NF4_BYTES
+from moejax.estimator.roofline import QLORA_BYTES
 from moejax.hub.model import adapter_config, architecture
 from moejax.training import flops
 
@@ -293,7 +293,7 @@ def _above_floor(cases: dict[str, Any]) -> float:
     bandwidth = cell["about"].get("copy_bytes_per_second")
     if not bandwidth:
         raise Missing("no bandwidth was measured")
-    return float(cell["median"] * bandwidth / (3 * cases[NF4]["expert_weights"] * (NF4_BYTES + 2 + 2)))
+    return float(cell["median"] * bandwidth / (3 * cases[NF4]["expert_weights"] * (QLORA_BYTES + 2 + 2)))
 
 
 def _peak_error(cases: dict[str, Any]) -> float:

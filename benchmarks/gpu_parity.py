@@ -34,7 +34,7 @@ from moejax.hub.peft import load_adapter
 from moejax.hub.weights import attribute, load_weights
 from moejax.models.build import build
 from moejax.models.config import BlackMambaConfig, LoRAConfig, from_hub_config
-from moejax.models.ops import nf4
+from moejax.models.ops import quantized
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
 
@@ -57,12 +57,11 @@ def nf4_codes() -> Iterator[Check]:
     for case in sorted({key.split("/")[0] for key in known if key.endswith("/weight")}):
         weight = jnp.asarray(known[f"{case}/weight"], str(known[f"{case}/dtype"]))
         for kind in ("single", "double"):
-            ours, key = nf4.quantize(weight, double=kind == "double"), f"{case}/{kind}"
-            names = ("codes", "absmax", "offset", "nested_absmax")
-            parts = {name: np.asarray(getattr(ours, name)) for name in names if f"{key}/{name}" in known}
+            ours, key = quantized.encode("nf4-double" if kind == "double" else "nf4", weight), f"{case}/{kind}"
+            parts = dict(ours.parts)
             for dtype in ("float32", "bfloat16"):
-                parts[dtype] = np.asarray(jax.jit(nf4.dequantize, static_argnums=1)(ours, jnp.dtype(dtype)), np.float32)
-            different = sum(int(np.sum(value != known[f"{key}/{name}"])) for name, value in parts.items())
+                parts[dtype] = np.asarray(jax.jit(quantized.dequantized, static_argnums=1)(ours.tensor(), jnp.dtype(dtype)), np.float32)
+            different = sum(int(np.sum(np.asarray(value) != known[f"{key}/{name}"])) for name, value in parts.items())
             yield check(f"nf4 {key}: bits", different, 0)
 
 

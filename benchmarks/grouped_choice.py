@@ -34,12 +34,12 @@ from choices import update
 from routing import SKEWED, experts_of
 
 from moejax.models.moe import GATED
-from moejax.models.ops import grouped_choice, grouped_table, nf4
+from moejax.models.ops import grouped_choice, grouped_table, quantized
 from moejax.models.ops import grouped_matmul as gm
 from moejax.training import experts as of_run
 
 E, K, RANK = 8, 2, 16
-SHAPE = ("rows_per_expert", "hidden", "intermediate", "nf4")
+SHAPE = ("rows_per_expert", "hidden", "intermediate", "quantized")
 MARGIN = 1.15
 """By how much another backend must beat the loop: `capacity` compiles the experts' programs four times over, and costs memory for it."""
 SHAPES = {"cpu": "4096x512x1024,1280x256x512,512x256x512", "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632"}
@@ -50,17 +50,13 @@ TILES = {
 
 
 def projections(d: int, f: int, storage: str, dtype: Any) -> tuple[tuple[gm.Projection, ...], gm.Projection]:
-    """w1, w3 and w2 with adapters; NF4 codes are random bits, made on the device."""
+    """w1, w3 and w2 with adapters; codes are random bits, made on the device."""
     keys = iter(jax.random.split(jax.random.key(0), 12))
 
     def weight(o: int, i: int) -> Any:
         if storage == "array":
             return (0.02 * jax.random.normal(next(keys), (E, o, i))).astype(dtype)
-        shape = nf4.abstract((o, i), leading=(E,), double=storage == "nf4-double")
-        scales = jnp.full(shape.absmax.shape, 0.05) if shape.offset is None else jax.random.bits(next(keys), shape.absmax.shape, jnp.uint8)
-        nested = None if shape.nested_absmax is None else jnp.full(shape.nested_absmax.shape, 0.005)
-        offset = None if shape.offset is None else jnp.full(shape.offset.shape, 0.05)
-        return nf4.NF4Tensor(jax.random.bits(next(keys), shape.codes.shape, jnp.uint8), scales, nested, offset, shape.shape)
+        return quantized.abstract(storage, (E, o, i)).random(next(keys))
 
     def projection(o: int, i: int) -> gm.Projection:
         a, b = (0.02 * jax.random.normal(next(keys), s) for s in ((E, RANK, i), (E, o, RANK)))
@@ -103,8 +99,8 @@ def difference(found: Any, expected: Any) -> float:
     return max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - e)) / jnp.max(jnp.abs(e))) for a, e in pairs)
 
 
-def candidates(platform: str, tokens: int, d: int, f: int, is_nf4: bool) -> dict[str, gm.Plan]:
-    base = gm.choose("auto", "", tokens, E, K, hidden=d, intermediate=f, nf4=is_nf4)._replace(activation=GATED["silu"])
+def candidates(platform: str, tokens: int, d: int, f: int, in_4_bits: bool) -> dict[str, gm.Plan]:
+    base = gm.choose("auto", "", tokens, E, K, hidden=d, intermediate=f, quantized=in_4_bits)._replace(activation=GATED["silu"])
     rows = tokens * K // E
     tiles = {(min(t, max(8, rows // 2)), min(s, max(8, rows // 2))) for t, s in TILES[platform]}
     plans = {f"loop {t}/{s}": base._replace(backend="loop", tile=t, small_tile=s) for t, s in sorted(tiles)}
@@ -147,7 +143,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     useful = 6 * 2 * tokens * K * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
     winner, entry = decide(plans, medians, ragged)
-    entry = {"rows_per_expert": tokens * K // E, "hidden": d, "intermediate": f, "nf4": storage != "array"} | entry
+    entry = {"rows_per_expert": tokens * K // E, "hidden": d, "intermediate": f, "quantized": storage != "array"} | entry
     return {
         "shape": shape, "storage": storage, "dtype": jnp.dtype(dtype).name, "winner": winner, "entry": entry, "medians": medians,
         "of_dense": {name: s / medians["dense"] for name, s in medians.items()},
@@ -175,7 +171,7 @@ def again(path: Path) -> list[dict[str, Any]]:
     result, entries = json.loads(path.read_text()), []
     for case in result["cases"]:
         tokens, d, f = (int(n) for n in case["shape"].split("x"))
-        plans = candidates("cpu" if result["device"] == "cpu" else "gpu", tokens, d, f, case["entry"]["nf4"])
+        plans = candidates("cpu" if result["device"] == "cpu" else "gpu", tokens, d, f, case["entry"]["quantized"])
         case["winner"], entry = decide(plans, case["medians"], result["ragged_flops_of_useful"])
         case["entry"] |= entry
         entries.append(case["entry"])

@@ -34,7 +34,7 @@ from moejax.hub import peft, save, weights
 from moejax.hub.model import architecture, create_model, model_arguments
 from moejax.hub.names import tensors
 from moejax.models.build import Model, build
-from moejax.models.ops.nf4 import NF4Tensor
+from moejax.models.ops.quantized import QuantizedTensor
 from moejax.training.parameters import groups_of
 from moejax.training.run_steps import steps_in, total_steps
 
@@ -134,17 +134,16 @@ def _write_batches(experiment: Experiment, folder: Path | None, vocabulary: int,
 
 
 def digests(model: Model) -> dict[str, str]:
-    """Hub name -> SHA-256 of the weight: of its fp32 values, or of NF4's codes, scales and offset. Both sides must agree on each."""
+    """Hub name -> SHA-256 of the weight: of its fp32 values, or of 4 bits' codes, scales and offset. Both sides must agree on each."""
     found = {}
     for name, places in tensors(model.config).items():
         total = hashlib.sha256()
         for place in places:
             value = getattr(weights.attribute(model, place.path), place.attr).get_value()
             index = tuple(i for i in (place.layer, place.expert) if i is not None) or ...
-            if isinstance(value, NF4Tensor):
-                for part in (value.codes, value.absmax, value.nested_absmax, value.offset):
-                    if part is not None:
-                        total.update(np.ascontiguousarray(part[index]).tobytes())
+            if isinstance(value, QuantizedTensor):
+                for part in value.part(index).canonical().parts.values():
+                    total.update(part.tobytes())
             else:
                 total.update(np.ascontiguousarray(value[index], dtype=np.float32).tobytes())
         found[name] = total.hexdigest()

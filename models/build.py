@@ -13,7 +13,7 @@ from moejax.models.config import Architecture, LoRAConfig, Quantization
 from moejax.models.decoder import Decoder
 from moejax.models.layers import ExpertLinear, Frozen, Linear
 from moejax.models.lora import LoRA
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import abstract, is_quantized, quantize
 
 Model = Decoder
 
@@ -32,7 +32,7 @@ def build(
 ) -> Model:
     """A model with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
 
-    With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in NF4 where
+    With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in 4 bits where
     `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
     """
     frozen = adapter is not None or quantization is not None
@@ -51,7 +51,7 @@ def build(
 
 
 def freeze(model: Model, quantization: Quantization | None = None) -> None:
-    """Make every weight `Frozen`, and NF4 where asked. In place; works on abstract models too."""
+    """Make every weight `Frozen`, and 4 bits where asked. In place; works on abstract models too."""
     modules = _modules_of(model, quantization.modules if quantization else ())
     for _, node in nnx.iter_modules(model):
         module: Any = node
@@ -59,15 +59,9 @@ def freeze(model: Model, quantization: Quantization | None = None) -> None:
             if isinstance(variable, nnx.Param):
                 value, axes = variable.get_value(), variable.get_metadata("axes")
                 if quantization and name == "weight" and id(module) in modules:
-                    value = quantized(value, quantization.double)
+                    kind = quantization.kind
+                    value = abstract(kind, value.shape) if isinstance(value, jax.ShapeDtypeStruct) else quantize(kind, value)
                 setattr(module, name, Frozen(value, axes=axes))
-
-
-def quantized(value: Any, double: bool) -> nf4.NF4Tensor:
-    """NF4 of a weight [..., out, in]; every leading index (layer, expert) is quantized by itself, as the reference does."""
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return nf4.abstract(value.shape[-2:], leading=value.shape[:-2], double=double)
-    return nf4.quantize(value, double=double, batch_axes=value.ndim - 2)
 
 
 def _modules_of(model: Model, names: tuple[str, ...]) -> set[int]:
@@ -87,7 +81,7 @@ def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
             raise ValueError(f"LoRA target {target!r} does not exist in a {model.config.title}: expected some of {list(there)}")
         for number, path in enumerate(there[target]):
             module: Linear | ExpertLinear = _at(model, path)
-            axes, shape = module.weight.get_metadata("axes"), weight_shape(module.weight)
+            axes, shape = module.weight.get_metadata("axes"), module.weight.get_value().shape
 
             def make(k: jax.Array, axes: Any = axes, shape: tuple[int, ...] = shape) -> LoRA:
                 return LoRA(k, shape[:-2], shape[-1], shape[-2], config, axes)
@@ -108,33 +102,22 @@ def materialize_lora(model: Model, key: jax.Array) -> Model:
     return model
 
 
-def weight_shape(variable: nnx.Variable) -> tuple[int, ...]:
-    """Logical shape of a weight [..., out, in], quantized or not."""
-    value = variable.get_value()
-    return (*value.codes.shape[:-1], *value.shape) if isinstance(value, nf4.NF4Tensor) else value.shape
-
-
 def random_weights(model: Model, key: jax.Array) -> Model:
     """An abstract model filled with random weights made where it runs: for hardware studies, where only sizes matter.
 
-    NF4 codes are random bits; scales are such that weights have the standard deviation of an initialized model.
+    Of 4-bit weights the codes are; scales are such that weights have the standard deviation of an initialized model.
     """
     graphdef, state = nnx.split(model)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
 
-    def fill(path: Any, leaf: Any, k: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if leaf.dtype == jnp.uint8:
-            return jax.random.bits(k, leaf.shape, jnp.uint8)
-        if name.endswith(".nested_absmax"):
-            return jnp.full(leaf.shape, 0.005, leaf.dtype)
-        if name.endswith((".offset", ".absmax")):
-            return jnp.full(leaf.shape, 0.035, leaf.dtype)
-        if "norm" in name:
+    def fill(path: Any, leaf: Any, k: jax.Array) -> Any:
+        if is_quantized(leaf):
+            return leaf.random(k)
+        if "norm" in jax.tree_util.keystr(path):
             return jnp.ones(leaf.shape, leaf.dtype)
         return (0.02 * jax.random.normal(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
-    def make(key: jax.Array) -> list[jax.Array]:
+    def make(key: jax.Array) -> list[Any]:
         keys = jax.random.split(key, len(leaves))
         return [fill(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
 

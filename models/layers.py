@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
 
 class Frozen(nnx.Variable):
-    """A weight that is never trained: an array, or an `NF4Tensor` (codes and scales)."""
+    """A weight that is never trained: an array, or a `QuantizedTensor` (codes and scales)."""
 
 
 def trainable(variable: nnx.Variable) -> bool:

@@ -80,7 +80,7 @@ class MoE(nnx.Module):
         weight = self.w1.weight.get_value()
         plan = gm.choose(
             self.target.backend, self.target.platform, x.shape[0], self.experts, self.k,
-            hidden=x.shape[1], intermediate=linear.out_size(weight), nf4=linear.is_nf4(weight),
+            hidden=x.shape[1], intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight),
         )._replace(activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout)  # fmt: skip
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, self.experts, plan.tile)

@@ -122,8 +122,14 @@ class QuantizationConfig(_Section):
     cache: str | None = "~/.cache/moejax/quantized"
 
     @property
-    def experts_in_nf4(self) -> bool:
-        return self.format == "nf4" and "experts" in self.modules
+    def kind(self) -> str | None:
+        """One of `moejax.models.ops.quantized.KINDS`; None: nothing is quantized."""
+        return None if self.format == "none" else self.format + "-double" * self.double
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether experts are stored in 4 bits."""
+        return self.format != "none" and "experts" in self.modules
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""How a model is stored and adapted: NF4 storage, LoRA. No jax here."""
+"""How a model is stored and adapted: 4-bit storage, LoRA. No jax here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ QUANTIZED_MODULES = ("attention", "experts", "router")
 
 @dataclass(frozen=True)
 class Quantization:
-    """NF4 storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router."""
+    """4-bit storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router."""
 
     double: bool = True
     modules: tuple[str, ...] = QUANTIZED_MODULES
+
+    @property
+    def kind(self) -> str:
+        """One of `moejax.models.ops.quantized.KINDS`."""
+        return "nf4-double" if self.double else "nf4"
 
     def __post_init__(self) -> None:
         unknown = [m for m in self.modules if m not in QUANTIZED_MODULES]

@@ -1,1 +1,1 @@
-"""Numerics with no model in them: NF4, grouped matmul, attention, cross-entropy."""
+"""Numerics with no model in them: 4-bit weights, grouped matmul, attention, cross-entropy."""

@@ -41,7 +41,7 @@ class LoRAWeights(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One matrix per expert, [E, O, I], an array or NF4; and its adapters."""
+    """One matrix per expert, [E, O, I], an array or in 4 bits; and its adapters."""
 
     weight: Weight
     lora: LoRAWeights | None = None

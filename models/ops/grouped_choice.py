@@ -33,7 +33,7 @@ def choose(
     *,
     hidden: int = 1024,
     intermediate: int = 1024,
-    nf4: bool = False,
+    quantized: bool = False,
 ) -> Plan:
     """The plan for this device and size. Raises ValueError for a backend that does not exist.
 
@@ -42,7 +42,7 @@ def choose(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
     found, tile, small_tile = entry(
-        platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, nf4=nf4
+        platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized
     )
     mean_group = max(1, tokens * experts_per_token // experts)
     capacities = sorted({min(tokens, 8 * math.ceil(mean_group * c / 8)) for c in CAPACITIES})

@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.nf4 import NF4Tensor, dequantize
+from moejax.models.ops.quantized import QuantizedTensor
 
 
 class OfLayer(NamedTuple):
     """One layer of a weight whose first axis is layers, to be sliced where it is used: a loop inside a layer would otherwise first
     copy the whole layer out of the stack."""
 
-    stacked: jax.Array | NF4Tensor
+    stacked: jax.Array | QuantizedTensor
     layer: jax.Array
 
 
-Weight = jax.Array | NF4Tensor | OfLayer
+Weight = jax.Array | QuantizedTensor | OfLayer
 
 
-def part(weight: Weight, index: jax.Array | None = None) -> jax.Array | NF4Tensor:
+def part(weight: Weight, index: jax.Array | None = None) -> jax.Array | QuantizedTensor:
     """The weight itself, or entry `index` of its first axis (of the first after layers)."""
     if isinstance(weight, OfLayer):
         where = weight.layer if index is None else (weight.layer, index)
@@ -37,18 +37,17 @@ def out_size(weight: Weight) -> int:
     return (weight.stacked if isinstance(weight, OfLayer) else weight).shape[-2]
 
 
-def is_nf4(weight: Weight) -> bool:
-    """Whether it is stored in 4 bits."""
-    return isinstance(weight.stacked if isinstance(weight, OfLayer) else weight, NF4Tensor)
+def in_4_bits(weight: Weight) -> bool:
+    return isinstance(weight.stacked if isinstance(weight, OfLayer) else weight, QuantizedTensor)
 
 
 def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
-    """The weight as an array of `dtype`; the time that NF4 takes for it stands under `scope` in a profile."""
+    """The weight as an array of `dtype`; the time that 4 bits take for it stands under `scope` in a profile."""
     weight = part(weight)
-    if isinstance(weight, NF4Tensor):
+    if isinstance(weight, QuantizedTensor):
         with jax.named_scope(scope):
             # The barrier keeps this from melting into the product that follows: one dequantization per matrix, told apart.
-            return jax.lax.optimization_barrier(dequantize(weight, dtype))
+            return jax.lax.optimization_barrier(weight.dequantize(dtype))
     return weight.astype(dtype)
 
 

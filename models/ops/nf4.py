@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 64
-NESTED_BLOCK = 256
+from moejax.models.ops.quantized import KINDS, Kind, QuantizedTensor
+
+BLOCK, NESTED_BLOCK = KINDS["nf4-double"].block, KINDS["nf4-double"].nested
 
 CODEBOOK = np.array(
     [
@@ -64,57 +65,36 @@ _DYNAMIC_TABLE = _nearest_table(DYNAMIC_MAP)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NF4Tensor:
-    """A 4-bit weight; leading axes `[...]` (layers, experts) are independent tensors, each with its own offset.
+class Tensor(QuantizedTensor):
+    """A weight in NF4, `offset` and `nested_absmax` where its scales are quantized too.
 
-    codes: uint8 [..., ceil(n/2)], the even element in the high nibble. absmax: [..., ceil(n/64)], fp32, or uint8 indices into
-    DYNAMIC_MAP when double quantized; then nested_absmax: fp32 [..., ceil(n/64/256)] and offset: fp32 [...].
+    absmax: the blocks' scales, [..., out, in/64] where rows are whole blocks, else [..., ceil(n/64)]: fp32, or uint8 indices into
+    DYNAMIC_MAP; nested_absmax: fp32 [..., ceil(n/64/256)]; offset: fp32 [...].
     """
 
-    codes: jax.Array
     absmax: jax.Array
-    nested_absmax: jax.Array | None
-    offset: jax.Array | None
-    shape: tuple[int, ...] = field(metadata={"static": True})
+    nested_absmax: jax.Array | None = None
+    offset: jax.Array | None = None
 
     @property
-    def size(self) -> int:
-        """Weights stored in all leading axes together."""
-        return math.prod(self.codes.shape[:-1]) * math.prod(self.shape)
+    def kind(self) -> str:
+        return "nf4" if self.offset is None else "nf4-double"
+
+    def dequantize(self, dtype: Any) -> jax.Array:
+        return dequantize(self, dtype)
 
 
-def quantize(weight: jax.Array | np.ndarray, *, double: bool = True, batch_axes: int = 0) -> NF4Tensor:
-    """Quantize `weight` (any float dtype, concrete); the first `batch_axes` axes are separate tensors.
-
-    Raises ValueError where it holds NaN or infinity: a block's scale would be so.
-    """
-    if batch_axes:
-        parts = [quantize(w, double=double, batch_axes=batch_axes - 1) for w in weight]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+def encode(weight: jax.Array | np.ndarray, kind: Kind) -> dict[str, Any]:
+    """A matrix (any float dtype, concrete) in canonical parts, bitsandbytes' bytes. Raises ValueError where it holds NaN or infinity."""
     codes, absmax = _quantize_blocks(jnp.asarray(weight))
     scales = np.asarray(absmax)
     if not np.isfinite(scales).all():
         raise ValueError("a weight that is NaN or infinite cannot be quantized")
-    if not double:
-        return NF4Tensor(codes, absmax, None, None, weight.shape)
+    if not kind.nested:
+        return {"codes": codes, "absmax": absmax}
     offset = _torch_mean(scales)
     eight, nested_absmax = _quantize_dynamic(scales - offset)
-    return NF4Tensor(codes, jnp.asarray(eight), jnp.asarray(nested_absmax), jnp.asarray(offset), weight.shape)
-
-
-def abstract(shape: tuple[int, ...], *, leading: tuple[int, ...] = (), double: bool = True) -> NF4Tensor:
-    """The shapes and dtypes (`jax.ShapeDtypeStruct`) that `quantize` gives, without a weight."""
-    n = math.prod(shape)
-    blocks = -(-n // BLOCK)
-
-    def leaf(dims: tuple[int, ...], dtype: type) -> Any:
-        return jax.ShapeDtypeStruct((*leading, *dims), dtype)
-
-    codes = leaf((-(-n // 2),), jnp.uint8)
-    if not double:
-        return NF4Tensor(codes, leaf((blocks,), jnp.float32), None, None, shape)
-    nested = leaf((-(-blocks // NESTED_BLOCK),), jnp.float32)
-    return NF4Tensor(codes, leaf((blocks,), jnp.uint8), nested, leaf((), jnp.float32), shape)
+    return {"codes": codes, "absmax": eight, "nested_absmax": nested_absmax, "offset": offset}
 
 
 @jax.jit
@@ -176,35 +156,30 @@ def _quantize_dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
-    """table[index] without a check: an index of 4 or 8 bits cannot leave its table."""
-    return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
+    """table[index] without a check: an unsigned index of 4 or 8 bits cannot leave its table."""
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
-def block_scales(weight: NF4Tensor) -> jax.Array:
-    """fp32 scales [..., ceil(n/64)], with the second quantization undone."""
+def block_scales(weight: Tensor) -> jax.Array:
+    """fp32 scales in the shape of `absmax`, with the second quantization undone."""
     if weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
-    blocks = weight.absmax.shape[-1]
-    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, axis=-1)[..., :blocks]
+    offset = weight.offset[(..., *(None,) * (weight.absmax.ndim - weight.offset.ndim))]
+    blocks = math.prod(weight.absmax.shape[weight.offset.ndim :])
+    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, axis=-1)[..., :blocks].reshape(weight.absmax.shape)
     product = _look_up(DYNAMIC_MAP, weight.absmax) * nested
     # Product and sum round separately in the reference. The maximum changes no value, but a compiler that would contract the
     # two into a fused multiply-add (another last bit) cannot do it through it.
-    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + weight.offset[..., None]
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset
 
 
-def _pair(codes: jax.Array) -> jax.Array:
-    """One look-up for each byte, in a table of 256 pairs (2 KB)."""
-    return _look_up(np.stack([np.repeat(CODEBOOK, 16), np.tile(CODEBOOK, 16)], axis=-1), codes)
-
-
-def _take(codes: jax.Array) -> jax.Array:
+def _take(index: jax.Array) -> jax.Array:
     """One look-up for each weight, in the table of 16."""
-    return _look_up(CODEBOOK, jnp.stack([codes >> 4, codes & 15], axis=-1))
+    return _look_up(CODEBOOK, index)
 
 
-def _tree(codes: jax.Array) -> jax.Array:
-    """15 selects, by the bits of the code from the lowest. A compiler may hoist the constants out of a loop as whole arrays."""
-    index = jnp.stack([codes >> 4, codes & 15], axis=-1)
+def _tree(index: jax.Array) -> jax.Array:
+    """15 selects, by the bits of the code from the lowest. A CPU's compiler hoists the constants out of a loop, as whole arrays."""
     values: list[Any] = [jnp.float32(value) for value in CODEBOOK]
     for bit in range(4):
         is_set = (index >> bit) & 1 != 0
@@ -213,38 +188,29 @@ def _tree(codes: jax.Array) -> jax.Array:
     return value
 
 
-def _steps(codes: jax.Array) -> jax.Array:
-    """Arithmetic: the level of each of 15 thresholds, added up where the code has reached it, as integers of the same bits: exact."""
-    index = jnp.stack([codes >> 4, codes & 15], axis=-1).astype(jnp.int32)
-    bits = CODEBOOK.view(np.int32)
-    total = jnp.full(index.shape, bits[0])
-    for threshold in range(1, 16):
-        total = total + (index >= threshold).astype(jnp.int32) * (bits[threshold] - bits[threshold - 1])  # wraps around, and back
-    return jax.lax.bitcast_convert_type(total, jnp.float32)
-
-
-LOOK_UPS: dict[str, Callable[[jax.Array], jax.Array]] = {"pair": _pair, "take": _take, "tree": _tree, "steps": _steps}
-"""Codes uint8 [...] -> their two weights, fp32 [..., 2], before scaling. All exact: which is fastest depends on the compiler
+LOOK_UPS: dict[str, Callable[[jax.Array], jax.Array]] = {"take": _take, "tree": _tree}
+"""Codes, a uint8 each -> their values in fp32, before scaling. Both exact: which is faster depends on the compiler
 (`benchmarks/dequant_forms.py`)."""
 
 
-def _values(codes: jax.Array) -> jax.Array:
-    """The look-up for the platform that is compiled for: on a CPU `pair` was measured fastest; elsewhere nothing was yet."""
-    values: jax.Array = jax.lax.platform_dependent(codes, cpu=_pair, default=_take)
+def _values(index: jax.Array) -> jax.Array:
+    """The look-up for the platform that is compiled for: a TPU has no fast gather; no GPU was measured."""
+    values: jax.Array = jax.lax.platform_dependent(index, tpu=_tree, default=_take)
     return values
 
 
-def dequantize(weight: NF4Tensor, dtype: Any = jnp.float32, look_up: Callable[[jax.Array], jax.Array] = _values) -> jax.Array:
-    """[..., *shape] in `dtype`: codebook value times block scale in fp32, then cast. look_up: one of `LOOK_UPS`; all give the same."""
-    n = math.prod(weight.shape)
-    leading = weight.codes.shape[:-1]
-    scales = block_scales(weight)
-    values = look_up(weight.codes)
-    if n % BLOCK:
-        values = values.reshape(*leading, -1)[..., :n] * jnp.repeat(scales, BLOCK, axis=-1)[..., :n]
+def dequantize(weight: Tensor, dtype: Any = jnp.float32, look_up: Callable[[jax.Array], jax.Array] = _values) -> jax.Array:
+    """[..., out, in] in `dtype`: codebook value times block scale in fp32, then cast. look_up: one of `LOOK_UPS`; all give the same."""
+    *leading, out, inner = weight.shape
+    high, low = weight.codes >> 4, weight.codes & 15
+    # A CPU writes the halves' codes to memory, a byte each, and is still twice as fast as by any form in one loop.
+    index = jnp.concatenate([high, low], -1) if weight.layout == "halves" else jnp.stack([high, low], -1).reshape(*leading, out, -1)
+    values, scales = look_up(index[..., :inner]), block_scales(weight)
+    if inner % BLOCK:  # a block runs over the end of a row
+        scales = jnp.repeat(scales, BLOCK, axis=-1)[..., : out * inner].reshape(weight.shape)
     else:
-        values = values.reshape(*leading, -1, BLOCK) * scales[..., None]
-    return values.reshape(*leading, *weight.shape).astype(dtype)
+        values, scales = values.reshape(*scales.shape, BLOCK), scales[..., None]
+    return (values * scales).reshape(weight.shape).astype(dtype)
 
 
 def _torch_mean(x: np.ndarray) -> np.float32:

@@ -16,13 +16,13 @@ from moejax.models.ops import grouped_table, scan_table
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 
 
-def tile_rows(device: str, tokens: int, width: int, experts: specs.MoE, nf4: bool) -> int:
+def tile_rows(device: str, tokens: int, width: int, experts: specs.MoE, quantized: bool) -> int:
     """Rows of a large tile of the grouped products, as the step takes them (models/ops/grouped_table.py).
 
     device: "cpu", "gpu" or a GPU's kind as jax names it: the one that the step is for.
     """
     return grouped_table.entry(
-        device, tokens, experts.experts, experts.experts_per_token, hidden=width, intermediate=experts.hidden, nf4=nf4
+        device, tokens, experts.experts, experts.experts_per_token, hidden=width, intermediate=experts.hidden, quantized=quantized
     )[1]
 
 
@@ -40,7 +40,7 @@ class Step:
     trained: int | None  # bytes of a trained base weight; None: the base is frozen
     remat: bool
     balanced: bool  # a load-balancing loss reads the router's probabilities
-    nf4: bool  # experts are stored in 4 bits
+    quantized: bool  # experts are stored in 4 bits
 
     @property
     def tokens(self) -> int:
@@ -78,7 +78,7 @@ class Block(ABC):
 
     @property
     def tile(self) -> int:
-        return tile_rows(self.step.device, self.step.tokens, self.step.width, self.moe, self.step.nf4)
+        return tile_rows(self.step.device, self.step.tokens, self.step.width, self.moe, self.step.quantized)
 
     @property
     def sorted_rows(self) -> int:

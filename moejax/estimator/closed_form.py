@@ -126,7 +126,7 @@ def breakdown(
     step = Step(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device or kind(platform), rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.model.aux_loss_coef > 0,
-        experiment.quantization.experts_in_nf4,
+        experiment.quantization.of_experts,
     )  # fmt: skip
     adapted = [_adapted(experiment, stack, weights) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]

@@ -11,10 +11,11 @@ from typing import Literal
 
 from moejax.gpus import GPU
 from moejax.models.config import PRESETS, Architecture, LoRAConfig
+from moejax.models.ops.quantized import KINDS
 
 Method = Literal["qlora", "lora", "full"]
 STUDY_MODELS: dict[str, tuple[str, Method]] = {"mixtral": ("mixtral-8x7b", "qlora"), "blackmamba": ("blackmamba-2.8b", "full")}
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a code of 4 bits, an 8-bit scale per 64 weights, an fp32 one per 256 scales
+QLORA_BYTES = KINDS["nf4-double"].bytes_per_weight
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Work:
         """What no implementation can undercut: the useful FLOPs at the peak, or reading twice what a single token meets."""
         met = self.rest_weights + share * self.experts * self.expert_weights
         flops = 2 * (2 + self.trained) * tokens * (met + self.head_products)
-        read = 2 * self.head_products + (NF4_BYTES if method == "qlora" else 2) * met
+        read = 2 * self.head_products + (QLORA_BYTES if method == "qlora" else 2) * met
         return max(flops / gpu.flops_per_second, 2 * read / gpu.bytes_per_second)
 
     def resident_gb(self, method: Method, adapter_weights: float = 0.0) -> float:
@@ -44,7 +45,7 @@ class Work:
         if method == "full":
             return 4 * 2 * self.weights / 1e9
         layers = self.weights - self.table_weights
-        base = 2 * self.table_weights + (NF4_BYTES if method == "qlora" else 2) * layers
+        base = 2 * self.table_weights + (QLORA_BYTES if method == "qlora" else 2) * layers
         return (base + 4 * 4 * adapter_weights) / 1e9  # adapters: fp32, as are their gradients and moments
 
 

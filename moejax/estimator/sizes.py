@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.models.config import Architecture, from_hub_config, specs
+from moejax.models.ops.quantized import KINDS
+from moejax.models.ops.quantized import KINDS
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
 
 ITEM = {"float32": 4, "bfloat16": 2}
-NF4_BLOCK, NESTED_BLOCK = 64, 256
 Shape = specs.Shape
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight or an adapter as it lies in memory. name: of the variable in its module. `parts`: dtype -> bytes; an NF4 weight has codes
-    and scales."""
+    """A weight or an adapter as it lies in memory. name: of the variable in its module. `parts`: dtype -> bytes; one in 4 bits has
+    codes and scales."""
 
     module: specs.Path
     name: str
@@ -55,12 +56,10 @@ def architecture_of(experiment: Experiment) -> Architecture:
         raise UserError(f"model: {error}") from None
 
 
-def nf4_parts(shape: Shape, leading: int, double: bool) -> dict[str, int]:
-    """Bytes of codes and scales of `leading` matrices [out, in], each quantized on its own."""
-    n = math.prod(shape)
-    blocks = -(-n // NF4_BLOCK)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double else 4 * blocks
-    return {"NF4 codes": leading * -(-n // 2), "NF4 scales": leading * scales}
+def quantized_parts(kind: str, shape: Shape) -> dict[str, int]:
+    """Bytes of codes and scales of a weight [..., out, in]."""
+    parts, name = KINDS[kind].nbytes(shape), kind.partition("-")[0].upper()
+    return {f"{name} codes": parts.pop("codes"), f"{name} scales": sum(parts.values())}
 
 
 def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
@@ -68,12 +67,12 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     t, q = experiment.training, experiment.quantization
     frozen = experiment.adapter is not None
     dtype = t.compute_dtype if frozen else t.stored_dtype
-    nf4 = {path for module in q.modules for path in config.groups.get(module, ())} if q.format == "nf4" else set()
+    quantized = {path for module in q.modules for path in config.groups.get(module, ())}
     found = []
     for (*module, name), shape in config.weights.items():
         path, parts = tuple(module), {dtype: math.prod(shape) * ITEM[dtype]}
-        if path in nf4 and name == "weight":
-            parts = nf4_parts(shape[-2:], math.prod(shape[:-2]), q.double)
+        if q.kind and path in quantized and name == "weight":
+            parts = quantized_parts(q.kind, shape)
         found.append(Stored(path, name, shape, not frozen, parts))
     return (*found, *adapters(experiment, config))
 

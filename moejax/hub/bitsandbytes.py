@@ -15,6 +15,7 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.models.ops import nf4
+from moejax.models.ops.quantized import Canonical, QuantizedTensor
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _STATE = ".quant_state.bitsandbytes__"
@@ -23,16 +24,16 @@ _ORIGINAL = "Give the original model (bf16, fp16 or fp32)"
 
 
 class Quantized:
-    """Where one quantized matrix is read: it looks like any other source of a tensor (`stored.Source`), but reads as an `NF4Tensor`."""
+    """Where one quantized matrix is read: it looks like any other source of a tensor (`stored.Source`), but reads as `Canonical`."""
 
     def __init__(self, name: str, weight: Any, parts: Mapping[str, Any]):
         self.name, self.file = name, weight.file
         self._weight, self._parts = weight, dict(parts)
         self.nbytes = weight.nbytes + sum(parts[p].nbytes for p in (".absmax", ".nested_absmax") if p in parts)
-        self.double = ".nested_absmax" in parts
+        self.kind = "nf4-double" if ".nested_absmax" in parts else "nf4"
 
-    def read(self) -> nf4.NF4Tensor:
-        """Its leaves are views of the file. Raises UserError, with file and tensor, for what this NF4 is not."""
+    def read(self) -> Canonical:
+        """They are views of the file. Raises UserError, with file and tensor, for what this NF4 is not."""
         state = self._state()
         self._check_setting(state, "blocksize", nf4.BLOCK)
         shape = state.get("shape")
@@ -44,15 +45,16 @@ class Quantized:
         if codes.size != -(-n // 2):
             raise self._bad(f"has {codes.size} bytes of codes, expected {-(-n // 2)} for shape {shape}")
         self._check_map(".quant_map", nf4.CODEBOOK)
-        if not self.double:
-            return _tensor(codes, self._part(".absmax", np.float32, blocks), None, None, shape)
+        if self.kind == "nf4":
+            return Canonical("nf4", tuple(shape), {"codes": codes, "absmax": self._part(".absmax", np.float32, blocks)})
         self._check_setting(state, "nested_blocksize", nf4.NESTED_BLOCK)
         self._check_map(".nested_quant_map", nf4.DYNAMIC_MAP)
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float) or not math.isfinite(offset):
             raise self._bad(f"has nested_offset = {offset!r} in its quant_state: expected a number")
         nested = self._part(".nested_absmax", np.float32, -(-blocks // nf4.NESTED_BLOCK))
-        return _tensor(codes, self._part(".absmax", np.uint8, blocks), nested, np.float32(offset), shape)
+        parts = {"codes": codes, "absmax": self._part(".absmax", np.uint8, blocks), "nested_absmax": nested, "offset": np.float32(offset)}
+        return Canonical("nf4-double", tuple(shape), parts)
 
     def release(self) -> None:
         for source in (self._weight, *self._parts.values()):
@@ -92,11 +94,6 @@ class Quantized:
 
     def _bad(self, what: str) -> UserError:
         return UserError(f"{self.file.path}: tensor {self.name!r} {what}")
-
-
-def _tensor(codes: Any, absmax: Any, nested: Any, offset: Any, shape: list[int]) -> nf4.NF4Tensor:
-    """Of arrays in the host's memory."""
-    return nf4.NF4Tensor(codes, absmax, nested, offset, tuple(shape))
 
 
 def gather(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +136,7 @@ def check(files: Mapping[str, Any], wanted: Iterable[tuple[str, Any, str | None]
         return
     for name, value, module in wanted:
         source = files.get(name)
-        ours, theirs = isinstance(value, nf4.NF4Tensor), isinstance(source, Quantized)
+        ours, theirs = isinstance(value, QuantizedTensor), isinstance(source, Quantized)
         if source is None:
             continue
         where = f"{source.file.path}: tensor {name!r}"
@@ -151,6 +148,6 @@ def check(files: Mapping[str, Any], wanted: Iterable[tuple[str, Any, str | None]
         if theirs and not ours:
             remedy = f"set quantization.format=nf4 and quantization.modules with {module}" if module else _ORIGINAL.lower()
             raise UserError(f"{where} is quantized to NF4, and this model keeps it unquantized: {remedy}")
-        if isinstance(source, Quantized) and source.double != (value.offset is not None):
-            kind = "8-bit" if source.double else "fp32"
-            raise UserError(f"{where} has {kind} scales: set quantization.double={str(source.double).lower()}")
+        if isinstance(source, Quantized) and source.kind != value.kind:
+            scales, double = ("8-bit", "true") if source.kind == "nf4-double" else ("fp32", "false")
+            raise UserError(f"{where} has {scales} scales: set quantization.double={double}")

@@ -18,7 +18,7 @@ from moejax.hub.save import write_config, write_json
 from moejax.hub.stored import open_tensors
 from moejax.hub.streaming import read_tensor, whole_shape
 from moejax.models.build import Model
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode
 
 SHARD_BYTES = 2_000_000_000
 
@@ -29,7 +29,7 @@ def save_merged(
     """Write base + alpha/rank · B A of every adapted matrix, in bf16, with config.json and generation_config.json. Returns its bytes.
 
     model: abstract but for its adapters (`moejax.models.build.build` without a key, `peft.load_adapter`); it says what is quantized. A
-    quantized matrix is merged as it was trained against: to NF4 and back, then the adapter's part, in fp32, then rounded once.
+    quantized matrix is merged as it was trained against: to 4 bits and back, then the adapter's part, in fp32, then rounded once.
     base: the folder its weights are read from. Host memory holds one tensor. progress: called with the bytes of each. Raises UserError as
     `weights.load_weights` does, and for a full disk.
     """
@@ -79,11 +79,11 @@ def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) ->
     raw = read_tensor(files, name, whole_shape(model, places), base)
     place = places[0]  # a tensor that holds two of our matrices is a BlackMamba's: neither quantized nor adapted
     module = attribute(model, place.path)
-    if isinstance(raw, nf4.NF4Tensor):
-        raw = nf4.dequantize(raw, jnp.float32)
-    elif isinstance(getattr(module, place.attr).get_value(), nf4.NF4Tensor):
-        double = getattr(module, place.attr).get_value().offset is not None
-        raw = nf4.dequantize(nf4.quantize(raw, double=double), jnp.float32)
+    held = getattr(module, place.attr).get_value()
+    if isinstance(held, QuantizedTensor) and not isinstance(raw, Canonical):
+        raw = encode(held.kind, raw)
+    if isinstance(raw, Canonical):
+        raw = raw.tensor().dequantize(jnp.float32)
     value = np.asarray(raw, np.float32)
     lora = getattr(module, "lora", None) if place.attr == "weight" else None
     if lora is None:

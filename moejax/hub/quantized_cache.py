@@ -1,4 +1,4 @@
-"""Frozen weights as they are in memory (NF4 codes and all), on disk: the second start reads a quarter of the bytes, and quantizes none.
+"""Frozen weights on disk in the form of `moejax.models.ops.quantized`: the second start reads a quarter of the bytes, and quantizes none.
 
 A file is found by what it was made from: the checkpoint's files (size, time of change, header, and samples of the data), our storage
 format, and every variable's shape and dtype. What another version wrote has another name, and is made anew.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -25,12 +25,23 @@ import numpy as np
 from moejax import __version__
 from moejax.errors import UserError
 from moejax.hub.safetensors_file import Reader, Writer
+from moejax.models.ops.quantized import QuantizedTensor, stored_parts
 from moejax.terminal import Console
 
 T = TypeVar("T")
 
 FORMAT = 3  # raise it when codes, scales or names change
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
+
+
+def leaves_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> abstract array of what is kept of (abstract) variables: a quantized one is several, NAME.PART."""
+    found = {name: stored_parts(value) for name, value in sorted(variables.items())}
+    return {part_name(name, part): leaf for name, parts in found.items() for part, leaf in parts.items()}
+
+
+def part_name(name: str, part: str) -> str:
+    return f"{name}.{part}" if part else name
 
 
 def key(files: list[Path], leaves: dict[str, Any], settings: str) -> str:
@@ -88,9 +99,9 @@ _SUMS = "crc32"  # another one: of each tensor, in their order
 
 
 def read(
-    path: Path, leaves: dict[str, Any], content: Content | None = None, console: Console | None = None
-) -> dict[str, jax.Array] | None:
-    """The arrays of a cache, and into `content` the hash that is kept with them.
+    path: Path, variables: Mapping[str, Any], content: Content | None = None, console: Console | None = None
+) -> dict[str, Any] | None:
+    """The values of (abstract) variables from a cache, and into `content` the hash that is kept with them.
 
     None where there is none, or it is not what was asked for or (which `console` is told) not what was written: it is then made anew."""
     if not path.is_file():
@@ -99,25 +110,30 @@ def read(
         reader = Reader(path)
     except UserError:
         return None
+    leaves = leaves_of(variables)
     if set(reader.names()) != {*leaves, _CONTENT, _SUMS} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
-    pieces: list[tuple[str, int | None]] = []
-    for name, leaf in leaves.items():
+    pieces: list[tuple[str, str, int | None]] = []
+    for name, part in ((name, part) for name, value in variables.items() for part in stored_parts(value)):
+        leaf = leaves[part_name(name, part)]
         # What is not copied whole goes a layer at a time, so that the host holds no more of it.
         small = math.prod(leaf.shape) * np.dtype(numpy_dtype(leaf.dtype)).itemsize <= _at_once_bytes() or len(leaf.shape) < 2
-        pieces += [(name, None)] if small else [(name, layer) for layer in range(leaf.shape[0])]
-    arrays: dict[str, jax.Array] = {}
+        pieces += [(name, part, None)] if small else [(name, part, layer) for layer in range(leaf.shape[0])]
+    arrays: dict[str, dict[str, jax.Array]] = {name: {} for name in variables}
     sums = dict.fromkeys(leaves, 0)
     with ThreadPoolExecutor(1) as pool:
-        values = ahead(pool, (partial(_copy, reader, name, layer) for name, layer in pieces))
-        for (name, layer), value in zip(pieces, values, strict=True):
-            sums[name] = zlib.crc32(_bytes(value), sums[name])
+        values = ahead(pool, (partial(_copy, reader, part_name(name, part), layer) for name, part, layer in pieces))
+        for (name, part, layer), value in zip(pieces, values, strict=True):
+            leaf, parts = part_name(name, part), arrays[name]
+            sums[leaf] = zlib.crc32(_bytes(value), sums[leaf])
+            # In place, while the next one is read: the host holds no second copy.
+            packed = variables[name].pack(part, value, in_place=True) if part else value
             if layer is None:
-                arrays[name] = jax.block_until_ready(jax.device_put(value))
+                parts[part] = jax.block_until_ready(jax.device_put(packed))
             else:
                 if layer == 0:
-                    arrays[name] = jnp.zeros(leaves[name].shape, leaves[name].dtype)
-                arrays[name] = jax.block_until_ready(put(arrays[name], jax.device_put(value), (jnp.int32(layer),)))
+                    parts[part] = jnp.zeros((variables[name].shape[0], *packed.shape), packed.dtype)
+                parts[part] = jax.block_until_ready(put(parts[part], jax.device_put(packed), (jnp.int32(layer),)))
     changed = [name for name, sum_ in zip(leaves, reader.get_tensor(_SUMS).tolist(), strict=True) if sums[name] != sum_]
     if changed:
         if console is not None:
@@ -125,7 +141,10 @@ def read(
         return None
     if content is not None:
         content.value = reader.get_tensor(_CONTENT).tobytes().hex()
-    return arrays
+    return {
+        name: value.with_parts(arrays[name]) if isinstance(value, QuantizedTensor) else arrays[name][""]
+        for name, value in variables.items()
+    }
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -15,7 +15,7 @@ from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.safetensors_file import write_file
 from moejax.models.build import Model
 from moejax.models.config import Architecture
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import is_quantized
 
 
 def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
@@ -29,7 +29,7 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
         parts = []
         for place in places:
             value = getattr(attribute(model, place.path), place.attr).get_value()
-            if isinstance(value, nf4.NF4Tensor):
+            if is_quantized(value):
                 raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
             parts.append(np.asarray(value[index_of(place)].astype(dtype)))
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)

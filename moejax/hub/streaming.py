@@ -13,10 +13,10 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.hub.names import Place, attribute, tensors
-from moejax.hub.quantized_cache import ahead, put
+from moejax.hub.quantized_cache import ahead, part_name, put
 from moejax.hub.safetensors_file import Staging
 from moejax.models.build import Model
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode, stored_parts
 
 
 class Keep(Protocol):
@@ -47,8 +47,7 @@ def fill(
     staging = Staging()
 
     def reading(name: str, place: Place, abstract: Any) -> Callable[[], Any]:
-        shape = abstract.shape if isinstance(abstract, nf4.NF4Tensor) else abstract.shape[_leading(place) :]
-        return lambda: _read(files, name, place, tuple(shape), folder, staging)
+        return lambda: _read(files, name, place, tuple(abstract.shape[_leading(place) :]), folder, staging)
 
     calls = (reading(name, place, values[target]) for target, parts in targets.items() for name, place in parts)
     with ThreadPoolExecutor(1) as pool:
@@ -71,16 +70,17 @@ def _value(
     variable: str, abstract: Any, parts: list[tuple[str, Place]], read: Iterator[Any], files: dict[str, Any], keep: Any, advance: Any
 ) -> Any:
     """The stacked value [L, (E,) …] of one variable."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    names = [".".join(filter(None, (variable, leaf_name(path)))) for path, _ in flat]
-    buffers: list[Any] = [None if parts[0][1].layer is None else jnp.zeros(leaf.shape, leaf.dtype) for _, leaf in flat]
+    flat, treedef = jax.tree.flatten(abstract)
+    buffers: list[Any] = [None if parts[0][1].layer is None else jnp.zeros(leaf.shape, leaf.dtype) for leaf in flat]
     for name, place in parts:
         stored = _stored(next(read), abstract, name, files)
         index = tuple(i for i in (place.layer, place.expert) if i is not None)
         position = tuple(jnp.int32(i) for i in index)
-        for i, leaf in enumerate(jax.tree.leaves(stored)):
-            if keep is not None:
-                keep.put(names[i], leaf, index)
+        if keep is not None:
+            for part, array in stored_parts(stored).items():
+                keep.put(part_name(variable, part), array, index)
+        held = stored.tensor() if isinstance(stored, Canonical) else stored
+        for i, leaf in enumerate(jax.tree.leaves(held)):
             # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
             buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
         # What was read must be done with before its pages are given back, and before more is queued than memory holds.
@@ -93,15 +93,15 @@ def _value(
 
 
 def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
-    """A tensor in the form that the model stores it in."""
-    if isinstance(value, nf4.NF4Tensor):
+    """A tensor as the model stores it: an array, or `Canonical` parts."""
+    if isinstance(value, Canonical):
         return value
     value = jax.device_put(value)  # on a CPU the same memory: jnp.asarray would copy
-    if not isinstance(abstract, nf4.NF4Tensor):
+    if not isinstance(abstract, QuantizedTensor):
         _check_finite(value, name, files)
         return value.astype(abstract.dtype)
     try:
-        return nf4.quantize(value, double=abstract.offset is not None)
+        return encode(abstract.kind, value)
     except ValueError:
         raise _not_finite(name, files) from None
 
@@ -110,7 +110,7 @@ def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...]
     """A copy of a tensor in the host's memory, as stored."""
     half = None if place.half is None else slice(place.half * shape[0], (place.half + 1) * shape[0])
     raw = checked(files, name, stored_shape(place, shape), folder)
-    if isinstance(raw, nf4.NF4Tensor):
+    if isinstance(raw, Canonical):
         return raw
     if half is not None:
         return np.array(raw[half]).reshape(shape)
@@ -118,12 +118,12 @@ def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...]
 
 
 def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
-    """One tensor of a checkpoint, as stored: an array, or an `NF4Tensor` where bitsandbytes quantized it.
+    """One tensor of a checkpoint, as stored: an array, or `Canonical` parts where bitsandbytes quantized it.
 
     Raises UserError where it is missing, of another shape or no number.
     """
     raw = checked(files, name, shape, folder)
-    if isinstance(raw, nf4.NF4Tensor):
+    if isinstance(raw, Canonical):
         return raw
     value = jnp.asarray(raw)
     _check_finite(value, name, files)
@@ -137,7 +137,7 @@ def checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Pa
     raw, where = files[name].read(), f"{files[name].file.path}: tensor {files[name].name!r}"
     if tuple(raw.shape) != shape:
         raise UserError(f"{where} has shape {list(raw.shape)}, expected {list(shape)} by its config.json")
-    if not isinstance(raw, nf4.NF4Tensor) and raw.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    if not isinstance(raw, Canonical) and raw.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise UserError(f"{where} is {raw.dtype}: expected bfloat16, float16 or float32")
     return raw
 
@@ -169,12 +169,7 @@ def whole_shape(model: Model, places: tuple[Place, ...]) -> tuple[int, ...]:
     place = places[0]
     value = getattr(attribute(model, place.path), place.attr).get_value()
     leading = (place.layer is not None) + (place.expert is not None)
-    shape = value.shape if isinstance(value, nf4.NF4Tensor) else value.shape[leading:]
-    return stored_shape(place, tuple(shape))
-
-
-def leaf_name(path: Any) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    return stored_shape(place, tuple(value.shape[leading:]))
 
 
 def _leading(place: Place) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.hub.layerwise import Checkpoint, Routing, Walk
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import dequantized
 
 ROUNDING = 1e-5
 """Of a matrix's largest number: fp32 sums in another order. What is stored in fewer bits may be off by half of its last one as well."""
@@ -118,7 +118,7 @@ def _excess(a: Any, pair_a: Any, b: Any, pair_b: Any) -> jax.Array:
 
 def _whole(value: Any, pair: Any) -> jax.Array:
     """fp32: a matrix with its adapter."""
-    matrix = nf4.dequantize(value, jnp.float32) if isinstance(value, nf4.NF4Tensor) else value.astype(jnp.float32)
+    matrix = dequantized(value, jnp.float32)
     if pair is None:
         return matrix
     a, b, scale = pair

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -20,10 +19,10 @@ from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.safetensors_file import Reader
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import Source, open_tensors, read_json, weight_files
-from moejax.hub.streaming import by_variable, checked, fill, leaf_name, whole_shape
+from moejax.hub.streaming import by_variable, checked, fill, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import is_quantized, storage
 from moejax.terminal import Console
 
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
@@ -65,20 +64,18 @@ def load_weights(
     Raises UserError naming file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
     """
     abstract = {".".join((*path, attr)): getattr(attribute(model, path), attr).get_value() for path, attr in by_variable(model)}
-    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    leaves = {leaf_name(path): leaf for path, leaf in flat}
+    leaves = quantized_cache.leaves_of(abstract)
     with ExitStack() as stack:
         files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
-        quantized = any(isinstance(value, nf4.NF4Tensor) for value in abstract.values())
+        quantized = any(map(is_quantized, abstract.values()))
         if any(isinstance(source, bitsandbytes.Quantized) for source in files.values()):
             cache = None  # the checkpoint is as small, and as fast to read
         path = _cache_path(cache, folder, leaves, repr(model.config)) if cache is not None and quantized else None
-        kept = None if path is None else quantized_cache.read(path, leaves, content, console)
+        kept = None if path is None else quantized_cache.read(path, abstract, content, console)
         if kept is not None:
-            values = jax.tree.unflatten(treedef, [kept[name] for name in leaves])
             for name, variable in base_variables(model):
-                variable.set_value(values[name])
+                variable.set_value(kept[name])
         else:
             keep = stack.enter_context(Keeper(path, leaves, console, content))
             bar = stack.enter_context(_progress(console))
@@ -114,18 +111,18 @@ def stored_bytes(folder: Path) -> int:
 
 def report(model: Model) -> list[str]:
     """What is stored how: a line for each group of weights and dtype, with parameters and bytes (packed codes and scales counted)."""
-    found: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, dict[tuple[bool, str], list[int]]] = {}
     for name, variable in base_variables(model):
         value = variable.get_value()
-        kind = "NF4" if isinstance(value, nf4.NF4Tensor) else str(jnp.dtype(value.dtype))
+        kind = is_quantized(value), storage(value).partition(",")[0]
         count = found.setdefault(model.config.kind_of(tuple(name.split("."))), {}).setdefault(kind, [0, 0])
         count[0] += value.size
         count[1] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
     lines = []
     for group, kinds in found.items():
-        parts = [f"{_short(size)} parameters, {kind}, {_size(nbytes)}" for kind, (size, nbytes) in kinds.items()]
-        left = sum(size for kind, (size, _) in kinds.items() if kind != "NF4")
-        lines.append(f"{group}: {' and '.join(parts)}" + (f"; {_short(left)} left unquantized" if "NF4" in kinds else ""))
+        parts = [f"{_short(size)} parameters, {kind}, {_size(nbytes)}" for (_, kind), (size, nbytes) in kinds.items()]
+        left = [size for (quantized, _), (size, _) in kinds.items() if not quantized]
+        lines.append(f"{group}: {' and '.join(parts)}" + (f"; {_short(sum(left))} left unquantized" if len(left) < len(kinds) else ""))
     return lines
 
 

@@ -26,7 +26,7 @@ def plan(experiment: Experiment, config: Architecture, tokens: int) -> Plan | No
         return None
     return choose(
         experiment.model.moe_backend, here(), tokens, config.num_experts, config.experts_per_token,
-        hidden=config.hidden_size, intermediate=config.intermediate_size, nf4=experiment.quantization.experts_in_nf4,
+        hidden=config.hidden_size, intermediate=config.intermediate_size, quantized=experiment.quantization.of_experts,
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def announce(experiment: Experiment, config: Architecture) -> str:
     if chosen.backend == "ragged":
         refuse_dense(ragged_cost(), here())
     rows = tokens * config.experts_per_token // config.num_experts
-    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, experiment.quantization.experts_in_nf4)
+    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, experiment.quantization.of_experts)
     source = f"not measured on {here()}" if entry is None else f"measured: {entry['measured']}"
     why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"
     what = {

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from moejax.models.build import Model
-from moejax.models.ops.nf4 import NF4Tensor
+from moejax.models.ops.quantized import storage
 
 
 @dataclass
@@ -30,13 +30,8 @@ def groups_of(model: Model) -> dict[str, Group]:
         group = groups.setdefault(model.config.kind_of(tuple(map(str, path))) + (" LoRA" if "lora" in path else ""), Group())
         value: Any = variable.get_value()
         leaves = jax.tree.leaves(value)
-        group.parameters += value.size if isinstance(value, NF4Tensor) else math.prod(value.shape)
-        # Every stored leaf has whole bytes: NF4 codes are packed in pairs into uint8.
+        group.parameters += math.prod(value.shape)
         group.bytes += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        group.dtype = _nf4_name(value) if isinstance(value, NF4Tensor) else str(value.dtype)
+        group.dtype = storage(value)
         group.trainable = isinstance(variable, nnx.Param)
     return groups
-
-
-def _nf4_name(value: NF4Tensor) -> str:
-    return "NF4" if value.offset is None else "NF4, double"

@@ -12,7 +12,7 @@ from moejax import cli, config, device, gpus, installation
 from moejax.commands import estimate_memory
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import block_memory, cards, closed_form, memory, roofline, sizes
+from moejax.estimator import block_memory, cards, closed_form, memory, roofline
 from moejax.estimator.targets import target_of
 from moejax.models.config import PRESETS, MixtralConfig
 from moejax.models.config.specs import Block, Mamba, Stack
@@ -123,25 +123,25 @@ def test_several_stacks_are_summed():
     assert made.total == pytest.approx(compiled.peak_bytes, rel=0.03)
 
 
-@pytest.mark.parametrize("nf4", [True, False])
-def test_tiles_are_those_of_the_model(nf4):
+@pytest.mark.parametrize("quantized", [True, False])
+def test_tiles_are_those_of_the_model(quantized):
     from moejax.models.ops.grouped_matmul import choose
 
     small = CASES["lora, sparse"].model.architecture(None)
     for platform in ("cpu", "gpu"):
         for model in (small, replace(small, hidden_size=512, intermediate_size=1024)):
-            sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "nf4": nf4}
+            sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "quantized": quantized}
             for tokens in (1, 37, 512, 4096, 65536):
                 expected = choose("auto", platform, tokens, model.num_experts, model.experts_per_token, **sizes).tile
                 moe = model.stacks[0].block.feed_forward
-                assert block_memory.tile_rows(platform, tokens, model.hidden_size, moe, nf4) == expected
+                assert block_memory.tile_rows(platform, tokens, model.hidden_size, moe, quantized) == expected
 
 
 def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
     from moejax.models.ops import grouped_table
 
     def entry(tile):
-        shape = {"rows_per_expert": 128, "hidden": 4096, "intermediate": 14336, "nf4": True}
+        shape = {"rows_per_expert": 128, "hidden": 4096, "intermediate": 14336, "quantized": True}
         return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
 
     table = {"cpu": [entry(16)], "NVIDIA H100 80GB HBM3": [entry(64)]}
@@ -156,10 +156,9 @@ def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
 
 
 def test_constants_are_those_of_the_operations():
-    from moejax.models.ops import attention, nf4
+    from moejax.models.ops import attention
 
     assert (attention.SMALLEST_BLOCK, attention.LARGEST_BLOCK) == block_memory.ATTENTION_BLOCKS
-    assert (nf4.BLOCK, nf4.NESTED_BLOCK) == (sizes.NF4_BLOCK, sizes.NESTED_BLOCK)
 
 
 def test_more_of_anything_never_takes_less():

@@ -146,7 +146,7 @@ class TestCache:
         cache = tmp_path / "cache"
         first = load(folder, cache=cache)
         assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
-        monkeypatch.setattr("moejax.models.ops.nf4.quantize", None)
+        monkeypatch.setattr("moejax.models.ops.nf4.encode", None)
         assert_same(load(folder, cache=cache), first)
 
     def test_other_content_settings_or_version_are_made_anew(self, folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Everything public that a loss can be made of differentiates inside and outside of `jit` and `jax.checkpoint`, to the same gradients."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.models.decoder import load_balancing_loss
 from moejax.models.layers import REMAT_POLICIES
 from moejax.models.moe import RouterStats
-from moejax.models.ops import attention, linear, nf4, selective_scan
+from moejax.models.ops import attention, linear, quantized, selective_scan
 from moejax.models.ops import grouped_matmul as gm
 from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.training.state import split
@@ -37,7 +38,7 @@ def weights_of(storage, *shape):
     """Arrays, or 4-bit weights of any codes and scales."""
     if storage != "nf4":
         return drawn(*shape)
-    held = nf4.abstract(shape[-2:], leading=shape[:-2])
+    held = quantized.abstract("nf4-double", shape)
     return jax.tree.map(lambda leaf: jnp.asarray(np.abs(10 * drawn(*leaf.shape)), leaf.dtype), held)
 
 
@@ -109,11 +110,11 @@ def scales(double):
     """Of a 4-bit weight: what of it is a number that can be differentiated in."""
     weight = weights_of("nf4", F, D)
     if not double:
-        weight = nf4.NF4Tensor(weight.codes, jnp.ones(weight.absmax.shape), None, None, weight.shape)
+        weight = replace(weight, absmax=jnp.ones(weight.absmax.shape), nested_absmax=None, offset=None)
     name = "nested_absmax" if double else "absmax"
 
     def values(scale):
-        return nf4.dequantize(nf4.NF4Tensor(**{**vars(weight), name: scale}))
+        return replace(weight, **{name: scale}).dequantize(jnp.float32)
 
     return values, getattr(weight, name)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax.models.ops import grouped_matmul as gm
-from moejax.models.ops import nf4
+from moejax.models.ops import quantized
 
 E, D, F, N, R = 5, 37, 53, 41, 3
 
@@ -37,8 +37,8 @@ def make_weights(storage, dtype):
         gm.LoRAWeights(*(jnp.asarray(rng.normal(size=s) / 4, jnp.float32) for s in ((E, R, i), (E, o, R)))) for o, i in shapes
     ]
     if storage.startswith("nf4"):
-        stored = [nf4.quantize(w, double=storage == "nf4 double", batch_axes=1) for w in matrices]
-        return stored, [nf4.dequantize(w).astype(dtype).astype(jnp.float32) for w in stored], loras
+        stored = [quantized.quantize(storage, w) for w in matrices]
+        return stored, [w.dequantize(jnp.float32).astype(dtype).astype(jnp.float32) for w in stored], loras
     stored = [w.astype(dtype) for w in matrices]
     return stored, [w.astype(jnp.float32) for w in stored], loras
 
@@ -96,7 +96,7 @@ def worst_difference(found, expected):
 
 @pytest.mark.parametrize(
     ("storage", "dtype"),
-    [("trained", "float32"), ("nf4", "float32"), ("nf4 double", "float32"), ("trained", "bfloat16"), ("nf4 double", "bfloat16")],
+    [("trained", "float32"), ("nf4", "float32"), ("nf4-double", "float32"), ("trained", "bfloat16"), ("nf4-double", "bfloat16")],
 )
 @pytest.mark.parametrize("backend", PLANS)
 def test_every_pattern_of_empty_groups(backend, storage, dtype):
@@ -119,7 +119,7 @@ def test_every_pattern_of_empty_groups(backend, storage, dtype):
 @pytest.mark.parametrize("backend", PLANS)
 def test_fewer_rows_than_experts(backend, tokens):
     """As while decoding, when the loop leaves out experts that cannot have a row: every choice of two experts for each token."""
-    matrices, numbers, loras = make_weights("nf4 double", "float32")
+    matrices, numbers, loras = make_weights("nf4-double", "float32")
     rng = np.random.default_rng(3)
     found_by = gradients(partial(ours, PLANS[backend]), False)
     for experts in product(combinations(range(E), 2), repeat=tokens):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moejax.models.ops import grouped_matmul as gm
-from moejax.models.ops import nf4
+from moejax.models.ops import quantized
 from moejax.profiling.hlo import dot_flops
 
 E, D, F, N, K, R = 8, 32, 48, 40, 2, 4
@@ -100,7 +100,7 @@ def test_frozen_nf4_weights():
             lambda p: p._replace(weight=function(p)), projections, is_leaf=lambda p: isinstance(p, gm.Projection)
         )
 
-    codes = swap((inputs, output), lambda p: nf4.quantize(p.weight, batch_axes=1))
+    codes = swap((inputs, output), lambda p: quantized.quantize("nf4-double", p.weight))
     loras = jax.tree.map(lambda p: p.lora, (inputs, output), is_leaf=lambda p: isinstance(p, gm.Projection))
 
     def loss(function, projections, x, loras):
@@ -109,7 +109,7 @@ def test_frozen_nf4_weights():
         )
         return jnp.sum(function(x, weights, *whole, experts, valid) * cotangent)
 
-    numbers = swap(codes, lambda p: nf4.dequantize(p.weight))
+    numbers = swap(codes, lambda p: p.weight.dequantize(jnp.float32))
     found = jax.jit(jax.value_and_grad(partial(loss, partial(ours, plan=PLAN), codes), argnums=(0, 1)))(x, loras)
     expected = jax.jit(jax.value_and_grad(partial(loss, reference, numbers), argnums=(0, 1)))(x, loras)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)

@@ -13,7 +13,7 @@ from moejax.hub.names import tensors
 from moejax.hub.weights import attribute, index_of, load_weights, read_config
 from moejax.models.build import build
 from moejax.models.config import QUANTIZED_MODULES, Quantization
-from moejax.models.ops.nf4 import NF4Tensor
+from moejax.models.ops.quantized import is_quantized
 
 CASES = {
     "double": Quantization(double=True),
@@ -37,10 +37,10 @@ def stored_otherwise(model, folder):
     different = []
     for name, (place,) in tensors(model.config).items():
         value = part(attribute(model, place.path).weight.get_value(), index_of(place))
-        if isinstance(value, NF4Tensor):
-            pairs = [(value.codes, raw[name]), (value.absmax, raw[f"{name}.absmax"])]
-            if value.offset is not None:
-                pairs.append((value.nested_absmax, raw[f"{name}.nested_absmax"]))
+        if is_quantized(value):
+            parts = value.canonical().parts
+            pairs = [(parts["codes"], raw[name])]
+            pairs += [(parts[part], raw[f"{name}.{part}"]) for part in ("absmax", "nested_absmax") if part in parts]
         else:
             pairs = [(value, raw[name].astype(np.float32))]
         if not all(np.array_equal(np.asarray(ours).reshape(-1), theirs.reshape(-1)) for ours, theirs in pairs):

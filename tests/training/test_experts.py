@@ -22,7 +22,8 @@ def experiment(*overrides):
 def test_the_choice_is_told_with_its_reason(monkeypatch):
     monkeypatch.setattr(grouped_table, "_table", lambda: {})
     assert experts.announce(*experiment()) == "experts: loop, tiles of 128 and 32 rows (auto, not measured on cpu)"
-    entry = {"rows_per_expert": 320, "hidden": 256, "intermediate": 512, "nf4": True, "backend": "capacity", "tile": 64, "small_tile": 16}
+    entry = {"rows_per_expert": 320, "hidden": 256, "intermediate": 512, "quantized": True}
+    entry |= {"backend": "capacity", "tile": 64, "small_tile": 16}
     monkeypatch.setattr(grouped_table, "_table", lambda: {"cpu": [entry | {"measured": "results/x.json"}]})
     told = experts.announce(*experiment())
     assert told == "experts: capacity, 360, 480, 640 rows an expert, then the loop (auto, measured: results/x.json)"
@@ -49,20 +50,21 @@ def test_what_ragged_costs_on_a_gpu_is_read_without_one():
 
 
 def test_the_nearest_measured_shape_decides(monkeypatch):
-    def entry(rows, hidden, nf4, tile):
-        shape = {"rows_per_expert": rows, "hidden": hidden, "intermediate": hidden, "nf4": nf4}
+    def entry(rows, hidden, quantized, tile):
+        shape = {"rows_per_expert": rows, "hidden": hidden, "intermediate": hidden, "quantized": quantized}
         return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
 
     table = {"NVIDIA X": [entry(256, 1024, False, 64), entry(4096, 1024, False, 256), entry(4096, 1024, True, 512)]}
     monkeypatch.setattr(grouped_table, "_table", lambda: table)
 
-    def tile(tokens, nf4=False, kind="NVIDIA X"):
-        return grouped_choice.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, nf4=nf4).tile
+    def tile(tokens, quantized=False, kind="NVIDIA X"):
+        return grouped_choice.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, quantized=quantized).tile
 
-    assert [tile(1200), tile(8192), tile(8192, nf4=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 512]
+    assert [tile(1200), tile(8192), tile(8192, quantized=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 512]
 
 
 def test_the_architecture_of_the_real_model_is_unmeasured_until_a_gpu_was_there():
     real = PRESETS["mixtral-8x7b"]
-    plan = grouped_choice.choose("auto", aot.TARGETS["H100"].name, 4096, real.num_experts, 2, hidden=4096, intermediate=14336, nf4=True)
+    sizes = {"hidden": 4096, "intermediate": 14336, "quantized": True}
+    plan = grouped_choice.choose("auto", aot.TARGETS["H100"].name, 4096, real.num_experts, 2, **sizes)
     assert plan.backend == "loop" and plan.tile == 512

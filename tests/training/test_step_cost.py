@@ -25,7 +25,8 @@ import routing  # noqa: E402
 
 ROWS, TOKENS = 4, 128
 NF4_PASSES = 2  # forward and backward
-MOST_OF_A_WEIGHT = 5.0  # bytes: half of one read, with the scales, and an fp32 one written
+INDEX_OF_A_WEIGHT = 3.5  # bytes: on a CPU the two codes of a byte first become bytes, side by side
+MOST_OF_A_WEIGHT = 5.0 + INDEX_OF_A_WEIGHT  # the code read, with the scales, and an fp32 one written
 MIXTRAL_BYTES = 1.75e9
 CAPACITY_FLOPS, SKEWED_FLOPS = 1.2, 1.25  # 144 rows for 128 on average; half a tile of 64 for each expert
 
@@ -85,7 +86,7 @@ def test_the_step_takes_what_the_arithmetic_says(model, k, most_flops, most_byte
     assert 0.98 <= flops_share(found, stages) <= most_flops
     assert step_cost.total(found).bytes <= most_bytes
     if model == "mixtral":
-        assert 4 <= dequantized_bytes(found, sizes) <= MOST_OF_A_WEIGHT
+        assert 4 + INDEX_OF_A_WEIGHT <= dequantized_bytes(found, sizes) <= MOST_OF_A_WEIGHT
 
 
 def test_a_dense_fallback_would_be_seen():
@@ -105,7 +106,7 @@ def test_one_more_copy_of_the_experts_would_be_seen(patched, monkeypatch):
 
     monkeypatch.setattr(expert_tile, "dequantized", copied)
     found, _, sizes = compiled("mixtral", 2, make=patched)
-    assert dequantized_bytes(found, sizes) > 2 * MOST_OF_A_WEIGHT
+    assert dequantized_bytes(found, sizes) > 5.0 + MOST_OF_A_WEIGHT
     assert step_cost.total(found).bytes > MIXTRAL_BYTES
 
 

@@ -1,0 +1,101 @@
+"""4-bit weights in memory: whatever the shape and the layout, the canonical bytes come back, and mean the same numbers to the bit."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.models.ops import linear, nf4, quantized
+from moejax.models.ops.quantized import KINDS, LAYOUTS
+
+# Rows of whole blocks that split on one, between two (2880, 10944: an odd number of them), within one, on half a byte, and of one weight.
+SHAPES = [(4, 128), (2, 256), (3, 64), (2, 2880), (1, 10944), (5, 96), (3, 70), (7, 66), (3, 130), (4, 77), (33, 3), (5, 1), (1, 1), (1, 2)]
+
+
+def drawn(kind, shape, leading=()):
+    """Canonical parts of any bits, an odd matrix's last nibble too."""
+    rng = np.random.default_rng([*shape, *leading])
+    made = {}
+    for name, (dims, dtype) in KINDS[kind].parts((*leading, *shape), canonical=True).items():
+        made[name] = rng.integers(0, 256, dims, np.uint8) if dtype == "uint8" else np.asarray(rng.normal(size=dims), np.float32)
+    return quantized.Canonical(kind, (*leading, *shape), made)
+
+
+def laid(canonical, layout):
+    """As it lies in memory in a layout."""
+    held = replace(quantized.abstract(canonical.kind, canonical.shape), layout=layout)
+    return held.with_parts({name: jnp.asarray(held.pack(name, part)) for name, part in canonical.parts.items()})
+
+
+def flat_values(canonical):
+    """fp32: what the canonical parts of one matrix mean, weight by weight in a row."""
+    parts, n = canonical.parts, int(np.prod(canonical.shape))
+    scales = parts["absmax"]
+    if "offset" in parts:
+        nested = np.repeat(parts["nested_absmax"], nf4.NESTED_BLOCK)[: scales.size]
+        scales = nf4.DYNAMIC_MAP[scales] * nested + parts["offset"]
+    codes = np.stack([parts["codes"] >> 4, parts["codes"] & 15], axis=-1).reshape(-1)[:n]
+    return (nf4.CODEBOOK[codes] * np.repeat(scales, nf4.BLOCK)[:n]).reshape(canonical.shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_canonical_bytes_come_back(shape, layout):
+    for leading in ((), (2, 3)):
+        canonical = drawn("nf4-double", shape, leading)
+        tensor = laid(canonical, layout)
+        assert tensor.shape == (*leading, *shape) and tensor.codes.shape == (*leading, shape[0], -(-shape[1] // 2))
+        back = tensor.canonical()
+        assert (back.kind, back.shape) == (canonical.kind, canonical.shape)
+        for name, part in canonical.parts.items():
+            np.testing.assert_array_equal(back.parts[name], part, strict=True)
+        own = canonical.parts["codes"].copy()
+        np.testing.assert_array_equal(quantized.pack(own, shape, layout, in_place=True), tensor.codes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_are_those_of_the_flat_form_to_the_bit(shape, kind):
+    """In both layouts by both look-ups, as fp32 and bf16."""
+    canonical = drawn(kind, shape)
+    expected = flat_values(canonical)
+    for layout in LAYOUTS:
+        for look_up in nf4.LOOK_UPS.values():
+            found = jax.jit(lambda t, f=look_up: [nf4.dequantize(t, d, f) for d in (jnp.float32, jnp.bfloat16)])(laid(canonical, layout))
+            np.testing.assert_array_equal(np.asarray(found[0]).view(np.int32), expected.view(np.int32))
+            np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.asarray(expected.astype(jnp.bfloat16), np.float32))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 128), (2, 192), (3, 70), (3, 5)])
+def test_a_stack_is_its_matrices(shape, layout):
+    """Sliced by index, by a scan over layers, as a layer of a whole stack; and a product's gradient is the matrix itself."""
+    canonical = drawn("nf4-double", shape, (2, 3))
+    stacked = laid(canonical, layout)
+    matrices = {
+        at: flat_values(quantized.Canonical(canonical.kind, shape, {name: part[at] for name, part in canonical.parts.items()}))
+        for at in np.ndindex(2, 3)
+    }
+    whole = np.stack([matrices[at] for at in np.ndindex(2, 3)]).reshape(2, 3, *shape)
+    scanned = jax.jit(lambda t: jax.lax.scan(lambda c, layer: (c, layer.dequantize(jnp.float32)), 0, t)[1])(stacked)
+    for found in (jax.jit(lambda t: t.dequantize(jnp.float32))(stacked), scanned):
+        np.testing.assert_array_equal(found, whole)
+
+    def product(x, layer, expert):
+        weight = linear.part(linear.OfLayer(stacked, layer), expert)
+        return linear.with_frozen(linear.matmul, "dequant", weight, x).sum()
+
+    gradient = jax.jit(jax.grad(jax.checkpoint(product)))(jnp.ones(shape[1]), jnp.int32(1), jnp.int32(2))
+    np.testing.assert_allclose(gradient, matrices[1, 2].sum(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(stacked.part((1, 2)).dequantize(jnp.float32), matrices[1, 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_those_of_the_parts(kind):
+    for shape in SHAPES:
+        tensor = quantized.abstract(kind, (2, *shape))
+        assert sum(KINDS[kind].nbytes((2, *shape)).values()) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
+    large = (4096, 4096)
+    assert sum(KINDS[kind].nbytes(large).values()) / np.prod(large) == pytest.approx(KINDS[kind].bytes_per_weight, rel=1e-5)
