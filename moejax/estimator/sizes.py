@@ -14,7 +14,6 @@ from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.models.config import Architecture, from_hub_config, specs
 from moejax.models.ops.quantized import KINDS
-from moejax.models.ops.quantized import KINDS
 
 if TYPE_CHECKING:
     from moejax.config import Experiment

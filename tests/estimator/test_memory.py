@@ -12,7 +12,7 @@ from moejax import cli, config, device, gpus, installation
 from moejax.commands import estimate_memory
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import block_memory, cards, closed_form, memory, roofline
+from moejax.estimator import block_memory, cards, closed_form, memory, roofline, sizes
 from moejax.estimator.targets import target_of
 from moejax.models.config import PRESETS, MixtralConfig
 from moejax.models.config.specs import Block, Mamba, Stack
