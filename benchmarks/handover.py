@@ -81,7 +81,7 @@ def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> di
 def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[str, Any]:
     if experiment.training.remat not in ("none", "full"):
         raise UserError(f"training.remat = {experiment.training.remat}: PyTorch's side knows full and none: set one of them")
-    content = {"format": contract.FORMAT, "kind": config.model_type, "experiment": experiment.model_dump(mode="json")}
+    content = {"format": contract.FORMAT, "kind": config.model_type, "experiment": experiment.with_defaults(config).model_dump(mode="json")}
     if stack_name is not None:
         try:
             contract.check(content, stack_name)

@@ -52,7 +52,7 @@ def build(
 
 def freeze(model: Model, quantization: Quantization | None = None) -> None:
     """Make every weight `Frozen`, and 4 bits where asked. In place; works on abstract models too."""
-    modules = _modules_of(model, quantization.modules if quantization else ())
+    modules = _modules_of(model, model.config.resolve_groups(quantization.modules) if quantization else ())
     for _, node in nnx.iter_modules(model):
         module: Any = node
         for name, variable in list(vars(module).items()):
@@ -76,9 +76,7 @@ def _at(model: Model, path: tuple[str, ...]) -> Any:
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
     """Put an adapter on every layer that `config.targets` names. In place; abstract without a key."""
     there = model.config.targets
-    for index, target in enumerate(sorted(config.targets)):
-        if target not in there:
-            raise ValueError(f"LoRA target {target!r} does not exist in a {model.config.title}: expected some of {list(there)}")
+    for index, target in enumerate(sorted(model.config.resolve_targets(config.targets))):
         for number, path in enumerate(there[target]):
             module: Linear | ExpertLinear = _at(model, path)
             axes, shape = module.weight.get_metadata("axes"), module.weight.get_value().shape

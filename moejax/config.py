@@ -118,7 +118,9 @@ class QuantizationConfig(_Section):
 
     format: Literal["none", "nf4"] = "none"
     double: bool = True
-    modules: Names = QUANTIZED_MODULES
+    modules: Names | None = Field(
+        default=None, description="some of attention, experts, router; null: attention and experts, of a Mixtral the router as well"
+    )
     cache: str | None = "~/.cache/moejax/quantized"
 
     @property
@@ -129,32 +131,37 @@ class QuantizationConfig(_Section):
     @property
     def of_experts(self) -> bool:
         """Whether experts are stored in 4 bits."""
-        return self.format != "none" and "experts" in self.modules
+        return self.format != "none" and (self.modules is None or "experts" in self.modules)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in self.modules:
+        for name in self.modules or ():
             if name not in QUANTIZED_MODULES:
                 raise ValueError(f"modules: {name!r} is unknown: {_nearest(name, QUANTIZED_MODULES)}")
         return self
 
 
 class AdapterConfig(_Section):
-    """LoRA: one pair per expert and target; delta = alpha/rank · B A. Targets by PEFT's names; gate is the router."""
+    """LoRA: one pair per expert and target; delta = alpha/rank · B A."""
 
     rank: Positive = 16
     alpha: Real = 32.0
     dropout: Real = 0.0
-    targets: Names = ("w1", "w2", "w3", "gate")
+    targets: Names | None = Field(
+        None,
+        description="by PEFT's names: q_proj, …, gate (the router), and of the experts w1, w2, w3 or as the model's files have it "
+        "gate_proj, down_proj, up_proj; null: of a Mixtral w1, w2, w3 and gate, as in the study, of others attention and experts",
+    )
     init_from: Place | None = Field(
         None, description="an adapter in PEFT's format to continue from (folder or Hub id); null: a new one"
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in self.targets:
-            if name not in LORA_TARGETS:
-                raise ValueError(f"targets: {name!r} matches nothing: {_nearest(name, LORA_TARGETS)}")
+        known = dict.fromkeys([*LORA_TARGETS, *(n for preset in PRESETS.values() for n in preset.target_names.values())])
+        for name in self.targets or ():
+            if name not in known:
+                raise ValueError(f"targets: {name!r} matches nothing: {_nearest(name, known)}")
         LoRAConfig(self.rank, self.alpha, self.dropout, self.targets)
         return self
 
@@ -345,10 +352,22 @@ class Experiment(_Section):
         if self.profile is not None and self.training.steps is not None:
             self.profile.check(self.training.steps)
         if self.model.preset is not None:
-            limit = self.model.architecture(None).max_position_embeddings
+            sizes = self.model.architecture(None)
+            limit = sizes.max_position_embeddings
             if self.data.longest_text > limit:
                 raise ValueError(f"rows of {self.data.longest_text} tokens exceed the model's max_position_embeddings = {limit}")
+            if self.adapter is not None and sizes.target_names:
+                sizes.resolve_targets(self.adapter.targets)
         return self
+
+    def with_defaults(self, sizes: Architecture) -> Self:
+        """The same with what the family decides in the place of null: where adapters are, and what is quantized."""
+        changes: dict[str, Any] = {}
+        if self.adapter is not None and self.adapter.targets is None:
+            changes["adapter"] = self.adapter.model_copy(update={"targets": sizes.default_targets})
+        if self.quantization.modules is None:
+            changes["quantization"] = self.quantization.model_copy(update={"modules": sizes.default_quantized})
+        return self.model_copy(update=changes)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -12,10 +12,12 @@ from moejax.models.config.adapters import LORA_TARGETS, QUANTIZED_MODULES, LoRAC
 from moejax.models.config.specs import Architecture
 from moejax.models.families.blackmamba import BlackMambaConfig
 from moejax.models.families.mixtral import MixtralConfig
+from moejax.models.families.olmoe import OlmoeConfig
+from moejax.models.families.qwen3_moe import Qwen3MoeConfig
 
 __all__ = [
     "FAMILIES", "LORA_TARGETS", "PRESETS", "QUANTIZED_MODULES", "Architecture", "BlackMambaConfig", "LoRAConfig", "MixtralConfig",
-    "Quantization", "from_hub_config", "register",
+    "OlmoeConfig", "Quantization", "Qwen3MoeConfig", "from_hub_config", "register",
 ]  # fmt: skip
 
 FAMILIES: dict[str, type[Architecture]] = {}
@@ -35,7 +37,7 @@ def register(family: type[Architecture]) -> type[Architecture]:
     return family
 
 
-for _family in (MixtralConfig, BlackMambaConfig):
+for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig):
     register(_family)
 
 _NOT_YET = {

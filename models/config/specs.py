@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -344,7 +344,8 @@ class Architecture(ABC):
 
     @property
     def target_names(self) -> dict[str, str]:
-        """Adapter target, by our name -> what its checkpoints, and so PEFT, call the module; none where no tensor is of it alone."""
+        """Adapter target, by our name -> what its checkpoints, and so PEFT, call the module. Empty where one has no tensor of its own:
+        then no format is known that an adapter could be saved in."""
         modules = {path: target for target, paths in self.targets.items() for path in paths}
         found = {}
         for stack, names in zip(self.stacks, self.names.blocks, strict=True):
@@ -353,4 +354,31 @@ class Architecture(ABC):
                     target = modules.get((stack.name, *variable.split(".")[:-1]))
                     if target is not None:
                         found[target] = name.split(".")[-2]
+        return found if found.keys() == self.targets.keys() else {}
+
+    def resolve_targets(self, names: Iterable[str] | None) -> tuple[str, ...]:
+        """Adapter targets by our names; None: the family's default. They may be given by our names or by the checkpoints'.
+
+        Raises ValueError for one that is not there, for one given twice, and for `gate` where `gate_proj` must be meant.
+        """
+        if names is None:
+            return self.default_targets
+        given = tuple(names)
+        theirs = self.target_names
+        ours = {name: name for name in self.targets} | {name: target for target, name in theirs.items()}
+        unknown = [name for name in given if name not in ours]
+        if unknown:
+            there = [target if theirs.get(target, target) == target else f"{theirs[target]} ({target})" for target in self.targets]
+            raise ValueError(f"LoRA target {unknown[0]!r} does not exist in a {self.title}: expected some of {', '.join(there)}")
+        found = tuple(ours[name] for name in given)
+        if len(set(found)) < len(found):
+            twice = next(target for target in found if found.count(target) > 1)
+            names_of = [name for name in given if ours[name] == twice]
+            raise ValueError(f"LoRA targets {' and '.join(names_of)} are the same: give it once")
+        if {"gate", "w3"} <= set(found) and "w1" not in found and theirs.get("w1") == "gate_proj":
+            raise ValueError("LoRA target gate is the router of a layer, and up_proj is adapted without gate_proj: is that meant instead?")
         return found
+
+    def resolve_groups(self, names: Iterable[str] | None) -> tuple[str, ...]:
+        """What is quantized; None: the family's default."""
+        return self.default_quantized if names is None else tuple(names)

@@ -101,6 +101,11 @@ class AttentionMoEConfig(Architecture, ABC):
         return TensorNames({"model.embed_tokens.weight": "embed.weight"}, (block,), {"model.norm.weight": "norm.weight"} | head)
 
     @classmethod
+    def window(cls, config: Mapping[str, Any]) -> Any:
+        """The positions that attention reaches back; None: all."""
+        return config.get("sliding_window")
+
+    @classmethod
     def own_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that a family reads in its own way."""
         return {"intermediate_size": foreign.whole_number(config, "intermediate_size")}
@@ -114,17 +119,19 @@ class AttentionMoEConfig(Architecture, ABC):
 
         layers, heads, hidden = size("num_hidden_layers"), size("num_attention_heads"), size("hidden_size")
         positions = size("max_position_embeddings")
-        window, types = config.get("sliding_window"), config.get("layer_types")
-        # A window over every position is none; and of some families, one that is not used.
-        whole = (isinstance(window, int) and window >= positions) or config.get("use_sliding_window") is False
+        window, types = cls.window(config), config.get("layer_types")
+        whole = window is None or (isinstance(window, int) and window >= positions)  # a window over every position is none
         judged = {
-            "sliding_window": (None, window) if whole else (None,),
+            "sliding_window": (None, config.get("sliding_window")) if whole else (None,),
             "layer_types": (None, types) if types == ["full_attention"] * layers else (None,),
         }
         foreign.check(config, KNOWN | dict(cls.known) | judged, ignored)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kv_heads = config.get("num_key_value_heads", cls.missing["num_key_value_heads"])
-        experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        counts = {name: config[name] for name in ("num_local_experts", "num_experts") if name in config}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"num_local_experts = {counts['num_local_experts']}, num_experts = {counts['num_experts']}: expected the same")
+        experts = next(iter(counts), "num_experts")
         eos = config.get("eos_token_id")
         return cls(
             vocab_size=size("vocab_size"),

@@ -73,12 +73,13 @@ def device_of(gpu: GPU) -> str:
     return kinds.get(gpu.name, "gpu")
 
 
-def _adapted(experiment: Experiment, stack: specs.Stack, weights: tuple[sizes.Stored, ...]) -> Adapted:
+def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, weights: tuple[sizes.Stored, ...]) -> Adapted:
     """The adapters of a stack's blocks."""
     adapter, block = experiment.adapter, stack.block
     if adapter is None:
         return Adapted()
-    own = [target for half in block.halves for target in half.targets if target in adapter.targets]
+    targets = config.resolve_targets(adapter.targets)
+    own = [target for half in block.halves for target in half.targets if target in targets]
     experts = [target for target in own if block.feed_forward.targets.get(target) in block.feed_forward.groups["experts"]]
     others = [w.bytes for w in weights if w.adapter and w.module[0] == stack.name and w.module not in _experts(stack)]
     return Adapted(
@@ -128,7 +129,7 @@ def breakdown(
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.model.aux_loss_coef > 0,
         experiment.quantization.of_experts,
     )  # fmt: skip
-    adapted = [_adapted(experiment, stack, weights) for stack in config.stacks]
+    adapted = [_adapted(experiment, config, stack, weights) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
     by_dtype: dict[str, int] = {}
     for w in weights:

@@ -66,7 +66,7 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     t, q = experiment.training, experiment.quantization
     frozen = experiment.adapter is not None
     dtype = t.compute_dtype if frozen else t.stored_dtype
-    quantized = {path for module in q.modules for path in config.groups.get(module, ())}
+    quantized = {path for module in config.resolve_groups(q.modules) for path in config.groups.get(module, ())}
     found = []
     for (*module, name), shape in config.weights.items():
         path, parts = tuple(module), {dtype: math.prod(shape) * ITEM[dtype]}
@@ -81,7 +81,7 @@ def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]
     if experiment.adapter is None:
         return ()
     r, shapes, found = experiment.adapter.rank, config.weights, []
-    for target in experiment.adapter.targets:
+    for target in config.resolve_targets(experiment.adapter.targets):
         for path in config.targets[target]:
             *leading, out, inner = shapes[*path, "weight"]
             for name, matrix in (("a", (r, inner)), ("b", (out, r))):

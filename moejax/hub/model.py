@@ -31,21 +31,26 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
             f"rows of {experiment.data.longest_text} tokens exceed the model's max_position_embeddings = "
             f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
         )
-    if experiment.adapter is not None and config.targets.keys() != config.target_names.keys():
-        missing = [name for name in experiment.adapter.targets if name not in config.targets]
+    if experiment.adapter is not None and not config.target_names:
+        missing = [name for name in experiment.adapter.targets or () if name not in config.targets]
         why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
         raise UserError(f"adapter: a {config.title} is trained whole here ({why}): remove the adapter and quantization sections")
+    if experiment.adapter is not None:
+        try:
+            config.resolve_targets(experiment.adapter.targets)
+        except ValueError as error:
+            raise UserError(f"adapter.targets: {error}") from None
     return config
 
 
 def adapter_config(experiment: Experiment) -> LoRAConfig | None:
     a = experiment.adapter
-    return None if a is None else LoRAConfig(a.rank, a.alpha, a.dropout, tuple(a.targets))
+    return None if a is None else LoRAConfig(a.rank, a.alpha, a.dropout, a.targets)
 
 
 def quantization_config(experiment: Experiment) -> Quantization | None:
     q = experiment.quantization
-    return None if q.format == "none" else Quantization(q.double, tuple(q.modules))
+    return None if q.format == "none" else Quantization(q.double, q.modules)
 
 
 def model_arguments(experiment: Experiment) -> dict[str, Any]:

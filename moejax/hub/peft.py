@@ -193,6 +193,12 @@ def _check_targets(model: Model, tensors: dict[str, np.ndarray], path: Path) -> 
             f"{path} has tensors in the format of transformers 5 with PEFT 0.19 or later (one adapter over all experts), but "
             "adapter_config.json has no target_parameters: expected both or neither; download the adapter again"
         )
+    strange = sorted(theirs - set(model.config.target_names.values()))
+    if strange:
+        raise UserError(
+            f"{path} adapts {', '.join(strange)}, which a {model.config.title} does not have: an adapter of another family? "
+            f"Its matrices are {', '.join(model.config.target_names.values())}"
+        )
     if theirs != ours:
         raise UserError(
             f"{path} adapts {', '.join(sorted(theirs)) or 'nothing'}; the model's adapter {', '.join(sorted(ours))}: set adapter.targets "

@@ -1,4 +1,5 @@
-"""What a run took from the Hub, by commit: a rerun of its config.yaml loads the same, whatever a branch has become."""
+"""What a run took from the Hub, by commit, and what its family decided: a rerun of its config.yaml does the same, whatever becomes of
+branches and defaults."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def pinned(experiment: Experiment, model_folder: Path | None) -> Experiment:
 
 
 def adopted(experiment: Experiment) -> Experiment:
-    """The experiment with the commits of the run of this name, where it names no other: what a resumed run goes on with.
+    """The experiment with the commits and the defaults of the run of this name, where it names no other: what a resumed run goes on with.
 
     A run that is not there, or took something else, is `folders.prepare`'s to refuse.
     """
@@ -41,6 +42,10 @@ def adopted(experiment: Experiment) -> Experiment:
     theirs, ours = (None if e.adapter is None else e.adapter.init_from for e in (before, experiment))
     if theirs and ours and _name(theirs) == _name(ours) and _pins(_at(theirs), _at(ours)):
         experiment = _with(experiment, "adapter", init_from=theirs)
+    if before.adapter is not None and experiment.adapter is not None and experiment.adapter.targets is None:
+        experiment = _with(experiment, "adapter", targets=before.adapter.targets)
+    if experiment.quantization.modules is None:
+        experiment = _with(experiment, "quantization", modules=before.quantization.modules)
     return experiment
 
 

@@ -81,6 +81,7 @@ def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
+    experiment = experiment.with_defaults(config)
     console.print(experts.announce(experiment, config), soft_wrap=True)
     abstract = build(config, **model_arguments(experiment))
     if source is not None and model_folder is not None and Path(source).is_dir():

@@ -1,0 +1,275 @@
+"""Qwen3-MoE and OLMoE in fp32 against transformers 5.24 (tests/oracles/families.py), and what their files say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from oracles.drawn import weight
+from safetensors.numpy import load_file, save_file
+from support import VECTORS, assert_close_to_largest, decoder, full_logits, hub_tensor, loss_and_gradients
+
+from moejax.data.batch import Batch
+from moejax.errors import UserError
+from moejax.hub import peft
+from moejax.hub.names import modules, stacked, tensors
+from moejax.hub.save import save_weights
+from moejax.hub.streaming import by_variable
+from moejax.hub.weights import attribute, load_weights, read_config
+from moejax.models.build import build
+from moejax.models.cache import init_cache
+from moejax.models.config import FAMILIES, PRESETS, LoRAConfig, Quantization, from_hub_config, register
+from moejax.models.families.qwen3_moe import Qwen3MoeConfig
+from moejax.models.ops import nf4
+
+CASES = ("qwen3_moe", "qwen3_moe_dense", "qwen3_moe_raw_tied", "olmoe", "olmoe_summed")
+BOTH = ("qwen3_moe", "olmoe")
+SMALL = (("qwen3-moe-tiny", 24), ("olmoe-tiny",))  # heads that are not D/H wide; D/H
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return dict(np.load(VECTORS / "families.npz"))
+
+
+@pytest.fixture(scope="module")
+def folders(vectors, tmp_path_factory):
+    """case -> the reference's weights in the Hub's layout, with the config.json that transformers 5 wrote."""
+    found = {}
+    for case in CASES:
+        found[case] = tmp_path_factory.mktemp(case)
+        (found[case] / "config.json").write_text(str(vectors[f"{case}/config"]))
+        config = read_config(found[case])
+        model = build(config)
+        shapes = {}
+        for (path, attr), parts in by_variable(model).items():
+            whole = getattr(attribute(model, path), attr).get_value().shape
+            for name, place in parts:
+                shapes[name] = whole[(place.layer is not None) + (place.expert is not None) :]
+        save_file({name: weight(name, shape) for name, shape in shapes.items()}, str(found[case] / "model.safetensors"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {case: load_weights(build(read_config(f), dtype=jnp.float32), f, jax.random.key(0)) for case, f in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def batch(vectors):
+    ids, mask, labels = (vectors[k] for k in ("ids", "mask", "labels"))
+    targets, loss_mask = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
+    targets[:, :-1], loss_mask[:, :-1] = ids[:, 1:], labels[:, 1:] != -100
+    arrays = (ids, targets, loss_mask, mask, np.arange(ids.shape[1])[None] * mask)
+    return Batch(*(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in arrays))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_gradients_and_counts(case, models, batch, vectors):
+    model = models[case]
+    real = np.asarray(batch.segment_ids) > 0
+    logits = full_logits(model, batch.tokens, batch.segment_ids, batch.positions)
+    np.testing.assert_allclose(logits[real], vectors[f"{case}/logits"][real], rtol=0, atol=2e-5)
+    loss, stats, gradients = loss_and_gradients(model, batch, remat="full")
+    np.testing.assert_allclose(loss, vectors[f"{case}/loss"], rtol=1e-6)
+    np.testing.assert_array_equal(stats.counts, vectors[f"{case}/counts"])
+    for name, place in modules(model.config).items():
+        assert_close_to_largest(hub_tensor(gradients, place), vectors[f"{case}/grad/{name}.weight"], 2e-5, name)
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_cache_and_packed_rows_equal_the_full_pass(case, models, batch):
+    model, tokens = models[case], batch.tokens[:2]
+    alone = full_logits(model, tokens, batch.segment_ids[:2], batch.positions[:2])
+    packed, segments, positions = (jnp.concatenate([a, b])[None] for a, b in (tokens, ([1] * 13, [2] * 13), [jnp.arange(13)] * 2))
+    both = full_logits(model, packed, segments, positions)[0]
+    np.testing.assert_allclose(both[:13], alone[0], atol=1e-5)
+    np.testing.assert_allclose(both[13:22], alone[1, :9], atol=1e-5)
+    begin, go_on = decoder(model)
+    logits, cache = begin(tokens[:, :4], jnp.array([4, 4]), init_cache(model, 2, 16))
+    for i in range(4, 9):
+        np.testing.assert_allclose(logits, alone[:, i - 1], atol=1e-5)
+        logits, cache = go_on(tokens[:, i], cache)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total"), [("qwen3-30b-a3b", 30_532_122_624), ("olmoe-1b-7b", 6_919_161_856), ("qwen3-235b-a22b", 235_093_634_560)]
+)
+def test_counts_to_the_digit(preset, total):
+    assert sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(build(PRESETS[preset])))) == total
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_what_transformers_writes_is_read(case, vectors):
+    """The family's default settings in 5.24, in full; and what this writes, by either name of the number of experts."""
+    default = from_hub_config(json.loads(str(vectors[f"{case}/settings"])))
+    found = default.num_experts, default.experts_per_token, default.norm_topk_prob
+    assert found == {"qwen3_moe": (128, 8, False), "olmoe": (64, 8, False)}[case]
+    for preset in PRESETS.values():
+        if preset.model_type == case:
+            written = preset.to_hub_config()
+            assert from_hub_config(written) == preset
+            assert from_hub_config({k: v for k, v in written.items() if k != "num_local_experts"}) == preset
+            assert from_hub_config({k: v for k, v in written.items() if k != "num_experts"}) == preset
+
+
+REFUSED = {
+    "qwen3-moe-tiny": [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r'rope_scaling.rope_type = "yarn" \(expected "default"\)'),
+        ({"use_sliding_window": True, "sliding_window": 512}, "sliding_window = 512"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 \(expected 1\)"),
+        ({"attention_bias": True}, "attention_bias = true"),
+        ({"num_experts": 8}, "num_local_experts = 16, num_experts = 8: expected the same"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
+    ],
+    "olmoe-tiny": [
+        ({"clip_qkv": 8.0}, r"clip_qkv = 8\.0"),
+        ({"attention_bias": True}, "attention_bias = true"),
+        ({"sliding_window": 64}, "sliding_window = 64"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "change", "message"), [(p, *rest) for p, several in REFUSED.items() for rest in several])
+def test_what_is_not_computed_is_refused(preset, change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hub_config(PRESETS[preset].to_hub_config() | change)
+
+
+def test_a_window_that_is_not_used_is_none():
+    written = PRESETS["qwen3-moe-tiny"].to_hub_config()
+    assert from_hub_config(written | {"sliding_window": 64, "max_window_layers": 4}) == PRESETS["qwen3-moe-tiny"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("gpt_oss", "gpt-oss is not here yet; expected one of .*qwen3_moe"), ("qwen3_5_moe", "Qwen3.5 is not here yet"),
+     ("gemma4_text", "Gemma 4 is not here yet"), ("llama", "'llama': expected one of mixtral")],
+)  # fmt: skip
+def test_other_families_are_named(model_type, message):
+    with pytest.raises(ValueError, match=message):
+        from_hub_config({"model_type": model_type})
+
+
+def test_a_family_from_outside():
+    class Mine(Qwen3MoeConfig):
+        model_type = "mine"
+
+        @classmethod
+        def presets(cls):
+            return {"mine-tiny": cls(num_layers=1)}
+
+    try:
+        register(Mine)
+        assert type(from_hub_config(PRESETS["mine-tiny"].to_hub_config())) is Mine
+        with pytest.raises(ValueError, match="'mine' is the name of another family"):
+            register(Mine)
+    finally:
+        FAMILIES.pop("mine", None)
+        PRESETS.pop("mine-tiny", None)
+
+
+class TestAdaptersAndStorage:
+    """Small sizes, drawn here: 2 layers, 4 experts."""
+
+    def config(self, preset, head_dim=16):
+        return PRESETS[preset].replace(
+            vocab_size=32, hidden_size=32, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=4,
+            experts_per_token=2, head_dim=head_dim,
+        )  # fmt: skip
+
+    def test_defaults(self):
+        """Attention and experts are adapted and quantized; the router is neither."""
+        model = build(self.config("qwen3-moe-tiny"), quantization=Quantization(), adapter=LoRAConfig(rank=2))
+        names = {path[-3] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
+        assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"}
+        quantized = {path[-2] for path, v in nnx.to_flat_state(nnx.state(model)) if isinstance(v.get_value(), nf4.NF4Tensor)}
+        assert quantized == names and model.layers.moe.router.weight.get_value().dtype == jnp.bfloat16
+
+    @pytest.mark.parametrize(
+        ("targets", "expected"),
+        [(("gate_proj", "up_proj"), ("w1", "w3")), (("w1", "gate_proj"), "w1 and gate_proj are the same"),
+         (("gate", "up_proj", "down_proj"), "gate is the router"),
+         (("c_attn",), r"'c_attn' does not exist in a Qwen3-MoE: .* gate, gate_proj \(w1\), down_proj \(w2\), up_proj \(w3\)$")],
+    )  # fmt: skip
+    def test_targets_by_either_name(self, targets, expected):
+        config = self.config("qwen3-moe-tiny")
+        if isinstance(expected, tuple):
+            assert config.resolve_targets(targets) == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                build(config, adapter=LoRAConfig(2, 4.0, 0.0, targets))
+
+    @pytest.mark.parametrize("case", SMALL)
+    def test_files_of_both_layouts(self, case, tmp_path):
+        """One tensor an expert, or one over all of them: read to the bit, and to the same codes, from the cache too."""
+        config = self.config(*case)
+        model = build(config, key=jax.random.key(1), dtype=jnp.float32)
+        one, whole = tmp_path / "one", tmp_path / "whole"
+        save_weights(model, one, jnp.float32)
+        assert read_config(one) == config
+        held = load_file(str(one / "model.safetensors"))
+        assert held.keys() == tensors(config).keys()
+        for name, parts in stacked(config).items():
+            experts = [np.concatenate([held.pop(p.name) for p in parts if p.expert == e]) for e in range(config.num_experts)]
+            held[name] = np.stack(experts)
+        whole.mkdir()
+        (whole / "config.json").write_bytes((one / "config.json").read_bytes())
+        save_file(held, str(whole / "model.safetensors"))
+        arguments = dict(quantization=Quantization(), dtype=jnp.float32)
+        expected = load_weights(build(config, **arguments), one, jax.random.key(0))
+        for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+            again = load_weights(build(config, **arguments), whole, jax.random.key(0), cache=cache)
+            jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(expected))
+        w1 = expected.layers.moe.w1.weight.get_value()
+        by_itself = nf4.quantize(model.layers.moe.w1.weight.get_value()[1, 2], double=True)
+        np.testing.assert_array_equal(w1.codes[1, 2], by_itself.codes)
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("case", SMALL)
+    def test_adapters_round_trip(self, case, fused, tmp_path):
+        config = self.config(*case)
+        arguments = dict(adapter=LoRAConfig(2, 4.0, 0.0, tuple(config.targets)), dtype=jnp.float32)
+        model = filled(build(config, key=jax.random.key(0), **arguments))
+        peft.save_adapter(model, tmp_path, "org/base", fused=fused)
+        settings = json.loads((tmp_path / "adapter_config.json").read_text())
+        attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
+        assert settings["target_modules"] == (attention if fused else sorted([*attention, "down_proj", "gate", "gate_proj", "up_proj"]))
+        again = build(config, **arguments)
+        peft.load_adapter(again, tmp_path)
+        for ours, theirs in zip(adapters(again), adapters(model), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+    def test_an_adapter_of_another_family_is_refused(self, tmp_path):
+        mixtral = self.config("mixtral-tiny")
+        peft.save_adapter(filled(build(mixtral, key=jax.random.key(0), adapter=LoRAConfig(2))), tmp_path, "org/base")
+        with pytest.raises(UserError, match=r"adapts w1, w2, w3, which a Qwen3-MoE does not have: an adapter of another family\?"):
+            peft.load_adapter(build(self.config("qwen3-moe-tiny"), adapter=LoRAConfig(2)), tmp_path)
+
+
+def adapters(model):
+    return jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+
+
+def filled(model):
+    """Numbers that matter in every pair."""
+    state = nnx.state(model, nnx.LoRAParam)
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(3)
+    nnx.update(model, jax.tree.unflatten(tree, [jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]))
+    return model
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_an_adapter_of_pefts_own(case, folders, batch, vectors, tmp_path):
+    """PEFT 0.21's pair over all experts, read here: the logits that PEFT computes."""
+    (tmp_path / "adapter_config.json").write_text(str(vectors[f"{case}/peft/adapter_config"]))
+    (tmp_path / "adapter_model.safetensors").write_bytes(vectors[f"{case}/peft/adapter_model"].tobytes())
+    model = build(read_config(folders[case]), dtype=jnp.float32, adapter=LoRAConfig(2, 4.0))
+    model = load_weights(model, folders[case], jax.random.key(0))
+    peft.load_adapter(model, tmp_path)
+    logits, real = full_logits(model, batch.tokens, batch.segment_ids, batch.positions), np.asarray(batch.segment_ids) > 0
+    np.testing.assert_allclose(logits[real], vectors[f"{case}/peft/logits"][real], rtol=0, atol=2e-5)

@@ -1,0 +1,113 @@
+"""Families of attention and experts in transformers 5 (fp32, eager): tests/vectors/families.npz. Run: make vectors."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+from check_fused import ATTENTION, PARAMETERS, fill
+from drawn import weight
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+OUT = Path(__file__).parent.parent / "vectors"
+SIZES = dict(
+    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+)  # fmt: skip
+QWEN3 = dict(SIZES, head_dim=8, moe_intermediate_size=12, intermediate_size=40, num_experts=6, rms_norm_eps=1e-6)
+OLMOE = dict(SIZES, intermediate_size=12, num_experts=6, rms_norm_eps=1e-5)
+CASES = {
+    "qwen3_moe": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False)),
+    "qwen3_moe_dense": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False, num_experts_per_tok=6)),
+    "qwen3_moe_raw_tied": ("qwen3_moe", dict(QWEN3, norm_topk_prob=False, tie_word_embeddings=True)),
+    "olmoe": ("olmoe", dict(OLMOE, norm_topk_prob=False, tie_word_embeddings=False)),
+    "olmoe_summed": ("olmoe", dict(OLMOE, norm_topk_prob=True, tie_word_embeddings=False, num_key_value_heads=4)),
+}
+LENGTHS, PROMPTS = (13, 9, 5), (4, 2, 1)
+
+
+def per_expert(name, value):
+    """A tensor of transformers 5's model as the released files hold it: [(name, array)]."""
+    if not name.endswith(("gate_up_proj", "down_proj")) or ".experts." not in name:
+        return [(name, value)]
+    prefix, _, kind = name.rpartition(".")
+    parts = {"gate_proj": value[:, : value.shape[1] // 2], "up_proj": value[:, value.shape[1] // 2 :]}
+    parts = parts if kind == "gate_up_proj" else {"down_proj": value}
+    return [(f"{prefix}.{e}.{part}.weight", array[e]) for part, array in parts.items() for e in range(len(array))]
+
+
+def make_batch():
+    """Right-padded token ids, attention mask, and labels with the prompt masked out."""
+    ids = np.random.default_rng(3).integers(3, SIZES["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+    position = np.arange(max(LENGTHS))[None]
+    mask = (position < np.array(LENGTHS)[:, None]).astype(np.int64)
+    ids = ids * mask
+    return ids, mask, np.where((position >= np.array(PROMPTS)[:, None]) & (mask == 1), ids, -100)
+
+
+def make_model(kind, settings, folder):
+    """A model as transformers reads it from files in the layout of the Hub's, written here; and its config.json."""
+    config = AutoConfig.for_model(kind, **settings)
+    config.save_pretrained(folder)
+    shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
+    tensors = dict(pair for name, value in shapes.items() if name not in tied for pair in per_expert(name, value.numpy()))
+    save_file({name: weight(name, v.shape) for name, v in tensors.items()}, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model, json.loads((Path(folder) / "config.json").read_text())
+
+
+def counts(router_logits, mask, k, experts):
+    """Choices per layer and expert over real tokens."""
+    chosen = [torch.topk(torch.softmax(logits.float(), -1), k, -1).indices[mask.reshape(-1).bool()] for logits in router_logits]
+    return torch.stack([torch.bincount(c.reshape(-1), minlength=experts) for c in chosen]).numpy()
+
+
+def main():
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    arrays = make_batch()
+    ids, mask, labels = (torch.from_numpy(a) for a in arrays)
+    out = dict(zip(("ids", "mask", "labels"), arrays, strict=True))
+    out["versions"] = json.dumps(versions | {"python": sys.version.split()[0]})
+    for case, (kind, settings) in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model, config = make_model(kind, settings, folder)
+            result = model(input_ids=ids, attention_mask=mask, labels=labels)
+            result.loss.backward()
+            with torch.no_grad():
+                routed = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+            out[f"{case}/config"] = json.dumps(config)
+            out |= {f"{case}/logits": result.logits.detach().numpy(), f"{case}/loss": result.loss.item()}
+            out[f"{case}/counts"] = counts(routed.router_logits, mask, settings["num_experts_per_tok"], settings["num_experts"])
+            for name, parameter in model.named_parameters():
+                out |= {f"{case}/grad/{part}": value for part, value in per_expert(name, parameter.grad.numpy())}
+            if case in ("qwen3_moe", "olmoe"):
+                out[f"{case}/settings"] = type(model.config)().to_json_string(use_diff=False)
+                out |= {f"{case}/{key}": value for key, value in adapter(model, ids, mask, folder).items()}
+    np.savez_compressed(OUT / "families.npz", **out)
+
+
+def adapter(model, ids, mask, folder):
+    """PEFT's own adapter on attention and on the fused experts: its tensors, settings and logits."""
+    experts = [name for name in PARAMETERS if "gate.weight" not in name]
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION, target_parameters=experts, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, settings).eval()
+    fill(tuned)
+    tuned.save_pretrained(f"{folder}/adapter")
+    config = json.loads(Path(f"{folder}/adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    for name in ("target_modules", "target_parameters"):  # PEFT keeps both in sets, whose order changes from run to run
+        config[name].sort()
+    with torch.no_grad():
+        logits = tuned(input_ids=ids, attention_mask=mask).logits.numpy()
+    with Path(f"{folder}/adapter/adapter_model.safetensors").open("rb") as file:
+        stored = Path(file.name).read_bytes()
+    return {"peft/adapter_config": json.dumps(config), "peft/adapter_model": np.frombuffer(stored, np.uint8), "peft/logits": logits}
+
+
+if __name__ == "__main__":
+    main()
