@@ -116,7 +116,7 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
     """All stages of one optimizer step with one micro-batch of rows x length tokens."""
     t, adapter, q = experiment.training, experiment.adapter, experiment.quantization
     item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
-    quantized = set(q.modules) if q.kind else set()
+    quantized = set(config.resolve_groups(q.modules)) if q.kind else set()
     weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
     found: dict[str, Stage] = {}
     for stack in config.stacks:
@@ -128,7 +128,8 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
                 stages = mamba(item, d, mixer, n, full)
             case _:
                 assert_never(mixer)
-        ranks = [adapter.rank for target in adapter.targets if target in moe.groups["experts"]] if adapter else []
+        pairs = adapter.lora.of(config) if adapter else {}
+        ranks = [pair.rank for target, pair in pairs.items() if target in moe.groups["experts"]]
         stages += experts(item, d, moe, n, full, "experts" in quantized, ranks)
         stages.append(Stage("norms, stream", 0, 2 * 8 * (FP32 if config.stream.fp32 else item) * n * d))
         for stage in stages:

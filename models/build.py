@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.models.config import Architecture, LoRAConfig, Quantization
+from moejax.models.config.adapters import Pair
 from moejax.models.decoder import Decoder
 from moejax.models.layers import ExpertLinear, Frozen, Linear
 from moejax.models.lora import LoRA
@@ -75,14 +76,13 @@ def _at(model: Model, path: tuple[str, ...]) -> Any:
 
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
     """Put an adapter on every layer that `config.targets` names. In place; abstract without a key."""
-    there = model.config.targets
-    for index, target in enumerate(sorted(model.config.resolve_targets(config.targets))):
-        for number, path in enumerate(there[target]):
+    for index, (target, pair) in enumerate(sorted(config.of(model.config).items())):
+        for number, path in enumerate(model.config.targets[target]):
             module: Linear | ExpertLinear = _at(model, path)
             axes, shape = module.weight.get_metadata("axes"), module.weight.get_value().shape
 
-            def make(k: jax.Array, axes: Any = axes, shape: tuple[int, ...] = shape) -> LoRA:
-                return LoRA(k, shape[:-2], shape[-1], shape[-2], config, axes)
+            def make(k: jax.Array, axes: Any = axes, shape: tuple[int, ...] = shape, pair: Pair = pair) -> LoRA:
+                return LoRA(k, shape[:-2], shape[-1], shape[-2], pair, config.dropout, axes)
 
             k = jax.random.fold_in(jax.random.key(0) if key is None else key, index + 100 * number)
             module.lora = nnx.eval_shape(make, k) if key is None else make(k)
@@ -92,11 +92,11 @@ def materialize_lora(model: Model, key: jax.Array) -> Model:
     """Draw the adapters of an abstract model as `build` draws them for the same key. In place; returns the model."""
     lora_key = jax.random.split(key)[1]
     adapters = {target: _at(model, paths[0]).lora for target, paths in model.config.targets.items()}
-    targets = [target for target, lora in adapters.items() if lora is not None]
-    if targets:
-        lora = adapters[targets[0]]
-        rank = lora.a.get_value().shape[-2]
-        add_lora(model, LoRAConfig(rank, lora.scale * rank, lora.dropout, tuple(targets)), lora_key)
+    there = {target: lora for target, lora in adapters.items() if lora is not None}
+    if there:
+        ranks = {target: lora.a.get_value().shape[-2] for target, lora in there.items()}
+        alphas = {target: lora.scale * ranks[target] for target, lora in there.items()}
+        add_lora(model, LoRAConfig(ranks, alphas, next(iter(there.values())).dropout, tuple(there)), lora_key)
     return model
 
 

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.models.config import LoRAConfig
+from moejax.models.config.adapters import Pair
 from moejax.models.ops.grouped_matmul import LoRAWeights
 
 
 class LoRA(nnx.Module):
     """A: [..., R, in], uniform as PEFT draws it (±1/sqrt(in)); B: [..., out, R], zero. fp32; leading axes are layers, experts."""
 
-    def __init__(self, key: jax.Array, leading: tuple[int, ...], in_size: int, out_size: int, config: LoRAConfig, axes: Any):
+    def __init__(self, key: jax.Array, leading: tuple[int, ...], in_size: int, out_size: int, pair: Pair, dropout: float, axes: Any):
         bound = in_size**-0.5
-        a = jax.random.uniform(key, (*leading, config.rank, in_size), jnp.float32, -bound, bound)
+        a = jax.random.uniform(key, (*leading, pair.rank, in_size), jnp.float32, -bound, bound)
         self.a = nnx.LoRAParam(a, axes=(*axes[:-2], "rank", axes[-1]))
-        self.b = nnx.LoRAParam(jnp.zeros((*leading, out_size, config.rank), jnp.float32), axes=(*axes[:-1], "rank"))
-        self.scale, self.dropout = config.scale, config.dropout
+        self.b = nnx.LoRAParam(jnp.zeros((*leading, out_size, pair.rank), jnp.float32), axes=(*axes[:-1], "rank"))
+        self.scale, self.dropout = pair.scale, dropout
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """x: [..., in] -> [..., out], for a pair without leading axes."""

@@ -144,8 +144,8 @@ class QuantizationConfig(_Section):
 class AdapterConfig(_Section):
     """LoRA: one pair per expert and target; delta = alpha/rank · B A."""
 
-    rank: Positive = 16
-    alpha: Real = 32.0
+    rank: Positive | dict[str, Positive] = Field(default=16, description="one, or by target or group: {experts: 4, attention: 16}")
+    alpha: Real | dict[str, Real] = Field(default=32.0, description="likewise; delta = alpha/rank · B A, as PEFT's alpha_pattern")
     dropout: Real = 0.0
     targets: Names | None = Field(
         None,
@@ -162,8 +162,12 @@ class AdapterConfig(_Section):
         for name in self.targets or ():
             if name not in known:
                 raise ValueError(f"targets: {name!r} matches nothing: {_nearest(name, known)}")
-        LoRAConfig(self.rank, self.alpha, self.dropout, self.targets)
+        _ = self.lora  # checks itself
         return self
+
+    @property
+    def lora(self) -> LoRAConfig:
+        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets)
 
 
 class FieldNames(_Section):
@@ -357,7 +361,7 @@ class Experiment(_Section):
             if self.data.longest_text > limit:
                 raise ValueError(f"rows of {self.data.longest_text} tokens exceed the model's max_position_embeddings = {limit}")
             if self.adapter is not None and sizes.target_names:
-                sizes.resolve_targets(self.adapter.targets)
+                self.adapter.lora.of(sizes)
         return self
 
     def with_defaults(self, sizes: Architecture) -> Self:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moejax.models.config.specs import Architecture
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
 QUANTIZED_MODULES = ("attention", "experts", "router")
@@ -31,22 +36,63 @@ class Quantization:
 class LoRAConfig:
     """LoRA as PEFT 0.18 on transformers 4 means it: one pair (A, B) per linear layer, per expert; delta = alpha/rank · B A.
 
-    `targets`: by our names or the family's, `gate` is the router; None: the family's default. Dropout acts on the input of A.
+    `rank`, `alpha`: one for all, or by target or group (attention, experts, router). `targets`: by our names or the family's, `gate` is
+    the router; None: the family's default. Dropout acts on the input of A.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int | Mapping[str, int] = 16
+    alpha: float | Mapping[str, float] = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank = {self.rank}: expected at least 1")
+        for name, several in (("rank", self.rank), ("alpha", self.alpha)):
+            for key, value in several.items() if isinstance(several, Mapping) else [("", several)]:
+                if not (value >= 1 if name == "rank" else value > 0):
+                    expected = "at least 1" if name == "rank" else "a number above 0"
+                    raise ValueError(f"LoRA {name}{key and f' of {key}'} = {value}: expected {expected}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout = {self.dropout}: expected 0 <= dropout < 1")
         if self.targets is not None and not self.targets:
             raise ValueError("LoRA targets [] match nothing: name some, or leave them out for the family's own")
 
+    def of(self, sizes: Architecture) -> dict[str, Pair]:
+        """Target, by our name -> its pair.
+
+        Raises ValueError for targets as `Architecture.resolve_targets` does, for one that has no rank or alpha, and for a rank or alpha
+        of what is not adapted.
+        """
+        targets = sizes.resolve_targets(self.targets)
+        group_of = {path: group for group, paths in sizes.groups.items() for path in paths}
+        names = {t: (t, sizes.target_names.get(t, t), group_of.get(sizes.targets[t][0], t)) for t in targets}
+        ranks, alphas = (_by_target(what, given, names) for what, given in (("rank", self.rank), ("alpha", self.alpha)))
+        return {target: Pair(int(ranks[target]), alphas[target]) for target in targets}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Of one target. delta = alpha/rank · B A."""
+
+    rank: int
+    alpha: float
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+def _by_target(what: str, given: float | Mapping[str, float], names: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
+    """A target's own value, or else its group's; names: of each target, those that it goes by."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    known = {name for several in names.values() for name in several}
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"LoRA {what} of {unknown[0]!r}: nothing of that name is adapted, expected some of {', '.join(sorted(known))}")
+    found = {}
+    for target, several in names.items():
+        own = next((given[name] for name in several if name in given), None)
+        if own is None:
+            raise ValueError(f"LoRA {what} has none for {several[1]}: add {several[1]}, or its group {several[2]}")
+        found[target] = own
+    return found

@@ -320,7 +320,7 @@ class Architecture(ABC):
         if len(path) < 3:
             return {"embed": "embeddings", "norm": "norms"}.get(path[0], path[0])
         group = next((name for name, modules in self.groups.items() if path[:3] in modules), path[1])
-        return "norms" if group.endswith("_norm") else group
+        return "norms" if path[1].endswith("_norm") or path[2].endswith("_norm") else group
 
     @property
     def targets(self) -> dict[str, tuple[Path, ...]]:

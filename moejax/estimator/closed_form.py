@@ -78,12 +78,13 @@ def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, w
     adapter, block = experiment.adapter, stack.block
     if adapter is None:
         return Adapted()
-    targets = config.resolve_targets(adapter.targets)
-    own = [target for half in block.halves for target in half.targets if target in targets]
+    pairs = adapter.lora.of(config)
+    own = [target for half in block.halves for target in half.targets if target in pairs]
     experts = [target for target in own if block.feed_forward.targets.get(target) in block.feed_forward.groups["experts"]]
     others = [w.bytes for w in weights if w.adapter and w.module[0] == stack.name and w.module not in _experts(stack)]
     return Adapted(
-        adapter.rank if experts else 0, (len(own) - len(experts)) * adapter.rank, sum(others), any(t in block.mixer.targets for t in own)
+        max((pairs[t].rank for t in experts), default=0), sum(pairs[t].rank for t in own if t not in experts), sum(others),
+        any(t in block.mixer.targets for t in own),
     )
 
 

@@ -80,11 +80,11 @@ def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]
     """LoRA pairs A [..., R, in] and B [..., out, R], fp32."""
     if experiment.adapter is None:
         return ()
-    r, shapes, found = experiment.adapter.rank, config.weights, []
-    for target in config.resolve_targets(experiment.adapter.targets):
+    shapes, found = config.weights, []
+    for target, pair in experiment.adapter.lora.of(config).items():
         for path in config.targets[target]:
             *leading, out, inner = shapes[*path, "weight"]
-            for name, matrix in (("a", (r, inner)), ("b", (out, r))):
+            for name, matrix in (("a", (pair.rank, inner)), ("b", (out, pair.rank))):
                 shape = (*leading, *matrix)
                 found.append(Stored(path, name, shape, True, {"float32": 4 * math.prod(shape)}, adapter=True))
     return tuple(found)

@@ -8,6 +8,7 @@ pair is the inner one (`experts.base_layer`). w1 and w3 share gate_up_proj's A; 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,26 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.hub.names import modules
 from moejax.models.config import Architecture
+from moejax.models.config.adapters import Pair
 
 _FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(gate|experts|experts\.base_layer)\.lora_([AB])\.weight")
 PARAMETERS = {"gate": "mlp.gate.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
 def fuse(
-    tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture
+    tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture, pairs: Mapping[str, Pair]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, settings) of a per-expert adapter -> those of the fused one, the same deltas in the same bits.
+    """(tensors, settings) of a per-expert adapter -> those of the fused one, the same deltas in the same bits. pairs: of each target.
 
     gate_up_proj has rank r where w1 and w3 have the same A everywhere, else 2r: A = [A1; A3], B = [[B1, 0], [0, B3]].
-    Raises UserError where only one of w1 and w3 is adapted: PEFT refuses that too.
+    Raises UserError where only one of w1 and w3 is adapted, or the two differently: PEFT refuses that too.
     """
     ours = {name: target for target, name in sizes.target_names.items()}
     targets = {ours[name] for name in settings["target_modules"]}
     if len(targets & {"w1", "w3"}) == 1:
         raise UserError("the fused format adapts w1 and w3 together, and the run only one of them: use --format peft")
+    if "w1" in targets and pairs["w1"] != pairs["w3"]:
+        raise UserError("the fused format has one rank and alpha for w1 and w3, and the run two: use --format peft")
     out: dict[str, np.ndarray] = {}
     stacks: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
     places = modules(sizes)
@@ -60,27 +64,58 @@ def fuse(
                 zeros = np.zeros_like(b1)
                 b1, b3 = np.concatenate([b1, zeros], axis=2), np.concatenate([zeros, b3], axis=2)
             _put(out, f"{prefix}mlp.experts{'.base_layer' if down else ''}", a, np.concatenate([b1, b3], axis=1))
-    present = {"gate": "gate" in targets, "gate_up": up, "down": down}
-    doubled = up and not shared
+    parameters = {target: PARAMETERS[kind] for kind, target in (("gate", "gate"), ("gate_up", "w1"), ("down", "w2")) if target in targets}
+    attention = {target: name for name, target in ours.items() if target in targets - {"gate", "w1", "w2", "w3"}}
+    keys = attention | {target: name.split(".", 2 if "experts" in name else 1)[-1] for target, name in parameters.items()}
+    settings = settings | patterns({target: pairs[target] for target in keys}, keys)
+    if up and not shared:
+        settings["rank_pattern"]["gate_up_proj"] = 2 * pairs["w1"].rank
+        settings["alpha_pattern"]["gate_up_proj"] = 2 * pairs["w1"].alpha
     return out, settings | {
-        "target_modules": sorted(name for name, target in ours.items() if target in targets - {"gate", "w1", "w2", "w3"}),
-        "target_parameters": [PARAMETERS[name] for name, wanted in present.items() if wanted],
+        "target_modules": sorted(attention.values()),
+        "target_parameters": list(parameters.values()),
         # PEFT refuses dropout on parameters; it matters in training only.
         "lora_dropout": 0.0,
-        "rank_pattern": {"gate_up_proj": 2 * settings["r"]} if doubled else {},
-        "alpha_pattern": {"gate_up_proj": 2 * settings["lora_alpha"]} if doubled else {},
     }
 
 
-def unfuse(
-    tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture, path: Path, wanted: int | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, settings) of the fused adapter as those of a per-expert one of rank settings["r"], the same deltas exactly.
+def patterns(pairs: Mapping[str, Pair], keys: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings of each target's rank and alpha: the experts' for all, and by its key where it is another.
 
-    A gate_up_proj of twice the rank is two pairs of rank r. Where PEFT trained it on, it is not: its w1 and w3 share an A of rank 2r.
-    wanted = 2r reads that as it is, and fills every other pair up to rank 2r with zeros (which have no gradient, so they stay zeros).
-    Raises UserError, with file and tensor, for a pair that is not whole, of another rank, scale or shape, not finite, or of rank 2r
-    and not two pairs of rank r.
+    PEFT 0.21 reads an adapter per expert on transformers 5 by `r` alone, whatever a pattern says of the experts.
+    """
+    whole = next((pairs[target] for target in ("w1", "w2", "w3") if target in pairs), None) or next(iter(pairs.values()))
+    return {
+        "r": whole.rank,
+        "lora_alpha": whole.alpha,
+        "rank_pattern": {keys[target]: p.rank for target, p in pairs.items() if p.rank != whole.rank},
+        "alpha_pattern": {keys[target]: p.alpha for target, p in pairs.items() if p.alpha != whole.alpha},
+    }
+
+
+def pair_of(settings: dict[str, Any], key: str, path: Path) -> Pair:
+    """Of a module or parameter, by its full name; alpha as plain LoRA would have it: rsLoRA divides by the root of the rank."""
+    rank, alpha = (_pattern(settings, pattern, key, settings[value], path) for pattern, value in _PATTERNS)
+    return Pair(rank, alpha * rank**0.5 if settings.get("use_rslora") else alpha)
+
+
+def check_patterns(settings: dict[str, Any], keys: Collection[str], path: Path) -> None:
+    """Raises UserError where an expression of a pattern matches none of the modules and parameters that are adapted."""
+    for pattern, _ in _PATTERNS:
+        for expression in settings.get(pattern) or {}:
+            if all(_pattern({pattern: {expression: 1}}, pattern, key, None, path) is None for key in keys):
+                raise UserError(f"{path}: {pattern} has {expression!r}, which matches nothing that the adapter is on")
+
+
+def unfuse(
+    tensors: dict[str, np.ndarray], settings: dict[str, Any], sizes: Architecture, path: Path, wanted: Mapping[str, Pair]
+) -> tuple[dict[str, np.ndarray], dict[str, Pair]]:
+    """(tensors, module -> its pair) of the fused adapter as a per-expert one, the same deltas exactly. wanted: the model's, by target.
+
+    A gate_up_proj of twice the rank that is wanted is two pairs. Where PEFT trained it on, it is not: its w1 and w3 share an A of rank 2r.
+    Where that rank is wanted it is read as it is, and every other pair is filled up with zeros (which have no gradient, so they stay
+    zeros). Raises UserError, with file and tensor, for a pair that is not whole, of another scale or shape, not finite, or of twice the
+    rank and not two pairs.
     """
     experts, hidden, inner, r = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, settings["r"]
     named = [str(name) for name in settings["target_parameters"]]
@@ -91,71 +126,86 @@ def unfuse(
     outer = "down" if nested or not any(name.endswith("gate_up_proj") for name in named) else "gate_up"
     kinds = {"gate": "gate", "experts": outer, "experts.base_layer": "gate_up"}
     shapes = {"gate": (1, hidden, experts), "gate_up": (experts, hidden, 2 * inner), "down": (experts, inner, hidden)}
-    names = {(place.path[-1], place.layer, place.expert): name for name, place in modules(sizes).items()}
+    places = modules(sizes)
+    names = {(place.path[-1], place.layer, place.expert): name for name, place in places.items()}
+    keys = {name: _key(name, kinds) for name in tensors}
+    check_patterns(settings, set(keys.values()), path)
+    widest = {pair_of(settings, key, path).rank for key in keys.values() if key.endswith(PARAMETERS["gate_up"])}
+    fills = "w1" in wanted and widest == {wanted["w1"].rank} == {2 * r}
     out: dict[str, np.ndarray] = {}
-    doubled = False
+    found: dict[str, Pair] = {}
+
+    def put(module: str, target: str, pair: Pair, a: np.ndarray, b: np.ndarray) -> None:
+        if fills and target in wanted and wanted[target].rank == 2 * pair.rank:
+            pair, a, b = Pair(2 * pair.rank, 2 * pair.alpha), _filled_up(a, 0, 2 * pair.rank), _filled_up(b, 1, 2 * pair.rank)
+        found[module] = pair
+        out.update({f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b})
+
     for name in tensors:
         match = _FUSED.fullmatch(name)
         kind = kinds[match[2]] if match else None
         module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        key = f"{module.partition('.mlp.')[0]}.{PARAMETERS[kind]}" if kind else module
-        rank, alpha = (_pattern(settings, pattern, key, settings[value], path) for pattern, value in _PATTERNS)
-        if rank not in ((r, 2 * r) if kind == "gate_up" else (r,)) or abs(alpha / rank - settings["lora_alpha"] / r) > 1e-6:
-            raise UserError(
-                f"{path}: {key} has rank {rank}, alpha {alpha} by rank_pattern and alpha_pattern: expected rank {r}, alpha "
-                f"{settings['lora_alpha']} as the rest has (gate_up_proj also twice both)"
-            )
-        if match is None or kind is None:
+        if kind is None and module not in places:
             out[name] = tensors[name]
             continue
-        if match[3] == "B":
-            if name.replace(".lora_B.", ".lora_A.") not in tensors:
-                raise UserError(f"{path}: tensor {name.replace('.lora_B.', '.lora_A.')!r} is missing: download the adapter again")
+        pair = pair_of(settings, keys[name], path)
+        target = {"gate": "gate", "gate_up": "w1", "down": "w2"}[kind] if kind else places[module].path[-1]
+        if target in wanted and abs(pair.scale - wanted[target].scale) > 1e-6:
+            ours = wanted[target]
+            raise UserError(
+                f"{path}: {keys[name]} has rank {pair.rank}, alpha {pair.alpha:g} by rank_pattern and alpha_pattern: expected rank "
+                f"{ours.rank}, alpha {ours.alpha:g} as adapter.rank and adapter.alpha say (gate_up_proj also twice both)"
+            )
+        name_a, name_b = (f"{name.rpartition('.lora_')[0]}.lora_{letter}.weight" for letter in "AB")
+        for other in (name_a, name_b):
+            if other not in tensors:
+                raise UserError(f"{path}: tensor {other!r} is missing: download the adapter again")
+        if name == name_b:
             continue
-        name_b = name.replace(".lora_A.", ".lora_B.")
-        if name_b not in tensors:
-            raise UserError(f"{path}: tensor {name_b!r} is missing: download the adapter again")
+        if match is None or kind is None:
+            put(module, target, pair, tensors[name_a], tensors[name_b])
+            continue
         count, columns, rows = shapes[kind]
-        a = _checked(tensors[name], name, (count * rank, columns), path)
-        b = _checked(tensors[name_b], name_b, (rows, rank * count), path)
+        a = _checked(tensors[name_a], name_a, (count * pair.rank, columns), path)
+        b = _checked(tensors[name_b], name_b, (rows, pair.rank * count), path)
         layer = int(match[1])
         if layer >= sizes.blocks:
             raise UserError(f"{path}: tensor {name!r} has no place in a model of {sizes.blocks} layers: another base model?")
         if kind == "gate":
-            own = f"base_model.model.{names['router', layer, None]}"
-            out |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
+            put(names["router", layer, None], target, pair, a, b)
             continue
-        a, b = a.reshape(count, rank, columns), b.reshape(rows, rank, count).transpose(2, 0, 1)
-        pairs = {"w2": (a, b)}
+        a, b = a.reshape(count, pair.rank, columns), b.reshape(rows, pair.rank, count).transpose(2, 0, 1)
+        parts = {"w2": (a, b)}
         if kind == "gate_up":
-            parts = {"w1": slice(0, r), "w3": slice(rank - r, rank)}
-            halves = dict(zip(parts, np.split(b, 2, axis=1), strict=True))
-            doubled |= rank == 2 * r
-            if rank == wanted == 2 * r:
-                parts = dict.fromkeys(parts, slice(None))
-            elif rank == 2 * r and (halves["w1"][:, :, r:].any() or halves["w3"][:, :, :r].any()):
-                raise UserError(
-                    f"{path}: tensor {name_b!r} of rank {rank} mixes w1 and w3, so it is not two pairs of rank {r}: expected zeros in "
-                    f"both off-diagonal blocks. adapter.rank={rank} adapter.alpha={alpha:g} reads it as it is"
-                )
-            pairs = {w: (a[:, part], halves[w][:, :, part]) for w, part in parts.items()}
-        for w, (pair_a, pair_b) in pairs.items():
+            one, three = np.split(b, 2, axis=1)
+            parts = {"w1": (a, one), "w3": (a, three)}
+            half = pair.rank // 2
+            mixed = one[:, :, half:].any() or three[:, :, :half].any()
+            if target in wanted and pair.rank == 2 * wanted[target].rank and (pair.rank > r or not mixed):
+                if mixed:
+                    raise UserError(
+                        f"{path}: tensor {name_b!r} of rank {pair.rank} mixes w1 and w3, so it is not two pairs of rank {half}: expected "
+                        f"zeros in both off-diagonal blocks. adapter.rank={pair.rank} adapter.alpha={pair.alpha:g} reads it as it is"
+                    )
+                parts = {"w1": (a[:, :half], one[:, :, :half]), "w3": (a[:, half:], three[:, :, half:])}
+                pair = Pair(half, pair.alpha / 2)
+        for w, (pair_a, pair_b) in parts.items():
             for e in range(count):
-                own = f"base_model.model.{names[w, layer, e]}"
-                out |= {f"{own}.lora_A.weight": pair_a[e], f"{own}.lora_B.weight": pair_b[e]}
-    if not doubled or wanted != 2 * r:
-        return out, settings
-    return {name: _filled_up(value, name, 2 * r) for name, value in out.items()}, settings | {
-        "r": 2 * r,
-        "lora_alpha": 2 * settings["lora_alpha"],
-    }
+                put(names[w, layer, e], w, pair, pair_a[e], pair_b[e])
+    return out, found
 
 
-def _filled_up(value: np.ndarray, name: str, rank: int) -> np.ndarray:
-    """A or B of at most this rank, with zeros up to it."""
-    axis = 0 if ".lora_A." in name else 1
+def _key(name: str, kinds: Mapping[str, str]) -> str:
+    """The full name of the module or parameter that a tensor is of a pair on: what PEFT's patterns are matched with."""
+    match = _FUSED.fullmatch(name)
+    module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    return module if match is None else f"model.layers.{match[1]}.{PARAMETERS[kinds[match[2]]]}"
+
+
+def _filled_up(value: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """A or B with zeros up to this rank."""
     missing = [(0, 0), (0, 0)]
-    missing[axis] = (0, max(0, rank - value.shape[axis]))
+    missing[axis] = (0, rank - value.shape[axis])
     return np.pad(value, missing)
 
 

@@ -37,15 +37,14 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
         raise UserError(f"adapter: a {config.title} is trained whole here ({why}): remove the adapter and quantization sections")
     if experiment.adapter is not None:
         try:
-            config.resolve_targets(experiment.adapter.targets)
+            experiment.adapter.lora.of(config)
         except ValueError as error:
-            raise UserError(f"adapter.targets: {error}") from None
+            raise UserError(f"adapter: {error}") from None
     return config
 
 
 def adapter_config(experiment: Experiment) -> LoRAConfig | None:
-    a = experiment.adapter
-    return None if a is None else LoRAConfig(a.rank, a.alpha, a.dropout, a.targets)
+    return None if experiment.adapter is None else experiment.adapter.lora
 
 
 def quantization_config(experiment: Experiment) -> Quantization | None:

@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 
 from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
-from moejax.hub.fused import fuse, unfuse
+from moejax.hub.fused import check_patterns, fuse, pair_of, patterns, unfuse
 from moejax.hub.names import Place, attribute, index_of, modules
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import read_json
 from moejax.hub.torch_file import TorchFile
 from moejax.models.build import Model
+from moejax.models.config.adapters import Pair
 from moejax.models.foreign_settings import ANY, uncomputed
 from moejax.models.lora import LoRA
 
@@ -36,6 +37,16 @@ def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     return found
 
 
+def pair_in(lora: LoRA) -> Pair:
+    rank = lora.a.get_value().shape[-2]
+    return Pair(rank, lora.scale * rank)
+
+
+def _by_target(model: Model) -> dict[str, Pair]:
+    loras = {target: attribute(model, paths[0]).lora for target, paths in model.config.targets.items()}
+    return {target: pair_in(lora) for target, lora in loras.items() if lora is not None}
+
+
 def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False) -> None:
     """Write adapter_model.safetensors and adapter_config.json; the weights are read back and compared to the bit before they replace any.
 
@@ -46,31 +57,29 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
     for name, (place, lora) in pairs.items():
         for letter, variable in (("A", lora.a), ("B", lora.b)):
             tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(variable.get_value()[index_of(place)])
-    lora = next(iter(pairs.values()))[1]
-    targets = sorted({name.rpartition(".")[2] for name in pairs})
+    by_target, names = _by_target(model), model.config.target_names
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "revision": revision,
         "inference_mode": True,
-        "r": lora.a.get_value().shape[-2],
-        "lora_alpha": lora.scale * lora.a.get_value().shape[-2],
-        "lora_dropout": lora.dropout,
-        "target_modules": targets,
+        "lora_dropout": next(iter(pairs.values()))[1].dropout,
+        "target_modules": sorted(names[target] for target in by_target),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
         "use_rslora": False,
         "use_dora": False,
     }
     if fused:
-        tensors, config = fuse(tensors, config, model.config)
+        tensors, config = fuse(tensors, config, model.config, by_target)
+    else:
+        # transformers 5 has the router as a parameter: gate.weight.
+        config |= patterns(by_target, names | {"gate": rf"{names['gate']}(\.weight)?"})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
 
@@ -87,17 +96,21 @@ def load_adapter(model: Model, folder: Path) -> None:
     """Read an adapter into the model's LoRA weights, exactly. Raises UserError where rank, targets or tensors disagree."""
     config = read_adapter_config(folder)
     path, tensors = _read_tensors(folder)
+    theirs: dict[str, Pair] = {}
     if config.get("target_parameters"):
-        rank = next((lora.a.get_value().shape[-2] for _, lora in adapted(model).values()), None)
-        tensors, config = unfuse(tensors, config, model.config, path, rank)
+        tensors, theirs = unfuse(tensors, config, model.config, path, _by_target(model))
+    elif config.get("rank_pattern") or config.get("alpha_pattern"):
+        check_patterns(config, {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}, path)
     _check_targets(model, tensors, path)
     buffers: dict[int, tuple[LoRA, np.ndarray, np.ndarray]] = {}
     for name, (place, lora) in adapted(model).items():
         a, b = lora.a.get_value(), lora.b.get_value()
-        if a.shape[-2] != config["r"] or abs(lora.scale * config["r"] - config["lora_alpha"]) > 1e-6:
+        their, own = theirs.get(name) or pair_of(config, name, path), pair_in(lora)
+        if their.rank != own.rank or abs(their.alpha - own.alpha) > 1e-6 * max(1, own.alpha):
+            several = config.get("rank_pattern") or config.get("alpha_pattern")
             raise UserError(
-                f"{folder}: rank {config['r']}, alpha {config['lora_alpha']}; the model's adapter has rank {a.shape[-2]}, "
-                f"alpha {lora.scale * a.shape[-2]:g}: set adapter.rank and adapter.alpha to the adapter's"
+                f"{folder}: {f'{name} has ' if several else ''}rank {their.rank}, alpha {their.alpha:g}; the model's adapter has rank "
+                f"{own.rank}, alpha {own.alpha:g}: set adapter.rank and adapter.alpha to the adapter's"
             )
         _, into_a, into_b = buffers.setdefault(id(lora), (lora, np.empty(a.shape, a.dtype), np.empty(b.shape, b.dtype)))
         index = index_of(place)
@@ -150,7 +163,7 @@ _LORA: dict[str, Any] = dict.fromkeys(
     (
         # What is read, judged by the tensors, or says what the adapter is and how it was trained …
         "r", "lora_alpha", "target_modules", "exclude_modules", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying",
+        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying", "rank_pattern", "alpha_pattern", "use_rslora",
         # … and what has no effect without another setting, which is refused.
         "layers_pattern", "megatron_core", "qalora_group_size",
     ),
@@ -163,9 +176,7 @@ _LORA: dict[str, Any] = dict.fromkeys(
 
 def _check_plain(config: dict[str, Any], path: Path) -> None:
     """Refuse what PEFT would compute and this LoRA does not, and what nobody here knows: it would load, and give other numbers."""
-    # The fused format needs these; fused.unfuse checks what they say.
-    fused = ("target_parameters", "rank_pattern", "alpha_pattern") if config.get("target_parameters") else ()
-    found = list(uncomputed(config, _LORA | dict.fromkeys(fused, ANY)))
+    found = list(uncomputed(config, _LORA | {"target_parameters": ANY}))
     if found:
         raise UserError(
             f"{path} has {', '.join(found)}: only plain LoRA over the base's own weights is computed here. Give a plain adapter; or, if "

@@ -54,8 +54,8 @@ def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
             base, scores = base + stack.repeats * more, scores + stack.repeats * pair
     if adapter is None:
         return FlopCount(6 * base, 3 * scores)
-    adapted = [linears[path] for target in config.resolve_targets(adapter.targets) for path in config.targets[target]]
-    low_rank = sum(adapter.rank * n * m.met * (m.out + m.inner) for m, n in adapted)
+    adapted = [(linears[path], pair.rank) for target, pair in adapter.of(config).items() for path in config.targets[target]]
+    low_rank = sum(rank * n * m.met * (m.out + m.inner) for (m, n), rank in adapted)
     return FlopCount(4 * base + 6 * low_rank, 3 * scores)
 
 

@@ -18,11 +18,11 @@ from moejax.hub.names import modules, stacked, tensors
 from moejax.hub.save import save_weights
 from moejax.hub.streaming import by_variable
 from moejax.hub.weights import attribute, load_weights, read_config
-from moejax.models.build import build
+from moejax.models.build import build, materialize_lora
 from moejax.models.cache import init_cache
 from moejax.models.config import FAMILIES, PRESETS, LoRAConfig, Quantization, from_hub_config, register
 from moejax.models.families.qwen3_moe import Qwen3MoeConfig
-from moejax.models.ops import nf4
+from moejax.models.ops.quantized import QuantizedTensor, quantize
 
 CASES = ("qwen3_moe", "qwen3_moe_dense", "qwen3_moe_raw_tied", "olmoe", "olmoe_summed")
 BOTH = ("qwen3_moe", "olmoe")
@@ -83,7 +83,7 @@ def test_logits_loss_gradients_and_counts(case, models, batch, vectors):
 def test_cache_and_packed_rows_equal_the_full_pass(case, models, batch):
     model, tokens = models[case], batch.tokens[:2]
     alone = full_logits(model, tokens, batch.segment_ids[:2], batch.positions[:2])
-    packed, segments, positions = (jnp.concatenate([a, b])[None] for a, b in (tokens, ([1] * 13, [2] * 13), [jnp.arange(13)] * 2))
+    packed, segments, positions = (jnp.concatenate([*a])[None] for a in (tokens, jnp.array([[1] * 13, [2] * 13]), [jnp.arange(13)] * 2))
     both = full_logits(model, packed, segments, positions)[0]
     np.testing.assert_allclose(both[:13], alone[0], atol=1e-5)
     np.testing.assert_allclose(both[13:22], alone[1, :9], atol=1e-5)
@@ -186,7 +186,7 @@ class TestAdaptersAndStorage:
         model = build(self.config("qwen3-moe-tiny"), quantization=Quantization(), adapter=LoRAConfig(rank=2))
         names = {path[-3] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
         assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"}
-        quantized = {path[-2] for path, v in nnx.to_flat_state(nnx.state(model)) if isinstance(v.get_value(), nf4.NF4Tensor)}
+        quantized = {path[-2] for path, v in nnx.to_flat_state(nnx.state(model)) if isinstance(v.get_value(), QuantizedTensor)}
         assert quantized == names and model.layers.moe.router.weight.get_value().dtype == jnp.bfloat16
 
     @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ class TestAdaptersAndStorage:
             again = load_weights(build(config, **arguments), whole, jax.random.key(0), cache=cache)
             jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(expected))
         w1 = expected.layers.moe.w1.weight.get_value()
-        by_itself = nf4.quantize(model.layers.moe.w1.weight.get_value()[1, 2], double=True)
+        by_itself = quantize("nf4-double", model.layers.moe.w1.weight.get_value()[1, 2])
         np.testing.assert_array_equal(w1.codes[1, 2], by_itself.codes)
 
     @pytest.mark.parametrize("fused", [False, True])
@@ -242,6 +242,36 @@ class TestAdaptersAndStorage:
         peft.load_adapter(again, tmp_path)
         for ours, theirs in zip(adapters(again), adapters(model), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_rank_for_each_group(self, fused, tmp_path):
+        """PEFT's patterns, out and in; the experts' are r and lora_alpha."""
+        config = self.config("qwen3-moe-tiny")
+        ranks, alphas = {"experts": 2, "attention": 4, "gate": 1}, {"experts": 2.0, "attention": 8.0, "router": 3.0}
+        arguments = dict(adapter=LoRAConfig(ranks, alphas, 0.0, tuple(config.targets)), dtype=jnp.float32)
+        model = filled(build(config, key=jax.random.key(0), **arguments))
+        assert model.layers.moe.w1.lora.scale == 1.0 and model.layers.attention.q_proj.lora.a.get_value().shape[-2] == 4
+        peft.save_adapter(model, tmp_path, "org/base", fused=fused)
+        settings = json.loads((tmp_path / "adapter_config.json").read_text())
+        others = {"gate_up_proj": 4, "gate.weight": 1} if fused else {r"gate(\.weight)?": 1}
+        assert (settings["r"], settings["lora_alpha"]) == (2, 2.0)
+        assert settings["rank_pattern"] == dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4) | others
+        again = materialize_lora(build(config, **arguments), jax.random.key(0))
+        peft.load_adapter(again, tmp_path)
+        for ours, theirs in zip(adapters(again), adapters(model), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        with pytest.raises(UserError, match=r"has rank .*set adapter\.rank and adapter\.alpha|expected rank 4, alpha 8"):
+            peft.load_adapter(build(config, adapter=LoRAConfig(4, 8.0, 0.0, tuple(config.targets))), tmp_path)
+
+    @pytest.mark.parametrize(
+        ("rank", "message"),
+        [({"experts": 4}, "rank has none for q_proj: add q_proj, or its group attention"),
+         ({"experts": 4, "attention": 8, "mlp": 2}, "rank of 'mlp': nothing of that name is adapted, expected some of attention"),
+         ({"experts": 0, "attention": 8}, "rank of experts = 0: expected at least 1")],
+    )  # fmt: skip
+    def test_ranks_that_match_nothing(self, rank, message):
+        with pytest.raises(ValueError, match=message):
+            build(self.config("qwen3-moe-tiny"), adapter=LoRAConfig(rank))
 
     def test_an_adapter_of_another_family_is_refused(self, tmp_path):
         mixtral = self.config("mixtral-tiny")

@@ -1,4 +1,7 @@
-"""Our side of check_adapter.py: a tiny model, a trained-looking adapter on every target, in both formats, and the logits of both."""
+"""Our side of check_adapter.py: a tiny model, a trained-looking adapter on every target, in both formats, and the logits of both.
+
+write_adapter.py FOLDER [PRESET]: of another family with a rank for each group, so that PEFT's patterns are checked too.
+"""
 
 import sys
 from pathlib import Path
@@ -15,8 +18,9 @@ from moejax.models.config import LORA_TARGETS, PRESETS, LoRAConfig
 
 def main():
     folder = Path(sys.argv[1])
-    config = PRESETS["mixtral-tiny"].replace(vocab_size=64, num_layers=2)
-    adapter = LoRAConfig(rank=4, alpha=8.0, targets=LORA_TARGETS)
+    config = PRESETS[sys.argv[2] if len(sys.argv) > 2 else "mixtral-tiny"].replace(vocab_size=64, num_layers=2)
+    rank = 4 if len(sys.argv) == 2 else {"experts": 4, "attention": 8, "router": 2}
+    adapter = LoRAConfig(rank=rank, alpha=8.0, targets=LORA_TARGETS)
     model = build(config, key=jax.random.key(0), adapter=adapter, dtype=jnp.float32)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
     arguments = (tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(24), tokens.shape))
