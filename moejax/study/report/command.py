@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page. Raises UserError for what is no such folder, and where nothing can be written."""
-    from moejax.study.report import compare, document, html, markdown, page, svg
+    from moejax.study.report import compare, document, page, render, svg
 
     file = _target(options.folders, options.out)
     sources = compare.load(options.folders)
@@ -29,8 +29,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _folder(figures, {f"{f.name}.svg": svg.alone(f.svg) for f in page.figures(report)})
-        replace_text(file.with_suffix(".md"), markdown.render(report, figures.name))
-        replace_text(file, html.render(report))
+        replace_text(file.with_suffix(".md"), render.markdown(report, figures.name))
+        replace_text(file, render.html(report))
     except OSError as error:
         raise UserError(f"{error.filename or file}: {error.strerror}: the report cannot be written; --out says where it goes") from None
     print(f"{file}\n{file.with_suffix('.md')} with {figures}")

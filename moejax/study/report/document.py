@@ -120,14 +120,14 @@ def _section(
     blocks: list[Block] = [Paragraph(text(about))]
     if not made and not rows_of(sources, experiment):
         why = "its trials have no result" if gaps else "no trial of it was planned"
-        blocks.append(Paragraph(text(f"Nothing was measured: {why}."), "warning"))
-    blocks += [*made, *gaps, *_rest(sources, experiment, title, tuple(made)), *status.commands(sources, experiment)]
+        blocks.append(Paragraph(text(f"Nothing was measured: {why}."), warning=True))
+    blocks += [*made, *gaps, *_rest(sources, experiment, made), *status.commands(sources, experiment)]
     return Section(title, experiment.replace("_", "-"), tuple(blocks))
 
 
-def _rest(sources: Sequence[Source], experiment: str, title: str, made: tuple[Block, ...]) -> tuple[Block, ...]:
+def _rest(sources: Sequence[Source], experiment: str, made: tuple[Block, ...]) -> tuple[Block, ...]:
     """What the section's own tables leave out."""
-    shown = {n.place for n in numbers(Page(title, made, ()))}
+    shown = {n.place for n in numbers(made)}
     rows = [(s, r) for s, r in rows_of(sources, experiment) if s.number(r).place not in shown]
     if not rows:
         return ()

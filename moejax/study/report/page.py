@@ -45,15 +45,14 @@ Text = tuple[Fragment, ...]
 @dataclass(frozen=True)
 class Paragraph:
     text: Text
-    kind: Literal["plain", "warning"] = "plain"
+    warning: bool = False
 
 
 @dataclass(frozen=True)
 class Items:
-    """A list; `ordered`: numbered."""
+    """A list."""
 
     items: tuple[Text, ...]
-    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,11 @@ class Table:
     caption: Text
     head: tuple[str, ...]
     groups: tuple[Group, ...]
+
+    @property
+    def has_numbers(self) -> bool:
+        """Or words alone."""
+        return any(True for _ in numbers((self,)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,6 @@ class Fold:
 
     summary: str
     blocks: tuple[Block, ...]
-    open: bool = False
 
 
 Block = Paragraph | Items | Table | Figure | Commands | Fold
@@ -112,34 +115,33 @@ class Page:
     lead: tuple[Block, ...]
     sections: tuple[Section, ...]
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (*self.lead, *(block for section in self.sections for block in section.blocks))
+
 
 def text(*fragments: Fragment) -> Text:
     return tuple(fragments)
 
 
-def numbers(page: Page) -> Iterator[Number]:
-    """Every number on the page, in its order."""
-    for section in (Section("", "", page.lead), *page.sections):
-        yield from _numbers(section.blocks)
+def numbers(blocks: Sequence[Block]) -> Iterator[Number]:
+    """Every number in them, in its order."""
+    for block in _unfolded(blocks):
+        for fragments in _texts(block):
+            yield from (f for f in fragments if isinstance(f, Number))
 
 
 def figures(page: Page) -> list[Figure]:
     """Every figure on the page, in its order."""
-
-    def within(blocks: Sequence[Block]) -> Iterator[Figure]:
-        for block in blocks:
-            if isinstance(block, Figure):
-                yield block
-            elif isinstance(block, Fold):
-                yield from within(block.blocks)
-
-    return [figure for section in (Section("", "", page.lead), *page.sections) for figure in within(section.blocks)]
+    return [block for block in _unfolded(page.blocks) if isinstance(block, Figure)]
 
 
-def _numbers(blocks: Sequence[Block]) -> Iterator[Number]:
+def _unfolded(blocks: Sequence[Block]) -> Iterator[Block]:
     for block in blocks:
-        for fragments in _texts(block):
-            yield from (f for f in fragments if isinstance(f, Number))
+        if isinstance(block, Fold):
+            yield from _unfolded(block.blocks)
+        else:
+            yield block
 
 
 def _texts(block: Block) -> Iterator[Text]:
@@ -153,6 +155,3 @@ def _texts(block: Block) -> Iterator[Text]:
             yield group.title
             for row in group.rows:
                 yield from row
-    elif isinstance(block, Fold):
-        for inner in block.blocks:
-            yield from _texts(inner)

@@ -38,7 +38,7 @@ def unfinished(sources: Sequence[Source]) -> tuple[Block, ...]:
         fragments = text(f"{where}{told}{counted} (", Link("which, and why", "trials"), ").")
         if not source.study.finished:
             fragments = (*fragments, " To go on: ", Code(source.study.command))
-        blocks.append(Paragraph(fragments, "warning"))
+        blocks.append(Paragraph(fragments, warning=True))
     return tuple(blocks)
 
 
@@ -98,7 +98,7 @@ def does_not_fit(sources: Sequence[Source]) -> tuple[Block, ...]:
             would = [r for r in rows if r.metric.startswith("would_fit")]
             ran = any(r.metric == "proved_batch" and r.value >= 1 for r in rows)
             if would and not ran:
-                blocks.append(Paragraph(_would(source, f"{model}, {routing}, {data}", would), "warning"))
+                blocks.append(Paragraph(_would(source, f"{model}, {routing}, {data}", would), warning=True))
     return tuple(blocks)
 
 

@@ -95,10 +95,8 @@ def test_the_figure(two, suffix, tmp_path):
 
 def test_colours_go_by_kind(two, monkeypatch, tmp_path):
     """Blue is sparse and orange dense, ours and the study's, in whatever order the runs are named."""
-    from matplotlib.figure import Figure
-
     seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: seen.append(figure))
+    monkeypatch.setattr(accuracy, "save_figure", lambda figure, *a, **k: seen.append(figure))
     accuracy.draw([open_scored(Path(f)) for f in reversed(two)], tmp_path / "x.png")
     panels = seen[0].axes
     assert [panel.get_title() for panel in panels][1:] == ["the study's Figure 3: HellaSwag", "the study's Figure 3: GSM8K"]

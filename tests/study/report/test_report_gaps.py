@@ -78,7 +78,7 @@ def test_any_experiment_may_be_missing_or_alone(experiment, tmp_path, capsys):
     assert len(page.ids) == len(set(page.ids))
     results.write(replace(study, rows=[r for r in study.rows if r not in alone]), tmp_path / "without")
     report = document.build(compare.load([tmp_path / "without"]))
-    assert {n.place for n in page_model.numbers(report) if n.place} == {f"0:{n}" for n in pages.csv_lines(tmp_path / "without")}
+    assert {n.place for n in page_model.numbers(report.blocks) if n.place} == {f"0:{n}" for n in pages.csv_lines(tmp_path / "without")}
 
 
 def test_a_metric_of_a_later_minor_version_is_shown_all_the_same(tmp_path, capsys):

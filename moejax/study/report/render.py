@@ -1,0 +1,45 @@
+"""A page as one HTML file, and as Markdown with its figures beside it: `page.html.j2` and `page.md.j2`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from moejax.study.report.page import Page, Text
+
+
+def html(page: Page) -> str:
+    return _render("page.html.j2", page=page)
+
+
+def markdown(page: Page, figures: str) -> str:
+    """figures: the folder of the figures' files, seen from the Markdown file."""
+    return _render("page.md.j2", page=page, figures=figures)
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=lambda name: name is not None and ".html" in name,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.tests["a"] = lambda value, name: type(value).__name__ == name
+    environment.filters |= {"words": _words, "literal": _literal, "cell": _cell}
+    return environment.get_template(template).render(values)
+
+
+def _words(content: Text) -> str:
+    """As plain text."""
+    return "".join(f if isinstance(f, str) else f.text for f in content)
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown must not read as its own."""
+    return re.sub(r"([\\`*_<>\[\]#$])", r"\\\1", text)
+
+
+def _cell(text: str) -> str:
+    """One of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
