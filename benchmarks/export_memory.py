@@ -19,11 +19,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from moejax import export
 from moejax.hub import layerwise, merge, peft, save, streaming, verification, weights
 from moejax.hub.names import tensors
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig, MixtralConfig, Quantization
+from moejax.runs import export
 
 CONFIG = MixtralConfig(
     vocab_size=4096, hidden_size=1024, intermediate_size=3584, num_heads=16, num_kv_heads=4, head_dim=64
