@@ -238,9 +238,19 @@ def _nibbles(codes: np.ndarray) -> np.ndarray:
 def _halves(rows: np.ndarray, into: np.ndarray) -> np.ndarray:
     """Rows of pairs [..., in/2] as halves, in `into`: bytes j and j + in/4 hold what goes into bytes 2j and 2j + 1."""
     source, target = (a.reshape(-1, rows.shape[-1]) for a in (rows, into))
-    step = max(1, _AT_ONCE // rows.shape[-1])
+    half, step = rows.shape[-1] // 2, max(1, _AT_ONCE // rows.shape[-1])
+    words = [np.empty((step, half), "<u2") for _ in range(3)]  # once: new memory costs as much as the work
     for row in range(0, len(source), step):
-        first, second = np.split(source[row : row + step], 2, axis=-1)
-        low, high = (first & 0xF0) | (second >> 4), (first << 4) | (second & 0x0F)
-        target[row : row + step] = ((high.astype("<u2") << 8) | low).view(np.uint8)
+        piece = source[row : row + step]
+        first, second, moved = (w[: len(piece)] for w in words)
+        first[...], second[...] = piece[:, :half], piece[:, half:]
+        np.left_shift(first, 12, out=moved)
+        first &= 0xF0
+        first |= moved
+        np.left_shift(second, 8, out=moved)
+        moved &= 0xF00
+        second >>= 4
+        second |= moved
+        first |= second
+        target[row : row + step] = first.view(np.uint8)
     return into

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import numpy as np
 
 from moejax import __version__
 from moejax.errors import UserError
-from moejax.hub.safetensors_file import Reader, Writer
+from moejax.hub.safetensors_file import Reader, Writer, aligned
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
 from moejax.terminal import Console
 
@@ -113,27 +113,22 @@ def read(
     leaves = leaves_of(variables)
     if set(reader.names()) != {*leaves, _CONTENT, _SUMS} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
-    pieces: list[tuple[str, str, int | None]] = []
-    for name, part in ((name, part) for name, value in variables.items() for part in stored_parts(value)):
-        leaf = leaves[part_name(name, part)]
-        # What is not copied whole goes a layer at a time, so that the host holds no more of it.
-        small = math.prod(leaf.shape) * np.dtype(numpy_dtype(leaf.dtype)).itemsize <= _at_once_bytes() or len(leaf.shape) < 2
-        pieces += [(name, part, None)] if small else [(name, part, layer) for layer in range(leaf.shape[0])]
     arrays: dict[str, dict[str, jax.Array]] = {name: {} for name in variables}
     sums = dict.fromkeys(leaves, 0)
     with ThreadPoolExecutor(1) as pool:
-        values = ahead(pool, (partial(_copy, reader, part_name(name, part), layer) for name, part, layer in pieces))
-        for (name, part, layer), value in zip(pieces, values, strict=True):
-            leaf, parts = part_name(name, part), arrays[name]
-            sums[leaf] = zlib.crc32(_bytes(value), sums[leaf])
+        for piece in ahead(pool, _pieces(reader, variables)):
+            leaf, parts, variable = part_name(piece.name, piece.part), arrays[piece.name], variables[piece.name]
+            sums[leaf] = zlib.crc32(_bytes(piece.value), sums[leaf])
             # In place, while the next one is read: the host holds no second copy.
-            packed = variables[name].pack(part, value, in_place=True) if part else value
-            if layer is None:
-                parts[part] = jax.block_until_ready(jax.device_put(packed))
-            else:
-                if layer == 0:
-                    parts[part] = jnp.zeros((variables[name].shape[0], *packed.shape), packed.dtype)
-                parts[part] = jax.block_until_ready(put(parts[part], jax.device_put(packed), (jnp.int32(layer),)))
+            packed = variable.pack(piece.part, piece.value, in_place=True) if piece.part else piece.value
+            if piece.layer is not None:
+                if piece.layer == 0:
+                    parts[piece.part] = jnp.zeros((variable.shape[0], *packed.shape), packed.dtype)
+                index = (jnp.int32(piece.layer),)
+                parts[piece.part] = jax.block_until_ready(put(parts[piece.part], jax.device_put(packed), index))
+            elif piece.whole is not None:
+                whole = packed if piece.whole is piece.value else piece.whole.reshape(variable.codes.shape)
+                parts[piece.part] = jax.block_until_ready(jax.device_put(whole))
     changed = [name for name, sum_ in zip(leaves, reader.get_tensor(_SUMS).tolist(), strict=True) if sums[name] != sum_]
     if changed:
         if console is not None:
@@ -151,12 +146,35 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _copy(reader: Reader, name: str, layer: int | None) -> np.ndarray:
-    """A tensor of the cache, or one layer of it. A copy, also on a CPU: an array that is a view of the file would change with the file."""
-    if layer is None:
-        return reader.copy(name)
-    shape = reader.shape(name)[1:]
-    return reader.copy(name, layer * math.prod(shape), shape)
+class _Piece(NamedTuple):
+    """Of a variable's part: a layer of it, or some of `whole`, which is then all read (None: more is to come)."""
+
+    name: str
+    part: str
+    value: np.ndarray
+    layer: int | None
+    whole: np.ndarray | None
+
+
+def _pieces(reader: Reader, variables: Mapping[str, Any]) -> Iterator[Callable[[], _Piece]]:
+    """What reads them, one after the other. Copies, also on a CPU: an array that is a view of the file would change with the file."""
+
+    def read(name: str, part: str, first: int, into: np.ndarray, layer: int | None, whole: np.ndarray | None) -> _Piece:
+        return _Piece(name, part, reader.copy(part_name(name, part), first, into.shape, lambda *_: into), layer, whole)
+
+    for name, variable in variables.items():
+        for part, leaf in stored_parts(variable).items():
+            dtype = np.dtype(numpy_dtype(leaf.dtype))
+            if math.prod(leaf.shape) * dtype.itemsize > _at_once_bytes() and len(leaf.shape) > 1:
+                # What is not copied whole goes a layer at a time, so that the host holds no more of it.
+                for layer in range(leaf.shape[0]):
+                    yield partial(read, name, part, layer * math.prod(leaf.shape[1:]), aligned(leaf.shape[1:], dtype), layer, None)
+                continue
+            whole = aligned(leaf.shape, dtype)
+            # A matrix at a time where it is packed within its bytes: while the next one is read.
+            rows = list(whole.reshape(-1, leaf.shape[-1])) if part == "codes" and variable.matrix[1] % 4 == 0 else [whole]
+            for number, row in enumerate(rows):
+                yield partial(read, name, part, number * row.size, row, None, whole if number == len(rows) - 1 else None)
 
 
 def _at_once_bytes() -> float:
