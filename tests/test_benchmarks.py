@@ -67,7 +67,8 @@ def test_grouped_choice_tiny(run):
 
 def test_dequant_forms_small(run):
     forms = run("dequant_forms", "--shape", "64x128", "--repeat", "1")["forms"]
-    assert set(forms) == {"pair", "take", "tree", "steps"} and forms["pair"]["large_fusions"] == 1
+    assert set(forms) == {f"{layout}, {form}" for layout in ("halves", "pairs") for form in ("take", "tree")}
+    assert forms["pairs, take"]["large_fusions"] == 1
 
 
 def test_gpu_attention_tiny(run):
