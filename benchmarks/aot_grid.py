@@ -33,18 +33,19 @@ Cell = tuple[int, int, int]  # rows, tokens of a row, layers
 
 
 def programs() -> dict[str, list[str]]:
-    """Configs by the first of those that compile to the same instructions; the real models before the small ones."""
+    """Configs by the first of those that compile to the same instructions; the real models before the small ones, the largest first."""
     from moejax import config
     from moejax.estimator import memory, sizes
 
     found: dict[str, list[str]] = {}
-    names = [path.stem for path in (ROOT / "configs").glob("*.yaml")]
-    for name in sorted(names, key=lambda n: (not real(n), "dense" in n, n)):
-        experiment = config.load(ROOT / "configs" / f"{name}.yaml")
+    loaded = {path.stem: config.load(path) for path in (ROOT / "configs").glob("*.yaml")}
+    of = {name: sizes.architecture_of(experiment) for name, experiment in loaded.items()}
+    for name in sorted(loaded, key=lambda n: (not real(n), "dense" in n, -of[n].parameters[0], n)):
+        experiment = loaded[name]
         part = memory.relevant(experiment)
         part["training"] = {k: v for k, v in part["training"].items() if k not in _NOT_IN_THE_PROGRAM}
         part["training"]["weight_decay"] = bool(part["training"]["weight_decay"])
-        found.setdefault(json.dumps([part, repr(sizes.architecture_of(experiment))]), []).append(name)
+        found.setdefault(json.dumps([part, repr(of[name])]), []).append(name)
     return {same[0]: same for same in found.values()}
 
 

@@ -41,11 +41,12 @@ def test_no_share_of_a_measured_peak_passes_one(real):
 
 
 def test_a_peak_below_what_the_step_reached_is_measured_again(monkeypatch):
-    from moejax.training import flops, step_profile
+    from moejax import device as machine
+    from moejax.training import step_profile
 
     rates, copies = iter((50e9, 70e9, 90e9, 95e9)), iter((5e9, 8e9))
-    monkeypatch.setattr(flops, "peak_flops", lambda dtype: (next(rates), "measured"))
-    monkeypatch.setattr(flops, "peak_bytes_per_second", lambda: (next(copies), "measured"))
+    monkeypatch.setattr(machine, "peak_flops", lambda dtype: (next(rates), "measured"))
+    monkeypatch.setattr(machine, "peak_bytes_per_second", lambda: (next(copies), "measured"))
     device = step_profile._device(60e9, "float32", 80e9)
     assert (device.peak_flops, device.peak_bytes_per_second, device.peaks_measured) == (90e9, 8e9, True) and next(rates) == 95e9
 
