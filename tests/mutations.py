@@ -39,7 +39,7 @@ TILE, GROUPED, CAPACITY = "models/ops/expert_tile.py", "models/ops/grouped_matmu
 ENTROPY, LOOP, PEFT, MERGE = "models/ops/cross_entropy.py", "moejax/training/loop.py", "moejax/hub/peft.py", "moejax/hub/merge.py"
 
 PACKED = "tests/data/test_batching.py"
-MIXTRAL, BLACKMAMBA, LORA = (f"tests/models/test_{name}.py" for name in ("mixtral_parity", "blackmamba", "lora_parity"))
+MIXTRAL, BLACKMAMBA, LORA, FAMILIES = (f"tests/models/test_{name}.py" for name in ("mixtral_parity", "blackmamba", "lora_parity", "families"))
 ONE_STEP, PRECISION, PIPELINE = "tests/training/test_step.py", "tests/models/test_precision.py", "tests/data/test_pipeline.py"
 BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
 OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/hub/test_export.py", "tests/training/test_loop.py"
@@ -122,6 +122,13 @@ FAULTS = [
     fault("top-k weights are not renormalized", MOE, "picked / jnp.sum(picked, axis=-1, keepdims=True) if self.renormalize else picked", "picked",
           f"{MIXTRAL}::test_logits"),
     fault("BlackMamba's weights are renormalized", MOE, "keepdims=True) if self.renormalize else picked", "keepdims=True)", f"{BLACKMAMBA}::test_logits"),
+    fault("Qwen3-MoE's heads are normed after they are turned", "models/attention.py",
+          'q, k = self.q_norm(q), self.k_norm(k)\n        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v',
+          'q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)\n            return self.q_norm(q), self.k_norm(k), v\n'
+          '        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v', FAMILIES),
+    fault("OLMoE's norms are of each head", "models/families/olmoe.py", '= "all"', '= "head"', FAMILIES),
+    fault("gate_proj and up_proj swapped", "models/families/attention_moe.py", '("gate_proj", "down_proj", "up_proj")',
+          '("up_proj", "down_proj", "gate_proj")', FAMILIES),
     fault("padding is counted as routed", MOE, "jnp.sum(chosen & valid[:, None, None]", "jnp.sum(chosen",
           f"{MIXTRAL}::test_loss_gradients_and_counts"),
     fault("routing weights have no gradient", GROUPED, "jnp.where(live, g, 0)", "jnp.where(live, 0 * g, 0)", f"{MATMUL}::test_frozen_nf4_weights",
