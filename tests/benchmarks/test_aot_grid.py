@@ -13,8 +13,7 @@ import aot_grid
 def test_configs_that_compile_to_the_same_instructions_are_one_program():
     found = aot_grid.programs()
     assert found["mixtral_8x7b"] == ["mixtral_8x7b", "mixtral_8x7b_cs_sparse", "mixtral_8x7b_math_sparse"]
-    assert [aot_grid.real(name) for name in found] == sorted(map(aot_grid.real, found), reverse=True)  # the real models first
-    assert "mixtral_8x7b_cs_dense" in found and "demo" in found
+    assert next(iter(found)) == "mixtral_8x7b" and "mixtral_8x7b_cs_dense" in found and "demo" in found
     assert sorted(name for same in found.values() for name in same) == sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 
 
