@@ -1,4 +1,4 @@
-"""Measure the grouped matmul's backends and tiles on this device, and write the fastest into models/ops/grouped_choice.json.
+"""Measure the grouped matmul's backends and tiles on this device, and write the fastest into models/ops/choice.json.
 
     python benchmarks/grouped_choice.py --out benchmarks/results/<date>-grouped-choice-<device>.json --update   # the shapes of this device
     python benchmarks/grouped_choice.py --shapes 4096x512x1024 --storage array --dtype float32                  # only look
@@ -34,12 +34,11 @@ from choices import update
 from routing import SKEWED, experts_of
 
 from moejax.models.moe import GATED
-from moejax.models.ops import grouped_choice, grouped_table, quantized
+from moejax.models.ops import choice, quantized
 from moejax.models.ops import grouped_matmul as gm
 from moejax.training import experts as of_run
 
 E, K, RANK = 8, 2, 16
-SHAPE = ("rows_per_expert", "hidden", "intermediate", "quantized")
 MARGIN = 1.15
 """By how much another backend must beat the loop: `capacity` compiles the experts' programs four times over, and costs memory for it."""
 SHAPES = {"cpu": "4096x512x1024,1280x256x512,512x256x512", "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632"}
@@ -194,9 +193,9 @@ def main() -> int:
     if o.update and o.out is None:
         parser.error("--update needs --out: the table names the file with the seconds")
     if o.decide:
-        update(grouped_table.TABLE, SHAPE, json.loads(o.decide.read_text())["device"], again(o.decide), o.decide)
+        update("grouped", json.loads(o.decide.read_text())["device"], again(o.decide), o.decide)
         return 0
-    kind, ragged = grouped_choice.here(), of_run.ragged_cost()
+    kind, ragged = choice.here(), of_run.ragged_cost()
     result = kept.about(device=kind, cores=os.cpu_count(), ragged_flops_of_useful=ragged, cases=[])
     for storage in o.storage.split(","):
         for shape in ("64x32x48" if o.tiny else o.shapes).split(","):
@@ -207,7 +206,7 @@ def main() -> int:
                 print(f"  {name:<24} {1e3 * median:9.3f} ms, {case['of_dense'][name]:5.2f} of dense", flush=True)
             kept.write(o.out, result)
     if o.update:
-        update(grouped_table.TABLE, SHAPE, kind, [c["entry"] for c in result["cases"]], o.out)
+        update("grouped", kind, [c["entry"] for c in result["cases"]], o.out)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Measure the selective scan's forms and chunks on this device, and write the fastest into models/ops/scan_choice.json.
+"""Measure the selective scan's forms and chunks on this device, and write the fastest into models/ops/choice.json.
 
     python benchmarks/scan_choice.py --out benchmarks/results/<date>-scan-choice-<device>.json --update   # the shapes of this device
     python benchmarks/scan_choice.py --cases 2x1024x512                                                   # only look
@@ -29,13 +29,12 @@ import jax.numpy as jnp
 import kept
 from choices import update
 
-from moejax.models.ops import scan_table
+from moejax.models.ops import choice
 from moejax.models.ops import selective_scan as ss
-from moejax.models.ops.grouped_choice import here
 
 STATES = 16
 MARGIN = 1.1
-SHAPE = ("rows", "length", "channels")
+SHAPE = choice.SHAPES["scan"]
 CASES = {
     "cpu": "1x192x256,8x192x256,8x256x256,2x1024x512,8x512x512",
     "gpu": "1x512x2944,8x512x2944,16x512x2944,4x2048x2944,16x2048x2944",
@@ -121,7 +120,7 @@ def decide(platform: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     timed = {(r["form"], r["chunk"]): r["seconds"]["median"] for r in rows if "seconds" in r and r["chunk"]}
     fastest = min(timed, key=lambda name: timed[name])
     form = "chunked" if platform == "cpu" else "chunked_associative"
-    usual = (form, scan_table.CHUNKS[form])
+    usual = (form, choice.CHUNKS[form])
     form, chunk = usual if usual in timed and timed[usual] < MARGIN * timed[fastest] else fastest
     return {name: rows[0][name] for name in SHAPE} | {"form": form, "chunk": chunk}
 
@@ -147,11 +146,11 @@ def main() -> int:
         by_case = [[row for row in report["cases"] if tuple(row[name] for name in SHAPE) == case] for case in cases]
         report["entries"] = [decide("cpu" if report["device"] == "cpu" else "gpu", rows) for rows in by_case]
         kept.write(o.decide, report)
-        update(scan_table.TABLE, SHAPE, report["device"], report["entries"], o.decide)
+        update("scan", report["device"], report["entries"], o.decide)
         return 0
     cases, chunks = ("2x64x32", "16") if o.tiny else (o.cases, o.chunks)
     rate = copy_rate(1 << 22 if o.tiny else 1 << 30)
-    report = kept.about(device=here(), cores=os.cpu_count(), copy_bytes_per_second=rate, cases=[], entries=[])
+    report = kept.about(device=choice.here(), cores=os.cpu_count(), copy_bytes_per_second=rate, cases=[], entries=[])
     for case in cases.split(","):
         rows = measure(case, chunks, o.dtype, o.repeat, rate)
         report["cases"] += rows
@@ -162,7 +161,7 @@ def main() -> int:
             print(f"  {row['form']:<20} {row['chunk'] or '':>4} {cost}", flush=True)
         kept.write(o.out, report)
     if o.update:
-        update(scan_table.TABLE, SHAPE, report["device"], report["entries"], o.out)
+        update("scan", report["device"], report["entries"], o.out)
     return 0
 
 

@@ -25,7 +25,7 @@ from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
 from moejax.models.ops import selective_scan as ss
-from moejax.models.ops.grouped_choice import here
+from moejax.models.ops.choice import here
 
 
 def mixer_class(spec: specs.Mixer) -> type[Attention] | type[Mamba]:

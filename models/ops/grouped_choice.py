@@ -1,27 +1,15 @@
-"""Which backend of the grouped matmul runs, and with which tile: a table of measurements by device, else a rule.
-
-`grouped_choice.json` is written by `benchmarks/grouped_choice.py`: for each kind of device the shapes that were measured there, what was
-fastest, and the file with the seconds. A shape between them takes the nearest one's choice.
-"""
+"""The plan of a grouped MLP for a device and size: what `choice` says, or what is asked for."""
 
 from __future__ import annotations
 
 import math
 
-import jax
-
+from moejax.models.ops import choice
 from moejax.models.ops.expert_tile import Plan
-from moejax.models.ops.grouped_table import entry
 
 BACKENDS = ("loop", "capacity", "ragged")
 CAPACITIES = (1.125, 1.5, 2.0)
 """Rows per expert that `capacity` is compiled for, in mean loads; a larger load goes through the loop."""
-
-
-def here() -> str:
-    """What is compiled for where this runs: "cpu", or the GPU's kind as jax names it ("NVIDIA H100 80GB HBM3")."""
-    platform = jax.default_backend()
-    return platform if platform == "cpu" else str(jax.local_devices()[0].device_kind)
 
 
 def choose(
@@ -41,7 +29,7 @@ def choose(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
-    found, tile, small_tile = entry(
+    found, tile, small_tile = choice.grouped(
         platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized
     )
     mean_group = max(1, tokens * experts_per_token // experts)

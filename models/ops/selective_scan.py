@@ -8,7 +8,7 @@ length 512. `sequential` is the reference, left to automatic differentiation; `a
 is here to be compared with. The working forms run over chunks and have their own gradient: the forward pass keeps the state at each
 chunk's start, the backward pass computes a chunk's states again and runs through them in reverse. They differ in the recurrence
 inside a chunk: `chunked` goes step by step (a CPU's cache likes it), `chunked_associative` takes log(chunk) wide steps (a GPU would
-otherwise be launched for each); `scan_choice.json` says which runs where. A kernel would be a third such form: the same arguments,
+otherwise be launched for each); `choice.json` says which runs where. A kernel would be a third such form: the same arguments,
 resets and gradients, through `_chunk_forward` and `_chunk_backward`.
 """
 
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.models.ops import scan_table
-from moejax.models.ops.scan_table import CHUNKS
+from moejax.models.ops import choice
+from moejax.models.ops.choice import CHUNKS
 
 FORMS = ("sequential", "associative", "chunked", "chunked_associative")
 
@@ -30,10 +30,10 @@ FORMS = ("sequential", "associative", "chunked", "chunked_associative")
 def choose(form: str, platform: str, rows: int, length: int, channels: int) -> tuple[str, int | None]:
     """Form and chunk for this device ("cpu", "gpu" or a GPU's kind) and operands [rows, length, channels]. Raises ValueError.
 
-    `auto` is the table's (`scan_table`); a forced chunked form takes the chunk it has where nothing was measured.
+    `auto` is the table's (`choice`); a forced chunked form takes the chunk it has where nothing was measured.
     """
     if form == "auto":
-        return scan_table.entry(platform, rows, length, channels)
+        return choice.scan(platform, rows, length, channels)
     if form not in FORMS:
         raise ValueError(f"scan form = {form!r}: expected one of {['auto', *FORMS]}")
     return form, CHUNKS.get(form)

@@ -11,17 +11,17 @@ from typing import Any, assert_never
 
 from moejax.gpus import Platform
 from moejax.models.config import specs
-from moejax.models.ops import grouped_table, scan_table
+from moejax.models.ops import choice
 
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 
 
 def tile_rows(device: str, tokens: int, width: int, experts: specs.MoE, quantized: bool) -> int:
-    """Rows of a large tile of the grouped products, as the step takes them (models/ops/grouped_table.py).
+    """Rows of a large tile of the grouped products, as the step takes them (models/ops/choice.py).
 
     device: "cpu", "gpu" or a GPU's kind as jax names it: the one that the step is for.
     """
-    return grouped_table.entry(
+    return choice.grouped(
         device, tokens, experts.experts, experts.experts_per_token, hidden=width, intermediate=experts.hidden, quantized=quantized
     )[1]
 
@@ -303,7 +303,7 @@ class MambaBlock(Block):
     @property
     def chunk(self) -> int:
         """Tokens of a chunk of the scan."""
-        return scan_table.entry(self.step.device, self.step.rows, self.step.row_tokens, self.mixer.inner)[1]
+        return choice.scan(self.step.device, self.step.rows, self.step.row_tokens, self.mixer.inner)[1]
 
     @property
     def unit(self) -> int:

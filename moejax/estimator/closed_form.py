@@ -20,7 +20,7 @@ from moejax.estimator.block_memory import Adapted, Step, block_of
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import Platform
 from moejax.models.config import Architecture, specs
-from moejax.models.ops import grouped_table, scan_table
+from moejax.models.ops import choice
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -68,8 +68,7 @@ def device_of(gpu: GPU) -> str:
     """The GPU as jax names it, in the tables of what was measured; "gpu" where nothing was measured on one."""
     if gpu.platform == "cpu":
         return "cpu"
-    measured = (*grouped_table.devices(), *scan_table.devices())
-    kinds = {found.name: kind for kind in measured if (found := gpus.of_device_kind(kind)) is not None}
+    kinds = {found.name: kind for kind in choice.devices() if (found := gpus.of_device_kind(kind)) is not None}
     return kinds.get(gpu.name, "gpu")
 
 

@@ -63,7 +63,7 @@ class Oracle:
         if gpu.usable_bytes is None:
             device = closed_form.device_of(gpu)
         else:
-            from moejax.models.ops.grouped_choice import here
+            from moejax.models.ops.choice import here
 
             device = here()
         return closed_form.breakdown(experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=platform, device=device)

@@ -138,14 +138,14 @@ def test_tiles_are_those_of_the_model(quantized):
 
 
 def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
-    from moejax.models.ops import grouped_table
+    from moejax.models.ops import choice
 
     def entry(tile):
         shape = {"rows_per_expert": 128, "hidden": 4096, "intermediate": 14336, "quantized": True}
         return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
 
     table = {"cpu": [entry(16)], "NVIDIA H100 80GB HBM3": [entry(64)]}
-    monkeypatch.setattr(grouped_table, "_table", lambda: table)
+    monkeypatch.setattr(choice, "table", {"grouped": table, "scan": {}}.get)
     own = gpus.GPU("mine", 80.0, 1e12, 1e15, None, "mine")
     assert [closed_form.device_of(gpu) for gpu in (gpus.GPUS["H100"], gpus.GPUS["A100-80"], own)] == ["NVIDIA H100 80GB HBM3", "gpu", "gpu"]
     loaded = config.load(*SPARSE[1:2])
@@ -229,13 +229,13 @@ def test_what_makes_the_program_makes_the_key():
 
 
 def test_a_table_that_chooses_the_program_makes_the_key(monkeypatch, tmp_path):
-    """models/ops/grouped_choice.json: another tile is another program."""
+    """models/ops/choice.json: another tile is another program."""
     for part in ("models", "training"):
         shutil.copytree(installation.PACKAGE / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     before = oracle._sources()
     monkeypatch.setattr(installation, "PACKAGE", tmp_path)
     assert oracle._sources() == before
-    table = tmp_path / "models" / "ops" / "grouped_choice.json"
+    table = tmp_path / "models" / "ops" / "choice.json"
     table.write_text(table.read_text().replace('"tile": 64', '"tile": 32'))
     assert oracle._sources() != before
 

@@ -12,7 +12,7 @@ from support import ROOT
 from moejax.models.config import PRESETS
 from moejax.models.layers import Target
 from moejax.models.mamba import Mamba
-from moejax.models.ops import scan_table
+from moejax.models.ops import choice
 from moejax.models.ops import selective_scan as ss
 
 B, T, D, N = 2, 37, 6, 4
@@ -130,7 +130,7 @@ def test_form_and_chunk_are_the_nearest_measured_shapes(monkeypatch):
         return {"rows": rows, "length": length, "channels": 1024, "form": form, "chunk": chunk}
 
     table = {"NVIDIA X": [entry(1, 512, "chunked", 8), entry(16, 512, "chunked_associative", 64), entry(16, 8192, "chunked", 128)]}
-    monkeypatch.setattr(scan_table, "_table", lambda: table)
+    monkeypatch.setattr(choice, "table", {"scan": table}.get)
     assert ss.choose("auto", "NVIDIA X", 1, 256, 1024) == ("chunked", 8)
     assert ss.choose("auto", "NVIDIA X", 1, 512, 8192) == ("chunked_associative", 64)  # as wide as 8 rows of 1024
     assert ss.choose("auto", "NVIDIA X", 16, 4096, 1024) == ("chunked", 128)
@@ -146,13 +146,13 @@ def test_the_model_runs_the_tables_form(monkeypatch):
     x, segments = jnp.ones((2, 64, config.hidden_size)), jnp.ones((2, 64), jnp.int32)
     for chunk in (8, 64):
         found = {"rows": 2, "length": 64, "channels": 256, "form": "chunked", "chunk": chunk}
-        monkeypatch.setattr(scan_table, "_table", lambda found=found: {"cpu": [found]})
+        monkeypatch.setattr(choice, "table", {"scan": {"cpu": [found]}}.get)
         program = str(jax.make_jaxpr(lambda x: mamba(x, segments))(x))
         assert f"f32[{chunk},2,{config.state_size},{config.inner_size}]" in program
 
 
 def test_every_entry_of_the_table_names_its_measurement():
-    for entries in scan_table._table().values():
+    for entries in choice.table("scan").values():
         for entry in entries:
             result = json.loads((ROOT / entry["measured"]).read_text())
             assert {k: v for k, v in entry.items() if k != "measured"} in result["entries"]

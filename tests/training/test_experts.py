@@ -8,7 +8,7 @@ from support import ROOT
 from moejax import config
 from moejax.errors import UserError
 from moejax.models.config import PRESETS
-from moejax.models.ops import grouped_choice, grouped_table
+from moejax.models.ops import choice, grouped_choice
 from moejax.training import aot, experts
 
 CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"
@@ -20,11 +20,11 @@ def experiment(*overrides):
 
 
 def test_the_choice_is_told_with_its_reason(monkeypatch):
-    monkeypatch.setattr(grouped_table, "_table", lambda: {})
+    monkeypatch.setattr(choice, "table", lambda _: {})
     assert experts.announce(*experiment()) == "experts: loop, tiles of 128 and 32 rows (auto, not measured on cpu)"
     entry = {"rows_per_expert": 320, "hidden": 256, "intermediate": 512, "quantized": True}
     entry |= {"backend": "capacity", "tile": 64, "small_tile": 16}
-    monkeypatch.setattr(grouped_table, "_table", lambda: {"cpu": [entry | {"measured": "results/x.json"}]})
+    monkeypatch.setattr(choice, "table", lambda _: {"cpu": [entry | {"measured": "results/x.json"}]})
     told = experts.announce(*experiment())
     assert told == "experts: capacity, 360, 480, 640 rows an expert, then the loop (auto, measured: results/x.json)"
     assert experts.backend(*experiment(), 1280) == "capacity"
@@ -55,7 +55,7 @@ def test_the_nearest_measured_shape_decides(monkeypatch):
         return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
 
     table = {"NVIDIA X": [entry(256, 1024, False, 64), entry(4096, 1024, False, 256), entry(4096, 1024, True, 512)]}
-    monkeypatch.setattr(grouped_table, "_table", lambda: table)
+    monkeypatch.setattr(choice, "table", lambda _: table)
 
     def tile(tokens, quantized=False, kind="NVIDIA X"):
         return grouped_choice.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, quantized=quantized).tile
