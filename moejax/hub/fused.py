@@ -43,7 +43,7 @@ def fuse(
     for name, value in tensors.items():
         module, _, letter = name.removesuffix(".weight").rpartition(".lora_")
         place = places[module.removeprefix("base_model.model.")]
-        layer = f"base_model.model.model.layers.{place.layer}."
+        layer = ".".join([*module.split(".")[:5], ""])  # base_model.model.model.layers.N.
         if place.path[-1] == "router":
             out[f"{layer}mlp.gate.lora_{letter}.weight"] = value
         elif place.expert is None:
@@ -127,7 +127,7 @@ def unfuse(
     kinds = {"gate": "gate", "experts": outer, "experts.base_layer": "gate_up"}
     shapes = {"gate": (1, hidden, experts), "gate_up": (experts, hidden, 2 * inner), "down": (experts, inner, hidden)}
     places = modules(sizes)
-    names = {(place.path[-1], place.layer, place.expert): name for name, place in places.items()}
+    names = {(place.path[-1], int(name.split(".")[2]), place.expert): name for name, place in places.items() if place.layer is not None}
     keys = {name: _key(name, kinds) for name in tensors}
     check_patterns(settings, set(keys.values()), path)
     widest = {pair_of(settings, key, path).rank for key in keys.values() if key.endswith(PARAMETERS["gate_up"])}

@@ -1,5 +1,6 @@
 """Qwen3-MoE and OLMoE in fp32 against transformers 5.24 (tests/oracles/families.py), and what their files say."""
 
+import dataclasses
 import json
 
 import jax
@@ -172,6 +173,39 @@ def test_a_family_from_outside():
         PRESETS.pop("mine-tiny", None)
 
 
+class InTwo(Qwen3MoeConfig):
+    """The same model in two stacks, as one with a first layer of another kind would have."""
+
+    @property
+    def stacks(self):
+        (stack,) = super().stacks
+        return (dataclasses.replace(stack, repeats=1, name="first"), dataclasses.replace(stack, repeats=self.num_layers - 1))
+
+    @property
+    def names(self):
+        names = super().names
+        return dataclasses.replace(names, blocks=names.blocks * 2)
+
+
+def test_several_stacks_are_one_model(models, folders, batch, vectors, tmp_path):
+    """Weights read into two stacks: loss, counts, decoding and adapters as of one."""
+    whole = models["qwen3_moe"]
+    fields = {name: getattr(whole.config, name) for name in whole.config.fields()}
+    model = load_weights(build(InTwo(**fields), dtype=jnp.float32), folders["qwen3_moe"], jax.random.key(0))
+    loss, stats, _ = loss_and_gradients(model, batch, remat="full")
+    np.testing.assert_allclose(loss, vectors["qwen3_moe/loss"], rtol=1e-6)
+    np.testing.assert_array_equal(stats.counts, vectors["qwen3_moe/counts"])
+    begin, go_on = decoder(model)
+    _, cache = begin(batch.tokens[:, :4], jnp.array([4, 4, 4]), init_cache(model, 3, 8))
+    np.testing.assert_allclose(go_on(batch.tokens[:, 4], cache)[0], vectors["qwen3_moe/logits"][:, 4], atol=2e-5)
+    adapter = LoRAConfig({"experts": 2, "attention": 4}, 4.0)
+    adapted = [filled(build(config, adapter=adapter)) for config in (model.config, whole.config)]
+    peft.save_adapter(adapted[0], tmp_path, "org/base", fused=True)
+    peft.load_adapter(adapted[1], tmp_path)
+    first, rest, both = (m.w2.lora.a.get_value() for m in (adapted[0].first.moe, adapted[0].layers.moe, adapted[1].layers.moe))
+    np.testing.assert_array_equal(np.concatenate([first, rest]), both)
+
+
 class TestAdaptersAndStorage:
     """Small sizes, drawn here: 2 layers, 4 experts."""
 
@@ -233,7 +267,7 @@ class TestAdaptersAndStorage:
     def test_adapters_round_trip(self, case, fused, tmp_path):
         config = self.config(*case)
         arguments = dict(adapter=LoRAConfig(2, 4.0, 0.0, tuple(config.targets)), dtype=jnp.float32)
-        model = filled(build(config, key=jax.random.key(0), **arguments))
+        model = filled(build(config, **arguments))
         peft.save_adapter(model, tmp_path, "org/base", fused=fused)
         settings = json.loads((tmp_path / "adapter_config.json").read_text())
         attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
@@ -249,7 +283,7 @@ class TestAdaptersAndStorage:
         config = self.config("qwen3-moe-tiny")
         ranks, alphas = {"experts": 2, "attention": 4, "gate": 1}, {"experts": 2.0, "attention": 8.0, "router": 3.0}
         arguments = dict(adapter=LoRAConfig(ranks, alphas, 0.0, tuple(config.targets)), dtype=jnp.float32)
-        model = filled(build(config, key=jax.random.key(0), **arguments))
+        model = filled(build(config, **arguments))
         assert model.layers.moe.w1.lora.scale == 1.0 and model.layers.attention.q_proj.lora.a.get_value().shape[-2] == 4
         peft.save_adapter(model, tmp_path, "org/base", fused=fused)
         settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -275,7 +309,7 @@ class TestAdaptersAndStorage:
 
     def test_an_adapter_of_another_family_is_refused(self, tmp_path):
         mixtral = self.config("mixtral-tiny")
-        peft.save_adapter(filled(build(mixtral, key=jax.random.key(0), adapter=LoRAConfig(2))), tmp_path, "org/base")
+        peft.save_adapter(filled(build(mixtral, adapter=LoRAConfig(2))), tmp_path, "org/base")
         with pytest.raises(UserError, match=r"adapts w1, w2, w3, which a Qwen3-MoE does not have: an adapter of another family\?"):
             peft.load_adapter(build(self.config("qwen3-moe-tiny"), adapter=LoRAConfig(2)), tmp_path)
 
