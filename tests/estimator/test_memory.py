@@ -61,6 +61,8 @@ def test_the_closed_form_adds_up_to_the_compiler(name):
         experiment(quantization={"format": "nf4", "double": False}, adapter={"targets": ["w1", "q_proj", "v_proj"]}),
         experiment(training={"param_dtype": "bfloat16", "optimizer": "adafactor", "gradient_accumulation": 3}),
         experiment("blackmamba-tiny", training={"optimizer": "adafactor"}),
+        experiment("qwen3-moe-tiny", 4, quantization={"format": "nf4"}, adapter={"rank": {"experts": 4, "attention": 8}}),
+        experiment("olmoe-tiny", 4, training={"gradient_accumulation": 2}),
     ],
 )
 def test_arguments_to_the_byte(case):
