@@ -29,7 +29,7 @@ from moejax.errors import UserError
 
 def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dict[str, Any], Any]:
     """One step for one GPU: what is told of it, and the program."""
-    from moejax.models.ops.grouped_choice import choose
+    from moejax.models.ops.grouped.matmul import choose
     from moejax.training import aot, step_cost
 
     sizes, tokens = experiment.model.architecture(None), rows * row_tokens

@@ -35,7 +35,7 @@ from routing import SKEWED, experts_of
 
 from moejax.models.moe import GATED
 from moejax.models.ops import choice, quantized
-from moejax.models.ops import grouped_matmul as gm
+from moejax.models.ops.grouped import matmul as gm
 from moejax.training import experts as of_run
 
 E, K, RANK = 8, 2, 16

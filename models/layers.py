@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.lora import LoRA
 from moejax.models.ops import linear
-from moejax.models.ops.grouped_matmul import Projection
+from moejax.models.ops.grouped.matmul import Projection
 from moejax.models.ops.linear import OfLayer
 
 INIT_STD = 0.02

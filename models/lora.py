@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.models.config.adapters import Pair
-from moejax.models.ops.grouped_matmul import LoRAWeights
+from moejax.models.ops.grouped.matmul import LoRAWeights
 
 
 class LoRA(nnx.Module):

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.config import Architecture, specs
 from moejax.models.layers import ExpertLinear, Linear, Target, trainable
-from moejax.models.ops import grouped_matmul as gm
 from moejax.models.ops import linear
+from moejax.models.ops.grouped import matmul as gm
 
 
 class RouterStats(NamedTuple):

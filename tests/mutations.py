@@ -35,7 +35,7 @@ def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 LAYERS, STEP, BATCHING, NF4 = "models/layers.py", "moejax/training/step.py", "moejax/data/batching.py", "models/ops/nf4.py"
 ATTENTION, MAMBA, SCAN, MOE = "models/ops/attention.py", "models/mamba.py", "models/ops/selective_scan.py", "models/moe.py"
-TILE, GROUPED, CAPACITY = "models/ops/expert_tile.py", "models/ops/grouped_matmul.py", "models/ops/grouped_capacity.py"
+TILE, GROUPED, CAPACITY = "models/ops/grouped/expert.py", "models/ops/grouped/matmul.py", "models/ops/grouped/capacity.py"
 ENTROPY, LOOP, PEFT, MERGE = "models/ops/cross_entropy.py", "moejax/training/loop.py", "moejax/hub/peft.py", "moejax/hub/merge.py"
 
 PACKED = "tests/data/test_batching.py"
@@ -115,9 +115,9 @@ FAULTS = [
     fault("capacity drops tokens", CAPACITY, "return jnp.sum(jnp.max(sizes) > jnp.asarray(plan.capacities, jnp.int32), dtype=jnp.int32)",
           "return jnp.minimum(jnp.sum(jnp.max(sizes) > jnp.asarray(plan.capacities), dtype=jnp.int32), len(plan.capacities) - 1)",
           f"{BACKENDS}::test_every_pattern_of_empty_groups"),
-    fault("loop: the last tile of a group is left out", "models/ops/grouped_loop.py", "-(-rest // plan.small_tile)", "rest // plan.small_tile",
+    fault("loop: the last tile of a group is left out", "models/ops/grouped/loop.py", "-(-rest // plan.small_tile)", "rest // plan.small_tile",
           f"{BACKENDS}::test_fewer_rows_than_experts", f"{MATMUL}::test_frozen_nf4_weights"),
-    fault("loop: a group's gradient takes the next one's rows", "models/ops/grouped_loop.py", "inside = (first + jnp.arange(count) < size)[:, None]",
+    fault("loop: a group's gradient takes the next one's rows", "models/ops/grouped/loop.py", "inside = (first + jnp.arange(count) < size)[:, None]",
           "inside = (first + jnp.arange(count) < size + count)[:, None]", f"{MATMUL}::test_frozen_nf4_weights"),
     fault("top-k weights are not renormalized", MOE, "picked / jnp.sum(picked, axis=-1, keepdims=True) if self.renormalize else picked", "picked",
           f"{MIXTRAL}::test_logits"),

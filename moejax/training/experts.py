@@ -11,9 +11,8 @@ from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.models.config import Architecture
 from moejax.models.ops.choice import here, measured
-from moejax.models.ops.grouped_choice import choose
-from moejax.models.ops.grouped_matmul import Plan
-from moejax.models.ops.grouped_ragged import ragged_dot
+from moejax.models.ops.grouped.matmul import Plan, choose
+from moejax.models.ops.grouped.ragged import ragged_dot
 from moejax.profiling.program import Program, module_of
 
 DENSE_FROM = 2.0

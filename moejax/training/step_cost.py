@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moejax.models.config import Architecture
-from moejax.models.ops import grouped_matmul as gm
+from moejax.models.ops.grouped import matmul as gm
 from moejax.profiling.program import Cost, Program, Trips, module_of
 from moejax.profiling.scopes import Place
 

@@ -127,7 +127,7 @@ def test_several_stacks_are_summed():
 
 @pytest.mark.parametrize("quantized", [True, False])
 def test_tiles_are_those_of_the_model(quantized):
-    from moejax.models.ops.grouped_matmul import choose
+    from moejax.models.ops.grouped.matmul import choose
 
     small = CASES["lora, sparse"].model.architecture(None)
     for platform in ("cpu", "gpu"):

@@ -16,8 +16,8 @@ from moejax.models.decoder import load_balancing_loss
 from moejax.models.layers import REMAT_POLICIES
 from moejax.models.moe import RouterStats
 from moejax.models.ops import attention, linear, quantized, selective_scan
-from moejax.models.ops import grouped_matmul as gm
 from moejax.models.ops.cross_entropy import linear_cross_entropy
+from moejax.models.ops.grouped import matmul as gm
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models.ops import grouped_matmul as gm
 from moejax.models.ops import quantized
+from moejax.models.ops.grouped import matmul as gm
 
 E, D, F, N, R = 5, 37, 53, 41, 3
 

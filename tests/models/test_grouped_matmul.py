@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models.ops import grouped_matmul as gm
 from moejax.models.ops import quantized
+from moejax.models.ops.grouped import matmul as gm
 from moejax.profiling.hlo import dot_flops
 
 E, D, F, N, K, R = 8, 32, 48, 40, 2, 4

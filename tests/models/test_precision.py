@@ -8,8 +8,9 @@ import numpy as np
 from moejax.models.config import PRESETS
 from moejax.models.layers import RMSNorm, Target, rotate
 from moejax.models.moe import MoE
-from moejax.models.ops import attention, expert_tile
+from moejax.models.ops import attention
 from moejax.models.ops.cross_entropy import linear_cross_entropy
+from moejax.models.ops.grouped import expert
 
 BF16 = jnp.bfloat16
 
@@ -77,8 +78,8 @@ def test_router_probabilities():
 
 def test_gradients_of_experts_are_summed_in_fp32():
     """600 equal tokens through one expert: a bf16 sum of ones ends at 256."""
-    pair = expert_tile.LoRAWeights(jnp.ones((1, 1, 4)), jnp.ones((1, 4, 1)))
-    from moejax.models.ops import grouped_matmul as gm
+    pair = expert.LoRAWeights(jnp.ones((1, 1, 4)), jnp.ones((1, 4, 1)))
+    from moejax.models.ops.grouped import matmul as gm
 
     projection = gm.Projection(jnp.zeros((1, 4, 4), BF16), pair)
     rows, experts = jnp.ones((600, 4), BF16), jnp.zeros((600, 1), jnp.int32)

@@ -8,7 +8,8 @@ from support import ROOT
 from moejax import config
 from moejax.errors import UserError
 from moejax.models.config import PRESETS
-from moejax.models.ops import choice, grouped_choice
+from moejax.models.ops import choice
+from moejax.models.ops.grouped import matmul as gm
 from moejax.training import aot, experts
 
 CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"
@@ -58,7 +59,7 @@ def test_the_nearest_measured_shape_decides(monkeypatch):
     monkeypatch.setattr(choice, "table", lambda _: table)
 
     def tile(tokens, quantized=False, kind="NVIDIA X"):
-        return grouped_choice.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, quantized=quantized).tile
+        return gm.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, quantized=quantized).tile
 
     assert [tile(1200), tile(8192), tile(8192, quantized=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 512]
 
@@ -66,5 +67,5 @@ def test_the_nearest_measured_shape_decides(monkeypatch):
 def test_the_architecture_of_the_real_model_is_unmeasured_until_a_gpu_was_there():
     real = PRESETS["mixtral-8x7b"]
     sizes = {"hidden": 4096, "intermediate": 14336, "quantized": True}
-    plan = grouped_choice.choose("auto", aot.TARGETS["H100"].name, 4096, real.num_experts, 2, **sizes)
+    plan = gm.choose("auto", aot.TARGETS["H100"].name, 4096, real.num_experts, 2, **sizes)
     assert plan.backend == "loop" and plan.tile == 512

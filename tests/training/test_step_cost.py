@@ -15,7 +15,9 @@ from support import ROOT
 
 from moejax import config
 from moejax.models import layers
-from moejax.models.ops import expert_tile, grouped_choice, linear
+from moejax.models.ops import linear
+from moejax.models.ops.grouped import dot
+from moejax.models.ops.grouped import matmul as gm
 from moejax.training import aot, experts, step, step_cost
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
@@ -104,7 +106,7 @@ def test_one_more_copy_of_the_experts_would_be_seen(patched, monkeypatch):
         with jax.named_scope(scope):
             return jax.lax.sort(wide).astype(dtype)
 
-    monkeypatch.setattr(expert_tile, "dequantized", copied)
+    monkeypatch.setattr(dot, "dequantized", copied)
     found, _, sizes = compiled("mixtral", 2, make=patched)
     assert dequantized_bytes(found, sizes) > 5.0 + MOST_OF_A_WEIGHT
     assert step_cost.total(found).bytes > MIXTRAL_BYTES
@@ -156,7 +158,7 @@ def test_capacity_pads_by_no_more_than_its_capacities():
 
 def test_a_routing_takes_its_branch():
     """Shares of the branches add up to one, over many routings; only those in the loop count its tiles."""
-    plan = grouped_choice.choose("capacity", "cpu", 512, 8, 2)
+    plan = gm.choose("capacity", "cpu", 512, 8, 2)
     assert plan.capacities == (144, 192, 256)
     even, spread = np.full(8, 128), np.array([190, 120, 119, 119, 119, 119, 119, 119])
     one = np.array([512, 512, 0, 0, 0, 0, 0, 0])
@@ -168,10 +170,10 @@ def test_a_routing_takes_its_branch():
 
 def test_what_nobody_knows_is_an_error():
     loads = np.array([128] * 8)
-    trips = step_cost.routed(grouped_choice.choose("loop", "cpu", 512, 8, 2), loads)
+    trips = step_cost.routed(gm.choose("loop", "cpu", 512, 8, 2), loads)
     with pytest.raises(ValueError, match="jit/while: how often this loop runs is not known"):
         trips("jit/while", None)
     with pytest.raises(ValueError, match="moe/cond: how often this conditional runs is not known"):
         trips("moe/cond", 0)
     with pytest.raises(ValueError, match="loss/cond: how often this conditional runs is not known"):
-        step_cost.routed(grouped_choice.choose("capacity", "cpu", 512, 8, 2), loads)("loss/cond", 1)
+        step_cost.routed(gm.choose("capacity", "cpu", 512, 8, 2), loads)("loss/cond", 1)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
+from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of
 from moejax.models.ops.linear import out_size
 
 

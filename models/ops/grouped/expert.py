@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.models.ops.linear import Weight, dequantized, part
+from moejax.models.ops.grouped import dot
+from moejax.models.ops.linear import Weight
 
 
 class Plan(NamedTuple):
@@ -143,7 +144,7 @@ class Expert:
         hidden = []
         for i, w in enumerate(self.ws):
             with jax.named_scope(self.plan.names[i]):
-                hidden.append(self.adapters.up(jnp.einsum("ti,oi->to", rows, w), low, i))
+                hidden.append(self.adapters.up(dot.forward(rows, w), low, i))
         return hidden, low
 
     def _activated(self, hidden: list[jax.Array], p: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ class Expert:
         hidden, _ = self._hidden(rows, row)
         act = self._activated(hidden, p)
         with jax.named_scope(self.plan.names[-1]):
-            y = self.adapters_out.up(jnp.einsum("ti,oi->to", act, self.w_out), self.adapters_out.down(act, row), 0)
+            y = self.adapters_out.up(dot.forward(act, self.w_out), self.adapters_out.down(act, row), 0)
         return y, hidden
 
     def backward(
@@ -170,18 +171,18 @@ class Expert:
                 hidden, low = self._hidden(rows, row)
         act, pull = jax.vjp(self._activated, hidden, p)
         with jax.named_scope(names[-1]):
-            dact = jnp.einsum("to,oi->ti", dy, self.w_out)
+            dact = dot.backward(dy, self.w_out)
             through, out_gradients = self.adapters_out.backward(act, self.adapters_out.down(act, row), [dy], row)
         dhidden, dp = pull(dact + through)
         dx, gradients = self.adapters.backward(rows, low, dhidden, row)
         for i, (w, dh) in enumerate(zip(self.ws, dhidden, strict=True)):
             with jax.named_scope(names[i]):
-                dx = dx + jnp.einsum("to,oi->ti", dh, w)
+                dx = dx + dot.backward(dh, w)
         dws = None
         if self.plan.trainable:
             with jax.named_scope("dw"):
                 pairs = [*((dh, rows) for dh in dhidden), (dy, act)]
-                dws = [jnp.einsum("to,ti->oi", g, r, preferred_element_type=jnp.float32) for g, r in pairs]
+                dws = [dot.gradient(g, r) for g, r in pairs]
         return dx, dp, Gradients(dws, [*gradients, *out_gradients])
 
     def zeros(self) -> Gradients:
@@ -195,4 +196,4 @@ def matrices(
 ) -> list[jax.Array]:
     """Expert e's matrices (None: all experts', [E, O, I]) in `dtype`, output last; the dequantization under its scope."""
     projections = (*inputs, output)
-    return [dequantized(part(p.weight, e), dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]
+    return [dot.operand(p.weight, e, dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.expert_tile import Gradients, LoRAWeights, Plan, Projection, matrices, pairs_of
+from moejax.models.ops.grouped.expert import Gradients, LoRAWeights, Plan, Projection, matrices, pairs_of
 
 _DIMENSIONS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]

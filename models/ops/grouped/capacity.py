@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops import grouped_loop
-from moejax.models.ops.expert_tile import Expert, Gradients, Plan, Projection, matrices, pairs_of
+from moejax.models.ops.grouped import loop as experts_loop
+from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of
 
 
 def _branch(plan: Plan, sizes: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ def forward(
         return branch
 
     def loop(x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Any, output: Any) -> Any:
-        return grouped_loop.forward(plan, keep, x, p, sizes, inputs, output, key)
+        return experts_loop.forward(plan, keep, x, p, sizes, inputs, output, key)
 
     branches = [*(with_capacity(c) for c in plan.capacities), loop]
     y, kept = jax.lax.switch(_branch(plan, sizes), branches, x, p, sizes, inputs, output)
@@ -107,7 +107,7 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
         return branch
 
     def loop(kept: Any, dy: jax.Array, *operands: Any) -> Any:
-        return grouped_loop.backward(plan, (*operands, key), kept, dy)
+        return experts_loop.backward(plan, (*operands, key), kept, dy)
 
     branches = [*(with_capacity(c) for c in plan.capacities), loop]
     dx, dp, gradients = jax.lax.switch(_branch(plan, arrays[2]), branches, kept, dy, *arrays)

@@ -3,11 +3,12 @@
 `dispatch` sorts token rows by expert, `grouped_mlp` sends each group through its own expert's matrices, `combine` adds the rows of
 one token up again. `dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
 
-Three backends do the middle part: `grouped_loop`, `grouped_capacity`, `grouped_ragged`; `grouped_choice` says which.
+Three backends do the middle part: `loop`, `capacity`, `ragged`; `choose` says which, by what `choice` has of the device.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.models.ops import grouped_capacity, grouped_loop, grouped_ragged
-from moejax.models.ops.expert_tile import LoRAWeights, Plan, Projection
-from moejax.models.ops.grouped_choice import BACKENDS, choose
+from moejax.models.ops import choice
+from moejax.models.ops.grouped import capacity, loop, ragged
+from moejax.models.ops.grouped.expert import LoRAWeights, Plan, Projection
 from moejax.models.ops.linear import Weight, dequantized, with_frozen
 
 __all__ = [
@@ -25,7 +26,35 @@ __all__ = [
     "sort_weights",
 ]  # fmt: skip
 
-_BACKENDS: dict[str, Any] = {"loop": grouped_loop, "capacity": grouped_capacity, "ragged": grouped_ragged}
+_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity, "ragged": ragged}
+BACKENDS = (*_BACKENDS,)
+CAPACITIES = (1.125, 1.5, 2.0)
+"""Rows per expert that `capacity` is compiled for, in mean loads; a larger load goes through the loop."""
+
+
+def choose(
+    backend: str,
+    platform: str,
+    tokens: int,
+    experts: int,
+    experts_per_token: int,
+    *,
+    hidden: int = 1024,
+    intermediate: int = 1024,
+    quantized: bool = False,
+) -> Plan:
+    """The plan for this device and size. Raises ValueError for a backend that does not exist.
+
+    platform: "cpu", "gpu", or a GPU's kind. A forced backend takes its tile from the table all the same.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
+    found, tile, small_tile = choice.grouped(
+        platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized
+    )
+    mean_group = max(1, tokens * experts_per_token // experts)
+    capacities = sorted({min(tokens, 8 * math.ceil(mean_group * c / 8)) for c in CAPACITIES})
+    return Plan(found if backend == "auto" else backend, tile, small_tile, capacities=tuple(capacities))
 
 
 class Groups(NamedTuple):
