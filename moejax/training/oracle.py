@@ -5,9 +5,12 @@ jax is imported only where something is to be compiled.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from moejax import installation
@@ -21,10 +24,25 @@ from moejax.models.config import Architecture
 
 
 def _sources() -> str:
-    """Hash of everything that the step is made of: sources, and the tables that choose what is compiled."""
-    training = [installation.PACKAGE / "training" / f"{name}.py" for name in ("aot", "optimizer", "state", "step")]
-    models = [path for path in (installation.PACKAGE / "models").rglob("*") if path.suffix in (".py", ".json")]
-    return memory.digest([*models, *training])
+    """Hash of everything that the step is made of: what `aot.py` imports, and the tables that choose what is compiled."""
+    return memory.digest([*_imported(installation.PACKAGE), *(installation.PACKAGE / "models").rglob("*.json")])
+
+
+@cache
+def _imported(package: Path) -> frozenset[Path]:
+    """The modules that a compiled step comes from: `training/aot.py`, what it imports, what that imports …"""
+    found: set[Path] = set()
+    waiting = {"moejax.training.aot"}
+    while waiting:
+        place = package.joinpath(*waiting.pop().split(".")[1:])
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if path in found or not path.is_file():  # no module, but what one of them holds
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "moejax":
+                waiting |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found)
 
 
 def why_not_compiled(gpu: GPU) -> str | None:

@@ -230,16 +230,19 @@ def test_what_makes_the_program_makes_the_key():
         assert memory.relevant(other) != first
 
 
-def test_a_table_that_chooses_the_program_makes_the_key(monkeypatch, tmp_path):
-    """models/ops/choice.json: another tile is another program."""
-    for part in ("models", "training"):
-        shutil.copytree(installation.PACKAGE / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    before = oracle._sources()
-    monkeypatch.setattr(installation, "PACKAGE", tmp_path)
-    assert oracle._sources() == before
-    table = tmp_path / "models" / "ops" / "choice.json"
-    table.write_text(table.read_text().replace('"tile": 64', '"tile": 32'))
-    assert oracle._sources() != before
+def test_whatever_the_step_imports_makes_the_key(monkeypatch, tmp_path):
+    """And the tables: another tile in models/ops/choice.json is another program. The study is none of it."""
+    package = shutil.copytree(installation.PACKAGE, tmp_path / "moejax", ignore=shutil.ignore_patterns("__pycache__"))
+    known = {oracle._sources()}
+    monkeypatch.setattr(installation, "PACKAGE", package)
+    assert {oracle._sources()} == known
+    (package / "study/reference/__init__.py").write_text("another = 1\n")
+    assert {oracle._sources()} == known
+    parts = ("models/ops/choice.json", "models/layers.py", "hub/model.py", "data/batch.py", "training/memory.py")
+    for count, file in enumerate(parts, 2):
+        (package / file).write_text((package / file).read_text() + "\n")
+        known.add(oracle._sources())
+        assert len(known) == count, file
 
 
 def test_the_closed_form_beside_kept_compiled_figures():
