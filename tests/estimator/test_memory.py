@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from support import kept_result
+from support import ROOT, kept_result
 
 from moejax import cli, config, device, gpus, installation
 from moejax.commands import estimate_memory
@@ -37,6 +37,7 @@ CASES = {
     "lora, dense": experiment(k=8, **LORA),
     "full, dense": experiment(k=8),
     "full, dense, balanced": experiment(k=8, model={"preset": "mixtral-tiny", "experts_per_token": 8, "aux_loss_coef": 0.02}),
+    "qwen3, sparse": experiment("qwen3-moe-tiny", k=4, quantization={"format": "nf4"}, adapter={"rank": 16}),
     "blackmamba, sparse": experiment("blackmamba-tiny"),
     "blackmamba, dense": experiment("blackmamba-tiny", k=8),
 }
@@ -256,6 +257,19 @@ def test_the_closed_form_beside_kept_compiled_figures():
         if abs(made.total / row["compiler_bytes"] - 1) > 0.03:
             missed.add((row["config"].replace("_cs_", "_").replace("_math_", "_"), row["rows"], row["gpu"]))
     assert missed == {("blackmamba_2.8b_dense", 8, "A100-80"), ("blackmamba_2.8b_dense", 8, "A40"), ("mixtral_8x7b_dense", 8, "A40")}
+
+
+def test_the_closed_form_beside_the_compiled_figures_of_families():
+    """docs/families.md's table."""
+    lines = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) of ([\d,]+) \| (.*) \|$", (ROOT / "docs/families.md").read_text(), re.MULTILINE)
+    peaks = [(*line[:3], *peak) for line in lines for peak in re.findall(r"([\d.]+)(?: GB)? on an (\w+)", line[3])]
+    assert len(peaks) == 6
+    for name, rows, tokens, gigabytes, gpu in peaks:
+        experiment = config.load(installation.CONFIGS / f"{name}.yaml")
+        architecture, platform = experiment.model.architecture(None), closed_form.platform_of(gpus.find(gpu))
+        sizes = {"rows": int(rows), "row_tokens": int(tokens.replace(",", ""))}
+        made = closed_form.breakdown(experiment, architecture, **sizes, platform=platform)
+        assert made.total / 1e9 == pytest.approx(float(gigabytes), rel=0.03), name
 
 
 def run(capsys, *arguments):
