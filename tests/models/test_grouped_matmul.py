@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import dot_flops
 
 from moejax.models.ops import quantized
 from moejax.models.ops.grouped import matmul as gm
-from moejax.profiling.hlo import dot_flops
 
 E, D, F, N, K, R = 8, 32, 48, 40, 2, 4
 

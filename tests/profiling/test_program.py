@@ -5,9 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from hlo import dot_flops
 from traces import leaves, module
 
-from moejax.profiling.hlo import dot_flops
 from moejax.profiling.program import Program
 
 
