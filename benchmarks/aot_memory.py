@@ -16,12 +16,13 @@ import itertools
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import kept
 
 from moejax import config, installation
 from moejax.errors import UserError
@@ -69,10 +70,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON of everything, with versions")
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_intermixed_args()
-    report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/aot_memory.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "versions": installation.versions(), "steps": [],
-    }  # fmt: skip
+    report = kept.about(versions=installation.versions(), steps=[])
     try:
         for path, gpu in itertools.product(options.config, options.gpu.split(",")):
             for remat in options.remat.split(",") if options.remat else [None]:
@@ -84,8 +82,7 @@ def main() -> int:
                     told, program = compiled(experiment, gpu, rows, length)
                     print(json.dumps(told), flush=True)
                     report["steps"].append(told)
-                    if options.out:
-                        options.out.write_text(json.dumps(report, indent=1) + "\n")
+                    kept.write(options.out, report)
         if options.dump:
             options.dump.write_text(program.as_text())
     except UserError as error:

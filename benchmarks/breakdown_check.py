@@ -16,7 +16,6 @@ intermediate results stands, is left out of the shares.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -29,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import optax
 
@@ -84,7 +84,7 @@ def seconds(function: Any, *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def kept(loss: Any, trainable: Any, frozen: Any, batch: Batch) -> Any:
+def saved(loss: Any, trainable: Any, frozen: Any, batch: Batch) -> Any:
     """The loss, and every array that its backward pass would need."""
     value, pull = jax.vjp(lambda t: loss(t, frozen, batch), trainable)
     return value, [leaf for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array)]
@@ -106,7 +106,7 @@ def traced(step: Any, *operands: Any) -> tuple[breakdown.Breakdown, Any]:
 def check(model: str, k: int, remat: str, rows: int, row_tokens: int, rounds: int) -> dict[str, Any]:
     """Both clocks' figures for one case: medians over rounds in which everything has its turn, so that noise troubles all alike."""
     step, state, frozen, batch, loss = setup(model, k, remat, rows, row_tokens)
-    forward, both = jax.jit(lambda *operands: kept(loss, *operands)), jax.jit(jax.grad(loss))
+    forward, both = jax.jit(lambda *operands: saved(loss, *operands)), jax.jit(jax.grad(loss))
     figures: dict[str, list[float]] = defaultdict(list)
     attributed = []
     for _ in range(rounds):
@@ -198,11 +198,7 @@ def main() -> int:
             for what in ("forward", "forward_and_backward", "step"):
                 ours, alone, ratio = (r[what][key] for key in ("breakdown", "alone", "ratio"))
                 print(f"  {what:21} breakdown {1e3 * ours:8.1f} ms   alone {1e3 * alone:8.1f} ms   ratio {ratio:.2f}", flush=True)
-    if options.out:
-        versions = {"jax": jax.__version__, "python": sys.version.split()[0]}
-        command = " ".join(["python benchmarks/breakdown_check.py", *sys.argv[1:]])
-        result = {"command": command, "versions": versions, "cores": os.cpu_count(), "results": results}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    kept.write(options.out, kept.about(cores=os.cpu_count(), results=results))
     return 0
 
 

@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
 
+import kept
 import torch_run
 
 from moejax import config as configuration
@@ -179,7 +180,9 @@ def main() -> int:
         for name in options.only:
             results[name] = run_case(name, options.steps, options.reference, options.runs)
             print(say(name, results[name]), flush=True)
-            _write(results, options.out)
+            ordered = {name: results[name] for name in CASES if name in results}
+            report = kept.about("make curves", device=cpu_name(), tolerance=TOLERANCE, cases=ordered)
+            options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -188,17 +191,6 @@ def main() -> int:
     curves_report.write(results, ROOT / "docs")
     # What parts although PyTorch stays beside itself is no rounding.
     return int(any(r["agrees"] is False and r["control"]["first_step_outside"] is None for r in results.values()))
-
-
-def _write(results: dict[str, Any], path: Path) -> None:
-    from importlib.metadata import version
-
-    about = {
-        "command": "make curves", "date": time.strftime("%Y-%m-%d"), "device": cpu_name(), "tolerance": TOLERANCE,
-        "versions": {"jax": version("jax"), "python": sys.version.split()[0]},
-    }  # fmt: skip
-    ordered = {name: results[name] for name in CASES if name in results}
-    path.write_text(json.dumps(about | {"cases": ordered}, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import kept
+from clock import copy_rate, in_turn
 
 from moejax.errors import UserError
 from moejax.models.ops import nf4, quantized
@@ -75,19 +76,6 @@ def fused(form: str, shape: tuple[int, int], dtype: Any, double: bool, sharding:
     return large_fusions(function.lower(arguments, index).compile(), math.prod(shape))
 
 
-def medians(functions: dict[str, Any], arguments: tuple[Any, ...], repeat: int) -> dict[str, float]:
-    """Seconds of each, taken in turn."""
-    compiled = {name: jax.jit(function) for name, function in functions.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeat + 1):
-        for name, function in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            if turn:  # not the one that compiles
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="14336x4096", help="OUTxIN")
@@ -114,23 +102,21 @@ def main() -> int:
     row = jnp.ones((1, shape[1]), dtype)
     n = math.prod(shape)
     moved = EXPERTS * n * (0.5 + dtype.itemsize)
-    copied = jnp.ones(int(moved / 8), jnp.float32)  # read and written: as many bytes
-    rate = moved / medians({"": lambda x: x + 1}, (copied,), o.repeat)[""]
-    del copied
+    rate = copy_rate(int(moved / 2))  # read and written: as many bytes
     plain = jnp.ones((EXPERTS, *shape), dtype)
-    product = medians({"": lambda row, w: loop(lambda x: x, row, w)}, (row, plain), o.repeat)[""]
+    multiply = jax.jit(lambda row, w: loop(lambda x: x, row, w))
+    product = statistics.median(in_turn({"": partial(multiply, row, plain)}, o.repeat)[""])
     del plain
-    report: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/dequant_forms.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "device": jax.local_devices()[0].device_kind, "cores": os.cpu_count(),
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "shape": list(shape), "dtype": o.dtype, "copy_bytes_per_second": rate, "product_seconds": product / EXPERTS, "forms": {},
-    }  # fmt: skip
+    report = kept.about(
+        device=jax.local_devices()[0].device_kind, cores=os.cpu_count(), shape=list(shape), dtype=o.dtype, copy_bytes_per_second=rate,
+        product_seconds=product / EXPERTS, forms={},
+    )  # fmt: skip
     print(f"the product alone {1e3 * product / EXPERTS:.3f} ms a matrix, a copy {rate / 1e9:.2f} GB/s")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    runs = {form: lambda row, w, form=form: loop(lambda t: dequantized(form, t, dtype), row, w) for form in FORMS}
-    for form, seconds in medians(runs, (row, weights), o.repeat).items():
-        seconds /= EXPERTS
+    runs = {form: jax.jit(lambda row, w, form=form: loop(lambda t: dequantized(form, t, dtype), row, w)) for form in FORMS}
+    taken = in_turn({form: partial(run, row, weights) for form, run in runs.items()}, o.repeat)
+    for form, all_ in taken.items():
+        seconds = statistics.median(all_) / EXPERTS
         report["forms"][form] = {
             "seconds": seconds, "bytes_per_second": moved / EXPERTS / seconds, "of_copy": moved / EXPERTS / seconds / rate,
             "large_fusions": fused(form, shape, dtype, not o.single, here),  # type: ignore[arg-type]
@@ -141,8 +127,7 @@ def main() -> int:
             f"{f['large_fusions']} large fusions",
             flush=True,
         )
-    if o.out:
-        o.out.write_text(json.dumps(report, indent=1) + "\n")
+    kept.write(o.out, report)
     return 0
 
 

@@ -8,8 +8,6 @@ three smallest batches (the others lie beyond them), and the first, middle and l
 """
 
 import argparse
-import datetime
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import kept
 
 from moejax import installation
 from moejax.commands.estimate_fit import measured
@@ -51,19 +51,15 @@ def main() -> int:
             )
     worst = max(abs(p["error"]) for found in splits.values() for p in found["predicted"])
     print(f"largest error {100 * worst:.1f} %: {'within' if worst <= BAR else 'NOT within'} {BAR:.0%}; load at the start {load:.1f}")
-    document = {
-        "what": "step seconds of five batch sizes, and two predicted from three, by `estimate.py fit`'s code",
-        "date": datetime.date.today().isoformat(), "command": f"python benchmarks/estimator_sweep.py --repeats {options.repeats}",
-        "config": options.config, "steps": options.steps, "device": runs[0].device, "versions": installation.versions(),
-        "load_at_start": load, "bar": BAR, "largest_error": worst,
-        "runs": [
-            {"rows": r, "queries": m.queries, "tokens": m.tokens, "seconds": m.seconds, "all_seconds": [turn[i].seconds for turn in turns]}
-            for i, (r, m) in enumerate(zip(rows, runs, strict=True))
-        ],
-        "splits": splits,
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+    measured_runs = [
+        {"rows": r, "queries": m.queries, "tokens": m.tokens, "seconds": m.seconds, "all_seconds": [turn[i].seconds for turn in turns]}
+        for i, (r, m) in enumerate(zip(rows, runs, strict=True))
+    ]
+    report = kept.about(
+        config=options.config, steps=options.steps, device=runs[0].device, versions=installation.versions(), load_at_start=load, bar=BAR,
+        largest_error=worst, runs=measured_runs, splits=splits,
+    )  # fmt: skip
+    kept.write(options.out, report)
     return 0 if worst <= BAR else 1
 
 

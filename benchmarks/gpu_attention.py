@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import kept
+from clock import difference, in_turn
 
 from moejax.models.ops.attention import segment_attention
 
@@ -52,10 +54,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     heads, groups, size = (4, 2, 16) if o.tiny else (32, 8, 128)
-    report: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/gpu_attention.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "device": jax.local_devices()[0].device_kind, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}, "cases": [],
-    }  # fmt: skip
+    report = kept.about(device=jax.local_devices()[0].device_kind, cases=[])
     forms = {"ours": segment_attention, "xla": by_jax("xla")} | ({} if o.tiny else {"cudnn": by_jax("cudnn")})
     for case in ("2x64" if o.tiny else o.cases).split(","):
         b, t = (int(n) for n in case.split("x"))
@@ -69,21 +68,14 @@ def main() -> int:
             try:
                 compiled = both_passes(form)
                 found = compiled(*arguments)
-                row["difference"] = max(
-                    float(jnp.max(jnp.abs(a.astype(jnp.float32) - e)) / jnp.max(jnp.abs(e))) for a, e in zip(found, exact, strict=True)
-                )
-                seconds = []
-                for _ in range(o.repeat):
-                    start = time.perf_counter()
-                    jax.block_until_ready(compiled(*arguments))
-                    seconds.append(time.perf_counter() - start)
+                row["difference"] = difference(found, exact)
+                seconds = in_turn({"": partial(compiled, *arguments)}, o.repeat)[""]
                 row["seconds"] = {"median": statistics.median(seconds), "all": seconds}
             except (RuntimeError, ValueError, NotImplementedError) as error:  # no cuDNN, or a shape it does not take: said, and on
                 row["error"] = str(error)[:300]
             report["cases"].append(row)
             print(json.dumps({n: v for n, v in row.items() if n != "seconds"} | {"median": row.get("seconds", {}).get("median")}))
-    if o.out:
-        o.out.write_text(json.dumps(report, indent=1) + "\n")
+    kept.write(o.out, report)
     return 0
 
 

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
+from clock import matrix_rate
 from flax import nnx
 
 from moejax import config as experiments
@@ -157,21 +158,6 @@ def run_case(
         "loss": loss,
         **({"trace": traced(compiled, state, frozen, batch)} if trace else {}),
     }
-
-
-def matrix_rate(size: int, dtype: Any) -> float:
-    """FLOP/s of a square matrix product: what "the device's measured matrix rate" means here."""
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    product(a).block_until_ready()
-    best = min(_timed(product, a) for _ in range(5))
-    return 2 * size**3 / best
-
-
-def _timed(function: Any, *arguments: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
 
 
 def main() -> int:

@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import kept
 from choices import update
+from clock import difference, in_turn
 from routing import SKEWED, experts_of
 
 from moejax.models.moe import GATED
@@ -92,12 +92,6 @@ def dense(d: int, f: int, rows: int, dtype: Any) -> Any:
     return lambda: compiled(x, x, w1, w3, w2)
 
 
-def difference(found: Any, expected: Any) -> float:
-    """Largest over all arrays, of each one's largest element."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - e)) / jnp.max(jnp.abs(e))) for a, e in pairs)
-
-
 def candidates(platform: str, tokens: int, d: int, f: int, in_4_bits: bool) -> dict[str, gm.Plan]:
     base = gm.choose("auto", "", tokens, E, K, hidden=d, intermediate=f, quantized=in_4_bits)._replace(activation=GATED["silu"])
     rows = tokens * K // E
@@ -132,13 +126,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
                 calls[f"{name}, {routing}"] = lambda call=call, arguments=arguments: call(*arguments)
             except jax.errors.JaxRuntimeError as error:  # out of memory: the others go on
                 errors[f"{name}, {routing}"] = str(error)[:200]
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeat + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = in_turn(calls, repeat)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     useful = 6 * 2 * tokens * K * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
     winner, entry = decide(plans, medians, ragged)

@@ -10,7 +10,6 @@ checkpoint between them are told apart: there the run has other work.
 from __future__ import annotations
 
 import argparse
-import json
 import queue
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
+import kept
 
 from moejax import config as configuration
 from moejax.device import cpu_name
@@ -100,10 +100,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_intermixed_args()
     device = jax.local_devices()[0]
-    report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/idle.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "device": cpu_name() if device.platform == "cpu" else device.device_kind, "runs": {},
-    }  # fmt: skip
+    report = kept.about(device=cpu_name() if device.platform == "cpu" else device.device_kind, runs={})
     plain = loop.Trainer
     try:
         for path in options.config:
@@ -125,8 +122,7 @@ def main() -> int:
         print(
             f"{path}: the device waited {100 * found['idle_share']:.2f} % of {found['seconds']:.1f} s in {found['steps']} steps"
         )
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    kept.write(options.out, report)
     return 0
 
 

@@ -7,8 +7,6 @@ $MOEJAX_CACHE (or ~/.cache/moejax): a second run takes seconds. Prints a Markdow
 """
 
 import argparse
-import datetime
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +15,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import kept
 
 from moejax import config, gpus, installation
 from moejax.errors import UserError
@@ -50,13 +50,7 @@ def main() -> int:
         )
     missed = [r for r in results if abs(r["error"]) > BAR]
     print(f"\n{len(results) - len(missed)} of {len(results)} within {BAR:.0%}")
-    if options.out:
-        document = {
-            "what": "peak memory of one training step: the compiler's figure for GPUs that were not there, and the closed form",
-            "date": datetime.date.today().isoformat(), "command": "python benchmarks/memory_check.py",
-            "versions": installation.versions(), "results": results,
-        }  # fmt: skip
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+    kept.write(options.out, kept.about(versions=installation.versions(), results=results))
     return 0
 
 

@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import kept
 from choices import update
+from clock import copy_rate, difference, in_turn
 
 from moejax.models.ops import choice
 from moejax.models.ops import selective_scan as ss
@@ -64,24 +64,6 @@ def gradient(form: str, chunk: int | None) -> Any:
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def copy_rate(nbytes: int) -> float:
-    """Bytes read and written per second by a plain elementwise pass."""
-    x = jnp.ones(nbytes // 4, jnp.float32)
-    plus = jax.jit(lambda v: v + 1)
-    plus(x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        plus(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(seconds)
-
-
-def difference(found: Any, expected: Any) -> float:
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - e.astype(jnp.float32))) / jnp.max(jnp.abs(e))) for a, e in pairs)
-
-
 def measure(case: str, chunks: str, dtype: str, repeat: int, rate: float) -> list[dict[str, Any]]:
     """One row for each form and chunk."""
     b, t, d = (int(n) for n in case.split("x"))
@@ -101,16 +83,10 @@ def measure(case: str, chunks: str, dtype: str, repeat: int, rate: float) -> lis
             call = gradient(form, chunk).lower(arguments, starts, weights).compile()
             row["largest_difference"] = difference(call(arguments, starts, weights), reference)
             row |= {"temporary_bytes": call.memory_analysis().temp_size_in_bytes, "floor_bytes": floor, "floor_seconds": floor / rate}
-            calls[index] = call
+            calls[index] = lambda call=call: call(arguments, starts, weights)
         except jax.errors.JaxRuntimeError as error:  # out of memory: the others go on
             row["error"] = str(error)[:300]
-    seconds: dict[int, list[float]] = {index: [] for index in calls}
-    for _ in range(repeat):
-        for index, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call(arguments, starts, weights))
-            seconds[index].append(time.perf_counter() - start)
-    for index, all_ in seconds.items():
+    for index, all_ in in_turn(calls, repeat).items():
         rows[index]["seconds"] = {"median": statistics.median(all_), "all": all_}
     return rows
 

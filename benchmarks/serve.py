@@ -19,8 +19,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import jax
-from gpu_step import matrix_rate, no_adaptation
-from scan_choice import copy_rate
+from clock import copy_rate, matrix_rate
+from gpu_step import no_adaptation
 
 from moejax import config as configuration
 from moejax.config import Experiment

@@ -25,6 +25,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
 
 import contract
+import kept
 import torch_run
 from curves_report import between
 
@@ -67,9 +68,9 @@ def described(folder: Path, bars: Bars) -> dict[str, Any]:
     """What is kept of a run."""
     p = schema.read(folder)
     seconds = {"step_seconds": p.step_seconds.model_dump(), "phases": dict(bars.phases), "idle": bars.idle}
-    kept = {"layers": dict(bars.layers), "moe_kernels": dict(bars.kernels), "takeaways": takeaways(bars)}
-    kept["attributed"] = 1 - bars.layers.get(OUTSIDE, 0.0) / sum(bars.layers.values())
-    return {"framework": p.framework, "versions": p.versions, "backend": p.moe.backend} | seconds | kept
+    parts = {"layers": dict(bars.layers), "moe_kernels": dict(bars.kernels), "takeaways": takeaways(bars)}
+    parts["attributed"] = 1 - bars.layers.get(OUTSIDE, 0.0) / sum(bars.layers.values())
+    return {"framework": p.framework, "versions": p.versions, "backend": p.moe.backend} | seconds | parts
 
 
 def rows(name: str, result: dict[str, Any]) -> list[str]:
@@ -160,15 +161,13 @@ def main() -> int:
             if name == "mixtral-sparse":
                 shutil.copy(options.runs / "figures" / name / "moe_kernels.png", ROOT / "docs" / "frameworks")
             print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)
-            about = {"command": "make frameworks", "date": time.strftime("%Y-%m-%d"), "device": cpu_name()}
-            ordered = {n: results[n] for n in RUNS if n in results}
-            options.out.write_text(json.dumps(about | {"runs": ordered}, indent=1) + "\n", encoding="utf-8")
+            results = {n: results[n] for n in RUNS if n in results}
+            kept.write(options.out, kept.about("make frameworks", device=cpu_name(), runs=results))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    ordered = {n: results[n] for n in RUNS if n in results}
-    between(ROOT / "docs" / "frameworks.md", "shares", table(ordered))
-    between(ROOT / "docs" / "frameworks.md", "seconds", seconds(ordered))
+    between(ROOT / "docs" / "frameworks.md", "shares", table(results))
+    between(ROOT / "docs" / "frameworks.md", "seconds", seconds(results))
     return 0
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+from clock import in_turn
 from flax import nnx
 
 from moejax.models.build import build
@@ -65,13 +65,7 @@ def main() -> int:
     found = {}
     for backend in o.backends.split(","):
         calls = {shape: layer(shape, o.width, o.tokens, backend) for shape in (SMALL, LARGE)}
-        seconds: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in calls}
-        for turn in range(o.repeat + 1):  # the first compiles
-            for shape, call in calls.items():
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                seconds[shape] += [time.perf_counter() - start] * bool(turn)
-        medians = [statistics.median(seconds[shape]) for shape in calls]
+        medians = [statistics.median(seconds) for seconds in in_turn(calls, o.repeat).values()]
         rates = [12 * o.tokens * k * o.width * f / s for (_, k, f), s in zip(calls, medians, strict=True)]
         found[backend] = {"seconds": medians, "useful_flops_per_second": rates, "ratio": rates[1] / rates[0]}
         if not o.json:
