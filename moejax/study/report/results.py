@@ -75,7 +75,6 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
-_NUMBERS = ("seq_len", "batch", "value")
 
 
 @dataclass(frozen=True)
@@ -211,30 +210,8 @@ def as_csv(rows: list[Row]) -> str:
     return out.getvalue()
 
 
-def read_csv(path: str | Path) -> list[Row]:
-    """The rows of a results.csv, as `write` was given them. Raises UserError naming file, line and value."""
-    reader = csv.reader(io.StringIO(read_text(_there(Path(path)), remedy=AGAIN), newline=""))
-    header = tuple(next(reader, ()))
-    if header != COLUMNS:
-        raise UserError(f"{path}: columns {','.join(header)}: expected {','.join(COLUMNS)}")
-    rows = []
-    for line, cells in enumerate(reader, 2):
-        if len(cells) != len(COLUMNS):
-            raise UserError(f"{path}, line {line}: {len(cells)} cells, expected {len(COLUMNS)}: was the file cut off?")
-        values = {k: _cell(path, line, k, text) for k, text in zip(COLUMNS, cells, strict=True)}
-        rows.append(values)
-    return _validated(_ROWS, rows, Path(path))
-
-
-def _cell(path: str | Path, line: int, column: str, text: str) -> Any:
-    if text == "":
-        return "" if column == "scope" else None
-    if column not in _NUMBERS:
-        return text
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        raise UserError(f"{path}, line {line}: {column} = {text!r}: expected a number") from None
+def _cells(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))
 
 
 def read(folder: str | Path) -> Study:
@@ -242,7 +219,8 @@ def read(folder: str | Path) -> Study:
     folder = Path(folder)
     study = read_plan(folder)
     rows = _validated(_ROWS, _version(_load(folder / JSON_FILE), folder / JSON_FILE).get("rows"), folder / JSON_FILE)
-    if (folder / CSV_FILE).exists() and read_csv(folder / CSV_FILE) != rows:
+    table = folder / CSV_FILE
+    if table.exists() and _cells(read_text(table, remedy=AGAIN)) != _cells(as_csv(rows)):
         raise UserError(f"{folder}: {CSV_FILE} and {JSON_FILE} hold different rows: {AGAIN}")
     if study.rows_hash not in (None, _hash(as_csv(rows))):
         raise UserError(f"{folder}: {STUDY_FILE} was written with other rows than those of {JSON_FILE} (killed meanwhile?): {AGAIN}")
