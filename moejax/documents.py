@@ -18,6 +18,8 @@ def read_json(path: Path, given: str = "", remedy: str = "") -> dict[str, Any]:
     text = read_text(path, given, remedy)
     where, then = f"{given}{path}", f" {remedy[0].upper()}{remedy[1:]}" if remedy else ""
     remedy = f": {remedy}" if remedy else ""
+    if not text.strip():
+        raise UserError(f"{where} is empty (a full disk, an interrupted copy?){remedy}")
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:

@@ -11,12 +11,11 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import coefficients, comparison
-from moejax.hub.stored import read_json as read_hub_json
 from moejax.profiling import schema
 from moejax.yaml_file import read_yaml
 
 FAULTS = {
-    b"": "line 1",
+    b"": "empty",
     b'{"a": [1,': "line 1",
     b"[" * 99999: "nested too deeply|recursion",
     b'{"schema_version": ' + b"9" * 5000 + b"}": "limit",
@@ -37,7 +36,7 @@ def test_what_is_no_json_object(content, told, tmp_path):
         eos_token_id = 2
 
     for reader in (
-        read_json, read_hub_json, coefficients.read, schema.read,
+        read_json, coefficients.read, schema.read,
         lambda p: comparison.read_prediction(p.parent), lambda p: ends_of(Tokenizer(), "mistral", p.parent),
     ):  # fmt: skip
         with pytest.raises(UserError, match=told) as caught:

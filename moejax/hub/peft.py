@@ -12,12 +12,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
 from moejax.hub.fused import check_patterns, fuse, pair_of, patterns, unfuse
 from moejax.hub.names import Place, attribute, index_of, modules
 from moejax.hub.safetensors_file import write_file
-from moejax.hub.stored import read_json
+from moejax.hub.stored import AGAIN
 from moejax.hub.torch_file import TorchFile
 from moejax.models.build import Model
 from moejax.models.config.adapters import Pair
@@ -225,7 +226,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         there = f", and this is the folder of a run: its adapter is {inner.parent}" if inner.is_file() else ""
         there = there or (", and this is a model: give it as model.source" if (folder / "config.json").is_file() else "")
         raise UserError(f"{folder} holds no adapter_config.json: expected an adapter written by PEFT or by moejax{there}")
-    config = read_json(path)
+    config = read_json(path, remedy=AGAIN)
     _check_plain(config, path)
     return config
 

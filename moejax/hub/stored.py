@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax.documents import without_advice
+from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.files import lfs_pointer
 from moejax.hub import bitsandbytes
 from moejax.hub.names import renamed, stacked
 from moejax.hub.safetensors_file import Reader, Staging
 from moejax.hub.torch_file import TorchFile
 from moejax.models.config import Architecture
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file where it cannot be read or is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        what = f"cannot be read ({without_advice(error)})" if path.stat().st_size else "is empty (a full disk, an interrupted copy?)"
-        raise UserError(f"{path} {lfs_pointer(path) or f'{what}: download it again, or copy it'}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}: expected names and values")
-    return content
+AGAIN = "download it again, or copy it"
 
 
 class Source(NamedTuple):
@@ -119,7 +105,7 @@ def _layout(folder: Path) -> tuple[dict[str, str], list[Path]]:
 def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     if not index.is_file():
         return {}
-    where = read_json(index).get("weight_map")
+    where = read_json(index, remedy=AGAIN).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
         raise UserError(f"{index} lacks weight_map: expected the file of every tensor in it")
     for shard in sorted(set(where.values())):

@@ -12,13 +12,14 @@ from flax import nnx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moejax.contents import sizes_content
+from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes, quantized_cache
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.safetensors_file import Reader
 from moejax.hub.snapshot import resolve
-from moejax.hub.stored import Source, open_tensors, read_json, weight_files
+from moejax.hub.stored import AGAIN, Source, open_tensors, weight_files
 from moejax.hub.streaming import by_variable, checked, fill, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
@@ -33,7 +34,7 @@ def read_config(folder: Path, ignored: Collection[str] = ()) -> Architecture:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: expected a model in Hub layout{_instead(folder)}")
-    content = read_json(path)
+    content = read_json(path, remedy=AGAIN)
     try:
         return from_hub_config(content, ignored)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:

@@ -7,8 +7,9 @@ from typing import Any
 
 from moejax.data.ends import ends_of
 from moejax.data.tokenizer import load_tokenizer, save_tokenizer
+from moejax.documents import read_json
 from moejax.hub.save import write_json
-from moejax.hub.stored import read_json
+from moejax.hub.stored import AGAIN
 
 
 def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> None:
@@ -19,9 +20,9 @@ def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> Non
     (`data.ends`) is in generation_config.json. Raises OSError where a file cannot be written, UserError where one of base's is damaged.
     """
     path = folder / "generation_config.json"
-    ours, config = read_json(path), read_json(folder / "config.json")
+    ours, config = read_json(path, remedy=AGAIN), read_json(folder / "config.json", remedy=AGAIN)
     carried = None if base is None else base / path.name
-    theirs = read_json(carried) if carried is not None and carried.is_file() else {}
+    theirs = read_json(carried, remedy=AGAIN) if carried is not None and carried.is_file() else {}
     ids = dict.fromkeys([*_named(config), *_named(theirs)])
     if tokenizer is not None:
         if not tokenizer.chat_template and base is not None and (base / "tokenizer.json").is_file():

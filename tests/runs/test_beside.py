@@ -67,5 +67,5 @@ def test_what_is_not_there_is_not_made_up(base, tmp_path):
     files = carried(tmp_path, ROOT / "assets/tiny-blackmamba", None, PRESETS["blackmamba-tiny"])
     assert files["generation_config.json"]["eos_token_id"] == 2
     (base / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"base/generation_config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"base/generation_config\.json, line 1: no whole JSON"):
         carried(tmp_path, base, None)

@@ -111,7 +111,10 @@ def finished(make_experiment):
 def test_what_a_run_leaves_behind(finished):
     folder = folder_of(finished)
     written = config.load(folder / "config.yaml")
-    assert written.model_copy(update={"made_of": None}) == finished and written.made_of.steps == 4
+    filled_in = {"made_of": None, "adapter": finished.adapter, "quantization": finished.quantization}
+    assert written.model_copy(update=filled_in) == finished and written.made_of.steps == 4
+    assert written.adapter.model_dump() == finished.adapter.model_dump() | {"targets": ("w1", "w2", "w3", "gate")}
+    assert written.quantization.model_dump() == finished.quantization.model_dump() | {"modules": ("attention", "experts", "router")}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]

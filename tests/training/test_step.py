@@ -13,6 +13,7 @@ from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig
+from moejax.models.config.adapters import Pair
 from moejax.models.lora import LoRA
 from moejax.training.state import initial_state, split
 from moejax.training.step import Objective, make_eval_step, make_train_step, sums
@@ -94,7 +95,7 @@ def test_dropout_is_seeded_and_drawn_anew(parts):
 
 
 def test_dropout_keeps_the_mean():
-    lora = LoRA(jax.random.key(0), (), 4, 4, LoRAConfig(2, 4.0, 0.25, ("w1",)), ("a", "b"))
+    lora = LoRA(jax.random.key(0), (), 4, 4, Pair(2, 4.0), 0.25, ("a", "b"))
     dropped = np.asarray(lora.dropped(jnp.ones((100, 400)), jax.random.key(1)))
     assert set(np.unique(dropped)) == {0.0, np.float32(4 / 3)} and abs(dropped.mean() - 1) < 0.02
 
