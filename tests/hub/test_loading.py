@@ -1,5 +1,6 @@
 """Streaming: layouts, dtypes, the cache of quantized weights, and what a full disk or a wrong index does."""
 
+import encodings.utf_8_sig  # noqa: F401  before a test gives up the right to read Python's own files
 import errno
 import json
 import os
@@ -126,7 +127,7 @@ def test_a_file_that_may_not_be_read(name, whole):
         try:
             if user == 0:
                 os.seteuid(65534)
-            with pytest.raises(UserError, match=rf"{name} .*Permission denied"):
+            with pytest.raises(UserError, match=rf"{name}.* .*Permission denied"):
                 load_weights(build(read_config(folder)), folder, KEY)
         finally:
             os.seteuid(user)
@@ -218,7 +219,7 @@ def test_an_index_that_names_a_tensor_no_file_has(folder):
     with pytest.raises(UserError, match=r"model.safetensors lacks tensor 'model.extra.weight'"):
         load(folder)
     index.write_text("{")
-    with pytest.raises(UserError, match=r"index.json cannot be read"):
+    with pytest.raises(UserError, match=r"index.json, line 1: no whole JSON"):
         load(folder)
 
 

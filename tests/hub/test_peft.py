@@ -118,7 +118,11 @@ def test_files_that_cannot_be_read(folder, reference_config):
     (folder / "adapter_model.safetensors").mkdir()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors cannot be read \(Is a directory\)"):
         peft.continue_from(model, folder, None)
-    for content, message in (("{", "adapter_config.json, line 1: no whole JSON"), ("[]", "expected a JSON object, got list"), ("", "adapter_config.json is empty")):
+    for content, message in (
+        ("{", "adapter_config.json, line 1: no whole JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ("", "adapter_config.json is empty"),
+    ):
         (folder / "adapter_config.json").write_text(content)
         with pytest.raises(UserError, match=message):
             peft.continue_from(model, folder, None)
