@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 import jax
 import jax.numpy as jnp
 import kept
+import numpy as np
 from choices import update
 from clock import difference, in_turn
-from routing import SKEWED, experts_of
 
 from moejax.models.moe import GATED
 from moejax.models.ops import choice, quantized
@@ -46,6 +46,16 @@ TILES = {
     "cpu": ((64, 32), (128, 32), (256, 32), (256, 64)),
     "gpu": ((128, 64), (256, 64), (512, 64), (512, 128), (1024, 128)),
 }
+# The study's Figure 11: one expert with three times its share.
+SKEWED = (0.375, 0.15, 0.125, 0.1, 0.1, 0.075, 0.05, 0.025)
+
+
+def experts_of(tokens: int, experts: int, k: int, loads: tuple[float, ...] | None) -> np.ndarray:
+    """int32 [N, K]: k different experts a token, drawn by these loads."""
+    rng = np.random.default_rng(0)
+    weights = np.ones(experts) / experts if loads is None else np.asarray(loads)
+    noise = np.log(weights) + rng.gumbel(size=(tokens, experts))
+    return np.argsort(-noise, axis=1)[:, :k].astype(np.int32)
 
 
 def projections(d: int, f: int, storage: str, dtype: Any) -> tuple[tuple[gm.Projection, ...], gm.Projection]:

@@ -169,8 +169,6 @@ def _of_checkout(experiment: Experiment) -> Experiment:
     """A preset works from any folder: the bundled files that its configs name are the checkout's. Raises UserError in a wheel."""
     root = installation.checkout()
 
-    root = installation.checkout()
-
     def found(path: str | None) -> str | None:
         if path is None or not path.startswith("assets/") or Path(path).exists():
             return path
