@@ -253,7 +253,8 @@ class AttentionBlock(Block):
             return self._backward_fp32()
         block = max(1, n * min(1.0, max(ATTENTION_BLOCKS[0], s.row_tokens / 4) / s.row_tokens))
         partial = int(4 * 1.25 * n * self.kv) + int(5 * item * block * self.heads)
-        return 2 * 4 * (last if item < 4 else 0) + 2 * item * every + 3 * item * n * s.width + partial + item * self.heads * s.width
+        masks = every if self.adapted.mixer else 0  # a byte a score: XLA makes those of all blocks ahead of the loop over layers
+        return masks + 2 * 4 * (last if item < 4 else 0) + 2 * item * every + 3 * item * n * s.width + partial + item * self.heads * s.width
 
     def _backward_fp32(self) -> int:
         """The same on a GPU where all is fp32 and the base frozen: nothing is converted.
