@@ -99,7 +99,7 @@ def test_refused_by_name(change, message, tmp_path):
     ("content", "message"),
     [
         (None, "does not exist"),
-        (b"", "line 1: no whole JSON"),
+        (b"", "is empty"),
         (json.dumps(FIELDS, indent=1).encode()[:-40], r"line \d+: no whole JSON"),
         (b"[]", "expected a JSON object, got list"),
         (b"\xff\xfe", "not UTF-8"),
