@@ -36,10 +36,11 @@ def uncomputed(settings: Mapping[str, Any], known: Table, ignored: Collection[st
 
 def check(settings: Mapping[str, Any], known: Table, ignored: Collection[str]) -> None:
     """Raises ValueError where a config.json has a setting that is not known to be computed here, or ids that are none."""
-    for name in ("bos_token_id", "eos_token_id"):
+    for name, several in (("bos_token_id", ""), ("eos_token_id", " several,")):
         value = settings.get(name)
-        if any(type(id_) is not int for id_ in (value if isinstance(value, list) else [value])) and value is not None:
-            raise ValueError(f"{_said(name, value)}: expected the number of a token, several, or null")
+        ids = value if several and isinstance(value, list) else [value]
+        if any(type(id_) is not int for id_ in ids) and value is not None:
+            raise ValueError(f"{_said(name, value)}: expected the number of a token,{several} or null")
     found = list(uncomputed(settings, known, ignored))
     if found:
         keys = dict.fromkeys(re.split("[ .]", text)[0] for text in found)
@@ -51,14 +52,23 @@ def check(settings: Mapping[str, Any], known: Table, ignored: Collection[str]) -
 
 
 def whole_number(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A size. Raises KeyError where it is missing and has no default, ValueError where it is no whole number."""
+    """A size. Raises KeyError where it is missing and has no default, ValueError where it is no whole number, or one that no array has."""
     value = settings[name] if default is None else settings.get(name, default)
-    if type(value) is not int:
-        raise ValueError(f"{_said(name, value)}: expected a whole number")
+    if type(value) is not int or abs(value) >= 2**31:
+        raise ValueError(f"{_said(name, value)}: expected a whole number{' below 2,147,483,648' if type(value) is int else ''}")
     return value
 
 
-def number(settings: Mapping[str, Any], name: str, default: float) -> float:
+def same(found: Table) -> Any:
+    """What one setting is that a file may say in several places; None: nowhere. Raises ValueError where they differ."""
+    said = {name: value for name, value in found.items() if value is not None}
+    values = list(said.values())
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{', '.join(_said(*each) for each in said.items())}: expected the same")
+    return values[0] if values else None
+
+
+def number(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """A real number. Raises ValueError where it is something else."""
     value = settings.get(name, default)
     if type(value) not in (int, float):

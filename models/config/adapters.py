@@ -89,10 +89,14 @@ def _by_target(what: str, given: float | Mapping[str, float], names: Mapping[str
     unknown = [key for key in given if key not in known]
     if unknown:
         raise ValueError(f"LoRA {what} of {unknown[0]!r}: nothing of that name is adapted, expected some of {', '.join(sorted(known))}")
-    found = {}
+    keys = {}
     for target, several in names.items():
-        own = next((given[name] for name in several if name in given), None)
-        if own is None:
+        key = next((name for name in several if name in given), None)
+        if key is None:
             raise ValueError(f"LoRA {what} has none for {several[1]}: add {several[1]}, or its group {several[2]}")
-        found[target] = own
-    return found
+        keys[target] = key
+    unused = [key for key in given if key not in keys.values()]
+    if unused:
+        others = sorted({key for target, key in keys.items() if unused[0] in names[target]})
+        raise ValueError(f"LoRA {what} of {unused[0]} has no target that {', '.join(others)} does not say: leave one of them out")
+    return {target: given[key] for target, key in keys.items()}

@@ -62,6 +62,8 @@ class AttentionMoEConfig(Architecture, ABC):
         for name in ("rope_theta", "rms_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a number above 0")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef = {self.router_aux_loss_coef}: expected 0 or a number above it")
 
     @property
     def renormalizes(self) -> bool:
@@ -121,17 +123,17 @@ class AttentionMoEConfig(Architecture, ABC):
         positions = size("max_position_embeddings")
         window, types = cls.window(config), config.get("layer_types")
         whole = window is None or (isinstance(window, int) and window >= positions)  # a window over every position is none
+        everywhere = isinstance(types, list) and len(types) == layers and all(each == "full_attention" for each in types)
         judged = {
             "sliding_window": (None, config.get("sliding_window")) if whole else (None,),
-            "layer_types": (None, types) if types == ["full_attention"] * layers else (None,),
+            "layer_types": (None, types) if everywhere else (None,),
         }
         foreign.check(config, KNOWN | dict(cls.known) | judged, ignored)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        ropes = {"": config} | {f"{name}.": config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
+        thetas = {f"{where}rope_theta": rope.get("rope_theta") for where, rope in ropes.items() if isinstance(rope, Mapping)}
+        theta = foreign.same(thetas)
         kv_heads = config.get("num_key_value_heads", cls.missing["num_key_value_heads"])
-        counts = {name: config[name] for name in ("num_local_experts", "num_experts") if name in config}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"num_local_experts = {counts['num_local_experts']}, num_experts = {counts['num_experts']}: expected the same")
-        experts = next(iter(counts), "num_experts")
+        experts = foreign.same({name: config.get(name) for name in ("num_local_experts", "num_experts")})
         eos = config.get("eos_token_id")
         return cls(
             vocab_size=size("vocab_size"),
@@ -140,11 +142,9 @@ class AttentionMoEConfig(Architecture, ABC):
             num_heads=heads,
             num_kv_heads=heads if kv_heads is None else size("num_key_value_heads"),
             head_dim=hidden // heads if config.get("head_dim") is None else size("head_dim"),
-            num_experts=foreign.whole_number(config, experts, cls.missing["num_experts"]),
+            num_experts=foreign.whole_number(cls.missing if experts is None else {"num_experts": experts}, "num_experts"),
             experts_per_token=size("num_experts_per_tok"),
-            rope_theta=float(
-                foreign.number(rope if rope.get("rope_theta") is not None else config, "rope_theta", cls.missing["rope_theta"])
-            ),
+            rope_theta=float(foreign.number(cls.missing if theta is None else {"rope_theta": theta}, "rope_theta")),
             rms_norm_eps=foreign.number(config, "rms_norm_eps", cls.missing["rms_norm_eps"]),
             max_position_embeddings=positions,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,11 @@ REFUSED = {
         ({"attention_bias": True}, "attention_bias = true"),
         ({"num_experts": 8}, "num_local_experts = 16, num_experts = 8: expected the same"),
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
+        ({"num_local_experts": None, "num_experts": [16]}, r"num_experts = \[16\]: expected a whole number"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, r"rope_theta = 10000.0, rope_parameters.rope_theta = 500000.0: expected the same"),
+        ({"num_hidden_layers": 10**30}, "expected a whole number below 2,147,483,648"),
+        ({"bos_token_id": [1]}, r"bos_token_id = \[1\]: expected the number of a token, or null"),
+        ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef = nan: expected 0 or a number above it"),
     ],
     "olmoe-tiny": [
         ({"clip_qkv": 8.0}, r"clip_qkv = 8\.0"),
@@ -301,7 +307,9 @@ class TestAdaptersAndStorage:
         ("rank", "message"),
         [({"experts": 4}, "rank has none for q_proj: add q_proj, or its group attention"),
          ({"experts": 4, "attention": 8, "mlp": 2}, "rank of 'mlp': nothing of that name is adapted, expected some of attention"),
-         ({"experts": 0, "attention": 8}, "rank of experts = 0: expected at least 1")],
+         ({"experts": 0, "attention": 8}, "rank of experts = 0: expected at least 1"),
+         ({"experts": 2, "attention": 8, "w1": 4, "gate_proj": 8}, "rank of gate_proj has no target that w1 does not say: leave one of them out"),
+         ({"experts": 2, "attention": 8, "w1": 4, "w2": 4, "w3": 4}, "rank of experts has no target that w1, w2, w3 does not say")],
     )  # fmt: skip
     def test_ranks_that_match_nothing(self, rank, message):
         with pytest.raises(ValueError, match=message):
