@@ -72,7 +72,9 @@ class ModelConfig(_Section):
     source: Place | None = None
     revision: str | None = None
     preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
-    overrides: dict[str, int | float | bool | str] = Field(default_factory=dict, description="fields of the architecture by name")
+    overrides: dict[str, Annotated[int | float | bool | str, BeforeValidator(_number)]] = Field(
+        default_factory=dict, description="fields of the architecture by name"
+    )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
     moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")

@@ -55,6 +55,10 @@ def test_every_config_loads_and_its_dump_gives_the_same(path, tmp_path):
     assert yaml.safe_load(config.dump(experiment))["training"].keys() == config.TrainingConfig.model_fields.keys()
 
 
+def test_an_override_that_is_a_number_as_yaml_does_not_read_it(load):
+    assert load("model.overrides={rope_theta: 1e6}").model.architecture(None).rope_theta == 1e6
+
+
 def test_overrides(load):
     experiment = load("training.learning_rate=1e-4", "data.batch_rows=3", "adapter.rank=8", "adapter.targets=[w1, gate]")
     assert experiment.training.learning_rate == 1e-4
@@ -112,6 +116,8 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
         (["model.experts_per_token=9"], "experts_per_token = 9 exceeds num_experts = 8"),
         (["model.preset=mixtral-8x7c"], "preset = 'mixtral-8x7c' is unknown: did you mean mixtral-8x7b"),
         (["model.overrides={num_layer: 2}"], "did you mean num_layers"),
+        (["model.overrides={num_layers: two}"], "num_layers = 'two': expected a whole number"),
+        (["model.preset=olmoe-tiny", "model.overrides={norm_topk_prob: maybe}"], "norm_topk_prob = 'maybe': expected true or false"),
         (["adapter.targets=[w4]"], "'w4' matches nothing: did you mean"),
         (["adapter.targets=[]"], "match nothing"),
         (["adapter.dropout=1.0"], "dropout = 1.0"),

@@ -193,6 +193,14 @@ class TensorNames:
     unread: tuple[str, ...] = ("lm_head.weight",)
 
 
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
+    "int | None": ((int, type(None)), "a whole number or null"),
+    "int | tuple[int, ...] | None": ((int, tuple, type(None)), "a whole number, several, or null"),
+}  # fmt: skip
+"""A field's annotation -> what it may be."""
+
+
 @dataclass(frozen=True)
 class Architecture(ABC):
     """A model's sizes under the names that `model.overrides` takes, and what follows from them. Each family is a subclass.
@@ -222,8 +230,11 @@ class Architecture(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", int) and value < 1:
+            value, kind = getattr(self, field.name), field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+            types, expected = _TYPES.get(kind, ((), ""))
+            if types and type(value) not in types:
+                raise ValueError(f"{field.name} = {value!r}: expected {expected}")
+            if kind == "int" and value < 1:
                 raise ValueError(f"{field.name} = {value}: expected at least 1")
         if self.experts_per_token > self.num_experts:
             raise ValueError(
