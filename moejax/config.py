@@ -405,7 +405,9 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"config file {file} {what} (expected a YAML file; `moejax init` writes one)")
+        near = difflib.get_close_matches(file.name, [path.name for path in file.parent.glob("*.y*ml")], n=1)
+        meant = f": did you mean {file.parent / near[0]}?" if near else " (expected a YAML file; `moejax init` writes one)"
+        raise UserError(f"config file {file} {what}{meant}")
     content = read_yaml(file)
     if not isinstance(content, dict):
         got = "nothing: it is empty" if content is None else "a list" if isinstance(content, list) else repr(str(content)[:60])

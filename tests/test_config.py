@@ -141,6 +141,9 @@ def test_mistakes_are_named(overrides, message, load):
 def test_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         config.load(tmp_path / "none.yaml")
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(UserError, match=r"mine\.yml does not exist: did you mean \S*/mine\.yaml\?"):
+        config.load(tmp_path / "mine.yml")
     (tmp_path / "bad.yaml").write_text("name: x\nmodel: [\n")
     with pytest.raises(UserError, match=r"bad\.yaml, line 3: not valid YAML"):
         config.load(tmp_path / "bad.yaml")

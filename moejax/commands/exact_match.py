@@ -16,8 +16,8 @@ ROWS = 64  # problems answered together
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
-    parser.add_argument("--data", required=True, help="held-out problems (.json, .jsonl, .csv, .parquet, with `answer`)")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many problems")
+    parser.add_argument("--data", required=True, metavar="FILE", help="held-out problems (.json, .jsonl, .csv, .parquet, with `answer`)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first so many problems")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ _DATA, _MODEL, _TOKENIZER = "my_data.jsonl", "mixtral_8x7b", "tokenizer.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", default="finetune.yaml", metavar="CONFIG.yaml", help="default: finetune.yaml")
     parser.add_argument("--model", default=_MODEL, metavar="NAME", help="a Hub id, a model's folder, or a config that comes with moejax: "
-        f"{_MODEL} (default), mixtral_tiny (random weights, for a CPU), …")  # fmt: skip
+        f"{_MODEL} (default), qwen3_30b_a3b_24gb, olmoe_1b_7b, blackmamba_2.8b, mixtral_tiny (random weights, for a CPU), …")  # fmt: skip
     parser.add_argument("--data", default=_DATA, metavar="FILE", help=f"records: .json, .jsonl, .csv, .parquet (default: {_DATA})")
 
 
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         byte_tokenizer().save(str(tokenizer))
         text = text.replace(f"\ntokenizer: {_TOKENIZER}", f"\ntokenizer: {_scalar(str(tokenizer))}")
     file.write_text(text, encoding="utf-8")
-    missing = "" if Path(options.data).exists() else f" ({options.data} is not there yet)"
+    missing = "" if Path(options.data).exists() else ", which is not there yet"
     print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
     for command, what in (
         (f"moejax train {file} --dry-run", "parameters, memory, schedule; loads nothing"),
@@ -52,7 +53,8 @@ def written(file: Path, model: str, data: str) -> str:
                if _DATA in (content := path.read_text(encoding="utf-8"))}  # fmt: skip
     text = shipped.get(model.replace("-", "_"))
     if text is None and "/" not in model and not Path(model).is_dir():
-        raise UserError(f"--model {model}: expected a Hub id (with a /), a folder that exists, or one of {', '.join(shipped)}")
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(model.replace("-", "_"), shipped, n=1))
+        raise UserError(f"--model {model}: expected a Hub id (with a /), a folder that exists, or one of {', '.join(shipped)}{near}")
     if text is None:  # another model's sizes are in its config.json, and its adapter has its family's targets
         text = re.sub(r"\n  targets: [^\n]*", "", shipped[_MODEL].partition("\n")[2])
         text = re.sub(r"\n  source: [^\n]*\n  preset: [^\n]*", lambda _: f"\n  source: {_scalar(model)}", text, count=1)

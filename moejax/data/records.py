@@ -27,7 +27,10 @@ def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}")
     f = config.fields
-    advice = "; data.fields can name another column"
+    advice = "; data.fields='{instruction: QUESTIONS, output: ANSWERS}' names other columns"
+    talk = next((key for key in ("messages", "conversations", "conversation") if isinstance(record.get(key), list)), None)
+    if talk is not None:
+        advice = f": {talk!r} is a chat; write each answer to learn as a record, {{instruction: …, output: …}} (docs/training.md)"
     if config.template == "text":
         return {"text": text_of(where, record, f.text, advice)}
     output = text_of(where, record, f.output, advice)

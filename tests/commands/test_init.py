@@ -16,7 +16,7 @@ def test_a_config_that_comes_with_moejax_with_the_users_file_in_it(starter, tmp_
     monkeypatch.chdir(tmp_path)
     data, file = "my: records #1.jsonl", "folder/my run.yaml"
     assert cli.main(["init", file, "--model", starter.stem.replace("_", "-"), "--data", data]) == 0
-    assert f"{data} is not there yet" in capsys.readouterr().out
+    assert f"{data}, which is not there yet; look" in capsys.readouterr().out
     written, shipped = config.load(file), config.load(starter)
     assert (written.name, written.data.source) == ("my_run", data)
     if (tmp_path / "folder/tokenizer.json").exists():
@@ -45,6 +45,7 @@ def test_another_model_brings_its_sizes(tmp_path, monkeypatch):
         (["there.yaml"], "there.yaml is there already"),
         (["new.yaml", "--model", "mixtral_tiny"], "tokenizer.json is there already"),
         (["new.yaml", "--model", "acme"], "a Hub id (with a /), a folder that exists, or one of blackmamba_2.8b, mixtral_8x7b"),
+        (["new.yaml", "--model", "qwen3-30b-a3b"], "; did you mean qwen3_30b_a3b_"),
     ],
 )
 def test_nothing_is_replaced_and_nothing_guessed(arguments, told, tmp_path, monkeypatch, capsys):

@@ -83,6 +83,8 @@ class TestSources:
             ("a.jsonl", '{"instruction": "a", "output": "b"}\n{oops\n', "line 2: broken JSON"),
             ("a.json", '{"a": 1}', "expected a JSON list"),
             ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: no text under 'output'"),
+            ("a.json", '[{"instruction": "a"}]', "data.fields='{instruction: QUESTIONS, output: ANSWERS}'"),
+            ("a.json", '[{"messages": [{"role": "user", "content": "a"}]}]', "'messages' is a chat; write each answer"),
             ("a.json", "[3]", "record 0: expected an object"),
         ],
     )
