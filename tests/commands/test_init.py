@@ -4,7 +4,7 @@ import pytest
 from support import ROOT
 
 from moejax import cli, config
-from moejax.commands import init
+from moejax.commands import init, train  # train: here, so that no module takes the patched config.load for its own
 from moejax.data.tokenizer import byte_tokenizer, load_tokenizer
 from moejax.errors import UserError
 
@@ -73,7 +73,7 @@ def test_train_takes_its_config_by_place_or_by_name(monkeypatch, capsys):
         loaded.append((file, *overrides))
         raise UserError("enough")
 
-    monkeypatch.setattr(config, "load", load)
+    monkeypatch.setattr(train.config, "load", load)
     by_place, by_name = ["a.yaml", "seed=1"], ["--config", "a.yaml"]
     for given in (by_place, ["a.yaml", "--resume", "seed=1"], [*by_name, "seed=1"], ["seed=1", *by_name], ["seed=1", "--resume", *by_name]):
         cli.main(["train", *given])
