@@ -161,8 +161,9 @@ class AdapterConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         known = dict.fromkeys([*LORA_TARGETS, *(n for preset in PRESETS.values() for n in preset.target_names.values())])
+        judged = set(FAMILIES.values()) <= {type(preset) for preset in PRESETS.values()}  # another's names are in its files alone
         for name in self.targets or ():
-            if name not in known:
+            if judged and name not in known:
                 raise ValueError(f"targets: {name!r} matches nothing: {_nearest(name, known)}")
         _ = self.lora  # checks itself
         return self

@@ -55,6 +55,11 @@ def test_every_config_loads_and_its_dump_gives_the_same(path, tmp_path):
     assert yaml.safe_load(config.dump(experiment))["training"].keys() == config.TrainingConfig.model_fields.keys()
 
 
+def test_targets_of_a_family_without_presets_are_judged_by_its_files(load, monkeypatch):
+    monkeypatch.setitem(config.FAMILIES, "mine", type("Mine", (config.Architecture,), {}))
+    assert load(model={"source": "org/mine"}, adapter={"targets": ["c_attn"]}).adapter.targets == ("c_attn",)
+
+
 def test_an_override_that_is_a_number_as_yaml_does_not_read_it(load):
     assert load("model.overrides={rope_theta: 1e6}").model.architecture(None).rope_theta == 1e6
 
