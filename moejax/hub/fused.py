@@ -7,6 +7,7 @@ pair is the inner one (`experts.base_layer`). w1 and w3 share gate_up_proj's A; 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -104,7 +105,7 @@ def check_patterns(settings: dict[str, Any], keys: Collection[str], path: Path) 
     for pattern, _ in _PATTERNS:
         for expression in settings.get(pattern) or {}:
             if all(_pattern({pattern: {expression: 1}}, pattern, key, None, path) is None for key in keys):
-                raise UserError(f"{path}: {pattern} has {expression!r}, which matches nothing that the adapter is on")
+                raise UserError(f"{_settings(path)}: {pattern} has {expression!r}, which matches nothing that the adapter is on")
 
 
 def unfuse(
@@ -121,7 +122,7 @@ def unfuse(
     named = [str(name) for name in settings["target_parameters"]]
     unknown = [name for name in named if not any(f".{known}".endswith(f".{name}") for known in PARAMETERS.values())]
     if unknown:
-        raise UserError(f"{path}: target_parameters has {unknown[0]!r}: expected some of {', '.join(PARAMETERS.values())}")
+        raise UserError(f"{_settings(path)}: target_parameters has {unknown[0]!r}: expected some of {', '.join(PARAMETERS.values())}")
     nested = any(".experts.base_layer." in name for name in tensors)
     outer = "down" if nested or not any(name.endswith("gate_up_proj") for name in named) else "gate_up"
     kinds = {"gate": "gate", "experts": outer, "experts.base_layer": "gate_up"}
@@ -224,12 +225,18 @@ def _pattern(settings: dict[str, Any], pattern: str, key: str, default: Any, pat
         try:
             matches = re.match(rf"(.*\.)?({expression})$", key)
         except re.error as error:
-            raise UserError(f"{path}: {pattern} has {expression!r}, no regular expression ({error})") from None
+            raise UserError(f"{_settings(path)}: {pattern} has {expression!r}, no regular expression ({error})") from None
         if matches:
-            if not isinstance(value, int | float) or value <= 0:
-                raise UserError(f"{path}: {pattern} has {expression!r}: {value!r}: expected a positive number")
+            types, expected = ((int,), "a whole number") if pattern == "rank_pattern" else ((int, float), "a number")
+            if type(value) not in types or not 0 < value < math.inf:
+                raise UserError(f"{_settings(path)}: {pattern} has {expression!r}: {value!r}: expected {expected} above 0")
             return value
     return default
+
+
+def _settings(path: Path) -> Path:
+    """Of the adapter whose tensors are at `path`."""
+    return path.with_name("adapter_config.json")
 
 
 def _checked(value: np.ndarray, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:

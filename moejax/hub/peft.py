@@ -164,13 +164,14 @@ _LORA: dict[str, Any] = dict.fromkeys(
     (
         # What is read, judged by the tensors, or says what the adapter is and how it was trained …
         "r", "lora_alpha", "target_modules", "exclude_modules", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying", "rank_pattern", "alpha_pattern", "use_rslora",
+        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying", "rank_pattern", "alpha_pattern",
         # … and what has no effect without another setting, which is refused.
         "layers_pattern", "megatron_core", "qalora_group_size",
     ),
     ANY,
 ) | {
-    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "peft_type": ("LORA",), "bias": ("none",),
+    "use_rslora": (False, True), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 """What LoraConfig of PEFT 0.18 to 0.21 may say where its adapter is plain LoRA. PiSSA and its like change the base model's own weights."""
 

@@ -144,7 +144,7 @@ TWICE = {"rank_pattern": {"gate_up_proj": 8}, "alpha_pattern": {"gate_up_proj": 
             r"gate_up_proj has rank 8, alpha 8 by rank_pattern.*expected rank 4, alpha 8",
         ),
         ({"rank_pattern": {"down_proj": 8}}, None, r"down_proj has rank 8"),
-        ({"rank_pattern": {"gate_up_proj": "8"}}, None, r"'gate_up_proj': '8': expected a positive number"),
+        ({"rank_pattern": {"gate_up_proj": "8"}}, None, r"config\.json: rank_pattern has 'gate_up_proj': '8': expected a whole"),
         ({"rank_pattern": {"(": 8}}, None, r"no regular expression"),
         ({"target_parameters": ["lm_head.weight"]}, None, r"target_parameters has 'lm_head\.weight': expected some of"),
         ({"r": 5, "lora_alpha": 10}, None, r"expected \[40, 64\]: another base model or rank"),

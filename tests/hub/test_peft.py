@@ -44,6 +44,9 @@ def test_pefts_adapter_goes_in_and_comes_out_to_the_bit(folder, reference_config
     [
         ({"use_dora": True}, r"use_dora = true: only plain LoRA"),
         ({"use_rslora": True}, r"rank 4, alpha 16; the model's adapter has rank 4, alpha 8: set adapter\.rank and adapter\.alpha"),
+        ({"use_rslora": "yes"}, r'use_rslora = "yes" \(expected false or true\)'),
+        ({"rank_pattern": {"gate": True}}, r"adapter_config\.json: rank_pattern has 'gate': True: expected a whole number above 0"),
+        ({"alpha_pattern": {"gate": float("inf")}}, r"inf: expected a number above 0"),
         ({"rank_pattern": {"gate": 2}}, r"gate has rank 2, alpha 8; the model's adapter has rank 4"),
         ({"alpha_pattern": {"w[13]": 2, "gates": 3}}, r"alpha_pattern has 'gates', which matches nothing that the adapter is on"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \[\"lm_head\"\]"),
