@@ -148,7 +148,9 @@ def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.Argu
     """What to say about an argument that a command does not take. configured: the command takes values of its config."""
     name, _, value = argument.partition("=")
     if not name.startswith("-"):
-        return f"{argument!r} is one argument too many for {parser.prog}: see {parser.prog} --help"
+        configured = configured or any(action.dest == "config" for action in parser._actions)
+        which = ", which takes no config" if name.endswith((".yaml", ".yml")) and not configured else ""
+        return f"{argument!r} is one argument too many for {parser.prog}{which}: see {parser.prog} --help"
     known = [option for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.7)
     if configured and not near:

@@ -199,7 +199,7 @@ class Trainer:
         if self._stop is not None:
             name = signal.Signals(self._stop).name
             if self.keep:
-                text = f"is saved in {self.folder}/checkpoints. Continue with the same command and --resume."
+                text = f"is saved in {self.folder}/checkpoints. To continue: moejax train {self.folder}/config.yaml --resume"
             else:
                 text = f"was the last; what was measured is in {self.folder}"
             self.console.print(f"{name}: step {self.step} of {self.total_steps} {text}", soft_wrap=True)

@@ -63,9 +63,9 @@ def test_20_steps_equal_10_and_resumed_10_to_the_bit(make_experiment, monkeypatc
     with monkeypatch.context() as patch:
         stop_at(patch, 10)
         assert loop.run(halves, resume=False) == 128 + signal.SIGTERM
-    assert "--resume" in capsys.readouterr().out
+    assert f"moejax train {folder_of(halves)}/config.yaml --resume" in capsys.readouterr().out
     assert max(losses(folder_of(halves))) == 10
-    assert loop.run(halves, resume=True) == 0
+    assert loop.run(config.load(folder_of(halves) / "config.yaml"), resume=True) == 0
     assert losses(folder_of(halves)) == losses(folder_of(straight))
     assert adapter(folder_of(halves)) == adapter(folder_of(straight))
 
