@@ -26,31 +26,29 @@ class Command(NamedTuple):
 
 # Names of moejax.study stand here and nowhere else in the tool (tests/test_imports.py): this is its door.
 ESTIMATE = {
-    "memory": Command("the largest batch that fits, the peak and what it is made of, by the compiler", "moejax.commands.estimate_memory"),
+    "memory": Command("the largest batch that fits, and what its peak is made of", "moejax.commands.estimate_memory"),
     "predict": Command("throughput, hours and dollars of a run", "moejax.commands.estimate_predict"),
-    "plan": Command("which GPU is cheapest, fastest under a budget, cheapest by a deadline", "moejax.commands.estimate_plan"),
-    "fit": Command("fit coefficients.json to the step_profile.json of several runs of one model", "moejax.commands.estimate_fit"),
-    "compare": Command("predicted against measured for a finished run; kept in its comparison.json", "moejax.commands.estimate_compare"),
-    "reproduce": Command("the study's Tables III and IV and Figures 13 to 15 recomputed; then our model", "moejax.study.cost.command"),
+    "plan": Command("which GPU is cheapest, fastest for a budget, cheapest in time", "moejax.commands.estimate_plan"),
+    "fit": Command("fit coefficients.json to several profiled runs of one model", "moejax.commands.estimate_fit"),
+    "compare": Command("predicted against measured for a finished run", "moejax.commands.estimate_compare"),
+    "reproduce": Command("the study's Tables III, IV and Figures 13 to 15; then our model", "moejax.study.cost.command"),
 }
 GROUPS = {
     "train": {
         "init": Command("write a commented config for your own data", "moejax.commands.init"),
         "train": Command("fine-tune a model as a config file says", "moejax.commands.train"),
-        "export": Command("a run's adapter or merged model, for PyTorch; reloaded and compared", "moejax.commands.export"),
+        "export": Command("a run's adapter or merged model for PyTorch; reloaded, compared", "moejax.commands.export"),
     },
     "ask the model": {
         "generate": Command("what a finished run's model answers to a prompt", "moejax.commands.generate"),
-        "eval": Command("a run's or a model's accuracy on a task (gsm8k, hellaswag-generated, …)", "moejax.commands.eval"),
+        "eval": Command("accuracy of a run or model on a task (gsm8k, piqa-generated, …)", "moejax.commands.eval"),
         "exact-match": Command("answers of the base and of the tuned model on held-out problems", "moejax.commands.exact_match"),
-        "compare": Command("accuracy by epoch of runs with an eval: section, beside the study's Figure 3", "moejax.study.report.accuracy"),
-        "expert-load": Command(
-            "tokens per expert and layer over a data set, by the base and the tuned model", "moejax.commands.expert_load"
-        ),
+        "compare": Command("accuracy by epoch of runs with an eval: section, and the study's", "moejax.study.report.accuracy"),
+        "expert-load": Command("tokens per expert and layer over a data set, base and tuned", "moejax.commands.expert_load"),
     },
     "time and memory": {
         "estimate": Command("what fits, how fast, how many dollars, on which GPU", commands=ESTIMATE),
-        "profile": Command("run a config's first steps, trace some, say where a step's time goes", "moejax.commands.profile"),
+        "profile": Command("trace a config's first steps, say where a step's time goes", "moejax.commands.profile"),
         "breakdown": Command("where the time of a profiled run's step goes, beside the study's", "moejax.commands.breakdown"),
     },
     "the whole study": {

@@ -79,6 +79,7 @@ def test_every_command_has_its_help(capsys):
     """Its module is there, with add_arguments and run; the overview names it in its group."""
     assert cli.main(["--help"]) == 0
     overview = capsys.readouterr().out
+    assert max(map(len, overview.splitlines())) <= 80
     assert [line.rstrip(":") for line in overview.splitlines() if line.endswith(":")] == list(cli.GROUPS)
     for name, command in (cli.COMMANDS | {f"estimate {name}": command for name, command in cli.ESTIMATE.items()}).items():
         try:
@@ -87,6 +88,7 @@ def test_every_command_has_its_help(capsys):
             assert ended.code == 0
         out = capsys.readouterr().out
         assert out.startswith(f"usage: moejax {name} [") and command.help[1:] in " ".join(out.split()), name
+        assert not command.commands or max(map(len, out.splitlines())) <= 80
         assert command.commands or callable(importlib.import_module(command.module).run)
         assert " " in name or f"  {name} " in overview
 
