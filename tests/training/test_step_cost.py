@@ -23,7 +23,7 @@ from moejax.training import aot, experts, step, step_cost
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import floors  # noqa: E402
-import routing  # noqa: E402
+import grouped_choice  # noqa: E402
 
 ROWS, TOKENS = 4, 128
 NF4_PASSES = 2  # forward and backward
@@ -148,11 +148,11 @@ def test_capacity_pads_by_no_more_than_its_capacities():
         return flops_share(counted(experiment, sizes, compiled_step, np.array(loads)), stages)
 
     def drawn(skew):
-        chosen = routing.experts_of(tokens, sizes.num_experts, sizes.experts_per_token, skew)
+        chosen = grouped_choice.experts_of(tokens, sizes.num_experts, sizes.experts_per_token, skew)
         return np.bincount(chosen.ravel(), minlength=sizes.num_experts)
 
     assert max(drawn(None)) <= 144 and 0.98 <= share(drawn(None)) <= CAPACITY_FLOPS
-    assert max(drawn(routing.SKEWED)) > 256 and 0.98 <= share(drawn(routing.SKEWED)) <= SKEWED_FLOPS
+    assert max(drawn(grouped_choice.SKEWED)) > 256 and 0.98 <= share(drawn(grouped_choice.SKEWED)) <= SKEWED_FLOPS
     assert share([190, *[834 // 7] * 7]) > CAPACITY_FLOPS and share([250, *[774 // 7] * 7]) > 1.3 * CAPACITY_FLOPS
 
 
