@@ -42,7 +42,7 @@ PACKED = "tests/data/test_batching.py"
 MIXTRAL, BLACKMAMBA, LORA, FAMILIES = (f"tests/models/test_{name}.py" for name in ("mixtral_parity", "blackmamba", "lora_parity", "families"))
 ONE_STEP, PRECISION, PIPELINE = "tests/training/test_step.py", "tests/models/test_precision.py", "tests/data/test_pipeline.py"
 BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
-OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/hub/test_export.py", "tests/training/test_loop.py"
+OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/runs/test_export.py", "tests/training/test_loop.py"
 
 FAULTS = [
     fault("rotary: the sign of the second half", LAYERS, "second * cos + first * sin", "second * cos - first * sin", f"{MIXTRAL}::test_logits"),
