@@ -452,11 +452,21 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """All of pydantic's findings in our words, one line each."""
-    return "\n".join(_explain_one(e) for e in error.errors())
+    return "\n".join(_explain_one(e) for e in error.errors() if not _of_another_form(e))
+
+
+_FORM = re.compile(r"dict\[|constrained-|function-")
+"""What pydantic puts into a place for a form that a value may have: one number, or several by name."""
+
+
+def _of_another_form(e: Any) -> bool:
+    """Whether it says of a value that may have two forms that it has not the one that nobody gave it."""
+    last = str(e["loc"][-1]) if e["loc"] else ""
+    return _FORM.match(last) is not None and isinstance(e["input"], dict) != last.startswith("dict[")
 
 
 def _explain_one(e: Any) -> str:
-    path = ".".join(str(part) for part in e["loc"])
+    path = ".".join(str(part) for part in e["loc"] if not _FORM.match(str(part)))
     if e["type"] == "extra_forbidden":
         section: Any = Experiment
         for part in e["loc"][:-1]:

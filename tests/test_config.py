@@ -166,3 +166,18 @@ def test_the_study(load):
         assert (e.training.epochs, e.training.learning_rate, e.training.schedule) == (10, 5e-5, "cosine")
         assert e.model.experts_per_token == (2 if "sparse" in path.stem else 8)
         assert e.data.records == (15119 if "_cs_" in path.stem else 13921) and e.data.sha256
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.rank=0", "adapter.rank = 0: expected greater than or equal to 1"),
+        ("adapter.rank={experts: 0}", "adapter.rank.experts = 0: expected greater than or equal to 1"),
+        ("adapter.alpha=x", "adapter.alpha = 'x': expected a valid number"),
+        ("adapter.alpha={experts: x}", "adapter.alpha.experts = 'x': expected a valid number"),
+    ],
+)
+def test_a_value_of_two_forms_is_judged_by_the_form_it_has(override, said):
+    with pytest.raises(UserError) as caught:
+        config.load(ROOT / "configs/demo.yaml", [override])
+    assert str(caught.value).endswith(f"demo.yaml: {said}")
