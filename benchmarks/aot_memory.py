@@ -1,12 +1,14 @@
-"""Compile configs' steps for GPUs that are not there: the compiler's peak, seconds of compiling, FLOPs and bytes of a step.
+"""Compile configs' steps for GPUs that are not there: the compiler's peak beside the closed form's, FLOPs and bytes of a step.
 
     python benchmarks/aot_memory.py --config configs/mixtral_8x7b_cs_sparse.yaml --gpu H100 --rows 1,8,32 --row-tokens 512
     python benchmarks/aot_memory.py --config configs/mixtral_8x7b_*.yaml configs/blackmamba_2.8b_*.yaml --gpu H100,A100-80 --rows own \\
         --out benchmarks/results/<date>-aot-steps.json
     python benchmarks/aot_memory.py --remat none,dots,full --rows 1,8
+    python benchmarks/aot_memory.py --config configs/*.yaml --gpu H100,A100-80,A40 --rows own,8xown
 
-`--rows own`: the config's own rows and their length. FLOPs and bytes are counted from the compiled instructions, with uniform routing
-(moejax/training/step_cost.py); null for the backend `capacity`, whose branch depends on the routing.
+`own`: the config's own rows and their length, `8xown`: eight times as many. closed_form_error: closed form over compiler, less 1. FLOPs
+and bytes are counted from the compiled instructions, with uniform routing (moejax/training/step_cost.py); null for the backend
+`capacity`, whose branch depends on the routing.
 
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
@@ -24,22 +26,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kept
 
-from moejax import config, installation
+from moejax import config, gpus, installation
 from moejax.errors import UserError
 
 
 def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dict[str, Any], Any]:
     """One step for one GPU: what is told of it, and the program."""
+    from moejax.estimator import closed_form
+    from moejax.estimator.sizes import architecture_of
     from moejax.models.ops.grouped.matmul import choose
     from moejax.training import aot, step_cost
 
-    sizes, tokens = experiment.model.architecture(None), rows * row_tokens
+    sizes, tokens = architecture_of(experiment), rows * row_tokens
     c = aot.compile_step(experiment, sizes, rows=rows, row_tokens=row_tokens, gpu=gpu)
     backend = experiment.model.moe_backend
     plan = choose(
         backend, aot.TARGETS[gpu].name, tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
         intermediate=sizes.intermediate_size, quantized=experiment.quantization.of_experts,
     )  # fmt: skip
+    closed = None
+    if experiment.training.remat in ("none", "full"):  # what the closed form knows
+        platform = closed_form.platform_of(gpus.find(gpu))
+        closed = closed_form.breakdown(experiment, sizes, rows=rows, row_tokens=row_tokens, platform=platform).total
     cost = None
     if sizes.dense or plan.backend != "capacity":
         found = step_cost.costs(c.program, None if sizes.dense else plan, step_cost.uniform_loads(sizes, tokens))
@@ -52,6 +60,8 @@ def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dic
         "rows": rows,
         "row_tokens": row_tokens,
         "peak_gb": round(c.peak_bytes / 1e9, 3),
+        "closed_form_gb": None if closed is None else round(closed / 1e9, 3),
+        "closed_form_error": None if closed is None else round(closed / c.peak_bytes - 1, 4),
         "arguments_gb": round(c.argument_bytes / 1e9, 3),
         "tflop": None if cost is None else round(cost.flops / 1e12, 2),
         "moved_gb": None if cost is None else round(cost.bytes / 1e9, 1),
@@ -63,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=["configs/mixtral_8x7b_cs_sparse.yaml"])
     parser.add_argument("--gpu", default="H100", help="comma-separated")
-    parser.add_argument("--rows", default="1,8,32", help="comma-separated, or `own`")
+    parser.add_argument("--rows", default="1,8,32", help="comma-separated: numbers, `own`, or `8xown`")
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--remat", default=None, help="comma-separated policies; by default the config's own")
     parser.add_argument("--dump", type=Path, help="write the optimized HLO of the last program here")
@@ -76,8 +86,9 @@ def main() -> int:
             for remat in options.remat.split(",") if options.remat else [None]:
                 chosen = [] if remat is None else [f"training.remat={remat}"]
                 experiment = config.load(path, [*options.overrides, *chosen])
-                own = options.rows == "own"
-                for rows in [experiment.data.batch_rows] if own else [int(r) for r in options.rows.split(",")]:
+                for asked in options.rows.split(","):
+                    own = asked.endswith("own")
+                    rows = int(asked.removesuffix("own").removesuffix("x") or 1) * (experiment.data.batch_rows if own else 1)
                     length = experiment.data.longest_row if own else options.row_tokens
                     told, program = compiled(experiment, gpu, rows, length)
                     print(json.dumps(told), flush=True)

@@ -1,16 +1,11 @@
 """Check the trace's breakdown against an independent clock, on this machine.
 
     python benchmarks/breakdown_check.py [--model blackmamba] [--remat none] [--out FILE.json]
-    python benchmarks/breakdown_check.py --variants
 
 A small Mixtral with NF4 experts and LoRA (or a BlackMamba): its train step is traced and broken down; then its forward pass alone (with
 all that it keeps for the backward pass: `jax.vjp`), and forward and backward alone, are compiled by themselves and timed. Of the step,
 the phase `forward` should take what the first takes, and `forward + recompute + backward` what the second takes. The step is timed
 without the tracer too: what the tracer costs is no error of the breakdown.
-
---variants: the same model with its layers scanned or unrolled, recomputed or not: milliseconds of the busy step, and of its forward
-pass, by kind of layer, and shares. They should agree but for what XLA really does otherwise; "layers", where autodiff's keeping of
-intermediate results stands, is left out of the shares.
 """
 
 from __future__ import annotations
@@ -22,8 +17,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,50 +126,6 @@ def check(model: str, k: int, remat: str, rows: int, row_tokens: int, rounds: in
     } | {name: {"breakdown": ours, "alone": alone, "ratio": ours / alone} for name, (ours, alone) in pairs.items()}  # fmt: skip
 
 
-@contextmanager
-def unrolled(length: int) -> Iterator[None]:
-    """Inside, `jax.lax.scan` writes out loops of this length one layer after the other."""
-    scan = jax.lax.scan
-
-    def written_out(f: Any, init: Any, xs: Any = None, *rest: Any, **options: Any) -> Any:
-        leading = {leaf.shape[0] for leaf in jax.tree.leaves(xs)}
-        return scan(f, init, xs, *rest, **options | ({"unroll": True} if leading == {length} else {}))
-
-    jax.lax.scan = written_out  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        jax.lax.scan = scan
-
-
-def variants(model: str, k: int, rows: int, row_tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Shares by kind of layer of a scanned and an unrolled model, with and without rematerialization: medians over the rounds."""
-    results = []
-    for remat in ("full", "none"):
-        for name in ("scanned", "unrolled"):
-            with unrolled(SIZES["num_layers"]) if name == "unrolled" else nullcontext():
-                step, state, frozen, batch, _ = setup(model, k, remat, rows, row_tokens)
-                state, metrics = step(state, frozen, batch)
-                jax.block_until_ready(metrics)
-            found = []
-            for _ in range(rounds):
-                b, (state, _) = traced(step, state, frozen, batch)
-                found.append(b)
-            result: dict[str, Any] = {"remat": remat, "layers": name, "attributed": min(b.attributed for b in found)}
-            for scope, phase in (("step", None), ("forward", "forward")):
-                layers = {n: statistics.median(b.sums("layer", phase).get(n, 0.0) for b in found) for n in found[0].layers}
-                whole = sum(seconds for n, seconds in layers.items() if n != "layers")
-                result[scope] = {"seconds": layers, "shares": {n: s / whole for n, s in layers.items() if n != "layers"}}
-                text = "  ".join(
-                    f"{n} {1e3 * s:.1f}" + (f" ({100 * s / whole:.1f} %)" if n != "layers" else "")
-                    for n, s in sorted(layers.items(), key=lambda item: -item[1])
-                    if s > 0.002 * whole
-                )
-                print(f"remat {remat}, {name:8}, {scope:7} ms: {text}", flush=True)
-            results.append(result)
-    return results
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(STUDY_MODELS), default="mixtral")
@@ -184,13 +133,10 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--variants", action="store_true", help="compare scanned and unrolled layers, recomputed or not")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = []
-    if options.variants:
-        results = variants(options.model, 2, options.rows, options.row_tokens, options.rounds)
-    for remat in () if options.variants else (options.remat,) if options.remat else ("full", "none"):
+    for remat in (options.remat,) if options.remat else ("full", "none"):
         for k in (2, 8):
             r = check(options.model, k, remat, options.rows, options.row_tokens, options.rounds)
             results.append(r)

@@ -1,12 +1,11 @@
-"""NF4 to bf16 in each layout of the codes, by each look-up: bytes per second, beside a copy of as many; and what the compiler fuses.
+"""NF4 to bf16 in each layout of the codes, by each look-up: bytes per second, beside a copy of as many.
 
     python benchmarks/dequant_forms.py --out benchmarks/results/<date>-dequant-<device>.json      # one expert matrix of Mixtral-8x7B
     python benchmarks/dequant_forms.py --shape 512x256 --dtype float32 --out …                   # what `make frameworks` has on a CPU
-    JAX_PLATFORMS=cpu python benchmarks/dequant_forms.py --gpu H100,A100-80   # only compile, for GPUs that are not there (extra `aot`)
 
 As the model does it: 8 experts' codes in one stack, one expert's matrix at a time in a loop, each used once, by a product with one
 row: it is in the time, and told by itself for matrices that need no dequantization. The bytes are those that must move: half a byte a
-weight read, the result written. `large fusions`: what writes at least one element for each weight. Forms are measured in turn.
+weight read, the result written. Forms are measured in turn. What the compiler fuses: tests/models/test_structure.py.
 """
 
 from __future__ import annotations
@@ -28,18 +27,11 @@ import jax.numpy as jnp
 import kept
 from clock import copy_rate, in_turn
 
-from moejax.errors import UserError
 from moejax.models.ops import nf4, quantized
 from moejax.models.ops.linear import part
-from moejax.profiling.program import Program, elements, module_of
 
 EXPERTS = 8
 FORMS = {f"{layout}, {name}": (layout, look_up) for layout in quantized.LAYOUTS for name, look_up in nf4.LOOK_UPS.items()}
-
-
-def stack(shape: tuple[int, int], double: bool) -> Any:
-    """Shapes and dtypes of 8 matrices."""
-    return quantized.abstract("nf4-double" if double else "nf4", (EXPERTS, *shape))
 
 
 def dequantized(form: str, weight: Any, dtype: Any) -> jax.Array:
@@ -57,48 +49,16 @@ def loop(make: Any, row: jax.Array, weights: Any) -> jax.Array:
     return jax.lax.scan(body, jnp.zeros((1, weights.shape[-2]), row.dtype), jnp.arange(EXPERTS))[0]
 
 
-def large_fusions(compiled: Any, weights: int) -> int:
-    """Instructions outside fusions that write at least one element a weight: no product, and no mere view."""
-    program = Program(module_of(compiled))
-    return sum(
-        elements(i.shape) >= weights
-        for computation in program.executions({})
-        for i in program.computations[computation].instructions
-        if i.opcode in ("fusion", "copy", "gather", "concatenate", "convert", "transpose", "dynamic-slice", "broadcast")
-    )
-
-
-def fused(form: str, shape: tuple[int, int], dtype: Any, double: bool, sharding: Any) -> int:
-    """Of one expert's matrix out of the stack, compiled for the device of `sharding`."""
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), stack(shape, double))
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-    function = jax.jit(lambda t, e: dequantized(form, part(t, e), dtype))
-    return large_fusions(function.lower(arguments, index).compile(), math.prod(shape))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", default="14336x4096", help="OUTxIN")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--single", action="store_true", help="block scales in fp32, not in 8 bits")
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--gpu", help="comma-separated: compile for these, measure nothing")
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     shape, dtype = tuple(int(n) for n in o.shape.split("x")), jnp.dtype(o.dtype)
-    if o.gpu:
-        from moejax.training import aot
-
-        try:
-            for gpu in o.gpu.split(","):
-                sharding = jax.sharding.SingleDeviceSharding(aot.device(gpu))
-                counts = {form: fused(form, shape, dtype, not o.single, sharding) for form in FORMS}  # type: ignore[arg-type]
-                print(f"{gpu}: large fusions " + ", ".join(f"{form} {count}" for form, count in counts.items()))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        return 0
-    weights = stack(shape, not o.single).random(jax.random.key(0))  # type: ignore[arg-type]
+    weights = quantized.abstract("nf4" if o.single else "nf4-double", (EXPERTS, *shape)).random(jax.random.key(0))
     row = jnp.ones((1, shape[1]), dtype)
     n = math.prod(shape)
     moved = EXPERTS * n * (0.5 + dtype.itemsize)
@@ -112,21 +72,14 @@ def main() -> int:
         product_seconds=product / EXPERTS, forms={},
     )  # fmt: skip
     print(f"the product alone {1e3 * product / EXPERTS:.3f} ms a matrix, a copy {rate / 1e9:.2f} GB/s")
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     runs = {form: jax.jit(lambda row, w, form=form: loop(lambda t: dequantized(form, t, dtype), row, w)) for form in FORMS}
     taken = in_turn({form: partial(run, row, weights) for form, run in runs.items()}, o.repeat)
     for form, all_ in taken.items():
         seconds = statistics.median(all_) / EXPERTS
-        report["forms"][form] = {
-            "seconds": seconds, "bytes_per_second": moved / EXPERTS / seconds, "of_copy": moved / EXPERTS / seconds / rate,
-            "large_fusions": fused(form, shape, dtype, not o.single, here),  # type: ignore[arg-type]
-        }  # fmt: skip
-        f = report["forms"][form]
-        print(
-            f"{form:<13} {1e3 * seconds:9.3f} ms a matrix, {f['bytes_per_second'] / 1e9:8.2f} GB/s, {100 * f['of_copy']:4.0f} % of a copy, "
-            f"{f['large_fusions']} large fusions",
-            flush=True,
-        )
+        reached = moved / EXPERTS / seconds
+        report["forms"][form] = {"seconds": seconds, "bytes_per_second": reached, "of_copy": reached / rate}
+        share = 100 * reached / rate
+        print(f"{form:<13} {1e3 * seconds:9.3f} ms a matrix, {reached / 1e9:8.2f} GB/s, {share:4.0f} % of a copy", flush=True)
     kept.write(o.out, report)
     return 0
 

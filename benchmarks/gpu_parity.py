@@ -7,12 +7,12 @@ BlackMamba (logits, loss, every gradient, expert counts) and LoRA against PyTorc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,12 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
-from support import VECTORS, hub_tensor, loss_and_gradients
+from support import VECTORS, adapter_tensors, batch_of, hub_arrays, hub_folder, loss_and_gradients, read_vectors
 
-from moejax.data.batch import Batch
-from moejax.hub.names import modules, tensors
 from moejax.hub.peft import load_adapter
-from moejax.hub.weights import attribute, load_weights
+from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build
-from moejax.models.config import BlackMambaConfig, LoRAConfig, from_hub_config
+from moejax.models.config import LoRAConfig
 from moejax.models.ops import quantized
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
@@ -46,14 +43,9 @@ def check(name: str, difference: float, bar: float) -> Check:
     return {"check": name, "difference": float(difference), "bar": bar, "ok": bool(difference <= bar)}
 
 
-def vectors(name: str) -> dict[str, np.ndarray]:
-    with np.load(VECTORS / f"{name}.npz") as file:
-        return {key: file[key] for key in file.files}
-
-
 def nf4_codes() -> Iterator[Check]:
     """How many codes, scales and dequantized weights differ in a bit."""
-    known = vectors("nf4")
+    known = read_vectors("nf4")
     for case in sorted({key.split("/")[0] for key in known if key.endswith("/weight")}):
         weight = jnp.asarray(known[f"{case}/weight"], str(known[f"{case}/dtype"]))
         for kind in ("single", "double"):
@@ -65,96 +57,45 @@ def nf4_codes() -> Iterator[Check]:
             yield check(f"nf4 {key}: bits", different, 0)
 
 
-def batch_of(known: dict[str, np.ndarray]) -> Batch:
-    """The right-padded, prompt-masked batch of a vectors' file in our form."""
-    ids, mask, labels = (known[name] for name in ("ids", "mask", "labels"))
-    targets, loss_mask = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
-    targets[:, :-1], loss_mask[:, :-1] = ids[:, 1:], labels[:, 1:] != -100
-    arrays = (ids, targets, loss_mask, mask, np.arange(ids.shape[1])[None] * mask)
-    return Batch(*(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in arrays))
-
-
-def hub_folder(known: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> Path:
-    """The vectors' weights as a model in Hub layout."""
-    folder.mkdir()
-    weights = {name[2:]: np.ascontiguousarray(value) for name, value in known.items() if name.startswith("w/")}
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def of_largest(ours: Any, reference: np.ndarray) -> float:
     """The largest difference, of the reference's largest magnitude."""
     return float(np.abs(np.asarray(ours) - reference).max() / max(np.abs(reference).max(), 1e-12))
 
 
-def compared(name: str, model: Any, batch: Batch, known: dict[str, np.ndarray], key: str, gradient: Any) -> Iterator[Check]:
-    """gradient(name, model of gradients) -> array, for each `{key}/grad/…` of the vectors."""
+def gradients_of(name: str, ours: dict[str, Any], known: dict[str, np.ndarray], prefix: str) -> Check:
+    """Of each of the vectors' gradients."""
+    theirs = {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
+    return check(f"{name}: gradients", max(of_largest(ours[key], value) for key, value in theirs.items()), GRADIENTS)
+
+
+def whole(family: str, cases: dict[str, int], folder: Path) -> Iterator[Check]:
+    """A family's model, all of it trained, with so many experts a token in each case."""
+    known = read_vectors(family)
+    batch, sizes = batch_of(known), read_config(hub_folder(known, folder))
     real = np.asarray(batch.segment_ids) > 0
-    logits = model.logits(model(batch.tokens, batch.segment_ids, batch.positions)[0])
-    yield check(f"{name}: logits", np.abs(np.asarray(logits)[real] - known[f"{key}/logits"][real]).max(), LOGITS)
-    loss, stats, gradients = loss_and_gradients(model, batch, remat="full")
-    yield check(f"{name}: loss", abs(float(loss) / float(known[f"{key}/loss"]) - 1), LOSS)
-    yield check(f"{name}: tokens at another expert", int(np.sum(np.asarray(stats.counts) != known[f"{key}/counts"])), 0)
-    ours = dict(gradient(gradients))
-    yield check(f"{name}: gradients", max(of_largest(v, known[f"{key}/grad/{n}"]) for n, v in ours.items()), GRADIENTS)
+    for case, k in cases.items():
+        model = load_weights(build(sizes.replace(experts_per_token=k), dtype=jnp.float32), folder, jax.random.key(0))
+        name = f"{family} {case}"
+        logits = model.logits(model(batch.tokens, batch.segment_ids, batch.positions)[0])
+        yield check(f"{name}: logits", np.abs(np.asarray(logits)[real] - known[f"{case}/logits"][real]).max(), LOGITS)
+        loss, stats, gradients = loss_and_gradients(model, batch, remat="full")
+        yield check(f"{name}: loss", abs(float(loss) / float(known[f"{case}/loss"]) - 1), LOSS)
+        yield check(f"{name}: tokens at another expert", int(np.sum(np.asarray(stats.counts) != known[f"{case}/counts"])), 0)
+        yield gradients_of(name, dict(hub_arrays(gradients)), known, f"{case}/grad/")
 
 
-def mixtral(folder: Path) -> Iterator[Check]:
-    known = vectors("mixtral")
-    where = hub_folder(known, json.loads(str(known["config"])) | {"model_type": "mixtral"}, folder / "mixtral")
-    sizes = from_hub_config(json.loads((where / "config.json").read_text()))
-    batch = batch_of(known)
-    for case, k in {"top2": 2, "dense": 8}.items():
-        model = load_weights(build(sizes.replace(experts_per_token=k), dtype=jnp.float32), where, jax.random.key(0))
-
-        def gradients(tree: Any) -> Iterator[tuple[str, Any]]:
-            return ((f"{name}.weight", hub_tensor(tree, place)) for name, place in modules(sizes).items())
-
-        yield from compared(f"mixtral {case}", model, batch, known, case, gradients)
-    for case in ("experts", "all"):
-        yield from lora(case, sizes, where, batch)
-
-
-def lora(case: str, sizes: Any, where: Path, batch: Batch) -> Iterator[Check]:
-    known = vectors(f"lora_{case}")
+def lora(case: str, folder: Path) -> Iterator[Check]:
+    """Adapters on the Mixtral in `folder`."""
+    known, batch = read_vectors(f"lora_{case}"), batch_of(read_vectors("mixtral"))
     settings = json.loads(str(known["settings"]))
     adapter = LoRAConfig(settings["r"], settings["lora_alpha"], 0.0, tuple(settings["targets"]))
-    model = load_weights(build(sizes, adapter=adapter, dtype=jnp.float32), where, jax.random.key(0))
+    model = load_weights(build(read_config(folder), adapter=adapter, dtype=jnp.float32), folder, jax.random.key(0))
     load_adapter(model, VECTORS / f"peft_{case}")
     graphdef, trainable, frozen = split(model, full=False)
     objective = Objective(graphdef, full=False, remat="full")
     loss, gradients = jax.jit(jax.value_and_grad(lambda t: sums(objective, t, frozen, batch, None)[0] / batch.loss_mask.sum()))(trainable)
     yield check(f"lora {case}: loss", abs(float(loss) / float(known["losses"][0]) - 1), LOSS)
-    of_model, worst = nnx.merge(graphdef, gradients, frozen), 0.0
-    for name, place in modules(sizes).items():
-        pair = getattr(reduce(getattr, place.path, of_model), "lora", None)
-        if pair is not None:
-            index = (place.layer,) if place.expert is None else (place.layer, place.expert)
-            for letter, variable in (("A", pair.a), ("B", pair.b)):
-                reference = known[f"grad/base_model.model.{name}.lora_{letter}.weight"]
-                worst = max(worst, of_largest(variable.get_value()[index], reference))
-    yield check(f"lora {case}: gradients", worst, GRADIENTS)
-
-
-def blackmamba(folder: Path) -> Iterator[Check]:
-    known = vectors("blackmamba")
-    stored = json.loads(str(known["config"]))
-    stored.pop("dt_rank")
-    where = hub_folder(known, BlackMambaConfig(**stored).to_hub_config(), folder / "blackmamba")
-    sizes = from_hub_config(json.loads((where / "config.json").read_text()))
-    batch = batch_of(known)
-
-    def gradients(tree: Any) -> Iterator[tuple[str, Any]]:
-        for name, places in tensors(sizes).items():
-            found = (getattr(attribute(tree, p.path), p.attr).get_value() for p in places)
-            indices = (tuple(i for i in (p.layer, p.expert) if i is not None) or ... for p in places)
-            array = np.concatenate([np.asarray(value[index]) for value, index in zip(found, indices, strict=True)])
-            yield name, array[:, None] if name.endswith("conv1d.weight") else array
-
-    for case, k in {"top2": 2, "dense": 4}.items():
-        model = load_weights(build(sizes.replace(experts_per_token=k), dtype=jnp.float32), where, jax.random.key(0))
-        yield from compared(f"blackmamba {case}", model, batch, known, case, gradients)
+    yield gradients_of(f"lora {case}", adapter_tensors(nnx.merge(graphdef, gradients, frozen)), known, "grad/")
 
 
 def main() -> int:
@@ -162,12 +103,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     report = kept.about(device=jax.local_devices()[0].device_kind, checks=[])
-    with tempfile.TemporaryDirectory() as folder:
-        for checks in (nf4_codes(), mixtral(Path(folder)), blackmamba(Path(folder))):
-            for made in checks:
-                report["checks"].append(made)
-                kept.write(options.out, report)
-                print(json.dumps(made), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        mixtral, blackmamba = Path(name) / "mixtral", Path(name) / "blackmamba"
+        for made in itertools.chain(
+            nf4_codes(), whole("mixtral", {"top2": 2, "dense": 8}, mixtral), lora("experts", mixtral), lora("all", mixtral),
+            whole("blackmamba", {"top2": 2, "dense": 4}, blackmamba),
+        ):  # fmt: skip
+            report["checks"].append(made)
+            kept.write(options.out, report)
+            print(json.dumps(made), flush=True)
     return int(not all(c["ok"] for c in report["checks"]))
 
 

@@ -15,7 +15,6 @@ loop in fp32, and `ragged`'s FLOPs by the compiler, which is timed but never cho
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -163,19 +162,6 @@ def decide(plans: dict[str, gm.Plan], medians: dict[str, float], ragged: float) 
     return winner, {"backend": plans[winner].backend, "tile": plans[loop].tile, "small_tile": plans[loop].small_tile}
 
 
-def again(path: Path) -> list[dict[str, Any]]:
-    """Entries by this file's rule from the seconds of a result that is already there."""
-    result, entries = json.loads(path.read_text()), []
-    for case in result["cases"]:
-        tokens, d, f = (int(n) for n in case["shape"].split("x"))
-        plans = candidates("cpu" if result["device"] == "cpu" else "gpu", tokens, d, f, case["entry"]["quantized"])
-        case["winner"], entry = decide(plans, case["medians"], result["ragged_flops_of_useful"])
-        case["entry"] |= entry
-        entries.append(case["entry"])
-    kept.write(path, result)
-    return entries
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
@@ -186,13 +172,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--decide", type=Path, help="a result of this command: decide again from its seconds, and update the table")
     o = parser.parse_args()
     if o.update and o.out is None:
         parser.error("--update needs --out: the table names the file with the seconds")
-    if o.decide:
-        update("grouped", json.loads(o.decide.read_text())["device"], again(o.decide), o.decide)
-        return 0
     kind, ragged = choice.here(), of_run.ragged_cost()
     result = kept.about(device=kind, cores=os.cpu_count(), ragged_flops_of_useful=ragged, cases=[])
     for storage in o.storage.split(","):

@@ -1,13 +1,14 @@
 """Speed and memory of loading a checkpoint as NF4, at first and from the cache of quantized weights.
 
-python benchmarks/make_checkpoint.py /tmp/checkpoint && python benchmarks/load_speed.py /tmp/checkpoint
+    python benchmarks/load_speed.py DIR [--layers 2]
 
+DIR without a checkpoint gets a random Mixtral in Hub layout with the 8x7B's matrices, 6.3 GB of bf16 in shards (delete it afterwards).
 Each load is a process of its own; the files leave the page cache before it, and before they are read plainly (16 MiB at a time) for
-comparison: into one piece of memory again and again, and, in a process of its own too, into as much new memory as they are large. The peak
-is the kernel's (VmHWM): all of the process, with Python, jax and mapped pages; on a CPU with the model itself.
+comparison. The peak is the kernel's (VmHWM): all of the process, with Python, jax and mapped pages; on a CPU with the model itself.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,48 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-def forget(folder: Path) -> int:
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from moejax.hub import merge, save, streaming, weights
+from moejax.hub.names import tensors
+from moejax.hub.safetensors_file import Writer
+from moejax.models.build import build
+from moejax.models.config import PRESETS, Quantization
+from moejax.terminal import Console
+
+SHARD_BYTES = 2_200_000_000
+
+
+def make(folder, layers):
+    config = PRESETS["mixtral-8x7b"].replace(num_layers=layers)
+    model = build(config, param_dtype=jnp.bfloat16)
+    shapes = {name: streaming.whole_shape(model, places) for name, places in tensors(config).items()}
+    pool = (0.02 * np.random.default_rng(0).standard_normal(1 << 27, np.float32)).astype(ml_dtypes.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {}
+    for number, names in enumerate(merge.plan_shards({n: 2 * math.prod(s) for n, s in shapes.items()}, SHARD_BYTES), 1):
+        file = f"model-{number:05d}.safetensors"
+        with Writer(folder / file, {n: (shapes[n], pool.dtype) for n in names}, {"format": "pt"}) as writer:
+            for name in names:
+                size = math.prod(shapes[name])
+                start = (len(where) * 7919 * 64) % (pool.size - size)  # other numbers for each tensor
+                writer.write(name, pool[start : start + size])
+                where[name] = file
+    save.write_json(folder / "model.safetensors.index.json", {"weight_map": where})
+    save.write_config(config, folder, jnp.bfloat16)
+    print(f"{folder}: {2 * sum(map(math.prod, shapes.values())) / 1e9:.2f} GB of bfloat16 in {len(set(where.values()))} shards")
+
+
+def peak_bytes():
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+
+
+def forget(folder):
     """Take a folder's files out of the page cache; their bytes."""
     total = 0
     for path in folder.glob("*.safetensors"):
@@ -27,7 +68,7 @@ def forget(folder: Path) -> int:
     return total
 
 
-def read_plainly(folder: Path) -> float:
+def read_plainly(folder):
     """Seconds to read a folder's files once, and to do nothing with them."""
     start = time.perf_counter()
     for path in folder.glob("*.safetensors"):
@@ -37,28 +78,7 @@ def read_plainly(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def read_into_new_memory(folder: Path) -> None:
-    """Print the seconds to read a folder's files once, and to keep all of it."""
-    start, kept = time.perf_counter(), []
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(1 << 24):
-                kept.append(piece)
-    print(time.perf_counter() - start)
-
-
-def peak_bytes() -> int:
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-
-
-def load(folder: Path, cache: Path) -> None:
-    import jax
-
-    from moejax.hub import weights
-    from moejax.models.build import build
-    from moejax.models.config import Quantization
-    from moejax.terminal import Console
-
+def load_once(folder, cache):
     model = build(weights.read_config(folder), quantization=Quantization())
     key = jax.block_until_ready(jax.random.split(jax.random.key(0)))[0]  # jax's own start is no part of a load
     before, start, cpu = peak_bytes(), time.perf_counter(), time.process_time()
@@ -66,47 +86,45 @@ def load(folder: Path, cache: Path) -> None:
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     values = [v.get_value() for _, v in weights.base_variables(model)]
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
-    extra = peak_bytes() - stored
+    peak = peak_bytes()
     print(
-        f"{seconds:.1f} s ({cpu:.1f} s of CPU); model {stored / 1e9:.2f} GB; peak {peak_bytes() / 1e9:.2f} GB, the model and "
-        f"{extra / 1e9:.2f} GB ({before / 1e9:.2f} before the load)\nseconds {seconds}"
+        f"{seconds:.1f} s ({cpu:.1f} s of CPU); model {stored / 1e9:.2f} GB; peak {peak / 1e9:.2f} GB, the model and "
+        f"{(peak - stored) / 1e9:.2f} GB ({before / 1e9:.2f} before the load)\nseconds {seconds}"
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--cache", type=Path, default=None, help="load once, with this cache")
-    parser.add_argument("--plain", action="store_true", help="read the folder's files into memory once and do nothing with them")
-    options = parser.parse_args()
-    if options.plain:
-        read_into_new_memory(options.folder)
-        return
-    if options.cache:
-        load(options.folder, options.cache)
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        cache = Path(folder)
+def load(folder):
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        cache = Path(name)
         print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before")
-        for what, source in (("bf16 input, quantized and cached", options.folder), ("from the cache", cache)):
+        # What a page cache can be relied on to keep is the cache of quantized weights alone.
+        for what, source, warm in (
+            ("bf16 input, quantized and cached, not in memory", folder, False),
+            ("from the cache, not in memory", cache, False),
+            ("from the cache, in the page cache", cache, True),
+        ):
             size = forget(source)
             disk = size / 1e6 / read_plainly(source)
-            forget(source)
-            new = subprocess.run([sys.executable, __file__, str(source), "--plain"], check=True, stdout=subprocess.PIPE, text=True).stdout
-            into_new = size / 1e6 / float(new)
-            for state in ("not in memory", "in the page cache"):
-                if state == "not in memory":
-                    forget(source)
-                elif source == options.folder:
-                    continue  # larger than what a page cache can be relied on to keep
-                command = [sys.executable, __file__, str(options.folder), "--cache", str(cache)]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                text, _, seconds = out.rpartition("\nseconds ")
-                speed = size / 1e6 / float(seconds)
-                print(
-                    f"{what}, {state}: {size / 1e9:.2f} GB, {speed:.0f} MB/s; the disk, read plainly, {disk:.0f} MB/s, "
-                    f"into new memory {into_new:.0f} MB/s\n{text}"
-                )
+            if not warm:
+                forget(source)
+            command = [sys.executable, __file__, str(folder), "--cache", str(cache)]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            text, _, seconds = out.rpartition("\nseconds ")
+            print(f"{what}: {size / 1e9:.2f} GB, {size / 1e6 / float(seconds):.0f} MB/s; the disk, read plainly, {disk:.0f} MB/s\n{text}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--layers", type=int, default=2, help="of the random model")
+    parser.add_argument("--cache", type=Path, help="load once, with this cache")
+    o = parser.parse_args()
+    if o.cache:
+        load_once(o.folder, o.cache)
+        return
+    if not (o.folder / "config.json").exists():
+        make(o.folder, o.layers)
+    load(o.folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ difference from the sequential reference on the device, relative to the referenc
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -111,19 +110,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a small layer, for a CPU")
     parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--decide", type=Path, help="a result of this command: decide again from its seconds, and update the table")
     o = parser.parse_args()
     if o.update and o.out is None:
         parser.error("--update needs --out: the table names the file with the seconds")
-    report: dict[str, Any]
-    if o.decide:
-        report = json.loads(o.decide.read_text())
-        cases = list(dict.fromkeys(tuple(row[name] for name in SHAPE) for row in report["cases"]))
-        by_case = [[row for row in report["cases"] if tuple(row[name] for name in SHAPE) == case] for case in cases]
-        report["entries"] = [decide("cpu" if report["device"] == "cpu" else "gpu", rows) for rows in by_case]
-        kept.write(o.decide, report)
-        update("scan", report["device"], report["entries"], o.decide)
-        return 0
     cases, chunks = ("2x64x32", "16") if o.tiny else (o.cases, o.chunks)
     rate = copy_rate(1 << 22 if o.tiny else 1 << 30)
     report = kept.about(device=choice.here(), cores=os.cpu_count(), copy_bytes_per_second=rate, cases=[], entries=[])

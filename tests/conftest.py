@@ -38,33 +38,24 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done i
     }
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 # Equal steps are one function here, which jax traces, lowers and compiles once for all tests: before anything takes it by its name.
 import shared_steps  # noqa: F401  isort: skip
-from support import VECTORS, tiny_experiments
+from support import batch_of, hub_folder, read_vectors, tiny_experiments
 
-from moejax.models.config import BlackMambaConfig, from_hub_config
+from moejax.models.config import from_hub_config
 
 
 @pytest.fixture(scope="session")
 def mixtral_vectors():
-    with np.load(VECTORS / "mixtral.npz") as file:
-        return {name: file[name] for name in file.files}
+    return read_vectors("mixtral")
 
 
 @pytest.fixture(scope="session")
 def mixtral_folder(mixtral_vectors, tmp_path_factory):
     """The reference's weights as a folder in Hub layout."""
-    folder = tmp_path_factory.mktemp("mixtral")
-    tensors = {name[2:]: np.ascontiguousarray(value) for name, value in mixtral_vectors.items() if name.startswith("w/")}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    config = json.loads(str(mixtral_vectors["config"])) | {"model_type": "mixtral"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return hub_folder(mixtral_vectors, tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture(scope="session")
@@ -75,35 +66,18 @@ def reference_config(mixtral_folder):
 @pytest.fixture(scope="session")
 def reference_batch(mixtral_vectors):
     """The right-padded, prompt-masked batch in our form."""
-    from moejax.data.batch import Batch
-
-    ids, mask, labels = (mixtral_vectors[k] for k in ("ids", "mask", "labels"))
-    targets = np.zeros_like(ids)
-    targets[:, :-1] = ids[:, 1:]
-    loss_mask = np.zeros(ids.shape, np.float32)
-    loss_mask[:, :-1] = labels[:, 1:] != -100
-    positions = np.arange(ids.shape[1])[None] * mask
-    return Batch(
-        *(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in (ids, targets, loss_mask, mask, positions))
-    )
+    return batch_of(mixtral_vectors)
 
 
 @pytest.fixture(scope="session")
 def blackmamba_vectors():
-    return dict(np.load(VECTORS / "blackmamba.npz"))
+    return read_vectors("blackmamba")
 
 
 @pytest.fixture(scope="session")
 def blackmamba_folder(blackmamba_vectors, tmp_path_factory):
     """The oracle's weights as a folder in Hub layout."""
-    folder = tmp_path_factory.mktemp("blackmamba")
-    tensors = {name[2:]: np.ascontiguousarray(value) for name, value in blackmamba_vectors.items() if name.startswith("w/")}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    sizes = json.loads(str(blackmamba_vectors["config"]))
-    sizes.pop("dt_rank")
-    config = BlackMambaConfig(**sizes).to_hub_config()
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return hub_folder(blackmamba_vectors, tmp_path_factory.mktemp("blackmamba"))
 
 
 def pytest_collection_finish():

@@ -8,21 +8,75 @@ from functools import cache, partial, reduce
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from flax import nnx
+from safetensors.numpy import save_file
 
 from moejax.config import Experiment, dump
+from moejax.data.batch import Batch
 from moejax.hub.model import architecture, create_model
+from moejax.hub.names import modules, tensors
 from moejax.hub.peft import adapted, save_adapter
+from moejax.hub.weights import attribute
 from moejax.models.cache import decode_step, prefill
-from moejax.models.config import LORA_TARGETS
+from moejax.models.config import LORA_TARGETS, BlackMambaConfig
 from moejax.training.state import split
 from moejax.training.step import Objective, sums
 
 ROOT = Path(__file__).parent.parent
 VECTORS = ROOT / "tests" / "vectors"
 SHARED = ROOT.parent / "shared"
+
+
+def read_vectors(name):
+    """The arrays of a file of PyTorch's."""
+    with np.load(VECTORS / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def batch_of(known):
+    """The right-padded, prompt-masked batch of a vectors' file in our form."""
+    ids, mask, labels = (known[name] for name in ("ids", "mask", "labels"))
+    targets, loss_mask = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
+    targets[:, :-1], loss_mask[:, :-1] = ids[:, 1:], labels[:, 1:] != -100
+    arrays = (ids, targets, loss_mask, mask, np.arange(ids.shape[1])[None] * mask)
+    return Batch(*(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in arrays))
+
+
+def hub_folder(known, folder):
+    """The weights of a vectors' file as a folder in Hub layout."""
+    stored = json.loads(str(known["config"]))
+    config = BlackMambaConfig(**stored).to_hub_config() if stored.pop("dt_rank", None) else stored | {"model_type": "mixtral"}
+    folder.mkdir(exist_ok=True)
+    weights = {name[2:]: np.ascontiguousarray(value) for name, value in known.items() if name.startswith("w/")}
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def hub_arrays(model):
+    """Hub name -> array, from the variables of a model (weights, or gradients in their places)."""
+    for name, places in tensors(model.config).items():
+        parts = []
+        for p in places:
+            value = getattr(attribute(model, p.path), p.attr).get_value()
+            parts.append(np.asarray(value[tuple(i for i in (p.layer, p.expert) if i is not None) or ...]))
+        array = np.concatenate(parts)
+        yield name, array[:, None] if name.endswith("conv1d.weight") else array
+
+
+def adapter_tensors(model):
+    """PEFT's name -> array, for the adapters (or their gradients) inside a model."""
+    out = {}
+    for name, place in modules(model.config).items():
+        lora = getattr(reduce(getattr, place.path, model), "lora", None)
+        if lora is not None:
+            index = (place.layer,) if place.expert is None else (place.layer, place.expert)
+            for letter, variable in (("A", lora.a), ("B", lora.b)):
+                out[f"base_model.model.{name}.lora_{letter}.weight"] = variable.get_value()[index]
+    return out
 
 
 def hub_tensor(tree_model, place):

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import assert_close_to_largest, decoder, full_logits, loss_and_gradients
+from support import assert_close_to_largest, batch_of, decoder, full_logits, hub_arrays, loss_and_gradients
 
 from moejax.data.batch import Batch
-from moejax.hub.names import tensors
 from moejax.hub.save import save_weights
-from moejax.hub.weights import attribute, load_weights
+from moejax.hub.weights import load_weights
 from moejax.models.build import build
 from moejax.models.cache import init_cache
 from moejax.models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization, from_hub_config
@@ -34,22 +33,7 @@ def models_by_case(blackmamba_folder):
 
 @pytest.fixture(scope="module")
 def batch(blackmamba_vectors):
-    ids, mask, labels = (blackmamba_vectors[k] for k in ("ids", "mask", "labels"))
-    targets, loss_mask = np.zeros_like(ids), np.zeros(ids.shape, np.float32)
-    targets[:, :-1], loss_mask[:, :-1] = ids[:, 1:], labels[:, 1:] != -100
-    arrays = (ids, targets, loss_mask, mask, np.arange(ids.shape[1])[None] * mask)
-    return Batch(*(jnp.asarray(a, jnp.float32 if a is loss_mask else jnp.int32) for a in arrays))
-
-
-def hub_arrays(model):
-    """Hub name -> array, from the variables of a model (weights, or gradients in their places)."""
-    for name, places in tensors(model.config).items():
-        parts = []
-        for p in places:
-            value = getattr(attribute(model, p.path), p.attr).get_value()
-            parts.append(np.asarray(value[tuple(i for i in (p.layer, p.expert) if i is not None) or ...]))
-        array = np.concatenate(parts)
-        yield name, array[:, None] if name.endswith("conv1d.weight") else array
+    return batch_of(blackmamba_vectors)
 
 
 @pytest.mark.parametrize("case", CASES)

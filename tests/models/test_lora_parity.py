@@ -1,7 +1,6 @@
 """LoRA per expert, router and attention against PEFT 0.18.1 in fp32 (tests/oracles/lora.py)."""
 
 import json
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import VECTORS, assert_close_to_largest, full_logits
+from support import VECTORS, adapter_tensors, assert_close_to_largest, full_logits, read_vectors
 
-from moejax.hub.names import modules
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import load_weights
 from moejax.models.build import build
@@ -25,25 +23,12 @@ CASES = ("experts", "all")
 @pytest.fixture(scope="module", params=CASES)
 def case(request, mixtral_folder, reference_config):
     """(vectors, model with the reference's base and adapter)."""
-    with np.load(VECTORS / f"lora_{request.param}.npz") as file:
-        vectors = {name: file[name] for name in file.files}
+    vectors = read_vectors(f"lora_{request.param}")
     settings = json.loads(str(vectors["settings"]))
     adapter = LoRAConfig(settings["r"], settings["lora_alpha"], 0.0, tuple(settings["targets"]))
     model = load_weights(build(reference_config, adapter=adapter, dtype=jnp.float32), mixtral_folder, jax.random.key(0))
     load_adapter(model, VECTORS / f"peft_{request.param}")
     return vectors, model
-
-
-def adapter_tensors(model):
-    """PEFT's name -> array, for the adapters (or their gradients) inside a model."""
-    out = {}
-    for name, place in modules(model.config).items():
-        lora = getattr(reduce(getattr, place.path, model), "lora", None)
-        if lora is not None:
-            index = (place.layer,) if place.expert is None else (place.layer, place.expert)
-            for letter, variable in (("A", lora.a), ("B", lora.b)):
-                out[f"base_model.model.{name}.lora_{letter}.weight"] = variable.get_value()[index]
-    return out
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

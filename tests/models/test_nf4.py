@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import VECTORS
+from support import read_vectors
 
 from moejax.models.ops import nf4, quantized
 
@@ -17,8 +17,7 @@ def kind_of(double):
 
 @pytest.fixture(scope="module")
 def vectors():
-    with np.load(VECTORS / "nf4.npz") as file:
-        return {name: file[name] for name in file.files}
+    return read_vectors("nf4")
 
 
 def test_dynamic_map(vectors):
