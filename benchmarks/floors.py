@@ -29,6 +29,7 @@ from moejax.estimator import sizes
 from moejax.estimator.roofline import QLORA_BYTES
 from moejax.estimator.sizes import architecture_of
 from moejax.models.config import Architecture, specs
+from moejax.models.config.adapters import Pair
 
 FP32 = 4
 SIZES = {"bfloat16": 2, "float32": 4}
@@ -67,16 +68,17 @@ def dequantization(item: int, weights: float, passes: float) -> Stage:
     return Stage("", 2 * weights * passes, weights * passes * (QLORA_BYTES + item))
 
 
-def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantized: bool, ranks: list[int]) -> list[Stage]:
+def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantized: bool, pairs: list[Pair]) -> list[Stage]:
     """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too.
-    ranks: of the adapters on the three."""
+    pairs: the adapters on the three."""
     f, e, k = spec.hidden, spec.experts, spec.experts_per_token
     passes = (3 + trained) + (3 + trained) + (2 + trained)
     out = [merged("moe/w1, w3, w2", product(item, n, d, f, passes, e, n * k))]
     if quantized:
         out.append(merged("moe: dequantization", dequantization(item, 3 * e * d * f, 2)))
-    if ranks:  # forward, again, and a product each for the gradients of A, B and what goes in
-        out.append(merged("moe/lora", *(product(item, n, d + f, rank, 4, e, n * k) for rank in ranks)))
+    if pairs:  # forward, again, and a product each for the gradients of A, B and what goes in; a shared A (its input has d numbers) once
+        sides = [(d + f if pair.shares is None else f, pair.rank) for pair in pairs]
+        out.append(merged("moe/lora", *(product(item, n, side, rank, 4, e, n * k) for side, rank in sides)))
     moved = 0.0 if spec.dense else 8 * item * n * k * d
     out.append(Stage("moe/dispatch, combine", 0, moved))
     # Forward (read two, write one), and backward (read three, write three); recomputed rows stay where they are.
@@ -129,8 +131,8 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
             case _:
                 assert_never(mixer)
         pairs = adapter.lora.of(config) if adapter else {}
-        ranks = [pair.rank for target, pair in pairs.items() if target in moe.groups["experts"]]
-        stages += experts(item, d, moe, n, full, "experts" in quantized, ranks)
+        on_experts = [pair for target, pair in pairs.items() if target in moe.groups["experts"]]
+        stages += experts(item, d, moe, n, full, "experts" in quantized, on_experts)
         stages.append(Stage("norms, stream", 0, 2 * 8 * (FP32 if config.stream.fp32 else item) * n * d))
         for stage in stages:
             found[stage.name] = merged(stage.name, found.get(stage.name, Stage("", 0, 0)), *[stage] * stack.repeats)

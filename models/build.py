@@ -94,9 +94,10 @@ def materialize_lora(model: Model, key: jax.Array) -> Model:
     adapters = {target: _at(model, paths[0]).lora for target, paths in model.config.targets.items()}
     there = {target: lora for target, lora in adapters.items() if lora is not None}
     if there:
-        ranks = {target: lora.a.get_value().shape[-2] for target, lora in there.items()}
-        alphas = {target: lora.scale * ranks[target] for target, lora in there.items()}
-        add_lora(model, LoRAConfig(ranks, alphas, next(iter(there.values())).dropout, tuple(there)), lora_key)
+        pairs = {target: lora.pair() for target, lora in there.items()}
+        ranks, alphas = ({target: getattr(pair, name) for target, pair in pairs.items()} for name in ("rank", "alpha"))
+        share = tuple(name for target, pair in pairs.items() if pair.shares is not None for name in (pair.shares, target))
+        add_lora(model, LoRAConfig(ranks, alphas, next(iter(there.values())).dropout, tuple(there), share or None), lora_key)
     return model
 
 

@@ -97,25 +97,29 @@ class MoE(nnx.Module):
         return next((m.lora.dropout for m in (self.w1, self.w2, self.w3) if m.lora is not None), 0.0)
 
     def _dense(self, x: jax.Array, weights: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        up = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
-        gate = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3))
+        up, low = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
+        gate, _ = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3), low)
         up, gate = checkpoint_name(up, "hidden"), checkpoint_name(gate, "hidden")
         with jax.named_scope("act"):
             activation = self.gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
-        return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))
+        return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))[0]
 
-    def _batched(self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def _batched(
+        self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None, low: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The product, and the adapter's low-rank rows [E, N, R]. low: those of an adapter whose A this one shares."""
         module: ExpertLinear = getattr(self, name)
         with jax.named_scope(name):
             y = gm.dense_matmul(product, x, module.weight.get_value(), name, trainable=trainable(module.weight))
             if module.lora is None:
-                return y
+                return y, None
             with jax.named_scope("lora"):
-                a, b = (part.astype(x.dtype) for part in module.lora.weights())
+                a, b = module.lora.weights()
                 inputs, output = product.split("->")
                 x_axes, w_axes = inputs.split(",")
-                low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", module.lora.dropped(x, dropout_key), a)
-                return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b)
+                if a is not None:
+                    low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", module.lora.dropped(x, dropout_key), a.astype(x.dtype))
+                return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b.astype(x.dtype)), low
 
 
 def _silu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:

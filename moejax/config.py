@@ -144,7 +144,7 @@ class QuantizationConfig(_Section):
 
 
 class AdapterConfig(_Section):
-    """LoRA: one pair per expert and target; delta = alpha/rank · B A."""
+    """LoRA: a pair A, B per expert and target; delta = alpha/rank · B A."""
 
     rank: Positive | dict[str, Positive] = Field(default=16, description="one, or by target or group: {experts: 4, attention: 16}")
     alpha: Real | dict[str, Real] = Field(default=32.0, description="likewise; delta = alpha/rank · B A, as PEFT's alpha_pattern")
@@ -154,6 +154,9 @@ class AdapterConfig(_Section):
         description="by PEFT's names: q_proj, …, gate (the router), and of the experts w1, w2, w3 or as the model's files have it "
         "gate_proj, down_proj, up_proj; null: of a Mixtral w1, w2, w3 and gate, as in the study, of others attention and experts",
     )
+    share: Names | None = Field(
+        None, description="[w1, w3]: one A for both, as PEFT 0.19 and later train fused experts; null: each its own, as PEFT 0.18"
+    )
     init_from: Place | None = Field(
         None, description="an adapter in PEFT's format to continue from (folder or Hub id); null: a new one"
     )
@@ -162,15 +165,16 @@ class AdapterConfig(_Section):
     def _check(self) -> Self:
         known = dict.fromkeys([*LORA_TARGETS, *(n for preset in PRESETS.values() for n in preset.target_names.values())])
         judged = set(FAMILIES.values()) <= {type(preset) for preset in PRESETS.values()}  # another's names are in its files alone
-        for name in self.targets or ():
-            if judged and name not in known:
-                raise ValueError(f"targets: {name!r} matches nothing: {_nearest(name, known)}")
+        for key in ("targets", "share"):
+            for name in getattr(self, key) or ():
+                if judged and name not in known:
+                    raise ValueError(f"{key}: {name!r} matches nothing: {_nearest(name, known)}")
         _ = self.lora  # checks itself
         return self
 
     @property
     def lora(self) -> LoRAConfig:
-        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets)
+        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.share)
 
 
 class FieldNames(_Section):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from moejax.config import Experiment, dump
 from moejax.data.batch import Batch
@@ -128,11 +128,27 @@ def _mean(objective, trainable, frozen, batch):
     return total / batch.loss_mask.sum(), stats
 
 
-def loss_and_gradients(model, batch, **settings):
-    """Mean loss, routing statistics and all gradients (in a model's places) of the training objective."""
-    graphdef, trainable, frozen = split(model, full=True)
-    (loss, stats), gradients = _mean(Objective(graphdef, full=True, chunk_tokens=16, **settings), trainable, frozen, batch)
+def loss_and_gradients(model, batch, full=True, **settings):
+    """Mean loss, routing statistics and all gradients (in a model's places) of the training objective; full: of all weights."""
+    graphdef, trainable, frozen = split(model, full=full)
+    (loss, stats), gradients = _mean(Objective(graphdef, full=full, chunk_tokens=16, **settings), trainable, frozen, batch)
     return loss, stats, nnx.merge(graphdef, gradients, frozen)
+
+
+def assert_trains_as_fused(model, batch, case, folder):
+    """A model with PEFT's fused adapter against tests/vectors/lora_fused.npz: logits, loss, and every gradient in PEFT's layout."""
+    vectors = {name.removeprefix(f"{case}/"): v for name, v in read_vectors("lora_fused").items() if name.startswith(f"{case}/")}
+    real = np.asarray(batch.segment_ids) > 0
+    logits = full_logits(model, batch.tokens, batch.segment_ids, batch.positions)
+    np.testing.assert_allclose(logits[real], vectors["logits"][real], rtol=0, atol=2e-5)
+    loss, _, gradients = loss_and_gradients(model, batch, full=False, remat="full")
+    np.testing.assert_allclose(loss, vectors["losses"][0], rtol=1e-6)
+    save_adapter(gradients, folder, "base", fused=True)
+    ours = load_file(str(folder / "adapter_model.safetensors"))
+    expected = {name.removeprefix("grad/"): value for name, value in vectors.items() if name.startswith("grad/")}
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close_to_largest(ours[name], value, 2e-5, name)
 
 
 TINY = {

@@ -125,6 +125,8 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
         (["model.preset=olmoe-tiny", "model.overrides={norm_topk_prob: maybe}"], "norm_topk_prob = 'maybe': expected true or false"),
         (["adapter.targets=[w4]"], "'w4' matches nothing: did you mean"),
         (["adapter.targets=[]"], "match nothing"),
+        (["adapter.share=[w1,w4]"], "share: 'w4' matches nothing: did you mean w3"),
+        (["adapter.share=w1"], "adapter.share = 'w1': expected a list"),
         (["adapter.dropout=1.0"], "dropout = 1.0"),
         (["quantization.format=nf4"], "nothing would be trained"),
         (["data.row_tokens=4096"], "rows of 4096 tokens exceed the model's max_position_embeddings = 2048"),

@@ -55,6 +55,7 @@ def check(content: dict[str, Any], stack: str) -> None:
         and t["weight_decay_on"] != "all",
         "training.param_dtype = bfloat16_stochastic": t["param_dtype"] == "bfloat16_stochastic",
         f"training.remat = {t['remat']}": t["remat"] not in ("none", "full"),
+        "adapter.share": stack == "study" and bool(adapter and adapter["share"]),
         "adapter.targets": stack == "today" and bool(adapter) and not {"w1", "w2", "w3"} <= set(adapter["targets"]),
     }
     reasons = {
@@ -67,6 +68,7 @@ def check(content: dict[str, Any], stack: str) -> None:
         "training.param_dtype": "transformers holds one copy of a Mixtral's weights: it must be equal to training.compute_dtype",
         "training.weight_decay_on": "its AdamW decays whatever it trains: set training.weight_decay_on=all",
         "training.remat": "its layers are recomputed whole or not at all: full or none, the same for both sides",
+        "adapter.share": "PEFT 0.18 trains an A for each matrix: leave it out, or compare with the stack 'today'",
         "adapter.targets": "transformers 5 holds w1 and w3 in one parameter: w1, w2 and w3 are adapted together or not at all",
     }
     for what, wrong in problems.items():

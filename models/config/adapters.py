@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moejax.models.config.specs import Architecture
+    from moejax.models.config.specs import Architecture, Matrix
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
 QUANTIZED_MODULES = ("attention", "experts", "router")
@@ -37,13 +37,15 @@ class LoRAConfig:
     """LoRA as PEFT 0.18 on transformers 4 means it: one pair (A, B) per linear layer, per expert; delta = alpha/rank · B A.
 
     `rank`, `alpha`: one for all, or by target or group (attention, experts, router). `targets`: by our names or the family's, `gate` is
-    the router; None: the family's default. Dropout acts on the input of A.
+    the router; None: the family's default. `share`: targets that read one input and have one A for all of them (of each expert), as
+    PEFT from 0.19 on trains fused experts; None: each its own. Dropout acts on the input of A.
     """
 
     rank: int | Mapping[str, int] = 16
     alpha: float | Mapping[str, float] = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+    share: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, several in (("rank", self.rank), ("alpha", self.alpha)):
@@ -59,26 +61,45 @@ class LoRAConfig:
     def of(self, sizes: Architecture) -> dict[str, Pair]:
         """Target, by our name -> its pair.
 
-        Raises ValueError for targets as `Architecture.resolve_targets` does, for one that has no rank or alpha, and for a rank or alpha
-        of what is not adapted.
+        Raises ValueError for targets as `Architecture.resolve_targets` does, for one that has no rank or alpha, for a rank or alpha of
+        what is not adapted, and for targets that cannot share an A.
         """
         targets = sizes.resolve_targets(self.targets)
         group_of = {path: group for group, paths in sizes.groups.items() for path in paths}
         names = {t: (t, sizes.target_names.get(t, t), group_of.get(sizes.targets[t][0], t)) for t in targets}
         ranks, alphas = (_by_target(what, given, names) for what, given in (("rank", self.rank), ("alpha", self.alpha)))
-        return {target: Pair(int(ranks[target]), alphas[target]) for target in targets}
+        pairs = {target: Pair(int(ranks[target]), alphas[target]) for target in targets}
+        if self.share is None:
+            return pairs
+        first, *others = sizes.resolve_share(self.share)
+        for target in (first, *others):
+            name = names[target][1] if target in pairs else sizes.target_names.get(target, target)
+            if target not in pairs:
+                raise ValueError(f"LoRA share has {name}, which is not adapted: add it to targets, or leave share out")
+            if pairs[target] != pairs[first]:
+                raise ValueError(
+                    f"LoRA share [{', '.join(self.share)}]: one A has one rank, and one alpha as PEFT has it: expected those of "
+                    f"{names[first][1]} (rank {pairs[first].rank}, alpha {pairs[first].alpha:g}) for {name} (rank {pairs[target].rank}, "
+                    f"alpha {pairs[target].alpha:g})"
+                )
+        return pairs | {target: replace(pairs[target], shares=first) for target in others}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Of one target. delta = alpha/rank · B A."""
+    """Of one target. delta = alpha/rank · B A. shares: the target whose A it takes; None: it has its own."""
 
     rank: int
     alpha: float
+    shares: str | None = None
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def weights(self, matrix: Matrix) -> int:
+        """Numbers of its own A and B on one copy of a matrix."""
+        return self.rank * (matrix.out + (matrix.inner if self.shares is None else 0))
 
 
 def _by_target(what: str, given: float | Mapping[str, float], names: Mapping[str, tuple[str, ...]]) -> dict[str, float]:

@@ -96,7 +96,7 @@ class Router:
 @dataclass(frozen=True)
 class MoE:
     """A router over gated experts: w2(act(w1 x) · w3 x). hidden: rows of w1 and w3. Every token visits all experts where that many are
-    asked for: the dense model."""
+    asked for: the dense model. one_input: adapter targets of an expert that read the same rows, in the order of the products."""
 
     experts: int
     experts_per_token: int
@@ -110,6 +110,7 @@ class MoE:
     )  # fmt: skip
     targets: ClassVar[Mapping[str, str]] = {"gate": "router", "w1": "w1", "w2": "w2", "w3": "w3"}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"experts": ("w1", "w2", "w3"), "router": ("router",)}
+    one_input: ClassVar[tuple[str, ...]] = ("w1", "w3")
 
     @property
     def dense(self) -> bool:
@@ -375,20 +376,37 @@ class Architecture(ABC):
         if names is None:
             return self.default_targets
         given = tuple(names)
+        found = self._ours("target", given)
+        if len(set(found)) < len(found):
+            twice = next(target for target in found if found.count(target) > 1)
+            names_of = [name for name, target in zip(given, found, strict=True) if target == twice]
+            raise ValueError(f"LoRA targets {' and '.join(names_of)} are the same: give it once")
+        if {"gate", "w3"} <= set(found) and "w1" not in found and self.target_names.get("w1") == "gate_proj":
+            raise ValueError("LoRA target gate is the router of a layer, and up_proj is adapted without gate_proj: is that meant instead?")
+        return found
+
+    def resolve_share(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Targets that have one A together, by our names; the first holds it. Raises ValueError for a name that is not there, and for
+        others than those of an expert that read the same rows."""
+        given = tuple(names)
+        one_input = self.stacks[0].block.feed_forward.one_input
+        if sorted(self._ours("share", given)) != sorted(one_input):
+            expected = ", ".join(self.target_names.get(target, target) for target in one_input)
+            raise ValueError(
+                f"LoRA share [{', '.join(given)}]: expected [{expected}], the two matrices of an expert that read the same rows and "
+                "are one parameter in transformers 5; every other one has an A of its own"
+            )
+        return one_input
+
+    def _ours(self, what: str, given: Iterable[str]) -> tuple[str, ...]:
+        """Targets by our names, given by ours or the checkpoints'."""
         theirs = self.target_names
         ours = {name: name for name in self.targets} | {name: target for target, name in theirs.items()}
         unknown = [name for name in given if name not in ours]
         if unknown:
             there = [target if theirs.get(target, target) == target else f"{theirs[target]} ({target})" for target in self.targets]
-            raise ValueError(f"LoRA target {unknown[0]!r} does not exist in a {self.title}: expected some of {', '.join(there)}")
-        found = tuple(ours[name] for name in given)
-        if len(set(found)) < len(found):
-            twice = next(target for target in found if found.count(target) > 1)
-            names_of = [name for name in given if ours[name] == twice]
-            raise ValueError(f"LoRA targets {' and '.join(names_of)} are the same: give it once")
-        if {"gate", "w3"} <= set(found) and "w1" not in found and theirs.get("w1") == "gate_proj":
-            raise ValueError("LoRA target gate is the router of a layer, and up_proj is adapted without gate_proj: is that meant instead?")
-        return found
+            raise ValueError(f"LoRA {what} {unknown[0]!r} does not exist in a {self.title}: expected some of {', '.join(there)}")
+        return tuple(ours[name] for name in given)
 
     def resolve_groups(self, names: Iterable[str] | None) -> tuple[str, ...]:
         """What is quantized; None: the family's default."""

@@ -60,6 +60,7 @@ class Adapted:
     low_rank: int = 0  # ranks of those outside the experts, together
     other_bytes: int = 0  # of their matrices
     mixer: bool = False  # whether the mixer has any
+    shared: int = 0  # of those on the experts, how many have another's A
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class Block(ABC):
     def sorted_rows(self) -> int:
         """M."""
         return self.step.tokens * self.moe.experts_per_token + self.tile
+
+    @property
+    def expert_adapters(self) -> int:
+        """Numbers in the adapters of the layer's experts."""
+        d, f, on = self.step.width, self.moe.hidden, self.adapted
+        return on.rank * self.moe.experts * (3 * (d + f) - on.shared * d)
 
     def routing(self) -> int:
         """Saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
@@ -123,7 +130,7 @@ class Block(ABC):
         s, n, item, e, f = self.step, self.step.tokens, self.step.item, self.moe.experts, self.moe.hidden
         rows = 3 * item * self.sorted_rows * s.width
         hidden = 6 * item * self.tile * f
-        adapters = (4 + item) * self.adapted.rank * 3 * e * (s.width + f)  # sums of gradients; scaled
+        adapters = (4 + item) * self.expert_adapters  # sums of gradients; scaled
         if s.platform == "cpu" and not s.remat:  # what was kept of the layer, cut out of the stack
             hidden += 2 * item * self.sorted_rows * f + 4 * item * n * s.width
         if s.trained is None:
@@ -143,7 +150,7 @@ class Block(ABC):
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
             count = 6 if s.platform == "sm9" else 10
         matrices = 2 * e * self.matrix * (s.item if s.trained is None else s.trained)
-        low = 3 * s.item * e * s.tokens * self.adapted.rank if s.platform == "cpu" else 0
+        low = (3 - self.adapted.shared) * s.item * e * s.tokens * self.adapted.rank if s.platform == "cpu" else 0
         return count * wide + matrices + low + 2 * s.stream + self.kept()
 
     def forward(self) -> int:
@@ -289,10 +296,9 @@ class AttentionBlock(Block):
             return 0
         s, rank, d, f = self.step, self.adapted.rank, self.step.width, self.moe.hidden
         expert = 6 * self.matrix + 2 * d * (f + rank) + f * (d + rank)
-        scaled = 3 * self.moe.experts * rank * (d + f)
         token = self.mixer.head_dim + 2 * rank + 3 * self.moe.experts
         block = s.rows * self.block * (d + rank)
-        return s.item * (expert + scaled + block + s.tokens * token) + 2 * self.adapted.other_bytes
+        return s.item * (expert + self.expert_adapters + block + s.tokens * token) + 2 * self.adapted.other_bytes
 
 
 @dataclass(frozen=True)

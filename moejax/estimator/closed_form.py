@@ -83,7 +83,7 @@ def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, w
     others = [w.bytes for w in weights if w.adapter and w.module[0] == stack.name and w.module not in _experts(stack)]
     return Adapted(
         max((pairs[t].rank for t in experts), default=0), sum(pairs[t].rank for t in own if t not in experts), sum(others),
-        any(t in block.mixer.targets for t in own),
+        any(t in block.mixer.targets for t in own), sum(pairs[t].shares is not None for t in experts),
     )
 
 

@@ -61,8 +61,8 @@ def work(config: Architecture, method: Method) -> Work:
 def adapter_weights(config: Architecture, adapter: LoRAConfig | None = None) -> float:
     """Weights of a LoRA adapter; without one, of the study's: on every expert and router."""
     adapter, linears = adapter or LoRAConfig(), config.linears
-    adapted = [(linears[path], pair.rank) for target, pair in adapter.of(config).items() for path in config.targets[target]]
-    return sum(rank * blocks * (m.copies or 1) * (m.out + m.inner) for (m, blocks), rank in adapted)
+    adapted = [(linears[path], pair) for target, pair in adapter.of(config).items() for path in config.targets[target]]
+    return sum(blocks * (m.copies or 1) * pair.weights(m) for (m, blocks), pair in adapted)
 
 
 def of_study(model: str) -> Work:

@@ -77,14 +77,15 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
 
 
 def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
-    """LoRA pairs A [..., R, in] and B [..., out, R], fp32."""
+    """LoRA pairs A [..., R, in], if it is not another's, and B [..., out, R], fp32."""
     if experiment.adapter is None:
         return ()
     shapes, found = config.weights, []
     for target, pair in experiment.adapter.lora.of(config).items():
         for path in config.targets[target]:
             *leading, out, inner = shapes[*path, "weight"]
-            for name, matrix in (("a", (pair.rank, inner)), ("b", (out, pair.rank))):
+            own_a = [("a", (pair.rank, inner))] if pair.shares is None else []
+            for name, matrix in (*own_a, ("b", (out, pair.rank))):
                 shape = (*leading, *matrix)
                 found.append(Stored(path, name, shape, True, {"float32": 4 * math.prod(shape)}, adapter=True))
     return tuple(found)

@@ -36,7 +36,7 @@ def fuse(
     targets = {ours[name] for name in settings["target_modules"]}
     if len(targets & {"w1", "w3"}) == 1:
         raise UserError("the fused format adapts w1 and w3 together, and the run only one of them: use --format peft")
-    if "w1" in targets and pairs["w1"] != pairs["w3"]:
+    if "w1" in targets and (pairs["w1"].rank, pairs["w1"].alpha) != (pairs["w3"].rank, pairs["w3"].alpha):
         raise UserError("the fused format has one rank and alpha for w1 and w3, and the run two: use --format peft")
     out: dict[str, np.ndarray] = {}
     stacks: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
@@ -115,8 +115,8 @@ def unfuse(
 
     A gate_up_proj of twice the rank that is wanted is two pairs. Where PEFT trained it on, it is not: its w1 and w3 share an A of rank 2r.
     Where that rank is wanted it is read as it is, and every other pair is filled up with zeros (which have no gradient, so they stay
-    zeros). Raises UserError, with file and tensor, for a pair that is not whole, of another scale or shape, not finite, or of twice the
-    rank and not two pairs.
+    zeros). Where w1 and w3 are to share an A, it is never taken apart. Raises UserError, with file and tensor, for a pair that is not
+    whole, of another scale or shape, not finite, or of twice the rank and not two pairs.
     """
     experts, hidden, inner, r = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, settings["r"]
     named = [str(name) for name in settings["target_parameters"]]
@@ -132,6 +132,7 @@ def unfuse(
     keys = {name: _key(name, kinds) for name in tensors}
     check_patterns(settings, set(keys.values()), path)
     widest = {pair_of(settings, key, path).rank for key in keys.values() if key.endswith(PARAMETERS["gate_up"])}
+    one_a = any(pair.shares for pair in wanted.values())
     fills = "w1" in wanted and widest == {wanted["w1"].rank} == {2 * r}
     out: dict[str, np.ndarray] = {}
     found: dict[str, Pair] = {}
@@ -155,7 +156,8 @@ def unfuse(
             ours = wanted[target]
             raise UserError(
                 f"{path}: {keys[name]} has rank {pair.rank}, alpha {pair.alpha:g} by rank_pattern and alpha_pattern: expected rank "
-                f"{ours.rank}, alpha {ours.alpha:g} as adapter.rank and adapter.alpha say (gate_up_proj also twice both)"
+                f"{ours.rank}, alpha {ours.alpha:g} as adapter.rank and adapter.alpha say (gate_up_proj also twice both, without "
+                "adapter.share)"
             )
         name_a, name_b = (f"{name.rpartition('.lora_')[0]}.lora_{letter}.weight" for letter in "AB")
         for other in (name_a, name_b):
@@ -182,7 +184,8 @@ def unfuse(
             parts = {"w1": (a, one), "w3": (a, three)}
             half = pair.rank // 2
             mixed = one[:, :, half:].any() or three[:, :, :half].any()
-            if target in wanted and pair.rank == 2 * wanted[target].rank and (pair.rank > r or not mixed):
+            twice = target in wanted and pair.rank == 2 * wanted[target].rank and not one_a
+            if twice and (pair.rank > r or not mixed):
                 if mixed:
                     raise UserError(
                         f"{path}: tensor {name_b!r} of rank {pair.rank} mixes w1 and w3, so it is not two pairs of rank {half}: expected "

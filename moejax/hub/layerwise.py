@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from moejax.hub.names import attribute, block_tensors, index_of
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
+from moejax.models.lora import LoRA
 
 
 class Checkpoint(NamedTuple):
@@ -125,7 +128,7 @@ class Walk:
             for name, place in parts:
                 index = () if place.layer is None else index_of(place)
                 at = (self._at, *index[1:])
-                pairs = [None if lora is None or p is None else (*_taken(_pair(p, path), at), lora.scale) for p in self._pairs]
+                pairs = [None if lora is None or p is None else (*_taken(_pair(p, path, lora), at), lora.scale) for p in self._pairs]
                 yield Matrix(own.get(name, name), _taken(value, index), pairs)
 
     def _own_names(self) -> dict[str, str]:
@@ -163,11 +166,10 @@ def _pairs(whole: Model, adapter: Path) -> nnx.State:
     return jax.tree.map(jnp.asarray, nnx.state(whole.layers, nnx.LoRAParam))  # a state of its own: `whole` may read another one
 
 
-def _pair(pairs: Any, path: tuple[str, ...]) -> tuple[Any, Any]:
+def _pair(pairs: Any, path: tuple[str, ...], lora: LoRA) -> tuple[Any, Any]:
     """A and B of a module, stacked."""
-    for name in path[1:]:
-        pairs = pairs[name]
-    return pairs["lora"]["a"].get_value(), pairs["lora"]["b"].get_value()
+    a, b = (reduce(getitem, (*where[1:], "lora", name), pairs) for where, name in ((lora.owner(path), "a"), (path, "b")))
+    return a.get_value(), b.get_value()
 
 
 # Compiled once for all layers and experts: an index that is a number in the program would be a program each.

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax.hub.names import attribute, index_of, tensors
+from moejax.hub.peft import variables
 from moejax.hub.safetensors_file import Writer
 from moejax.hub.save import write_config, write_json
 from moejax.hub.stored import open_tensors
@@ -88,5 +89,5 @@ def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) ->
     lora = getattr(module, "lora", None) if place.attr == "weight" else None
     if lora is None:
         return value
-    a, b = (np.asarray(v.get_value()[index_of(place)], np.float32) for v in (lora.a, lora.b))
+    a, b = (np.asarray(v.get_value()[index_of(place)], np.float32) for v in variables(model, place, lora).values())
     return value + np.float32(lora.scale) * (b @ a)

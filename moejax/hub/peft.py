@@ -38,14 +38,14 @@ def adapted(model: Model) -> dict[str, tuple[Place, LoRA]]:
     return found
 
 
-def pair_in(lora: LoRA) -> Pair:
-    rank = lora.a.get_value().shape[-2]
-    return Pair(rank, lora.scale * rank)
+def variables(model: Model, place: Place, lora: LoRA) -> dict[str, Any]:
+    """"A" and "B" of the adapter on the module at a place -> the variable that holds it for all layers and experts."""
+    return {"A": attribute(model, lora.owner(place.path)).lora.a, "B": lora.b}
 
 
 def _by_target(model: Model) -> dict[str, Pair]:
     loras = {target: attribute(model, paths[0]).lora for target, paths in model.config.targets.items()}
-    return {target: pair_in(lora) for target, lora in loras.items() if lora is not None}
+    return {target: lora.pair() for target, lora in loras.items() if lora is not None}
 
 
 def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False) -> None:
@@ -56,7 +56,7 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
     pairs = adapted(model)
     tensors = {}
     for name, (place, lora) in pairs.items():
-        for letter, variable in (("A", lora.a), ("B", lora.b)):
+        for letter, variable in variables(model, place, lora).items():
             tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(variable.get_value()[index_of(place)])
     by_target, names = _by_target(model), model.config.target_names
     config: dict[str, Any] = {
@@ -103,25 +103,32 @@ def load_adapter(model: Model, folder: Path) -> None:
     elif config.get("rank_pattern") or config.get("alpha_pattern"):
         check_patterns(config, {name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in tensors}, path)
     _check_targets(model, tensors, path)
-    buffers: dict[int, tuple[LoRA, np.ndarray, np.ndarray]] = {}
+    buffers: dict[int, tuple[Any, np.ndarray]] = {}
     for name, (place, lora) in adapted(model).items():
-        a, b = lora.a.get_value(), lora.b.get_value()
-        their, own = theirs.get(name) or pair_of(config, name, path), pair_in(lora)
+        their, own = theirs.get(name) or pair_of(config, name, path), lora.pair()
         if their.rank != own.rank or abs(their.alpha - own.alpha) > 1e-6 * max(1, own.alpha):
             several = config.get("rank_pattern") or config.get("alpha_pattern")
             raise UserError(
                 f"{folder}: {f'{name} has ' if several else ''}rank {their.rank}, alpha {their.alpha:g}; the model's adapter has rank "
                 f"{own.rank}, alpha {own.alpha:g}: set adapter.rank and adapter.alpha to the adapter's"
             )
-        _, into_a, into_b = buffers.setdefault(id(lora), (lora, np.empty(a.shape, a.dtype), np.empty(b.shape, b.dtype)))
         index = index_of(place)
-        for letter, buffer in (("A", into_a), ("B", into_b)):
-            buffer[index] = _take(tensors, f"{_PREFIX}{name}.lora_{letter}.weight", buffer[index].shape, path)
+        for letter, variable in variables(model, place, lora).items():
+            if id(variable) not in buffers:
+                held = variable.get_value()
+                buffers[id(variable)] = variable, np.empty(held.shape, held.dtype)
+            buffer = buffers[id(variable)][1]
+            value = _take(tensors, f"{_PREFIX}{name}.lora_{letter}.weight", buffer[index].shape, path).astype(buffer.dtype)
+            if letter == "A" and lora.shares and not np.array_equal(value, buffer[index]):  # its owner comes before it
+                raise UserError(
+                    f"{path}: the A of {name} is another than that of the expert's {model.config.target_names[lora.shares]}, and "
+                    "adapter.share asks for one: leave adapter.share out"
+                )
+            buffer[index] = value
     if tensors:
         raise UserError(f"{path}: {len(tensors)} tensors have no place in this model's adapter, first {next(iter(tensors))!r}")
-    for lora, into_a, into_b in buffers.values():
-        lora.a.set_value(jnp.asarray(into_a))
-        lora.b.set_value(jnp.asarray(into_b))
+    for variable, buffer in buffers.values():
+        variable.set_value(jnp.asarray(buffer))
 
 
 def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:

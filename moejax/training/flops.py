@@ -3,7 +3,7 @@
 A multiply-add counts two. Per real token, with P_active the weights of the matrices it meets (attention, its K experts, router,
 head; the embedding is a look-up):
 
-    forward                       2·P_active + 2·r·(in + out) per adapted matrix + attention scores
+    forward                       2·P_active + 2·r·(in + out) per adapted matrix (an A that two share: once) + attention scores
     gradient of the inputs        the same again (the chain passes through every frozen weight)
     gradient of the weights       the same for what is trained only: everything (full), or the adapter
 
@@ -54,8 +54,8 @@ def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
             base, scores = base + stack.repeats * more, scores + stack.repeats * pair
     if adapter is None:
         return FlopCount(6 * base, 3 * scores)
-    adapted = [(linears[path], pair.rank) for target, pair in adapter.of(config).items() for path in config.targets[target]]
-    low_rank = sum(rank * n * m.met * (m.out + m.inner) for (m, n), rank in adapted)
+    adapted = [(linears[path], pair) for target, pair in adapter.of(config).items() for path in config.targets[target]]
+    low_rank = sum(n * m.met * pair.weights(m) for (m, n), pair in adapted)
     return FlopCount(4 * base + 6 * low_rank, 3 * scores)
 
 

@@ -98,6 +98,7 @@ def test_handover_takes_batches_in_training_order(tmp_path):
         ({"training": {"optimizer": "adafactor"}}, "study", "training.optimizer = adafactor"),
         ({"model": {"aux_loss_coef": 0.01}}, "study", "model.aux_loss_coef = 0.01"),
         ({"adapter": {"dropout": 0.1}}, "study", "adapter.dropout = 0.1"),
+        ({"adapter": {"share": ["w1", "w3"]}}, "study", "adapter.share"),
         ({}, "today", "quantization.format = nf4"),
         ({"quantization": {"format": "none"}, "adapter": {"targets": ["gate"]}}, "today", "adapter.targets"),
     ],

@@ -7,7 +7,7 @@ from scipy.optimize import nnls
 from moejax import gpus
 from moejax.estimator import roofline
 from moejax.estimator.least_squares import nonnegative
-from moejax.models.config import PRESETS
+from moejax.models.config import PRESETS, LoRAConfig
 
 
 def test_nonnegative_is_scipys():
@@ -26,6 +26,7 @@ def test_roofline_arithmetic():
     assert mixtral.rest_weights == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 8)
     assert roofline.of_study("blackmamba").weights == pytest.approx(2.783e9, rel=1e-3)
     assert roofline.adapter_weights(config) == 228_593_664
+    assert roofline.adapter_weights(config, LoRAConfig(share=("w1", "w3"))) == 211_816_448
     # Two passes over what a frozen model's token meets, at the peak.
     flops = 2 * 2 * (mixtral.rest_weights + 2 * mixtral.expert_weights + 32000 * 4096)
     assert mixtral.least_seconds(gpus.find("H100"), 1e6, 0.25, "qlora") == pytest.approx(1e6 * flops / 989e12)

@@ -35,6 +35,7 @@ def experiment(preset="mixtral-tiny", k=2, *, training=None, **sections):
 CASES = {
     "lora, sparse": experiment(**LORA),
     "lora, dense": experiment(k=8, **LORA),
+    "one A for w1 and w3, dense": experiment(k=8, quantization={"format": "nf4"}, adapter={"targets": TARGETS, "share": ["w1", "w3"]}),
     "full, dense": experiment(k=8),
     "full, dense, balanced": experiment(k=8, model={"preset": "mixtral-tiny", "experts_per_token": 8, "aux_loss_coef": 0.02}),
     "qwen3, sparse": experiment("qwen3-moe-tiny", k=4, quantization={"format": "nf4"}, adapter={"rank": 16}),
@@ -63,6 +64,7 @@ def test_the_closed_form_adds_up_to_the_compiler(name):
         experiment(training={"param_dtype": "bfloat16", "optimizer": "adafactor", "gradient_accumulation": 3}),
         experiment("blackmamba-tiny", training={"optimizer": "adafactor"}),
         experiment("qwen3-moe-tiny", 4, quantization={"format": "nf4"}, adapter={"rank": {"experts": 4, "attention": 8}}),
+        experiment("qwen3-moe-tiny", 4, quantization={"format": "nf4"}, adapter={"share": ["gate_proj", "up_proj"]}),
         experiment("olmoe-tiny", 4, training={"gradient_accumulation": 2}),
     ],
 )

@@ -28,10 +28,9 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
-def make_model(config, targets=LORA_TARGETS, rank=4, filled=False):
-    model = build(
-        config, adapter=LoRAConfig(rank=rank, alpha=2.0 * rank, targets=targets), dtype=jnp.float32, key=jax.random.key(0)
-    )
+def make_model(config, targets=LORA_TARGETS, rank=4, filled=False, share=None):
+    adapter = LoRAConfig(rank=rank, alpha=2.0 * rank, targets=targets, share=share)
+    model = build(config, adapter=adapter, dtype=jnp.float32, key=jax.random.key(0))
     for index, lora in enumerate({id(lora): lora for _, lora in peft.adapted(model).values()}.values()):
         if filled:
             lora.b.set_value(0.3 * jax.random.normal(jax.random.key(index), lora.b.get_value().shape))
@@ -41,8 +40,8 @@ def make_model(config, targets=LORA_TARGETS, rank=4, filled=False):
 def pairs(model):
     return {
         (name, letter): np.asarray(value.get_value())
-        for name, (_, lora) in peft.adapted(model).items()
-        for letter, value in (("A", lora.a), ("B", lora.b))
+        for name, (place, lora) in peft.adapted(model).items()
+        for letter, value in peft.variables(model, place, lora).items()
     }
 
 
@@ -63,9 +62,10 @@ def test_what_peft_wrote_gives_its_logits(mixtral_folder, mixtral_vectors, refer
     assert np.abs(expected - base)[real].max() > 0.1
 
 
-def test_pefts_adapter_goes_in_and_comes_out_to_the_bit(folder, reference_config, tmp_path):
+@pytest.mark.parametrize("share", [None, ("w1", "w3")])
+def test_pefts_adapter_goes_in_and_comes_out_to_the_bit(share, folder, reference_config, tmp_path):
     """Its gate_up_proj has one A for w1 and w3, so the rank stays."""
-    model = make_model(reference_config)
+    model = make_model(reference_config, share=share)
     peft.load_adapter(model, folder)
     peft.save_adapter(model, tmp_path / "out", "base", fused=True)
     theirs, ours = files(folder), files(tmp_path / "out")
@@ -87,6 +87,40 @@ def test_a_round_trip_is_exact_to_the_bit(targets, reference_config, tmp_path):
     peft.continue_from(again, tmp_path / "out", "base")
     before, after = pairs(model), pairs(again)
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_one_a_goes_out_and_in_to_the_bit(reference_config, tmp_path):
+    """Per expert it is written for w1 and for w3; fused, gate_up_proj has the rank of the others. Read by a model that has two, they are
+    equal."""
+    model = make_model(reference_config, filled=True, share=("w1", "w3"))
+    first, again = pairs(model), f"{MLP.replace('mlp', 'block_sparse_moe')}experts.0."
+    for fused in (False, True):
+        peft.save_adapter(model, tmp_path / str(fused), "base", fused=fused)
+        for share in (("w1", "w3"), None):
+            other = make_model(reference_config, share=share)
+            peft.continue_from(other, tmp_path / str(fused), "base")
+            after = pairs(other)
+            assert first.keys() == after.keys() and all(np.array_equal(first[name], after[name]) for name in first)
+    assert files(tmp_path / "True")[UP_A].shape == (4 * reference_config.num_experts, reference_config.hidden_size)
+    assert not json.loads((tmp_path / "True" / "adapter_config.json").read_text())["rank_pattern"]
+    written = files(tmp_path / "False")
+    np.testing.assert_array_equal(written[f"{again}w1.lora_A.weight"], written[f"{again}w3.lora_A.weight"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_as_are_not_one(fused, reference_config, tmp_path):
+    """One of twice the rank holds both: that is read as it is, and computes the same."""
+    apart = make_model(reference_config, ("w1", "w3"), filled=True)
+    peft.save_adapter(apart, tmp_path, "base", fused=fused)
+    told = r"w1 has rank 8, alpha 16; .*rank 4, alpha 8: set adapter\.rank" if fused else r"the A of .*w3 is another than .*w1.*leave"
+    with pytest.raises(UserError, match=told):
+        peft.continue_from(make_model(reference_config, ("w1", "w3"), share=("w1", "w3")), tmp_path, "base")
+    if fused:
+        wide = make_model(reference_config, ("w1", "w3"), rank=8, share=("w1", "w3"))
+        peft.continue_from(wide, tmp_path, "base")
+        one, two = pairs(apart), pairs(wide)
+        for name in {name for name, _ in one}:
+            np.testing.assert_allclose(two[name, "B"] @ two[name, "A"], one[name, "B"] @ one[name, "A"], atol=1e-6)
 
 
 def test_the_layout_is_pefts(reference_config, tmp_path):

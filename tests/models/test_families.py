@@ -11,7 +11,15 @@ import pytest
 from flax import nnx
 from oracles.drawn import weight
 from safetensors.numpy import load_file, save_file
-from support import VECTORS, assert_close_to_largest, decoder, full_logits, hub_tensor, loss_and_gradients
+from support import (
+    VECTORS,
+    assert_close_to_largest,
+    assert_trains_as_fused,
+    decoder,
+    full_logits,
+    hub_tensor,
+    loss_and_gradients,
+)
 
 from moejax.data.batch import Batch
 from moejax.errors import UserError
@@ -315,6 +323,20 @@ class TestAdaptersAndStorage:
         with pytest.raises(ValueError, match=message):
             build(self.config("qwen3-moe-tiny"), adapter=LoRAConfig(rank))
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"share": ("gate_proj", "down_proj")}, r"share \[gate_proj, down_proj\]: expected \[gate_proj, up_proj\], the two matrices"),
+         ({"share": ("q_proj", "k_proj", "v_proj")}, r"share \[q_proj, k_proj, v_proj\]: expected \[gate_proj, up_proj\]"),
+         ({"share": ("w1",)}, r"share \[w1\]: expected"), ({"share": ("w1", "w1")}, r"share \[w1, w1\]: expected"),
+         ({"share": ()}, r"share \[\]: expected"), ({"share": ("w1", "w4")}, "share 'w4' does not exist in a Qwen3-MoE"),
+         ({"share": ("w1", "w3"), "targets": ("w1", "w2")}, "share has up_proj, which is not adapted"),
+         ({"share": ("w1", "w3"), "rank": {"experts": 2, "attention": 2, "w3": 4}}, r"gate_proj \(rank 2, alpha 32\) for up_proj \(rank 4"),
+         ({"share": ("w1", "w3"), "alpha": {"experts": 2, "attention": 2, "up_proj": 4}}, r"alpha 2\) for up_proj \(rank 16, alpha 4\)")],
+    )  # fmt: skip
+    def test_an_a_that_cannot_be_shared(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            build(self.config("qwen3-moe-tiny"), adapter=LoRAConfig(**changes))
+
     def test_an_adapter_of_another_family_is_refused(self, tmp_path):
         mixtral = self.config("mixtral-tiny")
         peft.save_adapter(filled(build(mixtral, adapter=LoRAConfig(2))), tmp_path, "org/base")
@@ -335,13 +357,27 @@ def filled(model):
     return model
 
 
+def write_pefts_own(case, vectors, folder):
+    (folder / "adapter_config.json").write_text(str(vectors[f"{case}/peft/adapter_config"]))
+    (folder / "adapter_model.safetensors").write_bytes(vectors[f"{case}/peft/adapter_model"].tobytes())
+
+
 @pytest.mark.parametrize("case", BOTH)
 def test_an_adapter_of_pefts_own(case, folders, batch, vectors, tmp_path):
     """PEFT 0.21's pair over all experts, read here: the logits that PEFT computes."""
-    (tmp_path / "adapter_config.json").write_text(str(vectors[f"{case}/peft/adapter_config"]))
-    (tmp_path / "adapter_model.safetensors").write_bytes(vectors[f"{case}/peft/adapter_model"].tobytes())
+    write_pefts_own(case, vectors, tmp_path)
     model = build(read_config(folders[case]), dtype=jnp.float32, adapter=LoRAConfig(2, 4.0))
     model = load_weights(model, folders[case], jax.random.key(0))
     peft.load_adapter(model, tmp_path)
     logits, real = full_logits(model, batch.tokens, batch.segment_ids, batch.positions), np.asarray(batch.segment_ids) > 0
     np.testing.assert_allclose(logits[real], vectors[f"{case}/peft/logits"][real], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", pytest.param("qwen3_moe_dense", marks=pytest.mark.long), "olmoe"])
+def test_one_a_for_both_is_trained_as_by_peft(case, folders, batch, vectors, tmp_path):
+    """PEFT 0.21's adapter over fused experts, with share: its logits, loss, and every gradient in its layout."""
+    write_pefts_own(case.removesuffix("_dense"), vectors, tmp_path)
+    adapter = LoRAConfig(2, 4.0, share=("gate_proj", "up_proj"))
+    model = load_weights(build(read_config(folders[case]), dtype=jnp.float32, adapter=adapter), folders[case], jax.random.key(0))
+    peft.load_adapter(model, tmp_path)
+    assert_trains_as_fused(model, batch, case, tmp_path / "gradients")

@@ -45,7 +45,8 @@ def make_weights(storage, dtype):
 
 def reference(x, p, matrices, loras, experts, valid):
     """Every token through every expert in fp32, and then what was chosen."""
-    up, gate, output = (w + jnp.einsum("eor,eri->eoi", lora.b, lora.a) for w, lora in zip(matrices, loras, strict=True))
+    a = [lora.a if lora.a is not None else loras[0].a for lora in loras]
+    up, gate, output = (w + jnp.einsum("eor,eri->eoi", lora.b, a) for w, lora, a in zip(matrices, loras, a, strict=True))
     hidden = gated(jnp.einsum("nd,efd->nef", x, up), jnp.einsum("nd,efd->nef", x, gate))
     products = jnp.einsum("nef,edf->ned", hidden, output)
     picked = jnp.take_along_axis(products, experts[..., None], axis=1)
@@ -167,3 +168,35 @@ def test_dropout_is_the_same_in_both_passes(backend):
     value, gradient = loss(0.0, key)
     np.testing.assert_allclose(gradient, slope, rtol=5e-3)
     assert abs(value - loss(0.0, jax.random.key(2))[0]) > 1e-2
+
+
+@pytest.mark.parametrize("backend", PLANS)
+def test_one_a_for_both_inputs(backend):
+    """Its gradient is the sum of what both products give it."""
+    matrices, numbers, (up, gate, output) = make_weights("nf4-double", "float32")
+    loras = [up, gate._replace(a=None), output]
+    rng = np.random.default_rng(5)
+    found_by = gradients(partial(ours, PLANS[backend]), False)
+    for experts in [*routings(2)][::4]:
+        x, p = jnp.asarray(rng.normal(size=(N, D)), jnp.float32), jnp.asarray(rng.uniform(size=(N, 2)), jnp.float32)
+        rest = (jnp.asarray(experts), jnp.arange(N) < N - 3, jnp.asarray(rng.normal(size=(N, D)), jnp.float32))
+        expected = gradients(reference, False)(x, p, numbers, loras, *rest)
+        assert worst_difference(found_by(x, p, matrices, loras, *rest), expected) < BOUNDS["float32"], sorted(set(experts.ravel()))
+
+
+@pytest.mark.parametrize("backend", PLANS)
+def test_one_a_has_one_mask(backend):
+    """Two equal matrices with equal B's give equal rows under dropout where the A is one, and others where each has its own."""
+    matrices, _, (up, *_) = make_weights("frozen", "float32")
+    rng = np.random.default_rng(6)
+    groups = gm.group(jnp.asarray(next(routings(2))), jnp.ones(N, bool), E, 16)
+    rows, ones = gm.dispatch(jnp.asarray(rng.normal(size=(N, D)), jnp.float32), groups), jnp.ones(groups.choice.shape)
+    plan = PLANS[backend]._replace(dropout=0.3, activation=jnp.subtract)
+
+    @jax.jit
+    def largest(second):
+        inputs = gm.Projection(matrices[0], up), gm.Projection(matrices[0], second)
+        y = gm.grouped_mlp(plan, rows, ones, groups.sizes, inputs, gm.Projection(matrices[2]), jax.random.key(1))
+        return jnp.abs(y[: 2 * N]).max()
+
+    assert largest(up._replace(a=None)) == 0.0 and largest(up) > 0.1

@@ -68,12 +68,17 @@ def counts(router_logits, mask, k, experts):
     return torch.stack([torch.bincount(c.reshape(-1), minlength=experts) for c in chosen]).numpy()
 
 
+def versions():
+    """JSON: of what made a file."""
+    made_by = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return json.dumps(made_by | {"python": sys.version.split()[0]})
+
+
 def main():
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     arrays = make_batch()
     ids, mask, labels = (torch.from_numpy(a) for a in arrays)
     out = dict(zip(("ids", "mask", "labels"), arrays, strict=True))
-    out["versions"] = json.dumps(versions | {"python": sys.version.split()[0]})
+    out["versions"] = versions()
     for case, (kind, settings) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             model, config = make_model(kind, settings, folder)
@@ -92,12 +97,18 @@ def main():
     np.savez_compressed(OUT / "families.npz", **out)
 
 
-def adapter(model, ids, mask, folder):
-    """PEFT's own adapter on attention and on the fused experts: its tensors, settings and logits."""
+def adapted(model):
+    """The model with PEFT's own adapter on attention and on the fused experts."""
     experts = [name for name in PARAMETERS if "gate.weight" not in name]
     settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION, target_parameters=experts, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, settings).eval()
     fill(tuned)
+    return tuned
+
+
+def adapter(model, ids, mask, folder):
+    """Its tensors, settings and logits."""
+    tuned = adapted(model)
     tuned.save_pretrained(f"{folder}/adapter")
     config = json.loads(Path(f"{folder}/adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     for name in ("target_modules", "target_parameters"):  # PEFT keeps both in sets, whose order changes from run to run

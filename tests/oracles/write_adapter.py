@@ -1,6 +1,7 @@
 """Our side of check_adapter.py: a tiny model, a trained-looking adapter on every target, in both formats, and the logits of both.
 
-write_adapter.py FOLDER [PRESET]: of another family with a rank for each group, so that PEFT's patterns are checked too.
+write_adapter.py FOLDER [PRESET [share]]: of another family with a rank for each group, so that PEFT's patterns are checked too; with one A
+for w1 and w3.
 """
 
 import sys
@@ -20,7 +21,7 @@ def main():
     folder = Path(sys.argv[1])
     config = PRESETS[sys.argv[2] if len(sys.argv) > 2 else "mixtral-tiny"].replace(vocab_size=64, num_layers=2)
     rank = 4 if len(sys.argv) == 2 else {"experts": 4, "attention": 8, "router": 2}
-    adapter = LoRAConfig(rank=rank, alpha=8.0, targets=LORA_TARGETS)
+    adapter = LoRAConfig(rank=rank, alpha=8.0, targets=LORA_TARGETS, share=("w1", "w3") if sys.argv[3:] == ["share"] else None)
     model = build(config, key=jax.random.key(0), adapter=adapter, dtype=jnp.float32)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
     arguments = (tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(24), tokens.shape))

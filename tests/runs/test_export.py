@@ -55,6 +55,14 @@ def test_a_merged_model_computes_what_was_trained(run_folder, tmp_path, capsys):
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.parametrize("format_", ["peft", "fused", "merged"])
+def test_one_a_for_two_matrices(format_, tmp_path, capsys):
+    """What is written is compared with what was trained, matrix by matrix."""
+    finished_run(tmp_path / "run", adapter={"rank": 2, "alpha": 4.0, "share": ["w1", "w3"]})
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", format_]) == 0
+    assert ("verified on" if format_ == "merged" else "largest logit difference 0 ") in capsys.readouterr().out
+
+
 def test_a_base_with_other_weights_is_refused(tmp_path):
     """Of the same names, sizes and config."""
     base, run, content = tmp_path / "base", tmp_path / "run", Content()

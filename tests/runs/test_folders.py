@@ -19,12 +19,15 @@ def test_what_may_differ_when_a_run_is_continued(make_experiment):
     folders.write_config(experiment)
     config = folders.folder_of(experiment) / "config.yaml"
     older = yaml.safe_load(config.read_text())
-    del older["device"]["compilation_cache"], older["profile"], older["made_of"]  # a run of a version that did not know these keys
+    # A run of a version that did not know these keys.
+    del older["device"]["compilation_cache"], older["profile"], older["made_of"], older["adapter"]["share"]
     config.write_text(yaml.safe_dump(older))
     assert folders.prepare(experiment, resume=True) is None
     folders.prepare(experiment.model_copy(update={"device": DeviceConfig(memory_fraction=0.5)}), resume=True)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         folders.prepare(experiment.model_copy(update={"seed": 1}), resume=True)
+    with pytest.raises(UserError, match=r"adapter\.share: None -> \['w1', 'w3'\]"):
+        folders.prepare(changed(experiment, "adapter", share=("w1", "w3")), resume=True)
     with pytest.raises(UserError, match=r"data\.source: .*train\.json' -> 'elsewhere\.json'"):  # what was in it is not known
         folders.prepare(changed(experiment, "data", source="elsewhere.json"), resume=True)
     older["sedd"] = 1

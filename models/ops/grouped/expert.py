@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,10 @@ class Plan(NamedTuple):
 
 
 class LoRAWeights(NamedTuple):
-    """One adapter pair per expert; the scale alpha/rank is already in `b`. a: [E, R, I]; b: [E, O, R]."""
+    """One adapter pair per expert; the scale alpha/rank is already in `b`. a: [E, R, I], None: that of the projection before it, which
+    reads the same rows; b: [E, O, R]."""
 
-    a: jax.Array
+    a: jax.Array | None
     b: jax.Array
 
 
@@ -64,19 +66,31 @@ def pairs_of(inputs: Sequence[Projection], output: Projection) -> Pairs:
 
 
 class Adapters:
-    """One expert's adapters on projections that read the same rows. Without dropout one product serves them all: `A` side by side."""
+    """One expert's adapters on projections that read the same rows. Without dropout one product serves them all: `A` side by side.
+
+    a: by the projection that has it; b: by projection; users: of each A.
+    """
 
     def __init__(self, plan: Plan, pairs: Pairs, key: jax.Array | None, dtype: Any):
-        self.pairs = {i: LoRAWeights(*(w.astype(dtype) for w in p)) for i, p in enumerate(pairs) if p is not None}
+        self.a: dict[int, jax.Array] = {}
+        self.b: dict[int, jax.Array] = {}
+        self.users: dict[int, list[int]] = {}
+        for i, pair in enumerate(pairs):
+            if pair is None:
+                continue
+            self.b[i] = pair.b.astype(dtype)
+            if pair.a is not None:
+                owner, self.a[i] = i, pair.a.astype(dtype)
+            self.users.setdefault(owner, []).append(i)
         self.count = len(pairs)
         self.keep, self.key = 1.0 - plan.dropout, key if plan.dropout else None
-        self.groups = [[i] for i in self.pairs] if self.key is not None else [list(self.pairs)] * bool(self.pairs)
+        self.groups = [[i] for i in self.a] if self.key is not None else [list(self.a)] * bool(self.a)
 
-    def _a(self, members: list[int]) -> jax.Array:
-        return jnp.concatenate([self.pairs[i].a for i in members])  # [ΣR, I]
+    def _joined(self, members: list[int]) -> jax.Array:
+        return jnp.concatenate([self.a[i] for i in members])  # [ΣR, I]
 
     def _split(self, x: jax.Array, members: list[int], axis: int) -> list[jax.Array]:
-        return jnp.split(x, np.cumsum([self.pairs[i].a.shape[0] for i in members])[:-1].tolist(), axis=axis)
+        return jnp.split(x, np.cumsum([self.a[i].shape[0] for i in members])[:-1].tolist(), axis=axis)
 
     def _dropped(self, x: jax.Array, member: int, row: jax.Array) -> jax.Array:
         """The same mask for the same rows in the forward and the backward pass: `row` is the first one's number."""
@@ -90,8 +104,9 @@ class Adapters:
         low: dict[int, jax.Array] = {}
         with jax.named_scope("lora"):
             for members in self.groups:
-                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], row), self._a(members))
-                low.update(zip(members, self._split(product, members, 1), strict=True))
+                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], row), self._joined(members))
+                for owner, rows in zip(members, self._split(product, members, 1), strict=True):
+                    low |= dict.fromkeys(self.users[owner], rows)
         return low
 
     def up(self, y: jax.Array, low: dict[int, jax.Array], member: int) -> jax.Array:
@@ -99,29 +114,32 @@ class Adapters:
         if member not in low:
             return y
         with jax.named_scope("lora"):
-            return y + jnp.einsum("tr,or->to", low[member], self.pairs[member].b)
+            return y + jnp.einsum("tr,or->to", low[member], self.b[member])
 
     def zeros(self) -> list[LoRAWeights | None]:
         """Sums of the gradients, fp32. B's is summed up transposed, [R, O]: the product that compilers do well."""
         sums: list[LoRAWeights | None] = [None] * self.count
-        for i, (a, b) in self.pairs.items():
-            sums[i] = LoRAWeights(jnp.zeros(a.shape), jnp.zeros(b.shape[::-1]))
+        for i, b in self.b.items():
+            a = self.a.get(i)
+            sums[i] = LoRAWeights(None if a is None else jnp.zeros(a.shape), jnp.zeros(b.shape[::-1]))
         return sums
 
     def backward(
         self, x: jax.Array, low: dict[int, jax.Array], dys: Sequence[jax.Array], row: jax.Array
     ) -> tuple[jax.Array, list[LoRAWeights | None]]:
-        """dx, and dA = dLᵀ dropout(x), dB = dYᵀ L as `zeros` has them, where dL = dY B."""
+        """dx, and dA = dLᵀ dropout(x), dB = dYᵀ L as `zeros` has them, where dL = dY B, summed over the projections that use the A."""
         dx = jnp.zeros((), x.dtype)
         gradients: list[LoRAWeights | None] = [None] * self.count
         with jax.named_scope("lora"):
             for members in self.groups:
-                dropped, a = self._dropped(x, members[0], row), self._a(members)
-                dlow = jnp.concatenate([jnp.einsum("to,or->tr", dys[i], self.pairs[i].b) for i in members], axis=1)
+                dropped, a = self._dropped(x, members[0], row), self._joined(members)
+                through = [[jnp.einsum("to,or->tr", dys[i], self.b[i]) for i in self.users[owner]] for owner in members]
+                dlow = jnp.concatenate([reduce(jnp.add, parts) for parts in through], axis=1)
                 das = self._split(jnp.einsum("tr,ti->ri", dlow, dropped, preferred_element_type=jnp.float32), members, 0)
-                for i, da in zip(members, das, strict=True):
-                    db = jnp.einsum("tr,to->ro", low[i], dys[i], preferred_element_type=jnp.float32)
-                    gradients[i] = LoRAWeights(da, db)
+                for owner, da in zip(members, das, strict=True):
+                    for i in self.users[owner]:
+                        db = jnp.einsum("tr,to->ro", low[i], dys[i], preferred_element_type=jnp.float32)
+                        gradients[i] = LoRAWeights(da if i == owner else None, db)
                 dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], row)
         return dx, gradients
 

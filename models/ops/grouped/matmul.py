@@ -152,8 +152,8 @@ def _mlp_backward(plan: Plan, residuals: Any, dy: jax.Array) -> Any:
 
     def gradient(projection: Projection, dw: jax.Array | None, dlora: LoRAWeights | None) -> Projection:
         if dlora is not None and projection.lora is not None:
-            a, b = projection.lora
-            dlora = LoRAWeights(dlora.a.astype(a.dtype), dlora.b.swapaxes(1, 2).astype(b.dtype))
+            whole = LoRAWeights(dlora.a, dlora.b.swapaxes(1, 2))
+            dlora = jax.tree.map(lambda g, w: g.astype(w.dtype), whole, projection.lora)
         return Projection(None if dw is None else dw.astype(projection.weight.dtype), dlora)  # type: ignore[arg-type,union-attr]
 
     *dinputs, doutput = map(gradient, (*inputs, output), dws or [None] * len(plan.names), dloras)

@@ -25,17 +25,23 @@ def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 def _mlp(plan: Plan, x: jax.Array, p: jax.Array, sizes: jax.Array, ws: list[jax.Array], pairs: Any, key: Any) -> jax.Array:
     live = jnp.arange(x.shape[0]) < jnp.sum(sizes)
 
+    def low_rank(i: int, rows: jax.Array) -> jax.Array:
+        if plan.dropout and key is not None:
+            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - plan.dropout, rows.shape)
+            rows = jnp.where(keep, rows / (1 - plan.dropout), jnp.zeros((), rows.dtype))
+        return ragged_dot(rows, pairs[i].a.astype(x.dtype), sizes)
+
+    low: list[jax.Array] = []  # an A's rows, also of the projection behind it that shares the A
+
     def project(i: int, rows: jax.Array) -> jax.Array:
         with jax.named_scope(plan.names[i]):
             y = ragged_dot(rows, ws[i], sizes)
             if pairs[i] is None:
                 return y
             with jax.named_scope("lora"):
-                if plan.dropout and key is not None:
-                    keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - plan.dropout, rows.shape)
-                    rows = jnp.where(keep, rows / (1 - plan.dropout), jnp.zeros((), rows.dtype))
-                a, b = (w.astype(x.dtype) for w in pairs[i])
-                return y + ragged_dot(ragged_dot(rows, a, sizes), b, sizes)
+                if pairs[i].a is not None:
+                    low.append(low_rank(i, rows))
+                return y + ragged_dot(low[-1], pairs[i].b.astype(x.dtype), sizes)
 
     hidden = [project(i, x) for i in range(len(ws) - 1)]
     with jax.named_scope("act"):
