@@ -171,60 +171,53 @@ def guarded(call: Callable[[], int], asked: str) -> int:
         code = call()
         sys.stdout.flush()
         return code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read standard output is gone, as in `| head`
         streams.silence()
         return 128 + signal.SIGPIPE
-    except PermissionError as error:
-        print(
-            f"error: {error.filename or error}: permission denied: this user may not read it, or not write there: change its owner or "
-            "mode, or choose another place",
-            file=sys.stderr,
-        )
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "moejax":
-            raise
-        remedy = (
-            "`make demo` installs it in .venv (then: . .venv/bin/activate); BUILD.md has other ways"
-            if installation.checkout()
-            else installation.pip_install(*installation.requirements())
-        )
-        print(f"error: {error}: this Python lacks what moejax needs. {remedy}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a disk that is full, a name that is too long, a file where a folder is expected …
-        named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        print(f"error: {named or 'a file, or standard output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        why = f" ({error})" if str(error) else ""
-        print(f"error: this machine's memory is full{why}: end other programs, or ask for less", file=sys.stderr)
-        return 2
-    except UnicodeEncodeError as error:  # of a name or an argument: texts of records are judged where they are read
-        print(f"error: {error.object!a} holds bytes that are not UTF-8: such a name cannot be written down; rename it", file=sys.stderr)
-        return 2
-    except (RuntimeError, AssertionError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_code.co_filename.endswith("xla_bridge.py"):  # where jax looks for devices
-            if type(error).__name__ != "JaxRuntimeError":
-                raise
-            from moejax.training.compile import advice
-
-            print(f"error: XLA, in `{asked}`: {first_line(error)}. Try {advice(error)}", file=sys.stderr)
-            return 2
-        platforms = os.environ.get("JAX_PLATFORMS")
-        why = first_line(error) or "none is there"
-        print(
-            f"error: no device for jax{f' (JAX_PLATFORMS={platforms})' if platforms else ''}: {why}. `moejax doctor` says what this "
-            "machine has; JAX_PLATFORMS=cpu runs on its CPU",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: what a run had finished is in its last checkpoint (--resume)", file=sys.stderr)
         return 130
+    except Exception as error:
+        message = _message(error, asked)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def _message(error: Exception, asked: str) -> str | None:
+    """What is wrong with the input, the machine or the installation; None where it is this program."""
+    match error:
+        case UserError():
+            return str(error)
+        case PermissionError():
+            why = "permission denied: this user may not read it, or not write there: change its owner or mode, or choose another place"
+            return f"{error.filename or error}: {why}"
+        case OSError():  # a disk that is full, a name that is too long, a file where a folder is expected …
+            named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+            return f"{named or 'a file, or standard output'}: {error.strerror or error}"
+        case ModuleNotFoundError() if error.name is not None and error.name.split(".")[0] != "moejax":
+            remedy = "`make demo` installs it in .venv (then: . .venv/bin/activate); BUILD.md has other ways"
+            if not installation.checkout():
+                remedy = installation.pip_install(*installation.requirements())
+            return f"{error}: this Python lacks what moejax needs. {remedy}"
+        case MemoryError():
+            why = f" ({error})" if str(error) else ""
+            return f"this machine's memory is full{why}: end other programs, or ask for less"
+        case UnicodeEncodeError():  # of a name or an argument: texts of records are judged where they are read
+            return f"{error.object!a} holds bytes that are not UTF-8: such a name cannot be written down; rename it"
+        case RuntimeError() | AssertionError():
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_filename.endswith("xla_bridge.py"):  # where jax looks for devices
+                platforms = os.environ.get("JAX_PLATFORMS")
+                where, why = f" (JAX_PLATFORMS={platforms})" if platforms else "", first_line(error) or "none is there"
+                advice = "`moejax doctor` says what this machine has; JAX_PLATFORMS=cpu runs on its CPU"
+                return f"no device for jax{where}: {why}. {advice}"
+            if type(error).__name__ == "JaxRuntimeError":
+                from moejax.training.compile import advice as of_compiler
+
+                return f"XLA, in `{asked}`: {first_line(error)}. Try {of_compiler(error)}"
+    return None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from moejax import other_tools
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
-from moejax.eval_config import EvalConfig, Place
 from moejax.models.config import (
     FAMILIES,
     LORA_TARGETS,
@@ -34,6 +33,18 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _expanded(value: Any) -> Any:
+    """A leading ~ is the user's home, as a shell has it."""
+    try:
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+    except RuntimeError:  # ~NAME of a user who is not there
+        return value
+
+
+Place = Annotated[str, BeforeValidator(_expanded)]
+"""A file or folder, or a name for the Hub or `datasets`."""
 
 
 Real = Annotated[float, BeforeValidator(_number)]
@@ -327,6 +338,24 @@ class ProfileConfig(_Section):
                 f"profile traces steps {self.start_step} to {self.last_step}, but the run has {total_steps}: lower "
                 "profile.start_step or profile.steps, or train longer"
             )
+
+
+class EvalConfig(_Section):
+    """Right answers counted on held-out problems while it trains.
+
+    Score the untrained model, then as `each_epoch` and `every_steps` say, and the model at the end.
+    """
+
+    task: str = Field(description="prompts and the rule by which an answer is right, by name: see moejax eval")
+    data: Place = Field(description="held-out problems: a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
+    split: str | None = None
+    limit: Positive | None = Field(None, description="only the first so many problems")
+    each_epoch: bool = False
+    every_steps: Positive | None = None
+    max_new_tokens: Positive | None = Field(None, description="where an answer ends; null: as many tokens as the task allows")
+    rows: Positive = Field(64, description="problems answered at a time")
+    metric: Literal["accuracy", "loss"] = Field("accuracy", description="what decides which model is kept in best/")
+    allow_overlap: bool = Field(False, description="go on where held-out problems are in the training data too")
 
 
 class Experiment(_Section):

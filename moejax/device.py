@@ -40,11 +40,18 @@ def usable_bytes() -> int | None:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    meminfo = Path("/proc/meminfo")
-    if device.platform != "cpu" or not meminfo.exists():
+    host = host_bytes()
+    return host[1] if device.platform == "cpu" and host else None
+
+
+def host_bytes() -> tuple[int, int] | None:
+    """The machine's memory, and what of it the system says is available; None where it does not say."""
+    information = Path("/proc/meminfo")
+    if not information.exists():
         return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    fields = dict(line.split(":", 1) for line in information.read_text(encoding="utf-8").splitlines())
+    total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return total, available
 
 
 def memory_bytes() -> dict[str, int]:
@@ -111,15 +118,15 @@ def this_machine(fraction: float) -> GPU:
     device, usable = jax.local_devices()[0], usable_bytes()
     if usable is None:
         raise UserError(f"--gpu {HERE}: this machine does not say how much memory it has; give a GPU's name")
-    if device.platform == "cpu":
-        return GPU(cpu_name(), usable / 1e9, 1.0, 1.0, None, "cpu", usable_bytes=usable, platform="cpu", source="this machine")
     known = GPUS.get(gpu_name(device.device_kind))
     if known is not None:
         return dataclasses.replace(known, usable_bytes=usable)
+    here = GPU(cpu_name(), usable / 1e9, 1.0, 1.0, None, HERE, usable_bytes=usable, platform="cpu", source="this machine")
+    if device.platform == "cpu":
+        return here
     capability = str(getattr(device, "compute_capability", ""))
-    return GPU(device.device_kind, usable / 1e9, 1.0, 1.0, None, HERE, usable_bytes=usable,
-               platform=platform_of_capability(capability), source="this machine",
-               bf16=not capability[:1].isdigit() or float(capability) >= 8)  # fmt: skip
+    bf16 = not capability[:1].isdigit() or float(capability) >= 8
+    return dataclasses.replace(here, name=device.device_kind, platform=platform_of_capability(capability), bf16=bf16)
 
 
 def this_machine_timed(own: bool) -> GPU:

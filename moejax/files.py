@@ -42,14 +42,14 @@ def settle(new: Path, path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; what is there at the end of the block replaces `path`. A failure leaves the old file and nothing beside it.
 
-    An OSError that names no file, as a full disk's, names `path` then.
+    An OSError that names no file (a full disk's), or the one that was written to, names `path` then.
     """
     new = aside(path)
     try:
         yield new
         settle(new, path)
     except OSError as error:
-        if error.filename is None:
+        if error.filename in (None, str(new)):
             error.filename = str(path)
         raise
     finally:

@@ -44,11 +44,8 @@ def pip_install(*wanted: str) -> str:
 
 def for_extra(extra: str) -> str:
     """The command that installs what an extra adds; jax's plugins in the version of the jax that is installed."""
-    try:
-        jax = importlib.metadata.version("jaxlib")
-    except importlib.metadata.PackageNotFoundError:
-        return pip_install(*requirements(extra))
-    return pip_install(*(re.sub(r"^(jax[\w\[\]-]*).*", rf"\1=={jax}", requirement) for requirement in requirements(extra)))
+    jax = version("jaxlib")
+    return pip_install(*(re.sub(r"^(jax[\w\[\]-]*).*", rf"\1=={jax}", wanted) if jax else wanted for wanted in requirements(extra)))
 
 
 def for_packages(names: list[str]) -> str:
@@ -57,12 +54,15 @@ def for_packages(names: list[str]) -> str:
     return pip_install(*(known.get(name_of(name), name) for name in names))
 
 
+def version(package: str) -> str | None:
+    """The installed version; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Of what compiles."""
-    found = {}
-    for name in ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    names = ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12")
+    return {name: found for name in names if (found := version(name)) is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import rich.console
+from rich.table import Table
 
 from moejax.streams import silence
 
@@ -21,3 +22,11 @@ class Console(rich.console.Console):
 
     def on_broken_pipe(self) -> None:
         silence()
+
+
+def figures(*columns: str, title: str | None = None) -> Table:
+    """An empty table of what the first column names and the others count."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    return table

@@ -36,12 +36,12 @@ def _place(dotted):
 
 
 def test_what_other_tools_keys_mean_is_there():
-    for theirs, ours in other_tools.KEYS.items():
+    for theirs, ours in other_tools.ours_by_theirs()["keys"].items():
         key = ours.split(" (")[0]
         assert key.startswith("the option ") or _place(key) is not None, theirs
         assert theirs == theirs.lower() and theirs not in config.Experiment.model_fields, theirs
     # What is a key here, in whatever section, is not taken for another tool's.
-    assert not set(other_tools.KEYS) & set(config._sections_by_key())
+    assert not set(other_tools.ours_by_theirs()["keys"]) & set(config._sections_by_key())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -1,4 +1,4 @@
-"""Arguments that several commands have: CONFIG with its changes, and RUN, by place or by the name that they had; names of GPUs."""
+"""Arguments that several commands have: CONFIG with its changes, and RUN, by place or by the name that they had; names of GPUs; counts."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def names_of(gpus: str) -> list[str]:
     if not names:
         raise UserError(f"--gpu {gpus!r}: expected names of GPUs, e.g. A40,H100")
     return names
+
+
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for an option that is given and is less than 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")

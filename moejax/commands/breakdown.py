@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from moejax.profiling import roofline, schema, torch_trace, xplane
 from moejax.profiling.bars import ALL, Bars, draw, study, study_model, takeaways
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
-from moejax.terminal import Console
+from moejax.profiling.times import Times
+from moejax.terminal import Console, figures
 
 NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
 WIDE = 132  # characters that the whole table of stages takes
+NO_PEAKS = Peaks(None, None, "unknown")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Run:
     dense: whether every expert takes every token, where step_profile.json says so."""
 
     bars: Bars
-    breakdown: Breakdown | None
-    stages: list[Stage]
-    peaks: Peaks
+    breakdown: Breakdown | None = None
+    stages: list[Stage] = field(default_factory=list)
+    peaks: Peaks = NO_PEAKS
     dense: bool | None = None
 
 
@@ -99,30 +101,28 @@ def load(path: Path, ncu: Path | None = None) -> Run:
     neither, or the trace's own."""
     name = path.name if path.is_dir() else path.name.split(".")[0]
     if path.name.endswith((".json.gz", ".pt.trace.json")):
-        torch = torch_trace.analyze(torch_trace.read(path))
-        phases = torch.phases
-        return Run(Bars(f"{name}\n(pytorch)", phases, torch.layers, torch.moe_kernels, idle=phases.pop("idle")), None, [], _NO_PEAKS)
+        return Run(_bars(f"{name}\n(pytorch)", torch_trace.analyze(torch_trace.read(path))))
     described = path / schema.FILE_NAME if path.is_dir() else path
     if path.suffix == ".json" or (described.is_file() and not _has_trace(path)):
         return _from_profile(schema.read(path), name)
-    trace = xplane.read(xplane.find(path))
-    b = analyze(trace)
-    peaks = _NO_PEAKS
-    if path.is_dir() and described.is_file():
-        device = schema.read(described).device
-        peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
+    b = analyze(xplane.read(xplane.find(path)))
+    peaks = _peaks(schema.read(described).device) if path.is_dir() and described.is_file() else NO_PEAKS
     peaks = roofline.believed(b, peaks)
-    counters = roofline.ncu(ncu, b.kernels) if ncu else None
-    stages = roofline.stages(b, peaks, counters)
-    phases = b.phases
-    idle = phases.pop("idle")
+    stages = roofline.stages(b, peaks, roofline.ncu(ncu, b.kernels) if ncu else None)
     moe = [s for s in stages if s.name.split("/")[0] == "moe"]
     rows = [*moe, roofline.time_weighted(moe, ALL)] if moe else []
     shares = {s.name: (s.flops_share, s.bandwidth_share) for s in rows if s.flops_share is not None}
-    return Run(Bars(name, phases, b.layers, b.moe_kernels, idle=idle, utilization=shares), b, stages, peaks)
+    return Run(_bars(name, b, shares), b, stages, peaks)
 
 
-_NO_PEAKS = Peaks(None, None, "unknown")
+def _bars(name: str, times: Times, utilization: Mapping[str, tuple[float | None, float | None]] | None = None) -> Bars:
+    phases = times.phases
+    idle = phases.pop("idle")
+    return Bars(name, phases, times.layers, times.moe_kernels, idle=idle, utilization=utilization or {})
+
+
+def _peaks(device: schema.Device) -> Peaks:
+    return Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
 
 
 def _has_trace(path: Path) -> bool:
@@ -136,10 +136,8 @@ def _from_profile(profile: schema.StepProfile, name: str) -> Run:
         )
     phases = {k: v or 0.0 for k, v in profile.phases.model_dump().items()}
     idle = phases.pop("idle")
-    device = profile.device
-    peaks = Peaks(device.peak_flops, device.peak_bytes_per_second, "measured" if device.peaks_measured else "data sheet")
     bars = Bars(f"{name}\n({profile.framework})", phases, profile.layers, profile.moe_kernels or {}, idle=idle)
-    return Run(bars, None, [], peaks, dense=profile.moe.top_k == profile.moe.experts)
+    return Run(bars, peaks=_peaks(profile.device), dense=profile.moe.top_k == profile.moe.experts)
 
 
 def as_dict(r: Run) -> dict[str, Any]:
@@ -193,16 +191,13 @@ def _print(r: Run, console: Console) -> None:
 
 
 def _phases(r: Run) -> Table:
-    table = Table()
-    for column in ("phase", "ms", "of step"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    whole = sum(r.bars.phases.values()) + (r.bars.idle or 0.0)
-    for name, seconds in r.bars.phases.items():
-        table.add_row(name, f"{1e3 * seconds:.2f}", _percent(seconds / whole))
-    if r.bars.idle is not None:
-        table.add_row("idle", f"{1e3 * r.bars.idle:.2f}", _percent(r.bars.idle / whole))
+    table = figures("phase", "ms", "of step")
+    parts = dict(r.bars.phases) | ({} if r.bars.idle is None else {"idle": r.bars.idle})
+    whole = sum(parts.values())
+    for name, seconds in parts.items():
+        table.add_row(name, _ms(seconds), _percent(seconds / whole))
     table.add_section()
-    table.add_row("step", f"{1e3 * whole:.2f}", "")
+    table.add_row("step", _ms(whole), "")
     return table
 
 
@@ -218,13 +213,11 @@ def _stages(r: Run, whole: bool) -> Table:
         if known
         else "the device's peaks are not known: a run's step_profile.json holds them"
     )
-    table = Table(title=said, title_justify="left")
     phases = [p for p in ("forward", "recompute", "backward") if b.phases[p] and whole]
     columns = ["stage", "ms", "of busy", *phases, *(("GFLOP", "MB") if whole else ()), "GFLOP/s", "GB/s"]
     columns += ["of matrix\npeak", "of band-\nwidth"] if known else []
     columns += ["SM %\n(ncu)", "DRAM %\n(ncu)"] if counters else []
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    table = figures(*columns, title=said)
     groups = ([s for s in r.stages if s.name.split("/")[0] == "moe"], [s for s in r.stages if s.name.split("/")[0] != "moe"])
     for group, label in zip(groups, ("all MoE", "the rest"), strict=True):
         for s in [*group, *([roofline.time_weighted(group, label)] if len(group) > 1 else [])]:
@@ -249,10 +242,7 @@ _HEADINGS = ("MoE /\nlayers", "matmul\n/ MoE", "dequant\n/ MoE", "optim.\n/ step
 
 
 def _takeaways(bars: Sequence[Bars]) -> Table:
-    table = Table(title="takeaways, computed", title_justify="left")
-    table.add_column("run")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = figures("run", *_HEADINGS, title="takeaways, computed")
     for b in bars:
         values = takeaways(b).items()
         cells = ("" if v is None else f"{v:.2f}" if "/" in name else _percent(v) for name, v in values)

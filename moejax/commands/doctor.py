@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -18,12 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moejax import __version__, installation
+from moejax.device import host_bytes
+from moejax.installation import version
 from moejax.terminal import Console
 
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-dtypes", "safetensors", "transformers", "tokenizers",
-    "jinja2", "huggingface-hub", "datasets", "tensorboard",
-)  # fmt: skip
 HUB_SECONDS = 3.0
 LOW_DISK_BYTES = 20e9
 
@@ -54,31 +51,20 @@ def run(_: argparse.Namespace) -> int:
     return int(any(f.status == "error" for f in findings))
 
 
-def version(package: str) -> str | None:
-    """The installed version; None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def versions() -> Iterable[Finding]:
     """Python and the packages that are needed."""
     fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
     yield Finding("Python", "ok" if fits else "error", platform.python_version(), "" if fits else "use Python 3.11 to 3.13")
-    found = {name: version(name) for name in PACKAGES}
+    found = {name: version(name) for name in ("jaxlib", *map(installation.name_of, installation.requirements()))}
     missing = [name for name, installed in found.items() if installed is None]
     text = ", ".join(f"{name} {installed}" for name, installed in found.items() if installed is not None)
     advice = f"lacking: {', '.join(missing)}. {installation.for_packages(missing)}" if missing else ""
     yield Finding("packages", "error" if missing else "ok", text, advice)
-    wrong = [
-        f"{name} {installed}"
-        for name in ("jax-cuda12-plugin", "jax-cuda13-plugin")
-        if (installed := version(name)) is not None and installed != found["jaxlib"]
-    ]
-    if wrong:
-        extra = "cuda13" if "cuda13" in wrong[0] else "cuda12"
-        yield Finding("CUDA plugin", "error", ", ".join(wrong), f"its version must be jaxlib's: {installation.for_extra(extra)}")
+    for extra in ("cuda12", "cuda13"):
+        plugin = f"jax-{extra}-plugin"
+        if (installed := version(plugin)) not in (None, found["jaxlib"]):
+            remedy = f"its version must be jaxlib's: {installation.for_extra(extra)}"
+            yield Finding("CUDA plugin", "error", f"{plugin} {installed}", remedy)
 
 
 def devices() -> Iterable[Finding]:
@@ -125,10 +111,8 @@ def memory() -> Iterable[Finding]:
         used, limit = stats.get("bytes_in_use", 0), stats["bytes_limit"]
         text = f"{limit / 1e9:.1f} GB for jax, {used / 1e9:.1f} in use"
         yield Finding("device memory", "ok", text, "device.memory_fraction sets the share")
-    path = Path("/proc/meminfo")
-    if path.exists():
-        fields = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
-        total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    if host := host_bytes():
+        total, free = host
         low = free < 4e9
         advice = "less than 4 GB: end other programs, or expect the system to end the run" if low else ""
         yield Finding("host memory", "note" if low else "ok", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB available", advice)
@@ -136,9 +120,12 @@ def memory() -> Iterable[Finding]:
 
 def plugin() -> Iterable[Finding]:
     """TensorBoard's Profile tab."""
-    installed = version("xprof")
-    advice = "" if installed else f"{installation.for_extra('profile')} for the traces in TensorBoard; moejax breakdown works without"
-    yield Finding("TensorBoard's Profile tab", "ok" if installed else "note", f"xprof {installed}" if installed else "no xprof", advice)
+    what = "TensorBoard's Profile tab"
+    if installed := version("xprof"):
+        yield Finding(what, "ok", f"xprof {installed}")
+    else:
+        advice = f"{installation.for_extra('profile')} for the traces in TensorBoard; moejax breakdown works without"
+        yield Finding(what, "note", "no xprof", advice)
 
 
 def caches() -> Iterable[Finding]:

@@ -105,6 +105,5 @@ def _told(f: Fitted) -> dict[str, Any]:
         {"run": r.path, "queries": r.queries, "tokens": r.tokens, "share": r.share, "seconds": r.seconds, "error": error}
         for r, error in zip(f.runs, f.errors, strict=True)
     ]
-    numbers = dict(zip(("t0_seconds", "token_seconds", "expert_token_seconds"), e.coefficients.tolist(), strict=True))
-    return {"model": e.model, "method": e.method, "gpu": e.gpu, **numbers, "only_share": e.only_share, "doubt": e.doubt, "runs": runs,
+    return {"model": e.model, "method": e.method, "gpu": e.gpu, **e.named, "only_share": e.only_share, "doubt": e.doubt, "runs": runs,
             "equation_1": f.equation_1, "equation_2": f.equation_2}  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
 from moejax import config, gpus
-from moejax.commands.arguments import add_config, names_of, settle_config
+from moejax.commands.arguments import add_config, check_counts, names_of, settle_config
 from moejax.commands.tables import print_json, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
@@ -42,10 +43,7 @@ def quiet_compiler(gpus: str) -> None:
 def run(options: argparse.Namespace) -> int:
     quiet_compiler(options.gpu)
     settle_config(options, ", or --study")
-    for name in ("seq_len", "rows"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_counts(options, "seq_len", "rows")
     experiment = config.load(options.config, options.overrides)
     if experiment.training.remat == "auto":  # the largest batch is that of the policy that keeps least
         experiment = config.load(options.config, [*options.overrides, "training.remat=full"])
@@ -61,9 +59,9 @@ def run(options: argparse.Namespace) -> int:
     found = []
     for card in asked:
         gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
-        found.append((gpu, oracle(experiment, architecture, gpu, row_tokens, options.closed_form)))
+        found.append(oracle(experiment, architecture, gpu, row_tokens, options.closed_form))
     padded = options.seq_len is not None or experiment.data.batching != "pack"
-    return show(experiment, found, cards, rows=options.rows, padded=padded, as_json=options.json)
+    return show(found, cards, queries_per_row(experiment, row_tokens, padded), options)
 
 
 def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> float | None:
@@ -76,48 +74,44 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
     return row_tokens / lengths.of_study(dataset).mean if dataset in lengths.WITH_LENGTHS else None
 
 
-def show(
-    experiment: Experiment, asked: Sequence[tuple[GPU, Oracle]], cards: dict[str, GPU], *, rows: int | None, padded: bool, as_json: bool
-) -> int:
-    """Print one line a GPU, and the breakdown at the largest batch (or at `rows`). UserError where not one row fits on any GPU.
-    `cards`: those that may be named where one does not do."""
-    lines = [_line(experiment, gpu, peaks, cards, rows, padded) for gpu, peaks in asked]
-    refused = [str(line["problem"]) for line in lines if line["problem"]]
-    none = len(refused) == len(lines)
-    refused = _said_once(refused)
-    if none:
+def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, options: argparse.Namespace) -> int:
+    """Print one line a GPU, and the breakdown at the largest batch (or at --rows). UserError where not one row fits on any GPU.
+    `cards`: those that may be named where one does not do; `per_row`: queries in a row."""
+    lines = [_line(peaks, cards, options.rows, per_row) for peaks in asked]
+    experiment, row_tokens = asked[0].experiment, asked[0].row_tokens
+    problems = [str(line["problem"]) for line in lines if line["problem"]]
+    refused = _said_once(problems)
+    if len(problems) == len(lines):
         raise UserError("; ".join(refused))
-    if as_json:
-        print_json({"config": experiment.name, "row_tokens": asked[0][1].row_tokens, "gpus": lines})
+    if options.json:
+        print_json({"config": experiment.name, "row_tokens": row_tokens, "gpus": lines})
         return 0
-    per_row = queries_per_row(experiment, asked[0][1].row_tokens, padded)
-    fitting = "rows" if rows is not None else "largest batch, rows"
-    columns = ("GPU", "usable GB", fitting, "queries", "peak GB", "with one row more", "free GB", "by")
-    cells = [
-        (line["gpu"], line["usable_gb"], line["rows"], line["queries"], line["peak_gb"], line["next_peak_gb"], line["free_gb"], line["by"])
-        for line in lines
-    ]
-    notes = [*refused, _what_rows_are(asked[0][1].row_tokens, padded, per_row)]
-    reasons: dict[str, list[str]] = {}
-    close: dict[str, list[str]] = {}
+    fitting = "rows" if options.rows is not None else "largest batch, rows"
+    columns = {
+        "GPU": "gpu", "usable GB": "usable_gb", fitting: "rows", "queries": "queries", "peak GB": "peak_gb",
+        "with one row more": "next_peak_gb", "free GB": "free_gb", "by": "by",
+    }  # fmt: skip
+    close: dict[str, list[str]] = defaultdict(list)
+    reasons: dict[str, list[str]] = defaultdict(list)
     for line in lines:
         if line["close"]:
-            close.setdefault(line["close"].partition(":")[0], []).append(line["gpu"])
+            close[line["close"].partition(":")[0]].append(line["gpu"])
         if line["reason"]:
-            reasons.setdefault(line["reason"], []).append(line["gpu"])
+            reasons[line["reason"]].append(line["gpu"])
+    notes = [*refused, _what_rows_are(row_tokens, per_row)]
     if close:
-        told = [f"{', '.join(of)}: {more}" for more, of in close.items()]
-        notes.append(f"{'; '.join(told)}: {memory.COMPILE}")
+        notes.append(f"{'; '.join(', '.join(of) + f': {more}' for more, of in close.items())}: {memory.COMPILE}")
     notes += [f"{', '.join(of)}: by the closed form, not by the compiler: {reason}" for reason, of in reasons.items()]
-    show_table(f"{experiment.name}: rows of {asked[0][1].row_tokens} tokens, {_share(experiment)}", columns, cells, notes)
-    shown = [line for line in lines if line["parts_gb"]]
-    names = list(dict.fromkeys(name for line in shown for name in line["parts_gb"]))
-    parts = [(name, *(Gigabytes(line["parts_gb"].get(name, 0.0)) for line in shown)) for name in names]
-    parts.append(("peak", *(line["peak_gb"] for line in shown)))
-    moments = sorted({f"temporaries: {line['moment']}" for line in shown})
-    rest = "rest: what the closed form does not account for of the compiler's peak; negative where it is too high"
-    notes = [*moments, *([rest] if any(line["reason"] is None for line in shown) else [])]
-    heads = (f"{line['gpu']}, {counted(line['shown'], 'row')}" for line in shown)
+    share = f"at most {experiment.device.memory_fraction:.0%} of a GPU's memory (device.memory_fraction)"
+    cells = [[line[key] for key in columns.values()] for line in lines]
+    show_table(f"{experiment.name}: rows of {row_tokens} tokens, {share}", tuple(columns), cells, notes)
+    names = list(dict.fromkeys(name for line in lines for name in line["parts_gb"]))
+    parts = [(name, *(Gigabytes(line["parts_gb"].get(name, 0.0)) for line in lines)) for name in names]
+    parts.append(("peak", *(line["peak_gb"] for line in lines)))
+    notes = sorted({f"temporaries: {line['moment']}" for line in lines})
+    if any(line["reason"] is None for line in lines):
+        notes.append("rest: what the closed form does not account for of the compiler's peak; negative where it is too high")
+    heads = (f"{line['gpu']}, {counted(line['shown'], 'row')}" for line in lines)
     show_table("what the peak is made of, GB", ("part", *heads), parts, notes)
     return 0
 
@@ -128,67 +122,63 @@ def _said_once(refused: Sequence[str]) -> list[str]:
     return [*(head for head, _, _ in parts), parts[0][2]] if len(parts) > 1 and len({tail for *_, tail in parts}) == 1 else list(refused)
 
 
-def _share(experiment: Experiment) -> str:
-    return f"at most {experiment.device.memory_fraction:.0%} of a GPU's memory (device.memory_fraction)"
-
-
-def _what_rows_are(row_tokens: int, padded: bool, per_row: float | None) -> str:
-    if padded:
+def _what_rows_are(row_tokens: int, per_row: float | None) -> str:
+    if per_row == 1:
         return f"a row is one query, padded to {row_tokens} tokens"
     if per_row is None:
         return "rows are packed: how many queries they hold depends on the data"
     return f"rows are packed: {per_row:.1f} queries each at the data set's mean length (GPT-NeoX tokens, the study's Figure 2)"
 
 
-def _line(experiment: Experiment, gpu: GPU, peaks: Oracle, cards: dict[str, GPU], rows: int | None, padded: bool) -> dict[str, Any]:
-    fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
-    limit = memory.usable_bytes(gpu, fraction)
-    problem = close = None
-    if not gpu.bf16 and experiment.training.asks_bf16:  # before anything is compiled for it
-        chosen, peak, after = rows or 0, peaks.breakdown(rows or 1).total, None
-        problem = _without_bf16(experiment, gpu, peaks, cards, rows or 1, limit)
-    elif rows is None:
-        found = peaks.largest(limit)
-        chosen, peak, after = found.rows, found.peak or found.next_peak, found.next_peak
-    else:
-        chosen, peak, after = rows, peaks.peak_bytes(rows), None
+def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float | None) -> dict[str, Any]:
+    gpu, closed = peaks.gpu, peaks.reason is not None
+    limit = memory.usable_bytes(gpu, peaks.experiment.device.memory_fraction)
     sure, possible = memory.by_closed_form(limit) if closed else (limit, limit)
-    if problem is None and (chosen == 0 or peak > possible):
-        problem = _too_large(experiment, gpu, peaks, cards, max(1, chosen), peak)
-    elif problem is None and closed:
-        close = _close(peaks, chosen, rows is not None, sure, possible)
-    shown = chosen or 1
-    made = peaks.breakdown(shown)
-    per_row = queries_per_row(experiment, peaks.row_tokens, padded)
+    after = problem = close = None
+    if not gpu.bf16 and peaks.experiment.training.asks_bf16:  # before anything is compiled for it
+        chosen, peak = rows or 0, peaks.breakdown(rows or 1).total
+        problem = _without_bf16(peaks, cards, rows or 1, limit)
+    else:
+        if rows is None:
+            found = peaks.largest(limit)
+            chosen, peak, after = found.rows, found.peak or found.next_peak, found.next_peak
+        else:
+            chosen, peak = rows, peaks.peak_bytes(rows)
+        if chosen == 0 or peak > possible:
+            problem = _too_large(peaks, cards, max(1, chosen), peak)
+        elif closed:
+            close = _close(peaks, chosen, rows is not None, sure, possible)
+    made = peaks.breakdown(chosen or 1)
     parts = made.parts(None if closed or problem else peak)
-    by = "closed form" if closed else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)"
     return {
-        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": chosen, "shown": shown,
+        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": chosen, "shown": chosen or 1,
         "queries": None if per_row is None else int(chosen * per_row),
         "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
         "free_gb": gigabytes(limit - peak),
-        "by": by, "reason": peaks.reason, "problem": problem, "close": close, "moment": made.moment, "closed_form_gb": made.total / 1e9,
+        "by": "closed form" if closed else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)", "reason": peaks.reason,
+        "problem": problem, "close": close, "moment": made.moment, "closed_form_gb": made.total / 1e9,
         "parts_gb": {name: size / 1e9 for name, size in parts.items()},
     }  # fmt: skip
 
 
-def _too_large(experiment: Experiment, gpu: GPU, peaks: Oracle, cards: dict[str, GPU], rows: int, peak: float) -> str:
+def _too_large(peaks: Oracle, cards: dict[str, GPU], rows: int, peak: float) -> str:
     """By how much, and where it would do: on GPUs that a run would not refuse."""
+    experiment = peaks.experiment
     what = f"{experiment.name} with {'one row' if rows == 1 else f'{rows:,} rows'} of {peaks.row_tokens} tokens"
     others = [g for g in cards.values() if g.bf16 or not experiment.training.asks_bf16]
     fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
-    return str(memory.too_large(what, peak, gpu, fraction, others, lambda g: peaks.breakdown(rows, g).total, closed=closed))
+    return str(memory.too_large(what, peak, peaks.gpu, fraction, others, lambda g: peaks.breakdown(rows, g).total, closed=closed))
 
 
-def _without_bf16(experiment: Experiment, gpu: GPU, peaks: Oracle, cards: dict[str, GPU], rows: int, limit: float) -> str:
+def _without_bf16(peaks: Oracle, cards: dict[str, GPU], rows: int, limit: float) -> str:
     """What would run: fp32 here, if that fits, and the GPUs that have bf16 and room."""
-    fraction, fp32 = experiment.device.memory_fraction, peaks.breakdown(rows, float32=True).total
+    fp32 = peaks.breakdown(rows, float32=True).total
     here = "training.compute_dtype=float32 training.param_dtype=float32 would run"
     if fp32 > memory.by_closed_form(limit)[0]:
         here = f"in float32 {counted(rows, 'row')} would need {fp32 / 1e9:.2f} GB of its {limit / 1e9:.2f}"
-    sure = {g: memory.by_closed_form(memory.usable_bytes(g, fraction))[0] for g in cards.values() if g.bf16}
-    others = memory.would_do(g for g, most in sure.items() if peaks.breakdown(rows, g).total <= most)
-    return f"{gpu.name} has no bf16, which the training section asks for: a run is refused there. {here}; {others}"
+    fraction = peaks.experiment.device.memory_fraction
+    others = memory.roomy((g for g in cards.values() if g.bf16), fraction, lambda g: peaks.breakdown(rows, g).total)
+    return f"{peaks.gpu.name} has no bf16, which the training section asks for: a run is refused there. {here}; {others}"
 
 
 def _close(peaks: Oracle, rows: int, asked: bool, sure: float, possible: float) -> str | None:

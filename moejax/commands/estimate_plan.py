@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-from moejax.commands import predictions as shared
+from moejax.commands import estimate_predict as shared
 from moejax.commands.tables import draw, print_json
 from moejax.device import HERE
-from moejax.estimator import coefficients, memory, plan
+from moejax.estimator import memory, plan
 from moejax.estimator.plan import Prediction
 
 
@@ -22,13 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
-    job, table = shared.job_of(options, entries), shared.gpu_table(options)
-    offers = shared.offers_of(options, table)
+    given = shared.asked(options)
     made = plan.plan(
-        job, shared.gpus_of(options, table), entries, offers, table,
-        budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=shared.room_of(options),
-    )  # fmt: skip
+        *given, budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=shared.room_of(options)
+    )
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
     if options.budget is not None:
         answers[f"fastest under {options.budget:,.10g} USD"] = made.fastest_under_budget
@@ -36,17 +32,18 @@ def run(options: argparse.Namespace) -> int:
         answers[f"cheapest within {options.deadline:,.10g} h"] = made.cheapest_by_deadline
     if options.json:
         chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
-        told: dict[str, Any] = {"software": shared.software(options, entries), "job": shared.job_facts(job), "answers": chosen}
-        told |= {"options": [dataclasses.asdict(p) for p in made.options]}
-        print_json(told | {"left_out": {gpu: why.brief for gpu, why in made.left_out.items()}})
+        print_json(shared.facts(options, given) | {
+            "answers": chosen, "options": [dataclasses.asdict(p) for p in made.options],
+            "left_out": {gpu: why.brief for gpu, why in made.left_out.items()},
+        })  # fmt: skip
     else:
-        shared.show(options, entries, job, offers, made.options)
+        shared.show(options, given, made.options)
         for why in memory.refusals(made.left_out):
             print(f"left out: {why}")
         for name, p in answers.items():
             found = "" if p is None else f"{p.gpu}, batch {p.batch}: {shared.hours(p)}, {shared.usd(p)}"
             print(f"{name}: {found or _least(name, made.options)}")
-    draw(options.plot, lambda figures, folder: figures.options(folder, job, made))
+    draw(options.plot, lambda figures, folder: figures.options(folder, given.job, made))
     return 0
 
 

@@ -1,39 +1,263 @@
-"""`moejax estimate predict`: throughput, hours and dollars."""
+"""`moejax estimate predict`: throughput, hours and dollars. What it asks and shows, `estimate plan` does too."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from moejax.commands import predictions as shared
-from moejax.commands.tables import draw, print_json
-from moejax.device import HERE
-from moejax.estimator import coefficients, plan
+from moejax import gpus
+from moejax.commands.arguments import check_counts, names_of
+from moejax.commands.tables import draw, print_json, show_table
+from moejax.device import HERE, this_machine_timed
+from moejax.errors import UserError
+from moejax.estimator import coefficients, lengths, plan, prices, published, roofline, room
+from moejax.estimator.coefficients import Entry
+from moejax.estimator.job import Job
+from moejax.estimator.plan import Prediction
+from moejax.estimator.prices import Price
+from moejax.estimator.room import Room
+from moejax.estimator.units import counted
+from moejax.gpus import GPU
+
+MEMORY = "whose memory limits the batch: the study's (default with its coefficients), or this project's (default with --coefficients)"
+EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
+MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
+
+
+class Asked(NamedTuple):
+    """What is predicted: in the order in which `plan.plan` and `plan.predict_all` take it."""
+
+    job: Job
+    gpus: list[GPU]
+    entries: tuple[Entry, ...]  # of the software whose times are predicted
+    offers: tuple[Price, ...]
+    table: dict[str, GPU]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    shared.add_job_arguments(parser)
+    add_job_arguments(parser)
     parser.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help=f"GPUs by name, e.g. A40,A100-80,H100, or `{HERE}`")
     parser.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits (--memory)")
 
 
 def run(options: argparse.Namespace) -> int:
-    entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
-    job, table = shared.job_of(options, entries), shared.gpu_table(options)
-    offers = shared.offers_of(options, table)
-    chosen = shared.gpus_of(options, table)
-    found, left_out = plan.predict_all(
-        job, chosen, entries, table, offers, batch=options.batch, spot=options.spot, room=shared.room_of(options)
-    )
+    given = asked(options)
+    found, left_out = plan.predict_all(*given, batch=options.batch, spot=options.spot, room=room_of(options))
     if options.json:
-        told: dict[str, Any] = {"software": shared.software(options, entries), "job": shared.job_facts(job)}
-        told |= {"predictions": [dataclasses.asdict(p) for p in found]}
-        print_json(told | {"left_out": {gpu: str(why) for gpu, why in left_out.items()}})
+        print_json(facts(options, given) | {
+            "predictions": [dataclasses.asdict(p) for p in found], "left_out": {gpu: str(why) for gpu, why in left_out.items()},
+        })  # fmt: skip
     else:
-        shared.show(options, entries, job, offers, found)
+        show(options, given, found)
         for why in left_out.values():
             print(f"left out: {why}")
-    cards = {gpu.name: gpu for gpu in chosen}
-    draw(options.plot, lambda figures, folder: figures.throughput(folder, job, found, entries, table | cards))
+    table = given.table | {gpu.name: gpu for gpu in given.gpus}
+    draw(options.plot, lambda figures, folder: figures.throughput(folder, given.job, found, given.entries, table))
     return 0
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="mixtral", help="mixtral-8x7b (default) or blackmamba-2.8b")
+    parser.add_argument("--method", help="qlora, lora or full; by default the one the study measured")
+    parser.add_argument("--experts-per-token", type=int, metavar="K", help="1 to 8, the dense model; 2 by default, as in the study")
+    parser.add_argument("--dataset", help="the study's: commonsense_15k, math_14k, hellaswag, gsm8k")
+    parser.add_argument("--records", type=int, help="number of queries; with --length, or instead of a data set's own")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="of every query")
+    parser.add_argument("--lengths", metavar="FILE", help="tokens per query: a JSON list, or one number a line")
+    parser.add_argument("--epochs", type=float, help="10 by default, as in the study")
+    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pad_bucket, pack or fixed")
+    cut = "length of a row of `fixed` and `pack`; a longer query is cut there (by default only the study's own sets are cut, at 1024)"
+    parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help=cut)
+    rounded = "what pad_longest rounds up to: 8, as in the study; with coefficients of this project's runs 16"
+    parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help=rounded)
+    parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
+    parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
+    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
+    parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
+    parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
+
+
+def asked(options: argparse.Namespace) -> Asked:
+    """Raises UserError for what cannot be meant, and where spot prices are asked of a list without any."""
+    entries = coefficients.read(options.coefficients) if options.coefficients else coefficients.study()
+    job = job_of(options, entries)
+    table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    offers = prices.load(options.prices, table)
+    if options.spot and not any(price.spot for price in offers):
+        raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
+    return Asked(job, gpus_of(options, table), entries, offers, table)
+
+
+def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
+    """The job; `entries`: whose software's times are predicted. Raises UserError for what cannot be meant."""
+    if options.model not in MODELS:
+        raise UserError(f"--model {options.model}: expected one of {', '.join(dict.fromkeys(MODELS))}")
+    model = MODELS[options.model]
+    method = options.method or roofline.STUDY_MODELS[model][1]
+    if method not in ("qlora", "lora", "full"):
+        raise UserError(f"--method {method}: expected qlora, lora or full")
+    check_counts(options, "records", "length", "row_tokens", "pad_multiple")
+    given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
+    if len(given) != 1:
+        both = f" ({' and '.join(f'--{name}' for name in given)} were given)" if given else ""
+        raise UserError(f"which data? Give one of --dataset NAME, --records N --length TOKENS, or --lengths FILE{both}")
+    sets = published.read("lengths.json")
+    if options.lengths:
+        length = lengths.from_file(options.lengths)
+    elif options.dataset:
+        if options.dataset not in sets:
+            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(sets)}")
+        length = lengths.of_dataset(options.dataset)
+    else:
+        if options.records is None:
+            raise UserError("--length needs --records: how many queries of this length")
+        length = lengths.constant(options.records, options.length)
+    printed = sets.get(options.dataset, {}).get("queries")
+    queries = options.records or printed or length.queries
+    multiple, row_tokens = _multiple(entries), options.row_tokens
+    if row_tokens and options.batching in ("fixed", "pack") and multiple != lengths.STUDY_MULTIPLE:
+        row_tokens = -(-row_tokens // multiple) * multiple  # as a run's rows are
+    return Job(
+        model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length.repeated(queries),
+        queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
+        row_tokens, options.pad_multiple or multiple,
+    )  # fmt: skip
+
+
+def _multiple(entries: Sequence[Entry]) -> int:
+    """What the software rounds rows up to whose times are predicted."""
+    if not all(e.framework == "jax" for e in entries):
+        return lengths.STUDY_MULTIPLE
+    from moejax.config import ROW_MULTIPLE  # pydantic: a quarter of a second
+
+    return ROW_MULTIPLE
+
+
+def assumed(options: argparse.Namespace, job: Job) -> list[str]:
+    """What the study's settings stand in for, because nothing was said."""
+    experts = counted(job.experts_per_token, "expert")
+    assumed = {"epochs": counted(job.epochs, "epoch"), "method": job.method, "experts_per_token": f"{experts} a token"}
+    told = [f"{what} (--{name.replace('_', '-')})" for name, what in assumed.items() if getattr(options, name) is None]
+    return [f"as in the study, because nothing else was said: {', '.join(told)}"] if told else []
+
+
+def gpus_of(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
+    """Those of --gpu, `here` among them; all of the table without."""
+    if options.gpu is None:
+        return list(table.values())
+    found = []
+    for name in dict.fromkeys(names_of(options.gpu)):
+        if name == HERE:
+            found.append(this_machine_timed(bool(options.coefficients)))
+        else:
+            found.append(gpus.find(name, table))
+    return list(dict.fromkeys(found))
+
+
+def room_of(options: argparse.Namespace) -> Room:
+    """Batch sizes are limited by the memory of the program whose times are predicted."""
+    memory = options.memory or ("closed-form" if options.coefficients else "equation-1")
+    return room.CLOSED_FORM if memory == "closed-form" else room.EQUATION_1
+
+
+def software(options: argparse.Namespace, entries: Sequence[Entry]) -> str:
+    """Whose steps the times are of: the first line that is printed."""
+    if not options.coefficients:
+        return (
+            "Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's "
+            "(moejax profile, moejax estimate fit and --coefficients FILE bring your own)"
+        )
+    names = {"jax": "this project (JAX)", "pytorch": "PyTorch", None: "software that the file does not name"}
+    known = dict.fromkeys(names.get(e.framework, e.framework) for e in entries)
+    return f"Times are those of {' and '.join(map(str, known))}, as fitted in {options.coefficients}"
+
+
+def job_title(job: Job) -> str:
+    kind = f"{counted(job.experts_per_token, 'expert')} a token"
+    queries, epochs = counted(job.queries, "query", "queries"), counted(job.epochs, "epoch")
+    return f"{job.model} by {job.method}, {kind}: {queries} x {epochs} ({job.lengths.source})"
+
+
+def facts(options: argparse.Namespace, given: Asked) -> dict[str, Any]:
+    """For --json: whose software, and the job."""
+    job = given.job
+    part = {key: getattr(job, key) for key in ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens")}
+    part |= {"lengths": job.lengths.source, "mean_tokens": job.lengths.mean, "cut_tokens": job.cut, "told": job.told}
+    return {"software": software(options, given.entries), "job": part}
+
+
+def _number(value: float, decimals: int) -> str:
+    """With so many decimals; below the first of them with two digits: 109.0, 0.0042."""
+    return f"{value:,.{decimals}f}" if value == 0 or value >= 10**-decimals else f"{value:.2g}"
+
+
+def _between(value: float, interval: tuple[float, float] | None, decimals: int) -> str:
+    low_high = "" if interval is None else f" ({_number(interval[0], decimals)} to {_number(interval[1], decimals)})"
+    return _number(value, decimals) + low_high
+
+
+def hours(p: Prediction) -> str:
+    hours, *interval = _between(p.hours, p.hours_interval, 1).split(" ", 1)
+    return " ".join([hours, "h", *interval])
+
+
+def usd(p: Prediction) -> str:
+    if p.usd is None or p.price is None:
+        return "no price known"
+    usd, *interval = _between(p.usd, p.usd_interval, 2).split(" ", 1)
+    return " ".join([usd, "USD", *interval, "at", p.price.told])
+
+
+def without_price(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """GPUs that do but have no price, said once: which set was asked, and which has one."""
+    told = []
+    for name in names:
+        sets = [key for key, offers in prices.SETS.items() if prices.cheapest(offers, name) and key != options.prices]
+        told.append(f"{name} (--prices {sets[0]} has one)" if sets and not options.spot else name)
+    kind = "spot price" if options.spot else "price"
+    brings = "--prices FILE with SpotPrice brings your own" if options.spot else "--prices FILE brings your own"
+    return [f"no {kind} known in {options.prices}: {', '.join(told)}; {brings}"] if told else []
+
+
+def sellers_ask(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
+    """What other sellers ask: one GPU's prices differ by more than any model's error."""
+    ranges = {p.gpu: prices.asked(offers, p.gpu, spot=spot) for p in found}
+    told = [f"{gpu} {prices.dollars(low)} to {prices.dollars(high)}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
+    return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
+
+
+def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction]) -> None:
+    """Whose software, the table, and what holds of all its rows."""
+    job = given.job
+    print(software(options, given.entries))
+    rows = [
+        (
+            p.gpu if p.measured else f"{p.gpu} *",
+            p.batch,
+            round(p.tokens_per_step),
+            _number(p.step_seconds, 2),
+            _between(p.queries_per_second, p.queries_per_second_interval, 2),
+            _between(p.hours, p.hours_interval, 1),
+            "-" if p.usd is None else _between(p.usd, p.usd_interval, 2),
+            "no price known" if p.price is None else p.price.told,
+        )
+        for p in found
+    ]
+    said: dict[str, list[str]] = {}
+    for p in found:
+        for note in (p.basis, *p.notes):
+            said.setdefault(note, []).append(p.gpu)
+    notes = [f"{', '.join(gpus)}: {note}" for note, gpus in said.items()]
+    columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
+    ending = [*job.told, *assumed(options, job)]
+    if any(p.hours_interval for p in found):
+        ending.append("In brackets: where one measured run would lie with 95 %.")
+    if not all(p.measured for p in found):
+        spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
+        ending.append(f"* not measured: carried over{spans} (docs/estimator.md)")
+    missing = without_price([p.gpu for p in found if p.price is None], options)
+    show_table(job_title(job), columns, rows, [*ending, *sellers_ask(given.offers, found, options.spot), *missing, *notes])

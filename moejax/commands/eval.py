@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moejax.commands.arguments import check_counts
 from moejax.errors import UserError
 from moejax.runtime import prepare_jax_for
 
@@ -39,9 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     task = find(options.task)
     new = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    for name, value in (("--limit", options.limit), ("--rows", options.rows), ("--max-new-tokens", new)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value}: expected 1 or more")
+    check_counts(options, "limit", "rows", "max_new_tokens")
     folder = Path(options.run)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: expected a finished run's, or a model's in Hub layout")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moejax.commands.arguments import check_counts
 from moejax.errors import UserError
 from moejax.files import replace_text
 from moejax.runtime import prepare_jax_for
@@ -24,28 +25,21 @@ def run(options: argparse.Namespace) -> int:
     """Prints a table and writes every prompt, output and verdict to RUN/predictions.jsonl and the figures to exact_match.json."""
     prepare_jax_for(options.run)
     import jax
-    from rich.table import Table
 
-    from moejax.data.ends import ends_of
     from moejax.data.sources import load_records
-    from moejax.data.tokenizer import load_tokenizer
     from moejax.evaluation.answers import commonest, correct, wilson_interval
     from moejax.evaluation.evaluate import evaluate, larger, prompts_of
     from moejax.evaluation.tasks import example, find
-    from moejax.hub import weights
-    from moejax.hub.model import architecture
-    from moejax.runs.open import base_model, check_made_of, open_run, tuned
-    from moejax.terminal import Console
+    from moejax.runs.open import load, open_run, tuned
+    from moejax.terminal import Console, figures
 
     folder, data, limit, console = Path(options.run), options.data, options.limit, Console()
     experiment = open_run(folder)
-    source = experiment.model.source
-    if source is None:
+    if experiment.model.source is None:
         raise UserError(f"{folder}: its base has random weights; only a run with model.source can be compared with its base")
     if experiment.data.template == "text":
         raise UserError(f"{folder} was trained with data.template = text, which has no questions and answers to compare")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: expected 1 or more")
+    check_counts(options, "limit")
     records = load_records(experiment.data, data)[:limit]
     unanswered = next((i for i, r in enumerate(records) if _answer(r) is None), None)
     if unanswered is not None:
@@ -53,13 +47,10 @@ def run(options: argparse.Namespace) -> int:
     task = find("problems")
     examples = [example(task, data, i, r) for i, r in enumerate(records)]
     known = [answer for r in load_records(experiment.data) if (answer := _answer(r)) is not None]
-    model_folder = weights.resolve(source, experiment.model.revision)
-    tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
-    ends = ends_of(tokenizer, experiment.data.template, model_folder)
-    sizes = architecture(experiment, model_folder)
-    check_made_of(folder, experiment, model_folder, tokenizer)
-    prompts_of(tokenizer, task, examples, experiment.data.template, task.max_new_tokens, sizes.max_position_embeddings)
-    model = base_model(folder, experiment, sizes, model_folder)
+    make, sizes, tokenizer, template, ends = load(folder, base=True)
+    longest = task.max_new_tokens
+    prompts_of(tokenizer, task, examples, template, longest, sizes.max_position_embeddings)
+    model = make()
     right: dict[str, int] = {}
     if known:  # training data need not have answers that are numbers
         guess = commonest(known)
@@ -68,7 +59,6 @@ def run(options: argparse.Namespace) -> int:
     for name in ("base", "tuned"):  # a fresh adapter's B is zero: the model is its base
         if name == "tuned":
             model = tuned(experiment, sizes, folder, model)
-        template, longest = experiment.data.template, task.max_new_tokens
         result = evaluate(model, tokenizer, task, examples, max_new_tokens=longest, rows=ROWS, template=template, ends=ends)
         right[name] = result.correct
         predictions += [
@@ -76,9 +66,7 @@ def run(options: argparse.Namespace) -> int:
             for r, p in zip(records, result.predictions, strict=True)
         ]
     accuracy = {name: count / len(records) for name, count in right.items()}
-    table = Table(title=f"exact match on {len(records)} held-out problems", title_justify="left")
-    for column in ("model", "right", "accuracy", "95 % interval"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = figures("model", "right", "accuracy", "95 % interval", title=f"exact match on {len(records)} held-out problems")
     for name, count in right.items():
         low, high = wilson_interval(count, len(records))
         table.add_row(name, f"{count}/{len(records)}", f"{100 * accuracy[name]:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax.commands.arguments import check_counts
 from moejax.errors import UserError
 from moejax.files import replace_text
 from moejax.runtime import prepare_jax_for
@@ -47,8 +48,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         experiment = experiments.load(str(config_file))
         folder = Path(experiment.runs_dir) / f"{experiment.name}-expert-load"
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: expected 1 or more records")
+    check_counts(options, "limit")
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
     if experiment.tokenizer is None and model_folder is None:
@@ -86,13 +86,13 @@ def run(options: argparse.Namespace) -> int:
 def table(result: dict[str, Any], name: str) -> Table:
     """Tokens per query of every layer and expert."""
     import numpy as np
-    from rich.table import Table
+
+    from moejax.terminal import figures
 
     model = result["models"][name]
     load = np.array(model["counts"]) / result["queries"]
-    out = Table(title=f"{name}: tokens per query, {result['queries']:,} queries of {result['data']}", title_justify="left")
-    for column in ("layer", *(str(e) for e in range(load.shape[1])), "variance"):
-        out.add_column(column, justify="right")
+    title = f"{name}: tokens per query, {result['queries']:,} queries of {result['data']}"
+    out = figures("layer", *(str(e) for e in range(load.shape[1])), "variance", title=title)
     for layer, (row, variance) in enumerate(zip(load, model["layer_variance"], strict=True)):
         out.add_row(str(layer), *(f"{value:.1f}" for value in row), f"{variance:.2f}")
     out.add_section()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moejax.commands.arguments import add_run, settle_run
+from moejax.commands.arguments import add_run, check_counts, settle_run
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.runtime import prepare_jax_for
@@ -41,8 +41,7 @@ def run(options: argparse.Namespace) -> int:
     stops = options.stop or []
     if "" in stops:
         raise UserError("--stop '': expected a text to stop at")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
+    check_counts(options, "max_new_tokens")
     written = options.prompt if options.prompt is not None else options.instruction
     if any(blank(text) for text in written):
         raise UserError("an empty prompt: there is nothing to continue; give --prompt or --instruction a text")
@@ -61,16 +60,13 @@ def run(options: argparse.Namespace) -> int:
     model = make()
     answers = Answers(tokenizer, stops, len(asked), ends)
     pieces = stream(model, asked, max_new_tokens=options.max_new_tokens, end=ends.ids, sampling=sampling)
-    answers.add(next(pieces))
-    printed = 0
-    if len(asked) == 1:
-        printed += show(answers.certain(printed))
-    start = time.perf_counter()  # the first token is prefill's; everything is compiled by now
-    first = answers.count()
-    for piece in pieces if not answers.finished() else ():
+    printed, start, first = 0, 0.0, 0
+    for number, piece in enumerate(pieces):
         answers.add(piece)
         if len(asked) == 1:
             printed += show(answers.certain(printed))
+        if number == 0:  # the first token is prefill's; everything is compiled by now
+            start, first = time.perf_counter(), answers.count()
         if answers.finished():
             break
     seconds, count = time.perf_counter() - start, answers.count() - first

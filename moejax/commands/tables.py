@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import UserError
 from moejax.estimator.units import Gigabytes
 
 
@@ -51,9 +50,6 @@ def draw(plot: str | None, which: Callable[[Any, Path], Sequence[Path]]) -> None
     from moejax.estimator import figures
 
     folder = Path(plot)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--plot {folder}: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     for path in which(figures, folder):
         print(f"drawn: {path}", file=sys.stderr)

@@ -10,6 +10,7 @@ config of the repository.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,16 +61,16 @@ def platform_of(gpu: GPU) -> Platform:
     return gpu.platform or ("sm9" if gpu.chip.startswith(("GH", "GB")) else "sm80" if gpu.chip == "GA100" else "sm8")
 
 
-def kind(platform: Platform) -> str:
-    return "cpu" if platform == "cpu" else "gpu"
-
-
 def device_of(gpu: GPU) -> str:
     """The GPU as jax names it, in the tables of what was measured; "gpu" where nothing was measured on one."""
     if gpu.platform == "cpu":
         return "cpu"
-    kinds = {found.name: kind for kind in choice.devices() if (found := gpus.of_device_kind(kind)) is not None}
-    return kinds.get(gpu.name, "gpu")
+    return {gpus.gpu_name(kind): kind for kind in choice.devices()}.get(gpu.name, "gpu")
+
+
+def on(gpu: GPU, experiment: Experiment, config: Architecture, rows: int, row_tokens: int) -> Breakdown:
+    """The closed form for the program that is made for a GPU."""
+    return breakdown(experiment, config, rows=rows, row_tokens=row_tokens, platform=platform_of(gpu), device=device_of(gpu))
 
 
 def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, weights: tuple[sizes.Stored, ...]) -> Adapted:
@@ -124,18 +125,17 @@ def breakdown(
         raise UserError(f"training.remat = {t.remat}: the closed form knows none and full")
     weights, embed = sizes.stored(experiment, config), ("embed",)
     trained = tuple(w for w in weights if w.trained)
+    device = device or ("cpu" if platform == "cpu" else "gpu")
     step = Step(
-        config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device or kind(platform), rows, row_tokens,
+        config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.model.aux_loss_coef > 0,
         experiment.quantization.of_experts,
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack, weights) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
-    by_dtype: dict[str, int] = {}
+    by_dtype: Counter[str] = Counter()
     for w in weights:
-        if not w.adapter:
-            for dtype, size in w.parts.items():
-                by_dtype[dtype] = by_dtype.get(dtype, 0) + size
+        by_dtype.update({} if w.adapter else w.parts)
     gradients = sum(w.bytes for w in trained)
     carried = gradients if t.gradient_accumulation > 1 else 0
     dense = all(block.moe.dense for block in blocks)
@@ -148,14 +148,14 @@ def breakdown(
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
     moments = [("loss", carried + early, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
-        for part, temporaries in (("experts, backward", block.experts()), ("mixer, backward", block.backward())):
+        for part, temporaries in (("experts, backward", block.experts()), ("mixer, backward", block.mixer.backward)):
             moments.append((part, carried + gradients, sum(held[:number]), temporaries + head))
     moments.append(("optimizer", carried + gradients, 0, scaled))
     if not step.remat:
         moments.append(("last layer, forward", carried, sum(held), blocks[-1].forward()))
     moment, g, s, temporaries = max(moments, key=lambda m: sum(m[1:]))
     return Breakdown(
-        by_dtype,
+        dict(by_dtype),
         sum(w.bytes for w in weights if w.adapter),
         sizes.optimizer_bytes(t.optimizer, trained),
         sizes.batch_bytes(config, t.gradient_accumulation, rows, row_tokens),

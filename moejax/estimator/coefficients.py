@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,36 @@ class Entry:
     range: Range | None = None
     doubt: str | None = None  # why not to trust them
     file: str | None = None  # where it was read
+    carried: tuple[FloatArray, ...] = ()  # to a GPU that was not measured, by these factors [3]: the first predicts, the interval spans all
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The coefficients as a file names them."""
+        return dict(zip(_NUMBERS, self.coefficients.tolist(), strict=True))
+
+    @property
+    def measured(self) -> bool:
+        """On the GPU that is asked about."""
+        return not self.carried
+
+    @property
+    def basis(self) -> str:
+        if self.measured:
+            return f"{self.source}, {self.points} points"
+        return f"carried over from the {self.gpu} ({self.source}) by data-sheet figures: not measured here"
+
+    def seconds(self, tokens: float, share: float) -> float:
+        """Predicted seconds of a step that computes `tokens`, each visiting this share of the experts."""
+        factors = self.carried[0] if self.carried else 1.0
+        return float(np.array([1.0, tokens, tokens * share]) @ (self.coefficients * factors))
+
+    def interval(self, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
+        """Seconds between which one measured step would lie; None without samples."""
+        if not len(self.samples) or not len(self.scatter):
+            return None
+        one = np.array([1.0, tokens, tokens * share])
+        ends = [spread((self.samples * factors) @ one, self.scatter, level) for factors in self.carried or (1.0,)]
+        return min(low for low, _ in ends), max(high for _, high in ends)
 
     def beyond(self, tokens: float, share: float, row_tokens: int) -> list[str]:
         """In what a step is an extrapolation; nothing where that is not known."""
@@ -83,40 +113,12 @@ class Entry:
             )
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """An entry as it is used on a GPU. `measured`: on this GPU itself; otherwise carried over, and the interval spans the rules."""
-
-    entry: Entry
-    gpu: GPU
-    scales: tuple[FloatArray, ...]  # the first is the one that predicts
-    measured: bool
-
-    def seconds(self, tokens: float, share: float) -> float:
-        """Predicted seconds of a step that computes `tokens`, each visiting this share of the experts."""
-        return float(np.array([1.0, tokens, tokens * share]) @ (self.entry.coefficients * self.scales[0]))
-
-    def interval(self, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
-        """Seconds between which one measured step would lie; None where the entry holds no samples."""
-        if not len(self.entry.samples) or not len(self.entry.scatter):
-            return None
-        one = np.array([1.0, tokens, tokens * share])
-        ends = [spread((self.entry.samples * scale) @ one, self.entry.scatter, level) for scale in self.scales]
-        return min(low for low, _ in ends), max(high for _, high in ends)
-
-    @property
-    def basis(self) -> str:
-        if self.measured:
-            return f"{self.entry.source}, {self.entry.points} points"
-        return f"carried over from the {self.entry.gpu} ({self.entry.source}) by data-sheet figures: not measured here"
-
-
 def study() -> tuple[Entry, ...]:
     """From the study's seven curves: Mixtral by QLoRA on four GPUs, BlackMamba's full fine-tuning on the A40 (PyTorch, 2024)."""
     return read(published.FOLDER / "coefficients.json")
 
 
-def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: dict[str, GPU]) -> StepTime:
+def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: dict[str, GPU]) -> Entry:
     """The entry of this GPU, or one carried over: from a card of the same chip, else from the nearest peak. UserError without any."""
     fitting = [e for e in entries if (e.model, e.method) == (model, method)]
     if not fitting:
@@ -124,7 +126,7 @@ def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: d
         raise UserError(f"no coefficients for {model} by {method}: there are {', '.join(have)}; --coefficients FILE brings others")
     for entry in fitting:
         if entry.gpu == gpu.name:
-            return StepTime(entry, gpu, (np.ones(3),), True)
+            return entry
 
     def distance(found: tuple[Entry, GPU]) -> tuple[bool, float]:
         source = found[1]
@@ -132,7 +134,7 @@ def choose(entries: Sequence[Entry], model: str, method: str, gpu: GPU, table: d
 
     entry, source = min(_with_gpus(fitting, table), key=distance)
     rules: list[transfer.Rule] = sorted(transfer.RULES, key=lambda rule: rule != "host-bound")
-    return StepTime(entry, gpu, tuple(transfer.factors(source, gpu, rule) for rule in rules), False)
+    return replace(entry, carried=tuple(transfer.factors(source, gpu, rule) for rule in rules))
 
 
 def _with_gpus(entries: Sequence[Entry], table: dict[str, GPU]) -> list[tuple[Entry, GPU]]:
@@ -203,11 +205,11 @@ def _range(where: str, told: Any) -> Range | None:
 
 
 def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | None = None) -> None:
-    """The file that `read` reads. Raises UserError where it cannot be written."""
+    """The file that `read` reads. Raises OSError where it cannot be written."""
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "entries": [
-            {"model": e.model, "method": e.method, "gpu": e.gpu, **dict(zip(_NUMBERS, e.coefficients.tolist(), strict=True)),
+            {"model": e.model, "method": e.method, "gpu": e.gpu, **e.named,
              "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist(),
              "only_share": e.only_share, "framework": e.framework, "range": None if e.range is None else asdict(e.range), "doubt": e.doubt}
             for e in entries
@@ -215,7 +217,4 @@ def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | No
     }  # fmt: skip
     if paper is not None:
         document["paper"] = paper
-    try:
-        replace_text(Path(path), json.dumps(document, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    replace_text(Path(path), json.dumps(document, indent=1) + "\n")

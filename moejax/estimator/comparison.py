@@ -18,9 +18,8 @@ from moejax import json_lines
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import units
-from moejax.estimator.coefficients import Entry, Range, StepTime
+from moejax.estimator.coefficients import Entry, Range
 from moejax.files import replace_text
-from moejax.gpus import GPU
 
 PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
 _TOLD = ("compiler_peak_bytes", "gpu", "model", "method", "share", "time", "disturbed_steps")
@@ -37,16 +36,15 @@ def time_prediction(entry: Entry, share: float) -> Document:
     }  # fmt: skip
 
 
-def step_time(time: Document) -> StepTime:
+def step_time(time: Document) -> Entry:
     """The other way round."""
     spread = time["spread"] or {"samples": [], "scatter": []}
     samples, scatter = np.array(spread["samples"], float).reshape(-1, 3), np.array(spread["scatter"], float)
     known = time.get("range") and Range(tuple(time["range"]["tokens"]), tuple(time["range"]["shares"]), time["range"]["row_tokens"])
-    entry = Entry(
+    return Entry(
         "", "", "", np.array(time["coefficients"], float), samples, scatter, time["source"], time["points"],
         range=known, doubt=time.get("doubt"),
     )  # fmt: skip
-    return StepTime(entry, GPU("", 1.0, 1.0, 1.0, None, ""), (np.ones(3),), True)
 
 
 def write_json(path: Path, document: Document) -> None:

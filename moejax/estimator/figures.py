@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moejax.files import save_figure
 from moejax.gpus import GPU, find
 
 INK, BLUE, ORANGE, GREY, GREEN = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"
+COLORS = (BLUE, ORANGE, GREEN, INK, GREY)
 
 
 def clean(axes: Any) -> None:
@@ -38,8 +40,7 @@ def save(figure: Any, path: Path) -> Path:
 def throughput(folder: Path, job: Job, found: Sequence[Prediction], entries: Sequence[Entry], table: dict[str, GPU]) -> list[Path]:
     """Queries per second over batch on each GPU, with intervals and the batch that was predicted for."""
     figure, axes = plt.subplots(figsize=(6.8, 4), layout="constrained")
-    colors = [BLUE, ORANGE, GREEN, INK, GREY]
-    for p, color in zip(found, colors * len(found), strict=False):
+    for p, color in zip(found, cycle(COLORS), strict=False):
         step = choose(entries, job.model, job.method, find(p.gpu, table), table)
         batch = np.array(batches(min(max(p.fits, p.batch, 2), job.largest_batch)))
         tokens = [job.tokens(int(b)) for b in batch]
@@ -91,7 +92,7 @@ def _named(job: Job) -> str:
 def residuals(folder: Path, found: Sequence[Fitted]) -> list[Path]:
     """Seconds over tokens with the fitted law, and each run's error, device by device."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
-    for f, color in zip(found, [BLUE, ORANGE, GREEN, INK, GREY] * len(found), strict=False):
+    for f, color in zip(found, cycle(COLORS), strict=False):
         for share in sorted({run.share for run in f.runs}):
             runs = [(run, error) for run, error in zip(f.runs, f.errors, strict=True) if run.share == share]
             tokens = np.linspace(0, 1.05 * max(run.tokens for run, _ in runs), 50)

@@ -107,7 +107,7 @@ def _fit_device(gpu: str, runs: list[Run]) -> Fitted:
             "other batch sizes, and with another number of experts per token (without one two batch sizes do, for two coefficients)"
         )
     x = fit_seconds(matrix, seconds)
-    samples, scatter = resampled(matrix, seconds, x, RESAMPLES)
+    samples, scatter = resampled(matrix, seconds, x, RESAMPLES, lambda again: fit_seconds(matrix, again))
     errors = (matrix @ x) / seconds - 1
     if needed < COEFFICIENTS:
         x, samples = np.append(x, 0.0), np.hstack([samples, np.zeros((len(samples), 1))])

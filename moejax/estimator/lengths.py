@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -94,12 +94,13 @@ class Lengths:
             at_most *= np.prod(np.maximum(below[:, None] - i, 0.0) / (n - i), axis=1)
         return float(np.diff(at_most, prepend=0.0) @ padded)
 
-    def batch_tokens(self, batch: int, batching: Batching = "pad_longest", *, row_tokens: int | None = None, fill: float = 1.0,
-                     multiple: int = STUDY_MULTIPLE) -> float:  # fmt: skip
+    def batch_tokens(
+        self, batch: int, batching: Batching = "pad_longest", *, row_tokens: int | None = None, multiple: int = STUDY_MULTIPLE
+    ) -> float:
         """Expected tokens that a step with `batch` queries computes, padding included; a query is cut at `row_tokens` (see `cut`).
 
         "pad_longest": every query as long as the batch's longest. "pad_bucket": as the smallest bucket that holds that. "fixed": every
-        query `row_tokens` long. "pack": the queries' own tokens over the share `fill` of a packed row that is not padding.
+        query `row_tokens` long. "pack": the queries' own tokens.
         """
         _positive(batch=batch)
         if batching in ("pad_longest", "pad_bucket"):
@@ -111,9 +112,7 @@ class Lengths:
             return float(batch * row_tokens)
         if batching not in get_args(Batching):
             raise UserError(f"batching {batching!r}: expected one of {', '.join(get_args(Batching))}")
-        if not 0 < fill <= 1:
-            raise UserError(f"fill = {fill:g}: the share of packed rows that is not padding lies above 0 and at most at 1")
-        return batch * float(np.average(np.minimum(self.tokens, self.cut(row_tokens)), weights=self.counts)) / fill
+        return batch * float(np.average(np.minimum(self.tokens, self.cut(row_tokens)), weights=self.counts))
 
 
 def _bucket(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -147,19 +146,15 @@ def from_file(path: str | Path) -> Lengths:
     """Lengths from a file: a JSON list of numbers, or one number a line. Raises UserError for anything else."""
     path = Path(path)
     text = read_text(path, "--lengths ")
-    expected = "expected a JSON list of tokens per query, or one number a line"
+    expected, listed = "expected a JSON list of tokens per query, or one number a line", text.lstrip().startswith("[")
     try:
-        values = json.loads(text, parse_int=float) if text.lstrip().startswith("[") else text.split()
+        values = json.loads(text, parse_int=float) if listed else text.split()
     except (ValueError, RecursionError) as error:
         why = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise UserError(f"--lengths {path}: {expected} ({why})") from error
     if not values:
         raise UserError(f"--lengths {path} is empty: {expected}")
-    if text.lstrip().startswith("["):
-        other = next((value for value in values if not isinstance(value, float)), None)
-        none = None if other is None and None not in values else str(json.dumps(other))
-    else:
-        none = next((value for value in values if not _a_number(value)), None)
+    none = next((json.dumps(value) if listed else value for value in values if not _a_number(value, listed)), None)
     if none is not None:
         record = " (records of a data set? `moejax train CONFIG --dry-run` counts their tokens)" if none.startswith(("{", '{"')) else ""
         raise UserError(f"--lengths {path}: {expected}, found {none[:40]}{record}")
@@ -174,9 +169,11 @@ def from_file(path: str | Path) -> Lengths:
     return Lengths(tokens, counts, f"{path.name}, {len(lengths):,} {'queries' if len(lengths) > 1 else 'query'}")
 
 
-def _a_number(text: str) -> bool:
+def _a_number(value: Any, listed: bool) -> bool:
+    if listed:
+        return isinstance(value, float)
     try:
-        float(text)
+        float(value)
     except ValueError:
         return False
     return True

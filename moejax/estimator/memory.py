@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
+from moejax.estimator import closed_form
+from moejax.estimator.units import counted
 from moejax.files import replace_text
-from moejax.gpus import GPU
+from moejax.gpus import GPU, GPUS
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
+    from moejax.models.config import Architecture
 
 ROWS_LIMIT = 1 << 20
 LINES = 7  # batch sizes that may come from lines
@@ -158,6 +161,29 @@ def by_closed_form(usable: float) -> tuple[float, float]:
     return min(usable / (1 + CLOSED_FORM_ERROR), usable - LEAST_FREE_BYTES), usable / (1 - CLOSED_FORM_ERROR)
 
 
+def cards(experiment: Experiment, config: Architecture) -> list[str]:
+    """Which cards of the table hold the config's step, by the closed form; none is named as fitting that a run would refuse.
+
+    What fits with the config's own rows, what the closed form cannot call, what does not fit, what lacks bf16. A remat policy between
+    `none` and `full` counts as `none`, which holds most; `auto` as `full`, which it comes down to.
+    """
+    t, rows, row_tokens = experiment.training, experiment.data.batch_rows, experiment.data.longest_row
+    policy = {"auto": "full", "dots": "none"}.get(t.remat, t.remat)
+    settled = experiment.model_copy(update={"training": t.model_copy(update={"remat": policy})})
+    found: dict[str, list[str]] = {"fits": [], "close": [], "small": [], "without": []}
+    for gpu in GPUS.values():
+        peak = closed_form.on(gpu, settled, config, rows, row_tokens).total
+        sure, possible = by_closed_form(usable_bytes(gpu, experiment.device.memory_fraction))
+        kind = "without" if t.asks_bf16 and not gpu.bf16 else "fits" if peak <= sure else "close" if peak <= possible else "small"
+        found[kind].append(gpu.name)
+    share = f"{experiment.device.memory_fraction:g} of the memory"
+    heads = {
+        "fits": f"fits ({counted(rows, 'row')} of {row_tokens:,} tokens, by the closed form, in {share})",
+        "close": COMPILE, "small": "does not fit", "without": "no bf16, which the training section asks for",
+    }  # fmt: skip
+    return [f"{head}: {', '.join(found[kind]) or 'none'}" for kind, head in heads.items() if found[kind] or kind in ("fits", "small")]
+
+
 class DoesNotFit(UserError):
     """A step is refused by one GPU; another may take it. `brief`: without which. `what`: the part of it that is the same on every GPU."""
 
@@ -181,6 +207,11 @@ def would_do(gpus: Iterable[GPU]) -> str:
     return f"{', '.join(names)} would do" if names else "no GPU of the table would do"
 
 
+def roomy(gpus: Iterable[GPU], fraction: float, peak_on: Callable[[GPU], float]) -> str:
+    """Which of these would do, by the closed form's bytes on each."""
+    return would_do(g for g in gpus if peak_on(g) <= by_closed_form(usable_bytes(g, fraction))[0])
+
+
 def too_large(
     what: str, needed: float, gpu: GPU, fraction: float, others: Iterable[GPU], peak_on: Callable[[GPU], float], *, closed: bool
 ) -> DoesNotFit:
@@ -189,7 +220,7 @@ def too_large(
     peak_on: the closed form's bytes on another GPU, where the compiler makes another program; `closed`: `needed` is by the closed form.
     """
     usable = usable_bytes(gpu, fraction)
-    would = would_do(g for g in others if g.name != gpu.name and peak_on(g) <= by_closed_form(usable_bytes(g, fraction))[0])
+    would = roomy((g for g in others if g.name != gpu.name), fraction, peak_on)
     there = f"{usable / 1e9:.2f} GB usable on {gpu.name}" + (f" ({fraction:.0%} of its memory)" if gpu.usable_bytes is None else "")
     if closed and needed <= by_closed_form(usable)[1]:
         return DoesNotFit(f"{what} needs {needed / 1e9:.2f} GB of the {there}: {COMPILE}", would)

@@ -66,7 +66,7 @@ def predict(
     if batch is not None and batch < 1:
         raise UserError(f"batch = {batch}: expected at least 1")
     step = choose(entries, job.model, job.method, gpu, table)
-    step.entry.check_share(job.share)
+    step.check_share(job.share)
     if not gpu.bf16 and not step.measured:
         raise DoesNotFit(f"{gpu.name} has no bf16, in which these times were measured: a GPU of compute capability 8.0 or newer has")
     fits = room.largest(job, gpu, table)
@@ -81,10 +81,10 @@ def predict(
     if room.rows_known is not None and job.longest > room.rows_known:
         notes.append(f"extrapolated: {room.by} was made for rows of at most {room.rows_known:,} tokens, here are {job.longest:,}")
     tokens = job.tokens(batch)
-    notes += step.entry.beyond(tokens, job.share, job.longest)
-    if step.entry.doubt is not None:
-        notes.append(f"do not trust these coefficients: {step.entry.doubt}")
-    least = job.work.least_seconds(gpu, tokens, job.share, job.method)
+    notes += step.beyond(tokens, job.share, job.longest)
+    if step.doubt is not None:
+        notes.append(f"do not trust these coefficients: {step.doubt}")
+    least = job.work.least_seconds(gpu, tokens, job.share)
     seconds = step.seconds(tokens, job.share)
     if seconds < least:
         notes.append(f"the coefficients give {seconds:.3g} s a step, less than the GPU's peaks allow: {least:.3g} s is taken")
@@ -93,9 +93,12 @@ def predict(
     interval = None if ends is None else (max(ends[0], least), max(ends[1], least))
     if interval is None:
         notes.append("no interval: the coefficients come without samples")
-    total_hours = job.queries * job.epochs / batch / 3600
-    hours = None if interval is None else (total_hours * interval[0], total_hours * interval[1])
-    rate = None if price is None else price.usd_per_hour
+    hours_a_second = job.queries * job.epochs / batch / 3600
+    usd_a_second = None if price is None else hours_a_second * price.usd_per_hour
+
+    def scaled(factor: float | None) -> Interval:
+        return None if interval is None or factor is None else (factor * interval[0], factor * interval[1])
+
     return Prediction(
         gpu=gpu.name,
         batch=batch,
@@ -104,10 +107,10 @@ def predict(
         step_seconds=seconds,
         queries_per_second=batch / seconds,
         queries_per_second_interval=None if interval is None else (batch / interval[1], batch / interval[0]),
-        hours=total_hours * seconds,
-        hours_interval=hours,
-        usd=None if rate is None else total_hours * seconds * rate,
-        usd_interval=None if rate is None or hours is None else (hours[0] * rate, hours[1] * rate),
+        hours=hours_a_second * seconds,
+        hours_interval=scaled(hours_a_second),
+        usd=None if usd_a_second is None else usd_a_second * seconds,
+        usd_interval=scaled(usd_a_second),
         price=price,
         measured=step.measured,
         basis=step.basis,
@@ -119,8 +122,8 @@ def predict_all(
     job: Job,
     gpus: Sequence[GPU],
     entries: Sequence[Entry],
-    table: dict[str, GPU],
     prices: Sequence[Price],
+    table: dict[str, GPU],
     *,
     batch: int | None = None,
     spot: bool = False,
@@ -170,7 +173,7 @@ def plan(
     for name, value in (("budget", budget_usd), ("deadline", deadline_hours)):
         if value is not None and not value > 0:
             raise UserError(f"{name} = {value:g}: expected more than 0")
-    options, left_out = predict_all(job, gpus, entries, table, prices, spot=spot, room=room)
+    options, left_out = predict_all(job, gpus, entries, prices, table, spot=spot, room=room)
 
     def dollars(p: Prediction) -> float:
         return math.inf if p.usd is None else p.usd

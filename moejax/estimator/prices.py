@@ -41,35 +41,13 @@ def dollars(usd_per_hour: float) -> str:
     return f"{usd_per_hour:,.3f}".removesuffix("0")
 
 
-# The study read CUDO Compute's prices in 2024; it names no day.
-STUDY = (
-    Price("A40", 0.79, "CUDO", "2024"),
-    Price("A100-80", 1.67, "CUDO", "2024"),
-    Price("H100", 2.10, "CUDO", "2024"),
-)
-# On demand, from the sellers' public price lists on the day named. AWS and Azure: one GPU's share of the instance.
-DATED = (
-    Price("H100", 3.99, "RunPod", "2026-11-09"),
-    Price("H100-PCIe", 2.89, "RunPod", "2026-11-09"),
-    Price("A100-80", 1.79, "RunPod", "2026-11-09"),
-    Price("A100-40", 2.745, "AWS p4d", "2026-11-09", gpus_rented=8),
-    Price("A100-80", 3.431, "AWS p4de", "2026-11-09", gpus_rented=8),
-    Price("H100", 6.88, "AWS p5", "2026-11-09", gpus_rented=8),
-    Price("H100", 12.29, "Azure", "2026-11-09", gpus_rented=8),
-    Price("H200", 4.59, "RunPod", "2026-10-07"),
-    Price("B200", 6.79, "RunPod", "2026-10-07"),
-    Price("H100", 4.29, "Lambda", "2026-09-25"),
-    Price("H100", 3.85, "Nebius", "2026-09-25"),
-    Price("A10G", 1.006, "AWS g5.xlarge", "2026-06"),
-)
-SETS: dict[str, tuple[Price, ...]] = {"study": STUDY, "2026": DATED}
-
 _SKYPILOT = ("InstanceType", "AcceleratorName", "AcceleratorCount", "Region", "Price", "SpotPrice")
 _SIMPLE = ("gpu", "usd_per_hour")
 
 
 def load(name_or_file: str, gpus: dict[str, GPU] | None = None) -> tuple[Price, ...]:
-    """A set by name ("study", "2026"), or a CSV file: SkyPilot's catalog columns, or `gpu,usd_per_hour[,seller][,day][,spot]`.
+    """A set by name ("study", "2026"), or a CSV file of a user's, by SkyPilot's columns or by our own:
+    `gpu,usd_per_hour[,seller][,day][,spot][,gpus_rented]`.
 
     Rows of GPUs that the table does not know are left out of a catalog, and are mistakes in a simple file. Raises UserError for
     missing columns, another currency, or values that are not prices.
@@ -80,6 +58,10 @@ def load(name_or_file: str, gpus: dict[str, GPU] | None = None) -> tuple[Price, 
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"--prices {path} {what}: expected a CSV file, or one of {', '.join(SETS)}")
+    return _read(path, GPUS if gpus is None else gpus)
+
+
+def _read(path: Path, gpus: dict[str, GPU]) -> tuple[Price, ...]:
     text = read_text(path, "--prices ")
     header = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
@@ -89,14 +71,13 @@ def load(name_or_file: str, gpus: dict[str, GPU] | None = None) -> tuple[Price, 
     except csv.Error as error:
         raise UserError(f"--prices {path}, line {max(reader.line_num, 1)}: broken CSV: {error}") from error
     rows = [{(k or "").strip(): (v or "").strip() if isinstance(v, str) else "" for k, v in row.items()} for row in rows]
-    day = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+    day = f"file of {datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()}"
     catalog = "AcceleratorName" in columns or "InstanceType" in columns
     _check(path, columns, rows, _SKYPILOT if catalog else _SIMPLE)
-    gpus = GPUS if gpus is None else gpus
-    found = list(_catalog(path, rows, f"file of {day}", gpus) if catalog else _simple(path, rows, f"file of {day}", gpus))
+    found = tuple((_catalog if catalog else _simple)(path, rows, day, gpus))
     if not found:
         raise UserError(f"--prices {path}: no row has a price of a GPU of {', '.join(gpus)}")
-    return tuple(found)
+    return found
 
 
 def _check(path: Path, columns: list[str], rows: list[dict[str, str]], needed: tuple[str, ...]) -> None:
@@ -133,7 +114,8 @@ def _simple(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GP
             gpu = find(row["gpu"], gpus)
         except UserError as error:
             raise UserError(f"--prices {path}, line {line}: {error}") from None
-        yield Price(gpu.name, usd, row.get("seller") or path.stem, row.get("day") or day, spot)
+        rented = round(_amount(path, line, "gpus_rented", row.get("gpus_rented") or "1"))
+        yield Price(gpu.name, usd, row.get("seller") or path.stem, row.get("day") or day, spot, max(1, rented))
 
 
 def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GPU]) -> Iterable[Price]:
@@ -149,6 +131,12 @@ def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, G
         for column, spot in (("Price", False), ("SpotPrice", True)):
             if row[column] and row[column].lower() != "nan":
                 yield Price(gpu.name, _amount(path, line, column, row[column]) / count, seller, day, spot, count)
+
+
+# The study read CUDO Compute's prices in 2024; it names no day. The others: on demand, from the sellers' public price lists on the day
+# named; of AWS and Azure one GPU's share of the instance.
+SETS = {name: _read(Path(__file__).with_name(f"prices_{name}.csv"), GPUS) for name in ("study", "2026")}
+STUDY, DATED = SETS.values()
 
 
 def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> Price | None:

@@ -10,7 +10,6 @@ from moejax.estimator.equations import max_batch
 from moejax.estimator.job import Job
 from moejax.estimator.lengths import STUDY_CUTOFF
 from moejax.gpus import GPU, find
-from moejax.models.config import PRESETS
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     fitted = published.read("batches.json")[job.model]
     c0, c1 = fitted["c0"], fitted["c1"]
     method = roofline.STUDY_MODELS[job.model][1]
-    adapters = roofline.adapter_weights(PRESETS[job.preset]) if job.method != "full" else 0.0
-    resident = job.work.resident_gb(job.method, adapters)
+    resident = job.work.resident_gb(roofline.adapter_weights(job.config))
     # Equation 1 was fitted with the model's own bytes, whatever training adds to them; for another method they are counted.
     model_gb = fitted["model_gb"] if job.method == method else resident
     needed = max(resident, model_gb + job.longest * ((1 - c1) + c1 * job.share) / c0)
@@ -63,16 +61,9 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     return max(max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
 
 
-EQUATION_1 = Room(by_equation_1, "equation 1", " or that the study ran in as much memory", STUDY_CUTOFF)
-
-
-def closed_form_room() -> Room:
-    """By the closed form of this project's own step (`closed_form.py`), in what jax may use of the GPU by default."""
-    return Room(_by_closed_form, "the closed form of this project's step, its error allowed for")
-
-
-def _by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
-    """Rows of the longest query's length that fit; packed, they hold queries of the mean length."""
+def by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
+    """Rows of the longest query's length that fit in what jax may use of the GPU by default, by the closed form of this project's own
+    step (`closed_form.py`); packed, they hold queries of the mean length."""
     from moejax.config import DeviceConfig, Experiment
     from moejax.estimator import closed_form
 
@@ -86,8 +77,7 @@ def _by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     )  # fmt: skip
 
     def peak(rows: int, other: GPU = gpu) -> int:
-        platform, device = closed_form.platform_of(other), closed_form.device_of(other)
-        return closed_form.breakdown(experiment, config, rows=rows, row_tokens=row, platform=platform, device=device).total
+        return closed_form.on(other, experiment, config, rows, row).total
 
     sure, _ = memory.by_closed_form(memory.usable_bytes(gpu, fraction))
     found = memory.largest_rows(peak, sure)
@@ -96,3 +86,7 @@ def _by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
         others = [g for g in table.values() if g.bf16]
         raise memory.too_large(what, found.next_peak, gpu, fraction, others, lambda g: peak(1, g), closed=True)
     return max(1, int(found.rows * row / job.lengths.mean)) if job.batching == "pack" else found.rows
+
+
+EQUATION_1 = Room(by_equation_1, "equation 1", " or that the study ran in as much memory", STUDY_CUTOFF)
+CLOSED_FORM = Room(by_closed_form, "the closed form of this project's step, its error allowed for")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moejax import config, json_lines
+from moejax.config import EvalConfig
 from moejax.errors import UserError
-from moejax.eval_config import EvalConfig
 
 Record = dict[str, float]
 

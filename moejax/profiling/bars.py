@@ -43,14 +43,8 @@ def study_model(kinds: Collection[str]) -> Literal["mixtral", "blackmamba"]:
 
 def study(model: str, kind: str) -> list[Bars]:
     """The study's bars: model "mixtral" or "blackmamba", kind "sparse" or "dense"; smallest batch first."""
-    found = [row for row in json.loads(STUDY.read_text(encoding="utf-8")) if (row["model"], row["kind"]) == (model, kind)]
-    return [
-        Bars(
-            row["name"], row["phases"], row["layers"], row["kernels"], ours=False,
-            utilization={kernel: (flops, bandwidth) for kernel, (flops, bandwidth) in row["utilization"].items()},
-        )
-        for row in found
-    ]  # fmt: skip
+    rows = [row for row in json.loads(STUDY.read_text(encoding="utf-8")) if (row["model"], row["kind"]) == (model, kind)]
+    return [Bars(ours=False, **{part: row[part] for part in ("name", "phases", "layers", "kernels", "utilization")}) for row in rows]
 
 
 ALL = "all, by time"

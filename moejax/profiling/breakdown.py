@@ -7,65 +7,30 @@ device was busy; the rest of a step is "idle". Everything here comes from the tr
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from moejax.errors import UserError
 from moejax.profiling import scopes
 from moejax.profiling.program import Cost, Program
-from moejax.profiling.scopes import NOWHERE, OUTSIDE, PHASES, Place
+from moejax.profiling.scopes import NOWHERE, OUTSIDE, Place
+from moejax.profiling.times import Times, partition
 from moejax.profiling.xplane import Event, Trace
 
 PICO = 1e-12
 
 
 @dataclass(frozen=True)
-class Breakdown:
+class Breakdown(Times):
     """All times in seconds per step, all costs per step."""
 
     program: str  # the step's program
     platform: str
-    steps: int  # how many were traced
-    step_seconds: float  # from the first step's start to the last one's end, busy or not
-    seconds: dict[Place, float]  # busy time by phase and stage
     costs: dict[Place, Cost]
     mixed_seconds: float  # what fusions that mix stages or phases were split off their largest part, by their instructions' own cost
     unnamed: list[tuple[str, float]]  # the longest under none of our scopes: path or instruction, seconds
     kernels: dict[str, dict[Place, float]]  # busy time of each kernel (on a CPU: instruction), by place
-
-    @property
-    def busy_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def attributed(self) -> float:
-        """Share of busy time under a named stage."""
-        return 1.0 - self.sums("stage").get(OUTSIDE, 0.0) / self.busy_seconds
-
-    def sums(self, by: str, phase: str | None = None) -> dict[str, float]:
-        """Busy seconds by "phase", "stage" or "layer" (of one phase only, if given), longest first."""
-        total: dict[str, float] = defaultdict(float)
-        for where, seconds in self.seconds.items():
-            if phase in (None, where.phase):
-                total[getattr(where, by)] += seconds
-        return dict(sorted(total.items(), key=lambda item: -item[1]))
-
-    @property
-    def phases(self) -> dict[str, float]:
-        """forward, recompute, backward, optimizer, other; and idle: together `step_seconds`."""
-        sums = self.sums("phase")
-        return {p: sums.get(p, 0.0) for p in PHASES} | {"idle": max(0.0, self.step_seconds - self.busy_seconds)}
-
-    @property
-    def layers(self) -> dict[str, float]:
-        """By layer kind: norm, attention or mamba, moe, embed, loss, optimizer, other."""
-        return self.sums("layer")
-
-    @property
-    def moe_kernels(self) -> dict[str, float]:
-        """By kernel of the mixture of experts: "moe/w1", "moe/w1_dequant" …; "moe" is what has no kernel's name."""
-        return {stage: s for stage, s in self.sums("stage").items() if stage.split("/")[0] == "moe"}
 
     @property
     def cost(self) -> dict[str, Cost]:
@@ -116,43 +81,13 @@ def analyze(trace: Trace) -> Breakdown:
             costs[where] += cost.times(weight * runs / steps)
     longest = sorted(unnamed.items(), key=lambda item: -item[1])
     return Breakdown(
-        name, trace.platform, steps, (end - start) * scale, dict(seconds), dict(costs), mixed, longest[:20], dict(kernels)
+        steps, (end - start) * scale, dict(seconds), name, trace.platform, dict(costs), mixed, longest[:20], dict(kernels)
     )
-
-
-def partition(events: list[Event], container: list[bool]) -> list[float]:
-    """Wall time of each event, in picoseconds: what runs (an operation, or a part of one on another thread) shares it equally; a
-    container (the innermost) has it only when nothing else runs. The sum is the time in which anything ran."""
-    moments: list[tuple[int, int, int]] = []  # when, 1 for a start, event
-    for index, event in enumerate(events):
-        for start, end in ((event.start, event.end), *event.tasks):
-            if end > start:
-                moments += [(start, 1, index), (end, 0, index)]
-    moments.sort()
-    shared = 0.0  # the integral of 1 / (number of running parts)
-    spent = [0.0] * len(events)
-    running = 0
-    outer: dict[int, int] = {}  # open containers and how many parts of each run, in the order in which they began
-    before = moments[0][0] if moments else 0
-    for moment, starts, i in moments:
-        if running:
-            shared += (moment - before) / running
-        elif outer:
-            spent[next(reversed(outer))] += moment - before
-        before = moment
-        if not container[i]:
-            running += 1 if starts else -1
-            spent[i] += -shared if starts else shared
-        else:
-            outer[i] = outer.get(i, 0) + (1 if starts else -1)
-            if not outer[i]:
-                del outer[i]
-    return spent
 
 
 def _step_program(trace: Trace, programs: dict[int, Program]) -> str:
     """Name of the program that ran longest."""
-    times: dict[str, int] = defaultdict(int)
+    times: Counter[str] = Counter()
     for event in trace.events:
         if event.program in programs:
             times[programs[event.program].name] += event.end - event.start
@@ -161,23 +96,16 @@ def _step_program(trace: Trace, programs: dict[int, Program]) -> str:
             f"{trace.path} does not hold the programs that its events belong to, so nothing can be said of them: take the trace with "
             "jax.profiler on the machine that ran them, and keep the file whole"
         )
-    return max(times, key=lambda name: times[name])
+    return times.most_common(1)[0][0]
 
 
 def _runs(trace: Trace, programs: dict[int, Program], ours: set[int]) -> int:
     """How often these programs ran: the commonest number of events among the instructions that run once per run."""
     total = 0
     for number in ours:
-        entry = programs[number].computations[programs[number].entry]
-        once = {i.name for i in entry.instructions}
-        counts: dict[str, int] = defaultdict(int)
-        for event in trace.events:
-            if event.program == number and event.instruction in once:
-                counts[event.instruction] += 1
-        votes: dict[int, int] = defaultdict(int)
-        for count in counts.values():
-            votes[count] += 1
-        total += max(votes, key=lambda c: votes[c]) if votes else 0
+        once = {i.name for i in programs[number].computations[programs[number].entry].instructions}
+        counts = Counter(event.instruction for event in trace.events if event.program == number and event.instruction in once)
+        total += Counter(counts.values()).most_common(1)[0][0] if counts else 0
     if not total:
         raise UserError(f"{trace.path} holds no whole step: profile more steps (profile.steps)")
     return total

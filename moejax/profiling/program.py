@@ -59,11 +59,11 @@ class Cost(NamedTuple):
         return Cost(self.flops * count, self.bytes * count)
 
 
-def elements(shape: Any) -> int:
-    """Number of elements; of a tuple, of all its parts."""
+def elements(shape: Any, of_element: Callable[[int], float] = lambda _: 1) -> float:
+    """Number of elements, or what they have in all, by their xla.PrimitiveType; of a tuple, of all its parts."""
     if shape.tuple_shapes:
-        return sum(elements(s) for s in shape.tuple_shapes)
-    return 0 if shape.element_type in _NO_BYTES else math.prod(shape.dimensions)
+        return sum(elements(s, of_element) for s in shape.tuple_shapes)
+    return 0 if shape.element_type in _NO_BYTES else math.prod(shape.dimensions) * of_element(shape.element_type)
 
 
 def module_of(compiled: Any) -> Any:
@@ -74,9 +74,7 @@ def module_of(compiled: Any) -> Any:
 
 def size(shape: Any) -> float:
     """Bytes of an array, or of all arrays of a tuple."""
-    if shape.tuple_shapes:
-        return sum(size(s) for s in shape.tuple_shapes)
-    return 0 if shape.element_type in _NO_BYTES else math.prod(shape.dimensions) * _BYTES.get(shape.element_type, 1)
+    return elements(shape, lambda kind: _BYTES.get(kind, 1))
 
 
 class Program:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,11 +117,13 @@ def time_weighted(rows: Iterable[Stage], name: str) -> Stage:
     )  # fmt: skip
 
 
-_SM = ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "Compute (SM) Throughput")
-_DRAM = (
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed", "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "DRAM Throughput",
-)  # fmt: skip
-_TIME = ("gpu__time_duration.sum", "Duration")
+# What is asked of Nsight Compute, by the names on its raw page and on its details page.
+_METRICS = {
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM", "Compute (SM) Throughput": "SM",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM", "DRAM Throughput": "DRAM",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
+    "gpu__time_duration.sum": "time", "Duration": "time",
+}  # fmt: skip
 _UNITS = {"second": 1.0, "s": 1.0, "msecond": 1e-3, "ms": 1e-3, "usecond": 1e-6, "us": 1e-6, "nsecond": 1e-9, "ns": 1e-9}
 
 
@@ -131,7 +134,7 @@ def ncu(path: Path, kernels: dict[str, dict[Place, float]]) -> dict[str, tuple[f
     stages counts in each by the time that the trace gives it there. Raises UserError for a file that is not such a report, or that
     has no kernel of this trace.
     """
-    measured = _raw(path)
+    measured = _launches(path)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for name, rows in measured.items():
         places = kernels.get(name, {})
@@ -154,53 +157,37 @@ def ncu(path: Path, kernels: dict[str, dict[Place, float]]) -> dict[str, tuple[f
     return {stage: (sm / seconds, dram / seconds) for stage, (sm, dram, seconds) in sums.items()}
 
 
-def _raw(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+def _launches(path: Path) -> dict[str, list[tuple[float, float, float]]]:
     """kernel -> [(SM %, DRAM %, seconds)] of every launch."""
     how = "expected the output of `ncu --csv --page raw` with sm__throughput, dram__throughput and gpu__time_duration"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--ncu {path} cannot be read ({getattr(error, 'strerror', None) or error}): {how}") from None
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"') or line.startswith("ID,")), None)
+    start = next((i for i, line in enumerate(lines) if line.startswith(('"ID"', "ID,"))), None)
     if start is None:
         raise UserError(f"--ncu {path}: no header line with ID and Kernel Name: {how}")
-    rows = list(csv.DictReader(lines[start:]))
-    details = bool(rows) and "Metric Name" in rows[0]
-    launches = _by_launch(rows) if details else _columns(rows)
-    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for kernel, values in launches:
-        sm, dram, seconds = (next((values[n] for n in names if n in values), None) for names in (_SM, _DRAM, _TIME))
-        if sm is not None and dram is not None and seconds is not None:
-            found[kernel].append((sm, dram, seconds))
-    if not found:
-        raise UserError(f"--ncu {path}: no kernel has all of {_SM[0]}, {_DRAM[0]}, {_TIME[0]}: {how}")
-    return dict(found)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except (ValueError, AttributeError):
-        return None
-
-
-def _columns(rows: list[dict[str, str]]) -> list[tuple[str, dict[str, float]]]:
-    """The raw page: a metric a column, the first row holds units."""
-    units = rows[0] if rows and not rows[0].get("ID") else {}
-    launches = []
-    for row in rows[bool(units) :]:
-        values = {name: v for name, text in row.items() if name and (v := _number(text)) is not None}
-        values |= {name: values[name] * _UNITS.get(units.get(name, "ns"), 1e-9) for name in _TIME if name in values}
-        launches.append((row.get("Kernel Name", ""), values))
-    return launches
-
-
-def _by_launch(rows: list[dict[str, str]]) -> list[tuple[str, dict[str, float]]]:
-    """The details page: a metric a row, several rows a launch."""
+    units: dict[str, str] = {}
     launches: dict[str, tuple[str, dict[str, float]]] = {}
-    for row in rows:
-        value = _number(row["Metric Value"])
-        if value is not None:
-            scale = _UNITS.get(row.get("Metric Unit", ""), 1.0) if row["Metric Name"] in _TIME else 1.0
-            launches.setdefault(row["ID"], (row["Kernel Name"], {}))[1][row["Metric Name"]] = value * scale
-    return list(launches.values())
+    for row in csv.DictReader(lines[start:]):
+        if "Metric Name" in row:  # the details page: a metric a row, several rows a launch
+            metrics = {row["Metric Name"]: (row["Metric Value"], row.get("Metric Unit"))}
+        elif not row["ID"]:  # the raw page: a metric a column, and its units in a row before the others
+            units = row
+            continue
+        else:
+            metrics = {name: (text, units.get(name)) for name, text in row.items()}
+        values = launches.setdefault(row["ID"], (row.get("Kernel Name", ""), {}))[1]
+        for name, (text, unit) in metrics.items():
+            if name in _METRICS:
+                scale = _UNITS.get(unit or "ns", 1e-9) if _METRICS[name] == "time" else 1.0
+                with suppress(ValueError, AttributeError):
+                    values[_METRICS[name]] = scale * float(text.replace(",", ""))
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for kernel, values in launches.values():
+        if len(values) == 3:
+            found[kernel].append((values["SM"], values["DRAM"], values["time"]))
+    if not found:
+        names = [name for name in _METRICS if name.startswith(("sm__", "dram__", "gpu__time"))]
+        raise UserError(f"--ncu {path}: no kernel has all of {', '.join(names)}: {how}")
+    return dict(found)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
-from moejax.profiling.scopes import NOWHERE, OUTSIDE, PHASES, SCOPES, Place
+from moejax.profiling.scopes import NOWHERE, OUTSIDE, SCOPES, Place
+from moejax.profiling.times import Times, partition
 
 MARK = "moejax:"
 STAGES = {name for layer, parts in SCOPES.items() for name in (layer, *(f"{layer}/{part}" for part in parts))}
@@ -52,43 +53,7 @@ class Event:
     own: float = 0.0
     place: Place = NOWHERE
     children: list[Event] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TorchBreakdown:
-    """Seconds per step, the fields that `step_profile.json` has."""
-
-    steps: int
-    step_seconds: float
-    seconds: dict[Place, float]
-
-    @property
-    def busy_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def attributed(self) -> float:
-        """Share of busy time under a named stage."""
-        return 1.0 - sum(s for p, s in self.seconds.items() if p.stage == OUTSIDE) / self.busy_seconds
-
-    @property
-    def phases(self) -> dict[str, float]:
-        sums = {p: sum(s for where, s in self.seconds.items() if where.phase == p) for p in PHASES}
-        return sums | {"idle": max(0.0, self.step_seconds - self.busy_seconds)}
-
-    @property
-    def layers(self) -> dict[str, float]:
-        return self._sums("layer")
-
-    @property
-    def moe_kernels(self) -> dict[str, float]:
-        return {stage: s for stage, s in self._sums("stage").items() if stage.split("/")[0] == "moe"}
-
-    def _sums(self, by: str) -> dict[str, float]:
-        total: dict[str, float] = defaultdict(float)
-        for where, seconds in self.seconds.items():
-            total[getattr(where, by)] += seconds
-        return dict(sorted(total.items(), key=lambda item: -item[1]))
+    tasks: tuple[()] = ()  # of other threads: none is known
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -104,23 +69,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(events)
 
 
-def analyze(raw: list[dict[str, Any]]) -> TorchBreakdown:
+def analyze(raw: list[dict[str, Any]]) -> Times:
     """Raises UserError if the trace holds no marked step."""
     threads, device = _events(raw)
     steps = [e for events in threads.values() for e in events if e.name == f"{MARK}step"]
     if not steps:
         raise UserError(f"the trace holds no step marked {MARK}step: take it with benchmarks/torch_run.py --profile")
     roots = {thread: _nest(events) for thread, events in threads.items()}
-    made: dict[int, Place] = {}
-    external: dict[int, Place] = {}
     # The thread that runs the steps first: autograd's own thread asks where a node was made.
-    for thread in sorted(roots, key=lambda t: t != steps[0].thread):
-        _place(roots[thread], NOWHERE, False, made, external, [NOWHERE])
+    external = _place([roots[thread] for thread in sorted(roots, key=lambda t: t != steps[0].thread)])
     inside = [(s.start, s.end) for s in steps]
     seconds: dict[Place, float] = defaultdict(float)
     scale = _MICRO / len(steps)
     if device:
-        for event, time in _shared(device):
+        for event, time in zip(device, partition(device, [False] * len(device)), strict=True):
             seconds[external.get(event.external or -1, NOWHERE)] += time * scale
         start, end = min(e.start for e in device), max(e.end for e in device)
         whole = max(end, steps[-1].end) - min(start, steps[0].start)
@@ -129,7 +91,7 @@ def analyze(raw: list[dict[str, Any]]) -> TorchBreakdown:
             if any(start <= event.start and event.end <= end for start, end in inside):
                 seconds[event.place] += event.own * scale
         whole = sum(end - start for start, end in inside)
-    return TorchBreakdown(len(steps), whole * scale, dict(seconds))
+    return Times(len(steps), whole * scale, dict(seconds))
 
 
 def _events(raw: list[dict[str, Any]]) -> tuple[dict[Any, list[Event]], list[Event]]:
@@ -170,29 +132,28 @@ def _nest(events: list[Event]) -> list[Event]:
     return roots
 
 
-def _place(
-    events: list[Event],
-    outer: Place,
-    backward: bool,
-    made: dict[int, Place],
-    external: dict[int, Place],
-    last: list[Place],
-) -> None:
-    """Give every event its place. backward: inside the backward pass. last: the node before, for nodes that no operation made."""
-    for event in events:
-        here, now_backward = outer, backward
+def _place(threads: list[list[Event]]) -> dict[int, Place]:
+    """Give every event of these threads (their outermost events) its place. Returns those of external ids."""
+    made: dict[int, Place] = {}  # by sequence number
+    external: dict[int, Place] = {}
+    last = NOWHERE  # the node before, for nodes that no operation made
+
+    def place(event: Event, outer: Place, backward: bool) -> None:
+        """backward: inside the backward pass."""
+        nonlocal last
+        here = outer
         if event.kind == "user_annotation":
             name = event.name.removeprefix(MARK)
             if name.startswith("phase/"):
-                here, now_backward = Place(name.partition("/")[2], OUTSIDE), name == "phase/backward"
+                here, backward = Place(name.partition("/")[2], OUTSIDE), name == "phase/backward"
             elif name == "optimizer":
                 here = Place("optimizer", "optimizer")
             elif name in STAGES:
                 here = Place("recompute" if backward else "forward", name)
         elif event.name.startswith(NODE):
             found = made.get(event.sequence) if event.sequence is not None else None
-            here, now_backward = Place("backward", (found or last[0]).stage), True
-            last[0] = here
+            here, backward = Place("backward", (found or last).stage), True
+            last = here
         else:
             here = Place(outer.phase, _refined(outer.stage, event.name))
             if here.phase == "forward" and event.sequence is not None:
@@ -201,7 +162,14 @@ def _place(
         if event.external is not None:
             external[event.external] = here
         event.place = here
-        _place(event.children, here, now_backward, made, external, last)
+        for child in event.children:
+            place(child, here, backward)
+
+    for roots in threads:
+        last = NOWHERE
+        for event in roots:
+            place(event, NOWHERE, False)
+    return external
 
 
 def _refined(stage: str, name: str) -> str:
@@ -211,16 +179,3 @@ def _refined(stage: str, name: str) -> str:
             return stage if stage.endswith("_dequant") else f"{stage}_dequant"
         return f"{stage}/dequant" if f"{stage}/dequant" in STAGES else stage
     return _BY_NAME.get(name, stage) if stage == "moe" else stage
-
-
-def _shared(events: list[Event]) -> list[tuple[Event, float]]:
-    """Wall time of each of the device's events: those that run at once share it equally."""
-    moments = sorted([(e.start, 1, i) for i, e in enumerate(events)] + [(e.end, 0, i) for i, e in enumerate(events)])
-    spent, running, shared, before = [0.0] * len(events), 0, 0.0, 0.0
-    for moment, starts, i in moments:
-        if running:
-            shared += (moment - before) / running
-        before = moment
-        running += 1 if starts else -1
-        spent[i] += -shared if starts else shared
-    return list(zip(events, spent, strict=True))

@@ -8,58 +8,44 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from moejax.errors import UserError
 
-# message -> {field: (number, type)}; a type in brackets is repeated, {…} is a map from int64.
+# message -> {field: (number, type)}; a type in brackets is repeated, {…} is a map from int64. What is not declared stays as it is in a file
+# that is written again.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "XSpace": {"planes": (1, "[XPlane]"), "hostnames": (4, "[string]")},
     "XPlane": {
-        "id": (1, "int64"), "name": (2, "string"), "lines": (3, "[XLine]"), "event_metadata": (4, "{XEventMetadata}"),
-        "stat_metadata": (5, "{XStatMetadata}"), "stats": (6, "[XStat]"),
+        "name": (2, "string"), "lines": (3, "[XLine]"), "event_metadata": (4, "{XEventMetadata}"), "stat_metadata": (5, "{XStatMetadata}"),
     },
-    "XLine": {
-        "id": (1, "int64"), "name": (2, "string"), "timestamp_ns": (3, "int64"), "events": (4, "[XEvent]"),
-        "duration_ps": (9, "int64"), "display_name": (11, "string"),
-    },
-    "XEvent": {
-        "metadata_id": (1, "int64"), "offset_ps": (2, "int64"), "duration_ps": (3, "int64"), "stats": (4, "[XStat]"),
-    },
+    "XLine": {"id": (1, "int64"), "name": (2, "string"), "timestamp_ns": (3, "int64"), "events": (4, "[XEvent]")},
+    "XEvent": {"metadata_id": (1, "int64"), "offset_ps": (2, "int64"), "duration_ps": (3, "int64"), "stats": (4, "[XStat]")},
     "XStat": {
-        "metadata_id": (1, "int64"), "double_value": (2, "double"), "uint64_value": (3, "uint64"), "int64_value": (4, "int64"),
-        "str_value": (5, "string"), "bytes_value": (6, "bytes"), "ref_value": (7, "uint64"),
+        "metadata_id": (1, "int64"), "uint64_value": (3, "uint64"), "int64_value": (4, "int64"), "str_value": (5, "string"),
+        "bytes_value": (6, "bytes"), "ref_value": (7, "uint64"),
     },
-    "XEventMetadata": {
-        "id": (1, "int64"), "name": (2, "string"), "metadata": (3, "bytes"), "display_name": (4, "string"), "stats": (5, "[XStat]"),
-    },
+    "XEventMetadata": {"id": (1, "int64"), "name": (2, "string"), "display_name": (4, "string"), "stats": (5, "[XStat]")},
     "XStatMetadata": {"id": (1, "int64"), "name": (2, "string")},
     "HloProto": {"hlo_module": (1, "HloModuleProto")},
     "HloModuleProto": {
         "name": (1, "string"), "computations": (3, "[HloComputationProto]"), "id": (5, "int64"), "entry_computation_id": (6, "int64"),
     },
-    "HloComputationProto": {
-        "name": (1, "string"), "instructions": (2, "[HloInstructionProto]"), "id": (5, "int64"), "root_id": (6, "int64"),
-    },
+    "HloComputationProto": {"instructions": (2, "[HloInstructionProto]"), "id": (5, "int64"), "root_id": (6, "int64")},
     "HloInstructionProto": {
         "name": (1, "string"), "opcode": (2, "string"), "shape": (3, "ShapeProto"), "metadata": (7, "OpMetadata"),
-        "parameter_number": (9, "int64"), "tuple_index": (13, "int64"), "dimensions": (14, "[int64]"), "custom_call_target": (28, "string"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"), "id": (35, "int64"), "operand_ids": (36, "[int64]"),
         "called_computation_ids": (38, "[int64]"), "backend_config": (43, "bytes"),
     },
-    "OpMetadata": {"op_type": (1, "string"), "op_name": (2, "string")},
+    "OpMetadata": {"op_name": (2, "string")},
     "ShapeProto": {"element_type": (2, "int32"), "dimensions": (3, "[int64]"), "tuple_shapes": (4, "[ShapeProto]")},
-    "DotDimensionNumbers": {
-        "lhs_contracting_dimensions": (1, "[int64]"), "rhs_contracting_dimensions": (2, "[int64]"),
-        "lhs_batch_dimensions": (3, "[int64]"), "rhs_batch_dimensions": (4, "[int64]"),
-    },
+    "DotDimensionNumbers": {"lhs_contracting_dimensions": (1, "[int64]")},
 }  # fmt: skip
 
 
@@ -166,13 +152,17 @@ def read(path: Path) -> Trace:
     trace = Trace("gpu" if gpus else "cpu", path)
     if "/host:metadata" in planes:
         trace.programs = _programs(planes["/host:metadata"])
-    host = planes.get("/host:CPU")
-    if host is not None:
-        _read_host(host, trace, events=not gpus)
-    for name in busy:
-        for line in planes[name].lines:
-            if line.name.startswith("Stream"):  # the other lines are made from these
-                trace.events.extend(_events(planes[name], line, everything=True))
+    host = _threads(planes["/host:CPU"]) if "/host:CPU" in planes else []
+    for span in (span for thread in host for span in thread):
+        if "step_num" in span.stats:
+            trace.steps.append(StepMarker(int(span.stats["step_num"] or 0), span.start, span.end))
+        if span.name.endswith("::RunBackend"):
+            trace.compiled.append(span.name)
+    if gpus:  # lines that are no streams are made from these
+        trace.events = [_event(span) for name in busy for thread in _threads(planes[name], "Stream") for span in thread]
+    else:
+        tasks = _tasks(host)
+        trace.events = [_event(span, tasks.get(id(span), ())) for thread in host for span in thread if span.stats.get("hlo_op")]
     if not trace.events:
         raise UserError(
             f"{path} has no events of XLA programs: was anything run while it was taken? On a CPU they need host_tracer_level >= 1"
@@ -194,86 +184,69 @@ def _programs(plane: Any) -> dict[int, Any]:
     return programs
 
 
-def _read_host(plane: Any, trace: Trace, *, events: bool) -> None:
-    step_key = {entry.name: key for key, entry in plane.stat_metadata.items()}.get("step_num", -1)
+class _Span(NamedTuple):
+    """An event as it is in the file, names in place of their numbers. Times in picoseconds since the epoch."""
+
+    name: str
+    start: int
+    end: int
+    stats: dict[str, Any]
+
+
+def _threads(plane: Any, prefix: str = "") -> list[list[_Span]]:
+    """The events of a plane's lines whose names begin so."""
     names = {key: entry.name for key, entry in plane.event_metadata.items()}
+    keys = {key: entry.name for key, entry in plane.stat_metadata.items()}
+    threads = []
     for line in plane.lines:
-        for event in line.events:
-            for stat in event.stats:
-                if stat.metadata_id == step_key:
-                    start = line.timestamp_ns * 1000 + event.offset_ps
-                    number = stat.int64_value or stat.uint64_value
-                    trace.steps.append(StepMarker(number, start, start + event.duration_ps))
-            if names[event.metadata_id].endswith("::RunBackend"):
-                trace.compiled.append(names[event.metadata_id])
-    if events:
-        tasks = _tasks(plane, names)
-        for number, line in enumerate(plane.lines):
-            own = {index: parts for (on, index), parts in tasks.items() if on == number}
-            trace.events.extend(_events(plane, line, everything=False, tasks=own))
+        if line.name.startswith(prefix):
+            thread = []
+            for e in line.events:
+                start = line.timestamp_ns * 1000 + e.offset_ps
+                stats = {keys.get(s.metadata_id, ""): s.str_value or s.int64_value or s.uint64_value or keys.get(s.ref_value, "")
+                         for s in e.stats}  # fmt: skip
+                thread.append(_Span(names[e.metadata_id], start, start + e.duration_ps, stats))
+            threads.append(thread)
+    return threads
+
+
+def _event(span: _Span, tasks: Iterable[tuple[int, int]] = ()) -> Event:
+    path = str(span.stats.get("tf_op") or span.stats.get("name") or "")
+    instruction, program = str(span.stats.get("hlo_op", "")), int(span.stats.get("program_id") or 0)
+    return Event(span.start, span.end, instruction, program, span.name, path.rpartition(":")[0] or path, tuple(tasks))
 
 
 _CALLER, _TASK, _TASK_END = (f"ThreadpoolListener::{name}" for name in ("Record", "StartRegion", "StopRegion"))
 
 
-def _tasks(plane: Any, names: dict[int, str]) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """What other threads did for an operation: (line, event on it) -> [(start, end)].
+def _tasks(threads: list[list[_Span]]) -> dict[int, list[tuple[int, int]]]:
+    """What other threads did for an operation: its span's id() -> [(start, end)].
 
     On a CPU an operation that is spread over threads hands out tasks and returns: its own event is short, and without the tasks such
     operations (dequantization first of all) would look free. The thread pool notes when a task is handed out, with a number, and when
     the task of that number begins and ends on its thread. The last task goes on to run what waited for the operation: a task's part ends
     where the next operation begins.
     """
-    keys = {entry.name: key for key, entry in plane.stat_metadata.items()}
-    op_key, out_key, in_key = (keys.get(name, -1) for name in ("hlo_op", "_p", "_c"))
-    owners: dict[int, tuple[int, int]] = {}
-    spans: list[tuple[int, int, int]] = []
-    for number, line in enumerate(plane.lines):
-        base = line.timestamp_ns * 1000
-        running: list[tuple[int, int]] = []  # operations on this thread that have not ended: (end, index)
+    owners: dict[int, int] = {}
+    parts: list[tuple[int, int, int]] = []
+    for thread in threads:
+        running: list[_Span] = []  # operations on this thread that have not ended
         task, begun = 0, 0
-        for index, event in sorted(enumerate(line.events), key=lambda x: (x[1].offset_ps, -x[1].duration_ps)):
-            start, name = base + event.offset_ps, names[event.metadata_id]
-            stats = {stat.metadata_id: stat.uint64_value or stat.int64_value for stat in event.stats}
-            while running and running[-1][0] < start:
+        for span in sorted(thread, key=lambda s: (s.start, -s.end)):
+            operation = "hlo_op" in span.stats
+            while running and running[-1].end < span.start:
                 running.pop()
-            if name == _CALLER and running:
-                owners[stats.get(out_key, 0)] = number, running[-1][1]
-            elif name == _TASK:
-                task, begun = stats.get(in_key, 0), start
-            elif task and (name == _TASK_END or name.startswith(("end: ", "ThunkExecutor")) or op_key in stats):
-                spans.append((task, begun, start))
+            if span.name == _CALLER and running:
+                owners[int(span.stats.get("_p") or 0)] = id(running[-1])
+            elif span.name == _TASK:
+                task, begun = int(span.stats.get("_c") or 0), span.start
+            elif task and (operation or span.name == _TASK_END or span.name.startswith(("end: ", "ThunkExecutor"))):
+                parts.append((task, begun, span.start))
                 task = 0
-            if op_key in stats:
-                running.append((start + event.duration_ps, index))
-    tasks: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for task, begun, end in spans:
+            if operation:
+                running.append(span)
+    tasks: dict[int, list[tuple[int, int]]] = {}
+    for task, begun, end in parts:
         if task in owners and end > begun:
             tasks.setdefault(owners[task], []).append((begun, end))
     return tasks
-
-
-def _events(
-    plane: Any, line: Any, *, everything: bool, tasks: Mapping[int, list[tuple[int, int]]] = MappingProxyType({})
-) -> Iterator[Event]:
-    """Events of XLA instructions on a line; with `everything`, also what the device did without one."""
-    keys = {entry.name: key for key, entry in plane.stat_metadata.items()}
-    op_key, program_key = keys.get("hlo_op", -1), keys.get("program_id", -1)
-    path_keys = [keys[name] for name in ("tf_op", "name") if name in keys]
-    base = line.timestamp_ns * 1000
-    names = {key: entry.name for key, entry in plane.event_metadata.items()}
-    strings = {key: entry.name for key, entry in plane.stat_metadata.items()}
-    for index, event in enumerate(line.events):
-        instruction, program, path = "", 0, ""
-        for stat in event.stats:
-            key = stat.metadata_id
-            if key == op_key:
-                instruction = stat.str_value or strings[stat.ref_value]
-            elif key == program_key:
-                program = stat.int64_value or stat.uint64_value
-            elif key in path_keys and not path:
-                path = stat.str_value or strings.get(stat.ref_value, "")
-        if instruction or everything:
-            start = base + event.offset_ps
-            path = path.rpartition(":")[0] or path
-            yield Event(start, start + event.duration_ps, instruction, program, names[event.metadata_id], path, tuple(tasks.get(index, ())))

@@ -19,7 +19,8 @@ from moejax import installation
 from moejax.config import Experiment
 from moejax.data.batch import Batch
 from moejax.errors import UserError, first_line
-from moejax.estimator.targets import TARGETS, Target, target_text
+from moejax.estimator.targets import target_text
+from moejax.gpus import GPU, GPUS
 from moejax.hub.model import model_arguments
 from moejax.models.build import build
 from moejax.models.config import Architecture
@@ -30,12 +31,12 @@ from moejax.training.state import initial_state, objective, split
 from moejax.training.step import make_train_step
 
 
-def device(gpu: str | Target) -> Any:
+def device(gpu: str | GPU) -> Any:
     """An abstract device of that name. Raises UserError for an unknown one, or where the extra `aot` is missing."""
     if isinstance(gpu, str):
-        if gpu not in TARGETS:
-            raise UserError(f"GPU {gpu!r} is unknown here: expected one of {', '.join(TARGETS)}")
-        gpu = TARGETS[gpu]
+        if gpu not in GPUS:
+            raise UserError(f"GPU {gpu!r} is unknown here: expected one of {', '.join(GPUS)}")
+        gpu = GPUS[gpu]
     from jax.experimental import topologies
 
     try:
@@ -65,7 +66,7 @@ class Compiled:
 
 
 def compile_step(
-    experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, gpu: str | Target | None,
+    experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, gpu: str | GPU | None,
     compiler: Callable[[Any], Any] = lambda lowering: lowering.compile(),
 ) -> Compiled:  # fmt: skip
     """Compile one optimizer step of this experiment for `gpu` (None: this machine's device) from shapes alone. Raises UserError where
@@ -75,7 +76,7 @@ def compile_step(
     """
     # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
     sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
-    platform = None if gpu is None else (gpu if isinstance(gpu, Target) else TARGETS[gpu]).name
+    platform = None if gpu is None else (gpu if isinstance(gpu, GPU) else GPUS[gpu]).cuda_name
     model = build(config, **model_arguments(experiment), platform=platform)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
     schedule = make_schedule(experiment.training, experiment.training.steps or 1000)

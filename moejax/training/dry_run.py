@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moejax.config import Experiment
 from moejax.data.sources import is_file
-from moejax.estimator import cards
+from moejax.estimator import memory
 from moejax.estimator.sizes import optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
 from moejax.hub.model import architecture, model_arguments
@@ -62,7 +62,7 @@ def report(experiment: Experiment) -> int:
     total = weights + optimizer + gradients
     table.add_row("before activations", "", "", f"{gigabytes(total)}", "")
     console.print(table)
-    for line in cards.lines(experiment, sizes):
+    for line in memory.cards(experiment, sizes):
         console.print(line, soft_wrap=True)
     low_precision.warn(experiment, console)
     elsewhere = not_local(experiment, _folder(experiment))

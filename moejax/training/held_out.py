@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax.config import Experiment
+from moejax.config import EvalConfig, Experiment
 from moejax.data.batching import Batches
 from moejax.data.ends import Ends, ends_of
 from moejax.data.pipeline import in_order
 from moejax.data.records import blank
 from moejax.data.sources import is_file, is_url, load_records
 from moejax.errors import UserError
-from moejax.eval_config import EvalConfig
 from moejax.evaluation import tasks
 from moejax.evaluation.evaluate import pairs_of, prompts_of
 from moejax.evaluation.tasks import Example, Task

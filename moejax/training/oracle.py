@@ -11,14 +11,13 @@ import importlib.util
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from moejax import installation
 from moejax.config import Experiment
 from moejax.estimator import closed_form, memory
 from moejax.estimator.closed_form import Breakdown
 from moejax.estimator.memory import Largest, Peak
-from moejax.estimator.targets import MULTIPROCESSORS, target_of
+from moejax.estimator.targets import MULTIPROCESSORS, target_text
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
 
@@ -51,7 +50,7 @@ def why_not_compiled(gpu: GPU) -> str | None:
         return None
     if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
         return f"the extra `aot` is missing ({installation.for_extra('aot')})"
-    if target_of(gpu) is not None:
+    if target_text(gpu) is not None:
         return None
     if gpu.compiler is not None:
         return f"{gpu.name}: compute capability {gpu.compiler.compute_capability} is none of {', '.join(MULTIPROCESSORS)}"
@@ -73,18 +72,11 @@ class Oracle:
 
     def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown:
         """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
-        gpu, experiment = gpu or self.gpu, self.experiment
+        experiment = self.experiment
         if float32:
             training = experiment.training.model_copy(update={"compute_dtype": "float32", "param_dtype": "float32"})
             experiment = experiment.model_copy(update={"training": training})
-        platform = closed_form.platform_of(gpu)
-        if gpu.usable_bytes is None:
-            device = closed_form.device_of(gpu)
-        else:
-            from moejax.models.ops.choice import here
-
-            device = here()
-        return closed_form.breakdown(experiment, self.config, rows=rows, row_tokens=self.row_tokens, platform=platform, device=device)
+        return closed_form.on(gpu or self.gpu, experiment, self.config, rows, self.row_tokens)
 
     def peak_bytes(self, rows: int) -> int:
         if self.reason is not None:
@@ -96,8 +88,8 @@ class Oracle:
     def _compiled(self, rows: int) -> Peak:
         from moejax.training import aot
 
-        gpu = None if self.gpu.usable_bytes is not None else target_of(self.gpu)
-        target: Any = aot.machine() if gpu is None else dataclasses.asdict(gpu)
+        gpu = None if self.gpu.usable_bytes is not None else self.gpu
+        target = aot.machine() if gpu is None else target_text(gpu)
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,

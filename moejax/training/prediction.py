@@ -67,8 +67,8 @@ def announce(
         between = "" if ends is None else f" ({1e3 * ends[0]:.1f} to {1e3 * ends[1]:.1f})"
         told += f"; {1e3 * seconds:.1f} ms a step of {tokens:,} tokens{between}"
         told += f", {seconds * steps / 60:.1f} min for {units.counted(steps, 'step')}"
-        told += "".join(f"; {note}" for note in law.entry.beyond(tokens, share, 0))
-        told += "" if law.entry.doubt is None else f"; do not trust it: its coefficients are in doubt ({law.entry.doubt})"
+        told += "".join(f"; {note}" for note in law.beyond(tokens, share, 0))
+        told += "" if law.doubt is None else f"; do not trust it: its coefficients are in doubt ({law.doubt})"
         if price is not None:
             told += f", {seconds * steps / 3600 * price.usd_per_hour:.2f} USD at {price.told}"
     console.print(told, soft_wrap=True)

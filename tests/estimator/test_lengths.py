@@ -59,7 +59,6 @@ def test_a_batch_in_a_bucket_is_as_long_as_the_bucket_of_its_longest():
 def test_packing_computes_the_queries_own_tokens():
     study = lengths.of_study("commonsense_15k")
     assert study.batch_tokens(10, "pack") == pytest.approx(10 * study.mean)
-    assert study.batch_tokens(10, "pack", fill=0.5) == pytest.approx(20 * study.mean)
     assert study.batch_tokens(10, "pack") < study.batch_tokens(10, "pad_longest")
     assert study.batch_tokens(10, "fixed", row_tokens=128) == 1280
 
@@ -95,7 +94,6 @@ def test_bad_sizes():
         lambda: small.batch_tokens(0),
         lambda: small.batch_tokens(11),
         lambda: small.batch_tokens(1, "fixed"),
-        lambda: small.batch_tokens(1, "pack", fill=0),
         lambda: small.batch_tokens(1, "rows"),
         lambda: lengths.constant(0, 64),
         lambda: lengths.constant(5, -1),

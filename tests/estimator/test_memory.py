@@ -12,8 +12,8 @@ from moejax import cli, config, device, gpus, installation
 from moejax.commands import estimate_memory
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import block_memory, cards, closed_form, memory, roofline, sizes
-from moejax.estimator.targets import target_of
+from moejax.estimator import block_memory, closed_form, memory, roofline, sizes
+from moejax.estimator.targets import target_text
 from moejax.models.config import PRESETS, MixtralConfig
 from moejax.models.config.specs import Block, Mamba, Stack
 from moejax.training import aot, oracle
@@ -346,7 +346,7 @@ def test_queries_of_a_packed_row_are_known_of_the_studys_sets_alone():
 def test_no_card_is_named_that_would_be_refused():
     """`--dry-run`: one row of 2048 takes 29.9 GB by the closed form, an RTX 5090 has 31.0: neither fits nor does not."""
     loaded = config.load(SPARSE[1], ["data.batch_rows=1"])
-    fits, close, small, without = cards.lines(loaded, sizes.architecture_of(loaded))
+    fits, close, small, without = memory.cards(loaded, sizes.architecture_of(loaded))
     assert fits.startswith("fits (1 row of 2,048 tokens, by the closed form, in 0.92 of the memory): A40, A100-40, ")
     assert close == f"{memory.COMPILE}: RTX-5090" and "RTX-4090" in small and without.endswith(": T4, V100-16, V100-32")
     assert not any(name in fits for name in ("RTX-5090", "RTX-4090", "V100", "T4"))
@@ -383,7 +383,7 @@ def test_this_machine_is_compiled_for_and_kept(capsys, tmp_path, monkeypatch):
     ("arguments", "message"),
     [((), "which experiment? Give its CONFIG"), (("--study", "--rows", "3"), "--study runs the study's own"),
      ((*SPARSE, "--gpu", ","), "--gpu ',': expected names of GPUs"), ((*SPARSE, "--gpu", "H1000"), "unknown GPU 'H1000': did you mean"),
-     ((*SPARSE, "--rows", "0"), "--rows 0: expected at least 1"), ((*SPARSE, "--seq-len", "-1"), "--seq-len -1"),
+     ((*SPARSE, "--rows", "0"), "--rows 0: expected 1 or more"), ((*SPARSE, "--seq-len", "-1"), "--seq-len -1"),
      ((*SPARSE, "--seq-len", "40000"), "exceed the model's max_position_embeddings"),
      ((*SPARSE, "--gpu", "L4"), "GB more than the 21.72 GB usable on L4"), (("--config", "no.yaml"), "no.yaml does not exist"),
      ((*SPARSE, "--gpu", "A40", "--rows", "500"), "500 rows of 2048 tokens needs")],
@@ -408,13 +408,14 @@ def test_without_the_extra_the_closed_form_says_so(monkeypatch):
 
 
 def test_targets_of_the_same_chip():
-    assert aot.TARGETS["A100-40"].cores == aot.TARGETS["A100-80"].cores and aot.TARGETS["H200"].cores == aot.TARGETS["H100"].cores
-    for name, target in aot.TARGETS.items():
-        assert gpus.of_device_kind(target.name) == gpus.GPUS[name] and target_of(gpus.GPUS[name]) == target
-        assert target.memory_bytes == pytest.approx(1e9 * gpus.GPUS[name].memory_gb, rel=0.08)
+    cores = {name: gpu.compiler.multiprocessors for name, gpu in gpus.GPUS.items()}
+    assert cores["A100-40"] == cores["A100-80"] and cores["H200"] == cores["H100"]
+    for gpu in gpus.GPUS.values():
+        assert gpus.of_device_kind(gpu.cuda_name) == gpu and gpu.cuda_name in target_text(gpu)
+        assert (gpu.device_bytes or 1e9 * gpu.memory_gb) == pytest.approx(1e9 * gpu.memory_gb, rel=0.08)
         # The kind of program that the closed form counts on is the one that is compiled.
-        assert gpus.platform_of_capability(target.compute_capability) == closed_form.platform_of(gpus.GPUS[name])
-    assert set(aot.TARGETS) == set(gpus.GPUS)
+        assert gpus.platform_of_capability(gpu.compiler.compute_capability) == closed_form.platform_of(gpu)
+        assert closed_form.platform_of(replace(gpu, platform=None)) == gpu.platform  # by the chip's name alone
 
 
 def test_presets_are_there():

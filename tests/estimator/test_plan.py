@@ -58,7 +58,7 @@ def test_throughput_is_bounded_by_the_roofline():
     """Coefficients that promise more than the GPU's peaks are cut, and it is said."""
     fast = [dataclasses.replace(e, coefficients=e.coefficients * 1e-4, samples=e.samples * 1e-4) for e in STUDY]
     p = plan.predict(MATH, GPUS["H100"], fast, GPUS, batch=8)
-    least = MATH.work.least_seconds(GPUS["H100"], MATH.tokens(8), 0.25, "qlora")
+    least = MATH.work.least_seconds(GPUS["H100"], MATH.tokens(8), 0.25)
     assert p.step_seconds == pytest.approx(least) and p.queries_per_second_interval[1] == pytest.approx(8 / least)
     assert any("less than the GPU's peaks allow" in note for note in p.notes)
     assert not any("peaks" in note for note in predict(batch=8).notes)
@@ -71,7 +71,7 @@ def test_a_gpu_that_nobody_measured():
     low, high = p.queries_per_second_interval
     assert high / low > near.queries_per_second_interval[1] / near.queries_per_second_interval[0]
     same_chip = coefficients.choose(STUDY, "mixtral", "qlora", GPUS["H200"], GPUS)
-    assert same_chip.entry.gpu == "H100"
+    assert same_chip.gpu == "H100"
 
 
 def test_larger_than_the_gpu():
@@ -147,7 +147,7 @@ def test_coefficients_of_a_gpu_that_no_table_has(tmp_path):
     here = {"model": "mixtral", "method": "qlora", "gpu": "AMD EPYC", "t0_seconds": 1, "token_seconds": 1, "expert_token_seconds": 1}
     path.write_text(json.dumps({"schema_version": 1, "entries": [here, here | {"gpu": "A40"}]}))
     entries = coefficients.read(path)
-    assert coefficients.choose(entries, "mixtral", "qlora", GPUS["H100"], GPUS).entry.gpu == "A40"
+    assert coefficients.choose(entries, "mixtral", "qlora", GPUS["H100"], GPUS).gpu == "A40"
     with pytest.raises(UserError, match=r"c\.json, mixtral by qlora: unknown GPU 'AMD EPYC'"):
         coefficients.choose(entries[:1], "mixtral", "qlora", GPUS["H100"], GPUS)
 
@@ -178,7 +178,7 @@ def test_blackmamba_and_commonsense():
 
 def test_the_closed_forms_room():
     """More memory never fits less, more experts never more; what does not fit is said with the GPUs that would do."""
-    ours = room.closed_form_room()
+    ours = room.CLOSED_FORM
     cards = [dataclasses.replace(GPUS["H100"], memory_gb=gb, device_bytes=None) for gb in (40, 48, 80, 141, 180)]
     for method, model in (("qlora", "mixtral"), ("lora", "mixtral"), ("full", "blackmamba")):
         table = {}
@@ -201,7 +201,7 @@ def test_the_closed_forms_room():
 
 def test_the_closed_form_recommends_nothing_within_its_own_error():
     """One row of 2048 tokens takes 29.9 GB by the closed form, which is wrong by 3 %: a card with 30.4 usable may do or not."""
-    ours = room.closed_form_room()
+    ours = room.CLOSED_FORM
     job = dataclasses.replace(MATH, batching="fixed", row_tokens=2048)
     bare = dataclasses.replace(GPUS["H100"], name="X", usable_bytes=30_400_000_000)
     with pytest.raises(memory.DoesNotFit, match=r"needs 29\.\d+ GB of the 30\.40 GB usable on X: too close to call .*compile"):

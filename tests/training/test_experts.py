@@ -7,6 +7,7 @@ from support import ROOT
 
 from moejax import config
 from moejax.errors import UserError
+from moejax.gpus import GPUS
 from moejax.models.config import PRESETS
 from moejax.models.ops import choice
 from moejax.models.ops.grouped import matmul as gm
@@ -67,5 +68,5 @@ def test_the_nearest_measured_shape_decides(monkeypatch):
 def test_the_architecture_of_the_real_model_is_unmeasured_until_a_gpu_was_there():
     real = PRESETS["mixtral-8x7b"]
     sizes = {"hidden": 4096, "intermediate": 14336, "quantized": True}
-    plan = gm.choose("auto", aot.TARGETS["H100"].name, 4096, real.num_experts, 2, **sizes)
+    plan = gm.choose("auto", GPUS["H100"].cuda_name, 4096, real.num_experts, 2, **sizes)
     assert plan.backend == "loop" and plan.tile == 512

@@ -44,7 +44,7 @@ def test_with_coefficients_time_is_predicted(make_experiment, tmp_path, capsys, 
     coefficients.write(path, [dataclasses.replace(e, range=known, doubt="they miss") for e in coefficients.read(path)])
     out, kept = announced(experiment, tmp_path, capsys)
     assert "extrapolated, which the brackets do not know: 1,000 tokens a step (measured: 100 to 200)" in out
-    assert "do not trust it: its coefficients are in doubt (they miss)" in out and comparison.step_time(kept["time"]).entry.range == known
+    assert "do not trust it: its coefficients are in doubt (they miss)" in out and comparison.step_time(kept["time"]).range == known
     (Path(experiment.runs_dir) / "coefficients.json").write_text("{")
     assert "no time: " in announced(experiment, tmp_path, capsys)[0]  # a damaged file never stops a run
 

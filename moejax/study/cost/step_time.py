@@ -162,9 +162,8 @@ def _fit_group(
     def solve(measured: FloatArray) -> FloatArray:
         return fit_seconds(matrix, measured) if loss == "seconds" else fit_throughput(matrix, measured, queries, unit)
 
-    many = None if loss == "seconds" else solve
     x = solve(seconds)
-    samples, scatter = resampled(matrix, seconds, x, resamples, many)
+    samples, scatter = resampled(matrix, seconds, x, resamples, solve)
     found = {}
     for curve, card in zip(group, cards, strict=True):
         columns = [starts.index(card), len(starts), len(starts) + 1]
