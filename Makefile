@@ -59,11 +59,11 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) reference4 ## one training step and greedy decoding beside PyTorch's, on this machine
-	@$(BIN)/python benchmarks/cpu_step.py --reference .venv-reference4/bin/python --out benchmarks/results/$$(date +%F)-cpu-step.json
-	@$(BIN)/python benchmarks/decoding.py --reference .venv-reference4/bin/python --out benchmarks/results/$$(date +%F)-decoding.json
+bench: $(STAMP) reference4 reference5 ## one training step and greedy decoding beside PyTorch's, on this machine
+	@$(BIN)/python benchmarks/cpu_step.py --out benchmarks/results/$$(date +%F)-cpu-step.json
+	@$(BIN)/python benchmarks/decoding.py --out benchmarks/results/$$(date +%F)-decoding.json
 
-curves: $(STAMP) reference4 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
+curves: $(STAMP) reference4 reference5 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
 	@$(BIN)/python benchmarks/curves.py
 
 frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside PyTorch's and the paper's; the table of docs/frameworks.md

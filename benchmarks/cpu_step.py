@@ -1,10 +1,12 @@
 """One training step here and in PyTorch, in turn, on this machine: `make bench`.
 
-    python benchmarks/cpu_step.py --reference .venv-reference4/bin/python [--out FILE.json]
+    python benchmarks/cpu_step.py [--only CASE …] [--reference4 PYTHON] [--reference5 PYTHON] [--out FILE.json]
 
 mixtral: a LoRA step; 8 layers, D 512, F 1024, E 8, k 2, 2048 tokens, LoRA rank 16 on experts and router, beside transformers and PEFT.
-blackmamba: a step of full fine-tuning as configs/bench_blackmamba_tiny.yaml has it, beside plain PyTorch. Both in fp32, every layer
-recomputed in both, from the same weights on the same batch. The two frameworks take turns, a step each, so that a noisy machine troubles
+qwen3_moe, olmoe: of 4 layers, D 512, and the family's many small experts, k 8, with adapters on experts (rank 4) and attention (16);
+"shared A": w1 and w3 have one A, as transformers 5 trains them. blackmamba: a step of full fine-tuning as
+configs/bench_blackmamba_tiny.yaml has it, beside plain PyTorch. All in fp32, every layer recomputed in both, from the same weights on the
+same batch. The two frameworks take turns, a step each, so that a noisy machine troubles
 both alike; the ratio of the medians is the result. The table has the columns of benchmarks/gpu_frameworks.py. "Peak memory" is the
 compiler's for moejax's step, and what the whole process held for PyTorch: not the same thing. No side looks for a best batch of its own
 here: a CPU's memory is the machine's, and full means swapping.
@@ -13,6 +15,7 @@ here: a CPU's memory is the machine's, and full means swapping.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -25,38 +28,48 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import handover
 import kept
+import torch_run
 import turns
-from gpu_frameworks import FORMULA, rate_cell, table
+from gpu_frameworks import FORMULA, model_flops, rate_cell, table
 
 from moejax import config as configuration
 from moejax.device import cpu_name
-from moejax.hub.model import adapter_config, architecture
-from moejax.training import flops
+from moejax.errors import UserError
 
-MIXTRAL = [
-    "quantization.format=none", "model.overrides={hidden_size: 512, intermediate_size: 1024, num_layers: 8, num_heads: 8, num_kv_heads: 4,"
-    " head_dim: 64, vocab_size: 2048}", "data.row_tokens=512", "data.max_length=512", "data.batch_rows=4",
-]  # fmt: skip
+
+def _lora(**sizes: int) -> list[str]:
+    """Overrides for a LoRA step of these sizes."""
+    sizes = {"hidden_size": 512, "num_heads": 8, "head_dim": 64, "vocab_size": 2048} | sizes
+    rows = ("data.row_tokens=512", "data.max_length=512", "data.batch_rows=4")
+    return ["quantization.format=none", f"model.overrides={json.dumps(sizes)}", *rows]
+
+
+MIXTRAL = _lora(intermediate_size=1024, num_layers=8, num_kv_heads=4)
+QWEN3 = _lora(intermediate_size=192, num_layers=4, num_kv_heads=4, num_experts=128, experts_per_token=8)
+OLMOE = _lora(intermediate_size=256, num_layers=4, num_kv_heads=8, num_experts=64, experts_per_token=8)
+SHARED = "adapter.share=[w1,w3]"
 CASES = {
     "mixtral": ("bench_mixtral_tiny.yaml", "study", MIXTRAL),
     "blackmamba": ("bench_blackmamba_tiny.yaml", "plain", []),
+    "qwen3_moe": ("bench_qwen3_moe_tiny.yaml", "study", QWEN3),
+    "qwen3_moe, shared A": ("bench_qwen3_moe_tiny.yaml", "today", [*QWEN3, SHARED]),
+    "olmoe": ("bench_olmoe_tiny.yaml", "study", OLMOE),
+    "olmoe, shared A": ("bench_olmoe_tiny.yaml", "today", [*OLMOE, SHARED]),
 }
 """Name: config, stack of PyTorch, overrides."""
 
 
-def compare(name: str, reference: Path, steps: int) -> dict[str, Any]:
+def compare(name: str, python: Path, steps: int) -> dict[str, Any]:
     """Both sides of one case."""
     config, stack, overrides = CASES[name]
     path, overrides = HERE.parent / "configs" / config, [*overrides, "training.steps=2"]
     experiment = configuration.load(path, overrides)
     with tempfile.TemporaryDirectory() as folder:
         handover.write(experiment, Path(folder), stack_name=stack)
-        with turns.torch_side(Path(folder), stack, reference) as torch, turns.jax_side(path, overrides, ["--peaks"]) as ours:
+        with turns.torch_side(Path(folder), stack, python) as torch, turns.jax_side(path, overrides, ["--peaks"]) as ours:
             abouts = {"moejax": ours.about, "pytorch": torch.about}
             taken = turns.alternate({"moejax": ours, "pytorch": torch}, steps)
-    rows, length = experiment.data.batch_rows, experiment.data.longest_row
-    count = flops.count(architecture(experiment, None), adapter_config(experiment))
-    work = count.step(rows * length, flops.visible_pairs([length] * rows))
+    rows, length, work = experiment.data.batch_rows, experiment.data.longest_row, model_flops(experiment)
     about = {"config": f"configs/{config}", "overrides": overrides, "versions": torch.about["versions"], "rows": rows}
     return about | {"row_tokens": length} | _sides(taken, abouts, rows, work, ours.about["matrix_rate_flops"])
 
@@ -77,19 +90,21 @@ def _sides(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", type=Path, required=True, help="Python of the PyTorch environment")
+    torch_run.add_references(parser)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not options.reference.exists():
-        print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
-        return 2
     result = kept.about("make bench", device=cpu_name(), cases={})
-    for case in options.only:
-        found = result["cases"][case] = compare(case, options.reference, options.steps)
-        print(f"{case}: moejax is {found['speedup']:.2f} times as fast", flush=True)
-        kept.write(options.out, result)
+    try:
+        pythons = torch_run.references(options, {CASES[case][1] for case in options.only})
+        for case in options.only:
+            found = result["cases"][case] = compare(case, pythons[CASES[case][1]], options.steps)
+            print(f"{case}: moejax is {found['speedup']:.2f} times as fast", flush=True)
+            kept.write(options.out, result)
+    except (UserError, turns.Stopped) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"\n{table(result)}\n\n{FORMULA}.")
     return 0
 

@@ -1,6 +1,6 @@
 """Do the two frameworks learn the same? 200 steps from one initialization on the same batches, here and in PyTorch: `make curves`.
 
-    python benchmarks/curves.py [--steps 200] [--only CASE …] [--reference .venv-reference4/bin/python]
+    python benchmarks/curves.py [--steps 200] [--only CASE …] [--reference4 PYTHON] [--reference5 PYTHON]
 
 Writes benchmarks/results/DATE-curves.json, docs/frameworks/curves.png, and the table between the marks in docs/frameworks.md. In fp32
 losses must agree within 1e-4 (relative) until a token chooses another expert on one side; where that happens the step, the token and the
@@ -25,7 +25,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 import kept
 import torch_run
@@ -42,35 +42,44 @@ COMMON = [
     "training.epochs=null", "training.warmup_steps=20", "training.eval_every=null", "checkpoint.every=null", "data.batch_rows=4",
     "data.row_tokens=128", "data.max_length=128",
 ]  # fmt: skip
+LORA = ["quantization.format=none"]
+SHARED = [*LORA, "adapter.share=[w1,w3]"]
 MAMBA = ("configs/demo_blackmamba.yaml", "plain", ["training.label_smoothing=0.1"])
 BF16 = ["training.compute_dtype=bfloat16"]
-DENSE = ["quantization.format=none", "model.experts_per_token=8"]
+RANDOM = ["model.source=null", "tokenizer=assets/tiny-mixtral", "adapter.targets=null"]
+QWEN3, OLMOE = (["model.preset=qwen3-moe-tiny", *RANDOM], ["model.preset=olmoe-tiny", *RANDOM])
+DENSE = [*LORA, "model.experts_per_token=8"]
 CASES: dict[str, tuple[str, str, list[str]]] = {
     "mixtral QLoRA fp32": ("configs/demo.yaml", "study", []),
-    "mixtral LoRA fp32": ("configs/demo.yaml", "study", ["quantization.format=none"]),
+    "mixtral LoRA fp32": ("configs/demo.yaml", "study", LORA),
     "mixtral dense LoRA fp32": ("configs/demo.yaml", "study", DENSE),
     "mixtral dense LoRA fp32, rate / 10": ("configs/demo.yaml", "study", [*DENSE, "training.learning_rate=2.0e-4"]),
     "blackmamba sparse fp32": MAMBA,
     "blackmamba dense fp32": (*MAMBA[:2], [*MAMBA[2], "model.experts_per_token=8"]),
     "mixtral QLoRA bf16": ("configs/demo.yaml", "study", BF16),
-    "mixtral LoRA bf16": ("configs/demo.yaml", "study", ["quantization.format=none", *BF16]),
+    "mixtral LoRA bf16": ("configs/demo.yaml", "study", [*LORA, *BF16]),
     "blackmamba sparse bf16": (*MAMBA[:2], [*MAMBA[2], *BF16]),
+    "qwen3_moe QLoRA fp32": ("configs/demo.yaml", "study", QWEN3),
+    "qwen3_moe LoRA fp32": ("configs/demo.yaml", "study", [*QWEN3, *LORA]),
+    "qwen3_moe LoRA fp32, shared A": ("configs/demo.yaml", "today", [*QWEN3, *SHARED]),
+    "olmoe QLoRA fp32": ("configs/demo.yaml", "study", OLMOE),
+    "olmoe LoRA fp32": ("configs/demo.yaml", "study", [*OLMOE, *LORA]),
+    "olmoe LoRA fp32, shared A": ("configs/demo.yaml", "today", [*OLMOE, *SHARED]),
 }
 """Name: config, stack, overrides. NF4 codes are the same on both sides and stand for the same values; PyTorch's side holds those."""
 
 
-def run_case(name: str, steps: int, python: Path | None, folder: Path) -> dict[str, Any]:
+def run_case(name: str, steps: int, python: Path, folder: Path) -> dict[str, Any]:
     """Both sides of one case, one after the other."""
     config, stack, overrides = CASES[name]
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
     overrides = [*COMMON, *overrides, f"training.steps={steps}", f"name={slug}", f"runs_dir={folder}"]
     experiment = configuration.load(ROOT / config, overrides)
     torch_folder = folder / f"{slug}-{stack}"
-    torch_run.run(experiment, stack, torch_folder, python=python)
+    torch_run.run(experiment, stack, torch_folder, python)
     claimed = not name.endswith("bf16")
     if claimed:
-        interpreter = torch_run.reference_python(stack, python)
-        torch_run.train(torch_folder / "handover", stack, torch_folder / "control", interpreter, ["--nudge"])
+        torch_run.train(torch_folder / "handover", stack, torch_folder / "control", python, ["--nudge"])
     subprocess.run(["rm", "-rf", str(folder / slug)], check=True)
     done = subprocess.run(
         [sys.executable, "train.py", "--config", config, *overrides], cwd=ROOT, capture_output=True, text=True, check=False
@@ -169,16 +178,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--reference", type=Path, help="Python of the PyTorch environment, if it is not the Makefile's")
+    torch_run.add_references(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/curves"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-curves.json")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        torch_run.reference_python("study", options.reference)
+        pythons = torch_run.references(options, {CASES[name][1] for name in options.only})
         results = json.loads(options.out.read_text())["cases"] if options.out.exists() else {}
         for name in options.only:
-            results[name] = run_case(name, options.steps, options.reference, options.runs)
+            results[name] = run_case(name, options.steps, pythons[CASES[name][1]], options.runs)
             print(say(name, results[name]), flush=True)
             ordered = {name: results[name] for name in CASES if name in results}
             report = kept.about("make curves", device=cpu_name(), tolerance=TOLERANCE, cases=ordered)

@@ -56,7 +56,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    columns = -(-len(results) // 2) if len(results) > 4 else len(results)
+    columns = min(len(results), 5)
     bands = -(-len(results) // columns)
     drawing = Figure(figsize=(3.1 * columns, 5.2 * bands), layout="constrained")
     panels = drawing.subplots(2 * bands, columns, squeeze=False, sharex=True, height_ratios=(1.3, 1) * bands)

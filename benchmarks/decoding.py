@@ -1,10 +1,10 @@
 """Greedy decoding of a batch here and by transformers' generate, in turn, on this machine: part of `make bench`.
 
-    python benchmarks/decoding.py --reference .venv-reference4/bin/python [--rows 16] [--out FILE.json]
+    python benchmarks/decoding.py [--models NAME …] [--rows 16] [--reference4 PYTHON] [--out FILE.json]
 
-The bundled Mixtral in fp32 on both sides, the first problems of assets/problems/test.json as prompts of different lengths in one batch, 64
-tokens each, which nothing ends; prompt and all tokens are timed, compilation is not. The sides take turns, a batch each; the ratio of the
-medians is the result, and both must have said the same tokens.
+The bundled Mixtral, and random weights of a tiny Qwen3-MoE and OLMoE, in fp32 on both sides; the first problems of
+assets/problems/test.json as prompts of different lengths in one batch, 64 tokens each, which nothing ends; prompt and all tokens are timed,
+compilation is not. The sides take turns, a batch each; the ratio of the medians is the result, and both must have said the same tokens.
 """
 
 from __future__ import annotations
@@ -26,29 +26,45 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import jax
 import jax.numpy as jnp
 import kept
+import numpy as np
+import torch_run
 import turns
 
 from moejax.data.templates import render
 from moejax.data.tokenizer import load_tokenizer
 from moejax.device import cpu_name
+from moejax.errors import UserError
 from moejax.evaluation.generate import generate
-from moejax.hub import weights
+from moejax.hub import save, weights
 from moejax.models.build import build
+from moejax.models.config import PRESETS
 
-MODEL, PROBLEMS = HERE.parent / "assets/tiny-mixtral", HERE.parent / "assets/problems/test.json"
+ASSETS = HERE.parent / "assets"
+MIXTRAL, PROBLEMS = ASSETS / "tiny-mixtral", ASSETS / "problems/test.json"
+MODELS: dict[str, Path | str] = {"mixtral": MIXTRAL, "qwen3_moe": "qwen3-moe-tiny", "olmoe": "olmoe-tiny"}
+"""A folder, or a preset of which random weights are drawn. All have the vocabulary of the first."""
 
 
 def prompts_of(rows: int) -> list[list[int]]:
-    tokenizer = load_tokenizer(str(MODEL))
+    tokenizer = load_tokenizer(str(MIXTRAL))
     records = json.loads(PROBLEMS.read_text())[:rows]
     return [tokenizer.encode(render("mistral", record, tokenizer)[0], add_special_tokens=False) for record in records]
 
 
-def compare(reference: Path, rows: int, new: int, rounds: int) -> dict[str, Any]:
+def folder_of(name: str, into: Path) -> Path:
+    """The model's folder in Hub layout, written if there is none."""
+    source = MODELS[name]
+    if isinstance(source, Path):
+        return source
+    save.save_weights(build(PRESETS[source], key=jax.random.key(0), dtype=jnp.float32), into, np.float32)
+    return into
+
+
+def compare(source: Path, reference: Path, rows: int, new: int, rounds: int) -> dict[str, Any]:
     """Seconds of each side's batches, their medians, and the ratio of those."""
     prompts = prompts_of(rows)
-    config = weights.read_config(MODEL)
-    model = weights.load_weights(build(config, dtype=jnp.float32), MODEL, jax.random.key(0))
+    config = weights.read_config(source)
+    model = weights.load_weights(build(config, dtype=jnp.float32), source, jax.random.key(0))
 
     def ours() -> dict[str, Any]:
         start = time.perf_counter()
@@ -58,7 +74,7 @@ def compare(reference: Path, rows: int, new: int, rounds: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.json"
         file.write_text(json.dumps(prompts))
-        command = [str(reference), str(HERE / "pytorch" / "generate.py"), str(MODEL), str(file), str(new)]
+        command = [str(reference), str(HERE / "pytorch" / "generate.py"), str(source), str(file), str(new)]
         with turns.Side(command, {"PYTHONPATH": None}) as torch:
             pairs = [(ours(), torch.step()) for _ in range(rounds + 2)][2:]
             about = torch.about
@@ -79,23 +95,28 @@ def compare(reference: Path, rows: int, new: int, rounds: int) -> dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", type=Path, required=True, help="Python of the PyTorch environment")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    torch_run.add_references(parser)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 64], help="batches to compare (default: 1 16 64)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not options.reference.exists():
-        print(f"error: {options.reference} does not exist: make reference4 builds the PyTorch environment", file=sys.stderr)
+    try:
+        python = torch_run.references(options, ["study"])["study"]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     result = kept.about("make bench", device=cpu_name(), cases=[])
-    print("decoding, tokens/s (assets/tiny-mixtral, fp32)\n rows   moejax  transformers  times  same tokens")
-    for rows in options.rows:
-        case = compare(options.reference, rows, options.new_tokens, options.rounds)
-        rate = case["tokens_per_second"]
-        same = "yes" if case["same_tokens"] else "NO"
-        print(f"{rows:5} {rate['moejax']:8.0f} {rate['pytorch']:13.0f} {case['speedup']:6.1f}  {same}", flush=True)
-        result["cases"].append(case)
+    print("decoding, tokens/s (fp32)\nmodel      rows   moejax  transformers  times  same tokens")
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            source = folder_of(name, Path(folder))
+            for rows in options.rows:
+                case = {"model": name} | compare(source, python, rows, options.new_tokens, options.rounds)
+                rate, same = case["tokens_per_second"], "yes" if case["same_tokens"] else "NO"
+                print(f"{name:9} {rows:5} {rate['moejax']:8.0f} {rate['pytorch']:13.0f} {case['speedup']:6.1f}  {same}", flush=True)
+                result["cases"].append(case)
     kept.write(options.out, result)
     return 0 if all(case["same_tokens"] for case in result["cases"]) else 1
 

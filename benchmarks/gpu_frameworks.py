@@ -25,9 +25,8 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # here; the sides' processes take the GPU
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
-import contract
 import handover
 import kept
 import torch_run
@@ -56,30 +55,39 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, by a config and overrides, and which stacks of PyTorch stand beside it. tiny: overrides for a CPU."""
+    """What is trained, by a config and overrides, and which stack of PyTorch stands beside it."""
 
     config: str
-    overrides: tuple[str, ...]
-    stacks: tuple[str, ...]
-    tiny: tuple[str, ...]
-    one_query: bool = False
+    stack: str
+    overrides: tuple[str, ...] = ()
 
 
-_TINY = ("training.compute_dtype=float32", "data.row_tokens=64", "data.max_length=64")
-# bitsandbytes reads 4-bit weights rightly on a CPU where rows are multiples of its blocks of 64.
-_MIXTRAL = ("model.preset=mixtral-tiny", "model.overrides.intermediate_size=128", *_TINY)
-_MAMBA = ("model.preset=blackmamba-tiny", "training.param_dtype=float32", *_TINY)
+# A family's tiny model for a CPU; bitsandbytes reads 4-bit weights rightly there where rows are multiples of its blocks of 64.
+_TINY = (
+    "training.compute_dtype=float32", "training.param_dtype=float32", "data.row_tokens=64", "data.max_length=64",
+    "model.overrides={num_layers: 2, intermediate_size: 128}",
+)  # fmt: skip
+TINY = {"mixtral": "mixtral-tiny", "blackmamba": "blackmamba-tiny", "qwen3": "qwen3-moe-tiny", "olmoe": "olmoe-tiny"}
 _BF16 = "quantization.format=none"
+_SHARED = (_BF16, "adapter.share=[w1,w3]")  # what `today` trains
+_SMALL = "model.overrides.num_layers=8"
+NF4, BF16, BF16_SMALL, MAMBA = (
+    "Mixtral-8x7B, NF4, k = 2", "Mixtral-8x7B, bf16, shared A, k = 2", "Mixtral, 8 of 32 layers, bf16, shared A, k = 2",
+    "BlackMamba-2.8B, bf16, k = 2",
+)  # fmt: skip
 CASES = {
-    "Mixtral-8x7B, NF4, k = 2": Case("mixtral_8x7b_cs_sparse", (), ("study",), _MIXTRAL, one_query=True),
-    "Mixtral-8x7B, NF4, k = 8": Case("mixtral_8x7b_cs_dense", (), ("study",), _MIXTRAL),
-    "Mixtral-8x7B, bf16, k = 2": Case("mixtral_8x7b_cs_sparse", (_BF16,), ("study", "today"), _MIXTRAL),
-    "Mixtral, 8 of 32 layers, bf16, k = 2": Case(
-        "mixtral_8x7b_cs_sparse", (_BF16, "model.overrides.num_layers=8"), ("study", "today"), (*_MIXTRAL, "model.overrides.num_layers=2")
-    ),
-    "BlackMamba-2.8B, bf16, k = 2": Case("blackmamba_2.8b_cs_sparse", (), ("plain",), _MAMBA),
-    "BlackMamba-2.8B, bf16, k = 8": Case("blackmamba_2.8b_cs_dense", (), ("plain",), _MAMBA),
-}  # fmt: skip
+    NF4: Case("mixtral_8x7b_cs_sparse", "study"),
+    "Mixtral-8x7B, NF4, k = 8": Case("mixtral_8x7b_cs_dense", "study"),
+    BF16: Case("mixtral_8x7b_cs_sparse", "today", _SHARED),
+    BF16_SMALL: Case("mixtral_8x7b_cs_sparse", "today", (*_SHARED, _SMALL)),
+    "Mixtral, 8 of 32 layers, bf16, k = 2": Case("mixtral_8x7b_cs_sparse", "study", (_BF16, _SMALL)),
+    MAMBA: Case("blackmamba_2.8b_cs_sparse", "plain"),
+    "BlackMamba-2.8B, bf16, k = 8": Case("blackmamba_2.8b_cs_dense", "plain"),
+    "Qwen3-30B-A3B, NF4, k = 8": Case("qwen3_30b_a3b_24gb", "study"),
+    "Qwen3-30B-A3B, bf16, shared A, k = 8": Case("qwen3_30b_a3b_80gb", "today", _SHARED),
+    "OLMoE-1B-7B, NF4, k = 8": Case("olmoe_1b_7b", "study"),
+    "OLMoE-1B-7B, bf16, shared A, k = 8": Case("olmoe_1b_7b", "today", _SHARED),
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ class Settings:
 
     def overrides(self, case: Case, rows: int) -> list[str]:
         length = [f"data.row_tokens={self.row_tokens}", f"data.max_length={self.row_tokens}"]
-        return [*RANDOM, *length, *case.overrides, *(case.tiny if self.tiny else ()), f"data.batch_rows={rows}"]
+        tiny = (f"model.preset={TINY[case.config.split('_')[0]]}", *_TINY) if self.tiny else ()
+        return [*RANDOM, *length, *case.overrides, *tiny, f"data.batch_rows={rows}"]
 
     def experiment(self, case: Case, rows: int) -> Experiment:
         return configuration.load(ROOT / "configs" / f"{case.config}.yaml", self.overrides(case, rows))
@@ -132,46 +141,42 @@ def same_batch(names: list[str], case: Case, settings: Settings, begin: Callable
                 sides[name] = stack.enter_context(begin(name, case, settings.rows, settings, fraction))
             except (Stopped, UserError) as error:
                 cells[name] = reason(error)
-        while sides:
+        taken: dict[str, list[dict[str, Any]]] = {}
+        while sides and not taken:
             try:
                 taken = turns.alternate(sides, settings.steps)
             except Stopped as error:  # one fell; the rest goes on without it
                 fallen = next(name for name, side in sides.items() if side.ended)
                 cells[fallen] = reason(error)
                 del sides[fallen]
-                continue
-            for name, side in sides.items():
-                cells[name] = {"rows": settings.rows, "about": side.about} | turns.summary(taken[name])
-            break
+        for name, steps in taken.items():
+            cells[name] = {"rows": settings.rows, "about": sides[name].about} | turns.summary(steps)
     return {name: cells[name] for name in names}
 
 
 def best_batch(names: list[str], case: Case, settings: Settings, begin: Callable[..., Side]) -> dict[str, Any]:
     """Each side's own fastest batch: found alone in the whole memory, then timed in two rounds, the sides in turn."""
-    tried = {name: search(name, case, settings, begin) for name in names}
     cells: dict[str, Any] = {}
-    best = {}
-    for name, tries in tried.items():
-        ran = [t for t in tries if "error" not in t]
+    for name in names:
+        tried = search(name, case, settings, begin)
+        ran = [t for t in tried if "error" not in t]
         if ran:
-            best[name] = max(ran, key=lambda t: t["queries_per_second"])["rows"]
-            cells[name] = {"rows": best[name], "largest_rows_that_ran": max(t["rows"] for t in ran), "steps": []}
+            best, largest = max(ran, key=lambda t: t["queries_per_second"])["rows"], max(t["rows"] for t in ran)
+            cells[name] = {"rows": best, "largest_rows_that_ran": largest, "tried": tried, "steps": []}
         else:
-            cells[name] = {"error": tries[-1]["error"], "out_of_memory": tries[-1]["out_of_memory"]}
+            cells[name] = tried[-1] | {"tried": tried}
     for _ in range(2):
-        for name, rows in best.items():
-            if "error" in cells[name]:
-                continue
-            try:
-                with begin(name, case, rows, settings, 1.0) as side:
-                    cells[name]["steps"] += turns.alternate({name: side}, -(-settings.steps // 2))[name]
-                    cells[name]["about"] = side.about
-            except Stopped as error:
-                cells[name] = reason(error) | {"rows": rows}
-    for name, cell in cells.items():
-        cell["tried"] = tried[name]
-        if "error" not in cell:
-            cell |= turns.summary(cell.pop("steps"))
+        for name, cell in cells.items():
+            if "error" not in cell:
+                try:
+                    with begin(name, case, cell["rows"], settings, 1.0) as side:
+                        cell["steps"] += turns.alternate({name: side}, -(-settings.steps // 2))[name]
+                        cell["about"] = side.about
+                except Stopped as error:
+                    cell |= reason(error)
+    for cell in cells.values():
+        steps = cell.pop("steps", [])
+        cell |= {} if "error" in cell else turns.summary(steps)
     return cells
 
 
@@ -202,11 +207,14 @@ def judge(cells: list[dict[str, Any]], case: Case, settings: Settings, gpu: gpus
     rates = [cell["about"]["matrix_rate_flops"] for cell in ran if cell["about"].get("matrix_rate_flops")]
     price = prices.cheapest(prices.DATED, gpu.name) if gpu is not None else None
     for cell in ran:
-        experiment = settings.experiment(case, cell["rows"])
-        length = experiment.data.row_tokens
-        count = flops.count(architecture(experiment, None), adapter_config(experiment))
-        work = count.step(cell["rows"] * length, flops.visible_pairs([length] * cell["rows"]))
-        rate_cell(cell, work, max(rates, default=None), price)
+        rate_cell(cell, model_flops(settings.experiment(case, cell["rows"])), max(rates, default=None), price)
+
+
+def model_flops(experiment: Experiment) -> float:
+    """Of a step whose rows are a query each."""
+    rows, length = experiment.data.batch_rows, experiment.data.longest_row
+    count = flops.count(architecture(experiment, None), adapter_config(experiment))
+    return count.step(rows * length, flops.visible_pairs([length] * rows))
 
 
 def rate_cell(cell: dict[str, Any], work: float, matrix_rate: float | None, price: prices.Price | None) -> None:
@@ -250,11 +258,6 @@ def _cells(cell: dict[str, Any], row_tokens: int) -> tuple[str, ...]:
     )
 
 
-NF4, BF16, BF16_SMALL, MAMBA = (
-    "Mixtral-8x7B, NF4, k = 2", "Mixtral-8x7B, bf16, k = 2", "Mixtral, 8 of 32 layers, bf16, k = 2", "BlackMamba-2.8B, bf16, k = 2",
-)  # fmt: skip
-
-
 class Missing(Exception):
     """What a bar is judged by was not measured: why."""
 
@@ -267,17 +270,10 @@ def _cell(cases: dict[str, Any], case: str, batch: str, side: str) -> dict[str, 
     return found
 
 
-def _ratio(cases: dict[str, Any], case: str, rate: str, others: tuple[str, ...]) -> float:
-    """moejax's rate over the best of the others', each at its own best batch. Sides that could not run are left out, but not all."""
-    ran = []
-    for other in others:
-        try:
-            ran.append(_cell(cases, case, "best batch", other)[rate])
-        except Missing as error:
-            last = error
-    if not ran:
-        raise last
-    return float(_cell(cases, case, "best batch", "moejax")[rate] / max(ran))
+def _ratio(cases: dict[str, Any], case: str, rate: str) -> float:
+    """moejax's rate over PyTorch's, each at its own best batch."""
+    theirs, ours = (_cell(cases, case, "best batch", side)[rate] for side in (CASES[case].stack, "moejax"))
+    return float(ours / theirs)
 
 
 def _matrix_share(cases: dict[str, Any]) -> float:
@@ -308,14 +304,14 @@ def _peak_error(cases: dict[str, Any]) -> float:
 Bar = tuple[str, str, float, Callable[[dict[str, Any]], float]]
 BARS: tuple[Bar, ...] = (
     (f"{NF4}: queries/s over stack `study`, each at its best batch", "at least", 10.0,
-     lambda c: _ratio(c, NF4, "queries_per_second", ("study",))),
+     lambda c: _ratio(c, NF4, "queries_per_second")),
     (f"{NF4}: model FLOPs of the measured matrix rate", "at least", 0.4, _matrix_share),
     (f"{NF4}: one query over the floor of reading codes and writing and reading bf16 three times", "at most", 1.5, _above_floor),
     (f"{BF16}: tokens/s over stack `today`, each at its best batch", "at least", 1.2,
-     lambda c: _ratio(c, BF16, "tokens_per_second", ("today",))),
-    (f"{BF16_SMALL}: the same", "at least", 1.2, lambda c: _ratio(c, BF16_SMALL, "tokens_per_second", ("today",))),
-    (f"{MAMBA}: queries/s over the best side of PyTorch", "at least", 2.0,
-     lambda c: _ratio(c, MAMBA, "queries_per_second", CASES[MAMBA].stacks)),
+     lambda c: _ratio(c, BF16, "tokens_per_second")),
+    (f"{BF16_SMALL}: the same", "at least", 1.2, lambda c: _ratio(c, BF16_SMALL, "tokens_per_second")),
+    (f"{MAMBA}: queries/s over stack `plain`, each at its best batch", "at least", 2.0,
+     lambda c: _ratio(c, MAMBA, "queries_per_second")),
     ("all cases: compiler's peak beside the device's, largest deviation", "at most", 0.03, _peak_error),
 )  # fmt: skip
 
@@ -324,13 +320,13 @@ def bars(cases: dict[str, Any]) -> list[dict[str, Any]]:
     """Every bar with what was reached (None: not measured, and why)."""
     found = []
     for name, kind, needed, reached in BARS:
-        entry: dict[str, Any] = {"bar": name, "needed": f"{kind} {needed:g}", "reached": None, "met": None, "why_not": None}
+        value, why_not = None, None
         try:
-            entry["reached"] = reached(cases)
-            entry["met"] = entry["reached"] >= needed if kind == "at least" else entry["reached"] <= needed
+            value = reached(cases)
         except Missing as error:
-            entry["why_not"] = str(error)
-        found.append(entry)
+            why_not = str(error)
+        met = None if value is None else value >= needed if kind == "at least" else value <= needed
+        found.append({"bar": name, "needed": f"{kind} {needed:g}", "reached": value, "met": met, "why_not": why_not})
     return found
 
 
@@ -357,13 +353,13 @@ def device() -> str:
 def measure(name: str, settings: Settings, gpu: gpus.GPU | None, begin: Callable[..., Side] = start) -> dict[str, Any]:
     """One case, both batches."""
     case = CASES[name]
-    names = ["moejax", *(s for s in contract.STACKS if s in case.stacks)]
+    names = ["moejax", case.stack]
     experiment = settings.experiment(case, settings.rows)
     result: dict[str, Any] = {"config": f"configs/{case.config}.yaml", "overrides": settings.overrides(case, settings.rows)}
     result["row_tokens"] = experiment.data.row_tokens
     result["same batch"] = same_batch(names, case, settings, begin)
     result["best batch"] = best_batch(names, case, settings, begin)
-    if case.one_query:
+    if name == NF4:
         result["one query"] = same_batch(["moejax"], case, replace(settings, rows=1), begin)
         config = architecture(experiment, None)
         result["expert_weights"] = 3 * config.num_layers * config.num_experts * config.hidden_size * config.intermediate_size
@@ -379,15 +375,13 @@ def main() -> int:
     parser.add_argument("--row-tokens", type=int, default=128, help="tokens of a query; one fills a row")
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch that all sides run")
     parser.add_argument("--most-rows", type=int, default=1024)
-    parser.add_argument("--reference4", type=Path, help="Python of that environment, if it is not the Makefile's")
-    parser.add_argument("--reference5", type=Path)
+    torch_run.add_references(parser)
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--scan", choices=("loop", "mamba_ssm"), default="loop", help="of PyTorch's BlackMamba")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    given = {"reference4": options.reference4, "reference5": options.reference5}
     try:
-        pythons = {s: torch_run.reference_python(s, given[contract.MAKE[s]]) for n in options.cases for s in CASES[n].stacks}
+        pythons = torch_run.references(options, {CASES[name].stack for name in options.cases})
         kind = cpu_name() if options.tiny else device()
         gpu = None if options.tiny else gpus.of_device_kind(kind)
         arguments = ["--attention", options.attention, "--scan", options.scan, "--device", "cpu" if options.tiny else "cuda"]

@@ -3,7 +3,7 @@
     python benchmarks/handover.py --config configs/demo.yaml --out FOLDER [key.sub=value …]
 
 FOLDER/experiment.json: the experiment as it is resolved, the architecture, parameter counts, and a digest of every weight as moejax holds
-it. base/ (or the source's own folder): the initial weights in Hub layout. adapter/: the initial LoRA weights in PEFT's per-expert format.
+it. base/ (or the source's own folder): the initial weights in Hub layout. adapter/: the initial LoRA weights in the stack's format of PEFT.
 batches.npz: the batch of every optimizer step, in the order in which moejax trains on them.
 """
 
@@ -33,7 +33,8 @@ from moejax.errors import UserError
 from moejax.hub import peft, save, weights
 from moejax.hub.model import architecture, create_model, model_arguments
 from moejax.hub.names import tensors
-from moejax.models.build import Model, build
+from moejax.models.build import Model, build, materialize_lora
+from moejax.models.config import Architecture
 from moejax.models.ops.quantized import QuantizedTensor
 from moejax.training.parameters import groups_of
 from moejax.training.run_steps import steps_in, total_steps
@@ -57,7 +58,7 @@ def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None
         save.save_weights(_unquantized(experiment, config), base, np.float32)
     steps = _write_batches(experiment, model_folder, config.vocab_size, folder / "batches.npz")
     if experiment.adapter is not None:
-        peft.save_adapter(model, folder / "adapter", str(base))
+        peft.save_adapter(model, folder / "adapter", str(base), fused=stack_name == "today")
     content |= _described(model, source or str(experiment.model.preset))
     compared = content["model"]["params_total"] <= DIGEST_LIMIT
     content |= {"base": str(base.resolve()), "steps": steps, "digests": digests(model) if compared else None}
@@ -72,16 +73,22 @@ def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> di
     content = _begin(experiment, config, stack_name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_batches(experiment, None, config.vocab_size, folder / "batches.npz", limit=1)
-    content |= _described(build(config, **model_arguments(experiment)), str(experiment.model.preset))
+    arguments = model_arguments(experiment)
+    if experiment.adapter is not None:  # PEFT's settings alone: they do not depend on sizes
+        small = build(config.replace(num_layers=1, num_experts=1, experts_per_token=1), **arguments)
+        name = str(experiment.model.preset)
+        peft.save_adapter(materialize_lora(small, jax.random.key(0)), folder / "adapter", name, fused=stack_name == "today")
+    content |= _described(build(config, **arguments), str(experiment.model.preset))
     content |= {"base": None, "steps": experiment.training.steps, "digests": None}
     (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
 
-def _begin(experiment: Experiment, config: Any, stack_name: str | None) -> dict[str, Any]:
+def _begin(experiment: Experiment, config: Architecture, stack_name: str | None) -> dict[str, Any]:
     if experiment.training.remat not in ("none", "full"):
         raise UserError(f"training.remat = {experiment.training.remat}: PyTorch's side knows full and none: set one of them")
-    content = {"format": contract.FORMAT, "kind": config.model_type, "experiment": experiment.with_defaults(config).model_dump(mode="json")}
+    resolved = experiment.with_defaults(config).model_dump(mode="json")
+    content = {"format": contract.FORMAT, "experiment": resolved, "hub_config": config.to_hub_config()}
     if stack_name is not None:
         try:
             contract.check(content, stack_name)
@@ -94,7 +101,6 @@ def _described(model: Model, name: str) -> dict[str, Any]:
     """What experiment.json says of the model, weights or not."""
     groups, (total, active) = groups_of(model), model.config.parameters
     return {
-        "hub_config": model.config.to_hub_config(),
         "model": {
             "name": name,
             "params_total": total,
@@ -106,7 +112,7 @@ def _described(model: Model, name: str) -> dict[str, Any]:
     }
 
 
-def _unquantized(experiment: Experiment, config: Any) -> Model:
+def _unquantized(experiment: Experiment, config: Architecture) -> Model:
     """The random weights of the experiment, before anything is quantized. A frozen base is drawn in the dtype it is kept in."""
     arguments = model_arguments(experiment)
     kept = arguments["param_dtype"] if experiment.adapter is None else arguments["dtype"]
@@ -161,7 +167,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {content['steps']} steps of a {content['kind']}")
+    print(f"{options.out}: {content['steps']} steps of a {contract.architecture(content).title}")
     return 0
 
 

@@ -22,9 +22,8 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(HERE / "pytorch")]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
-import contract
 import kept
 import torch_run
 from curves_report import between
@@ -38,15 +37,22 @@ from moejax.profiling.bars import Bars, draw, study, takeaways
 from moejax.profiling.scopes import OUTSIDE
 
 MIXTRAL, MAMBA = "configs/bench_mixtral_tiny.yaml", "configs/bench_blackmamba_tiny.yaml"
+QWEN3, OLMOE = "configs/bench_qwen3_moe_tiny.yaml", "configs/bench_olmoe_tiny.yaml"
+SHARED = ["quantization.format=none", "adapter.share=[w1,w3]"]
 DENSE, MAMBA_ROWS = "model.experts_per_token=8", ["data.row_tokens=128", "data.max_length=128", "data.batch_rows=30"]
 RUNS: dict[str, tuple[str, str, list[str], int]] = {
     "mixtral-sparse": (MIXTRAL, "study", [], 10),
     "mixtral-dense": (MIXTRAL, "study", [DENSE], 10),
     "blackmamba-sparse": (MAMBA, "plain", MAMBA_ROWS, 30),
     "blackmamba-dense": (MAMBA, "plain", [*MAMBA_ROWS, DENSE], 30),
-    "mixtral-sparse-lora": (MIXTRAL, "today", ["quantization.format=none"], 10),
+    "mixtral-sparse-lora": (MIXTRAL, "today", SHARED, 10),
+    "qwen3_moe-sparse": (QWEN3, "study", [], 10),
+    "qwen3_moe-sparse-lora": (QWEN3, "today", SHARED, 10),
+    "olmoe-sparse": (OLMOE, "study", [], 10),
+    "olmoe-sparse-lora": (OLMOE, "today", SHARED, 10),
 }
-"""Run: config, stack, overrides, and the batch of the study's bars beside it. 4-bit weights are bitsandbytes' own in the first two."""
+"""Run (model, kind, …): config, stack, overrides, and the batch of the study's bars beside it, where it has that model. 4-bit weights are
+bitsandbytes' own."""
 
 
 def profile(name: str, pythons: dict[str, Path], folder: Path) -> list[Path]:
@@ -60,7 +66,7 @@ def profile(name: str, pythons: dict[str, Path], folder: Path) -> list[Path]:
         raise UserError(f"moejax profile ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
     experiment = configuration.load_profiled(ROOT / config, overrides)
     theirs = folder / f"{name}-{stack}"
-    torch_run.run(experiment, stack, theirs, python=pythons[stack], arguments=["--profile", "--base", "nf4"])
+    torch_run.run(experiment, stack, theirs, pythons[stack], ["--profile", "--base", "nf4"])
     return [folder / name, theirs]
 
 
@@ -73,15 +79,18 @@ def described(folder: Path, bars: Bars) -> dict[str, Any]:
     return {"framework": p.framework, "versions": p.versions, "backend": p.moe.backend} | seconds | parts
 
 
+def beside(name: str) -> list[Bars]:
+    """The study's bars of this run's model, kind and batch; none of a model that it has not."""
+    return [bars for bars in study(*name.split("-")[:2]) if f"batch {RUNS[name][3]}" in bars.name]
+
+
 def rows(name: str, result: dict[str, Any]) -> list[str]:
     """The table's lines for one run: every computed observation, the paper's first."""
-    model, kind = name.split("-")[:2]
-    batch = RUNS[name][3]
-    paper = next(b for b in study(model, kind) if f"batch {batch}" in b.name)
-    printed, theirs, ours = takeaways(paper), result["pytorch"]["takeaways"], result["moejax"]["takeaways"]
+    paper = [takeaways(bars) for bars in beside(name)]
+    printed, theirs, ours = paper[0] if paper else {}, result["pytorch"]["takeaways"], result["moejax"]["takeaways"]
     lines = []
-    for what in printed:
-        cells = [_cell(what, side[what]) for side in (printed, theirs, ours)]
+    for what in ours:
+        cells = [_cell(what, side.get(what)) for side in (printed, theirs, ours)]
         lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
     attributed = [100 * result[side]["attributed"] for side in ("pytorch", "moejax")]
     lines.append(f"| {name} | of the busy step, under a named stage | – | {' | '.join(f'{a:.1f} %' for a in attributed)} |")
@@ -99,10 +108,7 @@ def ratios(results: dict[str, Any]) -> list[str]:
         pair = [f"{model}-{kind}" for kind in ("dense", "sparse")]
         if not all(name in results for name in pair):
             continue
-        batch = RUNS[pair[0]][3]
-        paper = [
-            sum(next(b for b in study(model, k) if f"batch {batch}" in b.name).phases.values()) for k in ("dense", "sparse")
-        ]
+        paper = [sum(beside(name)[0].phases.values()) for name in pair]
         sides = [[results[n][side]["step_seconds"]["median"] for n in pair] for side in ("pytorch", "moejax")]
         cells = " | ".join(f"{dense / sparse:.2f}" for dense, sparse in (paper, *sides))
         lines.append(f"| {model} | dense step / sparse step | {cells} |")
@@ -142,22 +148,18 @@ STAGES = {"moe": "moe, outside its kernels (loops, slices)", "layers": "loops ov
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="these runs; none named: the tables again")
-    parser.add_argument("--reference4", type=Path, help="Python of that environment, if it is not the Makefile's")
-    parser.add_argument("--reference5", type=Path)
+    torch_run.add_references(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/frameworks"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-side-by-side.json")
     options = parser.parse_args()
-    given = {"reference4": options.reference4, "reference5": options.reference5}
     results = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.exists() else {}
     try:
-        pythons = {s: torch_run.reference_python(s, given[contract.MAKE[s]]) for s in {RUNS[n][1] for n in options.only}}
+        pythons = torch_run.references(options, {RUNS[n][1] for n in options.only})
         for name in options.only:
             folders = profile(name, pythons, options.runs)
             ours, theirs = (breakdown.load(folder) for folder in folders)
             results[name] = {"moejax": described(folders[0], ours.bars), "pytorch": described(folders[1], theirs.bars)}
-            batch = f"batch {RUNS[name][3]}"
-            paper = [b for b in study(*name.split("-")[:2]) if batch in b.name]
-            draw([ours.bars, theirs.bars, *paper], options.runs / "figures" / name)
+            draw([ours.bars, theirs.bars, *beside(name)], options.runs / "figures" / name)
             if name == "mixtral-sparse":
                 shutil.copy(options.runs / "figures" / name / "moe_kernels.png", ROOT / "docs" / "frameworks")
             print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)

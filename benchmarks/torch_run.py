@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -41,23 +42,31 @@ def reference_python(stack: str, given: Path | None = None) -> Path:
     return python
 
 
+def add_references(parser: argparse.ArgumentParser) -> None:
+    """Options for an environment that is not the Makefile's."""
+    for target in sorted(set(contract.MAKE.values())):
+        parser.add_argument(f"--{target}", type=Path, help="Python of that environment, if it is not the Makefile's")
+
+
+def references(options: argparse.Namespace, stacks: Collection[str]) -> dict[str, Path]:
+    """Python of each stack's environment. Raises UserError."""
+    return {stack: reference_python(stack, getattr(options, contract.MAKE[stack])) for stack in contract.STACKS if stack in stacks}
+
+
 def command(handover: Path, stack: str, python: Path, arguments: list[str]) -> list[str]:
     return [str(python), str(HERE / "pytorch" / "run.py"), str(handover), "--stack", stack, *arguments]
 
 
-def run(
-    experiment: Experiment, stack: str, folder: Path, *, python: Path | None = None, arguments: list[str] | None = None
-) -> None:
+def run(experiment: Experiment, stack: str, folder: Path, python: Path, arguments: Sequence[str] = ()) -> None:
     """Hand the experiment over into folder/handover and train it into `folder`. Raises UserError with what the runner said."""
-    interpreter = reference_python(stack, python)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is written down here needs no accelerator
     import handover
 
     handover.write(experiment, folder / "handover", stack_name=stack)
-    train(folder / "handover", stack, folder, interpreter, arguments or [])
+    train(folder / "handover", stack, folder, python, arguments)
 
 
-def train(handover: Path, stack: str, folder: Path, python: Path, arguments: list[str]) -> None:
+def train(handover: Path, stack: str, folder: Path, python: Path, arguments: Sequence[str]) -> None:
     """Train what was handed over, into `folder`. Raises UserError with what the runner said."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -82,7 +91,7 @@ def main() -> int:
     parser.add_argument("--base", choices=("nf4", "dequantized"), default="dequantized", help="how NF4 weights are held")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds it")
-    parser.add_argument("--reference", type=Path, help="Python of the PyTorch environment, if it is not the Makefile's")
+    add_references(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args()
     arguments = ["--base", options.base, "--attention", options.attention]
@@ -92,7 +101,8 @@ def main() -> int:
         load = configuration.load_profiled if options.profile else configuration.load
         experiment = load(options.config, options.overrides)
         folder = Path(experiment.runs_dir) / f"{experiment.name}-{options.stack}"
-        run(experiment, options.stack, folder, python=options.reference, arguments=arguments)
+        python = references(options, [options.stack])[options.stack]
+        run(experiment, options.stack, folder, python, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

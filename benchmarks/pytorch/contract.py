@@ -1,16 +1,23 @@
 """What both sides agree on: the handed-over experiment, what PyTorch's side can express of it, and the learning rate. No torch here.
 
-`benchmarks/handover.py` writes the folder; everything here needs Python's library alone, so both environments and the tests read it.
+`benchmarks/handover.py` writes the folder; everything here needs Python's library and `moejax.models.config` alone, so both environments
+and the tests read it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from moejax.models.config import Architecture, BlackMambaConfig, from_hub_config
+from moejax.models.families.attention_moe import AttentionMoEConfig
+
+FORMAT = 2
 STACKS = {
     "study": "transformers 4 with PEFT 0.18: an adapter per expert, bitsandbytes' NF4 (the study's)",
     "today": "transformers 5 with PEFT 0.21: stacked experts, target_parameters",
@@ -37,43 +44,65 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
+def architecture(content: dict[str, Any]) -> Architecture:
+    """The model's sizes, and what follows from them."""
+    return from_hub_config(content["hub_config"])
+
+
 def check(content: dict[str, Any], stack: str) -> None:
-    """Raises CannotRun naming the first field that this stack cannot express, and why."""
-    e, kind = content["experiment"], content["kind"]
+    """Raises CannotRun naming the first field that this stack cannot express, and why. content: `experiment` and `hub_config` of it."""
+    e, sizes = content["experiment"], architecture(content)
     t, adapter, quantized = e["training"], e["adapter"], e["quantization"]["format"] != "none"
-    problems = {
-        f"model is a {kind}": stack not in {"mixtral": ("study", "today"), "blackmamba": ("plain",)}.get(kind, ()),
-        f"training.optimizer = {t['optimizer']}": t["optimizer"] != "adamw",
-        f"model.aux_loss_coef = {e['model']['aux_loss_coef']}": bool(e["model"]["aux_loss_coef"]),
-        f"adapter.dropout = {adapter and adapter['dropout']}": bool(adapter and adapter["dropout"]),
-        "quantization.format = nf4": quantized and stack == "today",
-        f"training.param_dtype = {t['param_dtype']}": adapter is None
-        and stack != "plain"
-        and t["param_dtype"] != t["compute_dtype"],
-        f"training.weight_decay_on = {t['weight_decay_on']}": adapter is None
-        and bool(t["weight_decay"])
-        and t["weight_decay_on"] != "all",
-        "training.param_dtype = bfloat16_stochastic": t["param_dtype"] == "bfloat16_stochastic",
-        f"training.remat = {t['remat']}": t["remat"] not in ("none", "full"),
-        "adapter.share": stack == "study" and bool(adapter and adapter["share"]),
-        "adapter.targets": stack == "today" and bool(adapter) and not {"w1", "w2", "w3"} <= set(adapter["targets"]),
-    }
-    reasons = {
-        "model is a ": f"the stack {stack!r} is for another ({STACKS[stack]})",
-        "training.optimizer": "AdamW alone has the same rule on both sides",
-        "model.aux_loss_coef": "the runner adds no load-balancing loss",
-        "adapter.dropout": "two frameworks cannot draw the same masks",
-        "quantization.format": "bitsandbytes stores linear layers in 4 bits, and transformers 5 keeps experts as stacked parameters",
-        "training.param_dtype = bfloat16_stochastic": "it rounds to the nearest number: set bfloat16, or float32",
-        "training.param_dtype": "transformers holds one copy of a Mixtral's weights: it must be equal to training.compute_dtype",
-        "training.weight_decay_on": "its AdamW decays whatever it trains: set training.weight_decay_on=all",
-        "training.remat": "its layers are recomputed whole or not at all: full or none, the same for both sides",
-        "adapter.share": "PEFT 0.18 trains an A for each matrix: leave it out, or compare with the stack 'today'",
-        "adapter.targets": "transformers 5 holds w1 and w3 in one parameter: w1, w2 and w3 are adapted together or not at all",
-    }
-    for what, wrong in problems.items():
+    targets = set() if adapter is None else set(sizes.resolve_targets(adapter["targets"]))
+    fits = isinstance(sizes, BlackMambaConfig if stack == "plain" else AttentionMoEConfig)
+    cannot = (
+        (not fits, f"model is a {sizes.title}", f"the stack {stack!r} is for another ({STACKS[stack]})"),
+        (t["optimizer"] != "adamw", f"training.optimizer = {t['optimizer']}", "AdamW alone has the same rule on both sides"),
+        (
+            bool(e["model"]["aux_loss_coef"]), f"model.aux_loss_coef = {e['model']['aux_loss_coef']}",
+            "the runner adds no load-balancing loss",
+        ),
+        (
+            bool(adapter and adapter["dropout"]), f"adapter.dropout = {adapter and adapter['dropout']}",
+            "two frameworks cannot draw the same masks",
+        ),
+        (
+            quantized and stack == "today", "quantization.format = nf4",
+            "bitsandbytes stores linear layers in 4 bits, and transformers 5 keeps experts as stacked parameters",
+        ),
+        (
+            t["param_dtype"] == "bfloat16_stochastic", "training.param_dtype = bfloat16_stochastic",
+            "it rounds to the nearest number: set bfloat16, or float32",
+        ),
+        (
+            adapter is None and stack != "plain" and t["param_dtype"] != t["compute_dtype"],
+            f"training.param_dtype = {t['param_dtype']}",
+            "transformers holds one copy of a model's weights: it must be equal to training.compute_dtype",
+        ),
+        (
+            adapter is None and bool(t["weight_decay"]) and t["weight_decay_on"] != "all",
+            f"training.weight_decay_on = {t['weight_decay_on']}",
+            "its AdamW decays whatever it trains: set training.weight_decay_on=all",
+        ),
+        (
+            t["remat"] not in ("none", "full"), f"training.remat = {t['remat']}",
+            "its layers are recomputed whole or not at all: full or none, the same for both sides",
+        ),
+        (
+            stack == "study" and bool(adapter and adapter["share"]), f"adapter.share = {adapter and adapter['share']}",
+            "PEFT 0.18 trains an A for each matrix: leave it out, or compare with the stack 'today'",
+        ),
+        (
+            stack == "today" and {"w1", "w3"} <= targets and not (adapter and adapter["share"]), "adapter.share = null",
+            "PEFT 0.21 trains one A for w1 and w3: set adapter.share=[w1,w3], or compare with the stack 'study'",
+        ),
+        (
+            stack == "today" and len(targets & {"w1", "w3"}) == 1, "adapter.targets",
+            "transformers 5 holds w1 and w3 in one parameter: they are adapted together or not at all",
+        ),
+    )  # fmt: skip
+    for wrong, what, why in cannot:
         if wrong:
-            why = next(reason for name, reason in reasons.items() if what.startswith(name))
             raise CannotRun(f"{what}: PyTorch's side cannot express it: {why}")
 
 
@@ -90,9 +119,13 @@ def learning_rate(training: dict[str, Any], steps: int, done: int) -> float:
     return float(peak * ((1 - ratio) * 0.5 * (1 + math.cos(math.pi * part)) + ratio))
 
 
-def compare(found: dict[str, str], expected: dict[str, str] | None) -> None:
-    """Digests of weights by Hub name, of both sides. Raises CannotRun naming the first weight that the two hold differently."""
-    for name, digest in (expected or {}).items():
+def compare(found: dict[str, str], trainable: int, content: dict[str, Any]) -> None:
+    """Digests of weights by Hub name, and how many parameters are trained, of both sides. Raises CannotRun naming the first weight that
+    the two hold differently."""
+    for name, digest in (content["digests"] or {}).items():
         if found.get(name) != digest:
             why = "is missing in PyTorch" if name not in found else "differs"
             raise CannotRun(f"the two sides load the checkpoint differently: tensor {name!r} {why}, the first of them")
+    expected = content["model"]["params_trainable"]
+    if trainable != expected:
+        raise CannotRun(f"PyTorch's side trains {trainable:,} parameters, moejax {expected:,}: not the same adapter")

@@ -36,7 +36,7 @@ class Trainer:
         self.training = content["experiment"]["training"]
         torch.manual_seed(content["experiment"]["seed"])
         self.side = stacks.build(content, folder, options.stack, options)
-        contract.compare(self.side.first, content["digests"])
+        contract.compare(self.side.first, sum(p.numel() for p in self.side.trainable), content)
         if options.nudge:
             with torch.no_grad():
                 self.side.trainable[0].mul_(1 + torch.finfo(torch.float32).eps)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 import tracing
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FAMILIES = {"attention": ATTENTION, "experts": ("w1", "w2", "w3"), "router": ("gate",)}
+from moejax.hub import names
+from moejax.models.families.attention_moe import AttentionMoEConfig
 
 
 class Side:
@@ -40,7 +40,7 @@ class Side:
 
 def build(content: dict[str, Any], folder: Path, stack: str, options: Any) -> Side:
     contract.check(content, stack)
-    side: type[Any] = {"study": Mixtral, "today": FusedMixtral, "plain": BlackMamba}[stack]
+    side: type[Any] = {"study": Transformers, "today": StackedTransformers, "plain": BlackMamba}[stack]
     return side(content, folder, options)
 
 
@@ -66,23 +66,25 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-class Mixtral(Side):
-    """transformers 4 and PEFT 0.18: a module per expert, a LoRA pair per module."""
+class Transformers(Side):
+    """transformers 4 and PEFT 0.18: a module per expert, a LoRA pair per module. Tensors' names follow from the architecture."""
 
     backend = "transformers 4, a loop over experts"
+    module: str | None = None
+    """What it calls the experts' half of a layer; None: what the family's files do."""
 
     def __init__(self, content: dict[str, Any], folder: Path, options: Any):
         import peft
         import transformers
 
         self.versions = {"transformers": transformers.__version__, "peft": peft.__version__}
-        e = content["experiment"]
+        e, self.sizes = content["experiment"], contract.architecture(content)
+        assert isinstance(self.sizes, AttentionMoEConfig)  # contract.check
         self.training, self.device = e["training"], torch.device(options.device)
         self.dtype = getattr(torch, self.training["compute_dtype"])
-        config = transformers.MixtralConfig(
-            **{k: v for k, v in content["hub_config"].items() if k not in ("architectures", "model_type")}, use_cache=False
-        )
-        self.layers, self.attention = config.num_hidden_layers, options.attention
+        # An embedding of padding would have no gradient.
+        config = transformers.AutoConfig.for_model(**content["hub_config"], use_cache=False, pad_token_id=None)
+        self.attention = options.attention
         self.how = {"dtype": self.dtype, "attn_implementation": options.attention} | self.experts(options)
         self.codes: dict[str, str] = {}
         self.full = e["adapter"] is None
@@ -95,7 +97,7 @@ class Mixtral(Side):
             wide = quantization is not None and content["digests"] is not None
             how = self.how | ({"dtype": torch.float32} if wide else {})
             with _quietly():
-                base = transformers.MixtralForCausalLM.from_pretrained(content["base"], config=config, **how)
+                base = transformers.AutoModelForCausalLM.from_pretrained(content["base"], config=config, **how)
             if quantization:
                 self._quantize(base, quantization, options.base)
             for weight in base.parameters() if wide else ():
@@ -106,11 +108,13 @@ class Mixtral(Side):
         self.first = dict(self.digests()) if content["digests"] else {}
         if self.training["remat"] == "full":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = self._adapted(base, e["adapter"], folder / "adapter").train()
+        self.model = (base if self.full else self._adapted(base, folder / "adapter", content["base"] is None)).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.probabilities: dict[int, torch.Tensor] = {}
-        self._watch_routers()
-        tracing.name_scopes(self.model)
+        self.probabilities: list[torch.Tensor] = [torch.empty(0)] * len(base.model.layers)
+        moe = self.module or self.sizes.module
+        for layer, block in enumerate(base.model.layers):
+            self._watch(layer, getattr(block, moe).gate)
+        tracing.name_scopes(self.model, moe, self.sizes.target_names)
 
     def experts(self, options: Any) -> dict[str, Any]:
         """What says how the experts run: transformers 4 has one way."""
@@ -133,8 +137,8 @@ class Mixtral(Side):
         import bitsandbytes
 
         self.versions["bitsandbytes"] = bitsandbytes.__version__
-        wanted = {name for family in quantization["modules"] for name in FAMILIES[family]}
-        return [(path, module) for path, module in base.named_modules() if path.rpartition(".")[2] in wanted]
+        wanted = {path for group in quantization["modules"] for path in self.sizes.groups[group]}
+        return [(n, base.get_submodule(n)) for n, place in names.modules(self.sizes).items() if place.path in wanted]
 
     def _linear4bit(self, module: Any, weight: torch.Tensor, double: bool) -> Any:
         import bitsandbytes
@@ -167,16 +171,14 @@ class Mixtral(Side):
                     setattr(module, name, torch.nn.Parameter(made.fill_(1.0) if "norm" in path else made, self.full))
         return base
 
-    def _adapted(self, base: Any, adapter: dict[str, Any] | None, folder: Path) -> Any:
+    def _adapted(self, base: Any, folder: Path, random: bool) -> Any:
+        """With moejax's initial adapter; or with a new one of its settings."""
         from peft import LoraConfig, PeftModel, get_peft_model
 
-        if adapter is None:
-            return base
         with _quietly():
-            if folder.is_dir():
-                return PeftModel.from_pretrained(base, folder, is_trainable=True)
-            settings: dict[str, Any] = {"r": adapter["rank"], "lora_alpha": adapter["alpha"], "lora_dropout": 0.0}
-            return get_peft_model(base, LoraConfig(**settings, target_modules=adapter["targets"], task_type="CAUSAL_LM"))
+            if random:
+                return get_peft_model(base, LoraConfig.from_pretrained(folder, inference_mode=False))
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
     def digests(self) -> Iterator[tuple[str, str]]:
         for name, weight in self.base.state_dict().items():
@@ -186,14 +188,12 @@ class Mixtral(Side):
             elif "lora_" not in name and name.endswith(".weight"):
                 yield plain, _digest(_wide(weight))
 
-    def _watch_routers(self) -> None:
-        for layer in range(self.layers):
-            block = self.base.model.layers[layer].block_sparse_moe
+    def _watch(self, layer: int, router: Any) -> None:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            logits = output[0] if isinstance(output, tuple) else output
+            self.probabilities[layer] = torch.softmax(logits.detach().float(), -1)
 
-            def keep(_module: Any, _inputs: Any, output: Any, layer: int = layer) -> None:
-                self.probabilities[layer] = output[1].detach()
-
-            block.register_forward_hook(keep)
+        router.register_forward_hook(keep)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         segments, arguments = batch["segment_ids"], {}
@@ -211,81 +211,26 @@ class Mixtral(Side):
             hidden = self.base.model(input_ids=batch["tokens"].long(), **arguments).last_hidden_state
             with tracing.scope("loss"):
                 loss = _loss(self.base.lm_head(hidden), batch, self.training["label_smoothing"])
-        return loss, [torch.softmax(self.probabilities[layer].float(), -1) for layer in range(self.layers)]
+        return loss, list(self.probabilities)
 
 
-class FusedMixtral(Mixtral):
-    """transformers 5 and PEFT 0.21: stacked experts, adapted as parameters.
+class StackedTransformers(Transformers):
+    """transformers 5 and PEFT 0.21: a parameter over all experts, adapted as one: w1 and w3 share one A."""
 
-    w1 and w3 are one parameter here and share one A; it starts from the A that w1 has in moejax. All other pairs are moejax's own.
-    """
+    module = "mlp"
 
     def experts(self, options: Any) -> dict[str, Any]:
         self.backend = f"transformers 5, {options.experts}"
         return {"experts_implementation": options.experts}
 
-    def _adapted(self, base: Any, adapter: dict[str, Any] | None, folder: Path) -> Any:
-        from peft import LoraConfig, get_peft_model
-
-        if adapter is None:
-            return base
-        parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        parameters += ["mlp.gate.weight"] if "gate" in adapter["targets"] else []
-        attention = [name for name in adapter["targets"] if name in ATTENTION]
-        with _quietly():
-            model = get_peft_model(
-                base,
-                LoraConfig(
-                    r=adapter["rank"],
-                    lora_alpha=adapter["alpha"],
-                    lora_dropout=0.0,
-                    target_modules=attention,
-                    target_parameters=parameters,
-                    task_type="CAUSAL_LM",
-                ),
-            )
-        if folder.is_dir():
-            self._start_from(model, folder / "adapter_model.safetensors")
-        return model
-
-    def _start_from(self, model: Any, path: Path) -> None:
-        """moejax's initial A (every B is zero on both sides)."""
-        from safetensors.torch import load_file
-
-        given = load_file(path)
-        experts = range(self.base.config.num_local_experts)
-        for name, layer in model.named_modules():
-            if "default" not in getattr(layer, "lora_A", {}):
-                continue
-            place = name.replace(".mlp.", ".block_sparse_moe.").removesuffix(".base_layer")
-            parameter = getattr(layer, "parameter_name", "")
-            if parameter in ("gate_up_proj", "down_proj"):
-                matrix = "w1" if parameter == "gate_up_proj" else "w2"
-                a = torch.cat([given[f"{place}.{e}.{matrix}.lora_A.weight"] for e in experts])
-            else:
-                a = given[f"{place}.lora_A.weight"]
-            layer.lora_A["default"].weight.data.copy_(a)
-
     def digests(self) -> Iterator[tuple[str, str]]:
+        stacked, renamed = names.stacked(self.sizes), names.renamed(self.sizes)
         for name, weight in self.base.state_dict().items():
-            if "experts." in name:
-                prefix = name.partition(".mlp.")[0] + ".block_sparse_moe.experts"
-                halves = weight.shape[1] // 2
-                for e, matrix in enumerate(weight):
-                    parts = {"w1": matrix[:halves], "w3": matrix[halves:]} if "gate_up" in name else {"w2": matrix}
-                    for key, part in parts.items():
-                        yield f"{prefix}.{e}.{key}.weight", _digest(_wide(part))
-            else:
-                yield name.replace(".mlp.", ".block_sparse_moe."), _digest(_wide(weight))
-
-    def _watch_routers(self) -> None:
-        for layer in range(self.layers):
-            gate = next(m for m in self.base.model.layers[layer].mlp.modules() if type(m).__name__ == "MixtralTopKRouter")
-
-            def keep(_module: Any, _inputs: Any, output: Any, layer: int = layer) -> None:
-                self.probabilities[layer] = output[0].detach()
-
-            gate.register_forward_hook(keep)
+            for part in stacked.get(name, ()):
+                matrix = weight[part.expert]
+                yield part.name, _digest(_wide(matrix if part.half is None else matrix.chunk(2)[part.half]))
+            if name not in stacked:
+                yield renamed.get(name, name), _digest(_wide(weight))
 
 
 class BlackMamba(Side):

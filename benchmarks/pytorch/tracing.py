@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,32 +35,33 @@ def wrap(module: torch.nn.Module, name: str) -> None:
 
 _LAST = {
     "embed_tokens": "embed", "input_layernorm": "norm", "post_attention_layernorm": "norm", "norm": "norm", "self_attn": "attention",
-    "block_sparse_moe": "moe", "mlp": "moe", "act_fn": "moe/act",
+    "act_fn": "moe/act",
 }  # fmt: skip
-_MOE = ("gate", "w1", "w2", "w3")
 
 
-def name_scopes(model: torch.nn.Module) -> None:
-    """Put every module of a transformers Mixtral, with PEFT's adapters or without, under its scope."""
+def name_scopes(model: torch.nn.Module, moe: str, names: Mapping[str, str]) -> None:
+    """Put every module of a transformers model of attention and experts, with PEFT's adapters or without, under its scope.
+
+    moe: what it calls the experts' half of a layer; names: our name of a linear layer -> its own.
+    """
+    ours = {name: target for target, name in names.items()}
     for path, module in model.named_modules():
         parts = path.split(".")
-        adapter = next((p for p in parts if p in ("lora_A", "lora_B")), None)
-        inside = "moe" if any(p in ("block_sparse_moe", "mlp") for p in parts) else "attention"
+        inside = "moe" if moe in parts else "attention"
         own = [p for p in parts if p not in ("base_layer", "default")]
-        last = own[-1] if own else ""
-        if adapter is not None or not path:
+        last = own[-1]
+        target = ours.get(last)
+        if not path or "lora_A" in parts or "lora_B" in parts:
             continue
         if hasattr(module, "lora_A") and parts[-1] != "base_layer" and hasattr(module, "base_layer"):
             wrap(module, f"{inside}/lora")  # what is not the base layer's
-        elif last in _MOE and inside == "moe":
-            wrap(module, "moe/router" if last == "gate" else f"moe/{last}")
-        elif last in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            wrap(module, "attention")
+        elif target is not None:
+            wrap(module, "attention" if inside == "attention" else "moe/router" if target == "gate" else f"moe/{target}")
         elif last.isdigit() and "experts" in own:
             wrap(module, "moe/act")
         elif last.isdigit() and own[-2] == "layers":
             wrap(module, "layers")
-        elif last == "experts" and not isinstance(module, torch.nn.ModuleList):
+        elif last == moe or (last == "experts" and not isinstance(module, torch.nn.ModuleList)):
             wrap(module, "moe")
         elif last in _LAST:
             wrap(module, _LAST[last])

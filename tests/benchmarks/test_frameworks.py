@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support import ROOT
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
@@ -20,8 +21,9 @@ import torch_run
 from moejax import config as configuration
 from moejax.config import Experiment, TrainingConfig
 from moejax.errors import UserError
-from moejax.hub import peft, weights
+from moejax.hub import names, peft, weights
 from moejax.hub.model import architecture, create_model
+from moejax.models.config import PRESETS
 from moejax.training.optimizer import make_schedule
 
 TINY = {
@@ -48,7 +50,7 @@ def test_handover_is_what_train_would_train(tmp_path):
     experiment = Experiment.model_validate(TINY)
     content = handover.write(experiment, tmp_path, stack_name="study")
     assert content == json.loads((tmp_path / "experiment.json").read_text()) == contract.read(tmp_path)
-    assert content["steps"] == 3 and content["kind"] == "mixtral"
+    assert content["steps"] == 3 and contract.architecture(content) == architecture(experiment, None)
     with np.load(tmp_path / "batches.npz") as file:
         batches = dict(file)
     assert {name.partition("/")[2] for name in batches} == {"tokens", "targets", "loss_mask", "segment_ids", "positions"}
@@ -66,6 +68,31 @@ def test_handover_is_what_train_would_train(tmp_path):
     peft.load_adapter(model, tmp_path / "adapter")
     for name, (_, lora) in peft.adapted(model).items():
         assert np.array_equal(before[name], lora.a.get_value())
+
+
+@pytest.mark.parametrize(("preset", "stack"), [("qwen3-moe-tiny", "study"), ("olmoe-tiny", "today")])
+def test_a_family_s_weights_and_adapter_are_handed_over_under_its_own_names(preset, stack, tmp_path):
+    """Those that transformers has by them: PEFT's settings, and the digests, are what the other side looks up."""
+    share = ["w1", "w3"] if stack == "today" else None
+    content = TINY | {
+        "model": {"preset": preset, "overrides": {"num_layers": 1, "num_experts": 4}},
+        "quantization": {"format": "nf4" if stack == "study" else "none"},
+        "adapter": {"rank": {"experts": 2, "attention": 4}, "share": share},
+    }
+    found = handover.write(Experiment.model_validate(content), tmp_path, stack_name=stack)
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert settings["r"] == 2 and set(settings["rank_pattern"].values()) == {4}
+    of_experts = {f"model.layers.0.mlp.experts.3.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert of_experts | {"model.layers.0.mlp.gate.weight"} <= found["digests"].keys()
+    if stack == "study":
+        assert {"gate_proj", "up_proj", "down_proj"} <= set(settings["target_modules"]) and "gate" not in settings["target_modules"]
+        assert found["experiment"]["quantization"]["modules"] == ["attention", "experts"]
+    else:
+        assert set(settings["target_parameters"]) == {"mlp.experts.down_proj", "mlp.experts.gate_up_proj"}
+        parts = names.stacked(contract.architecture(found))["model.layers.0.mlp.experts.gate_up_proj"]
+        assert len(parts) == 8 and {part.name for part in parts} <= found["digests"].keys()
+    lora = sum(array.size for array in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
+    assert lora == found["model"]["params_trainable"]
 
 
 def test_handover_takes_batches_in_training_order(tmp_path):
@@ -94,20 +121,25 @@ def test_handover_takes_batches_in_training_order(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "stack", "words"),
     [
-        ({}, "plain", "model is a mixtral"),
+        ({}, "plain", "model is a Mixtral"),
         ({"training": {"optimizer": "adafactor"}}, "study", "training.optimizer = adafactor"),
         ({"model": {"aux_loss_coef": 0.01}}, "study", "model.aux_loss_coef = 0.01"),
         ({"adapter": {"dropout": 0.1}}, "study", "adapter.dropout = 0.1"),
-        ({"adapter": {"share": ["w1", "w3"]}}, "study", "adapter.share"),
         ({}, "today", "quantization.format = nf4"),
-        ({"quantization": {"format": "none"}, "adapter": {"targets": ["gate"]}}, "today", "adapter.targets"),
+        ({"quantization": {"format": "none"}, "adapter": {"targets": ["w1", "w2"]}}, "today", "adapter.targets"),
+        ({"quantization": {"format": "none"}}, "today", r"adapter\.share = null.*set adapter\.share=\[w1,w3\]"),
+        ({"adapter": {"share": ["w1", "w3"]}}, "study", r"adapter\.share = \['w1', 'w3'\]"),
     ],
 )
 def test_what_pytorch_cannot_express(changes, stack, words, tmp_path):
     content = {name: TINY[name] | changes.get(name, {}) if name != "name" else "tiny" for name in TINY}
-    with pytest.raises(UserError, match=f"{words}.*cannot express it: ") as error:
+    with pytest.raises(UserError, match=words) as error:
         handover.write(Experiment.model_validate(content), tmp_path, stack_name=stack)
-    assert not list(tmp_path.iterdir()) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir()) and "\n" not in str(error.value) and "cannot express it: " in str(error.value)
+
+
+def handed_over(experiment):
+    return {"experiment": experiment.model_dump(mode="json"), "hub_config": PRESETS["blackmamba-tiny"].to_hub_config()}
 
 
 @pytest.mark.parametrize(
@@ -120,9 +152,9 @@ def test_what_pytorch_cannot_express(changes, stack, words, tmp_path):
 def test_what_pytorch_cannot_express_of_a_model_trained_whole(training, words):
     experiment = configuration.load(ROOT / "configs/demo_blackmamba.yaml", [f"training.{k}={v}" for k, v in training.items()])
     with pytest.raises(contract.CannotRun, match=words):
-        contract.check({"experiment": experiment.model_dump(mode="json"), "kind": "blackmamba"}, "plain")
+        contract.check(handed_over(experiment), "plain")
     all_of_it = configuration.load(ROOT / "configs/demo_blackmamba.yaml", ["training.weight_decay=0.1", "training.weight_decay_on=all"])
-    contract.check({"experiment": all_of_it.model_dump(mode="json"), "kind": "blackmamba"}, "plain")
+    contract.check(handed_over(all_of_it), "plain")
 
 
 def test_a_missing_environment_names_the_make_target(tmp_path):
@@ -135,25 +167,30 @@ def test_a_folder_that_is_no_handover(tmp_path):
     with pytest.raises(contract.CannotRun, match=r"experiment\.json does not exist"):
         contract.read(tmp_path)
     (tmp_path / "experiment.json").write_text('{"format": 99}')
-    with pytest.raises(contract.CannotRun, match="format = 99, expected 1"):
+    with pytest.raises(contract.CannotRun, match="format = 99, expected 2"):
         contract.read(tmp_path)
 
 
 def test_the_first_tensor_that_differs_is_named():
     expected = {"a.weight": "1", "b.weight": "2", "c.weight": "3"}
-    contract.compare(expected, expected)
-    contract.compare({}, None)
+    content = {"digests": expected, "model": {"params_trainable": 6}}
+    contract.compare(expected, 6, content)
+    contract.compare({}, 6, content | {"digests": None})
     with pytest.raises(contract.CannotRun, match=r"load the checkpoint differently: tensor 'b\.weight' differs"):
-        contract.compare(expected | {"b.weight": "x", "c.weight": "y"}, expected)
+        contract.compare(expected | {"b.weight": "x", "c.weight": "y"}, 6, content)
     with pytest.raises(contract.CannotRun, match=r"tensor 'a\.weight' is missing in PyTorch"):
-        contract.compare({"b.weight": "2"}, expected)
+        contract.compare({"b.weight": "2"}, 6, content)
+    with pytest.raises(contract.CannotRun, match=r"trains 1,234 parameters, moejax 6: not the same adapter"):
+        contract.compare(expected, 1234, content)
 
 
 def test_random_weights_are_handed_over_as_sizes_alone(tmp_path):
     experiment = Experiment.model_validate(TINY)
     content = handover.write_random(experiment, tmp_path, stack_name="study")
-    assert content["base"] is None and content["digests"] is None and not (tmp_path / "adapter").exists()
+    assert content["base"] is None and content["digests"] is None
     whole = handover.write(experiment, tmp_path / "whole", stack_name="study")
+    settings, of_whole = (json.loads((f / "adapter/adapter_config.json").read_text()) for f in (tmp_path, tmp_path / "whole"))
+    assert settings | {"base_model_name_or_path": None} == of_whole | {"base_model_name_or_path": None}
     assert content["model"] == whole["model"] and content["hub_config"] == whole["hub_config"]
     with np.load(tmp_path / "batches.npz") as file, np.load(tmp_path / "whole" / "batches.npz") as other:
         assert len(file.files) == 5 and np.array_equal(file["0/tokens"], other["0/tokens"])
@@ -217,6 +254,8 @@ def test_shares_stand_beside_the_paper_s():
     assert {line.count("|") for line in lines} == {6}
     assert "| mixtral-sparse | of the busy step, under a named stage | – | 98.7 % | 98.7 % |" in lines
     assert lines[-1].startswith("| mixtral | dense step / sparse step |") and lines[-1].endswith("| 3.00 | 3.00 |")
+    lines = side_by_side.table({"olmoe-sparse": {"moejax": side, "pytorch": side}}).splitlines()
+    assert lines[2].startswith("| olmoe-sparse | MoE, of the layers' time | – | ")  # the study has no such model
 
 
 def test_seconds_name_the_stages_in_which_pytorch_takes_less():

@@ -15,6 +15,7 @@ import gpu_frameworks
 import turns
 
 from moejax import gpus
+from moejax.hub.model import architecture
 
 PLAYED = """
 import json, sys
@@ -53,8 +54,7 @@ def test_a_side_that_ends_says_why():
     assert not error.value.out_of_memory
 
 
-NAME = "Mixtral, 8 of 32 layers, bf16, k = 2"
-CASE = gpu_frameworks.CASES[NAME]
+NAME = gpu_frameworks.BF16_SMALL
 
 
 class Fake:
@@ -62,7 +62,7 @@ class Fake:
 
     def __init__(self, name, rows, room):
         self.rows, self.room, self.ended = rows, room, False
-        self.about = {"matrix_rate_flops": {"moejax": 6e14, "study": 5e14}.get(name), "compile_seconds": 30.0}
+        self.about = {"matrix_rate_flops": {"moejax": 6e14, "today": 5e14}.get(name), "compile_seconds": 30.0}
 
     def step(self):
         if self.rows > self.room:
@@ -91,22 +91,24 @@ def beginner(rooms):
 
 
 def test_out_of_memory_is_recorded_and_the_others_go_on():
-    begin = beginner({"moejax": 20, "study": 64, "today": 0})
+    begin = beginner({"moejax": 20, "today": 0})
     report = {"cases": {NAME: gpu_frameworks.measure(NAME, settings(), gpus.GPUS["H100"], begin)}}
     same, best = report["cases"][NAME]["same batch"], report["cases"][NAME]["best batch"]
     assert same["today"] == {"error": "out of memory: no memory", "out_of_memory": True}
-    assert [same[n]["rows"] for n in ("moejax", "study")] == [4, 4] and len(same["study"]["step_seconds"]) == 4
+    assert same["moejax"]["rows"] == 4 and len(same["moejax"]["step_seconds"]) == 4 and best["today"]["out_of_memory"]
+    assert "| today | cannot run: out of memory: no memory |" in gpu_frameworks.table(report)
+    report["cases"][NAME] = gpu_frameworks.measure(NAME, settings(), gpus.GPUS["H100"], beginner({"moejax": 20, "today": 64}))
+    best = report["cases"][NAME]["best batch"]
     # Doubled until memory is full, then the middle: 4, 8, 16, 32 (full), 24 (full).
     assert [t["rows"] for t in best["moejax"]["tried"]] == [4, 8, 16, 32, 24]
     assert best["moejax"]["rows"] == best["moejax"]["largest_rows_that_ran"] == 16
-    assert best["study"]["rows"] == 64 and best["today"]["out_of_memory"]
-    cell = best["study"]
+    cell = best["today"]
+    assert cell["rows"] == 64
     assert len(cell["step_seconds"]) == 4 and cell["matrix_rate_flops"] == 6e14
     assert cell["share_of_matrix_rate"] == pytest.approx(cell["model_flops"] / cell["median"] / 6e14)
     assert cell["usd_per_1000_queries"] == pytest.approx(3.85 / 3.6 / cell["queries_per_second"])
     text = gpu_frameworks.table(report)
-    assert "| today | cannot run: out of memory: no memory |" in text
-    assert f"| {NAME} | best batch | study | 64 x 128 | 0.740 (0.740 to 0.740) | 86.49 |" in text
+    assert f"| {NAME} | best batch | today | 64 x 128 | 0.740 (0.740 to 0.740) | 86.49 |" in text
     assert {line.count("|") for line in text.splitlines()} == {len(gpu_frameworks.HEADER) + 1}
 
 
@@ -125,8 +127,8 @@ def test_every_bar_is_told_with_what_was_reached():
             "one query": {"moejax": cell(rows=1, median=0.213)},
             "expert_weights": 3 * 32 * 8 * 4096 * 14336,
         },
-        gpu_frameworks.BF16: {"best batch": {"moejax": cell(), "study": cell(tokens=990.0), "today": fallen}},
-        gpu_frameworks.BF16_SMALL: {"best batch": {"moejax": cell(), "study": cell(tokens=990.0), "today": cell(tokens=900.0)}},
+        gpu_frameworks.BF16: {"best batch": {"moejax": cell(), "today": fallen}},
+        gpu_frameworks.BF16_SMALL: {"best batch": {"moejax": cell(), "today": cell(tokens=900.0)}},
         gpu_frameworks.MAMBA: {"best batch": {"moejax": cell(device_peak_bytes=28e9), "plain": cell(tokens=400.0)}},
     }
     cases = json.loads(json.dumps(cases))
@@ -158,10 +160,9 @@ def test_cases_are_experiments_both_sides_can_express():
     for case in gpu_frameworks.CASES.values():
         for tiny in (False, True):
             experiment = settings(tiny=tiny).experiment(case, 2)
-            kind = "blackmamba" if "blackmamba" in case.config else "mixtral"
-            content = {"experiment": experiment.model_dump(mode="json"), "kind": kind}
-            for stack in case.stacks:
-                contract.check(content, stack)
+            sizes = architecture(experiment, None)
+            contract.check({"experiment": experiment.model_dump(mode="json"), "hub_config": sizes.to_hub_config()}, case.stack)
+            assert not tiny or (sizes.intermediate_size, sizes.num_layers) == (128, 2)
             assert experiment.training.compute_dtype == ("float32" if tiny else "bfloat16")
 
 
