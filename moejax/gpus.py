@@ -69,25 +69,21 @@ def _plain_device(name: str) -> str:
 _COMPILER_KEYS = tuple(field.name for field in dataclasses.fields(CompilerFigures))
 
 
-def _gpu(name: str, figures: dict[str, Any], **more: Any) -> GPU:
+def _gpu(name: str, figures: dict[str, Any], source: str = DATA_SHEET) -> GPU:
     """A GPU of the table's keys; without bf16 where its compute capability has none."""
     compiler = CompilerFigures(**{key: figures[key] for key in _COMPILER_KEYS}) if figures.get(_COMPILER_KEYS[0]) else None
-    able = compiler is None or float(compiler.compute_capability) >= 8
-    platform = None if compiler is None else platform_of_capability(compiler.compute_capability)
+    cuda_name = figures.get("cuda_name")  # of the table alone
     return GPU(
         name, figures["memory_gb"], figures["bandwidth_gb_per_second"] * 1e9, figures["bf16_tflops"] * 1e12, figures.get("watts"),
-        str(figures.get("chip", name)), cuda_name=figures.get("cuda_name", f"NVIDIA {name}"), bf16=figures.get("bf16", able),
-        platform=platform, compiler=compiler, **more,
+        str(figures.get("chip", name)), tuple(figures.get("aliases", ())), cuda_name or f"NVIDIA {name}",
+        figures.get("device_kind") or (_plain_device(cuda_name) if cuda_name else None), figures.get("device_bytes"), source,
+        bf16=figures.get("bf16", compiler is None or float(compiler.compute_capability) >= 8),
+        platform=None if compiler is None else platform_of_capability(compiler.compute_capability), compiler=compiler,
     )  # fmt: skip
 
 
-def _of_table(name: str, figures: dict[str, Any]) -> GPU:
-    kind = figures.get("device_kind", _plain_device(figures["cuda_name"]))
-    return _gpu(name, figures, device_kind=kind, device_bytes=figures.get("device_bytes"), aliases=tuple(figures.get("aliases", ())))
-
-
 _TABLE: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-GPUS: dict[str, GPU] = {name: _of_table(name, figures) for name, figures in _TABLE.items()}
+GPUS: dict[str, GPU] = {name: _gpu(name, figures) for name, figures in _TABLE.items()}
 
 
 def _plain(name: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
 from moejax import config, gpus
 from moejax.commands.arguments import add_config, check_counts, names_of, settle_config
-from moejax.commands.tables import print_json, show_table
+from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
@@ -71,7 +70,7 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
     if padded:
         return 1.0
     dataset = PurePath(experiment.data.source or "").stem  # by its whole name: another's set has other lengths
-    return row_tokens / lengths.of_study(dataset).mean if dataset in lengths.WITH_LENGTHS else None
+    return row_tokens / lengths.of_study(dataset).mean if lengths.has_lengths(dataset) else None
 
 
 def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, options: argparse.Namespace) -> int:
@@ -91,17 +90,10 @@ def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, 
         "GPU": "gpu", "usable GB": "usable_gb", fitting: "rows", "queries": "queries", "peak GB": "peak_gb",
         "with one row more": "next_peak_gb", "free GB": "free_gb", "by": "by",
     }  # fmt: skip
-    close: dict[str, list[str]] = defaultdict(list)
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for line in lines:
-        if line["close"]:
-            close[line["close"].partition(":")[0]].append(line["gpu"])
-        if line["reason"]:
-            reasons[line["reason"]].append(line["gpu"])
     notes = [*refused, _what_rows_are(row_tokens, per_row)]
-    if close:
-        notes.append(f"{'; '.join(', '.join(of) + f': {more}' for more, of in close.items())}: {memory.COMPILE}")
-    notes += [f"{', '.join(of)}: by the closed form, not by the compiler: {reason}" for reason, of in reasons.items()]
+    if close := said_once((line["gpu"], line["close"].partition(":")[0]) for line in lines if line["close"]):
+        notes.append(f"{'; '.join(close)}: {memory.COMPILE}")
+    notes += said_once((line["gpu"], f"by the closed form, not by the compiler: {line['reason']}") for line in lines if line["reason"])
     share = f"at most {experiment.device.memory_fraction:.0%} of a GPU's memory (device.memory_fraction)"
     cells = [[line[key] for key in columns.values()] for line in lines]
     show_table(f"{experiment.name}: rows of {row_tokens} tokens, {share}", tuple(columns), cells, notes)

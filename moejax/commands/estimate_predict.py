@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from moejax import gpus
 from moejax.commands.arguments import check_counts, names_of
-from moejax.commands.tables import draw, print_json, show_table
+from moejax.commands.tables import draw, print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
 from moejax.estimator import coefficients, lengths, plan, prices, published, roofline, room
@@ -111,7 +111,7 @@ def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
     elif options.dataset:
         if options.dataset not in sets:
             raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(sets)}")
-        length = lengths.of_dataset(options.dataset)
+        length = lengths.of_study(options.dataset)
     else:
         if options.records is None:
             raise UserError("--length needs --records: how many queries of this length")
@@ -149,13 +149,8 @@ def gpus_of(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
     """Those of --gpu, `here` among them; all of the table without."""
     if options.gpu is None:
         return list(table.values())
-    found = []
-    for name in dict.fromkeys(names_of(options.gpu)):
-        if name == HERE:
-            found.append(this_machine_timed(bool(options.coefficients)))
-        else:
-            found.append(gpus.find(name, table))
-    return list(dict.fromkeys(found))
+    own, names = bool(options.coefficients), dict.fromkeys(names_of(options.gpu))
+    return list(dict.fromkeys(this_machine_timed(own) if name == HERE else gpus.find(name, table) for name in names))
 
 
 def room_of(options: argparse.Namespace) -> Room:
@@ -195,21 +190,17 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:,.{decimals}f}" if value == 0 or value >= 10**-decimals else f"{value:.2g}"
 
 
-def _between(value: float, interval: tuple[float, float] | None, decimals: int) -> str:
+def _between(value: float, interval: tuple[float, float] | None, decimals: int, unit: str = "") -> str:
     low_high = "" if interval is None else f" ({_number(interval[0], decimals)} to {_number(interval[1], decimals)})"
-    return _number(value, decimals) + low_high
+    return _number(value, decimals) + unit + low_high
 
 
 def hours(p: Prediction) -> str:
-    hours, *interval = _between(p.hours, p.hours_interval, 1).split(" ", 1)
-    return " ".join([hours, "h", *interval])
+    return _between(p.hours, p.hours_interval, 1, " h")
 
 
 def usd(p: Prediction) -> str:
-    if p.usd is None or p.price is None:
-        return "no price known"
-    usd, *interval = _between(p.usd, p.usd_interval, 2).split(" ", 1)
-    return " ".join([usd, "USD", *interval, "at", p.price.told])
+    return "no price known" if p.usd is None or p.price is None else f"{_between(p.usd, p.usd_interval, 2, ' USD')} at {p.price.told}"
 
 
 def without_price(names: Sequence[str], options: argparse.Namespace) -> list[str]:
@@ -225,8 +216,8 @@ def without_price(names: Sequence[str], options: argparse.Namespace) -> list[str
 
 def sellers_ask(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
     """What other sellers ask: one GPU's prices differ by more than any model's error."""
-    ranges = {p.gpu: prices.asked(offers, p.gpu, spot=spot) for p in found}
-    told = [f"{gpu} {prices.dollars(low)} to {prices.dollars(high)}" for gpu, (low, high) in ((g, r) for g, r in ranges.items() if r)]
+    rates = {p.gpu: [offer.usd_per_hour for offer in offers if (offer.gpu, offer.spot) == (p.gpu, spot)] for p in found}
+    told = [f"{gpu} {prices.dollars(min(usd))} to {prices.dollars(max(usd))}" for gpu, usd in rates.items() if len(usd) > 1]
     return [f"USD/h that sellers ask: {', '.join(told)}"] if told else []
 
 
@@ -247,11 +238,7 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
         )
         for p in found
     ]
-    said: dict[str, list[str]] = {}
-    for p in found:
-        for note in (p.basis, *p.notes):
-            said.setdefault(note, []).append(p.gpu)
-    notes = [f"{', '.join(gpus)}: {note}" for note, gpus in said.items()]
+    notes = said_once((p.gpu, note) for p in found for note in (p.basis, *p.notes))
     columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
     ending = [*job.told, *assumed(options, job)]
     if any(p.hours_interval for p in found):

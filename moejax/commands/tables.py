@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     for note in notes:
         console.print(f"  {note}")
     console.print()
+
+
+def said_once(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """`A40, H100: NOTE`, of (GPU, note): what is the same of several is said once."""
+    by_note: dict[str, list[str]] = defaultdict(list)
+    for gpu, note in notes:
+        by_note[note].append(gpu)
+    return [f"{', '.join(gpus)}: {note}" for note, gpus in by_note.items()]
 
 
 def print_json(document: Any) -> None:

@@ -24,7 +24,6 @@ from moejax.estimator import published
 Batching = Literal["pad_longest", "pad_bucket", "pack", "fixed"]
 STUDY_CUTOFF, STUDY_MULTIPLE = 1024, 8  # the study cut at 1024 tokens and padded to a multiple of 8
 MOST = 10**9  # of queries, or of tokens in one
-WITH_LENGTHS = ("commonsense_15k", "math_14k")  # the study's data sets of which every length is known
 SMALLEST_BUCKET = 128  # of pad_bucket: 128, 256, 512 … up to the longest query, as a config's `data.buckets` begin
 
 
@@ -128,9 +127,19 @@ def _positive(**sizes: float) -> None:
 
 @cache
 def of_study(dataset: str) -> Lengths:
-    """Figure 2's lengths of "commonsense_15k" or "math_14k", in GPT-NeoX's tokens."""
-    tokens, counts = zip(*published.read("lengths.json")[dataset]["lengths"], strict=True)
-    return Lengths(np.array(tokens), np.array(counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)", STUDY_CUTOFF)
+    """Figure 2's lengths in GPT-NeoX's tokens. Of "hellaswag" and "gsm8k" it prints no more than the median: every query has it."""
+    printed = published.read("lengths.json")[dataset]
+    if has_lengths(dataset):
+        tokens, counts = zip(*printed["lengths"], strict=True)
+        return Lengths(np.array(tokens), np.array(counts), f"{dataset}, the study's figure 2 (GPT-NeoX tokens)", STUDY_CUTOFF)
+    tokens = printed["median_tokens"]
+    source = f"{dataset}, every query at its median of {tokens} tokens: no padding is seen"
+    return Lengths(np.array([tokens]), np.array([printed["queries"]]), source, STUDY_CUTOFF)
+
+
+def has_lengths(dataset: str) -> bool:
+    """Whether it is one of the study's data sets of which every length is known."""
+    return "lengths" in published.read("lengths.json").get(dataset, {})
 
 
 def constant(queries: int, tokens: int) -> Lengths:
@@ -177,15 +186,3 @@ def _a_number(value: Any, listed: bool) -> bool:
     except ValueError:
         return False
     return True
-
-
-def of_dataset(dataset: str) -> Lengths:
-    """The study's lengths; for "hellaswag" and "gsm8k", of which it prints no more than the median, every query of that length."""
-    if dataset in WITH_LENGTHS:
-        return of_study(dataset)
-    printed = published.read("lengths.json")[dataset]
-    tokens = printed["median_tokens"]
-    return Lengths(
-        np.array([tokens]), np.array([printed["queries"]]), f"{dataset}, every query at its median of {tokens} tokens: no padding is seen",
-        STUDY_CUTOFF,
-    )  # fmt: skip

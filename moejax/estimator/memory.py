@@ -55,16 +55,12 @@ def digest(files: Iterable[Path]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """$MOEJAX_CACHE, or ~/.cache/moejax."""
-    given = os.environ.get("MOEJAX_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "moejax"
-
-
 def cached(key: dict[str, Any], compile_it: Callable[[], Peak], *, folder: Path | None = None) -> tuple[Peak, bool]:
-    """(figure, whether it was there already). A file that is not whole is made again; a folder that cannot be written is done without."""
+    """(figure, whether it was there already), kept in $MOEJAX_CACHE, or ~/.cache/moejax. A file that is not whole is made
+    again; a folder that cannot be written is done without."""
     text = json.dumps(key, sort_keys=True)
-    path = (folder or cache_folder()) / "peaks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    folder = folder or Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax")
+    path = folder / "peaks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == json.loads(text):

@@ -143,9 +143,3 @@ def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> Price 
     """The lowest price of this GPU, or None. With `spot`, spot prices only: they are another good. One-GPU instances go first."""
     offers = [p for p in prices if p.gpu == gpu and p.spot == spot]
     return min(offers, key=lambda p: (p.gpus_rented > 1, p.usd_per_hour), default=None)
-
-
-def asked(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> tuple[float, float] | None:
-    """(lowest, highest) USD per GPU-hour of the sellers, where there are several."""
-    rates = [p.usd_per_hour for p in prices if p.gpu == gpu and p.spot == spot]
-    return (min(rates), max(rates)) if len(rates) > 1 else None

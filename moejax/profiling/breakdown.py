@@ -13,7 +13,7 @@ from typing import Any
 
 from moejax.errors import UserError
 from moejax.profiling import scopes
-from moejax.profiling.program import Cost, Program
+from moejax.profiling.program import CONTAINERS, Cost, Program
 from moejax.profiling.scopes import NOWHERE, OUTSIDE, Place
 from moejax.profiling.times import Times, partition
 from moejax.profiling.xplane import Event, Trace
@@ -123,8 +123,8 @@ def _window(trace: Trace, ours: set[int]) -> tuple[int, int]:
 
 
 def _is_container(event: Event, programs: dict[int, Program]) -> bool:
-    program = programs.get(event.program)
-    return program is not None and program.is_container(event.instruction)
+    instruction = programs[event.program].instructions.get(event.instruction) if event.program in programs else None
+    return instruction is not None and instruction.opcode in CONTAINERS
 
 
 def _shares(event: Event, programs: dict[int, Program], ours: set[int]) -> dict[Place, float]:

@@ -101,10 +101,6 @@ class Program:
     def _callers(self) -> dict[int, Any]:
         return {called: i for i in self.instructions.values() for called in i.called_computation_ids}
 
-    def is_container(self, name: str) -> bool:
-        instruction = self.instructions.get(name)
-        return instruction is not None and instruction.opcode in CONTAINERS
-
     def shares(self, name: str) -> dict[Place, float]:
         """Where an instruction's time belongs: places with shares that add up to one."""
         instruction = self.instructions.get(name)
