@@ -79,16 +79,14 @@ def devices() -> Iterable[Finding]:
         yield Finding("devices", "error", str(error).splitlines()[0][:200], advice)
         return
     kinds = ", ".join(sorted({f"{d.device_kind} ({d.platform})" for d in found}))
-    text = f"{len(found)} of {kinds}"
+    status, advice = "ok", ""
     if len(found) > 1:
-        yield Finding("devices", "note", text, "one is used: choose it with CUDA_VISIBLE_DEVICES")
+        status, advice = "note", "one is used: choose it with CUDA_VISIBLE_DEVICES"
     elif found[0].platform == "cpu" and has_nvidia():
-        advice = f"the NVIDIA driver is there, but jax runs on the CPU: {gpu_install()}"
-        yield Finding("devices", "note", text, advice)
+        status, advice = "note", f"the NVIDIA driver is there, but jax runs on the CPU: {gpu_install()}"
     elif found[0].platform == "cpu":
-        yield Finding("devices", "ok", text, "no GPU: the demos and tests run; a 7B model does not")
-    else:
-        yield Finding("devices", "ok", text)
+        advice = "no GPU: the demos and tests run; a 7B model does not"
+    yield Finding("devices", status, f"{len(found)} of {kinds}", advice)
 
 
 def gpu_install() -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moejax.files import save_figure
+from moejax.profiling.scopes import PHASES
 
 STUDY = Path(__file__).with_name("study_bars.json")  # written by `python -m moejax.study.publish`
-PHASES = ("forward", "recompute", "backward", "optimizer", "other")
 KERNELS = (
     "moe/w1", "moe/w2", "moe/w3", "moe/w1_dequant", "moe/w2_dequant", "moe/w3_dequant", "moe/router", "moe/router_dequant", "moe/topk",
     "moe/act",

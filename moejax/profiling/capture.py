@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +106,4 @@ def whole_programs() -> Iterator[None]:
 
 def plugin_hint() -> str | None:
     """What to install for TensorBoard's Profile tab, if it is missing."""
-    if importlib.util.find_spec("xprof") is not None:
-        return None
-    return f"for TensorBoard's Profile tab: {installation.for_extra('profile')}"
+    return None if installation.version("xprof") else f"for TensorBoard's Profile tab: {installation.for_extra('profile')}"

@@ -17,7 +17,6 @@ from moejax.files import replace_text
 
 FILE_NAME = "step_profile.json"
 VERSION = 1
-PHASES = ("forward", "recompute", "backward", "optimizer", "other", "idle")
 
 Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]

@@ -122,7 +122,7 @@ def assemble(measured: Measured, found: breakdown.Breakdown) -> schema.StepProfi
         step_seconds=_step_seconds(measured.step_seconds),
         compile_seconds=measured.compile_seconds,
         memory=_memory(measured.programs),
-        phases=schema.Phases(**{name: found.phases[name] for name in schema.PHASES}),
+        phases=schema.Phases(**found.phases),
         layers=dict(found.layers),
         moe_kernels=dict(found.moe_kernels),
         cost={scope: schema.Cost(flops=cost.flops, bytes=cost.bytes) for scope, cost in found.cost.items()},

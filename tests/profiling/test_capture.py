@@ -128,9 +128,9 @@ def test_the_end_says_where_to_look(profiled):
 
 
 def test_a_missing_plugin_is_said(monkeypatch):
-    monkeypatch.setattr(capture.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(capture.installation, "version", lambda name: None)
     assert "-m pip install 'xprof" in capture.plugin_hint()
-    monkeypatch.setattr(capture.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(capture.installation, "version", lambda name: "2.24")
     assert capture.plugin_hint() is None
 
 
