@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.config import Architecture
 from moejax.models.config.specs import GQA
-from moejax.models.layers import Linear, RMSNorm, Target, rotate
+from moejax.models.layers import Linear, RMSNorm, Target, fold, rotate
 from moejax.models.ops.attention import masked_attention, segment_attention
 
 
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             q, k, v = self._project(x, positions, dropout_key)
             out = checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
-            return self.o_proj(out.reshape(*x.shape[:2], -1), _fold(dropout_key, 3))
+            return self.o_proj(out.reshape(*x.shape[:2], -1), fold(dropout_key, 3))
 
     def cached(
         self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array
@@ -75,14 +75,10 @@ class Attention(nnx.Module):
     def _project(
         self, x: jax.Array, positions: jax.Array, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (projection(x, _fold(dropout_key, i)) for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)))
+        q, k, v = (projection(x, fold(dropout_key, i)) for i, projection in enumerate((self.q_proj, self.k_proj, self.v_proj)))
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
-
-
-def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, index)

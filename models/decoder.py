@@ -24,7 +24,6 @@ from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, 
 from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
-from moejax.models.ops import selective_scan as ss
 from moejax.models.ops.choice import here
 
 
@@ -95,12 +94,10 @@ class Decoder(nnx.Module):
         dtype: Any,
         param_dtype: Any,
         backend: str = "auto",
-        scan: str = "auto",
         platform: str | None = None,
     ):
         keys = jax.random.split(key, 3)
-        target = Target(backend, scan, platform or here())
-        ss.choose(scan, target.platform, 1, 1, 1)  # refuses a form that does not exist
+        target = Target(backend, platform or here())
         self.config, self.dtype, size = config, jnp.dtype(dtype), config.hidden_size
         self.embed = Embedding(keys[0], config.vocab_size, size, param_dtype)
         for number, stack in enumerate(config.stacks):

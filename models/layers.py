@@ -33,10 +33,9 @@ DOT_NAMES = ("linear", "mixed", "scan_states", "hidden")
 
 
 class Target(NamedTuple):
-    """What a model is compiled for: the grouped products' backend, the scan's form ("auto": chosen by shape) and the platform."""
+    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape) and the platform."""
 
     backend: str
-    scan: str
     platform: str
 
 
@@ -125,6 +124,11 @@ class Embedding(nnx.Module):
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def fold(key: jax.Array | None, index: int | jax.Array) -> jax.Array | None:
+    """A key of its own for each index, or none of none."""
+    return None if key is None else jax.random.fold_in(key, index)
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:

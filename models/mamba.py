@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.config import Architecture, specs
 from moejax.models.layers import Linear, Target
+from moejax.models.ops import choice
 from moejax.models.ops import selective_scan as ss
 
 
@@ -118,7 +119,7 @@ class Mamba(nnx.Module):
             dt = jnp.where(valid[..., None], dt, 0.0)
         with jax.named_scope("scan"):
             a, d = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d))
-            form, chunk = ss.choose(self.target.scan, self.target.platform, *u.shape)
+            form, chunk = choice.scan(self.target.platform, *u.shape)
             y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=form, chunk=chunk)
         y = checkpoint_name(y, "mixed")
         gated = (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.config import Architecture, specs
-from moejax.models.layers import ExpertLinear, Linear, Target, trainable
+from moejax.models.layers import ExpertLinear, Linear, Target, fold, trainable
 from moejax.models.ops import linear
 from moejax.models.ops.grouped import matmul as gm
 
@@ -54,7 +54,7 @@ class MoE(nnx.Module):
     def _route(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array, RouterStats]:
         """indices: int32 [N, K]; weights: fp32 [N, K], with a softmax router of sum one."""
         with jax.named_scope("router"):
-            logits = self.router(x.astype(jnp.float32), _fold(dropout_key, 0))  # [N, E], fp32
+            logits = self.router(x.astype(jnp.float32), fold(dropout_key, 10))  # [N, E], fp32
             probabilities = self.scores(logits)
         sums = jnp.sum(probabilities * valid[:, None], axis=0)
         if self.k == self.experts:
@@ -88,7 +88,7 @@ class MoE(nnx.Module):
             rows = gm.dispatch(x, groups)  # [M, D]
             row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]
         up, gate, output = (m.projection() for m in (self.w1, self.w3, self.w2))
-        out = gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output, _fold(dropout_key, 1))
+        out = gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output, fold(dropout_key, 11))
         with jax.named_scope("combine"):
             return gm.combine(out, groups)
 
@@ -97,12 +97,12 @@ class MoE(nnx.Module):
         return next((m.lora.dropout for m in (self.w1, self.w2, self.w3) if m.lora is not None), 0.0)
 
     def _dense(self, x: jax.Array, weights: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        up, low = self._batched("w1", "nd,efd->enf", x, _fold(dropout_key, 1))
-        gate, _ = self._batched("w3", "nd,efd->enf", x, _fold(dropout_key, 3), low)
+        up, low = self._batched("w1", "nd,efd->enf", x, fold(dropout_key, 11))
+        gate, _ = self._batched("w3", "nd,efd->enf", x, fold(dropout_key, 13), low)
         up, gate = checkpoint_name(up, "hidden"), checkpoint_name(gate, "hidden")
         with jax.named_scope("act"):
             activation = self.gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
-        return self._batched("w2", "enf,edf->nd", activation, _fold(dropout_key, 2))[0]
+        return self._batched("w2", "enf,edf->nd", activation, fold(dropout_key, 12))[0]
 
     def _batched(
         self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None, low: jax.Array | None = None
@@ -135,7 +135,3 @@ def _gelu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:
 
 GATED = {"silu": _silu_gated, "gelu": _gelu_gated}
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-
-
-def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, 10 + index)

@@ -287,6 +287,10 @@ class Architecture(ABC):
         return self.experts_per_token == self.num_experts
 
     @property
+    def _halves(self) -> list[tuple[Stack, Mixer | FeedForward]]:
+        return [(stack, half) for stack in self.stacks for half in stack.block.halves]
+
+    @property
     def blocks(self) -> int:
         return sum(stack.repeats for stack in self.stacks)
 
@@ -303,10 +307,9 @@ class Architecture(ABC):
         """Every variable of the model -> its shape; a stack's have an axis of its blocks before them."""
         d, norm = self.hidden_size, {"rms": ("weight",), "layer": ("weight", "bias")}[self.stream.final_norm]
         found: dict[Path, Shape] = {(*path, "weight"): (blocks, *m.shape) for path, (m, blocks) in self.linears.items()}
-        for stack in self.stacks:
-            for half in stack.block.halves:
-                found |= {(stack.name, half.module, *name.split(".")): (stack.repeats, *shape) for name, shape in half.others.items()}
-                found[stack.name, f"{half.module}_norm", "weight"] = (stack.repeats, d)
+        for stack, half in self._halves:
+            found |= {(stack.name, half.module, *name.split(".")): (stack.repeats, *shape) for name, shape in half.others.items()}
+            found[stack.name, f"{half.module}_norm", "weight"] = (stack.repeats, d)
         for module in ("embed",) if self.tie_word_embeddings else ("embed", "head"):
             found[module, "weight"] = (self.vocab_size, d)
         return found | {("norm", part): (d,) for part in norm}
@@ -316,8 +319,7 @@ class Architecture(ABC):
         """The blocks' linear layers, and how many blocks have each."""
         return {
             (stack.name, half.module, name): (matrix, stack.repeats)
-            for stack in self.stacks
-            for half in stack.block.halves
+            for stack, half in self._halves
             for name, matrix in half.matrices(self.hidden_size).items()
         }
 
@@ -338,20 +340,18 @@ class Architecture(ABC):
     def targets(self) -> dict[str, tuple[Path, ...]]:
         """Adapter target, by our name -> the (stacked) modules that it is."""
         found: dict[str, tuple[Path, ...]] = {}
-        for stack in self.stacks:
-            for half in stack.block.halves:
-                for target, module in half.targets.items():
-                    found[target] = (*found.get(target, ()), (stack.name, half.module, module))
+        for stack, half in self._halves:
+            for target, module in half.targets.items():
+                found[target] = (*found.get(target, ()), (stack.name, half.module, module))
         return found
 
     @property
     def groups(self) -> dict[str, tuple[Path, ...]]:
         """What `quantization.modules` may name -> the modules."""
         found: dict[str, tuple[Path, ...]] = {}
-        for stack in self.stacks:
-            for half in stack.block.halves:
-                for group, modules in half.groups.items():
-                    found[group] = (*found.get(group, ()), *((stack.name, half.module, module) for module in modules))
+        for stack, half in self._halves:
+            for group, modules in half.groups.items():
+                found[group] = (*found.get(group, ()), *((stack.name, half.module, module) for module in modules))
         return found
 
     @property

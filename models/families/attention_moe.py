@@ -11,22 +11,21 @@ from typing import Any, ClassVar, Literal, Self
 from moejax.models import foreign_settings as foreign
 from moejax.models.config.specs import GQA, Architecture, Block, BlockNames, MoE, Router, Stack, Stream, TensorNames
 
-KNOWN: dict[str, Any] = (
-    foreign.HARMLESS
-    | dict.fromkeys(
-        (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "num_local_experts", "num_experts", "num_experts_per_tok", "rope_theta", "rms_norm_eps", "max_position_embeddings",
-            "router_aux_loss_coef", "output_router_logits",
-        ),
-        foreign.ANY,
-    )
-    | {
-        "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "tie_word_embeddings": (False, True), "partial_rotary_factor": (1,),
-        "pretraining_tp": (1,), "rope_parameters": foreign.ROPE, "rope_scaling": foreign.ROPE,
-        "quantization_config": foreign.BITSANDBYTES,
-    }
-)  # fmt: skip
+SIZES = {
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "vocab_size": "vocab_size", "hidden_size": "hidden_size",
+    "num_experts_per_tok": "experts_per_token", "max_position_embeddings": "max_position_embeddings",
+}  # fmt: skip
+"""config.json's name of a size -> the field; more have to be looked for."""
+SAME = ("intermediate_size", "head_dim", "rope_theta", "rms_norm_eps", "router_aux_loss_coef", "tie_word_embeddings", "bos_token_id")
+"""Names that are the fields' own."""
+DEFAULTED = {name: name for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "router_aux_loss_coef")} | {
+    "num_key_value_heads": "num_kv_heads", "num_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
+}  # fmt: skip
+"""What a config.json may leave out."""
+KNOWN: dict[str, Any] = foreign.HARMLESS | dict.fromkeys((*SIZES, *DEFAULTED, "head_dim", "num_local_experts", "output_router_logits")) | {
+    "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "tie_word_embeddings": (False, True), "partial_rotary_factor": (1,),
+    "pretraining_tp": (1,), "rope_parameters": foreign.ROPE, "rope_scaling": foreign.ROPE, "quantization_config": foreign.BITSANDBYTES,
+}  # fmt: skip
 """What such a config.json may say. `sliding_window` and `layer_types` are judged by the number of positions and of layers."""
 
 
@@ -48,8 +47,8 @@ class AttentionMoEConfig(Architecture, ABC):
     matrices: ClassVar[tuple[str, str, str]] = ("gate_proj", "down_proj", "up_proj")
     """and w1, w2, w3."""
     qk_norm: ClassVar[Literal["head", "all"] | None] = None
-    missing: ClassVar[Mapping[str, Any]]
-    """transformers' values of what a config.json leaves out."""
+    missing: ClassVar[Mapping[str, Any]] = {}
+    """transformers' values of what a config.json leaves out, where the class has others."""
     known: ClassVar[Mapping[str, Any]] = {}
     """Keys of config.json beyond `KNOWN`."""
 
@@ -116,11 +115,13 @@ class AttentionMoEConfig(Architecture, ABC):
     def from_hub(cls, config: Mapping[str, Any], ignored: Collection[str] = ()) -> Self:
         """In the dialect of transformers 4 (`rope_theta`) or 5 (`rope_parameters`); what is missing has transformers' default."""
 
-        def size(name: str) -> int:
-            return foreign.whole_number(config, name, cls.missing.get(name))
+        missing = {name: getattr(cls, field) for name, field in DEFAULTED.items()} | dict(cls.missing)
 
-        layers, heads, hidden = size("num_hidden_layers"), size("num_attention_heads"), size("hidden_size")
-        positions = size("max_position_embeddings")
+        def size(name: str) -> int:
+            return foreign.whole_number(config, name, missing.get(name))
+
+        sizes = {field: size(name) for name, field in SIZES.items()}
+        layers, heads, positions = sizes["num_layers"], sizes["num_heads"], sizes["max_position_embeddings"]
         window, types = cls.window(config), config.get("layer_types")
         whole = window is None or (isinstance(window, int) and window >= positions)  # a window over every position is none
         everywhere = isinstance(types, list) and len(types) == layers and all(each == "full_attention" for each in types)
@@ -132,23 +133,18 @@ class AttentionMoEConfig(Architecture, ABC):
         ropes = {"": config} | {f"{name}.": config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
         thetas = {f"{where}rope_theta": rope.get("rope_theta") for where, rope in ropes.items() if isinstance(rope, Mapping)}
         theta = foreign.same(thetas)
-        kv_heads = config.get("num_key_value_heads", cls.missing["num_key_value_heads"])
+        kv_heads = config.get("num_key_value_heads", missing["num_key_value_heads"])
         experts = foreign.same({name: config.get(name) for name in ("num_local_experts", "num_experts")})
         eos = config.get("eos_token_id")
         return cls(
-            vocab_size=size("vocab_size"),
-            hidden_size=hidden,
-            num_layers=layers,
-            num_heads=heads,
+            **sizes,
+            rms_norm_eps=foreign.number(config, "rms_norm_eps", missing["rms_norm_eps"]),
+            router_aux_loss_coef=foreign.number(config, "router_aux_loss_coef", missing["router_aux_loss_coef"]),
             num_kv_heads=heads if kv_heads is None else size("num_key_value_heads"),
-            head_dim=hidden // heads if config.get("head_dim") is None else size("head_dim"),
-            num_experts=foreign.whole_number(cls.missing if experts is None else {"num_experts": experts}, "num_experts"),
-            experts_per_token=size("num_experts_per_tok"),
-            rope_theta=float(foreign.number(cls.missing if theta is None else {"rope_theta": theta}, "rope_theta")),
-            rms_norm_eps=foreign.number(config, "rms_norm_eps", cls.missing["rms_norm_eps"]),
-            max_position_embeddings=positions,
+            head_dim=sizes["hidden_size"] // heads if config.get("head_dim") is None else size("head_dim"),
+            num_experts=foreign.whole_number(missing if experts is None else {"num_experts": experts}, "num_experts"),
+            rope_theta=float(foreign.number(missing if theta is None else {"rope_theta": theta}, "rope_theta")),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            router_aux_loss_coef=foreign.number(config, "router_aux_loss_coef", cls.missing["router_aux_loss_coef"]),
             bos_token_id=config.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             **cls.own_fields(config),
@@ -159,21 +155,10 @@ class AttentionMoEConfig(Architecture, ABC):
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
+            **{name: getattr(self, field) for name, field in SIZES.items()},
+            **{name: getattr(self, name) for name in SAME},
             "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
             "num_local_experts": self.num_experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.rms_norm_eps,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "router_aux_loss_coef": self.router_aux_loss_coef,
-            "bos_token_id": self.bos_token_id,
             "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "hidden_act": "silu",
             "attention_dropout": 0.0,

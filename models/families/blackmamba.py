@@ -105,18 +105,11 @@ class BlackMambaConfig(Architecture):
             raise ValueError(f"mamba_moe_layers has layers of {counts} experts: expected one number for all")
         if len(layers) != config["num_layers"]:
             raise ValueError(f"mamba_moe_layers has {len(layers)} entries, num_layers = {config['num_layers']}: expected the same")
-        hidden = foreign.whole_number(config, "hidden_size")
-        foreign.check(config, _KNOWN | {"dt_rank": ("auto", -(-hidden // 16))}, ignored)
+        rank = -(-foreign.whole_number(config, "hidden_size") // 16)
+        foreign.check(config, _KNOWN | {"dt_rank": ("auto", rank)}, ignored)
         return cls(
-            vocab_size=foreign.whole_number(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=foreign.whole_number(config, "ffn_hidden_size"),
-            num_layers=foreign.whole_number(config, "num_layers"),
+            **{field: foreign.whole_number(config, name, usual) for name, (field, usual) in _SIZES.items()},
             num_experts=counts[0],
-            experts_per_token=foreign.whole_number(config, "topk", 1),
-            state_size=foreign.whole_number(config, "state_size", 16),
-            conv_size=foreign.whole_number(config, "conv_dimension", 4),
-            expansion=foreign.whole_number(config, "expansion_factor", 2),
             activation=config.get("activation", "gelu"),
         )
 
@@ -124,17 +117,10 @@ class BlackMambaConfig(Architecture):
         """That of the released checkpoints, with the study's `topk` and our `activation`."""
         return {
             "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "ffn_hidden_size": self.intermediate_size,
-            "num_layers": self.num_layers,
-            "state_size": self.state_size,
-            "conv_dimension": self.conv_size,
-            "expansion_factor": self.expansion,
+            **{name: getattr(self, field) for name, (field, _) in _SIZES.items()},
             "mamba_moe_layers": ["r", str(self.num_experts)] * (self.num_layers // 2),
             "add_bias_linear": False,
             "swiglu": True,
-            "topk": self.experts_per_token,
             "activation": self.activation,
         }
 
@@ -147,6 +133,13 @@ class BlackMambaConfig(Architecture):
         return {"blackmamba-2.8b": cls(), "blackmamba-1.5b": small, "blackmamba-tiny": tiny}
 
 
+_SIZES: dict[str, tuple[str, int | None]] = {
+    "vocab_size": ("vocab_size", None), "hidden_size": ("hidden_size", None), "ffn_hidden_size": ("intermediate_size", None),
+    "num_layers": ("num_layers", None), "state_size": ("state_size", 16), "conv_dimension": ("conv_size", 4),
+    "expansion_factor": ("expansion", 2), "topk": ("experts_per_token", 1),
+}  # fmt: skip
+"""config.json's name -> the field, and what the released code takes where it is left out."""
+
 _MAMBA = {
     "A_log": "a_log", "D": "d", "in_proj.weight": "in_proj.weight", "conv1d.weight": "conv.weight", "conv1d.bias": "conv.bias",
     "x_proj.weight": "x_proj.weight", "dt_proj.weight": "dt_proj.weight", "dt_proj.bias": "dt_bias", "out_proj.weight": "out_proj.weight",
@@ -155,8 +148,7 @@ _MAMBA = {
 _KNOWN: dict[str, Any] = foreign.HARMLESS | dict.fromkeys(
     (
         # What the released code reads, with the study's `topk` and our `activation` …
-        "num_layers", "hidden_size", "state_size", "conv_dimension", "vocab_size", "expansion_factor", "mamba_moe_layers",
-        "ffn_hidden_size", "topk", "activation",
+        *_SIZES, "mamba_moe_layers", "activation",
         # … and what has no effect there.
         "activation_func", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "base_model_type", "bias",
         "bias_dropout_fusion", "bias_gelu_fusion", "device", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale",

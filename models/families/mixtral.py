@@ -38,13 +38,8 @@ class MixtralConfig(AttentionMoEConfig):
     matrices: ClassVar[tuple[str, str, str]] = ("w1", "w2", "w3")
     default_targets: ClassVar[tuple[str, ...]] = ("w1", "w2", "w3", "gate")
     default_quantized: ClassVar[tuple[str, ...]] = ("attention", "experts", "router")
-    missing: ClassVar[Mapping[str, Any]] = {
-        "num_key_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072, "router_aux_loss_coef": 0.001,
-    }  # fmt: skip
-    known: ClassVar[Mapping[str, Any]] = {
-        "intermediate_size": foreign.ANY, "router_jitter_noise": (0,), "norm_topk_prob": (True,),
-    }  # fmt: skip
+    missing: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 131072, "router_aux_loss_coef": 0.001}
+    known: ClassVar[Mapping[str, Any]] = {"intermediate_size": foreign.ANY, "router_jitter_noise": (0,), "norm_topk_prob": (True,)}
 
     def to_hub_config(self) -> dict[str, Any]:
         return super().to_hub_config() | {"router_jitter_noise": 0.0, "sliding_window": None}

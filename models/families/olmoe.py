@@ -36,10 +36,7 @@ class OlmoeConfig(AttentionMoEConfig):
     title: ClassVar[str] = "OLMoE"
     architecture: ClassVar[str] = "OlmoeForCausalLM"
     qk_norm: ClassVar[Literal["head", "all"] | None] = "all"
-    missing: ClassVar[Mapping[str, Any]] = {
-        "num_key_value_heads": None, "num_experts": 64, "num_experts_per_tok": 8, "rope_theta": 1e4, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096, "router_aux_loss_coef": 0.01,
-    }  # fmt: skip
+    missing: ClassVar[Mapping[str, Any]] = {"num_key_value_heads": None}  # as many as query heads
     known: ClassVar[Mapping[str, Any]] = {"intermediate_size": foreign.ANY, "norm_topk_prob": (False, True)}
 
     @property

@@ -36,10 +36,7 @@ class Qwen3MoeConfig(AttentionMoEConfig):
     title: ClassVar[str] = "Qwen3-MoE"
     architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
     qk_norm: ClassVar[Literal["head", "all"] | None] = "head"
-    missing: ClassVar[Mapping[str, Any]] = {
-        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768, "router_aux_loss_coef": 0.001,
-    }  # fmt: skip
+    missing: ClassVar[Mapping[str, Any]] = {"rope_theta": 1e4, "max_position_embeddings": 32768}
     known: ClassVar[Mapping[str, Any]] = {  # intermediate_size is of layers without experts, which are refused
         "intermediate_size": foreign.ANY, "moe_intermediate_size": foreign.ANY, "use_sliding_window": foreign.ANY,
         "max_window_layers": foreign.ANY, "norm_topk_prob": (False, True), "decoder_sparse_step": (1,),

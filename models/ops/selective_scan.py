@@ -4,12 +4,11 @@
     y_t = <h_t, C_t> + D u_t
 
 per channel d and state n, in fp32. One array of all states, [B, T, D, N], is what must never exist: 1.5 GB a layer at 2.8 B, batch 16,
-length 512. `sequential` is the reference, left to automatic differentiation; `associative` runs over the whole row, log T deep, and
-is here to be compared with. The working forms run over chunks and have their own gradient: the forward pass keeps the state at each
-chunk's start, the backward pass computes a chunk's states again and runs through them in reverse. They differ in the recurrence
-inside a chunk: `chunked` goes step by step (a CPU's cache likes it), `chunked_associative` takes log(chunk) wide steps (a GPU would
-otherwise be launched for each); `choice.json` says which runs where. A kernel would be a third such form: the same arguments,
-resets and gradients, through `_chunk_forward` and `_chunk_backward`.
+length 512. Both forms run over chunks and have their own gradient: the forward pass keeps the state at each chunk's start, the backward
+pass computes a chunk's states again and runs through them in reverse. They differ in the recurrence inside a chunk: `chunked` goes step
+by step (a CPU's cache likes it), `chunked_associative` takes log(chunk) wide steps (a GPU would otherwise be launched for each);
+`choice.json` says which runs where. A kernel would be a third such form: the same arguments, resets and gradients, through
+`_chunk_forward` and `_chunk_backward`.
 """
 
 from __future__ import annotations
@@ -21,22 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.models.ops import choice
 from moejax.models.ops.choice import CHUNKS
-
-FORMS = ("sequential", "associative", "chunked", "chunked_associative")
-
-
-def choose(form: str, platform: str, rows: int, length: int, channels: int) -> tuple[str, int | None]:
-    """Form and chunk for this device ("cpu", "gpu" or a GPU's kind) and operands [rows, length, channels]. Raises ValueError.
-
-    `auto` is the table's (`choice`); a forced chunked form takes the chunk it has where nothing was measured.
-    """
-    if form == "auto":
-        return choice.scan(platform, rows, length, channels)
-    if form not in FORMS:
-        raise ValueError(f"scan form = {form!r}: expected one of {['auto', *FORMS]}")
-    return form, CHUNKS.get(form)
 
 
 def selective_scan(
@@ -56,7 +40,7 @@ def selective_scan(
 
     u, dt: [B, T, D] (dt after softplus); a: [D, N], negative; b, c: [B, T, N]; d: [D]; any float dtype, computed in fp32. starts: bool
     [B, T], true at a segment's first token (None: nowhere); state: [B, D, N] before the first token (None: zero). Gradients: all
-    but starts.
+    but starts. form: one of `CHUNKS`; chunk: tokens of a chunk.
     """
     u, dt, a, b, c, d = (x.astype(jnp.float32) for x in (u, dt, a, b, c, d))
     if starts is None:
@@ -65,24 +49,8 @@ def selective_scan(
         state = jnp.zeros((u.shape[0], *a.shape), jnp.float32)
     # Inside, channels come last: [B, N, D]. All products and sums over states then run along contiguous memory.
     operands = (dt * u, dt, a.T, b, c, starts, jnp.swapaxes(state, 1, 2))
-    if form == "sequential":
-        y, last = _sequential(*operands)
-    elif form == "associative":
-        y, last = _associative(*operands)
-    else:
-        if form not in FORMS:
-            raise ValueError(f"scan form = {form!r}: expected one of {list(FORMS)}")
-        y, last = _chunked(form == "chunked_associative", min(chunk or CHUNKS[form], u.shape[1]), *operands)
+    y, last = _chunked(form == "chunked_associative", min(chunk or CHUNKS[form], u.shape[1]), *operands)
     return y + d * u, jnp.swapaxes(last, 1, 2)
-
-
-def step(
-    u: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, state: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """One token, for decoding. u, dt: [B, D]; b, c: [B, N]; state: fp32 [B, D, N]. Returns y fp32 [B, D] and the new state."""
-    u, dt, b, c = (x.astype(jnp.float32) for x in (u, dt, b, c))
-    state = jnp.exp(dt[..., None] * a) * state + (dt * u)[..., None] * b[:, None]
-    return jnp.einsum("bdn,bn->bd", state, c) + d * u, state
 
 
 class _Chunk(NamedTuple):
@@ -105,27 +73,9 @@ def _outer(x: jax.Array, b: jax.Array) -> jax.Array:
     return x[..., None, :] * b[..., :, None]
 
 
-def _sequential(x, dt, a, b, c, starts, state):  # type: ignore[no-untyped-def]
-    def body(h, xs):  # type: ignore[no-untyped-def]
-        t = _Chunk(*xs)
-        h = _decay(t.dt, a, t.starts) * h + _outer(t.x, t.b)
-        return h, jnp.einsum("bnd,bn->bd", h, t.c)
-
-    last, y = jax.lax.scan(body, state, tuple(jnp.swapaxes(v, 0, 1) for v in (x, dt, b, c, starts)))
-    return jnp.swapaxes(y, 0, 1), last
-
-
 def _merge(first, second):  # type: ignore[no-untyped-def]
     """h ↦ g2 (g1 h + s1) + s2."""
     return first[0] * second[0], second[0] * first[1] + second[1]
-
-
-def _associative(x, dt, a, b, c, starts, state):  # type: ignore[no-untyped-def]
-    g = _decay(dt, a, starts)
-    s = _outer(x, b)
-    s = s.at[:, 0].add(g[:, 0] * state)
-    h = jax.lax.associative_scan(_merge, (g, s), axis=1)[1]
-    return jnp.einsum("btnd,btn->btd", h, c), h[:, -1]
 
 
 def _slice(arrays, index, chunk):  # type: ignore[no-untyped-def]

@@ -83,11 +83,6 @@ def scan(form):
     return y, (drawn(1, T, 3), 0.1 * drawn(1, T, 3), drawn(3, 2), drawn(1, T, 2), drawn(1, T, 2), drawn(3), drawn(1, 3, 2))
 
 
-def scan_step():
-    shapes = ((2, 3), (2, 3), (3, 2), (2, 2), (2, 2), (3,), (2, 3, 2))
-    return lambda operands: selective_scan.step(*operands), tuple(0.1 * drawn(*shape) for shape in shapes)
-
-
 def segment_attention():
     segments = jnp.asarray([[1] * 5 + [2] * 3], jnp.int32)
     return lambda qkv: attention.segment_attention(*qkv, segments), (drawn(1, T, 4, 2), drawn(1, T, 2, 2), drawn(1, T, 2, 2))
@@ -123,8 +118,7 @@ FUNCTIONS = {
     **{f"with_frozen {s}": partial(frozen, s) for s in ("array", "nf4", "array of a layer", "nf4 of a layer")},
     **{f"grouped_mlp {b} {s}": partial(experts, b, s) for b in gm.BACKENDS for s in ("trained", "nf4")},
     **{f"dense_matmul {s}": partial(dense, s) for s in ("trained", "nf4")},
-    **{f"selective_scan {form}": partial(scan, form) for form in selective_scan.FORMS},
-    "selective_scan step": scan_step,
+    **{f"selective_scan {form}": partial(scan, form) for form in selective_scan.CHUNKS},
     "segment_attention": segment_attention,
     "masked_attention": masked_attention,
     "cross_entropy, head trained": partial(cross_entropy, True),

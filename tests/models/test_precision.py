@@ -66,7 +66,7 @@ def test_norm_of_large_numbers():
 
 def test_router_probabilities():
     config = PRESETS["mixtral-tiny"].replace(hidden_size=64, num_experts=4)
-    moe = MoE(jax.random.key(0), config.stacks[0].block.feed_forward, config, BF16, Target("loop", "auto", "cpu"))
+    moe = MoE(jax.random.key(0), config.stacks[0].block.feed_forward, config, BF16, Target("loop", "cpu"))
     x, x64 = draw(0, (20, 64), 20.0)
     indices, weights, _ = moe._route(x, jnp.ones(20, bool), None)
     logits = x64 @ np.asarray(moe.router.weight.get_value(), np.float64).T

@@ -127,7 +127,7 @@ def test_convolution_and_silu_are_one_fusion():
 
     config = PRESETS["blackmamba-tiny"]
     mixer = config.stacks[0].block.mixer
-    graphdef, state = nnx.split(Mamba(jax.random.key(0), mixer, config, jnp.float32, Target("auto", "chunked", "cpu")))
+    graphdef, state = nnx.split(Mamba(jax.random.key(0), mixer, config, jnp.float32, Target("auto", "cpu")))
     x, segments = jnp.zeros((2, 64, mixer.inner)), jnp.ones((2, 64), jnp.int32)
 
     def convolved(state, x):
