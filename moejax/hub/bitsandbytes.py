@@ -32,21 +32,26 @@ class Quantized:
         self.nbytes = weight.nbytes + sum(parts[p].nbytes for p in (".absmax", ".nested_absmax") if p in parts)
         self.kind = "nf4-double" if ".nested_absmax" in parts else "nf4"
 
-    def read(self) -> Canonical:
-        """They are views of the file. Raises UserError, with file and tensor, for what this NF4 is not."""
-        state = self._state()
-        self._check_setting(state, "blocksize", nf4.BLOCK)
-        shape = state.get("shape")
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix, by its quant_state. Raises UserError as `read` does."""
+        shape = self._state().get("shape")
         if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
             raise self._bad(f"is of shape {shape!r} by its quant_state: expected a list of sizes")
+        return tuple(shape)
+
+    def read(self) -> Canonical:
+        """Raises UserError, with file and tensor, for what this NF4 is not."""
+        state, shape = self._state(), self.shape
+        self._check_setting(state, "blocksize", nf4.BLOCK)
         n = math.prod(shape)
         blocks = -(-n // nf4.BLOCK)
         codes = np.ascontiguousarray(self._weight.read()).reshape(-1).view(np.uint8)  # bitsandbytes may store them as another dtype
         if codes.size != -(-n // 2):
-            raise self._bad(f"has {codes.size} bytes of codes, expected {-(-n // 2)} for shape {shape}")
+            raise self._bad(f"has {codes.size} bytes of codes, expected {-(-n // 2)} for shape {list(shape)}")
         self._check_map(".quant_map", nf4.CODEBOOK)
         if self.kind == "nf4":
-            return Canonical("nf4", tuple(shape), {"codes": codes, "absmax": self._part(".absmax", np.float32, blocks)})
+            return Canonical("nf4", shape, {"codes": codes, "absmax": self._part(".absmax", np.float32, blocks)})
         self._check_setting(state, "nested_blocksize", nf4.NESTED_BLOCK)
         self._check_map(".nested_quant_map", nf4.DYNAMIC_MAP)
         offset = state.get("nested_offset")
@@ -54,11 +59,7 @@ class Quantized:
             raise self._bad(f"has nested_offset = {offset!r} in its quant_state: expected a number")
         nested = self._part(".nested_absmax", np.float32, -(-blocks // nf4.NESTED_BLOCK))
         parts = {"codes": codes, "absmax": self._part(".absmax", np.uint8, blocks), "nested_absmax": nested, "offset": np.float32(offset)}
-        return Canonical("nf4-double", tuple(shape), parts)
-
-    def release(self) -> None:
-        for source in (self._weight, *self._parts.values()):
-            source.release()
+        return Canonical("nf4-double", shape, parts)
 
     def _state(self) -> dict[str, Any]:
         name = next(part for part in self._parts if part.startswith(_STATE))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.peft import variables
-from moejax.hub.safetensors_file import Writer
-from moejax.hub.save import write_config, write_json
+from moejax.hub.save import write_model
 from moejax.hub.stored import open_tensors
 from moejax.hub.streaming import read_tensor, whole_shape
 from moejax.models.build import Model
@@ -25,7 +22,7 @@ SHARD_BYTES = 2_000_000_000
 
 
 def save_merged(
-    model: Model, base: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES, progress: Callable[[int], None] | None = None
+    model: Model, base: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES, progress: Callable[[int], None] = lambda nbytes: None
 ) -> int:
     """Write base + alpha/rank · B A of every adapted matrix, in bf16, with config.json and generation_config.json. Returns its bytes.
 
@@ -34,44 +31,13 @@ def save_merged(
     base: the folder its weights are read from. Host memory holds one tensor. progress: called with the bytes of each. Raises UserError as
     `weights.load_weights` does, and for a full disk.
     """
-    sizes = {name: 2 * math.prod(whole_shape(model, places)) for name, places in tensors(model.config).items()}
-    shards = plan_shards(sizes, shard_bytes)
-    files = [
-        "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        for i in range(1, len(shards) + 1)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = {name: (whole_shape(model, places), ml_dtypes.bfloat16) for name, places in tensors(model.config).items()}
     with ExitStack() as stack:
         source = open_tensors(base, stack, model.config)
-        for file, names in zip(files, shards, strict=True):
-            with Writer(folder / file, {name: shapes[name] for name in names}, {"format": "pt"}) as writer:
-                for name in names:
-                    writer.write(name, merged_tensor(model, name, source, base).astype(ml_dtypes.bfloat16))
-                    source[name].release()
-                    if progress is not None:
-                        progress(sizes[name])
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-        }
-        write_json(folder / "model.safetensors.index.json", index)
-    write_config(model.config, folder, jnp.bfloat16)
-    return sum(sizes.values())
 
+        def value(name: str) -> np.ndarray:
+            return merged_tensor(model, name, source, base)
 
-def plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where a shard would pass `shard_bytes`; a larger tensor is a shard by itself."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+        return write_model(model, folder, value, jnp.bfloat16, shard_bytes=shard_bytes, progress=progress)
 
 
 def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from moejax.models.config import Architecture
@@ -47,19 +48,14 @@ def index_of(place: Place) -> Any:
 def tensors(config: Architecture) -> Mapping[str, tuple[Place, ...]]:
     """Every tensor of a checkpoint and its places here (two where a tensor holds two of our matrices), in the Hub's order."""
     table = {name: _places(variable) for name, variable in config.names.before.items()}
-    for block in range(config.blocks):
-        table |= block_tensors(config, block)
+    for block in _blocks(config):
+        table |= _tensors_of(block)
     return table | {name: _places(variable) for name, variable in config.names.after.items()}
 
 
 def block_tensors(config: Architecture, block: int) -> dict[str, tuple[Place, ...]]:
     """Those of one of our layers, counted over all stacks; in the same order for each layer of a stack."""
-    stack, names, at, numbers = _of_block(config, block)
-    table = {name.format(*numbers): _places(variable, stack.name, at) for name, variable in names.weights.items()}
-    for e in range(stack.block.feed_forward.experts):
-        for name, variable in names.experts.items():
-            table[name.format(*numbers, e=e)] = _places(variable, stack.name, at, e)
-    return table
+    return _tensors_of(next(islice(_blocks(config), block, None)))
 
 
 def modules(config: Architecture) -> dict[str, Place]:
@@ -75,8 +71,7 @@ def modules(config: Architecture) -> dict[str, Place]:
 def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
     """Every tensor over all experts that transformers 5 makes of a layer's, and its parts, expert by expert."""
     table = {}
-    for block in range(config.blocks):
-        stack, names, _, numbers = _of_block(config, block)
+    for stack, names, _, numbers in _blocks(config):
         own = {variable: name for name, variable in names.experts.items()}
         for name, variable in names.stacked.items():
             halves = [(variable, None)] if isinstance(variable, str) else [(v, half) for half, v in enumerate(variable)]
@@ -90,32 +85,36 @@ def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
 def renamed(config: Architecture) -> Mapping[str, str]:
     """Names that transformers 5 gives to tensors, and the checkpoint's own, where they differ."""
     table: dict[str, str] = {}
-    for block in range(config.blocks):
-        _, names, _, numbers = _of_block(config, block)
+    for _, names, _, numbers in _blocks(config):
         own = {variable: name for name, variable in names.weights.items()}
         table |= {name.format(*numbers): own[variable].format(*numbers) for name, variable in names.renamed.items()}
     return {name: own_name for name, own_name in table.items() if name != own_name}
 
 
-def _of_block(config: Architecture, block: int) -> tuple[Stack, BlockNames, int, list[int]]:
-    """The stack that a block is in and its names, its number in the stack, and the numbers of its layers in the checkpoint."""
-    at, first = block, 0
+_Block = tuple[Stack, BlockNames, int, list[int]]
+"""The stack that a block is in and its names, its number in the stack, and the numbers of its layers in the checkpoint."""
+
+
+def _blocks(config: Architecture) -> Iterator[_Block]:
+    first = 0
     for stack, names in zip(config.stacks, config.names.blocks, strict=True):
-        if at < stack.repeats:
-            return stack, names, at, [first + at * names.layers + i for i in range(names.layers)]
-        at, first = at - stack.repeats, first + stack.repeats * names.layers
-    raise IndexError(block)
+        for at in range(stack.repeats):
+            yield stack, names, at, [first + i for i in range(names.layers)]
+            first += names.layers
+
+
+def _tensors_of(block: _Block) -> dict[str, tuple[Place, ...]]:
+    stack, names, at, numbers = block
+    table = {name.format(*numbers): _places(variable, stack.name, at) for name, variable in names.weights.items()}
+    for e in range(stack.block.feed_forward.experts):
+        for name, variable in names.experts.items():
+            table[name.format(*numbers, e=e)] = _places(variable, stack.name, at, e)
+    return table
 
 
 def _places(
     variable: str | tuple[str, ...], stack: str | None = None, layer: int | None = None, expert: int | None = None
 ) -> tuple[Place, ...]:
-    return tuple(_split(variable, stack, layer, expert))
-
-
-def _split(variable: str | tuple[str, ...], stack: str | None, layer: int | None, expert: int | None) -> Iterator[Place]:
     several = (variable,) if isinstance(variable, str) else variable
-    for half, name in enumerate(several):
-        *path, attr = name.split(".")
-        where = tuple(path) if stack is None else (stack, *path)
-        yield Place(where, layer, expert, attr, half if len(several) > 1 else None)
+    paths = [(*filter(None, (stack,)), *name.split(".")) for name in several]
+    return tuple(Place(path[:-1], layer, expert, path[-1], half if len(several) > 1 else None) for half, path in enumerate(paths))

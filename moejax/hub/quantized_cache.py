@@ -15,16 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from moejax import __version__
 from moejax.errors import UserError
-from moejax.hub.safetensors_file import Reader, Writer, aligned
+from moejax.hub.safetensors_file import Reader, Staging, Writer, aligned
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
 from moejax.terminal import Console
 
@@ -114,28 +113,19 @@ def read(
     if set(reader.names()) != {*leaves, _CONTENT, _SUMS} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
     arrays: dict[str, dict[str, jax.Array]] = {name: {} for name in variables}
-    sums = dict.fromkeys(leaves, 0)
+    sums: dict[str, int] = {}
+    staging = Staging()
     with ThreadPoolExecutor(1) as pool:
-        for piece in ahead(pool, _pieces(reader, variables)):
-            leaf, parts, variable = part_name(piece.name, piece.part), arrays[piece.name], variables[piece.name]
-            sums[leaf] = zlib.crc32(_bytes(piece.value), sums[leaf])
-            # In place, while the next one is read: the host holds no second copy.
-            packed = variable.pack(piece.part, piece.value, in_place=True) if piece.part else piece.value
-            if piece.layer is not None:
-                if piece.layer == 0:
-                    parts[piece.part] = jnp.zeros((variable.shape[0], *packed.shape), packed.dtype)
-                index = (jnp.int32(piece.layer),)
-                parts[piece.part] = jax.block_until_ready(put(parts[piece.part], jax.device_put(packed), index))
-            elif piece.whole is not None:
-                whole = packed if piece.whole is piece.value else piece.whole.reshape(variable.codes.shape)
-                parts[piece.part] = jax.block_until_ready(jax.device_put(whole))
-    changed = [name for name, sum_ in zip(leaves, reader.get_tensor(_SUMS).tolist(), strict=True) if sums[name] != sum_]
+        for name, variable in variables.items():
+            for part in stored_parts(variable):
+                arrays[name][part], sums[part_name(name, part)] = _held(reader, name, variable, part, pool, staging)
+    changed = [name for name, sum_ in zip(leaves, reader.read(_SUMS).tolist(), strict=True) if sums[name] != sum_]
     if changed:
         if console is not None:
             console.print(f"warning: {path}: {changed[0]} is not what was written there; it is made anew from the checkpoint")
         return None
     if content is not None:
-        content.value = reader.get_tensor(_CONTENT).tobytes().hex()
+        content.value = reader.read(_CONTENT).tobytes().hex()
     return {
         name: value.with_parts(arrays[name]) if isinstance(value, QuantizedTensor) else arrays[name][""]
         for name, value in variables.items()
@@ -146,35 +136,36 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-class _Piece(NamedTuple):
-    """Of a variable's part: a layer of it, or some of `whole`, which is then all read (None: more is to come)."""
+def _held(reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolExecutor, staging: Staging) -> tuple[jax.Array, int]:
+    """A part of a variable in memory's form, and the CRC-32 of what the file holds of it. Each piece is packed, or put into its place on
+    the device, while the next one is read."""
+    stored, held = stored_parts(variable)[part], variable.parts()[part] if part else variable
+    shape, dtype = stored.shape or (1,), np.dtype(stored.dtype)
+    row_bytes, limit = math.prod(shape[1:]) * dtype.itemsize, _at_once_bytes()
+    whole = aligned(shape, dtype) if shape[0] * row_bytes <= limit or len(shape) == 1 else None
+    in_place = part != "codes" or variable.matrix[1] % 4 == 0
+    step = max(1, int(min(limit, _PIECE_BYTES) // max(1, row_bytes))) if in_place or whole is None else shape[0]
+    places = range(0, shape[0], step)
 
-    name: str
-    part: str
-    value: np.ndarray
-    layer: int | None
-    whole: np.ndarray | None
+    def reading(at: int) -> Callable[[], np.ndarray]:
+        rows = min(step, shape[0] - at)
+        into = staging.lend((rows, *shape[1:]), dtype) if whole is None else whole[at : at + rows]
+        return partial(reader.read, part_name(name, part), into, at * math.prod(shape[1:]))
+
+    sum_ = 0
+    packed: Any = None
+    buffer: Any = jnp.zeros(held.shape, held.dtype) if whole is None else None
+    for at, piece in zip(places, ahead(pool, map(reading, places)), strict=True):
+        sum_ = zlib.crc32(_bytes(piece), sum_)
+        packed = variable.pack(part, piece, in_place=True) if part else piece
+        if whole is None:
+            buffer = jax.block_until_ready(put(buffer, jax.device_put(packed), (jnp.int32(at),)))
+    if whole is not None:
+        buffer = jax.block_until_ready(jax.device_put((whole if in_place else packed).reshape(held.shape)))
+    return buffer, sum_
 
 
-def _pieces(reader: Reader, variables: Mapping[str, Any]) -> Iterator[Callable[[], _Piece]]:
-    """What reads them, one after the other. Copies, also on a CPU: an array that is a view of the file would change with the file."""
-
-    def read(name: str, part: str, first: int, into: np.ndarray, layer: int | None, whole: np.ndarray | None) -> _Piece:
-        return _Piece(name, part, reader.copy(part_name(name, part), first, into.shape, lambda *_: into), layer, whole)
-
-    for name, variable in variables.items():
-        for part, leaf in stored_parts(variable).items():
-            dtype = np.dtype(numpy_dtype(leaf.dtype))
-            if math.prod(leaf.shape) * dtype.itemsize > _at_once_bytes() and len(leaf.shape) > 1:
-                # What is not copied whole goes a layer at a time, so that the host holds no more of it.
-                for layer in range(leaf.shape[0]):
-                    yield partial(read, name, part, layer * math.prod(leaf.shape[1:]), aligned(leaf.shape[1:], dtype), layer, None)
-                continue
-            whole = aligned(leaf.shape, dtype)
-            # A matrix at a time where it is packed within its bytes: while the next one is read.
-            rows = list(whole.reshape(-1, leaf.shape[-1])) if part == "codes" and variable.matrix[1] % 4 == 0 else [whole]
-            for number, row in enumerate(rows):
-                yield partial(read, name, part, number * row.size, row, None, whole if number == len(rows) - 1 else None)
+_PIECE_BYTES = 1 << 26
 
 
 def _at_once_bytes() -> float:
@@ -196,9 +187,9 @@ def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterato
 
 @partial(jax.jit, donate_argnums=0)
 def put(buffer: jax.Array, part: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """`buffer` with `part` at a leading index; in place, because the buffer is given away."""
-    start = (*index, *(jnp.zeros((), jnp.int32) for _ in part.shape))
-    return jax.lax.dynamic_update_slice(buffer, part.reshape((1,) * len(index) + part.shape), start)
+    """`buffer` with `part` from an index of its leading axes on; in place, because the buffer is given away."""
+    start = (*index, *(jnp.zeros((), jnp.int32) for _ in range(buffer.ndim - len(index))))
+    return jax.lax.dynamic_update_slice(buffer, part.reshape((1,) * (buffer.ndim - part.ndim) + part.shape), start)
 
 
 class Keeper:
@@ -209,7 +200,7 @@ class Keeper:
 
     def __init__(self, path: Path | None, leaves: dict[str, Any], console: Console | None, content: Content | None = None):
         self._content = Content() if content is None and path is not None else content
-        self._shapes = {name: (tuple(leaf.shape), numpy_dtype(leaf.dtype)) for name, leaf in leaves.items()}
+        self._shapes = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
         self._path, self._console, self._writer = path, console, None
         if path is not None:
             shapes = self._shapes | {_CONTENT: ((32,), np.dtype(np.uint8)), _SUMS: ((len(leaves),), np.dtype(np.int64))}
@@ -234,15 +225,12 @@ class Keeper:
         try:
             action()
         except UserError as error:
-            self._drop(error)
-
-    def _drop(self, error: UserError) -> None:
-        if self._writer is not None:
             writer, self._writer = self._writer, None
             with suppress(UserError):  # what is left in its buffer does not fit either
-                writer.__exit__(UserError)
-        if self._console is not None:
-            self._console.print(f"warning: quantized weights are not kept for the next start: {error}")
+                if writer is not None:
+                    writer.__exit__(UserError)
+            if self._console is not None:
+                self._console.print(f"warning: quantized weights are not kept for the next start: {error}")
 
     def __enter__(self) -> Keeper:
         return self
@@ -250,17 +238,8 @@ class Keeper:
     def __exit__(self, kind: Any, *_: object) -> None:
         content, writer = self._content, self._writer
         whole = None if content is None else content.finish()
-
-        def hashes() -> None:
-            if writer is not None and content is not None and whole is not None:
-                writer.write(_CONTENT, np.frombuffer(bytes.fromhex(whole), np.uint8))
-                writer.write(_SUMS, np.array([content.sums[name] for name in self._shapes]))
-
-        if kind is None:
-            self._try(hashes)
-        if self._writer is not None:
+        if kind is None and writer is not None and content is not None and whole is not None:
+            hashes = {_CONTENT: np.frombuffer(bytes.fromhex(whole), np.uint8), _SUMS: np.array([content.sums[n] for n in self._shapes])}
+            self._try(lambda: [writer.write(*each) for each in hashes.items()])
+        if writer is not None and self._writer is not None:
             self._try(lambda: writer.__exit__(kind))
-
-
-def numpy_dtype(dtype: Any) -> Any:
-    return ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else np.dtype(dtype)

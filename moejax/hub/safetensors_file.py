@@ -1,4 +1,4 @@
-"""safetensors files by memory map, a tensor at a time in both directions: no whole file is ever in memory."""
+"""safetensors files, a tensor at a time in both directions: no whole file is ever in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from moejax.errors import UserError
 from moejax.files import aside, lfs_pointer, settle
 
-_DTYPES: dict[str, Any] = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
     "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
@@ -50,7 +50,7 @@ class Staging:
 
 
 class Reader:
-    """The tensors of one file as read-only views of its memory map. Raises UserError where the file is not whole."""
+    """The tensors of one file, read into memory when they are asked for. Raises UserError where the file is not whole."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,16 +59,13 @@ class Reader:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
         try:
-            with safe_open(str(path), framework="numpy") as checked:  # the library judges header, sizes and offsets
-                self.metadata: dict[str, str] = checked.metadata() or {}
-            length = int.from_bytes(self._file.read(8), "little")
-            self.header = self._file.read(length)
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (SafetensorError, OSError, ValueError) as error:
+            safe_open(str(path), framework="numpy").__exit__(None, None, None)  # the library judges header, sizes and offsets
+        except (SafetensorError, OSError) as error:
             what = lfs_pointer(path) or f"is no whole safetensors file ({error}): download it again"
             raise UserError(f"{path} {what}") from None
+        length = int.from_bytes(self._file.read(8), "little")
         self._start = 8 + length
-        self._entries: dict[str, Any] = {k: v for k, v in json.loads(self.header).items() if k != "__metadata__"}
+        self._entries: dict[str, Any] = {k: v for k, v in json.loads(self._file.read(length)).items() if k != "__metadata__"}
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -76,27 +73,20 @@ class Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
-    def nbytes(self, name: str) -> int:
-        begin, end = self._entries[name]["data_offsets"]
-        return int(end - begin)
+    def dtype(self, name: str) -> np.dtype[Any]:
+        kind = self._entries[name]["dtype"]
+        if kind not in _DTYPES:
+            raise UserError(f"{self.path}: tensor {name!r} is {kind}: expected one of {', '.join(_DTYPES)}")
+        return _DTYPES[kind]
 
-    def get_tensor(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{self.path}: tensor {name!r} is {entry['dtype']}: expected one of {', '.join(_DTYPES)}")
-        shape, offset = tuple(entry["shape"]), self._start + entry["data_offsets"][0]
-        return np.frombuffer(self._map, _DTYPES[entry["dtype"]], math.prod(shape), offset).reshape(shape)
+    def read(self, name: str, into: np.ndarray | None = None, first: int = 0) -> np.ndarray:
+        """A tensor, or as many of its numbers from the `first` on as `into` holds, in that memory.
 
-    def copy(
-        self, name: str, first: int = 0, shape: tuple[int, ...] | None = None, allocate: Callable[..., np.ndarray] | None = None
-    ) -> np.ndarray:
-        """A tensor, or `shape` numbers of it from the `first` on, read into what `allocate` gives (default: `aligned`).
-
-        Reading asks the disk for larger pieces than touching the map does. Raises UserError where the file cannot be read.
+        In large pieces, and never by a map of the file: an array that is a view of it would change with the file. Raises UserError where
+        the file cannot be read.
         """
-        entry = self._entries[name]
-        array = (allocate or aligned)(self.shape(name) if shape is None else shape, _DTYPES[entry["dtype"]])
-        offset = self._start + entry["data_offsets"][0] + first * array.itemsize
+        array = aligned(self.shape(name), self.dtype(name)) if into is None else into
+        offset = self._start + self._entries[name]["data_offsets"][0] + first * array.itemsize
         rest = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         try:
             while rest:
@@ -107,14 +97,6 @@ class Reader:
         except OSError as error:
             raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error}): download it again") from None
         return array
-
-    def release(self, name: str) -> None:
-        """Give the pages of a tensor back: a later read takes them from the file again."""
-        begin, end = (self._start + offset for offset in self._entries[name]["data_offsets"])
-        page = mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED") and end > begin:
-            first = begin // page * page
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray], check: Callable[[Path], None] | None = None) -> None:

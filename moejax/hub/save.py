@@ -1,8 +1,10 @@
-"""Whole models written in Hub layout, which `weights` reads."""
+"""Whole models written in Hub layout, which `weights` reads, a tensor at a time."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +14,71 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.files import replace_text
 from moejax.hub.names import attribute, index_of, tensors
-from moejax.hub.safetensors_file import write_file
+from moejax.hub.safetensors_file import Writer
+from moejax.hub.streaming import whole_shape
 from moejax.models.build import Model
 from moejax.models.config import Architecture
 from moejax.models.ops.quantized import is_quantized
 
 
 def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
-    """Write an unquantized model in Hub layout (config.json, generation_config.json, model.safetensors), adapters left out.
+    """Write an unquantized model in Hub layout (config.json, generation_config.json, model.safetensors), adapters left out."""
+    places = tensors(model.config)
 
-    The file is written aside and renamed: a half-written one is never taken for a whole.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for name, places in tensors(model.config).items():
+    def value(name: str) -> np.ndarray:
         parts = []
-        for place in places:
-            value = getattr(attribute(model, place.path), place.attr).get_value()
-            if is_quantized(value):
+        for place in places[name]:
+            held = getattr(attribute(model, place.path), place.attr).get_value()
+            if is_quantized(held):
                 raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
-            parts.append(np.asarray(value[index_of(place)].astype(dtype)))
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        arrays[name] = array[:, None] if name.endswith("conv1d.weight") else array
-    write_file(folder / "model.safetensors", arrays)
+            parts.append(np.asarray(held[index_of(place)].astype(dtype)))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    write_model(model, folder, value, dtype)
+
+
+def write_model(
+    model: Model, folder: Path, value: Callable[[str], np.ndarray], dtype: Any, *, shard_bytes: float = math.inf,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> int:  # fmt: skip
+    """Write `value(name)` of every tensor of the checkpoint as `dtype`, with an index where there are several files, and the configs.
+    Returns the tensors' bytes.
+
+    Each file is written aside and renamed: a half-written one is never taken for a whole. progress: called with the bytes of each tensor.
+    Raises UserError for a full disk.
+    """
+    shapes = {name: whole_shape(model, places) for name, places in tensors(model.config).items()}
+    sizes = {name: jnp.dtype(dtype).itemsize * math.prod(shape) for name, shape in shapes.items()}
+    shards, files = plan_shards(sizes, shard_bytes), ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, names in zip(files, shards, strict=True):
+        with Writer(folder / file, {name: (shapes[name], dtype) for name in names}, {"format": "pt"}) as writer:
+            for name in names:
+                writer.write(name, value(name).astype(dtype))
+                progress(sizes[name])
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        write_json(folder / "model.safetensors.index.json", index)
     write_config(model.config, folder, dtype)
+    return sum(sizes.values())
+
+
+def plan_shards(sizes: dict[str, int], shard_bytes: float) -> list[list[str]]:
+    """Names in order, cut where a shard would pass `shard_bytes`; a larger tensor is a shard by itself."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
 
 
 def write_config(c: Architecture, folder: Path, dtype: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes
 from moejax.hub.names import renamed, stacked
-from moejax.hub.safetensors_file import Reader, Staging
+from moejax.hub.safetensors_file import Reader, aligned
 from moejax.hub.torch_file import TorchFile
 from moejax.models.config import Architecture
 
@@ -20,29 +22,31 @@ AGAIN = "download it again, or copy it"
 
 
 class Source(NamedTuple):
-    """Where a tensor is read: a file's tensor, or one expert's rows of a fused one."""
+    """Where a tensor is read: `shape` numbers of a file's tensor, from the `first` on (of one expert's, where it is of all)."""
 
     file: Any
     name: str
-    nbytes: int
-    expert: int | None = None
-    rows: slice = slice(None)
+    shape: tuple[int, ...]
+    first: int = 0
 
-    def read(self) -> Any:
-        value = self.file.get_tensor(self.name)
-        return value if self.expert is None else value[self.expert, self.rows]
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        found: np.dtype[Any] = self.file.dtype(self.name)
+        return found
 
-    def copy(self, staging: Staging) -> np.ndarray:
-        """The same in memory that `staging` lends."""
-        if not isinstance(self.file, Reader):
-            return np.array(self.read())
-        value = self.read()
-        first = 0 if self.expert is None else (self.expert * self.file.shape(self.name)[1] + (self.rows.start or 0)) * value.shape[-1]
-        return self.file.copy(self.name, first, value.shape, staging.lend)
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def release(self) -> None:
-        if isinstance(self.file, Reader):
-            self.file.release(self.name)
+    def half(self, number: int) -> Source:
+        """The first or the second half of its rows."""
+        shape = (self.shape[0] // 2, *self.shape[1:])
+        return self._replace(shape=shape, first=self.first + number * math.prod(shape))
+
+    def read(self, lend: Callable[..., np.ndarray] = aligned) -> np.ndarray:
+        """Its numbers, in memory that `lend(shape, dtype)` gives."""
+        array: np.ndarray = self.file.read(self.name, lend(self.shape, self.dtype), self.first)
+        return array
 
 
 def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[s
         if not path.is_file():
             raise UserError(f"{folder} lacks {path.name}, which its index names: download it again")
         file = Reader(path) if path.suffix == ".safetensors" else stack.enter_context(TorchFile(path))
-        held |= {name: Source(file, name, file.nbytes(name)) for name in file.names() if where.get(name, path.name) == path.name}
+        held |= {name: Source(file, name, file.shape(name)) for name in file.names() if where.get(name, path.name) == path.name}
     lost = sorted(where.keys() - held.keys())
     if lost:
         raise UserError(
@@ -76,16 +80,14 @@ def _expanded(file: Any, name: str, config: Architecture) -> dict[str, Source]:
     """The tensors of one expert each that a file's tensor holds; itself where it is of no expert or of one."""
     parts = stacked(config).get(name)
     if parts is None:
-        return {renamed(config).get(name, name): Source(file, name, file.nbytes(name))}
+        return {renamed(config).get(name, name): Source(file, name, file.shape(name))}
     shape, halves = file.shape(name), 1 if parts[0].half is None else 2
     if len(shape) != 3 or shape[1] % halves:
         raise UserError(f"{file.path}: tensor {name!r} has shape {list(shape)}, expected [experts, rows, columns]")
     if shape[0] * halves != len(parts):
         raise UserError(f"{file.path}: tensor {name!r} is of {shape[0]} experts, expected {len(parts) // halves} by its config.json")
-    rows = shape[1] // halves
-    size = file.nbytes(name) // len(parts)
-    slices = {half: slice(half * rows, (half + 1) * rows) for half in range(halves)}
-    return {part.name: Source(file, name, size, part.expert, slices[part.half or 0]) for part in parts}
+    rows, columns = shape[1] // halves, shape[2]
+    return {p.name: Source(file, name, (rows, columns), (p.expert * halves + (p.half or 0)) * rows * columns) for p in parts}
 
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # each may lie in shards with an index instead; the first that is there is read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from moejax.errors import UserError
 from moejax.hub.names import Place, attribute, tensors
 from moejax.hub.quantized_cache import ahead, part_name, put
 from moejax.hub.safetensors_file import Staging
+from moejax.hub.stored import Source
 from moejax.models.build import Model
 from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode, stored_parts
 
@@ -43,13 +45,12 @@ def fill(
     """
     targets = {(path, attr): parts for (path, attr), parts in by_variable(model).items() if under in (None, path[0])}
     values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}
-
     staging = Staging()
-
-    def reading(name: str, place: Place, abstract: Any) -> Callable[[], Any]:
-        return lambda: _read(files, name, place, tuple(abstract.shape[_leading(place) :]), folder, staging)
-
-    calls = (reading(name, place, values[target]) for target, parts in targets.items() for name, place in parts)
+    calls = (
+        partial(_read, files, name, place, tuple(values[target].shape[_leading(place) :]), folder, staging.lend)
+        for target, parts in targets.items()
+        for name, place in parts
+    )
     with ThreadPoolExecutor(1) as pool:
         read = ahead(pool, calls)
         for (path, attr), parts in targets.items():
@@ -83,11 +84,10 @@ def _value(
         for i, leaf in enumerate(jax.tree.leaves(held)):
             # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
             buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
-        # What was read must be done with before its pages are given back, and before more is queued than memory holds.
+        # What was read must be done with before its memory is lent again, and before more is queued than memory holds.
         jax.block_until_ready(buffers)
         if keep is not None:
             keep.wait()
-        files[name].release()
         advance(files[name].nbytes // (2 if place.half is not None else 1))
     return jax.tree.unflatten(treedef, buffers)
 
@@ -106,15 +106,12 @@ def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
         raise _not_finite(name, files) from None
 
 
-def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path, staging: Staging) -> Any:
-    """A copy of a tensor in the host's memory, as stored."""
-    half = None if place.half is None else slice(place.half * shape[0], (place.half + 1) * shape[0])
-    raw = checked(files, name, stored_shape(place, shape), folder)
-    if isinstance(raw, Canonical):
-        return raw
-    if half is not None:
-        return np.array(raw[half]).reshape(shape)
-    return files[name].copy(staging).reshape(shape)
+def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path, lend: Callable[..., np.ndarray]) -> Any:
+    """A tensor in the host's memory, as stored."""
+    source = checked(files, name, stored_shape(place, shape), folder)
+    if not isinstance(source, Source):
+        return source.read()
+    return (source if place.half is None else source.half(place.half)).read(lend).reshape(shape)
 
 
 def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
@@ -122,24 +119,22 @@ def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder
 
     Raises UserError where it is missing, of another shape or no number.
     """
-    raw = checked(files, name, shape, folder)
-    if isinstance(raw, Canonical):
-        return raw
-    value = jnp.asarray(raw)
-    _check_finite(value, name, files)
-    return value
+    raw = checked(files, name, shape, folder).read()
+    if not isinstance(raw, Canonical):
+        _check_finite(raw, name, files)
+    return raw
 
 
 def checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
-    """A tensor as its source gives it, of this shape and of a kind that is read."""
+    """The source of a tensor, which is of this shape and of a kind that is read."""
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing: download the checkpoint again")
-    raw, where = files[name].read(), f"{files[name].file.path}: tensor {files[name].name!r}"
-    if tuple(raw.shape) != shape:
-        raise UserError(f"{where} has shape {list(raw.shape)}, expected {list(shape)} by its config.json")
-    if not isinstance(raw, Canonical) and raw.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise UserError(f"{where} is {raw.dtype}: expected bfloat16, float16 or float32")
-    return raw
+    source, where = files[name], f"{files[name].file.path}: tensor {files[name].name!r}"
+    if source.shape != shape:
+        raise UserError(f"{where} has shape {list(source.shape)}, expected {list(shape)} by its config.json")
+    if isinstance(source, Source) and source.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise UserError(f"{where} is {source.dtype}: expected bfloat16, float16 or float32")
+    return source
 
 
 def _check_finite(value: Any, name: str, files: dict[str, Any]) -> None:
@@ -168,8 +163,7 @@ def whole_shape(model: Model, places: tuple[Place, ...]) -> tuple[int, ...]:
     """The shape of a tensor as the checkpoint stores it."""
     place = places[0]
     value = getattr(attribute(model, place.path), place.attr).get_value()
-    leading = (place.layer is not None) + (place.expert is not None)
-    return stored_shape(place, tuple(value.shape[leading:]))
+    return stored_shape(place, tuple(value.shape[_leading(place) :]))
 
 
 def _leading(place: Place) -> int:

@@ -97,103 +97,85 @@ def _storage(pid: Any) -> _Storage:
     return _Storage(str(pid[2]) if isinstance(pid[2], str | int) else "", _STORAGES[pid[1].name])
 
 
-class _Stack:
-    """What the pickle's instructions work on."""
-
-    def __init__(self) -> None:
-        self.items: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-
-    def pop(self, count: int) -> list[Any]:
-        if len(self.items) < count:
-            raise ValueError("its pickle takes more than it has put")
-        taken = self.items[len(self.items) - count :]
-        del self.items[len(self.items) - count :]
-        return taken
-
-    def pop_to_mark(self) -> list[Any]:
-        if not self.marks:
-            raise ValueError("its pickle lacks a mark")
-        return self.pop(max(0, len(self.items) - self.marks.pop()))
+_MADE: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
+_NUMBERS_AND_TEXTS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 
 
 def _interpret(data: bytes) -> Any:
     """The value of a pickle. Raises ValueError for whatever tensors do not need, by name."""
-    stack = _Stack()
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
     argument: Any
+
+    def pop(count: int) -> list[Any]:
+        if len(stack) < count:
+            raise ValueError("its pickle takes more than it has put")
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
+    def pop_to_mark() -> list[Any]:
+        if not marks:
+            raise ValueError("its pickle lacks a mark")
+        return pop(max(0, len(stack) - marks.pop()))
+
     for op, argument, _ in pickletools.genops(data):
         match op.name:
             case "PROTO" | "FRAME":
-                pass
+                continue
             case "MARK":
-                stack.marks.append(len(stack.items))
+                marks.append(len(stack))
+                continue
             case "STOP":
-                return stack.pop(1)[0]
+                return pop(1)[0]
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                (top,) = stack.pop(1)
-                stack.memo[len(stack.memo) if argument is None else argument] = top
-                stack.items.append(top)
+                (value,) = pop(1)
+                memo[len(memo) if argument is None else argument] = value
             case "BINGET" | "LONG_BINGET":
-                stack.items.append(stack.memo[argument])
+                value = memo[argument]
             case "SETITEM" | "SETITEMS":
-                pairs = stack.pop(2) if op.name == "SETITEM" else stack.pop_to_mark()
-                _set_items(stack, pairs)
+                pairs = pop(2) if op.name == "SETITEM" else pop_to_mark()
+                (value,) = pop(1)
+                keys = pairs[::2]
+                if not isinstance(value, dict) or len(pairs) % 2 or not all(isinstance(key, str | int) for key in keys):
+                    raise ValueError("its pickle fills something other than a dictionary with names")
+                value.update(zip(keys, pairs[1::2], strict=True))
             case "APPEND" | "APPENDS":
-                items = stack.pop(1) if op.name == "APPEND" else stack.pop_to_mark()
-                (target,) = stack.pop(1)
-                if not isinstance(target, list):
-                    raise ValueError(f"its pickle appends to a {type(target).__name__}")
-                target.extend(items)
-                stack.items.append(target)
+                items = pop(1) if op.name == "APPEND" else pop_to_mark()
+                (value,) = pop(1)
+                if not isinstance(value, list):
+                    raise ValueError(f"its pickle appends to a {type(value).__name__}")
+                value.extend(items)
             case "BUILD":  # a state_dict's own _metadata: versions of modules, not needed
-                target, _ = stack.pop(2)
-                if not isinstance(target, dict):
-                    raise ValueError(f"its pickle sets the state of a {type(target).__name__}, and only tensors are read")
-                stack.items.append(target)
-            case _:
-                stack.items.append(_value(op.name, argument, stack))
+                value, _ = pop(2)
+                if not isinstance(value, dict):
+                    raise ValueError(f"its pickle sets the state of a {type(value).__name__}, and only tensors are read")
+            case "TUPLE":
+                value = tuple(pop_to_mark())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                value = tuple(pop(int(op.name[-1])))
+            case "GLOBAL" | "INST":
+                value = _global(*argument.split(" ", 1))
+            case "STACK_GLOBAL":
+                value = _global(*pop(2))
+            case "BINPERSID":
+                value = _storage(pop(1)[0])
+            case "REDUCE":
+                function, arguments = pop(2)
+                if not isinstance(function, _Global) or function not in _CALLS or not isinstance(arguments, tuple):
+                    raise ValueError("its pickle calls something that rebuilds no tensor")
+                value = _CALLS[function](*arguments)
+            case name if name in _MADE:
+                value = _MADE[name]()
+            case name if name in _NUMBERS_AND_TEXTS:
+                value = argument
+            case name:
+                raise ValueError(f"its pickle uses the instruction {name}, which tensors do not need")
+        stack.append(value)
     raise ValueError("its pickle has no end")
-
-
-def _set_items(stack: _Stack, pairs: list[Any]) -> None:
-    (target,) = stack.pop(1)
-    keys, values = pairs[::2], pairs[1::2]
-    if not isinstance(target, dict) or len(keys) != len(values) or not all(isinstance(k, str | int) for k in keys):
-        raise ValueError("its pickle fills something other than a dictionary with names")
-    target.update(zip(keys, values, strict=True))
-    stack.items.append(target)
-
-
-def _value(name: str, argument: Any, stack: _Stack) -> Any:
-    """What an instruction puts on the stack."""
-    match name:
-        case "NONE" | "NEWTRUE" | "NEWFALSE":
-            return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name]
-        case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-            return argument
-        case "EMPTY_DICT":
-            return {}
-        case "EMPTY_LIST":
-            return []
-        case "EMPTY_TUPLE":
-            return ()
-        case "TUPLE":
-            return tuple(stack.pop_to_mark())
-        case "TUPLE1" | "TUPLE2" | "TUPLE3":
-            return tuple(stack.pop(int(name[-1])))
-        case "GLOBAL" | "INST":
-            return _global(*argument.split(" ", 1))
-        case "STACK_GLOBAL":
-            return _global(*stack.pop(2))
-        case "BINPERSID":
-            return _storage(stack.pop(1)[0])
-        case "REDUCE":
-            function, arguments = stack.pop(2)
-            if not isinstance(function, _Global) or function not in _CALLS or not isinstance(arguments, tuple):
-                raise ValueError("its pickle calls something that rebuilds no tensor")
-            return _CALLS[function](*arguments)
-    raise ValueError(f"its pickle uses the instruction {name}, which tensors do not need")
 
 
 class TorchFile:
@@ -237,10 +219,14 @@ class TorchFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def nbytes(self, name: str) -> int:
-        """Bytes of a tensor's elements."""
-        tensor = self._tensors[name]
-        return math.prod(tensor.shape) * np.dtype(tensor.storage.dtype).itemsize
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """As it is read: fp32 of what is stored in fp64."""
+        return jax.dtypes.canonicalize_dtype(self._tensors[name].storage.dtype)
+
+    def read(self, name: str, into: np.ndarray, first: int = 0) -> np.ndarray:
+        """As many of a tensor's numbers from the `first` on as `into` holds, in that memory."""
+        into[...] = np.asarray(self.get_tensor(name)).reshape(-1)[first : first + into.size].reshape(into.shape)
+        return into
 
     def get_tensor(self, name: str) -> jax.Array:
         storage, offset, shape, strides = self._tensors[name]

@@ -17,9 +17,8 @@ from moejax.errors import UserError
 from moejax.hub import bitsandbytes, quantized_cache
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.quantized_cache import Content, Keeper
-from moejax.hub.safetensors_file import Reader
 from moejax.hub.snapshot import resolve
-from moejax.hub.stored import AGAIN, Source, open_tensors, weight_files
+from moejax.hub.stored import AGAIN, open_tensors, weight_files
 from moejax.hub.streaming import by_variable, checked, fill, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
@@ -59,7 +58,7 @@ def load_weights(
 ) -> Model:  # fmt: skip
     """Fill an abstract model (`moejax.models.build.build` without a key) from a folder's safetensors or .bin; adapters from `lora_key`.
 
-    One tensor at a time: read by memory map, cast or quantized (each expert's matrix by itself), put into its place on the device,
+    One tensor at a time: read, cast or quantized (each expert's matrix by itself), put into its place on the device,
     so that the host never holds more than a few tensors. cache: the folder that keeps quantized weights for the next start
     (`quantized_cache`). console: where progress and the report of what is stored how are shown. content: takes the weights' hash.
     Raises UserError naming file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
@@ -69,10 +68,10 @@ def load_weights(
     with ExitStack() as stack:
         files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
-        quantized = any(map(is_quantized, abstract.values()))
-        if any(isinstance(source, bitsandbytes.Quantized) for source in files.values()):
-            cache = None  # the checkpoint is as small, and as fast to read
-        path = _cache_path(cache, folder, leaves, repr(model.config)) if cache is not None and quantized else None
+        path = None
+        ready = any(isinstance(source, bitsandbytes.Quantized) for source in files.values())  # as small, and as fast to read
+        if cache is not None and not ready and any(map(is_quantized, abstract.values())):
+            path = cache / f"{quantized_cache.key(weight_files(folder), leaves, repr(model.config))}.safetensors"
         kept = None if path is None else quantized_cache.read(path, abstract, content, console)
         if kept is not None:
             for name, variable in base_variables(model):
@@ -90,14 +89,13 @@ def load_weights(
 
 
 def check_files(model: Model, folder: Path) -> None:
-    """Raises UserError where a folder's files are not whole by their headers, or hold other tensors than the model, or (a safetensors
-    file's) of other shapes: without reading any."""
+    """Raises UserError where a folder's files are not whole by their headers, or hold other tensors than the model, or of other
+    shapes: without reading any."""
     with ExitStack() as stack:
         files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
         for name, places in tensors(model.config).items():
-            if isinstance(source := files[name], Source) and isinstance(source.file, Reader):
-                checked(files, name, whole_shape(model, places), folder)
+            checked(files, name, whole_shape(model, places), folder)
 
 
 def files_of(folder: Path) -> str | None:
@@ -166,7 +164,8 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
         unknown = [name for name in unknown if name not in config.names.unread]
     if unknown:
         raise UserError(
-            f"{folder}: {len(unknown)} tensors have no place in a {_describe(config)}, first {unknown[0]!r}{_hint(unknown)}"
+            f"{folder}: {len(unknown)} tensors have no place in a {config.title} of {config.num_layers} layers and "
+            f"{config.num_experts} experts, first {unknown[0]!r}{_hint(unknown)}"
         )
     missing = next((name for name in places if name not in files), None)
     if missing is not None:
@@ -176,14 +175,6 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
     bitsandbytes.check(files, wanted)
 
 
-def _cache_path(cache: Path, folder: Path, leaves: dict[str, Any], settings: str) -> Path:
-    return cache / f"{quantized_cache.key(weight_files(folder), leaves, settings)}.safetensors"
-
-
 def _progress(console: Console | None) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=console is None)
-
-
-def _describe(config: Architecture) -> str:
-    return f"{config.title} of {config.num_layers} layers and {config.num_experts} experts"
