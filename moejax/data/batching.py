@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from moejax.config import DataConfig, whole_row
 from moejax.data.batch import Batch
-from moejax.data.packing import pack
 from moejax.data.tokenize import Query
 
 
@@ -22,32 +22,30 @@ class Batches:
         self._rows = lru_cache(maxsize=2)(self._make_rows)
 
     def batches_per_epoch(self, epoch: int) -> int:
-        return -(-len(self._rows(epoch)) // self.config.batch_rows)
+        return len(self._micro_batches(epoch))
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of an epoch from number `start`. A last one that is not full is filled up with empty rows."""
-        rows, n = self._rows(epoch), self.config.batch_rows
-        for first in range(start * n, len(rows), n):
-            chosen = rows[first : first + n]
-            yield assemble([[self.queries[i] for i in row] for row in chosen], n, self._row_tokens(chosen))
+        for rows in self._micro_batches(epoch)[start:]:
+            yield assemble([[self.queries[i] for i in row] for row in rows], self.config.batch_rows, self._row_tokens(rows))
 
     def row_tokens(self, epoch: int) -> list[int]:
         """Tokens of the rows of each micro-batch of an epoch."""
-        rows, n = self._rows(epoch), self.config.batch_rows
-        return [self._row_tokens(rows[first : first + n]) for first in range(0, len(rows), n)]
+        return [self._row_tokens(rows) for rows in self._micro_batches(epoch)]
 
-    def waste(self, epoch: int = 0) -> float:
-        """Share of the computed tokens that is padding, in an epoch."""
-        rows, n = self._rows(epoch), self.config.batch_rows
-        real = sum(len(q.ids) for q in self.queries)
-        computed = 0
-        for first in range(0, len(rows), n):
-            chosen = rows[first : first + n]
-            computed += len(chosen) * self._row_tokens(chosen)
-        return 1 - real / computed
+    def waste(self) -> float:
+        """Share of the computed tokens that is padding, in the first epoch."""
+        computed = sum(len(rows) * self._row_tokens(rows) for rows in self._micro_batches(0))
+        return 1 - sum(len(q.ids) for q in self.queries) / computed
 
-    def rows(self, epoch: int = 0) -> int:
-        return len(self._rows(epoch))
+    def rows(self) -> int:
+        """Of the first epoch."""
+        return len(self._rows(0))
+
+    def _micro_batches(self, epoch: int) -> list[list[list[int]]]:
+        """The queries' numbers, row by row."""
+        rows, n = self._rows(epoch), self.config.batch_rows
+        return [rows[first : first + n] for first in range(0, len(rows), n)]
 
     def _make_rows(self, epoch: int) -> list[list[int]]:
         order = np.arange(len(self.queries))
@@ -67,6 +65,28 @@ class Batches:
             return c.longest_row
         longest = max(len(self.queries[i].ids) for row in rows for i in row)
         return whole_row(min(b for b in c.buckets if b >= longest) if c.batching == "pad_bucket" else longest)
+
+
+def pack(lengths: Sequence[int], row_tokens: int, window: int = 2048) -> list[list[int]]:
+    """Indices of `lengths` for each row, every query whole, in rows of at most `row_tokens`.
+
+    Inside a window of queries (in the order given, so that rows stay as random as the shuffle) the longest go first, each into the
+    fullest open row that still has room: best-fit decreasing. Rows that a window leaves open stay open for the next.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (room left, row), sorted
+    for start in range(0, len(lengths), window):
+        for index in sorted(range(start, min(start + window, len(lengths))), key=lambda i: (-lengths[i], i)):
+            need = lengths[index]
+            at = bisect.bisect_left(open_rows, (need, -1))
+            if at == len(open_rows):
+                rows.append([])
+                room, row = row_tokens, len(rows) - 1
+            else:
+                room, row = open_rows.pop(at)
+            rows[row].append(index)
+            bisect.insort(open_rows, (room - need, row))
+    return rows
 
 
 def assemble(rows: Sequence[Sequence[Query]], row_count: int, row_tokens: int) -> Batch:

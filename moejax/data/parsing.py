@@ -30,10 +30,7 @@ _OTHERS = (
     (b"ARROW1", "an Arrow file: give the folder that datasets' save_to_disk wrote to `datasets`, or write it as Parquet"),
     (b"SQLite format 3", "an SQLite database: write its table as CSV or JSON Lines"),
     (b"%PDF", "a PDF document"),
-    (b"\x80\x02", "a pickle, which is not read here: write it as JSON Lines"),
-    (b"\x80\x03", "a pickle, which is not read here: write it as JSON Lines"),
-    (b"\x80\x04", "a pickle, which is not read here: write it as JSON Lines"),
-    (b"\x80\x05", "a pickle, which is not read here: write it as JSON Lines"),
+    *((bytes((0x80, protocol)), "a pickle, which is not read here: write it as JSON Lines") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer, not the data itself: fetch it with git lfs pull"),
 )  # fmt: skip
 _SPACE = re.compile(r"[\s\ufeff]*")

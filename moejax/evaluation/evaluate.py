@@ -13,7 +13,7 @@ from moejax.data.ends import Ends
 from moejax.data.tokenize import prompts
 from moejax.errors import UserError
 from moejax.evaluation.answers import wilson_interval
-from moejax.evaluation.generate import bucket, cut, generate, in_groups
+from moejax.evaluation.generate import generate, said
 from moejax.evaluation.loglikelihood import encode_pair, loglikelihoods
 from moejax.evaluation.tasks import Example, Task
 from moejax.files import replace_text
@@ -50,7 +50,7 @@ def evaluate(
     *,
     max_new_tokens: int,
     rows: int,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, count: None,
     template: str = "mistral",
     ends: Ends | None = None,
 ) -> Result:
@@ -66,17 +66,19 @@ def evaluate(
         raise UserError(f"rows = {rows}: expected 1 or more")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no end-of-sequence token: an answer would have no end")
-    start = time.perf_counter()
+    start, positions = time.perf_counter(), model.config.max_position_embeddings
     if task.method == "generated":
         ends = ends or Ends((tokenizer.eos_token_id,))
-        predictions, tokens = _generated(model, tokenizer, task, examples, template, max_new_tokens, rows, progress, ends)
+        texts, ids = prompts_of(tokenizer, task, examples, template, max_new_tokens, positions)
+        answers = generate(model, ids, max_new_tokens=max_new_tokens, end=ends.ids, batch_size=rows, progress=progress)
+        outputs = [said(tokenizer, tokens, ends)[0] for tokens in answers]
+        predictions, tokens = [_judged(task, *each) for each in zip(examples, texts, outputs, strict=True)], sum(map(len, answers))
     else:
-        predictions, tokens = _by_likelihood(model, tokenizer, task, examples, rows, progress), 0
-    seconds = time.perf_counter() - start
-    correct = sum(p["correct"] for p in predictions)
-    low, high = wilson_interval(correct, len(predictions))
-    n = len(predictions)
-    return Result(task.name, task.rule, n, correct, correct / n, low, high, seconds, tokens, predictions)
+        scores = iter(loglikelihoods(model, pairs_of(tokenizer, task, examples, positions), rows=rows, progress=progress))
+        each_scores = ([next(scores).loglikelihood for _ in example.candidates] for example in examples)
+        predictions, tokens = [_likeliest(task, *each) for each in zip(examples, each_scores, strict=True)], 0
+    seconds, n, correct = time.perf_counter() - start, len(predictions), sum(p["correct"] for p in predictions)
+    return Result(task.name, task.rule, n, correct, correct / n, *wilson_interval(correct, n), seconds, tokens, predictions)
 
 
 def prompts_of(
@@ -102,63 +104,24 @@ def pairs_of(tokenizer: Any, task: Task, examples: Sequence[Example], positions:
     return pairs
 
 
-def _generated(
-    model: Model,
-    tokenizer: Any,
-    task: Task,
-    examples: Sequence[Example],
-    template: str,
-    max_new_tokens: int,
-    rows: int,
-    progress: Progress | None,
-    ends: Ends,
-) -> tuple[list[dict[str, Any]], int]:
-    positions = model.config.max_position_embeddings
-    texts, ids = prompts_of(tokenizer, task, examples, template, max_new_tokens, positions)
-    answers: list[list[int]] = [[] for _ in ids]
-    done = 0
-    for chosen in in_groups([bucket(len(tokens)) for tokens in ids], rows):
-        filled = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (rows - len(chosen))  # one program for a bucket's every batch
-        outputs = generate(model, filled, max_new_tokens=max_new_tokens, end=ends.ids, batch_size=rows)
-        for index, output in zip(chosen, outputs, strict=False):
-            answers[index] = output
-        done += len(chosen)
-        if progress is not None:
-            progress(done, len(ids))
-    predictions = []
-    for text, example, said in zip(texts, examples, answers, strict=True):
-        text_said = cut(tokenizer.decode(said, skip_special_tokens=True), [ends.text] if ends.text else [])[0]
-        answer = task.answer(text_said)
-        right = answer is not None and task.right(answer, example.expected)
-        predictions.append({"prompt": text, "output": text_said, "answer": answer, "expected": example.expected, "correct": right})
-    return predictions, sum(map(len, answers))
+def _judged(task: Task, example: Example, prompt: str, output: str) -> dict[str, Any]:
+    """What is kept of a generated answer."""
+    answer = task.answer(output)
+    right = answer is not None and task.right(answer, example.expected)
+    return {"prompt": prompt, "output": output, "answer": answer, "expected": example.expected, "correct": right}
 
 
-def _by_likelihood(
-    model: Model, tokenizer: Any, task: Task, examples: Sequence[Example], rows: int, progress: Progress | None
-) -> list[dict[str, Any]]:
-    pairs = pairs_of(tokenizer, task, examples, model.config.max_position_embeddings)
-    scores = iter(loglikelihoods(model, pairs, rows=rows, progress=progress))
-    predictions = []
-    for example in examples:
-        values = [next(scores).loglikelihood for _ in example.candidates]
-        if task.method == "loglikelihood-normalized":  # per character, without the space before, as the harness's acc_norm
-            texts = [continuation.removeprefix(" ") for _, continuation in example.candidates]
-            values = [value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
-        best = values.index(max(values))
-        context, continuation = example.candidates[best]
-        answer = example.names[best]
-        predictions.append(
-            {
-                "prompt": context,
-                "output": continuation,
-                "answer": answer,
-                "expected": example.expected,
-                "correct": answer == example.expected,
-                "scores": values,
-            }
-        )
-    return predictions
+def _likeliest(task: Task, example: Example, scores: list[float]) -> dict[str, Any]:
+    """What is kept of the answer that has the highest of these log-likelihoods."""
+    if task.method == "loglikelihood-normalized":  # per character, without the space before, as the harness's acc_norm
+        texts = [continuation.removeprefix(" ") for _, continuation in example.candidates]
+        scores = [value / max(1, len(text)) for value, text in zip(scores, texts, strict=True)]
+    best = scores.index(max(scores))
+    (context, continuation), answer = example.candidates[best], example.names[best]
+    right = answer == example.expected
+    return {
+        "prompt": context, "output": continuation, "answer": answer, "expected": example.expected, "correct": right, "scores": scores,
+    }  # fmt: skip
 
 
 def _check(task: Task, index: int, length: int, new: int, positions: int) -> None:

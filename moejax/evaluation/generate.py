@@ -193,30 +193,32 @@ def generate(
     batch_size: int = 64,
     sampling: Sampling = Sampling(),
     stopped: Callable[[int, list[int]], bool] | None = None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[list[int]]:
-    """Continuations of token-id prompts, each cut before its end token. Prompts of different lengths share a batch.
+    """Continuations of token-id prompts, each cut before its end token. Prompts of one `bucket` of lengths share a batch.
 
     end: a token, or several of which each ends an answer. A batch is done when each of its rows has come to its end token, or
     `stopped(prompt's number, its tokens so far)`, which is asked every CHECKED tokens: an answer may then go on behind what stopped it.
-    Raises UserError for an empty prompt, and where prompt and
-    answer exceed the model's positions.
+    progress(done, all) is called after each batch. Raises UserError for an empty prompt, and where prompt and answer exceed the model's
+    positions.
     """
-    length, names = padded_length(model.config, prompts, max_new_tokens), _names(prompts)
-    answers: list[list[int]] = []
-    for first in range(0, len(prompts), batch_size):
-        count = len(prompts[first : first + batch_size])
-        # The last batch is filled with copies of its last row, which end when that does.
-        rows = [min(row, first + count - 1) for row in range(first, first + (count if len(prompts) <= batch_size else batch_size))]
+    padded_length(model.config, prompts, max_new_tokens)
+    names, size, done = _names(prompts), min(batch_size, len(prompts)), 0
+    answers: list[list[int]] = [[] for _ in prompts]
+    piece = max_new_tokens if stopped is None else CHECKED
+    for chosen in in_groups([bucket(len(p)) for p in prompts], batch_size):
+        rows = chosen + [chosen[-1]] * (size - len(chosen))  # one program for a bucket; the copies end when their row does
         draw = _draw(model, sampling, names[rows])
-        piece = max_new_tokens if stopped is None else CHECKED
-        open_rows = set(range(count))
-        for out in _decode(model, [prompts[row] for row in rows], length, draw, max_new_tokens, end, piece):
-            batch = [before(row, end) for row in out[:count]]
+        unfinished = set(chosen)
+        for out in _decode(model, [prompts[i] for i in rows], bucket(len(prompts[chosen[0]])), draw, max_new_tokens, end, piece):
+            for index, row in zip(chosen, out, strict=False):
+                answers[index] = before(row, end)
             if stopped is not None:
-                open_rows = {i for i in open_rows if len(batch[i]) == out.shape[1] and not stopped(first + i, batch[i])}
-                if not open_rows:
+                unfinished = {i for i in unfinished if len(answers[i]) == out.shape[1] and not stopped(i, answers[i])}
+                if not unfinished:
                     break
-        answers += batch
+        done += len(chosen)
+        progress(done, len(prompts))
     return answers
 
 
@@ -268,6 +270,11 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """The text before the first stop string, and whether there was one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
+
+
+def said(tokenizer: Any, tokens: Sequence[int], ends: Ends, stops: Sequence[str] = ()) -> tuple[str, bool]:
+    """An answer's text up to the first stop string or what ends it as a text, and whether there was one."""
+    return cut(tokenizer.decode(tokens, skip_special_tokens=True), [*stops, *([ends.text] if ends.text else [])])
 
 
 class Answers:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moejax.data import chat
 from moejax.data.ends import ends_of
 from moejax.errors import UserError
-from moejax.evaluation.generate import Sampling, bucket, cut, generate, in_groups
+from moejax.evaluation.generate import Sampling, generate, in_groups, said
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
 from moejax.models.build import Model
 from moejax.runs.open import load
@@ -130,28 +130,24 @@ class MoejaxLM(TemplateLM):
                 f"a task asks for {self.max_length - min(bounds)} new tokens: the model has {self.max_length} positions"
             )
         prompts = [(p or [self.prefix_token_id])[-bound:] for p, bound in zip(prompts, bounds, strict=True)]
-        keys = [(bucket(len(p)), new, repr(sampling)) for p, (new, sampling, _) in zip(prompts, settings, strict=True)]
+        keys = [(new, repr(sampling)) for new, sampling, _ in settings]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
             # All of a group in one call, which makes batches of them: it gives copies of a prompt (a task's repeats) draws of their own.
             for chosen in in_groups(keys, max(1, len(requests))):
                 new, sampling, _ = settings[chosen[0]]
-                rows = chosen + [chosen[-1]] * (self.rows - len(chosen))
-                stops = [settings[i][2] for i in rows]
+                stops = [settings[i][2] for i in chosen]
                 outputs = generate(
-                    self.model, [prompts[i] for i in rows], max_new_tokens=new, end=self.ends.ids, batch_size=self.rows,
+                    self.model, [prompts[i] for i in chosen], max_new_tokens=new, end=self.ends.ids, batch_size=self.rows,
                     sampling=sampling, stopped=partial(self._stopped, stops) if any(stops) else None,
                 )  # fmt: skip
-                for index, output in zip(chosen, outputs, strict=False):
-                    answers[index] = self._text(output, settings[index][2])[0]
+                for index, output in zip(chosen, outputs, strict=True):
+                    answers[index] = said(self.tokenizer, output, self.ends, settings[index][2])[0]
                     self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
                 bar.update(len(chosen))
         return answers
 
-    def _text(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
-        return cut(self.tokenizer.decode(tokens, skip_special_tokens=True), [*stops, *([self.ends.text] if self.ends.text else [])])
-
     def _stopped(self, stops: list[list[str]], number: int, tokens: list[int]) -> bool:
-        return self._text(tokens, stops[number])[1]
+        return said(self.tokenizer, tokens, self.ends, stops[number])[1]
 
 
 def _settings(asked: dict[str, Any]) -> tuple[int, Sampling, list[str]]:

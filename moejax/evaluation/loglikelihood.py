@@ -61,7 +61,7 @@ def loglikelihoods(
     pairs: Sequence[tuple[Tokens, Tokens]],
     *,
     rows: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[Score]:
     """log p(continuation | context) for pairs of token ids, in their order. Adapters apply.
 
@@ -87,8 +87,7 @@ def loglikelihoods(
         for place, index in enumerate(chosen):
             scores[index] = Score(float(likelihoods[place]), bool(greedy[place]))
         done += len(chosen)
-        if progress is not None:
-            progress(done, len(pairs))
+        progress(done, len(pairs))
     return [score for score in scores if score is not None]
 
 

@@ -10,8 +10,7 @@ import pytest
 from support import ROOT, SHARED
 
 from moejax.config import DataConfig
-from moejax.data.batching import Batches, assemble, stack
-from moejax.data.packing import pack
+from moejax.data.batching import Batches, assemble, pack, stack
 from moejax.data.pipeline import load
 from moejax.data.sources import load_records
 from moejax.data.templates import render
