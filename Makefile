@@ -92,13 +92,13 @@ demo-sparse-vs-dense: $(STAMP) ## the demo's task for ten epochs with 2 of 8 exp
 	@$(BIN)/moejax compare runs/demo_sparse runs/demo_dense --plot runs/sparse_vs_dense.png
 
 pretrain-tiny-blackmamba: $(STAMP) ## remake assets/tiny-blackmamba (some 10 minutes on 2 cores)
-	@$(BIN)/python -m moejax.data.problems pretrain assets/generated
+	@$(BIN)/python assets/problems/make.py pretrain assets/generated
 	@rm -rf runs/pretrain_tiny_blackmamba
 	@$(BIN)/python train.py --config configs/pretrain_tiny_blackmamba.yaml
 	@cp runs/pretrain_tiny_blackmamba/model/* assets/tiny-blackmamba/
 
 pretrain-tiny-mixtral: $(STAMP) ## remake assets/tiny-mixtral (some 10 minutes on 2 cores)
-	@$(BIN)/python -m moejax.data.problems pretrain assets/generated
+	@$(BIN)/python assets/problems/make.py pretrain assets/generated
 	@rm -rf runs/pretrain_tiny_mixtral
 	@$(BIN)/python train.py --config configs/pretrain_tiny_mixtral.yaml
 	@cp runs/pretrain_tiny_mixtral/model/* assets/tiny-mixtral/

@@ -9,8 +9,8 @@ from operator import add, mul, sub
 import pytest
 from support import ROOT
 
+from assets.problems import make as problems
 from moejax import config as experiments
-from moejax.data import problems
 from moejax.data.templates import render
 from moejax.data.tokenizer import load_tokenizer
 

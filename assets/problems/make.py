@@ -1,8 +1,8 @@
 """The bundled task: two-step word problems, and the text that its base model is pre-trained on. All of it made here, from a seed.
 
-    python -m moejax.data.problems task assets/problems            # train.json, test.json
-    python -m moejax.data.problems pretrain assets/generated       # pretrain.jsonl
-    python -m moejax.data.problems tokenizer assets/tiny-mixtral   # tokenizer.json and its configs
+    python assets/problems/make.py task assets/problems            # train.json, test.json
+    python assets/problems/make.py pretrain assets/generated       # pretrain.jsonl
+    python assets/problems/make.py tokenizer assets/tiny-mixtral   # tokenizer.json and its configs
 
 The base model's text is of the same domain and in the same answer format: arithmetic, counting, stories with quantities, one-step
 questions, plain and in `[INST]` form. Two-step questions are the task's alone. All numbers lie in 0..99.
@@ -16,8 +16,6 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-from moejax import streams
 
 NAMES = {"Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Max": "He", "Zoe": "She", "Sam": "He"}
 ITEMS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "cookies", "balls", "stones", "tickets")
@@ -240,10 +238,7 @@ def dump_records(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    streams.prepare()
-    parser = argparse.ArgumentParser(
-        prog="python -m moejax.data.problems", description="Make the bundled task and its base's text."
-    )
+    parser = argparse.ArgumentParser(description="Make the bundled task and its base's text.")
     parser.add_argument("what", choices=("task", "pretrain", "tokenizer"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=100_000, help="pretrain: number of texts")
