@@ -75,7 +75,7 @@ def test_a_family_s_weights_and_adapter_are_handed_over_under_its_own_names(pres
     """Those that transformers has by them: PEFT's settings, and the digests, are what the other side looks up."""
     share = ["w1", "w3"] if stack == "today" else None
     content = TINY | {
-        "model": {"preset": preset, "overrides": {"num_layers": 1, "num_experts": 4}},
+        "model": {"preset": preset, "overrides": {"num_layers": 1, "num_experts": 4, "experts_per_token": 2}},
         "quantization": {"format": "nf4" if stack == "study" else "none"},
         "adapter": {"rank": {"experts": 2, "attention": 4}, "share": share},
     }
