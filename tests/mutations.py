@@ -62,6 +62,8 @@ FAULTS = [
           f"{LORA}::test_logits_loss_and_gradients"),
     fault("one expert's dA is zero", GROUPED, "LoRAWeights(dlora.a, ", "LoRAWeights(dlora.a.at[1].set(0), ",
           f"{LORA}::test_logits_loss_and_gradients"),
+    fault("LoRA: a shared A's gradient is one product's", TILE, "reduce(jnp.add, parts)", "parts[0]",
+          f"{BACKENDS}::test_one_a_for_both_inputs"),
     Fault("the loss is averaged by micro-batch", (
         (STEP, "return sums(objective, trainable, frozen, micro, key)",
          "t, (c, s) = sums(objective, trainable, frozen, micro, key); n = jnp.maximum(jnp.sum(micro.loss_mask), 1); return t / n, (c / n, s)"),

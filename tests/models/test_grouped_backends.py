@@ -170,18 +170,19 @@ def test_dropout_is_the_same_in_both_passes(backend):
     assert abs(value - loss(0.0, jax.random.key(2))[0]) > 1e-2
 
 
+@pytest.mark.parametrize(("storage", "dtype"), [("nf4-double", "float32"), ("frozen", "bfloat16")])
 @pytest.mark.parametrize("backend", PLANS)
-def test_one_a_for_both_inputs(backend):
+def test_one_a_for_both_inputs(backend, storage, dtype):
     """Its gradient is the sum of what both products give it."""
-    matrices, numbers, (up, gate, output) = make_weights("nf4-double", "float32")
+    matrices, numbers, (up, gate, output) = make_weights(storage, dtype)
     loras = [up, gate._replace(a=None), output]
     rng = np.random.default_rng(5)
     found_by = gradients(partial(ours, PLANS[backend]), False)
     for experts in [*routings(2)][::4]:
-        x, p = jnp.asarray(rng.normal(size=(N, D)), jnp.float32), jnp.asarray(rng.uniform(size=(N, 2)), jnp.float32)
+        x, p = jnp.asarray(rng.normal(size=(N, D)), dtype), jnp.asarray(rng.uniform(size=(N, 2)), jnp.float32)
         rest = (jnp.asarray(experts), jnp.arange(N) < N - 3, jnp.asarray(rng.normal(size=(N, D)), jnp.float32))
-        expected = gradients(reference, False)(x, p, numbers, loras, *rest)
-        assert worst_difference(found_by(x, p, matrices, loras, *rest), expected) < BOUNDS["float32"], sorted(set(experts.ravel()))
+        expected = gradients(reference, False)(x.astype(jnp.float32), p, numbers, loras, *rest)
+        assert worst_difference(found_by(x, p, matrices, loras, *rest), expected) < BOUNDS[dtype], sorted(set(experts.ravel()))
 
 
 @pytest.mark.parametrize("backend", PLANS)
