@@ -6,9 +6,9 @@
     python benchmarks/aot_memory.py --remat none,dots,full --rows 1,8
     python benchmarks/aot_memory.py --config configs/*.yaml --gpu H100,A100-80,A40 --rows own,8xown
 
-`own`: the config's own rows and their length, `8xown`: eight times as many. closed_form_error: closed form over compiler, less 1. FLOPs
-and bytes are counted from the compiled instructions, with uniform routing (moejax/training/step_cost.py); null for the backend
-`capacity`, whose branch depends on the routing.
+`own`: the config's own rows and their length, `8xown`: eight times as many. closed_form_error: closed form over compiler, less 1. FLOPs,
+bytes and launches (kernels, library calls, copies) are counted from the compiled instructions, with uniform routing
+(moejax/training/step_cost.py).
 
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
@@ -33,25 +33,23 @@ from moejax.errors import UserError
 def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dict[str, Any], Any]:
     """One step for one GPU: what is told of it, and the program."""
     from moejax.estimator import closed_form
-    from moejax.estimator.sizes import architecture_of
+    from moejax.estimator.sizes import ITEM, architecture_of
     from moejax.models.ops.grouped.matmul import choose
     from moejax.training import aot, step_cost
 
     sizes, tokens = architecture_of(experiment), rows * row_tokens
     c = aot.compile_step(experiment, sizes, rows=rows, row_tokens=row_tokens, gpu=gpu)
-    backend = experiment.model.moe_backend
+    backend, card = experiment.model.moe_backend, gpus.find(gpu)
     plan = choose(
-        backend, aot.TARGETS[gpu].name, tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
+        backend, card.cuda_name, tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
         intermediate=sizes.intermediate_size, quantized=experiment.quantization.of_experts,
+        item=ITEM[experiment.training.compute_dtype], memory_bytes=card.memory_bytes,
     )  # fmt: skip
     closed = None
     if experiment.training.remat in ("none", "full"):  # what the closed form knows
-        platform = closed_form.platform_of(gpus.find(gpu))
-        closed = closed_form.breakdown(experiment, sizes, rows=rows, row_tokens=row_tokens, platform=platform).total
-    cost = None
-    if sizes.dense or plan.backend != "capacity":
-        found = step_cost.costs(c.program, None if sizes.dense else plan, step_cost.uniform_loads(sizes, tokens))
-        cost = step_cost.total(found)
+        closed = closed_form.on(card, experiment, sizes, rows, row_tokens).total
+    routing = (None if sizes.dense else plan, step_cost.uniform_loads(sizes, tokens))
+    cost = step_cost.total(step_cost.costs(c.program, *routing))
     return {
         "config": experiment.name,
         "gpu": gpu,
@@ -63,8 +61,9 @@ def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dic
         "closed_form_gb": None if closed is None else round(closed / 1e9, 3),
         "closed_form_error": None if closed is None else round(closed / c.peak_bytes - 1, 4),
         "arguments_gb": round(c.argument_bytes / 1e9, 3),
-        "tflop": None if cost is None else round(cost.flops / 1e12, 2),
-        "moved_gb": None if cost is None else round(cost.bytes / 1e9, 1),
+        "tflop": round(cost.flops / 1e12, 2),
+        "moved_gb": round(cost.bytes / 1e9, 1),
+        "launches": round(step_cost.launches(c.program, *routing)),
         "compile_seconds": round(c.compile_seconds, 1),
     }, c.program
 

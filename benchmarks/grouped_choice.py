@@ -4,12 +4,12 @@
     python benchmarks/grouped_choice.py --shapes 4096x512x1024 --storage array --dtype float32                  # only look
     python benchmarks/grouped_choice.py --tiny                                                                  # a small one, in seconds
 
-A shape is TOKENSxHIDDENxINTERMEDIATE, 8 experts, k = 2. Each candidate runs forward and backward (frozen weights, rank-16 adapters on all
-projections, hidden rows recomputed) under a uniform and a skewed routing (loads of the study's Figure 11: one expert with three times its
-share); the sum of the two medians decides, and the loop is
-beaten only by more than `MARGIN`. Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful
-FLOPs, and of one dense product of the same useful size; beside each candidate: the largest difference of output and gradients from the
-loop in fp32, and `ragged`'s FLOPs by the compiler, which is timed but never chosen where it is dense.
+A shape is TOKENSxHIDDENxINTERMEDIATE, 8 experts, k = 2, or TOKENSxHIDDENxINTERMEDIATExEXPERTSxK. Each candidate runs forward and backward
+(frozen weights, rank-16 adapters on all projections, hidden rows recomputed) under a uniform and a skewed routing (loads of the study's
+Figure 11: one expert with three times its share); the sum of the two medians decides, and the loop is beaten only by more than `MARGIN`.
+Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful FLOPs, and of one dense product of the same
+useful size; beside each candidate: the largest difference of output and gradients from the loop in fp32, and `ragged`'s FLOPs by the
+compiler, which is never chosen where it is dense, and for many experts not timed.
 """
 
 from __future__ import annotations
@@ -37,37 +37,47 @@ from moejax.models.ops import choice, quantized
 from moejax.models.ops.grouped import matmul as gm
 from moejax.training import experts as of_run
 
-E, K, RANK = 8, 2, 16
+RANK = 16
 MARGIN = 1.15
-"""By how much another backend must beat the loop: `capacity` compiles the experts' programs four times over, and costs memory for it."""
-SHAPES = {"cpu": "4096x512x1024,1280x256x512,512x256x512", "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632"}
+"""By how much another backend must beat the loop: `capacity` costs memory."""
+SHAPES = {
+    "cpu": "4096x512x1024,1280x256x512,512x256x512,2048x384x256x128x8",
+    "gpu": "128x4096x14336,4096x4096x14336,16384x4096x14336,4096x2048x5632,4096x2048x768x128x8",
+}
 TILES = {
     "cpu": ((64, 32), (128, 32), (256, 32), (256, 64)),
     "gpu": ((128, 64), (256, 64), (512, 64), (512, 128), (1024, 128)),
 }
-# The study's Figure 11: one expert with three times its share.
+# The study's Figure 11: one expert in eight with three times its share.
 SKEWED = (0.375, 0.15, 0.125, 0.1, 0.1, 0.075, 0.05, 0.025)
 
 
 def experts_of(tokens: int, experts: int, k: int, loads: tuple[float, ...] | None) -> np.ndarray:
     """int32 [N, K]: k different experts a token, drawn by these loads."""
     rng = np.random.default_rng(0)
-    weights = np.ones(experts) / experts if loads is None else np.asarray(loads)
+    weights = np.ones(experts) / experts if loads is None else np.repeat(loads, experts // len(loads))
     noise = np.log(weights) + rng.gumbel(size=(tokens, experts))
     return np.argsort(-noise, axis=1)[:, :k].astype(np.int32)
 
 
-def projections(d: int, f: int, storage: str, dtype: Any) -> tuple[tuple[gm.Projection, ...], gm.Projection]:
+def sizes(shape: str) -> tuple[int, int, int, int, int]:
+    """Tokens, hidden, intermediate, experts, k."""
+    tokens, d, f, *rest = (int(n) for n in shape.split("x"))
+    experts, k = rest or (8, 2)
+    return tokens, d, f, experts, k
+
+
+def projections(experts: int, d: int, f: int, storage: str, dtype: Any) -> tuple[tuple[gm.Projection, ...], gm.Projection]:
     """w1, w3 and w2 with adapters; codes are random bits, made on the device."""
     keys = iter(jax.random.split(jax.random.key(0), 12))
 
     def weight(o: int, i: int) -> Any:
         if storage == "array":
-            return (0.02 * jax.random.normal(next(keys), (E, o, i))).astype(dtype)
-        return quantized.abstract(storage, (E, o, i)).random(next(keys))
+            return (0.02 * jax.random.normal(next(keys), (experts, o, i))).astype(dtype)
+        return quantized.abstract(storage, (experts, o, i)).random(next(keys))
 
     def projection(o: int, i: int) -> gm.Projection:
-        a, b = (0.02 * jax.random.normal(next(keys), s) for s in ((E, RANK, i), (E, o, RANK)))
+        a, b = (0.02 * jax.random.normal(next(keys), s) for s in ((experts, RANK, i), (experts, o, RANK)))
         return gm.Projection(weight(o, i), gm.LoRAWeights(a, b))
 
     return (projection(f, d), projection(f, d)), projection(d, f)
@@ -101,26 +111,31 @@ def dense(d: int, f: int, rows: int, dtype: Any) -> Any:
     return lambda: compiled(x, x, w1, w3, w2)
 
 
-def candidates(platform: str, tokens: int, d: int, f: int, in_4_bits: bool) -> dict[str, gm.Plan]:
-    base = gm.choose("auto", "", tokens, E, K, hidden=d, intermediate=f, quantized=in_4_bits)._replace(activation=GATED["silu"])
-    rows = tokens * K // E
+def candidates(platform: str, shape: str, in_4_bits: bool) -> dict[str, gm.Plan]:
+    tokens, d, f, experts, k = sizes(shape)
+    base = gm.choose("auto", "", tokens, experts, k, hidden=d, intermediate=f, quantized=in_4_bits)._replace(activation=GATED["silu"])
+    rows = tokens * k // experts
     tiles = {(min(t, max(8, rows // 2)), min(s, max(8, rows // 2))) for t, s in TILES[platform]}
+    if experts >= choice.MANY_EXPERTS:  # also one product an expert, or nearly so
+        tiles |= {(max(8, rows * eighths // 8), max(8, rows // 4)) for eighths in (8, 9, 10, 12)}
     plans = {f"loop {t}/{s}": base._replace(backend="loop", tile=t, small_tile=s) for t, s in sorted(tiles)}
     return plans | {"capacity": base._replace(backend="capacity"), "ragged": base._replace(backend="ragged")}
 
 
 def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ragged: float) -> dict[str, Any]:
     """All candidates of one shape: medians by routing, differences, and who won."""
-    tokens, d, f = (int(n) for n in shape.split("x"))
-    weights = projections(d, f, storage, dtype)
-    plans, calls, errors = candidates(platform, tokens, d, f, storage != "array"), {}, {}
-    calls["dense"] = dense(d, f, tokens * K, dtype)
+    tokens, d, f, experts, k = sizes(shape)
+    weights = projections(experts, d, f, storage, dtype)
+    plans, calls, errors = candidates(platform, shape, storage != "array"), {}, {}
+    if ragged >= of_run.DENSE_FROM and experts >= choice.MANY_EXPERTS:
+        plans.pop("ragged")  # experts / k times the useful FLOPs
+    calls["dense"] = dense(d, f, tokens * k, dtype)
     steps = {name: step(plan, *weights) for name, plan in plans.items()}
     for routing, loads in (("uniform", None), ("skewed", SKEWED)):
-        choices = jnp.asarray(experts_of(tokens, E, K, loads))
+        choices = jnp.asarray(experts_of(tokens, experts, k, loads))
         reference = None
         for name, plan in plans.items():
-            groups = gm.group(choices, jnp.ones(tokens, bool), E, plan.tile)
+            groups = gm.group(choices, jnp.ones(tokens, bool), experts, plan.tile)
             x = gm.dispatch(jax.random.normal(jax.random.key(2), (tokens, d)), groups)
             arguments = (x.astype(dtype), jnp.ones_like(x, dtype), groups.sizes)
             try:
@@ -129,7 +144,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
                 if reference is None:
                     fp32 = step(plan, *jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, weights))
                     reference = fp32(x, jnp.ones_like(x), groups.sizes)
-                rows = tokens * K
+                rows = tokens * k
                 cut = [(t[0][:rows], t[1][:rows], t[2]) for t in (found, reference)]
                 errors[f"{name}, {routing}"] = difference(*cut)
                 calls[f"{name}, {routing}"] = lambda call=call, arguments=arguments: call(*arguments)
@@ -137,9 +152,9 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
                 errors[f"{name}, {routing}"] = str(error)[:200]
     seconds = in_turn(calls, repeat)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
-    useful = 6 * 2 * tokens * K * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
+    useful = 6 * 2 * tokens * k * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
     winner, entry = decide(plans, medians, ragged)
-    entry = {"rows_per_expert": tokens * K // E, "hidden": d, "intermediate": f, "quantized": storage != "array"} | entry
+    entry = {"rows_per_expert": tokens * k // experts, "hidden": d, "intermediate": f, "quantized": storage != "array"} | entry
     return {
         "shape": shape, "storage": storage, "dtype": jnp.dtype(dtype).name, "winner": winner, "entry": entry, "medians": medians,
         "of_dense": {name: s / medians["dense"] for name, s in medians.items()},
@@ -165,7 +180,7 @@ def decide(plans: dict[str, gm.Plan], medians: dict[str, float], ragged: float) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
-    parser.add_argument("--shapes", default=SHAPES[platform], help="comma-separated TOKENSxHIDDENxINTERMEDIATE")
+    parser.add_argument("--shapes", default=SHAPES[platform], help="comma-separated TOKENSxHIDDENxINTERMEDIATE[xEXPERTSxK]")
     parser.add_argument("--storage", default="array,nf4-double", help="comma-separated: array, nf4, nf4-double")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32" if platform == "cpu" else "bfloat16")
     parser.add_argument("--repeat", type=int, default=7)

@@ -30,18 +30,22 @@ def build(
     frozen_dtype: Any = None,
     backend: str = "auto",
     platform: str | None = None,
+    memory_bytes: int | None = None,
 ) -> Model:
     """A model with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
 
     With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in 4 bits where
     `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
+    platform, memory_bytes: of the device that it is for, as `choice.here` and `choice.memory_here` say them; None: this one.
     """
     frozen = adapter is not None or quantization is not None
     base_dtype = (frozen_dtype or dtype) if frozen else param_dtype
     base_key, lora_key = jax.random.split(jax.random.key(0) if key is None else key)
 
     def base() -> Model:
-        return Decoder(config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform)
+        return Decoder(
+            config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform, memory_bytes=memory_bytes
+        )
 
     model: Model = nnx.eval_shape(base) if key is None else base()
     if frozen:

@@ -24,7 +24,7 @@ from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, 
 from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
-from moejax.models.ops.choice import here
+from moejax.models.ops.choice import here, memory_here
 
 
 def mixer_class(spec: specs.Mixer) -> type[Attention] | type[Mamba]:
@@ -95,9 +95,10 @@ class Decoder(nnx.Module):
         param_dtype: Any,
         backend: str = "auto",
         platform: str | None = None,
+        memory_bytes: int | None = None,
     ):
         keys = jax.random.split(key, 3)
-        target = Target(backend, platform or here())
+        target = Target(backend, *((here(), memory_here()) if platform is None else (platform, memory_bytes)))
         self.config, self.dtype, size = config, jnp.dtype(dtype), config.hidden_size
         self.embed = Embedding(keys[0], config.vocab_size, size, param_dtype)
         for number, stack in enumerate(config.stacks):

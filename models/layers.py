@@ -33,10 +33,11 @@ DOT_NAMES = ("linear", "mixed", "scan_states", "hidden")
 
 
 class Target(NamedTuple):
-    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape) and the platform."""
+    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape and memory), the platform and its memory."""
 
     backend: str
     platform: str
+    memory_bytes: int | None = None
 
 
 class Frozen(nnx.Variable):

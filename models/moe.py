@@ -80,7 +80,8 @@ class MoE(nnx.Module):
         weight = self.w1.weight.get_value()
         plan = gm.choose(
             self.target.backend, self.target.platform, x.shape[0], self.experts, self.k,
-            hidden=x.shape[1], intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight),
+            hidden=x.shape[1], intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight), item=x.dtype.itemsize,
+            memory_bytes=self.target.memory_bytes,
         )._replace(activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout)  # fmt: skip
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, self.experts, plan.tile)

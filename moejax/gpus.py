@@ -53,6 +53,11 @@ class GPU:
     platform: Platform | None = None  # the kind of program that XLA makes for it; None: by its chip
     compiler: CompilerFigures | None = None
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of this machine's own card what jax may take."""
+        return self.usable_bytes or self.device_bytes or int(self.memory_gb * 1e9)
+
 
 def platform_of_capability(capability: str) -> Platform:
     """The kind of program that XLA makes for a GPU of this compute capability ("8.6"); the newest kind for what is no number (AMD's)."""

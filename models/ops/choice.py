@@ -17,6 +17,12 @@ from typing import Any
 FILE = Path(__file__).with_name("choice.json")
 SHAPES = {"grouped": ("rows_per_expert", "hidden", "intermediate", "quantized"), "scan": ("rows", "length", "channels")}
 """Operation -> the names of what an entry was measured for."""
+MANY_EXPERTS = 32
+"""From here on the loop's launches count on a GPU: experts x layers x tiles of them a pass."""
+MEMORY_SHARE = 24
+"""`capacity` is chosen where a layer's dequantized experts take at most one part in so many of the device's memory."""
+CAPACITY_DEVIATIONS = 4
+"""How far above the mean load `capacity`'s batch reaches, in standard deviations of a random routing: one has next to no row beyond."""
 CHUNKS = {"chunked": 16, "chunked_associative": 32}
 """Tokens of a chunk of either form of the scan where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low."""
 
@@ -41,6 +47,13 @@ def here() -> str:
     return platform if platform == "cpu" else str(jax.local_devices()[0].device_kind)
 
 
+def memory_here() -> int | None:
+    """Bytes of this device's memory that jax may use; None on a CPU."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def _nearest(operation: str, platform: str, distance: Callable[[dict[str, Any]], float]) -> dict[str, Any] | None:
     return min(table(operation).get(platform, []), key=distance, default=None)
 
@@ -62,20 +75,34 @@ def measured(platform: str, rows_per_expert: int, matrix: int, quantized: bool) 
 
 def grouped(
     platform: str, tokens: int, experts: int, experts_per_token: int, *,
-    hidden: int = 1024, intermediate: int = 1024, quantized: bool = False,
-) -> tuple[str, int, int]:  # fmt: skip
-    """Backend, rows of a tile and of a small tile for this device ("cpu", "gpu" or a GPU's kind) and size.
+    hidden: int = 1024, intermediate: int = 1024, quantized: bool = False, item: int = 2, memory_bytes: int | None = None,
+) -> tuple[str, int, int, int]:  # fmt: skip
+    """For this device ("cpu", "gpu" or a GPU's kind) and size: the backend, and rows of a tile, of a small tile and of each expert in
+    `capacity`'s batch.
 
-    Without a measurement: the loop, with tiles of at most 512 rows (fewer launches than a CPU's 128). Tiles are at most half the mean
-    group, and small ones take what is left of a group, so that padding stays at a few percent.
+    item: bytes of a number of the compute dtype; memory_bytes: of the device, None where unknown.
+
+    Without a measurement: the loop, with tiles of at most 512 rows (fewer launches than a CPU's 128); on a GPU `capacity` for many
+    experts with rows for each. Tiles are at most half the mean group if none larger was measured, and small ones take what is left of a
+    group, so that padding stays at a few percent. `capacity`, measured or not, only where a layer's three matrices an expert are a small
+    part of the memory.
     """
-    mean_group = max(1, tokens * experts_per_token // experts)
+    load = tokens * experts_per_token / experts
+    mean_group = max(1, int(load))
+    capacity = min(tokens, 8 * math.ceil((load + CAPACITY_DEVIATIONS * math.sqrt(load)) / 8))
     found = measured(platform, mean_group, hidden * intermediate, quantized)
     if found is None:
-        found = {"backend": "loop"} | dict(zip(("tile", "small_tile"), (128, 32) if platform == "cpu" else (512, 64), strict=True))
-    half = 1 << max(mean_group // 2, 1).bit_length() - 1  # the largest power of two that is in it
-    tile = min(found["tile"], max(8, half))
-    return found["backend"], tile, min(tile, found["small_tile"])
+        many = platform != "cpu" and experts >= MANY_EXPERTS and load >= 1
+        found = dict(zip(("tile", "small_tile"), (128, 32) if platform == "cpu" else (512, 64), strict=True))
+        found["backend"] = "capacity" if many else "loop"
+    if platform != "cpu" and 3 * experts * hidden * intermediate * item * MEMORY_SHARE > (memory_bytes or 0):
+        found = found | {"backend": "loop"}
+    most = 1 << max(mean_group // 2, 1).bit_length() - 1  # the largest power of two that is in half of it
+    measured_for = found.get("rows_per_expert", math.inf)
+    if 2 * found["tile"] > measured_for:  # a tile for all of an expert's rows: as large a part of them
+        most = found["tile"] * mean_group // measured_for // 8 * 8
+    tile = min(found["tile"], max(8, most))
+    return found["backend"], tile, min(tile, found["small_tile"]), capacity
 
 
 def scan(platform: str, rows: int, length: int, channels: int) -> tuple[str, int]:

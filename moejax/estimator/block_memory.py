@@ -15,16 +15,6 @@ from moejax.models.ops import choice
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
 
 
-def tile_rows(device: str, tokens: int, width: int, experts: specs.MoE, quantized: bool) -> int:
-    """Rows of a large tile of the grouped products, as the step takes them (models/ops/choice.py).
-
-    device: "cpu", "gpu" or a GPU's kind as jax names it: the one that the step is for.
-    """
-    return choice.grouped(
-        device, tokens, experts.experts, experts.experts_per_token, hidden=width, intermediate=experts.hidden, quantized=quantized
-    )[1]
-
-
 @dataclass(frozen=True)
 class Step:
     """What the blocks of a program share."""
@@ -32,7 +22,9 @@ class Step:
     width: int  # D
     stream_item: int  # bytes of a number of the residual stream
     platform: Platform
-    device: str
+    device: str  # "cpu", "gpu" or a GPU's kind as jax names it: the one that the step is for
+    memory_bytes: int | None  # of the device
+    backend: str  # of the grouped products, or "auto"
     rows: int
     row_tokens: int
     item: int  # bytes of what is computed in
@@ -96,8 +88,19 @@ class Block:
         return self.step.width * self.moe.hidden
 
     @property
+    def grouped(self) -> tuple[str, int, int, int]:
+        """Backend, tiles and capacity of the grouped products, as the step takes them."""
+        s, moe = self.step, self.moe
+        found, tile, small_tile, capacity = choice.grouped(
+            s.device, s.tokens, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
+            item=s.item, memory_bytes=s.memory_bytes,
+        )  # fmt: skip
+        return found if s.backend == "auto" else s.backend, tile, small_tile, capacity
+
+    @property
     def tile(self) -> int:
-        return tile_rows(self.step.device, self.step.tokens, self.step.width, self.moe, self.step.quantized)
+        """Rows of a large tile."""
+        return self.grouped[1]
 
     @property
     def sorted_rows(self) -> int:
@@ -130,16 +133,20 @@ class Block:
 
     def _sparse(self) -> int:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices and, on a GPU, one
-        of them once more with the adapter beside it (XLA joins products that share an operand); a tile's hidden rows.
+        of them once more with the adapter beside it (XLA joins products that share an operand); a tile's hidden rows. `capacity`: the
+        matrices of all, the rows of its batch too, and their hidden rows.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         s, n, item, e, f = self.step, self.step.tokens, self.step.item, self.moe.experts, self.moe.hidden
-        rows = 3 * item * self.sorted_rows * s.width
-        hidden = 6 * item * self.tile * f
+        backend, *_, capacity = self.grouped
+        at_once, together = (e, e * capacity) if backend == "capacity" else (1, self.tile)
+        rows = 3 * item * (self.sorted_rows + (together if at_once > 1 else 0)) * s.width
+        hidden = 6 * item * together * f
         adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe)  # sums of gradients; scaled
         if s.platform == "cpu" and not s.remat:  # what was kept of the layer, cut out of the stack
             hidden += 2 * item * self.sorted_rows * f + 4 * item * n * s.width
         if s.trained is None:
-            return rows + hidden + adapters + 4 * item * self.matrix + 2 * s.stream + self.mixer.kept
+            matrices = (3 * at_once + 1) * item * self.matrix
+            return rows + hidden + adapters + matrices + 2 * s.stream + self.mixer.kept
         layer = 3 * e * self.matrix * (4 + (s.trained if s.platform != "cpu" else 0))
         one = 3 * self.matrix * (4 + item) + 2 * 4 * self.matrix
         return rows + hidden + layer + one + 3 * item * n * s.width + s.stream + self.mixer.kept

@@ -70,7 +70,10 @@ def device_of(gpu: GPU) -> str:
 
 def on(gpu: GPU, experiment: Experiment, config: Architecture, rows: int, row_tokens: int) -> Breakdown:
     """The closed form for the program that is made for a GPU."""
-    return breakdown(experiment, config, rows=rows, row_tokens=row_tokens, platform=platform_of(gpu), device=device_of(gpu))
+    return breakdown(
+        experiment, config, rows=rows, row_tokens=row_tokens, platform=platform_of(gpu), device=device_of(gpu),
+        memory_bytes=gpu.memory_bytes,
+    )  # fmt: skip
 
 
 def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, weights: tuple[sizes.Stored, ...]) -> Adapted:
@@ -114,11 +117,12 @@ def _scaled(trained: tuple[sizes.Stored, ...], experts: int, embed: int, dtype: 
 
 
 def breakdown(
-    experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None
-) -> Breakdown:
+    experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None,
+    memory_bytes: int | None = None,
+) -> Breakdown:  # fmt: skip
     """The closed form for one step of this experiment with so many rows a micro-batch.
 
-    device: see `tile_rows`; None: a CPU, or a GPU on which nothing was measured.
+    device, memory_bytes: see `choice.grouped`; None: a CPU, or a GPU on which nothing was measured, of unknown memory.
     """
     t, adapter = experiment.training, experiment.adapter
     if t.remat not in ("none", "full"):
@@ -127,7 +131,8 @@ def breakdown(
     trained = tuple(w for w in weights if w.trained)
     device = device or ("cpu" if platform == "cpu" else "gpu")
     step = Step(
-        config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, rows, row_tokens,
+        config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
+        experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.model.aux_loss_coef > 0,
         experiment.quantization.of_experts,
     )  # fmt: skip

@@ -142,7 +142,7 @@ def _meets(tried: dict[int, int], first: int, second: int, limit: float) -> int:
 
 def usable_bytes(gpu: GPU, fraction: float) -> float:
     """What jax may take of a GPU: the memory that its driver reports (nominal GB where unknown) times device.memory_fraction."""
-    return (gpu.device_bytes or gpu.memory_gb * 1e9) * fraction if gpu.usable_bytes is None else gpu.usable_bytes
+    return gpu.memory_bytes * fraction if gpu.usable_bytes is None else gpu.usable_bytes
 
 
 # Of programs that nothing was read off, the closed form was at most 3.1 % too low (docs/estimator.md, Table III beside ours).

@@ -53,7 +53,7 @@ gpu_device_info {{
   memory_bandwidth: {int(gpu.bytes_per_second)}
   l2_cache_size: {int(c.l2_mb * 2**20)}
   clock_rate_ghz: {c.clock_ghz}
-  device_memory_size: {gpu.device_bytes or int(gpu.memory_gb * 1e9)}
+  device_memory_size: {gpu.memory_bytes}
   shared_memory_per_block_optin: {sm.shared_bytes_of_a_block}
   cuda_compute_capability {{ major: {major} minor: {minor}{extension} }}
   registers_per_core_limit: 65536

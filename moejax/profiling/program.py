@@ -267,6 +267,13 @@ class Program:
         seen = [events_per_run[i.name] for i in body if i.name in events_per_run]
         return statistics.median(seen) if seen else 0.0
 
+    def launches(self, trips: Trips | None = None) -> float:
+        """Instructions that a device is given in one run of the program: kernels, library calls, copies."""
+        return sum(
+            count * sum(i.opcode not in CONTAINERS | _FREE for i in self.computations[computation].instructions)
+            for computation, count in self.executions({}, trips).items()
+        )
+
     def costs(self, events_per_run: Mapping[str, float], trips: Trips | None = None) -> dict[Place, Cost]:
         """FLOPs and bytes of one run of the program, by place; a fusion's are split as its time is, its FLOPs where they arise."""
         total: dict[Place, Cost] = defaultdict(Cost)

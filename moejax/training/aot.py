@@ -76,8 +76,9 @@ def compile_step(
     """
     # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
     sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
-    platform = None if gpu is None else (gpu if isinstance(gpu, GPU) else GPUS[gpu]).cuda_name
-    model = build(config, **model_arguments(experiment), platform=platform)
+    card = GPUS[gpu] if isinstance(gpu, str) else gpu
+    platform, memory_bytes = (None, None) if card is None else (card.cuda_name, card.memory_bytes)
+    model = build(config, **model_arguments(experiment), platform=platform, memory_bytes=memory_bytes)
     graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
     schedule = make_schedule(experiment.training, experiment.training.steps or 1000)
     optimizer = make_optimizer(experiment.training, schedule)

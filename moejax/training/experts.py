@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from moejax.config import Experiment
 from moejax.errors import UserError
+from moejax.estimator.sizes import ITEM
 from moejax.models.config import Architecture
-from moejax.models.ops.choice import here, measured
+from moejax.models.ops.choice import here, measured, memory_here
 from moejax.models.ops.grouped.matmul import Plan, choose
 from moejax.models.ops.grouped.ragged import ragged_dot
 from moejax.profiling.program import Program, module_of
@@ -26,6 +27,7 @@ def plan(experiment: Experiment, config: Architecture, tokens: int) -> Plan | No
     return choose(
         experiment.model.moe_backend, here(), tokens, config.num_experts, config.experts_per_token,
         hidden=config.hidden_size, intermediate=config.intermediate_size, quantized=experiment.quantization.of_experts,
+        item=ITEM[experiment.training.compute_dtype], memory_bytes=memory_here(),
     )  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def announce(experiment: Experiment, config: Architecture) -> str:
     why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"
     what = {
         "loop": f"tiles of {chosen.tile} and {chosen.small_tile} rows",
-        "capacity": f"{', '.join(map(str, chosen.capacities))} rows an expert, then the loop",
+        "capacity": f"{chosen.capacity} rows an expert in one batch, the rest in tiles of {chosen.tile}",
         "ragged": "XLA's own grouped product",
     }[chosen.backend]
     return f"experts: {chosen.backend}, {what} ({why})"

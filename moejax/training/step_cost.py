@@ -20,22 +20,17 @@ def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:
 def routed(plan: gm.Plan, loads: np.ndarray) -> Trips:
     """How often what depends on the routing runs, for `loads` [..., E] (tokens of an expert): the mean over all routings in it.
 
-    The grouped products' two loops over tiles and, of the backend `capacity`, the branch that the largest load takes. For anything else
-    the answer raises ValueError.
+    The loops over tiles: an expert's two, or of the backend `capacity` a layer's one. For anything else the answer raises ValueError.
     """
     loads = loads.reshape(-1, loads.shape[-1])
-    capacities = plan.capacities if plan.backend == "capacity" else ()
-    taken = np.sum(loads.max(axis=1, keepdims=True) > np.asarray(capacities), axis=1)
-    loops = loads[taken == len(capacities)]
-    whole = loops // plan.tile
-    small = -(-(loops - whole * plan.tile) // plan.small_tile)
+    whole = (loads + plan.tile // 2) // plan.tile
+    small = -(-np.maximum(loads - whole * plan.tile, 0) // plan.small_tile)
+    if plan.backend == "capacity":
+        whole = np.sum(-(-np.maximum(loads - plan.capacity, 0) // plan.tile), axis=1)
 
     def trips(path: str, branch: int | None) -> float:
-        if branch is not None and capacities and path.endswith("moe/cond"):
-            return float(np.mean(taken == branch))
         if branch is None and "tiles" in path:
-            counts = small if "small_tiles" in path else whole
-            return float(np.mean(counts)) if counts.size else 0.0
+            return float(np.mean(small if "small_tiles" in path else whole))
         what = "loop" if branch is None else "conditional"
         raise ValueError(f"{path or f'a {what} without a path'}: how often this {what} runs is not known")
 
@@ -46,6 +41,11 @@ def costs(compiled: Any, plan: gm.Plan | None, loads: np.ndarray) -> dict[Place,
     """FLOPs and bytes of one run of a train step, by phase and stage. plan: of its grouped products, None for a dense step; loads: see
     `routed`."""
     return Program(module_of(compiled)).costs({}, None if plan is None else routed(plan, loads))
+
+
+def launches(compiled: Any, plan: gm.Plan | None, loads: np.ndarray) -> float:
+    """Kernels, library calls and copies of one run of a train step; `costs` says of what."""
+    return Program(module_of(compiled)).launches(None if plan is None else routed(plan, loads))
 
 
 def total(found: dict[Place, Cost]) -> Cost:

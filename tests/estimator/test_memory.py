@@ -137,9 +137,10 @@ def test_tiles_are_those_of_the_model(quantized):
         for model in (small, replace(small, hidden_size=512, intermediate_size=1024)):
             sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "quantized": quantized}
             for tokens in (1, 37, 512, 4096, 65536):
-                expected = choose("auto", platform, tokens, model.num_experts, model.experts_per_token, **sizes).tile
-                moe = model.stacks[0].block.feed_forward
-                assert block_memory.tile_rows(platform, tokens, model.hidden_size, moe, quantized) == expected
+                plan = choose("auto", platform, tokens, model.num_experts, model.experts_per_token, **sizes)
+                step = block_memory.Step(model.hidden_size, 2, "sm9", platform, None, "auto", 1, tokens, 2, None, True, False, quantized)
+                block = block_memory.block_of(step, model.stacks[0].block, block_memory.Adapted())
+                assert block.grouped == (plan.backend, plan.tile, plan.small_tile, plan.capacity)
 
 
 def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
@@ -268,9 +269,8 @@ def test_the_closed_form_beside_the_compiled_figures_of_families():
     assert len(peaks) == 6
     for name, rows, tokens, gigabytes, gpu in peaks:
         experiment = config.load(installation.CONFIGS / f"{name}.yaml")
-        architecture, platform = experiment.model.architecture(None), closed_form.platform_of(gpus.find(gpu))
-        sizes = {"rows": int(rows), "row_tokens": int(tokens.replace(",", ""))}
-        made = closed_form.breakdown(experiment, architecture, **sizes, platform=platform)
+        architecture, card = experiment.model.architecture(None), gpus.find(gpu)
+        made = closed_form.on(card, experiment, architecture, int(rows), int(tokens.replace(",", "")))
         assert made.total / 1e9 == pytest.approx(float(gigabytes), rel=0.03), name
 
 

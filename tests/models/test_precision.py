@@ -85,7 +85,7 @@ def test_gradients_of_experts_are_summed_in_fp32():
     rows, experts = jnp.ones((600, 4), BF16), jnp.zeros((600, 1), jnp.int32)
 
     def total(projection, backend):
-        plan = gm.Plan(backend, 16, 4, lambda x: x, names=("w1", "w2"), capacities=(640,))
+        plan = gm.Plan(backend, 16, 4, lambda x: x, names=("w1", "w2"), capacity=320)
         groups = gm.group(experts, jnp.ones(600, bool), 1, plan.tile)
         weights = gm.sort_weights(jnp.ones((600, 1)), groups).astype(BF16)
         output = gm.Projection(jnp.eye(4, dtype=BF16)[None])

@@ -28,7 +28,7 @@ def test_the_choice_is_told_with_its_reason(monkeypatch):
     entry |= {"backend": "capacity", "tile": 64, "small_tile": 16}
     monkeypatch.setattr(choice, "table", lambda _: {"cpu": [entry | {"measured": "results/x.json"}]})
     told = experts.announce(*experiment())
-    assert told == "experts: capacity, 360, 480, 640 rows an expert, then the loop (auto, measured: results/x.json)"
+    assert told == "experts: capacity, 392 rows an expert in one batch, the rest in tiles of 64 (auto, measured: results/x.json)"
     assert experts.backend(*experiment(), 1280) == "capacity"
     assert experts.announce(*experiment("model.moe_backend=loop")) == "experts: loop, tiles of 64 and 16 rows (model.moe_backend)"
     assert experts.announce(*experiment("model.experts_per_token=8")).startswith("experts: dense")
@@ -63,6 +63,31 @@ def test_the_nearest_measured_shape_decides(monkeypatch):
         return gm.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, quantized=quantized).tile
 
     assert [tile(1200), tile(8192), tile(8192, quantized=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 512]
+
+
+def test_many_experts_are_dequantized_at_once_where_a_layer_of_them_is_small():
+    """Of Qwen3-30B-A3B 1.2 GB in bf16: on a card of 48 GB, not of 24, not in fp32; and not for a few rows, which few experts see."""
+    qwen, olmoe, mixtral = PRESETS["qwen3-30b-a3b"], PRESETS["olmoe-1b-7b"], PRESETS["mixtral-8x7b"]
+
+    def backend(model, card, tokens=2048, **more):
+        target, quantized = GPUS[card], {"quantized": True}
+        sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "memory_bytes": target.memory_bytes}
+        k = model.experts_per_token
+        return gm.choose("auto", target.cuda_name, tokens, model.num_experts, k, **sizes, **(quantized | more)).backend
+
+    assert [backend(qwen, card) for card in ("L4", "A40", "A100-80", "H100")] == ["loop", "capacity", "capacity", "capacity"]
+    assert [backend(qwen, "A40", item=4), backend(qwen, "H100", tokens=8), backend(olmoe, "L4")] == ["loop", "loop", "capacity"]
+    assert backend(mixtral, "H200") == "loop"
+    assert gm.choose("auto", "gpu", 2048, 128, 8, hidden=2048, intermediate=768).backend == "loop"  # who knows how much memory?
+    assert gm.choose("auto", "cpu", 2048, 128, 8, hidden=512, intermediate=192).backend == "loop"
+
+
+def test_a_measured_capacity_is_taken_where_it_fits(monkeypatch):
+    shape = {"rows_per_expert": 512, "hidden": 1024, "intermediate": 1024, "quantized": True}
+    entry = shape | {"backend": "capacity", "tile": 256, "small_tile": 64}
+    monkeypatch.setattr(choice, "table", lambda _: {"NVIDIA X": [entry]})
+    found = [gm.choose("auto", "NVIDIA X", 2048, 8, 2, quantized=True, memory_bytes=int(gb * 1e9)).backend for gb in (1.3, 1.1)]
+    assert found == ["capacity", "loop"]  # 3 matrices of 8 experts are 50 MB
 
 
 def test_the_architecture_of_the_real_model_is_unmeasured_until_a_gpu_was_there():

@@ -33,14 +33,15 @@ def padded(e, longest):
 
 @needs_aot
 @pytest.mark.parametrize(
-    ("name", "gpu", "rows", "longest"),
-    [("mixtral_8x7b_cs_sparse", "H100", 2, 372), ("mixtral_8x7b_cs_sparse", "L4", 8, 75),
-     ("blackmamba_2.8b_cs_sparse", "H100", 1, 130), ("blackmamba_2.8b_cs_sparse", "L4", 2, 372)],
+    ("name", "gpu", "rows", "longest", "most_bytes"),
+    [("mixtral_8x7b_cs_sparse", "H100", 2, 372, 4e9), ("mixtral_8x7b_cs_sparse", "L4", 8, 75, 4e9),
+     ("blackmamba_2.8b_cs_sparse", "H100", 1, 130, 4e9), ("blackmamba_2.8b_cs_sparse", "L4", 2, 372, 4e9),
+     ("qwen3_30b_a3b_48gb", "A40", 2, 372, 4.6e9)],  # of it 1.2 GB are a layer's dequantized experts
 )  # fmt: skip
-def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest):
+def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest, most_bytes):
     e = experiment(name)
     compiled = aot.compile_step(e, sizes.architecture_of(e), rows=rows, row_tokens=padded(e, longest), gpu=gpu)
-    assert compiled.argument_bytes < compiled.peak_bytes < 4e9
+    assert compiled.argument_bytes < compiled.peak_bytes < most_bytes
 
 
 @needs_aot

@@ -1,9 +1,8 @@
-"""Backend `capacity`: every expert gets the same number of rows, so that one batched product serves them all.
+"""Backend `capacity`: few launches for many experts. A layer's matrices are dequantized at once, and one batched product takes the first
+`plan.capacity` rows of every expert.
 
-A few capacities are compiled, and the largest load of the step chooses (`lax.switch`): the smallest that holds it. A load above them all
-goes through the loop, so nothing is ever dropped, and no program for E times all rows has to exist. Arrays are multiplied in one batch;
-frozen weights that must first be dequantized, or sliced from a stack of layers, one expert's at a time: a batch of them would be E
-dequantized matrices at once.
+The rows that a larger group has beyond them go through tiles of one expert each: nothing is dropped, for any routing. The price is
+memory (all experts' dequantized matrices, [E, capacity, …] rows) and the padding of small groups.
 """
 
 from __future__ import annotations
@@ -14,101 +13,102 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.grouped import loop as experts_loop
 from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of
-
-
-def _branch(plan: Plan, sizes: jax.Array) -> jax.Array:
-    """The first capacity that holds the largest group; their number if none does."""
-    return jnp.sum(jnp.max(sizes) > jnp.asarray(plan.capacities, jnp.int32), dtype=jnp.int32)
-
-
-def _each_expert(
-    plan: Plan, body: Callable[..., Any], inputs: Sequence[Projection], output: Projection, key: Any, dtype: Any, *xs: Any
-) -> Any:
-    """body(expert, *its slices of xs), the results stacked [E, …]: at once where the weights are arrays, else one by one."""
-    pairs = pairs_of(inputs, output)
-    if all(isinstance(p.weight, jax.Array) for p in (*inputs, output)):
-        whole = matrices(plan, inputs, output, dtype)
-        return jax.vmap(lambda ws, pairs, *xs: body(Expert(plan, ws, pairs, key, dtype), *xs))(whole, pairs, *xs)
-
-    def step(_: None, slices: Any) -> Any:
-        e, pairs, *xs = slices
-        return None, body(Expert(plan, matrices(plan, inputs, output, dtype, e), pairs, key, dtype), *xs)
-
-    return jax.lax.scan(step, None, (jnp.arange(xs[0].shape[0]), pairs, *xs))[1]
 
 
 class _Places:
     """Where sorted rows stand in [E, C] and back. Rows of a place that its expert has no use for are the next group's."""
 
-    def __init__(self, sizes: jax.Array, capacity: int, rows: int):
-        ends = jnp.cumsum(sizes)
-        self.start = ends - sizes
-        self.row = self.start[:, None] + jnp.arange(capacity)  # [E, C]
-        self.inside = jnp.arange(capacity) < sizes[:, None]
+    def __init__(self, plan: Plan, sizes: jax.Array, rows: int):
+        self.plan, self.sizes, self.ends = plan, sizes, jnp.cumsum(sizes)
+        self.start = self.ends - sizes
+        within = jnp.arange(plan.capacity)
+        self.row, self.inside = self.start[:, None] + within, within < sizes[:, None]  # [E, C]
         number = jnp.arange(rows, dtype=jnp.int32)
-        expert = jnp.sum(number[:, None] >= ends, axis=1)  # [M]; E for padding rows
-        self.live = number < ends[-1]
-        self.place = expert * capacity + number - self.start[jnp.minimum(expert, sizes.shape[0] - 1)]
-
-    def spread(self, x: jax.Array, row: jax.Array) -> jax.Array:
-        """Sorted rows x [M, …] -> an expert's rows [C, …]; row: int32 [C]."""
-        return jnp.take(x, row, axis=0, mode="clip")
+        expert = jnp.minimum(jnp.sum(number[:, None] >= self.ends, axis=1), sizes.shape[0] - 1)  # [M]
+        offset = number - self.start[expert]
+        self.place = expert * plan.capacity + jnp.minimum(offset, plan.capacity - 1)
+        self.live = (number < self.ends[-1]) & (offset < plan.capacity)
 
     def gather(self, y: jax.Array) -> jax.Array:
-        """[E, C, …] -> sorted rows [M, …], padding rows zero."""
+        """[E, C, …] -> sorted rows [M, …], zero where the batch has none."""
         flat = jnp.take(y.reshape(-1, *y.shape[2:]), self.place, axis=0, mode="clip")
         return jnp.where(self.live.reshape(-1, *[1] * (flat.ndim - 1)), flat, jnp.zeros((), y.dtype))
+
+    def rest(self, body: Callable[..., Any], state: Any) -> Any:
+        """body(expert, first row, which of the rows are the expert's [tile], state) for each tile of rows beyond the capacity."""
+        capacity, tile = self.plan.capacity, self.plan.tile
+        tiles = -(-jnp.maximum(self.sizes - capacity, 0) // tile)
+        ends = jnp.cumsum(tiles)
+
+        def step(i: jax.Array, state: Any) -> Any:
+            e = jnp.sum(ends <= i)
+            first = capacity + (i - ends[e] + tiles[e]) * tile
+            return body(e, self.start[e] + first, first + jnp.arange(tile) < self.sizes[e], state)
+
+        with jax.named_scope("tiles"):
+            return jax.lax.fori_loop(0, ends[-1], step, state)
+
+
+def _spread(x: jax.Array, row: jax.Array) -> jax.Array:
+    """Sorted rows x [M, …] -> an expert's rows [C, …]; row: int32 [C]."""
+    return jnp.take(x, row, axis=0, mode="clip")
+
+
+def _rows(array: jax.Array, row: jax.Array, live: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, row, live.shape[0])
+
+
+def _put(array: jax.Array, rows: jax.Array, row: jax.Array, live: jax.Array) -> jax.Array:
+    """Over the expert's own rows alone: those behind them are the next group's, and done."""
+    keep = live.reshape(-1, *[1] * (rows.ndim - 1))
+    return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(keep, rows, _rows(array, row, live)), row, 0)
 
 
 def forward(
     plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
+    places = _Places(plan, sizes, x.shape[0])
+    experts = (matrices(plan, inputs, output, x.dtype), pairs_of(inputs, output))
 
-    def with_capacity(capacity: int) -> Callable[..., Any]:
-        def branch(x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Any, output: Any) -> Any:
-            places = _Places(sizes, capacity, x.shape[0])
+    def through(expert: Any, rows: jax.Array, p: jax.Array, row: jax.Array) -> list[jax.Array]:
+        weights, pairs = expert
+        y, hidden = Expert(plan, weights, pairs, key, x.dtype).forward(rows, p, row)
+        return [y, *hidden] if keep else [y]
 
-            def body(expert: Expert, row: jax.Array, start: jax.Array) -> Any:
-                y, hidden = expert.forward(places.spread(x, row), places.spread(p, row), start)
-                return y, hidden if keep else []
+    def batch(expert: Any, row: jax.Array, start: jax.Array) -> list[jax.Array]:
+        return through(expert, _spread(x, row), _spread(p, row), start)
 
-            return jax.tree.map(places.gather, _each_expert(plan, body, inputs, output, key, x.dtype, places.row, places.start))
+    def tile(e: jax.Array, row: jax.Array, live: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
+        parts = through(jax.tree.map(lambda a: a[e], experts), _rows(x, row, live), _rows(p, row, live), row)
+        return [_put(rows, part, row, live) for rows, part in zip(found, parts, strict=True)]
 
-        return branch
-
-    def loop(x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Any, output: Any) -> Any:
-        return experts_loop.forward(plan, keep, x, p, sizes, inputs, output, key)
-
-    branches = [*(with_capacity(c) for c in plan.capacities), loop]
-    y, kept = jax.lax.switch(_branch(plan, sizes), branches, x, p, sizes, inputs, output)
-    return y, kept
+    y, *hidden = places.rest(tile, [places.gather(rows) for rows in jax.vmap(batch)(experts, places.row, places.start)])
+    return y, hidden
 
 
 def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
     """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
-    *arrays, key = operands
+    x, p, sizes, inputs, output, key = operands
+    places = _Places(plan, sizes, x.shape[0])
+    experts = (matrices(plan, inputs, output, x.dtype), pairs_of(inputs, output))
 
-    def with_capacity(capacity: int) -> Callable[..., Any]:
-        def branch(kept: Any, dy: jax.Array, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Any, output: Any) -> Any:
-            places = _Places(sizes, capacity, x.shape[0])
+    def through(expert: Any, read: Callable[[jax.Array], jax.Array], live: jax.Array, row: jax.Array) -> Any:
+        dy_rows = jnp.where(live[:, None], read(dy), jnp.zeros((), dy.dtype))
+        hidden = [read(k) for k in kept] if plan.keep else None
+        weights, pairs = expert
+        return Expert(plan, weights, pairs, key, x.dtype).backward(read(x), read(p), dy_rows, row, hidden)
 
-            def body(expert: Expert, row: jax.Array, inside: jax.Array, start: jax.Array) -> Any:
-                dy_rows = jnp.where(inside[:, None], places.spread(dy, row), jnp.zeros((), dy.dtype))
-                hidden = [places.spread(k, row) for k in kept] if plan.keep else None
-                return expert.backward(places.spread(x, row), places.spread(p, row), dy_rows, start, hidden)
+    def batch(expert: Any, row: jax.Array, live: jax.Array, start: jax.Array) -> Any:
+        return through(expert, lambda array: _spread(array, row), live, start)
 
-            xs = (places.row, places.inside, places.start)
-            dx, dp, gradients = _each_expert(plan, body, inputs, output, key, x.dtype, *xs)
-            return places.gather(dx), places.gather(dp), gradients
+    def tile(e: jax.Array, row: jax.Array, live: jax.Array, state: Any) -> Any:
+        dx, dp, sums = state
+        expert = jax.tree.map(lambda a: a[e], experts)
+        dx_rows, dp_rows, parts = through(expert, lambda array: _rows(array, row, live), live, row)
+        return _put(dx, dx_rows, row, live), _put(dp, dp_rows, row, live), jax.tree.map(lambda s, g: s.at[e].add(g), sums, parts)
 
-        return branch
-
-    def loop(kept: Any, dy: jax.Array, *operands: Any) -> Any:
-        return experts_loop.backward(plan, (*operands, key), kept, dy)
-
-    branches = [*(with_capacity(c) for c in plan.capacities), loop]
-    dx, dp, gradients = jax.lax.switch(_branch(plan, arrays[2]), branches, kept, dy, *arrays)
-    return dx, dp, gradients
+    dx, dp, sums = jax.vmap(batch)(experts, places.row, places.inside, places.start)
+    result: tuple[jax.Array, jax.Array, Gradients] = places.rest(tile, (places.gather(dx), places.gather(dp), sums))
+    return result

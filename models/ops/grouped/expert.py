@@ -18,8 +18,8 @@ from moejax.models.ops.linear import Weight
 class Plan(NamedTuple):
     """Static choices of one grouped MLP.
 
-    backend, tile, small_tile: `loop`'s products have so many rows, and those for what is left of a group; capacities: rows per
-    expert that `capacity` has a program for, ascending; activation: the hidden row from the rows of the input projections;
+    backend, tile, small_tile: `loop`'s products have so many rows, and those for what is left of a group; capacity: rows of each
+    expert in `capacity`'s batch; activation: the hidden row from the rows of the input projections;
     names: the profile's scopes of the projections, output last; trainable: the weights want gradients too; keep: hidden rows are
     saved for the backward pass, not computed again; dropout: of the adapters' inputs, active with a key.
     """
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     trainable: bool = False
     keep: bool = False
     dropout: float = 0.0
-    capacities: tuple[int, ...] = ()
+    capacity: int = 0
 
 
 class LoRAWeights(NamedTuple):

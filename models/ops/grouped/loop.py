@@ -1,7 +1,7 @@
 """Backend `loop`: one expert after the other, its group tile by tile.
 
 The hidden activations [M, F] never exist as a whole. Rows are sorted, so a tile that runs over the end of its group only writes rows that
-the next group overwrites: no mask, no copy, no token dropped for any routing; the price is half a small tile of padding per expert.
+the next group overwrites: no mask, no copy, no token dropped for any routing; the price is the padding of each group's last tile.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def _put(array: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _over_tiles(plan: Plan, start: jax.Array, size: jax.Array, body: Callable[..., Any], state: Any) -> Any:
-    """body(row, first, count, state) for each tile of a group: large tiles while they fit, then small ones for the rest.
+    """body(row, first, count, state) for each tile of a group: large tiles while more than half of one is left, then small ones.
 
     `first`: the number of the group's rows before the tile. Large tiles read the weights less often, small ones pad less.
     """
-    whole = size // plan.tile
+    whole = (size + plan.tile // 2) // plan.tile
 
     def tiles(count: int, offset: Any) -> Callable[..., Any]:
         return lambda i, state: body(start + offset + i * count, offset + i * count, count, state)
 
     with jax.named_scope("tiles"):
         state = jax.lax.fori_loop(0, whole, tiles(plan.tile, 0), state)
-    rest = size - whole * plan.tile
+    rest = jnp.maximum(size - whole * plan.tile, 0)
     with jax.named_scope("small_tiles"):
         return jax.lax.fori_loop(0, -(-rest // plan.small_tile), tiles(plan.small_tile, whole * plan.tile), state)
 

@@ -8,7 +8,6 @@ Three backends do the middle part: `loop`, `capacity`, `ragged`; `choose` says w
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,8 +27,6 @@ __all__ = [
 
 _BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity, "ragged": ragged}
 BACKENDS = (*_BACKENDS,)
-CAPACITIES = (1.125, 1.5, 2.0)
-"""Rows per expert that `capacity` is compiled for, in mean loads; a larger load goes through the loop."""
 
 
 def choose(
@@ -42,19 +39,21 @@ def choose(
     hidden: int = 1024,
     intermediate: int = 1024,
     quantized: bool = False,
+    item: int = 2,
+    memory_bytes: int | None = None,
 ) -> Plan:
     """The plan for this device and size. Raises ValueError for a backend that does not exist.
 
-    platform: "cpu", "gpu", or a GPU's kind. A forced backend takes its tile from the table all the same.
+    platform: "cpu", "gpu", or a GPU's kind; item, memory_bytes: see `choice.grouped`. A forced backend takes its tile from the table all
+    the same.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
-    found, tile, small_tile = choice.grouped(
-        platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized
-    )
-    mean_group = max(1, tokens * experts_per_token // experts)
-    capacities = sorted({min(tokens, 8 * math.ceil(mean_group * c / 8)) for c in CAPACITIES})
-    return Plan(found if backend == "auto" else backend, tile, small_tile, capacities=tuple(capacities))
+    found, tile, small_tile, capacity = choice.grouped(
+        platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized, item=item,
+        memory_bytes=memory_bytes,
+    )  # fmt: skip
+    return Plan(found if backend == "auto" else backend, tile, small_tile, capacity=capacity)
 
 
 class Groups(NamedTuple):
