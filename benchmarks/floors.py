@@ -150,7 +150,8 @@ def useful_flops(config: Architecture, experiment: Experiment, rows: int, length
 
 # What is measured under a stage's floor, by the profile's names (moejax/profiling/scopes.py). The rest is told as "no floor".
 MEASURED = {
-    "attention: projections": ("attention", "attention/lora"), "attention: dequantization": ("attention/dequant",), "attention: scores": (),
+    "attention: projections": ("attention", "attention/norm", "attention/lora"), "attention: dequantization": ("attention/dequant",),
+    "attention: scores": (),
     "mamba: projections": ("mamba", "mamba/dequant", "mamba/lora"), "mamba/scan": ("mamba/scan",), "mamba/conv, gate": ("mamba/conv",),
     "moe/w1, w3, w2": ("moe/w1", "moe/w3", "moe/w2"), "moe: dequantization": ("moe/w1_dequant", "moe/w3_dequant", "moe/w2_dequant"),
     "moe/lora": ("moe/lora",), "moe/dispatch, combine": ("moe/dispatch", "moe/combine"), "moe/act": ("moe/act",),

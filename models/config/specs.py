@@ -41,7 +41,7 @@ class GQA:
     rope_theta: float
     qk_norm: Literal["head", "all"] | None = None
     module: ClassVar[str] = "attention"
-    scopes: ClassVar[tuple[str, ...]] = ("dequant", "lora")
+    scopes: ClassVar[tuple[str, ...]] = ("dequant", "norm", "lora")
     positional: ClassVar[bool] = True
     targets: ClassVar[Mapping[str, str]] = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from traces import module
 
 from moejax.models.build import build
@@ -66,8 +67,6 @@ class TestDequantization:
 @pytest.fixture(scope="module")
 def sparse_step():
     """The gradient of a small QLoRA Mixtral, all layers recomputed."""
-    from flax import nnx
-
     config = PRESETS["mixtral-tiny"].replace(num_layers=2)
     model = build(
         config, key=jax.random.key(0), quantization=Quantization(), adapter=LoRAConfig(4, 8.0, 0.0, ("w1", "w2", "w3", "gate")),
@@ -88,6 +87,16 @@ def placed(program):
     for i in program.instructions.values():
         if i.metadata.op_name:
             yield i, place(i.metadata.op_name), i.metadata.op_name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("mixtral-tiny", {"norm"}), ("qwen3-moe-tiny", {"norm", "attention/norm"})])
+def test_norms_of_q_and_k_are_the_attentions(preset, expected):
+    """Norms have the only reciprocal square roots."""
+    config = PRESETS[preset].replace(vocab_size=64, num_layers=1, num_experts=4, experts_per_token=2)
+    graphdef, state = nnx.split(build(config, key=jax.random.key(0), dtype=jnp.float32))
+    tokens = jnp.ones((1, 16), jnp.int32)
+    program = Program(module(lambda s: nnx.merge(graphdef, s)(tokens, tokens, tokens)[0], state))
+    assert {p.stage for i, p, _ in placed(program) if i.opcode == "rsqrt"} == expected
 
 
 def test_experts_have_no_scatter_in_the_backward_pass(sparse_step):

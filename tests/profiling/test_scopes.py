@@ -24,6 +24,7 @@ BACK = "jit(step)/transpose(jvp(layers))/while/body/closed_call/checkpoint"
         (f"{BACK}/moe/while/body/tiles/while/body/rematted_computation/w3/dot_general", "recompute", "moe/w3"),
         (f"{BACK}/moe/while/body/tiles/while/body/jvp(act)/mul", "backward", "moe/act"),
         ("jit(step)/jvp(norm)/mul", "forward", "norm"),
+        (f"{SCAN10}/attention/norm/rsqrt", "forward", "attention/norm"),  # of q and k
         ("jit(step)/transpose(jvp(norm))/mul", "backward", "norm"),
         ("jit(step)/transpose(jvp(checkpoint))/rematted_computation/mamba/scan/exp", "recompute", "mamba/scan"),
         ("jit(step)/vmap(jvp(mamba))/conv/mul", "forward", "mamba/conv"),
