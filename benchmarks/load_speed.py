@@ -87,6 +87,7 @@ def load_once(folder, cache):
     values = [v.get_value() for _, v in weights.base_variables(model)]
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
     peak = peak_bytes()
+    print(*weights.report(model), sep="\n")
     print(
         f"{seconds:.1f} s ({cpu:.1f} s of CPU); model {stored / 1e9:.2f} GB; peak {peak / 1e9:.2f} GB, the model and "
         f"{(peak - stored) / 1e9:.2f} GB ({before / 1e9:.2f} before the load)\nseconds {seconds}"

@@ -30,7 +30,7 @@ ESTIMATE = {
     "predict": Command("throughput, hours and dollars of a run", "moejax.commands.estimate_predict"),
     "plan": Command("which GPU is cheapest, fastest for a budget, cheapest in time", "moejax.commands.estimate_plan"),
     "fit": Command("fit coefficients.json to several profiled runs of one model", "moejax.commands.estimate_fit"),
-    "compare": Command("predicted against measured for a finished run", "moejax.commands.estimate_compare"),
+    "compare": Command("a run's predicted memory and time, and measured (accuracy: compare)", "moejax.commands.estimate_compare"),
     "reproduce": Command("the study's Tables III, IV and Figures 13 to 15; then our model", "moejax.study.cost.command"),
 }
 GROUPS = {
@@ -43,7 +43,7 @@ GROUPS = {
         "generate": Command("what a finished run's model answers to a prompt", "moejax.commands.generate"),
         "eval": Command("accuracy of a run or model on a task (gsm8k, piqa-generated, …)", "moejax.commands.eval"),
         "exact-match": Command("answers of the base and of the tuned model on held-out problems", "moejax.commands.exact_match"),
-        "compare": Command("accuracy by epoch of runs with an eval: section, and the study's", "moejax.study.report.accuracy"),
+        "compare": Command("accuracy by epoch of runs (times: moejax estimate compare)", "moejax.study.report.accuracy"),
         "expert-load": Command("tokens per expert and layer over a data set, base and tuned", "moejax.commands.expert_load"),
     },
     "time and memory": {

@@ -148,6 +148,8 @@ class QuantizationConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.modules == ():
+            raise ValueError(f"modules = []: expected some of {', '.join(QUANTIZED_MODULES)}; quantization.format=none quantizes nothing")
         for name in self.modules or ():
             if name not in QUANTIZED_MODULES:
                 raise ValueError(f"modules: {name!r} is unknown: {_nearest(name, QUANTIZED_MODULES)}")

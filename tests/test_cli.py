@@ -1,6 +1,7 @@
 """The command line: exit codes, messages, and nothing heavy before it is needed."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -162,6 +163,27 @@ def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatc
         f"not there: data.source = {tmp_path}/lost.json",
         f"not there: adapter.init_from = {tmp_path}/lost",
     ]
+
+
+def test_dry_run_judges_records_whose_tokenizer_is_not_here(capsys, tmp_path):
+    """A model of the Hub, and the user's own file: its columns are told before anything is downloaded."""
+    arguments = ["--config", str(ROOT / "configs/qwen3_30b_a3b_24gb.yaml"), "--dry-run", "data.batching=pad_longest"]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{n}?", "output": "yes"}) for n in range(1001)))
+    assert cli.train_main([*arguments, f"data.source={path}"]) == 2
+    assert "mine.jsonl, record 0: no text under 'instruction' (it has question, output)" in capsys.readouterr().err
+    named = [f"data.source={path}", "data.fields={instruction: question}"]
+    assert cli.train_main([*arguments, *named, "data.holdout=1001"]) == 2
+    assert "data.holdout = 1001 leaves nothing of 1001 records" in capsys.readouterr().err
+    assert cli.train_main([*arguments, *named]) == 0
+    out = capsys.readouterr().out
+    assert "data: 801 records to train on and 200 to hold out, " in out
+    assert "asks no network: model.source = Qwen/Qwen3-30B-A3B is no file or folder here" in out
+    assert "schedule: 3 epochs of 801 records: 201 steps each, 603 in all" in out
+    with_lost = [*arguments, *named, "data.holdout=0", f"data.eval_source={tmp_path}/lost.jsonl"]
+    assert cli.train_main(with_lost) == 0
+    out = capsys.readouterr().out
+    assert "data: 1,001 records to train on, each" in out and f"not there: data.eval_source = {tmp_path}/lost.jsonl" in out
 
 
 def test_a_backend_that_this_device_cannot_run_is_refused_by_name(capsys, tmp_path):

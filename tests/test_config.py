@@ -129,6 +129,7 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
         (["adapter.share=w1"], "adapter.share = 'w1': expected a list"),
         (["adapter.dropout=1.0"], "dropout = 1.0"),
         (["quantization.format=nf4"], "nothing would be trained"),
+        (["quantization={format: nf4, modules: []}", "adapter={}"], r"modules = \[\]: expected some of attention, experts, router"),
         (["data.row_tokens=4096"], "rows of 4096 tokens exceed the model's max_position_embeddings = 2048"),
         (["data.max_length=600"], "max_length = 600 exceeds row_tokens = 512"),
         (["data.source=null"], "source is missing"),

@@ -91,22 +91,27 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
     if config.source is None:
         queries = synthetic(config, vocab_size, seed, max(SYNTHETIC_ROWS, config.batch_rows))
         return Dataset(Batches(queries, config, seed), None, Tokenized(queries, len(queries)), "random tokens")
-    records = load_records(config)
-    contents = {"data": records_content(records)}
-    held_out: list[Record] = []
+    records, held_out = read(config)
+    contents = {"data": records_content(records if config.eval_source else [*records, *held_out])}
     if config.eval_source is not None:
-        held_out = load_records(config, config.eval_source)
         contents["evaluation"] = records_content(held_out)
-    elif config.holdout:
-        if config.holdout >= len(records):
-            raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
-        records, held_out = records[: -config.holdout], records[-config.holdout :]
     train = tokenize(records, tokenizer, config.template, _limit(config), config.source)
     evaluation = None
     if held_out:
         evaluation = in_order(config, held_out, tokenizer, seed, config.eval_source or config.source, len(records) if config.holdout else 0)
     dropped = 0 if evaluation is None else len(held_out) - len(evaluation.queries)
     return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source, dropped, contents)
+
+
+def read(config: DataConfig) -> tuple[list[Record], list[Record]]:
+    """The records that are trained on, and those held out. Raises UserError for what is wrong before they are tokenized."""
+    records = load_records(config)
+    if config.eval_source is not None:
+        return records, load_records(config, config.eval_source)
+    if config.holdout >= len(records):
+        raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
+    border = len(records) - config.holdout
+    return records[:border], records[border:]
 
 
 def in_order(

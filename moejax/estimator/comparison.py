@@ -121,15 +121,19 @@ def _seconds(told: Document, steps: list[Document], time: Document | None) -> Do
     return {"predicted": predicted, "interval": interval, "measured": measured, "error": predicted / measured - 1, "why_not": None}
 
 
-def lines(document: Document) -> list[str]:
-    """The comparison in words."""
+def lines(document: Document, *, compared: bool = False) -> list[str]:
+    """The comparison in words. compared: without what was not predicted, and why."""
     m, s, usd = document["memory"], document["step_seconds"], document["cost_usd"]
     measured = "unknown" if m["measured_bytes"] is None else units.told(m["measured_bytes"])
     memory = f"memory: predicted {units.told(m['predicted_bytes'])}, measured {measured}"
-    told = [f"{memory}: {_percent(m['error'])}" if m["error"] is not None else f"{memory} (not comparable: {m['why_not']})"]
-    if s["error"] is None:
+    told = []
+    if m["error"] is not None:
+        told.append(f"{memory}: {_percent(m['error'])}")
+    elif not compared:
+        told.append(f"{memory} (not comparable: {m['why_not']})")
+    if s["error"] is None and not compared:
         told.append(f"step: not predicted ({s['why_not']}), measured {1e3 * s['measured']:.1f} ms")
-    else:
+    elif s["error"] is not None:
         between = "" if s["interval"] is None else f" ({1e3 * s['interval'][0]:.1f} to {1e3 * s['interval'][1]:.1f})"
         step = f"step: predicted {1e3 * s['predicted']:.1f} ms{between}, measured {1e3 * s['measured']:.1f} ms"
         told.append(f"{step}: {_percent(s['error'])}")

@@ -60,7 +60,7 @@ def load_weights(
 
     One tensor at a time: read, cast or quantized (each expert's matrix by itself), put into its place on the device,
     so that the host never holds more than a few tensors. cache: the folder that keeps quantized weights for the next start
-    (`quantized_cache`). console: where progress and the report of what is stored how are shown. content: takes the weights' hash.
+    (`quantized_cache`). console: where progress is shown. content: takes the weights' hash.
     Raises UserError naming file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
     """
     abstract = {".".join((*path, attr)): getattr(attribute(model, path), attr).get_value() for path, attr in by_variable(model)}
@@ -82,9 +82,6 @@ def load_weights(
             places = tensors(model.config)
             task = bar.add_task("loading", total=sum(files[n].nbytes // len(p) for n, p in places.items() if n in files for _ in p))
             fill(model, files, folder, keep=keep, advance=lambda n: bar.advance(task, n))
-    if console is not None:
-        for line in report(model):
-            console.print(line)
     return materialize_lora(model, lora_key)
 
 
@@ -177,4 +174,4 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
 
 def _progress(console: Console | None) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=console is None)
+    return Progress(*columns, console=console, transient=True, disable=console is None or not console.is_terminal)

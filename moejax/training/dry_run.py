@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from moejax.config import Experiment
+from moejax.data import pipeline
 from moejax.data.sources import is_file
 from moejax.estimator import memory
 from moejax.estimator.sizes import optimizer_bytes, stored
@@ -66,19 +67,35 @@ def report(experiment: Experiment) -> int:
         console.print(line, soft_wrap=True)
     low_precision.warn(experiment, console)
     elsewhere = not_local(experiment, _folder(experiment))
-    steps = None
+    steps: int | None = None
+    told: list[str] = []
     if elsewhere is None:
         # Problems of an eval: section that are not here are told of below.
         there = experiment.eval is not None and Path(experiment.eval.data).is_file()
         known = experiment if there else experiment.model_copy(update={"eval": None})
         steps = total_steps(experiment, read_data(known, sizes, _folder(experiment), console)[2])
+    else:
+        experiment, told = _untokenized(experiment, elsewhere)
     console.print(_schedule(experiment, steps))
-    lost = missing(experiment)
-    named = elsewhere is None or any(elsewhere in line for line in lost)
-    told = [] if named else [f"data not read, a dry run asks no network: {elsewhere} is no file or folder here"]
-    for line in [*told, *asked, *lost, *_place(experiment)]:
+    for line in [*told, *asked, *missing(experiment), *_place(experiment)]:
         console.print(line, soft_wrap=True)
     return 0
+
+
+def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, list[str]]:
+    """Where `elsewhere` (key = value) is not on this machine: the experiment with the number of records in its data's file, and a line
+    about them. Raises UserError for what a run would refuse of them before it tokenizes."""
+    why = f"a dry run asks no network: {elsewhere} is no file or folder here"
+    data = experiment.data
+    if data.eval_source is not None and not Path(data.eval_source).is_file():
+        data = data.model_copy(update={"eval_source": None})
+    if data.source is None or not Path(data.source).is_file():
+        return experiment, [] if any(elsewhere in line for line in missing(experiment)) else [f"data not read, {why}"]
+    records, held_out = pipeline.read(data)
+    known = experiment.data.model_copy(update={"records": len(records) + data.holdout})
+    beside = f" and {len(held_out):,} to hold out" if held_out else ""
+    told = f"data: {len(records):,} records to train on{beside}, each with its texts; how many tokens they are is not known, {why}"
+    return experiment.model_copy(update={"data": known}), [told]
 
 
 def _place(experiment: Experiment) -> list[str]:
@@ -128,6 +145,6 @@ def _schedule(experiment: Experiment, steps: int | None) -> str:
     train = d.records - d.holdout
     each = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
     return (
-        f"{shape}\nschedule: {epochs} of {train:,} declared records: {counted(each, 'step')} each, {each * (t.epochs or 1):,} in all "
+        f"{shape}\nschedule: {epochs} of {train:,} records: {counted(each, 'step')} each, {each * (t.epochs or 1):,} in all "
         f"(fewer if records are dropped); {rate}"
     )

@@ -102,6 +102,8 @@ def _run(experiment: Experiment, folder: Path, console: Console, *, resume: bool
     with waiting(console, "loading the model"):
         model = create_model(experiment, config, model_folder, content)
         continue_adapter(experiment, model, experiment.model.source)
+    if model_folder is not None:
+        say(weights.report(model))
     say(identity.of_weights(content.value))
     low_precision.warn(experiment, console, model)
     experiment = identity.written(experiment)

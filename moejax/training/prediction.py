@@ -86,9 +86,9 @@ def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
 
 
 def conclude(folder: Path, console: Console) -> None:
-    """Print predicted against measured and keep comparison.json. A run is never lost to it."""
+    """Print predicted against measured, as far as it was predicted, and keep comparison.json. A run is never lost to it."""
     try:
-        told = comparison.lines(comparison.compare(folder))
+        told = comparison.lines(comparison.compare(folder), compared=True)
     except (UserError, OSError) as error:
         told = [f"no comparison: {error}"]
     for line in told:

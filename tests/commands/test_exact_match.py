@@ -61,8 +61,8 @@ def test_scores_and_predictions(run, capsys):
     assert len((folder / "predictions-first-2.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_run_that_trained_all_weights(run, tmp_path):
-    """Its tuned model is the one in model/, not the base again."""
+def test_a_run_that_trained_all_weights(run, tmp_path, capsys):
+    """Its tuned model is the one in model/, not the base again. What is stored how is said where a run begins, not before answers."""
     folder, data = run
     content = config.load(folder / "config.yaml").model_dump(mode="json")
     content |= {"name": "full", "adapter": None}
@@ -70,7 +70,9 @@ def test_a_run_that_trained_all_weights(run, tmp_path):
     path = tmp_path / "full.yaml"
     path.write_text(config.dump(config.Experiment.model_validate(content)))
     assert cli.main(["train", "--config", str(path)]) == 0
+    assert "\nexperts: 24.6 k parameters, float32, " in capsys.readouterr().out
     assert cli.main(["exact-match", str(tmp_path / "runs/full"), "--data", str(data), "--limit", "3"]) == 0
+    assert not [text for text in capsys.readouterr() if " parameters, " in text]
     lines = [json.loads(line) for line in (tmp_path / "runs/full/predictions.jsonl").read_text().splitlines()]
     assert [x["output"] for x in lines[:3]] != [x["output"] for x in lines[3:]]
 

@@ -31,7 +31,7 @@ def test_one_prompt(run, expected, capsys):
         assert cli.main(["generate", str(run), *asked, "--max-new-tokens", "12"]) == 0
         out, err = capsys.readouterr()
         assert out == answer + "\n"
-        assert "tokens/s" in err
+        assert "tokens/s" in err and len(err.splitlines()) == 1
 
 
 def test_stop(run, expected, capsys):
