@@ -1,6 +1,6 @@
 """Compile configs' steps for GPUs that are not there: the compiler's peak beside the closed form's, FLOPs and bytes of a step.
 
-    python benchmarks/aot_memory.py --config configs/mixtral_8x7b_cs_sparse.yaml --gpu H100 --rows 1,8,32 --row-tokens 512
+    python benchmarks/aot_memory.py --config configs/mixtral_8x7b_cs_sparse.yaml --gpu H100 --rows 1,8,32 --seq-len 512
     python benchmarks/aot_memory.py --config configs/mixtral_8x7b_*.yaml configs/blackmamba_2.8b_*.yaml --gpu H100,A100-80 --rows own \\
         --out benchmarks/results/<date>-aot-steps.json
     python benchmarks/aot_memory.py --remat none,dots,full --rows 1,8
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--config", nargs="+", default=["configs/mixtral_8x7b_cs_sparse.yaml"])
     parser.add_argument("--gpu", default="H100", help="comma-separated")
     parser.add_argument("--rows", default="1,8,32", help="comma-separated: numbers, `own`, or `8xown`")
-    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--remat", default=None, help="comma-separated policies; by default the config's own")
     parser.add_argument("--dump", type=Path, help="write the optimized HLO of the last program here")
     parser.add_argument("--out", type=Path, help="JSON of everything, with versions")
@@ -88,7 +88,7 @@ def main() -> int:
                 for asked in options.rows.split(","):
                     own = asked.endswith("own")
                     rows = int(asked.removesuffix("own").removesuffix("x") or 1) * (experiment.data.batch_rows if own else 1)
-                    length = experiment.data.longest_row if own else options.row_tokens
+                    length = experiment.data.longest_row if own else options.seq_len
                     told, program = compiled(experiment, gpu, rows, length)
                     print(json.dumps(told), flush=True)
                     report["steps"].append(told)

@@ -131,14 +131,14 @@ def main() -> int:
     parser.add_argument("--model", choices=tuple(STUDY_MODELS), default="mixtral")
     parser.add_argument("--remat", choices=("full", "none"), default=None, help="only this policy")
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = []
     for remat in (options.remat,) if options.remat else ("full", "none"):
         for k in (2, 8):
-            r = check(options.model, k, remat, options.rows, options.row_tokens, options.rounds)
+            r = check(options.model, k, remat, options.rows, options.seq_len, options.rounds)
             results.append(r)
             print(f"{options.model}, k = {k}, remat {remat}: {100 * r['attributed']:.1f} % of busy time under a named stage")
             for what in ("forward", "forward_and_backward", "step"):

@@ -372,7 +372,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), metavar="NAME", help="; ".join(CASES))
     parser.add_argument("--tiny", action="store_true", help="small models in fp32 on a CPU")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of every side")
-    parser.add_argument("--row-tokens", type=int, default=128, help="tokens of a query; one fills a row")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens of a query; one fills a row")
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch that all sides run")
     parser.add_argument("--most-rows", type=int, default=1024)
     torch_run.add_references(parser)
@@ -386,7 +386,7 @@ def main() -> int:
         gpu = None if options.tiny else gpus.of_device_kind(kind)
         arguments = ["--attention", options.attention, "--scan", options.scan, "--device", "cpu" if options.tiny else "cuda"]
         settings = Settings(
-            options.tiny, options.steps, options.row_tokens, options.rows, options.most_rows, pythons, arguments
+            options.tiny, options.steps, options.seq_len, options.rows, options.most_rows, pythons, arguments
         )
         report = kept.about(device=kind, formula=FORMULA, cases={})
         for name in options.cases:

@@ -149,7 +149,7 @@ def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.Argu
         configured = configured or any(action.dest == "config" for action in parser._actions)
         which = ", which takes no config" if name.endswith((".yaml", ".yml")) and not configured else ""
         return f"{argument!r} is one argument too many for {parser.prog}{which}: see {parser.prog} --help"
-    known = [option for action in parser._actions for option in action.option_strings]
+    known = [option for action in parser._actions if action.help != argparse.SUPPRESS for option in action.option_strings]
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.7)
     if configured and not near:
         from moejax import config

@@ -47,7 +47,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "--resume", "lr=1"], "unknown key lr: did you mean training.learning_rate?"),
         (["train", "--config", CONFIG, "seed=1", "--resume", "now"], "'now' is one argument too many for moejax train"),
         (["profile", CONFIG, "--batch_size=8"], "did you mean data.batch_rows=8?"),
-        (["generate", "--run", "x", "--prompt", "y", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
+        (["generate", "x", "--prompt", "y", "--max_new_tokens=3"], "did you mean --max-new-tokens?"),
         (["generate", "x", "--prompt", "y", "--max_new_tokens=3"], "usage: moejax generate ["),
         (["generate", "--prompt", "y"], "which run? Give one RUN"),
         (["generate", "x", "--run", "y", "--prompt", "z"], "which run? Give one RUN"),
@@ -219,6 +219,21 @@ def test_jax_is_set_up_before_it_is_imported(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "now", "note"),
+    [("generate --run nowhere --prompt a", "generate nowhere --prompt a", "--run is now RUN by itself"),
+     ("estimate plan --dataset gsm8k --row-tokens 512", "estimate plan --dataset gsm8k --seq-len 512", "--row-tokens is now --seq-len")],
+)  # fmt: skip
+def test_the_last_releases_names_do_the_same_and_say_so(old, now, note, capsys):
+    code = cli.main(old.split())
+    out, err = capsys.readouterr()
+    assert err.startswith(f"note: {note}; the old name goes with the next release\n")
+    assert (cli.main(now.split()), *capsys.readouterr()) == (code, out, err.partition("\n")[2])
+    with pytest.raises(SystemExit):
+        cli.main([*old.partition(" --")[0].split(), "--help"])
+    assert note.split()[0] not in capsys.readouterr().out
+
+
 def test_missing_data_is_told_before_anything_is_written(tmp_path, capsys):
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), f"runs_dir={tmp_path}", "data.source=nowhere.json"]
     assert cli.train_main([*arguments, f"model.source={ROOT}/assets/tiny-mixtral"]) == 2
@@ -235,7 +250,7 @@ def test_imports_without_jax(module):
     assert done.returncode == 0, f"{module} imports jax\n{done.stderr}"
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "a", "--run"], ["export", "--out", "x"], ["exact-match", "--data", "d.json"]])
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["export", "--out", "x"], ["exact-match", "--data", "d.json"]])
 def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command, monkeypatch, tmp_path):
     """Also where there is no run: the command itself says so."""
     told = []

@@ -98,7 +98,7 @@ def test_the_wheel_outside_a_checkout(wheel, tmp_path):
     moejax("train", "tuned.yaml", *short, "training.compute_dtype=float32")
     lines = (here / "runs/tuned/metrics.jsonl").read_text().splitlines()
     assert all(math.isfinite(json.loads(line).get("loss", 0.0)) for line in lines) and (here / "runs/tuned/adapter").is_dir()
-    moejax("generate", "--run", "runs/tuned", "--instruction", "What is 2 plus 2?", "--max-new-tokens", "2")
+    moejax("generate", "runs/tuned", "--instruction", "What is 2 plus 2?", "--max-new-tokens", "2")
     moejax("export", "runs/tuned", "--out", "exported")
     assert "closed form" in moejax("estimate", "memory", "--config", "tuned.yaml", "--closed-form", "--gpu", "L4")
     assert "A100-80" in moejax("estimate", "memory", "--study", "--closed-form")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import Any
 
 from moejax.errors import UserError
 
@@ -22,9 +24,25 @@ def settle_config(options: argparse.Namespace, otherwise: str = "") -> None:
         raise UserError(f"which experiment? Give its CONFIG (`moejax init` writes one){otherwise}")
 
 
+class _Old(argparse.Action):
+    """An option's name of the release before: it does the same, and says what it is called now. In no help."""
+
+    def __init__(self, now: str, **settings: Any):
+        super().__init__(**settings | {"help": argparse.SUPPRESS})
+        self.now = now
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        print(f"note: {option} is now {self.now}; the old name goes with the next release", file=sys.stderr)
+        setattr(options, self.dest, value)
+
+
+def add_old(parser: argparse.ArgumentParser, name: str, now: str, **settings: Any) -> None:
+    parser.add_argument(name, action=_Old, now=now, **settings)
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
-    parser.add_argument("--run", dest="folder", metavar="RUN", help="the same by name")
+    add_old(parser, "--run", "RUN by itself", dest="folder")
 
 
 def settle_run(options: argparse.Namespace) -> None:

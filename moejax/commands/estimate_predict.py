@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moejax import gpus
-from moejax.commands.arguments import check_counts, names_of
+from moejax.commands.arguments import add_old, check_counts, names_of
 from moejax.commands.tables import draw, print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
@@ -68,8 +68,9 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", metavar="FILE", help="tokens per query: a JSON list, or one number a line")
     parser.add_argument("--epochs", type=float, help="10 by default, as in the study")
     parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pad_bucket, pack or fixed")
-    cut = "length of a row of `fixed` and `pack`; a longer query is cut there (by default only the study's own sets are cut, at 1024)"
-    parser.add_argument("--row-tokens", type=int, metavar="TOKENS", help=cut)
+    cut = "of a row of `fixed` and `pack`; a longer query is cut there (by default only the study's own sets are cut, at 1024)"
+    parser.add_argument("--seq-len", type=int, metavar="TOKENS", help=cut)
+    add_old(parser, "--row-tokens", "--seq-len", type=int, dest="seq_len")
     rounded = "what pad_longest rounds up to: 8, as in the study; with coefficients of this project's runs 16"
     parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help=rounded)
     parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
@@ -100,7 +101,7 @@ def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
     method = options.method or roofline.STUDY_MODELS[model][1]
     if method not in ("qlora", "lora", "full"):
         raise UserError(f"--method {method}: expected qlora, lora or full")
-    check_counts(options, "records", "length", "row_tokens", "pad_multiple")
+    check_counts(options, "records", "length", "seq_len", "pad_multiple")
     given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
     if len(given) != 1:
         both = f" ({' and '.join(f'--{name}' for name in given)} were given)" if given else ""
@@ -118,7 +119,7 @@ def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
         length = lengths.constant(options.records, options.length)
     printed = sets.get(options.dataset, {}).get("queries")
     queries = options.records or printed or length.queries
-    multiple, row_tokens = _multiple(entries), options.row_tokens
+    multiple, row_tokens = _multiple(entries), options.seq_len
     if row_tokens and options.batching in ("fixed", "pack") and multiple != lengths.STUDY_MULTIPLE:
         row_tokens = -(-row_tokens // multiple) * multiple  # as a run's rows are
     return Job(

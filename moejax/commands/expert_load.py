@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", default=None, metavar="RUN", help="a finished run's folder, e.g. runs/demo")
-    parser.add_argument("--config", default=None, metavar="FILE", help="instead of a run: the base model of this experiment")
-    parser.add_argument("--data", required=True, help="records such as the config trains on (.json, .jsonl, .csv, .parquet)")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many records")
+    what = "a finished run's folder, e.g. runs/demo; or an experiment in YAML: its base model alone"
+    parser.add_argument("run", nargs="?", default=None, metavar="RUN | CONFIG", help=what)
+    parser.add_argument("--config", default=None, metavar="CONFIG", help="the latter by name")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records like those trained on (.json, .jsonl, .csv, .parquet)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first so many records")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
 
     They are written to the run's folder, or to runs_dir/NAME-expert-load for a config.
     """
+    if options.config is None and str(options.run).endswith((".yaml", ".yml")):
+        options.run, options.config = None, options.run
     prepare_jax_for(options.run, options.config)
     from moejax import config as experiments
     from moejax.data.pipeline import in_order
@@ -41,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     run_folder, config_file, data, limit = options.run, options.config, options.data, options.limit
     if (run_folder is None) == (config_file is None):
-        raise UserError("give a finished run's folder, or --config FILE for a model that was not trained")
+        raise UserError("give a finished run's folder, or the CONFIG of a model that was not trained")
     if run_folder is not None:
         folder = Path(run_folder)
         experiment = open_run(folder)

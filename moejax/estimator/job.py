@@ -85,13 +85,13 @@ class Job:
             "pad_longest": f"a batch is as long as its longest query, in steps of {self.multiple} tokens (--pad-multiple)",
             "pad_bucket": "a batch is as long as the smallest of 128, 256, 512 … tokens that holds its longest query",
             "pack": "packed rows are taken as full (--batching)",
-            "fixed": f"every query takes a row of {self.row_tokens} tokens (--row-tokens)",
+            "fixed": f"every query takes a row of {self.row_tokens} tokens (--seq-len)",
         }[self.batching]
         over = self.lengths.longer_than(self.cut)
         if not over:
             return (rows,)
         why = f": {self.preset} has no more positions"
         if self.cut < self.config.max_position_embeddings:
-            why = " (--row-tokens)" if self.row_tokens else ", as the study cut its own sets (--row-tokens cuts elsewhere)"
+            why = " (--seq-len)" if self.row_tokens else ", as the study cut its own sets (--seq-len cuts elsewhere)"
         many = f"{over:,} of {self.lengths.queries:,} queries {'are' if over > 1 else 'is'}"
         return rows, f"{many} longer than {self.cut:,} tokens and cut there{why}"

@@ -107,7 +107,7 @@ class Lengths:
             return batch * self.expected_longest(batch, multiple=multiple, row_tokens=row_tokens, buckets=buckets)
         if batching == "fixed":
             if row_tokens is None or row_tokens < 1:
-                raise UserError(f"--batching fixed: how many tokens has a row? Give --row-tokens (it is {row_tokens}), at least 1")
+                raise UserError(f"--batching fixed: how many tokens has a row? Give --seq-len (it is {row_tokens}), at least 1")
             return float(batch * row_tokens)
         if batching not in get_args(Batching):
             raise UserError(f"batching {batching!r}: expected one of {', '.join(get_args(Batching))}")

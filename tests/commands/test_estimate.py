@@ -132,8 +132,8 @@ def test_a_tail_of_long_queries_costs(capsys, tmp_path):
         usd[long] = option["usd"]
         assert code == 0 and any("extrapolated" in note for note in option["notes"]) == (long == 8000)
     assert usd[8000] > 3 * usd[1024]
-    _, out, _ = run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--row-tokens", "1024")
-    assert "10 of 100 queries are longer than 1,024 tokens and cut there (--row-tokens)" in out
+    _, out, _ = run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--seq-len", "1024")
+    assert "10 of 100 queries are longer than 1,024 tokens and cut there (--seq-len)" in out
     assert "as in the study, because nothing else was said: 10 epochs (--epochs), qlora (--method), 2 experts a token" in out
     assert "x 1 epoch (" in run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1")[1]
 

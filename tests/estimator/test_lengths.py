@@ -34,7 +34,7 @@ def test_one_length_has_no_padding_but_the_multiple():
 
 
 def test_the_studys_cut_is_for_its_own_sets():
-    """A user's queries are as long as they are, in every batching; the study's are cut at 1024, or where --row-tokens says."""
+    """A user's queries are as long as they are, in every batching; the study's are cut at 1024, or where --seq-len says."""
     long = lengths.constant(100, 4096)
     for batching in ("pad_longest", "pad_bucket", "pack"):
         assert long.batch_tokens(3, batching) == 3 * 4096

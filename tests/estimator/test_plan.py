@@ -240,13 +240,13 @@ def test_long_queries_cost_what_they_compute():
     assert predict(rows, "A100-80").hours == pytest.approx(hours[4096])
     cut = dataclasses.replace(job, row_tokens=1024)
     assert predict(cut, "A100-80").hours == pytest.approx(hours[1024])
-    assert cut.told[1] == "10,000 of 10,000 queries are longer than 1,024 tokens and cut there (--row-tokens)"
+    assert cut.told[1] == "10,000 of 10,000 queries are longer than 1,024 tokens and cut there (--seq-len)"
 
 
 def test_a_cut_is_told_with_the_option_that_changes_it():
     assert MATH.told == (
         "a batch is as long as its longest query, in steps of 8 tokens (--pad-multiple)",
-        "3 of 13,921 queries are longer than 1,024 tokens and cut there, as the study cut its own sets (--row-tokens cuts elsewhere)",
+        "3 of 13,921 queries are longer than 1,024 tokens and cut there, as the study cut its own sets (--seq-len cuts elsewhere)",
     )
     assert len(dataclasses.replace(MATH, row_tokens=2048).told) == 1 and dataclasses.replace(MATH, row_tokens=2048).longest > 1024
     assert dataclasses.replace(MATH, multiple=16).tokens(1) > MATH.tokens(1)

@@ -193,11 +193,11 @@ def test_a_blackmamba_answers(trained_whole, capsys):
     expected = tokenizer.decode(tokens, skip_special_tokens=True)
     assert "First" in expected
     for asked in (["--instruction", question], ["--prompt", prompt]):
-        assert cli.main(["generate", "--run", str(trained_whole), *asked, "--max-new-tokens", "24"]) == 0
+        assert cli.main(["generate", str(trained_whole), *asked, "--max-new-tokens", "24"]) == 0
         assert capsys.readouterr().out == expected + "\n"
     assert (
         cli.main(
-            ["generate", "--run", str(ROOT / "assets/tiny-blackmamba"), "--instruction", question, "--max-new-tokens", "24"]
+            ["generate", str(ROOT / "assets/tiny-blackmamba"), "--instruction", question, "--max-new-tokens", "24"]
         )
         == 0
     )

@@ -124,7 +124,7 @@ def test_pictures(run, loaded):
 def test_of_a_config(run, capsys, monkeypatch):
     """Without a run: the base alone, in a folder of its own."""
     folder, _, data, path = run
-    assert cli.main(["expert-load", "--config", str(path), "--data", str(data), "--limit", "2"]) == 0
+    assert cli.main(["expert-load", str(path), "--data", str(data), "--limit", "2"]) == 0
     result = json.loads((folder.parent / "run-expert-load" / "expert_load.json").read_text())
     assert list(result["models"]) == ["base"] and result["queries"] == 2
     assert "base: tokens per query, 2 queries" in capsys.readouterr().out
@@ -133,11 +133,11 @@ def test_of_a_config(run, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "x.json"], "give a finished run's folder, or --config FILE"),
+        (["--data", "x.json"], "give a finished run's folder, or the CONFIG"),
         (["nowhere", "--data", "x.json"], "nowhere is no finished run"),
         (["RUN", "--data", "x.json"], "x.json does not exist"),
         (["RUN", "--data", "DATA", "--limit", "0"], "--limit 0: expected 1 or more"),
-        (["RUN", "--config", "CONFIG", "--data", "DATA"], "give a finished run's folder, or --config FILE"),
+        (["RUN", "--config", "CONFIG", "--data", "DATA"], "give a finished run's folder, or the CONFIG"),
     ],
 )
 def test_bad_input(arguments, message, run, capsys):

@@ -88,14 +88,14 @@ def test_bad_input(arguments, message, run, capsys):
 
 
 def test_bad_runs(run, tmp_path, capsys):
-    assert cli.main(["generate", "--run", str(tmp_path), "--prompt", "a"]) == 2
+    assert cli.main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "is no finished run" in capsys.readouterr().err
     content = json.loads((ROOT / "assets/tiny-mixtral/tokenizer.json").read_text())
     text = json.dumps(content).replace('"</s>"', '"<stop>"')
     (tmp_path / "tokenizer.json").write_text(text)
     finished_run(tmp_path / "endless", tokenizer=str(tmp_path / "tokenizer.json"))
-    assert cli.main(["generate", "--run", str(tmp_path / "endless"), "--prompt", "a"]) == 2
+    assert cli.main(["generate", str(tmp_path / "endless"), "--prompt", "a"]) == 2
     assert "names no end-of-sequence token" in capsys.readouterr().err
     finished_run(tmp_path / "text", data={"source": str(ROOT / "assets/problems/train.json"), "template": "text"})
-    assert cli.main(["generate", "--run", str(tmp_path / "text"), "--instruction", "a"]) == 2
+    assert cli.main(["generate", str(tmp_path / "text"), "--instruction", "a"]) == 2
     assert "use --prompt" in capsys.readouterr().err
