@@ -35,7 +35,7 @@ def wrap(module: torch.nn.Module, name: str) -> None:
 
 _LAST = {
     "embed_tokens": "embed", "input_layernorm": "norm", "post_attention_layernorm": "norm", "norm": "norm", "self_attn": "attention",
-    "act_fn": "moe/act",
+    "q_norm": "attention/norm", "k_norm": "attention/norm", "act_fn": "moe/act",
 }  # fmt: skip
 
 
