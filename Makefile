@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: aot gpu-acceptance demo demo-blackmamba characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba reference4 reference5 clean help
+.PHONY: aot gpu-acceptance demo demo-blackmamba demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -72,7 +72,7 @@ frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside Py
 bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the real shapes, random weights
 	@$(BIN)/python benchmarks/gpu_frameworks.py --out benchmarks/results/$$(date +%F)-gpu-frameworks.json
 
-characterize-demo: $(STAMP) ## the study's experiments on both bundled models, and the page about them (some 9 minutes on 2 cores)
+characterize-demo: $(STAMP) ## the study's experiments on the bundled Mixtral and BlackMamba, and the page about them (some 9 minutes on 2 cores)
 	@$(BIN)/moejax characterize --preset cpu-demo --out runs/characterize-demo
 	@$(BIN)/moejax report runs/characterize-demo
 
@@ -84,6 +84,11 @@ demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the s
 	@rm -rf runs/demo_blackmamba
 	@$(BIN)/python train.py --config configs/demo_blackmamba.yaml
 	@$(BIN)/moejax exact-match runs/demo_blackmamba --data assets/problems/test.json
+
+demo-qwen3: $(STAMP) ## QLoRA fine-tuning of the bundled Qwen3-MoE on the same problems, and its accuracy before and after
+	@rm -rf runs/demo_qwen3
+	@$(BIN)/python train.py --config configs/demo_qwen3.yaml
+	@$(BIN)/moejax exact-match runs/demo_qwen3 --data assets/problems/test.json
 
 demo-sparse-vs-dense: $(STAMP) ## the demo's task for ten epochs with 2 of 8 experts and with all; accuracy by epoch beside the study's
 	@rm -rf runs/demo_sparse runs/demo_dense
@@ -102,6 +107,12 @@ pretrain-tiny-mixtral: $(STAMP) ## remake assets/tiny-mixtral (some 10 minutes o
 	@rm -rf runs/pretrain_tiny_mixtral
 	@$(BIN)/python train.py --config configs/pretrain_tiny_mixtral.yaml
 	@cp runs/pretrain_tiny_mixtral/model/* assets/tiny-mixtral/
+
+pretrain-tiny-qwen3-moe: $(STAMP) ## remake assets/tiny-qwen3-moe (some 20 minutes of CPU time)
+	@$(BIN)/python assets/problems/make.py pretrain assets/generated
+	@rm -rf runs/pretrain_tiny_qwen3_moe
+	@$(BIN)/python train.py --config configs/pretrain_tiny_qwen3_moe.yaml
+	@cd runs/pretrain_tiny_qwen3_moe/model && cp config.json generation_config.json model.safetensors ../../../assets/tiny-qwen3-moe/
 
 reference4: .venv-reference4/.installed ## PyTorch's side: transformers 4.57.6, peft 0.18.1, bitsandbytes
 reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 0.21

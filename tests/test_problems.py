@@ -212,8 +212,9 @@ def test_the_committed_tokenizer_is_the_one_the_command_trains(tmp_path):
     assert made == committed
 
 
-def test_the_pretraining_config_fits_its_tokenizer(tokenizer):
-    experiment = experiments.load(ROOT / "configs" / "pretrain_tiny_mixtral.yaml")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_pretraining_config_fits_its_tokenizer(tokenizer, name):
+    experiment = experiments.load(ROOT / "configs" / f"pretrain_tiny_{name}.yaml")
     architecture = experiment.model.architecture(None)
     assert max(tokenizer.get_vocab().values()) < architecture.vocab_size <= 512
     assert (architecture.bos_token_id, architecture.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)

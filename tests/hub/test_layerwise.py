@@ -27,7 +27,7 @@ def whole(folder, trained=None, **arguments):
     return full_logits(model, TOKENS[None], np.ones((1, len(TOKENS)), np.int32), np.arange(len(TOKENS))[None])[0]
 
 
-@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba"])
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", "tiny-qwen3-moe"])
 def test_a_checkpoint(name):
     folder = ROOT / "assets" / name
     (found,) = layerwise.logits(weights.read_config(folder), folder, TOKENS, param_dtype=jnp.bfloat16)
@@ -52,7 +52,9 @@ def test_adapters_over_nf4_each_by_itself(tmp_path):
     assert np.abs(found[0] - found[1]).max() > 0.01
 
 
-@pytest.mark.parametrize(("name", "quantization"), [("tiny-mixtral", Quantization()), ("tiny-blackmamba", None)])
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("tiny-mixtral", Quantization()), ("tiny-blackmamba", None), ("tiny-qwen3-moe", Quantization())]
+)
 def test_the_hash_of_what_is_read_is_that_of_the_whole(name, quantization):
     folder, whole, read = ROOT / "assets" / name, Content(), Content()
     sizes = weights.read_config(folder)

@@ -3,6 +3,7 @@
 import encodings.utf_8_sig  # noqa: F401  before a test gives up the right to read Python's own files
 import errno
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support import ROOT, VECTORS, full_logits
 from test_weights import CONFIG, arrays, assert_same
 
+from moejax import config as experiments
 from moejax.errors import UserError
 from moejax.hub import quantized_cache, safetensors_file
 from moejax.hub.save import save_weights
@@ -258,7 +261,21 @@ def test_a_checkpoint_of_transformers_5():
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba"])
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", "tiny-qwen3-moe"])
+def test_a_bundled_model_is_what_its_card_says(name):
+    folder = ROOT / "assets" / name
+    config, card = read_config(folder), (folder / "README.md").read_text()
+    made = experiments.load(ROOT / f"configs/pretrain_{name.replace('-', '_')}.yaml").model.architecture(None)
+    assert config == made.replace(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)  # a BlackMamba's file has none
+    with safe_open(str(folder / "model.safetensors"), "np") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    assert stored == config.parameters[0] and f" of {stored:,} parameters ({config.num_layers} layers" in card
+    assert f"{config.num_experts} experts of which {config.experts_per_token} a token" in card
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000_000
+    check_files(build(config), folder)
+
+
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", "tiny-qwen3-moe"])
 def test_other_shapes_than_configs_are_seen_in_the_headers(name):
     """Before anything is compiled or loaded; expert by expert, and of tensors that hold two of our matrices."""
     base = ROOT / "assets" / name

@@ -1,7 +1,7 @@
 """Does transformers load a merged model that moejax exported, with our logits and our tokens, and generate from it as it stands?
 
-PYTHONPATH=tests .venv/bin/python tests/oracles/write_export.py /tmp/export  # a run, its merged model, tokens and our logits
-.venv-reference4/bin/python tests/oracles/check_export.py /tmp/export          # prints the largest difference
+PYTHONPATH=tests .venv/bin/python tests/oracles/write_export.py /tmp/export [tiny-qwen3-moe]  # a run, its merged model, tokens, logits
+.venv-reference4/bin/python tests/oracles/check_export.py /tmp/export  # prints the largest difference
 """
 
 import sys
@@ -28,7 +28,7 @@ def main():
         with torch.no_grad():
             found = model(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
         worst = max(worst, float(np.abs(found - logits).max()))
-    model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=4)  # refuses inputs that a Mixtral does not know
+    model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=4)  # refuses inputs that the model does not know
     print(
         f"transformers {transformers.__version__}: logits differ by {worst:.2g} of {np.abs(logits).max():.3g}, {len(loaded)} tensors "
         f"missing or left over, tokens {'equal' if same_tokens else 'DIFFER'}"

@@ -1,4 +1,5 @@
-"""Our side of check_export.py: a run with an adapter on every target over NF4, exported merged, and the logits of what was written."""
+"""Our side of check_export.py: a run with an adapter on every target over NF4, exported merged, and the logits of what was written. Of the
+bundled Mixtral, or of the bundled model that is named second."""
 
 import sys
 from pathlib import Path
@@ -14,11 +15,10 @@ from moejax.terminal import Console
 
 
 def main():
-    folder = Path(sys.argv[1])
-    experiment = finished_run(folder / "run")
+    folder, base = Path(sys.argv[1]), ROOT / "assets" / (sys.argv[2] if len(sys.argv) > 2 else "tiny-mixtral")
+    experiment = finished_run(folder / "run", model={"source": str(base)})
     export.export(folder / "run", folder / "merged", "merged", True, None, Console())
     written = folder / "sharded"  # the same in five files with an index
-    base = ROOT / "assets/tiny-mixtral"
     model = export._abstract(experiment, weights.read_config(base), folder / "run")
     merge.save_merged(model, base, written, shard_bytes=1_000_000)
     tokens = np.array(load_tokenizer(str(folder / "merged")).encode(export.PROMPT), np.int32)

@@ -78,7 +78,7 @@ PRESETS = {
     ),
     "quick": Preset("Mixtral-8x7B (or --config) with few points", ("mixtral_8x7b_cs_sparse",), QUICK),
     "cpu-demo": Preset(
-        "both bundled tiny models, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=90_000_000,
+        "the bundled Mixtral and BlackMamba, every part, on a CPU", ("demo", "demo_blackmamba"), CPU_DEMO, memory_limit=90_000_000,
         only_sparse=("demo_blackmamba",),
     ),
     "cpu-smoke": Preset(
