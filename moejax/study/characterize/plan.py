@@ -12,10 +12,11 @@ from statistics import median
 from typing import Any, Literal
 
 from moejax import gpus
-from moejax.estimator import closed_form, roofline, sizes
+from moejax.estimator import closed_form, sizes
 from moejax.study.characterize.presets import Batch, queries_of
 from moejax.study.characterize.study import Setting, Study
 from moejax.study.report.results import Environment
+from moejax.training import flops
 
 Kind = Literal["predict", "prove", "throughput", "breakdown", "length", "expert_load", "fit", "cost"]
 EXPERIMENT: dict[Kind, str] = {
@@ -97,11 +98,10 @@ def expected(task: Task, study: Study, environment: Environment, limit: float) -
     rows = rows_of(task, largest, study)
     assert task.row_tokens is not None
     tokens = rows * task.row_tokens
-    work = roofline.work(s.architecture, s.method)
-    share = s.architecture.experts_per_token / s.architecture.num_experts
-    passes = 4 if s.method == "full" else 3
-    flops = 2 * passes * tokens * (work.rest_weights + share * work.experts * work.expert_weights + work.head_products)
-    step = flops / (of_peak * (environment.peak_flops or 1e12)) + weights / (of_bandwidth * (environment.peak_bytes_per_second or 1e11))
+    counted = flops.count(s.architecture, s.experiment.adapter.lora if s.experiment.adapter else None)
+    again = 4 / 3 if s.method == "full" else 3 / 2  # the forward pass is computed twice
+    needed = again * counted.step(tokens, flops.visible_pairs([task.row_tokens] * rows))
+    step = needed / (of_peak * (environment.peak_flops or 1e12)) + weights / (of_bandwidth * (environment.peak_bytes_per_second or 1e11))
     if task.kind == "predict":
         return start + 2.5 * compile_
     if task.kind == "prove":

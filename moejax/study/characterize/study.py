@@ -18,8 +18,8 @@ from moejax.errors import UserError, first_line
 from moejax.estimator import closed_form, lengths, memory, sizes
 from moejax.estimator.sizes import architecture_of
 from moejax.models.config import Architecture
-from moejax.profiling.bars import study_model
 from moejax.study.characterize.presets import PRESETS, Preset, Sizes, override
+from moejax.study.report.naming import REFERENCE
 from moejax.study.report.results import Model
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Setting:
     """
 
     model: str
-    family: Literal["mixtral", "blackmamba"]
+    family: Literal["mixtral", "blackmamba"] | None
     method: Literal["qlora", "lora", "full"]
     routing: Literal["sparse", "dense"]
     data: Literal["cs", "math", "problems", "fixed", "other"]
@@ -184,7 +184,8 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
     source, data = experiment.model.source, experiment.data
     whole = experiment.model_copy(update={"data": data.model_copy(update={"eval_source": None})})
     base = architecture_of(experiment)
-    k = base.num_experts if routing == "dense" else base.experts_per_token if not base.dense else 2
+    sparse = max(1, base.num_experts // 4) if base.dense else base.experts_per_token  # of a dense model the study's 2 of 8
+    k = base.num_experts if routing == "dense" else sparse
     updates = {
         "model": experiment.model.model_dump(mode="json") | {"experts_per_token": k},
         # A batch is what one step takes at once; nothing is evaluated, saved or traced but by the trials themselves.
@@ -203,7 +204,7 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
         )
     content: dict[str, Any] = dict(
         model=Path(source).name if source and Path(source).is_dir() else experiment.model.preset or str(source),
-        family=study_model([half.module for stack in base.stacks for half in stack.block.halves]),
+        family=base.model_type if base.model_type in REFERENCE else None,
         method="full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora",
         routing=routing, data=label, random_weights=source is None or (not pretrained and not Path(source).is_dir()),
         random_data=random_data, experiment=experiment,

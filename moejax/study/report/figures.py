@@ -225,19 +225,23 @@ def dots(
 def grouped(
     panels: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[float]]]], colors: Mapping[str, str], xlabel: str, ylabel: str
 ) -> Figure:
-    """Upright bars side by side: panels of (title, names of the groups, series -> a value for each group), two in a row."""
+    """Upright bars side by side: panels of (title, names of the groups, series -> a value for each group), two in a row; where one has
+    many groups each in a row of its own, with every so many of the names."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // 2)
+    most = max((len(groups) for _, groups, _ in panels), default=0)
+    columns, names = (2, 16) if most <= 16 else (1, 24)
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH, 1.9 * rows + 0.35), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, groups, series) in zip(grid.flat, panels, strict=False):
         width = 0.84 / len(series)
         for i, (name, values) in enumerate(series.items()):
             xs = [x + (i - (len(series) - 1) / 2) * width for x in range(len(groups))]
             axes.bar(xs, values, width, color=colors[name], edgecolor=PAPER, linewidth=0.3)
-        axes.set_title(_wrapped(title, TITLE_LETTERS // 2 + 3), fontsize=7.5)
-        axes.set_xticks(range(len(groups)), groups, fontsize=7.5)
+        axes.set_title(_wrapped(title, TITLE_LETTERS // columns + 3), fontsize=7.5)
+        shown_names = range(0, len(groups), -(-len(groups) // names))
+        axes.set_xticks(shown_names, [groups[i] for i in shown_names], fontsize=7.5)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
     for axes in grid.flat[len(panels) :]:

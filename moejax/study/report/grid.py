@@ -27,7 +27,7 @@ def derived(value: float, unit: str = "") -> Number:
 class Grid:
     """Cells by group, line and column; groups and lines in the order in which they were first put.
 
-    first: the head of the column of the lines' names. study: the head of the reference's column; None: there is none.
+    first: the head of the column of the lines' names. study: the head of the reference's column, which is there where it has a cell.
     """
 
     sources: Sequence[Source]
@@ -45,7 +45,9 @@ class Grid:
         row[column] = (*row[column], "; ", *content) if column in row else content
 
     def table(self, caption: Text) -> Table:
-        width = len(self.sources) + (self.study is not None)
+        theirs = any(len(self.sources) in row for lines in self.cells.values() for row in lines.values())
+        study = [self.study] if self.study and theirs else []
+        width = len(self.sources) + len(study)
         compared = len(self.sources) == 2
         head = [self.first, *(s.label for s in self.sources)]
         if compared:
@@ -58,9 +60,9 @@ class Grid:
                 if compared:
                     cells.insert(2, _ratio(cells[0], cells[1]))
                 rows.append((text(line), *cells))
-            study = f" (study: {self.beside[title]})" if title in self.beside else ""
-            groups.append(Group(text(f"{title}{study}"), tuple(rows)))
-        return Table(caption, (*head, *([self.study] if self.study else [])), tuple(groups))
+            model = f" (study: {self.beside[title]})" if title in self.beside else ""
+            groups.append(Group(text(f"{title}{model}"), tuple(rows)))
+        return Table(caption, (*head, *study), tuple(groups))
 
 
 def _ratio(first: Text, second: Text) -> Text:

@@ -59,14 +59,15 @@ def said(column: str, value: Any) -> str:
     return _WORDS.get(value, str(value)) if column != "model" else str(value)
 
 
-def family(sources: Sequence[Source], model: str) -> str:
-    """The study's model beside which this one stands."""
+def family(sources: Sequence[Source], model: str) -> str | None:
+    """The study's model beside which this one stands; None: the study had none of its kind."""
     return next(known.family for source in sources for known in source.study.models if known.name == model)
 
 
-def beside(sources: Sequence[Source], rows: Iterable[Row], on: str = " on an A40") -> str:
-    """The study's models beside which these rows stand."""
-    return " and ".join(dict.fromkeys(REFERENCE[family(sources, r.model)] for r in rows)) + on
+def beside(sources: Sequence[Source], rows: Iterable[Row], before: str, after: str = " on an A40.") -> str:
+    """The study's models beside which these rows stand, between words about them; "" where it had none."""
+    models = " and ".join(dict.fromkeys(REFERENCE[known] for r in rows if (known := family(sources, r.model))))
+    return f"{before}{models}{after}" if models else ""
 
 
 def precision(sources: Sequence[Source]) -> str:

@@ -15,7 +15,7 @@ A row is one value; what does not apply to it is empty. Experiments, and the met
                     padding), compiler_peak_bytes (bytes). Figure 8.
     utilization     compute_utilization, memory_utilization (share of the device's peak matrix rate and bandwidth), seconds (s); scope: a
                     stage of the mixture of experts, or "moe (time-weighted)", or "step (time-weighted)". Figures 9 and 10.
-    expert_load     scope "before/0" … "after/7" (expert, mean over layers): tokens_per_query (tokens/query), share (share of all choices);
+    expert_load     scope "before/0", "after/0" … (expert, mean over layers): tokens_per_query (tokens/query), share (share of all choices);
                     scope "before", "after": variance ((tokens/query)^2, over the experts), largest_share (share). Figure 11.
     length          as throughput; and compute_utilization, memory_utilization (scope "step (time-weighted)" and "moe (time-weighted)").
     fit_batch       equation 1: c0, c1 (tokens/GB, share), model_gb, rmse_gb (GB), points; predicted_batch (queries, beside largest_batch's
@@ -79,11 +79,11 @@ COLUMNS = tuple(f.name for f in fields(Row))
 
 @dataclass(frozen=True)
 class Model:
-    """What was trained. family: whose figures of the study it stands beside; weights: "random", or where they came from."""
+    """What was trained. family: whose figures of the study it stands beside, if any; weights: "random", or where they came from."""
 
     __pydantic_config__ = _STRICT
     name: str
-    family: Literal["mixtral", "blackmamba"]
+    family: Literal["mixtral", "blackmamba"] | None
     method: Literal["qlora", "lora", "full"]
     weights: str
     params_total: int | None = None

@@ -11,7 +11,7 @@ from moejax.study.cost import paper
 from moejax.study.report import figures
 from moejax.study.report.compare import Source
 from moejax.study.report.grid import STUDY, Grid, derived, published
-from moejax.study.report.naming import REFERENCE, Naming, dataset, family, precision, rows_of
+from moejax.study.report.naming import REFERENCE, Naming, beside, dataset, family, precision, rows_of
 from moejax.study.report.page import Block, Figure, Fold, Group, Number, Table, Text, text
 from moejax.study.report.quantities import digits
 from moejax.study.report.results import Row
@@ -35,6 +35,8 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
             grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(plain))
     for name, row in {naming.name(r): r for _, r in rows if r.metric in _EQUATION_1}.items():
         model = family(sources, row.model)
+        if model is None:
+            continue
         for index, coefficient in enumerate(("c0", "c1")):
             cell: Text = (published(theirs.printed[model][index]),)
             if model in theirs.artifact:
@@ -47,10 +49,11 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
         grid.put(group, f"{row.routing}, {row.scope or 'here'}, by equation 1", source, text(source.number(row)))
     for source, row in proved:
         grid.put(f"{naming.name(row)}: the largest batch", f"{row.routing}, here, as it ran", source, text(source.number(row)))
-    for gb, batch in theirs.ground_truth.items():
-        grid.put(_STUDY_13, f"{gb} GB, as it ran ({gpus[gb]})", None, text(published(batch)))
-    for gb, batch in theirs.printed_projection.items():
-        grid.put(_STUDY_13, f"{gb} GB, by equation 1", None, text(published(batch)))
+    if any(family(sources, r.model) for _, r in rows):
+        for gb, batch in theirs.ground_truth.items():
+            grid.put(_STUDY_13, f"{gb} GB, as it ran ({gpus[gb]})", None, text(published(batch)))
+        for gb, batch in theirs.printed_projection.items():
+            grid.put(_STUDY_13, f"{gb} GB, by equation 1", None, text(published(batch)))
     blocks = (_batch_figure(sources, naming, predicted, proved, theirs),) if predicted else ()
     caption = (
         "Equation 1: batch = C0·(GPU memory - model) / (tokens·((1 - C1) + C1·k/E)), C0 in tokens/GB, GB of 1e9 bytes; \"here\": within "
@@ -78,33 +81,27 @@ def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, pr
             limit = source.study.memory_limit.bytes or source.study.environment.memory_bytes
             for routing, color in figures.ROUTING.items():
                 own = [r for s, r in predicted if s is source and (naming.name(r), r.routing) == (setting, routing)]
-                ran = [r for s, r in proved if s is source and (naming.name(r), r.routing) == (setting, routing)]
+                proven = [r for s, r in proved if s is source and (naming.name(r), r.routing) == (setting, routing)]
                 after = f", {source.label}" if len(sources) > 1 else ""
                 points = [(gb, float(r.value)) for r in own if (gb := _gigabytes(r.scope)) is not None]
                 if points:
                     lines.append(figures.Line(f"{routing}: equation 1{after}", tuple(sorted(points)), color, "None", "--"))
-                if ran and limit:
-                    at = tuple((limit / 1e9, float(r.value)) for r in ran)
+                if proven and limit:
+                    at = tuple((limit / 1e9, float(r.value)) for r in proven)
                     lines.append(figures.Line(f"{routing}: ran{after}", at, color, figures.MARKERS[source.index % 5], ""))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "memory, GB", "largest batch"))
-    ran_there = tuple((float(gb), float(b)) for gb, b in theirs.ground_truth.items())
-    said_there = tuple((float(gb), float(b)) for gb, b in theirs.printed_projection.items())
-    panels.append(
-        figures.Panel(
-            _STUDY_13,
-            (
-                figures.Line("Mixtral-8x7B (study): ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True),
-                figures.Line("Mixtral-8x7B (study): equation 1, printed", said_there, figures.ROUTING["sparse"], "x", ":"),
-            ),
-            "memory, GB",
-            "largest batch",
+    title = "The largest batch by memory: as it ran (dots) and by equation 1 (dashes)."
+    if any(family(sources, r.model) for _, r in predicted):
+        ran_there = tuple((float(gb), float(b)) for gb, b in theirs.ground_truth.items())
+        said_there = tuple((float(gb), float(b)) for gb, b in theirs.printed_projection.items())
+        ran = figures.Line("Mixtral-8x7B (study): ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True)
+        said = figures.Line("Mixtral-8x7B (study): equation 1, printed", said_there, figures.ROUTING["sparse"], "x", ":")
+        panels.append(figures.Panel(_STUDY_13, (ran, said), "memory, GB", "largest batch"))
+        title += (
+            " Last: the study's PyTorch, Mixtral-8x7B on an A100 of 40 GB, an A40 and an H100 of 80 GB, and by equation 1 for 100 and "
+            "120 GB."
         )
-    )
-    title = (
-        "The largest batch by memory: as it ran (dots) and by equation 1 (dashes). Last: the study's PyTorch, Mixtral-8x7B on an A100 of "
-        "40 GB, an A40 and an H100 of 80 GB, and by equation 1 for 100 and 120 GB."
-    )
     told = "; ".join(
         f"{p.title}, {line.label}: " + ", ".join(f"{y:g} at {x:.3g} GB" for x, y in line.points) for p in panels for line in p.lines
     )
@@ -152,8 +149,9 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     blocks: list[Block] = []
     if panels:
         title = (
-            "Measured throughput (dots), moejax's step model (lines) and equation 2 as the study fitted it (dashes). The study's panels: "
-            f"PyTorch on an A40, fitted anew to its measurements.{precision(sources)}"
+            "Measured throughput (dots), moejax's step model (lines) and equation 2 as the study fitted it (dashes)."
+            + beside(sources, (r for _, r in predicted), " The study's panels: PyTorch, ", " on an A40, fitted anew to its measurements.")
+            + precision(sources)
         )
         told = "Dots and lines by batch size. " + "; ".join(
             f"{p.title}, {line.label}: {line.points[-1][1]:.3g} at batch {line.points[-1][0]:g}" for p in panels for line in p.lines
@@ -179,7 +177,7 @@ def _fitted(metric: str) -> str:
 
 
 def _curve(sources: Sequence[Source], row: Row) -> reference.Curve | None:
-    key = ("a40", family(sources, row.model), dataset(row.data)[0])
+    key = ("a40", family(sources, row.model), dataset(row.data)[0])  # the study had no model of another family
     return next((c for c in reference.curves() if (c.gpu, c.model, c.dataset) == key), None)
 
 
@@ -268,7 +266,8 @@ def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
         )
         for r in reference.cost_table()
     )  # fmt: skip
-    groups.append(Group(text(f"{STUDY.replace(', A40', '')}, Mixtral-8x7B, sparse (Table IV)"), table_4))
+    if any(family(sources, r.model) for _, r in rows):
+        groups.append(Group(text(f"{STUDY.replace(', A40', '')}, Mixtral-8x7B, sparse (Table IV)"), table_4))
     caption = (
         "Hours and dollars of the config's whole run (so many queries, all epochs together) at the fastest measured batch. \"here\": "
         "measured on this device, or carried over from it by the GPUs' data sheets. "

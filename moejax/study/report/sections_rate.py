@@ -35,10 +35,12 @@ def largest_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
         setting, routing = naming.name(row), row.routing or ""
         if row.metric == "proved_batch":
             grid.put(setting, routing, source, text(source.number(row)))
-        theirs, same = dataset(row.data)
-        if same and (found := printed.pop((family(sources, row.model), theirs, routing), None)):
-            grid.put(setting, routing, None, _printed(found), REFERENCE[family(sources, row.model)])
+        (theirs, same), model = dataset(row.data), family(sources, row.model)
+        if model and same and (found := printed.pop((model, theirs, routing), None)):
+            grid.put(setting, routing, None, _printed(found), REFERENCE[model])
     for model in dict.fromkeys(family(sources, r.model) for _, r in rows if not dataset(r.data)[1]):
+        if model is None:
+            continue
         for routing in ("sparse", "dense"):  # of other data: apart
             grid.put(f"study: {REFERENCE[model]}, commonsense", routing, None, _printed(printed[model, DATASET["cs"], routing]))
     for line in _MEMORY:
@@ -91,8 +93,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
                     lines.append(figures.Line(label, points, color, marker, "--" if batching == "pack" else "-"))
         lines += _study_curves(sources, grid, mine[0][1], setting)
         panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
-    theirs = beside(sources, (r for _, r in rows))
-    title = f"Throughput by batch size. Filled: ours; hollow: the study's PyTorch, {theirs}.{precision(sources)}"
+    theirs = beside(sources, (r for _, r in rows), " Filled: ours; hollow: the study's PyTorch, ")
+    title = f"Throughput by batch size.{theirs}{precision(sources)}"
     figure = figures.curves(panels)
     caption = f"Queries a second by batch size. {naming.constant()}"
     return (
@@ -103,6 +105,8 @@ def throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
 
 def _study_curves(sources: Sequence[Source], grid: Grid, row: Row, setting: str) -> list[figures.Line]:
     model, (data, same) = family(sources, row.model), dataset(row.data)
+    if model is None:
+        return []
     group = setting if same else f"study: {REFERENCE[model]}, commonsense"
     lines = []
     for curve in reference.curves():
@@ -152,36 +156,42 @@ def length(sources: Sequence[Source]) -> tuple[Block, ...]:
                         points = tuple((float(r.seq_len or 0), float(r.value)) for r in own)
                         label = f"{routing}, {source.label}" if len(sources) > 1 else routing
                         lines.append(figures.Line(label, points, figures.ROUTING[routing], figures.MARKERS[source.index % 5]))
-        model = family(sources, mine[0][1].model)
-        for routing in ("sparse", "dense"):
-            for words, quantity in _LENGTH.values():
-                values = reference.sequence_length_sensitivity(quantity).row(model, routing).values  # type: ignore[arg-type]
-                share = quantity != "latency_seconds"
-                for tokens, value in values.items():
-                    cell = text(published(value, "%" if share else "s"))
-                    grid.put(f"{setting}, {routing}: {words}", tokens, None, cell, REFERENCE[model])
-                if not share:
-                    points = tuple((float(t), float(v)) for t, v in values.items())
-                    label = f"{REFERENCE[model]}, A40: {routing}"
-                    lines.append(figures.Line(label, points, figures.ROUTING[routing], "s", ":", hollow=True))
+        lines += _study_lengths(grid, setting, family(sources, mine[0][1].model))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "tokens a query", "seconds a step"))
     for group, by_length in grid.cells.items():  # shortest first, whoever measured it
         grid.cells[group] = dict(sorted(by_length.items(), key=lambda item: int(item[0])))
-    theirs = beside(sources, (r for _, r in rows))
-    title = (
-        f"A step's time by length: as many rows as hold the tokens of the largest batch. Hollow: the study's PyTorch, {theirs}, at the "
-        f"largest batch of each length.{precision(sources)}"
-    )
+    at = " on an A40, at the largest batch of each length."
+    theirs = beside(sources, (r for _, r in rows), " Hollow: the study's PyTorch, ", at)
+    title = f"A step's time by length: as many rows as hold the tokens of the largest batch.{theirs}{precision(sources)}"
     figure = figures.curves(panels, xlog=True)
+    busy = "ours of the peaks; the study's SM and DRAM utilization" if theirs else "of the peaks"
     caption = (
         "Step time by length (in brackets: the step's rows), and how busy the device is in the MoE, weighted by time "
-        f"(ours of the peaks; the study's SM and DRAM utilization). {naming.constant()}"
+        f"({busy}). {naming.constant()}"
     )
     return (
         Figure("length-1", title, embed(figure, "length-1", title, _told(panels))),
         Fold("The numbers of this figure", (grid.table(text(caption)),)),
     )
+
+
+def _study_lengths(grid: Grid, setting: str, model: str | None) -> list[figures.Line]:
+    lines: list[figures.Line] = []
+    if model is None:
+        return lines
+    for routing in ("sparse", "dense"):
+        for words, quantity in _LENGTH.values():
+            values = reference.sequence_length_sensitivity(quantity).row(model, routing).values  # type: ignore[arg-type]
+            share = quantity != "latency_seconds"
+            for tokens, value in values.items():
+                cell = text(published(value, "%" if share else "s"))
+                grid.put(f"{setting}, {routing}: {words}", tokens, None, cell, REFERENCE[model])
+            if not share:
+                points = tuple((float(t), float(v)) for t, v in values.items())
+                label = f"{REFERENCE[model]}, A40: {routing}"
+                lines.append(figures.Line(label, points, figures.ROUTING[routing], "s", ":", hollow=True))
+    return lines
 
 
 _LENGTH = {
@@ -205,7 +215,7 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
     one_routing = len({r.routing for _, r in rows}) == 1
     for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
         mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]
-        key = (family(sources, mine[0][1].model), _STUDY_LOAD.get(mine[0][1].data or "", ""))
+        key = (family(sources, mine[0][1].model) or "", _STUDY_LOAD.get(mine[0][1].data or "", ""))
         for when, words in _WHEN.items():
             for source, row in mine:
                 before, _, expert = row.scope.partition("/")
@@ -233,8 +243,8 @@ def expert_load(sources: Sequence[Source]) -> tuple[Block, ...]:
             drawn.add(key)
             series = {w: _percent(counts[key[0], key[1] + t]) for w, t in (("before", ""), ("after", "_tuned"))}
             panels.append((f"study: {REFERENCE[key[0]]}, {_STUDY_SET[key[1]]}", [str(i) for i in range(8)], series))
-    models = beside(sources, (r for _, r in rows), "")
-    title = f"Each expert's share of all choices, mean over the layers, before and after fine-tuning. The study's: PyTorch, {models}."
+    models = beside(sources, (r for _, r in rows), " The study's: PyTorch, ", ".")
+    title = f"Each expert's share of all choices, mean over the layers, before and after fine-tuning.{models}"
     figure = figures.grouped(panels, figures.BEFORE_AFTER, "expert", "share, %")
     told = " ".join(
         f"{name.replace(chr(10), ' on ')}: " + "; ".join(f"{w} {_said(v)}" for w, v in series.items()) + "." for name, _, series in panels

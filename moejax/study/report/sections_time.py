@@ -83,11 +83,11 @@ def seconds(sources: Sequence[Source], kind: _Kind) -> tuple[Block, ...]:
             if own:
                 drawn.append(_ours(grid, source, own, setting, kind, name))
         first = next(r for _, r in rows if naming.name(r) == setting)
-        drawn.append(_theirs(grid, family(sources, first.model), setting, kind, name))
+        if model_family := family(sources, first.model):
+            drawn.append(_theirs(grid, model_family, setting, kind, name))
         figure = figures.shares(drawn, kind.colors, name, f"share of {kind.whole}, %")
-        theirs = beside(sources, [first])
-        title = f"{kind.title}: {setting}. Shares of {kind.whole}; its length stands at a bar's end. Below: the study's PyTorch, {theirs}."
-        title += precision(sources)
+        title = f"{kind.title}: {setting}. Shares of {kind.whole}; its length stands at a bar's end."
+        title += beside(sources, [first], " Below: the study's PyTorch, ") + precision(sources)
         number = len(blocks) + 1
         anchor = f"{kind.experiment}-{number}"
         blocks.append(Figure(anchor, title, embed(figure, anchor, title, _told(drawn, kind, name))))
@@ -148,8 +148,8 @@ def _told(drawn: Sequence[figures.Bars], kind: _Kind, name: Callable[[str], str]
 
 
 _PANELS = (
-    ("compute_utilization", 0, "Figure 9: matrix units", "share of the peak matrix rate (study: SM utilization, Nsight Compute)"),
-    ("memory_utilization", 1, "Figure 10: memory", "share of the peak bandwidth (study: DRAM utilization, Nsight Compute)"),
+    ("compute_utilization", 0, "Figure 9: matrix units", "share of the peak matrix rate", "SM utilization"),
+    ("memory_utilization", 1, "Figure 10: memory", "share of the peak bandwidth", "DRAM utilization"),
 )
 
 
@@ -164,21 +164,26 @@ def utilization(sources: Sequence[Source]) -> tuple[Block, ...]:
         mine = [(s, r) for s, r in rows if naming.name(r) == setting]
         model_family = family(sources, mine[0][1].model)
         panels = []
-        for metric, index, title, meaning in _PANELS:
+        for metric, index, title, meaning, _ in _PANELS:
             shown = _utilization_ours(grids[metric], [(s, r) for s, r in mine if r.metric == metric], setting, len(sources) > 1)
-            shown += _utilization_theirs(grids[metric], model_family, setting, index)
+            shown += _utilization_theirs(grids[metric], model_family, setting, index) if model_family else []
             order = [k for k in (*figures.KERNELS, MOE_WHOLE) if any(k in d.values for d in shown)]
-            panels.append((title, meaning.split(" (")[0] + ", %", shown, order))
+            panels.append((title, f"{meaning}, %", shown, order))
         figure = figures.dots(panels, kernel_name)
         anchor = f"utilization-{len(blocks) + 1}"
+        other = " on an A40: Nsight Compute's utilization of SM and DRAM, which is not the same thing."
+        theirs = beside(sources, [mine[0][1]], " Hollow, the study's ", other)
         title = (
             f"How busy the device is in the kernels of the MoE: {setting}. Filled, ours: of the device's peak matrix rate (top) and "
-            f"bandwidth (bottom).{precision(sources)} Hollow, the study's {REFERENCE[model_family]} on an A40: Nsight Compute's "
-            "utilization of SM and DRAM, which is not the same thing."
+            f"bandwidth (bottom).{precision(sources)}{theirs}"
         )
         description = f"Dots on one line per kernel for each setting; the table below has every value. {len(mine)} values of ours."
         blocks.append(Figure(anchor, title, embed(figure, anchor, title, description)))
-    tables = tuple(grids[metric].table(text(f"{title}: {meaning}. {naming.constant()}")) for metric, _, title, meaning in _PANELS)
+    studys = any(family(sources, r.model) for _, r in rows)
+    tables = tuple(
+        grids[metric].table(text(f"{title}: {ours}{f' (study: {theirs}, Nsight Compute)' if studys else ''}. {naming.constant()}"))
+        for metric, _, title, ours, theirs in _PANELS
+    )
     return (*blocks, Fold("The numbers of these figures", tables))
 
 

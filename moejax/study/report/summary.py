@@ -80,7 +80,7 @@ def _fits(source: Source, brief: bool) -> Said:
         theirs = [
             text(published(found), f" {r.routing}")
             for r in own
-            if not brief and (found := printed.get((family([source], model), DATASET.get(data or "", ""), r.routing or "")))
+            if not brief and (found := printed.get((family([source], model) or "", DATASET.get(data or "", ""), r.routing or "")))
         ]
         beside = ((f" ({_study(source, model)}: ",), *(_join(theirs, ", "),), (")",)) if theirs else ()
         parts.append((*text(f"{model} on {said('data', data)} "), *numbers, *(f for t in beside for f in t)))
@@ -91,7 +91,8 @@ def _fits(source: Source, brief: bool) -> Said:
 
 def _study(source: Source, model: str) -> str:
     """Whose number stands in brackets behind a model's."""
-    return f"study's {REFERENCE[family([source], model)]} on an A40"
+    known = family([source], model)
+    return f"study's {REFERENCE[known]} on an A40" if known else ""
 
 
 def _fast(source: Source, brief: bool) -> Said:
@@ -139,15 +140,17 @@ def _where(source: Source, brief: bool) -> Said:
         stages = _of(source.study.of("stages", metric="seconds", model=model, routing="sparse"), batch)
         shares = bars.takeaways(bars.Bars("", {k: v for k, v in stages.items() if k != "idle"}, layers, {}))
         moe, step = sum(v for k, v in layers.items() if k not in NOT_LAYERS), shares["optimizer, of the step"]
-        largest = max((s for s in study_settings(family([source], model)) if s[0] == "sparse"), key=lambda s: s[1])
-        theirs = bars.takeaways(largest[2])
+        theirs, known = {}, None if brief else family([source], model)
+        if known:
+            largest = max((s for s in study_settings(known) if s[0] == "sparse"), key=lambda s: s[1])
+            theirs = bars.takeaways(largest[2])
         part: Text = text(derived(layers.get("moe", 0.0) / moe, "share"), f" of {model}'s layers' time")
-        if not brief:
+        if theirs:
             part = (*part, f" ({_study(source, model)}: ", derived(theirs["MoE, of the layers' time"] or 0.0, "share"), ")")
         if step is not None:
-            their_step = theirs["optimizer, of the step"] or 0.0
             part = (*part, ", the optimizer ", derived(step, "share"), " of the step")
-            part = part if brief else (*part, " (there: ", derived(their_step, "share"), ")")
+            if theirs:
+                part = (*part, " (there: ", derived(theirs["optimizer, of the step"] or 0.0, "share"), ")")
         parts.append(part)
     return begin, _join(parts, "; ") if parts else text("a share that was ", UNKNOWN)
 

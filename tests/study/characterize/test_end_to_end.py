@@ -5,6 +5,7 @@ import contextlib
 import json
 import shlex
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,27 +116,51 @@ def test_a_model_that_cannot_fit_says_what_would(tmp_path, here, capsys):
     assert "2 of 10 trials failed" in capsys.readouterr().err
 
 
-def test_a_dense_blackmamba(tmp_path, monkeypatch):
-    """The other family, all weights, through all experts: what is measured of it, here in one process."""
+@pytest.mark.parametrize(
+    ("preset", "method", "sections", "mixer"),
+    [("blackmamba-tiny", "full", {"quantization": {"format": "none"}, "adapter": None}, "mamba"),
+     ("qwen3-moe-tiny", "qlora", {"adapter": {"rank": {"experts": 1, "attention": 2}}}, "attention")],
+)  # fmt: skip
+def test_another_family_dense(preset, method, sections, mixer, tmp_path, monkeypatch):
+    """Through all experts: what is measured of it, here in one process."""
     from moejax.study.characterize import study
     from moejax.study.characterize.sweep import Sweep
 
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_experts": 4}
-    config = write_config(tmp_path, model={"preset": "blackmamba-tiny", "overrides": small}, quantization={"format": "none"}, adapter=None)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_experts": 4, "experts_per_token": 1}
+    config = write_config(tmp_path, model={"preset": preset, "overrides": small}, **sections)
     wanted = study.resolve(None, [config], [*SIZES, "sweep.routings=[dense]", "sweep.dense_lengths=[32]"], 10**8, False)
+    assert [m.family for m in wanted.models()] == ["blackmamba" if mixer == "mamba" else None]
     limit = results.MemoryLimit(10**8, True)
     Sweep.open(wanted, tmp_path / "out", None, "a command", ENVIRONMENT, limit).close()
     monkeypatch.setattr(runtime, "prepare_jax", lambda device: None)  # of this process, which is the tests'
     experiments = set()
-    for name in ("length/blackmamba-tiny/problems/dense/32", "throughput/blackmamba-tiny/problems/dense/padded/largest"):
+    for name in (f"length/{preset}/problems/dense/32", f"throughput/{preset}/problems/dense/padded/largest"):
         assert trial.run(tmp_path / "out", name, 2) == 0
         left = children.read(trial.result_path(tmp_path / "out", name))
         assert (left.status, left.message) == ("done", None)
-        assert {(r["method"], r["routing"], r["batch"]) for r in left.rows} == {("full", "dense", 2)}
+        assert {(r["method"], r["routing"], r["batch"]) for r in left.rows} == {(method, "dense", 2)}
         experiments |= {r["experiment"] for r in left.rows}
         layers = {r["scope"] for r in left.rows if r["experiment"] == "layers"}
-        assert not layers or ({"mamba", "moe"} <= layers and "attention" not in layers)
+        assert not layers or (layers & {"mamba", "attention"} == {mixer} and "moe" in layers)
     assert experiments == {"stages", "layers", "kernels", "utilization", "length", "throughput"}
+
+
+@pytest.mark.parametrize("asked", [32, 4])
+def test_the_plan_counts_what_the_model_computes(asked, tmp_path):
+    """A step's model FLOPs with the forward pass again, at a quarter of the peak; sparse of a dense config is a quarter of the experts."""
+    from moejax.study.characterize import plan, study
+    from moejax.training import flops
+
+    config = write_config(tmp_path, model={"preset": "qwen3-moe-tiny", "overrides": {"num_experts": 32}, "experts_per_token": asked})
+    wanted = study.resolve(None, [config], [*SIZES, "sweep.routings=[sparse, dense]"], 10**8, False)
+    sparse, dense = (s.architecture for s in wanted.settings)
+    assert (sparse.experts_per_token, dense.experts_per_token) == (8 if asked == 32 else 4, 32)
+    slow = replace(ENVIRONMENT, peak_flops=1e6, peak_bytes_per_second=1e18)
+    for s in wanted.settings:
+        (task,) = (t for t in plan.tasks(wanted) if t.kind == "breakdown" and t.setting is s)
+        of_step = flops.count(s.architecture, s.experiment.adapter.lora).step(32, flops.visible_pairs([32])) * 1.5 / (0.25 * 1e6)
+        steps = 3 + wanted.sizes.timed + 2 * wanted.sizes.traced
+        assert plan.expected(task, wanted, slow, 10**8) == pytest.approx(steps * of_step, abs=15)
 
 
 def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):

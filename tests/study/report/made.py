@@ -9,7 +9,7 @@ LARGEST = {"sparse": 8, "dense": 3}
 LENGTHS = (64, 128, 256, 512, 1024)
 
 
-def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finished=True, config=None):
+def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finished=True, config=None, models=MODELS, experts=8):
     """A whole study. speed: how much faster than 1 its steps are."""
     rows, trials, plan = [], {}, []
 
@@ -19,7 +19,7 @@ def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finis
         trials[name] = Trial(status, 12.5 if status != "pending" else None, message, command)
         rows.extend(Row(name, experiment, *row) for row in values)
 
-    for model, family, method in MODELS:
+    for model, family, method in models:
         for routing, most in largest.items():
             setting = (model, method, routing)
             for data in ("cs", "math"):
@@ -47,14 +47,14 @@ def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finis
                 _breakdown(trial, (*setting, "fixed", "fixed", 128, batch), family, speed)
             _lengths(trial, setting, most, speed)
         for data in ("cs", "math"):
-            _load(trial, (model, method, "sparse", data, "pad_longest", 1024, None))
+            _load(trial, (model, method, "sparse", data, "pad_longest", 1024, None), experts)
         _fits(trial, model, method, largest, speed)
-    models = [Model(name, family, method, "random", 2_300_000) for name, family, method in MODELS]
+    known = [Model(name, family, method, "random", 2_300_000) for name, family, method in models]
     config = config or {"preset": "made-up", "moe": {"backend": "auto"}, "lengths": list(LENGTHS)}
     versions = versions or {"python": "3.12.1", "jax": "0.11.0", "jaxlib": "0.11.0", "flax": "0.12.0", "moejax": "0.1.0"}
     environment = Environment(device, "gpu", 48_000_000_000, 1.5e14, 6.96e11, "tabled", versions, "made-up CPU", "abc1234", "f00d")
     return Study(
-        1, "made-up", "moejax characterize --preset made-up --out DIR", "2026-11-25T12:00:00Z", config, digest(config), models,
+        1, "made-up", "moejax characterize --preset made-up --out DIR", "2026-11-25T12:00:00Z", config, digest(config), known,
         environment, MemoryLimit(48_000_000_000, False), plan, trials, finished, rows,
         prices={"A40": "made-up seller, 2026-11-01", "A100-80GB": "made-up seller, 2026-11-01"},
     )  # fmt: skip
@@ -65,11 +65,11 @@ def _breakdown(trial, at, family, speed):
     name, scale = f"{model}-{routing}-{batch}", (0.2 + 0.1 * batch) / speed
     phases = {"forward": 0.9, "recompute": 0.8, "backward": 1.9, "optimizer": 0.2, "other": 0.05, "idle": 0.02}
     trial(f"stages-{name}", "stages", [(*at, k, "seconds", v * scale, "s") for k, v in phases.items()])
-    mixer = "attention" if family == "mixtral" else "mamba"
+    mixer = "mamba" if family == "blackmamba" else "attention"
     layers = {mixer: 0.6, "moe": 2.4, "norm": 0.1, "embed": 0.03, "loss": 0.2, "optimizer": 0.2, "other": 0.05}
     trial(f"layers-{name}", "layers", [(*at, k, "seconds", v * scale, "s") for k, v in layers.items()])
     kernels = {"moe/w1": 0.5, "moe/w2": 0.45, "moe/router": 0.02, "moe/topk": 0.03, "moe/act": 0.1, "moe/dispatch": 0.2, "moe": 0.05}
-    if family == "mixtral":
+    if family != "blackmamba":
         kernels |= {"moe/w3": 0.5, "moe/w1_dequant": 0.2, "moe/w2_dequant": 0.2, "moe/w3_dequant": 0.2, "moe/router_dequant": 0.01}
         kernels |= {"moe/lora": 0.1}
     trial(f"kernels-{name}", "kernels", [(*at, k, "seconds", v * scale, "s") for k, v in kernels.items()])
@@ -90,15 +90,15 @@ def _lengths(trial, setting, most, speed):
         trial(f"length-{setting[0]}-{setting[2]}-{length}", "length", values)
 
 
-def _load(trial, at):
+def _load(trial, at, experts):
     values = []
     for when, skew in (("before", 1.0), ("after", 2.0)):
-        counts = [20.5 + skew * ((5 * expert) % 8) for expert in range(8)]
-        mean = sum(counts) / 8
+        counts = [20.5 + skew * ((5 * expert) % 8) for expert in range(experts)]
+        mean = sum(counts) / experts
         for expert, tokens in enumerate(counts):
             values.append((*at, f"{when}/{expert}", "tokens_per_query", tokens, "tokens/query"))
             values.append((*at, f"{when}/{expert}", "share", tokens / sum(counts), "share"))
-        values.append((*at, when, "variance", sum((c - mean) ** 2 for c in counts) / 8, "(tokens/query)^2"))
+        values.append((*at, when, "variance", sum((c - mean) ** 2 for c in counts) / experts, "(tokens/query)^2"))
         values.append((*at, when, "largest_share", max(counts) / sum(counts), "share"))
     trial(f"expert_load-{at[0]}-{at[3]}", "expert_load", values)
 

@@ -1,6 +1,7 @@
 """The report: every number against the CSV, what stands where, what a broken sweep looks like."""
 
 import html
+import itertools
 import json
 import re
 import shlex
@@ -10,11 +11,13 @@ from dataclasses import replace
 import made
 import pages
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from support import ROOT
 
 from moejax import cli
 from moejax.study import reference
 from moejax.study.report import compare, results
+from moejax.study.report.figures import BEFORE_AFTER, grouped
 
 SECTIONS = [e.replace("_", "-") for e in results.EXPERIMENTS]
 
@@ -171,6 +174,36 @@ def test_every_reference_says_its_model(which, request):
         named = ("Mixtral-8x7B", "BlackMamba-2.8B")
         assert any(name in caption or f"study: {name}" in figure for name in named) and "study" in caption, caption
         assert ">study: sparse" not in figure and ">study: dense" not in figure
+
+
+def test_a_model_of_no_family_of_the_studys_stands_alone(tmp_path):
+    """The study has no number for it: none stands on a page of such models, nor in its rows and figures beside others'."""
+    alone, mixtral = (("qwen-made", None, "qlora"),), made.MODELS[0]
+    folders, page, file = report(tmp_path / "alone", made.study(models=alone, experts=128))
+    check_values(folders, page)
+    content = file.read_text()
+    assert not [c for c in page.cells if c.source == "study"] and "study: PyTorch" not in content and "A40:" not in content
+    assert "had no model like qwen-made: nothing of it stands there" in content and "Beside ours stands" not in content
+    assert not re.search(r"study: |the study's (PyTorch|SM|backward|shares|tokens)", content.partition('id="trials"')[0])
+    assert not re.search(r"None|, \.|, {2}", "".join(re.findall(r"<figcaption>(.*?)</figcaption>", content)))
+    assert {c.line for c in page.cells if c.section == "expert-load"} >= {"expert 0", "expert 127"}
+    folders, page, file = report(tmp_path / "both", made.study(models=(mixtral, *alone)))
+    check_values(folders, page)
+    theirs = [c for c in page.cells if c.source == "study" and c.section]
+    assert theirs and not [c for c in theirs if "qwen-made" in c.group]
+    content = file.read_text()
+    assert "Beside ours stands" in content and "The study had no model like qwen-made" in content
+    figures = re.findall(r"<figure>.*?</figure>", content, flags=re.S)
+    mine = [f for f in figures if "qwen-made" in f and "mixtral-made" not in f]  # one each of Figures 4, 5, 6, 9 and 10
+    assert len(mine) == 4 and not [f for f in mine if "Mixtral-8x7B" in f]
+
+
+def test_names_of_many_experts_do_not_run_into_each_other():
+    figure = grouped([("a", [str(i) for i in range(128)], {"before": [1.0] * 128})], BEFORE_AFTER, "expert", "share, %")
+    (axes,) = figure.axes
+    FigureCanvasAgg(figure).draw()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert 16 <= len(boxes) <= 24 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)) and len(axes.patches) == 128
 
 
 def test_lengths_are_sorted_whoever_measured_them(one, demo):
