@@ -177,7 +177,9 @@ class Transformers(Side):
 
         with _quietly():
             if random:
-                return get_peft_model(base, LoraConfig.from_pretrained(folder, inference_mode=False))
+                settings = LoraConfig.from_pretrained(folder)
+                settings.inference_mode = False  # the file is written as of a finished adapter
+                return get_peft_model(base, settings)
             return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
     def digests(self) -> Iterator[tuple[str, str]]:
