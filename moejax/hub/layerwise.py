@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import reduce
@@ -15,10 +16,11 @@ import numpy as np
 from flax import nnx
 
 from moejax.hub import peft, stored, streaming, weights
-from moejax.hub.names import attribute, block_tensors, index_of
+from moejax.hub.names import attribute, block_tensors, blocks, index_of
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
+from moejax.models.config.specs import Stack
 from moejax.models.lora import LoRA
 
 
@@ -57,13 +59,14 @@ class Walk:
 
     def __init__(self, checkpoint: Checkpoint, tokens: np.ndarray, stack: ExitStack):
         """tokens: int32 [T]. What is opened is closed by `stack`."""
-        self.sizes, self.folder, self._content, self._at = checkpoint.sizes, checkpoint.folder, checkpoint.content, 0
+        self.sizes, self.folder, self._content = checkpoint.sizes, checkpoint.folder, checkpoint.content
+        self._layer, self._stack, self._at = 0, self.sizes.stacks[0].name, 0  # which layer is in memory: of all, and of its stack
         arguments = {**checkpoint.arguments, "dtype": jnp.float32}
         whole = build(self.sizes, **arguments)  # shapes and names; nothing of it is ever filled but adapters
         self._pairs: list[Any] = [_pairs(whole, adapter) for adapter in checkpoint.adapters] or [None]
-        self.part = build(self.sizes.replace(num_layers=self.sizes.num_layers // self.sizes.blocks), **arguments)  # one layer
-        self._blank = nnx.split(self.part)[1]
-        self._run = _runner(self.part, len(tokens))
+        self.part = build(_one_of_each(self.sizes), **arguments)  # a layer of each stack; one alone is filled at a time
+        self._blank = jax.tree.map(lambda shape: shape, nnx.state(self.part))  # variables of its own: those of the part are filled
+        self._run = {stack.name: _runner(getattr(self.part, stack.name), len(tokens)) for stack in self.sizes.stacks}
         self._files = stored.open_tensors(self.folder, stack, self.sizes)
         weights.check_names(self._files, whole, self.folder)
         self._fill(self._files, "embed")
@@ -75,10 +78,11 @@ class Walk:
 
     def read(self, layer: int) -> None:
         """Put the weights of a layer in the place of what was there."""
-        self._at = layer
+        stack, _, self._at, _ = list(blocks(self.sizes))[layer]
+        self._layer, self._stack = layer, stack.name
         nnx.update(self.part, self._blank)
         files = {name: self._files[own] for name, own in self._own_names().items() if own in self._files}
-        self._fill(files, "layers")
+        self._fill(files, stack.name)
 
     def _fill(self, files: dict[str, Any], under: str) -> None:
         streaming.fill(self.part, files, self.folder, under=under, keep=None if self._content is None else self)
@@ -98,11 +102,12 @@ class Walk:
 
         None where nothing is chosen: in a dense model.
         """
+        layer = getattr(self.part, self._stack)
         if self._pairs[model] is not None:
-            nnx.update(self.part.layers, _one_layer(self._pairs[model], self._at))
+            nnx.update(layer, _one_layer(self._pairs[model][self._stack], self._at))
         # One program for both, so that equal weights give equal numbers.
         others = np.zeros((self.streams[model].shape[1], self.sizes.experts_per_token), np.int32) if experts is None else experts
-        stream, seen = self._run(nnx.split(self.part.layers)[1], self.streams[model], others, experts is None)
+        stream, seen = self._run[self._stack](nnx.split(layer)[1], self.streams[model], others, experts is None)
         self.streams[model] = jax.block_until_ready(stream)
         return Routing(*(np.asarray(a) for a in seen[0])) if seen else None
 
@@ -132,8 +137,9 @@ class Walk:
                 yield Matrix(own.get(name, name), _taken(value, index), pairs)
 
     def _own_names(self) -> dict[str, str]:
-        """The names of a layer's tensors in a model that has no other -> in the checkpoint."""
-        return dict(zip(block_tensors(self.part.config, 0), block_tensors(self.sizes, self._at), strict=True))
+        """The names of a layer's tensors in a model that has one of each stack -> in the checkpoint."""
+        number = [stack.name for stack in self.sizes.stacks].index(self._stack)
+        return dict(zip(block_tensors(self.part.config, number), block_tensors(self.sizes, self._layer), strict=True))
 
 
 def logits(
@@ -160,15 +166,28 @@ def logits(
         return [walk.logits(model) for model in range(len(walk.streams))]
 
 
-def _pairs(whole: Model, adapter: Path) -> nnx.State:
-    """An adapter's A and B, stacked over all layers."""
+def _one_of_each(sizes: Architecture) -> Architecture:
+    """The same with a single block in every stack."""
+
+    class OneOfEach(type(sizes)):  # type: ignore[misc]
+        @property
+        def stacks(self) -> tuple[Stack, ...]:
+            return tuple(dataclasses.replace(stack, repeats=1) for stack in super().stacks)
+
+    one: Architecture = OneOfEach(**{name: getattr(sizes, name) for name in sizes.fields()})
+    return one
+
+
+def _pairs(whole: Model, adapter: Path) -> dict[str, nnx.State]:
+    """An adapter's A and B, stacked over all layers of each stack."""
     peft.load_adapter(whole, adapter)
-    return jax.tree.map(jnp.asarray, nnx.state(whole.layers, nnx.LoRAParam))  # a state of its own: `whole` may read another one
+    # States of its own: `whole` may read another one.
+    return {s.name: jax.tree.map(jnp.asarray, nnx.state(getattr(whole, s.name), nnx.LoRAParam)) for s in whole.config.stacks}
 
 
 def _pair(pairs: Any, path: tuple[str, ...], lora: LoRA) -> tuple[Any, Any]:
     """A and B of a module, stacked."""
-    a, b = (reduce(getitem, (*where[1:], "lora", name), pairs) for where, name in ((lora.owner(path), "a"), (path, "b")))
+    a, b = (reduce(getitem, (*where, "lora", name), pairs) for where, name in ((lora.owner(path), "a"), (path, "b")))
     return a.get_value(), b.get_value()
 
 
@@ -186,10 +205,10 @@ def _one_layer(pairs: Any, layer: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, layer, 1), pairs)
 
 
-def _runner(part: Model, length: int) -> Callable[..., tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
+def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
     """The compiled function of one layer: its weights, the stream [1, T, D] before it, the experts that tokens must visit, and whether
     they visit their own instead -> the stream after it, and what its router gave and would have chosen."""
-    graphdef = nnx.split(part.layers)[0]
+    graphdef = nnx.split(layers)[0]
     segment_ids = jnp.ones((1, length), jnp.int32)
     positions = jnp.arange(length)[None]
 

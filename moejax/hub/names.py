@@ -48,14 +48,14 @@ def index_of(place: Place) -> Any:
 def tensors(config: Architecture) -> Mapping[str, tuple[Place, ...]]:
     """Every tensor of a checkpoint and its places here (two where a tensor holds two of our matrices), in the Hub's order."""
     table = {name: _places(variable) for name, variable in config.names.before.items()}
-    for block in _blocks(config):
+    for block in blocks(config):
         table |= _tensors_of(block)
     return table | {name: _places(variable) for name, variable in config.names.after.items()}
 
 
 def block_tensors(config: Architecture, block: int) -> dict[str, tuple[Place, ...]]:
     """Those of one of our layers, counted over all stacks; in the same order for each layer of a stack."""
-    return _tensors_of(next(islice(_blocks(config), block, None)))
+    return _tensors_of(next(islice(blocks(config), block, None)))
 
 
 def modules(config: Architecture) -> dict[str, Place]:
@@ -71,7 +71,7 @@ def modules(config: Architecture) -> dict[str, Place]:
 def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
     """Every tensor over all experts that transformers 5 makes of a layer's, and its parts, expert by expert."""
     table = {}
-    for stack, names, _, numbers in _blocks(config):
+    for stack, names, _, numbers in blocks(config):
         own = {variable: name for name, variable in names.experts.items()}
         for name, variable in names.stacked.items():
             halves = [(variable, None)] if isinstance(variable, str) else [(v, half) for half, v in enumerate(variable)]
@@ -85,7 +85,7 @@ def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
 def renamed(config: Architecture) -> Mapping[str, str]:
     """Names that transformers 5 gives to tensors, and the checkpoint's own, where they differ."""
     table: dict[str, str] = {}
-    for _, names, _, numbers in _blocks(config):
+    for _, names, _, numbers in blocks(config):
         own = {variable: name for name, variable in names.weights.items()}
         table |= {name.format(*numbers): own[variable].format(*numbers) for name, variable in names.renamed.items()}
     return {name: own_name for name, own_name in table.items() if name != own_name}
@@ -95,7 +95,7 @@ _Block = tuple[Stack, BlockNames, int, list[int]]
 """The stack that a block is in and its names, its number in the stack, and the numbers of its layers in the checkpoint."""
 
 
-def _blocks(config: Architecture) -> Iterator[_Block]:
+def blocks(config: Architecture) -> Iterator[_Block]:
     first = 0
     for stack, names in zip(config.stacks, config.names.blocks, strict=True):
         for at in range(stack.repeats):

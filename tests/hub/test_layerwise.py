@@ -1,5 +1,6 @@
 """A checkpoint's logits a layer at a time: those of the whole model, and of the adapter that was asked for."""
 
+import dataclasses
 import shutil
 from contextlib import ExitStack
 
@@ -11,17 +12,36 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT, finished_run, full_logits
 
 from moejax.errors import UserError
-from moejax.hub import layerwise, peft, weights
+from moejax.hub import layerwise, peft, save, weights
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
-from moejax.models.config import LORA_TARGETS, LoRAConfig, Quantization
+from moejax.models.config import LORA_TARGETS, PRESETS, LoRAConfig, MixtralConfig, Quantization
+from moejax.models.config.specs import Stack
 
 TOKENS = np.arange(1, 41, dtype=np.int32)
 
 
-def whole(folder, trained=None, **arguments):
+class TwoKinds(MixtralConfig):
+    """A first block with narrow experts, in a stack of its own."""
+
+    @property
+    def stacks(self):
+        (stack,) = super().stacks
+        narrow = dataclasses.replace(stack.block.feed_forward, hidden=96)
+        first = Stack(dataclasses.replace(stack.block, feed_forward=narrow), 1, "first")
+        return first, dataclasses.replace(stack, repeats=self.num_layers - 1)
+
+    @property
+    def names(self):
+        return dataclasses.replace(super().names, blocks=super().names.blocks * 2)
+
+
+TWO_KINDS = TwoKinds(**{name: getattr(PRESETS["mixtral-tiny"], name) for name in MixtralConfig.fields()})
+
+
+def whole(folder, trained=None, sizes=None, **arguments):
     """The same by the model in one piece."""
-    model = weights.load_weights(build(weights.read_config(folder), dtype=jnp.float32, **arguments), folder, jax.random.key(0))
+    model = weights.load_weights(build(sizes or weights.read_config(folder), dtype=jnp.float32, **arguments), folder, jax.random.key(0))
     if trained is not None:
         peft.load_adapter(model, trained)
     return full_logits(model, TOKENS[None], np.ones((1, len(TOKENS)), np.int32), np.arange(len(TOKENS))[None])[0]
@@ -33,6 +53,33 @@ def test_a_checkpoint(name):
     (found,) = layerwise.logits(weights.read_config(folder), folder, TOKENS, param_dtype=jnp.bfloat16)
     expected = whole(folder, param_dtype=jnp.bfloat16)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+
+
+def test_several_stacks(tmp_path):
+    """Each layer by its own stack's program, with its own adapter and its own tensors, and the hash that the whole has."""
+    arguments = {"quantization": Quantization(), "adapter": LoRAConfig(2, 4.0, 0.0, LORA_TARGETS), "frozen_dtype": jnp.float32}
+    weights_of = build(TWO_KINDS, key=jax.random.key(1), dtype=jnp.float32)
+    save.save_weights(weights_of, tmp_path / "base")
+    model = build(TWO_KINDS, key=jax.random.key(2), **arguments)
+    for index, stack in enumerate((model.first, model.layers)):
+        for number, module in enumerate((stack.moe.w1, stack.moe.w2, stack.attention.q_proj)):
+            b = module.lora.b
+            b.set_value(0.1 * jax.random.normal(jax.random.key(10 * index + number), b.get_value().shape))
+    peft.save_adapter(model, tmp_path / "adapter", "base")
+    found = layerwise.logits(TWO_KINDS, tmp_path / "base", TOKENS, adapters=[tmp_path / "adapter"], **arguments)[0]
+    expected = whole(tmp_path / "base", tmp_path / "adapter", TWO_KINDS, **arguments)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    both, read = Content(), Content()
+    weights.load_weights(build(TWO_KINDS, **arguments), tmp_path / "base", jax.random.key(0), content=both)
+    with ExitStack() as stack:
+        walk = layerwise.Walk(layerwise.Checkpoint(TWO_KINDS, tmp_path / "base", (), arguments, read), TOKENS, stack)
+        names = []
+        for layer in range(walk.layers):
+            walk.read(layer)
+            names += [matrix.name for matrix in walk.matrices() if ".layers." in matrix.name]
+        walk.end()
+    assert read.finish() == both.value
+    assert sorted(names) == sorted(name for name in load_file(tmp_path / "base/model.safetensors") if ".layers." in name)
 
 
 def test_adapters_over_nf4_each_by_itself(tmp_path):
