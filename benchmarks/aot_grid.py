@@ -71,14 +71,14 @@ def worker(name: str, gpu: str, asked: list[Cell]) -> None:
     from moejax import config
     from moejax.errors import UserError
     from moejax.estimator import sizes
-    from moejax.training import aot
+    from moejax.training.program import TrainProgram
 
     for rows, row_tokens, layers in asked:
         print(json.dumps({"begins": [rows, row_tokens, layers]}), flush=True)
         experiment = config.load(ROOT / "configs" / f"{name}.yaml", [f"model.overrides.num_layers={layers}"])
         start, outcome = time.perf_counter(), {}
         try:
-            compiled = aot.compile_step(experiment, sizes.architecture_of(experiment), rows=rows, row_tokens=row_tokens, gpu=gpu)
+            compiled = TrainProgram(experiment, sizes.architecture_of(experiment), gpu=gpu).compile(rows, row_tokens)
             outcome = {"peak_gb": round(compiled.peak_bytes / 1e9, 3)}
         except UserError as error:
             outcome = {"error": str(error)}

@@ -8,7 +8,7 @@
 
 `own`: the config's own rows and their length, `8xown`: eight times as many. closed_form_error: closed form over compiler, less 1. FLOPs,
 bytes and launches (kernels, library calls, copies) are counted from the compiled instructions, with uniform routing
-(moejax/training/step_cost.py).
+(moejax/training/experts.py).
 
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
@@ -33,39 +33,26 @@ from moejax.errors import UserError
 def compiled(experiment: Any, gpu: str, rows: int, row_tokens: int) -> tuple[dict[str, Any], Any]:
     """One step for one GPU: what is told of it, and the program."""
     from moejax.estimator import closed_form
-    from moejax.estimator.sizes import ITEM, architecture_of
-    from moejax.models.ops.grouped.matmul import choose
-    from moejax.training import aot, step_cost
+    from moejax.estimator.sizes import architecture_of
+    from moejax.training import experts
+    from moejax.training.program import TrainProgram
 
-    sizes, tokens = architecture_of(experiment), rows * row_tokens
-    c = aot.compile_step(experiment, sizes, rows=rows, row_tokens=row_tokens, gpu=gpu)
-    backend, card = experiment.model.moe_backend, gpus.find(gpu)
-    plan = choose(
-        backend, card.cuda_name, tokens, sizes.num_experts, sizes.experts_per_token, hidden=sizes.hidden_size,
-        intermediate=sizes.intermediate_size, quantized=experiment.quantization.of_experts,
-        item=ITEM[experiment.training.compute_dtype], memory_bytes=card.memory_bytes,
-    )  # fmt: skip
-    closed = None
+    sizes, tokens, card = architecture_of(experiment), rows * row_tokens, gpus.find(gpu)
+    c = TrainProgram(experiment, sizes, gpu=gpu).compile(rows, row_tokens)
+    plan, closed = experts.plan(experiment, sizes, tokens, card), None
     if experiment.training.remat in ("none", "full"):  # what the closed form knows
         closed = closed_form.on(card, experiment, sizes, rows, row_tokens).total
-    routing = (None if sizes.dense else plan, step_cost.uniform_loads(sizes, tokens))
-    cost = step_cost.total(step_cost.costs(c.program, *routing))
+    routing = (plan, experts.uniform_loads(sizes, tokens))
+    cost = experts.total(experts.costs(c.executable, *routing))
     return {
-        "config": experiment.name,
-        "gpu": gpu,
-        "backend": "dense" if sizes.dense else plan.backend,
-        "remat": experiment.training.remat,
-        "rows": rows,
-        "row_tokens": row_tokens,
-        "peak_gb": round(c.peak_bytes / 1e9, 3),
+        "config": experiment.name, "gpu": gpu, "backend": "dense" if plan is None else plan.backend, "remat": experiment.training.remat,
+        "rows": rows, "row_tokens": row_tokens, "peak_gb": round(c.peak_bytes / 1e9, 3),
         "closed_form_gb": None if closed is None else round(closed / 1e9, 3),
         "closed_form_error": None if closed is None else round(closed / c.peak_bytes - 1, 4),
         "arguments_gb": round(c.argument_bytes / 1e9, 3),
-        "tflop": round(cost.flops / 1e12, 2),
-        "moved_gb": round(cost.bytes / 1e9, 1),
-        "launches": round(step_cost.launches(c.program, *routing)),
-        "compile_seconds": round(c.compile_seconds, 1),
-    }, c.program
+        "tflop": round(cost.flops / 1e12, 2), "moved_gb": round(cost.bytes / 1e9, 1),
+        "launches": round(experts.launches(c.executable, *routing)), "compile_seconds": round(c.seconds, 1),
+    }, c.executable  # fmt: skip
 
 
 def main() -> int:

@@ -24,57 +24,42 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import jax
-import jax.numpy as jnp
 import kept
-import numpy as np
-import optax
 
+from moejax.config import Experiment
 from moejax.data.batch import Batch
+from moejax.data.batching import assemble, stack, synthetic
 from moejax.estimator.roofline import STUDY_MODELS
-from moejax.models.build import build
-from moejax.models.config import PRESETS, LoRAConfig, Quantization
+from moejax.hub.model import create_model
 from moejax.profiling import breakdown, xplane
-from moejax.training.state import initial_state, split
-from moejax.training.step import Objective, make_train_step, sums
+from moejax.training.program import TrainProgram
+from moejax.training.step import sums
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "vocab_size": 2048}
 
 
-def setup(model: str, k: int, remat: str, rows: int, row_tokens: int, **other: int) -> tuple[Any, ...]:
-    """The jitted step with its state, frozen weights and batch; and the loss as a function. other: sizes instead of SIZES."""
-    full = STUDY_MODELS[model][1] == "full"
-    sizes = SIZES | other
+def setup(model: str, k: int, remat: str, rows: int, row_tokens: int, **other: int) -> tuple[TrainProgram, Batch]:
+    """The step with its weights, not compiled yet, and a batch of random tokens. other: sizes instead of SIZES."""
+    full, sizes = STUDY_MODELS[model][1] == "full", SIZES | other
     sizes |= {} if full else {"num_heads": 8, "num_kv_heads": 4, "head_dim": 32, "max_position_embeddings": row_tokens}
-    config = PRESETS[f"{model}-tiny"].replace(experts_per_token=k, **sizes)
-    built = build(
-        config,
-        key=jax.random.key(0),
-        adapter=None if full else LoRAConfig(16, 32.0),
-        quantization=None if full else Quantization(),
-        dtype=jnp.float32,
-    )
-    graphdef, trainable, frozen = split(built, full=full)
-    schedule = optax.constant_schedule(1e-4)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    objective = Objective(graphdef, full=full, remat=remat)
-    step = jax.jit(make_train_step(objective, optimizer, schedule, 0), donate_argnums=(0,))
-    shape = (1, rows, row_tokens)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(row_tokens, dtype=np.int32), shape)
-    ones = np.ones(shape, np.int32)
-    batch = jax.device_put(Batch(tokens, np.roll(tokens, -1, -1), np.ones(shape, np.float32), ones, positions))
-
-    def loss(trainable: Any, frozen: Any, batch: Batch) -> Any:
-        return sums(objective, trainable, frozen, jax.tree.map(lambda a: a[0], batch), None)[0]
-
-    return step, initial_state(trainable, optimizer), frozen, batch, loss
+    experiment = Experiment.model_validate({
+        "name": model, "model": {"preset": f"{model}-tiny", "overrides": sizes, "experts_per_token": k},
+        "adapter": None if full else {}, "quantization": {"format": "none" if full else "nf4"},
+        "data": {"batching": "fixed", "row_tokens": row_tokens, "batch_rows": rows},
+        "training": {"steps": 1, "learning_rate": 1e-4, "schedule": "constant", "compute_dtype": "float32", "remat": remat},
+    })  # fmt: skip
+    config = experiment.model.architecture(None)
+    program = TrainProgram(experiment, config)
+    program.load(create_model(experiment, config, None))
+    queries = synthetic(experiment.data, config.vocab_size, 0, rows)
+    return program, jax.device_put(stack([assemble([[query] for query in queries], rows, row_tokens)], 1))
 
 
-def seconds(function: Any, *arguments: Any) -> tuple[float, Any]:
-    """How long one call takes, and what it returns."""
+def seconds(function: Any, *arguments: Any) -> float:
+    """How long one call takes."""
     start = time.perf_counter()
-    result = jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start, result
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
 
 
 def saved(loss: Any, trainable: Any, frozen: Any, batch: Batch) -> Any:
@@ -83,8 +68,8 @@ def saved(loss: Any, trainable: Any, frozen: Any, batch: Batch) -> Any:
     return value, [leaf for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array)]
 
 
-def traced(step: Any, *operands: Any) -> tuple[breakdown.Breakdown, Any]:
-    """The breakdown of one step, and what it returns."""
+def traced(program: TrainProgram, batch: Batch) -> breakdown.Breakdown:
+    """The breakdown of one step."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level, options.python_tracer_level = 1, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -92,25 +77,29 @@ def traced(step: Any, *operands: Any) -> tuple[breakdown.Breakdown, Any]:
             jax.profiler.trace(folder, profiler_options=options),
             jax.profiler.StepTraceAnnotation("train", step_num=1),
         ):
-            result = jax.block_until_ready(step(*operands))
-        return breakdown.analyze(xplane.read(xplane.find(Path(folder)))), result
+            jax.block_until_ready((program.step(batch), program.state))
+        return breakdown.analyze(xplane.read(xplane.find(Path(folder))))
 
 
 def check(model: str, k: int, remat: str, rows: int, row_tokens: int, rounds: int) -> dict[str, Any]:
     """Both clocks' figures for one case: medians over rounds in which everything has its turn, so that noise troubles all alike."""
-    step, state, frozen, batch, loss = setup(model, k, remat, rows, row_tokens)
+    program, batch = setup(model, k, remat, rows, row_tokens)
+
+    def loss(trainable: Any, frozen: Any, batch: Batch) -> Any:
+        return sums(program.objective, trainable, frozen, jax.tree.map(lambda a: a[0], batch), None)[0]
+
     forward, both = jax.jit(lambda *operands: saved(loss, *operands)), jax.jit(jax.grad(loss))
     figures: dict[str, list[float]] = defaultdict(list)
     attributed = []
     for _ in range(rounds):
-        state, metrics = step(state, frozen, batch)  # not timed: it finds memory that the other programs have just given back
-        jax.block_until_ready(metrics)
-        b, (state, _) = traced(step, state, frozen, batch)
+        jax.block_until_ready(program.step(batch))  # not timed: it finds memory that the other programs have just given back
+        b = traced(program, batch)
         figures_now = {f"traced {name}": time for name, time in b.phases.items()} | {"traced step": b.step_seconds}
-        figures_now["step"], (state, _) = seconds(step, state, frozen, batch)
+        figures_now["step"] = seconds(lambda: (program.step(batch), program.state))
         for name, function in (("forward", forward), ("both", both)):
-            seconds(function, state.trainable, frozen, batch)
-            figures_now[name] = seconds(function, state.trainable, frozen, batch)[0]
+            operands = program.state.trainable, program.frozen, batch
+            seconds(function, *operands)
+            figures_now[name] = seconds(function, *operands)
         attributed.append(b.attributed)
         for name, value in figures_now.items():
             figures[name].append(value)

@@ -32,7 +32,7 @@ from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig
 from moejax.models.ops import quantized
-from moejax.training.state import split
+from moejax.training.program import split
 from moejax.training.step import Objective, sums
 
 LOGITS, GRADIENTS, LOSS = 5e-5, 2e-5, 1e-5  # the suite's bars on a CPU: absolute, of a tensor's largest, relative

@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,15 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 from clock import matrix_rate
-from flax import nnx
 
 from moejax import config as experiments
 from moejax import device as machine
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
-from moejax.hub.model import adapter_config, model_arguments
-from moejax.models.build import build, random_weights
+from moejax.hub.model import adapter_config
 from moejax.models.config import PRESETS, Architecture
-from moejax.profiling.capture import compile_profiled
 from moejax.training import flops
-from moejax.training.memory import compiler_peak_bytes
-from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import initial_state, objective, split
-from moejax.training.step import make_train_step
+from moejax.training.program import TrainProgram
 
 SKEW = (0.26, 0.19, 0.14, 0.12, 0.10, 0.08, 0.06, 0.05)
 MODELS = {
@@ -86,21 +79,14 @@ def skew(model: Any) -> None:
     lora.b.set_value(b.at[..., :, 0].set(offsets[: b.shape[-2]]))
 
 
-def no_adaptation(model: Any) -> None:
-    """Every adapter's B is zero, as in a fresh one."""
-    for _, node in nnx.iter_modules(model.layers):
-        if hasattr(node, "b") and hasattr(node, "a"):
-            node.b.set_value(jnp.zeros_like(node.b.get_value()))
-
-
 def bytes_in_use(peak: bool = False) -> int | None:
     """By the allocator, now or at most so far; None where it does not say (a CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use" if peak else "bytes_in_use")
 
 
-def traced(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+def traced(program: TrainProgram, batch: Any) -> dict[str, Any]:
     """Where the time of one step goes, in seconds."""
-    b, _ = breakdown_check.traced(compiled, state, frozen, batch)
+    b = breakdown_check.traced(program, batch)
     return {
         "step_seconds": b.step_seconds, "busy_seconds": b.busy_seconds, "attributed": b.attributed, "phases": b.phases,
         "stages": b.sums("stage"), "unnamed": b.unnamed[:5],
@@ -111,28 +97,20 @@ def run_case(
     experiment: Any, config: Architecture, rows: int, length: int, batching: str, routing: str, steps: int, trace: bool = False
 ) -> dict[str, Any]:
     """Compile, run and time one case."""
-    model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(0))
-    no_adaptation(model)
+    program = TrainProgram(experiment, config, traced=trace)
+    program.load_random()
     if routing == "skewed":
+        model = program.model()
         skew(model)
-    graphdef, trainable, frozen = split(model, full=experiment.adapter is None)
-    schedule = make_schedule(experiment.training, 1000)
-    optimizer = make_optimizer(experiment.training, schedule)
-    step = jax.jit(make_train_step(objective(experiment, graphdef), optimizer, schedule, 0), donate_argnums=(0,))
-    state = initial_state(trainable, optimizer)
+        program.load(model)
     batch, queries = make_batch(rows, length, batching, config.vocab_size)
     batch = jax.device_put(batch)
-    start = time.perf_counter()
-    lowering = step.lower(state, frozen, batch)
-    compiled = compile_profiled(lowering) if trace else lowering.compile()
-    compile_seconds = time.perf_counter() - start
+    program.compile(rows, length)
     before = {"bytes_before": bytes_in_use(), "peak_bytes_before": bytes_in_use(peak=True)}  # random weights may take more than a step
     seconds = []
     for _ in range(steps + 2):
-        start = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
-        loss = float(metrics["loss"])
-        seconds.append(time.perf_counter() - start)
+        took, metrics = program.timed(batch)
+        seconds.append(took)
     seconds = seconds[2:]
     median = statistics.median(seconds)
     counts = np.asarray(metrics["expert_counts"])
@@ -147,16 +125,16 @@ def run_case(
         "batching": batching,
         "routing": routing,
         "largest_expert_share": float((counts.max(axis=1) / counts.sum(axis=1)).mean()),
-        "compile_seconds": compile_seconds,
+        "compile_seconds": program.compile_seconds,
         "step_seconds": {"median": median, "all": seconds},
         "tokens_per_second": sum(lengths) / median,
         "queries_per_second": queries / median,
         "model_flop_utilization": model_flops / median / peak,
         "peak_flops": {"value": peak, "source": source},
-        "compiler_peak_bytes": compiler_peak_bytes(compiled),
+        "compiler_peak_bytes": program.peak_bytes,
         **measured,
-        "loss": loss,
-        **({"trace": traced(compiled, state, frozen, batch)} if trace else {}),
+        "loss": float(metrics["loss"]),
+        **({"trace": traced(program, batch)} if trace else {}),
     }
 
 

@@ -36,7 +36,7 @@ from moejax.hub.names import tensors
 from moejax.models.build import Model, build, materialize_lora
 from moejax.models.config import Architecture
 from moejax.models.ops.quantized import QuantizedTensor
-from moejax.training.parameters import groups_of
+from moejax.training.flops import groups_of
 from moejax.training.run_steps import steps_in, total_steps
 
 DIGEST_LIMIT = 2_000_000_000

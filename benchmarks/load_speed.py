@@ -28,7 +28,6 @@ from moejax.hub.names import tensors
 from moejax.hub.safetensors_file import Writer
 from moejax.models.build import build
 from moejax.models.config import PRESETS, Quantization
-from moejax.terminal import Console
 
 SHARD_BYTES = 2_200_000_000
 
@@ -82,7 +81,7 @@ def load_once(folder, cache):
     model = build(weights.read_config(folder), quantization=Quantization())
     key = jax.block_until_ready(jax.random.split(jax.random.key(0)))[0]  # jax's own start is no part of a load
     before, start, cpu = peak_bytes(), time.perf_counter(), time.process_time()
-    weights.load_weights(model, folder, key, cache=cache, console=Console())
+    weights.load_weights(model, folder, key, cache=cache)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     values = [v.get_value() for _, v in weights.base_variables(model)]
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))

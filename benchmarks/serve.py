@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import jax
 from clock import copy_rate, matrix_rate
-from gpu_step import no_adaptation
 
 from moejax import config as configuration
 from moejax.config import Experiment
@@ -31,12 +29,8 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.device import memory_bytes
 from moejax.errors import UserError
 from moejax.hub import weights
-from moejax.hub.model import architecture, create_model, model_arguments
-from moejax.models.build import build, random_weights
-from moejax.training import memory
-from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.state import initial_state, objective, split
-from moejax.training.step import make_train_step
+from moejax.hub.model import architecture, create_model
+from moejax.training.program import TrainProgram
 
 
 class Server:
@@ -57,42 +51,28 @@ class Server:
         self.batch = stack(
             [next(batches) for _ in range(experiment.training.gradient_accumulation)], experiment.training.gradient_accumulation
         )
+        self.program = TrainProgram(experiment, config)
         if random:
-            model = random_weights(build(config, **model_arguments(experiment)), jax.random.key(experiment.seed))
-            no_adaptation(model)
+            self.program.load_random()
         else:
-            model = create_model(experiment, config, folder)
-        graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
-        schedule = make_schedule(experiment.training, experiment.training.steps or 1000)
-        optimizer = make_optimizer(experiment.training, schedule)
-        step = make_train_step(objective(experiment, graphdef), optimizer, schedule, experiment.seed)
-        self.state = initial_state(trainable, optimizer)
-        start = time.perf_counter()
-        self.compiled = jax.jit(step, donate_argnums=(0,)).lower(self.state, self.frozen, self.batch).compile()
-        self.compile_seconds = time.perf_counter() - start
+            self.program.load(create_model(experiment, config, folder))
+        self.program.compile(*self.batch.tokens.shape[1:])
         self.lengths = segment_lengths(self.batch.segment_ids)
 
     def about(self) -> dict[str, Any]:
         device = jax.local_devices()[0]
         return {
-            "ready": True,
-            "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-            "device": device.device_kind,
-            "platform": device.platform,
-            "matrix_rate_flops": self.rate,
-            "copy_bytes_per_second": self.bandwidth,
-            "compile_seconds": self.compile_seconds,
-            "compiler_peak_bytes": memory.compiler_peak_bytes(self.compiled),
-        }
+            "ready": True, "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+            "device": device.device_kind, "platform": device.platform, "matrix_rate_flops": self.rate,
+            "copy_bytes_per_second": self.bandwidth, "compile_seconds": self.program.compile_seconds,
+            "compiler_peak_bytes": self.program.peak_bytes,
+        }  # fmt: skip
 
     def step(self) -> dict[str, Any]:
         """One step, batch sent and loss read."""
-        start = time.perf_counter()
-        self.state, metrics = self.compiled(self.state, self.frozen, jax.device_put(self.batch))
-        loss = float(metrics["loss"])
-        seconds = time.perf_counter() - start
+        seconds, metrics = self.program.timed(self.batch)
         real = int((self.batch.segment_ids > 0).sum())
-        return {"step_seconds": seconds, "loss": loss, "queries": len(self.lengths), "real_tokens": real} | memory_bytes()
+        return {"step_seconds": seconds, "loss": float(metrics["loss"]), "queries": len(self.lengths), "real_tokens": real} | memory_bytes()
 
 
 def say(message: dict[str, Any]) -> None:

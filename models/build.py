@@ -108,7 +108,8 @@ def materialize_lora(model: Model, key: jax.Array) -> Model:
 def random_weights(model: Model, key: jax.Array) -> Model:
     """An abstract model filled with random weights made where it runs: for hardware studies, where only sizes matter.
 
-    Of 4-bit weights the codes are; scales are such that weights have the standard deviation of an initialized model.
+    Of 4-bit weights the codes are; scales are such that weights have the standard deviation of an initialized model. The B of an adapter is
+    zero.
     """
     graphdef, state = nnx.split(model)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
@@ -116,8 +117,9 @@ def random_weights(model: Model, key: jax.Array) -> Model:
     def fill(path: Any, leaf: Any, k: jax.Array) -> Any:
         if is_quantized(leaf):
             return leaf.random(k)
-        if "norm" in jax.tree_util.keystr(path):
-            return jnp.ones(leaf.shape, leaf.dtype)
+        name = jax.tree_util.keystr(path)
+        if "norm" in name or "['lora']['b']" in name:
+            return jnp.full(leaf.shape, "norm" in name, leaf.dtype)
         return (0.02 * jax.random.normal(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
     def make(key: jax.Array) -> list[Any]:

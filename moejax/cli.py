@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from moejax import __version__, installation, streams
+from moejax import __version__, installation, progress, streams
+from moejax.commands.shown import Shown
 from moejax.errors import UserError, first_line
 
 
@@ -115,6 +116,7 @@ def _run(prog: str, command: Command, given: Sequence[str]) -> int:
         raise UserError(f"{told}\n{parser.format_usage().rstrip()}")
     if getattr(options, "study", False):
         module = importlib.import_module(_TABLE_3)
+    progress.listen(Shown())
     return module.run(options)
 
 
@@ -152,12 +154,13 @@ def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.Argu
     known = [option for action in parser._actions if action.help != argparse.SUPPRESS for option in action.option_strings]
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.7)
     if configured and not near:
-        from moejax import config
+        from moejax import config_file
+        from moejax.config import Experiment
 
         place = given.index(argument) + 1
         following = given[place] if place < len(given) and not given[place].startswith("-") else "VALUE"
         key = name.lstrip("-")
-        found = key if config.is_key(key) else config.suggestion(key.rpartition(".")[2])
+        found = key if config_file.is_key(key, Experiment) else config_file.suggestion(key.rpartition(".")[2], Experiment)
         meant = f"{found.split(' or ')[0]}={value or following}" if found and " " not in found.split(" or ")[0] else found
         told = f": did you mean {meant}?" if meant else f", without dashes (every key: {parser.prog} --help, moejax/config.py)"
         return f"{argument}: {parser.prog} takes values of the config as key.sub=value{told}"
@@ -214,7 +217,7 @@ def _message(error: Exception, asked: str) -> str | None:
                 advice = "`moejax doctor` says what this machine has; JAX_PLATFORMS=cpu runs on its CPU"
                 return f"no device for jax{where}: {why}. {advice}"
             if type(error).__name__ == "JaxRuntimeError":
-                from moejax.training.compile import advice as of_compiler
+                from moejax.training.program import advice as of_compiler
 
                 return f"XLA, in `{asked}`: {first_line(error)}. Try {of_compiler(error)}"
     return None

@@ -1,17 +1,15 @@
-"""The experiment: one strict schema, read from YAML and `key.sub=value` overrides. No jax here."""
+"""The experiment: one strict schema. `config_file` reads it and says what is wrong with it. No jax here."""
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from moejax import other_tools
+from moejax.config_file import explain, nearest, read
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.models.config import (
@@ -22,7 +20,6 @@ from moejax.models.config import (
     Architecture,
     LoRAConfig,
 )
-from moejax.yaml_file import read_yaml
 
 
 def _number(value: Any) -> Any:
@@ -96,12 +93,12 @@ class ModelConfig(_Section):
         if self.source is None and self.preset is None:
             raise ValueError("give model.source (a Hub id or a folder) or model.preset (random weights)")
         if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset = {self.preset!r} is unknown: {_nearest(self.preset, PRESETS)}")
+            raise ValueError(f"preset = {self.preset!r} is unknown: {nearest(self.preset, PRESETS)}")
         families = FAMILIES.values() if self.preset is None else (type(PRESETS[self.preset]),)
         fields = {name for family in families for name in family.fields()}
         for name in self.overrides:
             if name not in fields:
-                raise ValueError(f"overrides.{name} is no field of the architecture: {_nearest(name, fields)}")
+                raise ValueError(f"overrides.{name} is no field of the architecture: {nearest(name, fields)}")
         if self.preset is not None:
             self.architecture(None)
         return self
@@ -152,7 +149,7 @@ class QuantizationConfig(_Section):
             raise ValueError(f"modules = []: expected some of {', '.join(QUANTIZED_MODULES)}; quantization.format=none quantizes nothing")
         for name in self.modules or ():
             if name not in QUANTIZED_MODULES:
-                raise ValueError(f"modules: {name!r} is unknown: {_nearest(name, QUANTIZED_MODULES)}")
+                raise ValueError(f"modules: {name!r} is unknown: {nearest(name, QUANTIZED_MODULES)}")
         return self
 
 
@@ -181,7 +178,7 @@ class AdapterConfig(_Section):
         for key in ("targets", "share"):
             for name in getattr(self, key) or ():
                 if judged and name not in known:
-                    raise ValueError(f"{key}: {name!r} matches nothing: {_nearest(name, known)}")
+                    raise ValueError(f"{key}: {name!r} matches nothing: {nearest(name, known)}")
         _ = self.lora  # checks itself
         return self
 
@@ -402,19 +399,28 @@ class Experiment(_Section):
                 self.adapter.lora.of(sizes)
         return self
 
+    @property
+    def method(self) -> Literal["full", "qlora", "lora"]:
+        """How it trains, as step_profile.json calls it."""
+        return "full" if self.adapter is None else "qlora" if self.quantization.format != "none" else "lora"
+
+    def changed(self, section: str, **values: Any) -> Self:
+        """The same with other values in a section. They are not checked again."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
     def with_defaults(self, sizes: Architecture) -> Self:
         """The same with what the family decides in the place of null: where adapters are, and what is quantized."""
-        changes: dict[str, Any] = {}
+        settled = self
         if self.adapter is not None and self.adapter.targets is None:
-            changes["adapter"] = self.adapter.model_copy(update={"targets": sizes.default_targets})
+            settled = settled.changed("adapter", targets=sizes.default_targets)
         if self.quantization.modules is None:
-            changes["quantization"] = self.quantization.model_copy(update={"modules": sizes.default_quantized})
-        return self.model_copy(update=changes)
+            settled = settled.changed("quantization", modules=sizes.default_quantized)
+        return settled
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment from YAML, with `key.sub=value` overrides (values are YAML). Raises UserError for every mistake."""
-    return _validated(_read(path, overrides), path)
+    return _validated(read(path, overrides), path)
 
 
 def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -423,7 +429,7 @@ def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment
     After the traced steps come one that is not counted (the trace is written in it) and `UNTRACED_STEPS` for step_seconds. What an
     override names (name, training.steps) stays as it is. Warm-up and evaluation have no place in so short a run.
     """
-    content = _read(path, overrides)
+    content = read(path, overrides)
     named = {override.partition("=")[0] for override in overrides}
     content |= {"profile": {} if content.get("profile") is None else content["profile"], "eval": None}
     if "name" not in named and isinstance(content.get("name"), str):
@@ -437,146 +443,13 @@ def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment
     return _validated(content, path)
 
 
-def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        near = difflib.get_close_matches(file.name, [path.name for path in file.parent.glob("*.y*ml")], n=1)
-        meant = f": did you mean {file.parent / near[0]}?" if near else " (expected a YAML file; `moejax init` writes one)"
-        raise UserError(f"config file {file} {what}{meant}")
-    content = read_yaml(file)
-    if not isinstance(content, dict):
-        got = "nothing: it is empty" if content is None else "a list" if isinstance(content, list) else repr(str(content)[:60])
-        raise UserError(f"{file}: expected a mapping of sections, got {got}")
-    for override in overrides:
-        _apply(content, override)
-    return content
-
-
 def _validated(content: dict[str, Any], path: str | Path) -> Experiment:
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {explain(error, Experiment)}") from None
 
 
 def dump(experiment: Experiment) -> str:
     """The experiment as YAML with every default visible; loading it gives the same experiment."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: expected key.sub=value, e.g. training.learning_rate=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        value = text
-    *parents, last = key.split(".")
-    node = content
-    for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = child
-    node[last] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """All of pydantic's findings in our words, one line each."""
-    return "\n".join(_explain_one(e) for e in error.errors() if not _of_another_form(e))
-
-
-_FORM = re.compile(r"dict\[|constrained-|function-")
-"""What pydantic puts into a place for a form that a value may have: one number, or several by name."""
-
-
-def _of_another_form(e: Any) -> bool:
-    """Whether it says of a value that may have two forms that it has not the one that nobody gave it."""
-    last = str(e["loc"][-1]) if e["loc"] else ""
-    return _FORM.match(last) is not None and isinstance(e["input"], dict) != last.startswith("dict[")
-
-
-def _explain_one(e: Any) -> str:
-    path = ".".join(str(part) for part in e["loc"] if not _FORM.match(str(part)))
-    if e["type"] == "extra_forbidden":
-        section: Any = Experiment
-        for part in e["loc"][:-1]:
-            section = _section_class(section.model_fields[part].annotation)
-        last = str(e["loc"][-1])
-        if isinstance(e["input"], dict) and not difflib.get_close_matches(last, section.model_fields, cutoff=0.75):
-            # A section of another tool's: its keys tell more than its name.
-            inner = [(f"{path}.{key}", found) for key in e["input"] if (found := name_elsewhere(str(key))) is not None]
-            if inner:
-                return "\n".join(f"unknown key {key}: did you mean {found}?" for key, found in inner)
-        found = suggestion(last, section)
-        return f"unknown key {path}: " + (f"did you mean {found}?" if found else f"expected one of {', '.join(section.model_fields)}")
-    if e["type"] == "missing":
-        return f"{path} is missing"
-    if e["type"] == "value_error":
-        message = str(e["ctx"]["error"])
-        return message if not path or message.startswith(path.split(".")[0]) else f"{path}: {message}"
-    if e["type"] == "string_pattern_mismatch":  # of `name`
-        return f"{path} = {e['input']!r}: expected letters, digits, '.', '_' and '-', the first no '.' or '-': it names a folder"
-    if e["type"] == "model_type":
-        return f"{path} = {e['input']!r}: expected a section, with its keys below it"
-    message = e["msg"][0].lower() + e["msg"][1:]
-    if e["type"] == "literal_error":
-        meant = other_tools.nearest_value(e["input"], re.findall(r"'([^']*)'", e["ctx"]["expected"]))
-        message += f": did you mean {meant}?" if meant else ""
-    return f"{path} = {e['input']!r}: {message.replace('input should be', 'expected').replace('a valid tuple', 'a list')}"
-
-
-def _section_class(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
-
-
-def _fields(annotation: Any) -> Any:
-    """Names in a section; none where the annotation is of a value."""
-    sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return sections[0].model_fields if sections else ()
-
-
-def suggestion(name: str, section: type[BaseModel] | None = None) -> str | None:
-    """What a key that is unknown in `section` (None: that has no section) may mean: a right name with another section, what another
-    tool calls so, or a name that is near."""
-    fields = (section or Experiment).model_fields
-    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.65)
-    keys = _sections_by_key()
-    far = [dotted for key in difflib.get_close_matches(name, keys, n=2, cutoff=0.7) for dotted in keys[key]]
-    return name_elsewhere(name) or " or ".join(near or far) or None
-
-
-def name_elsewhere(name: str) -> str | None:
-    """A name that is right in another section, with it; or ours for what another tool calls so."""
-    return " or ".join(_sections_by_key().get(name, ())) or other_tools.ours(name)
-
-
-def is_key(dotted: str) -> bool:
-    """Whether there is such a key, e.g. training.steps."""
-    section: Any = Experiment.model_fields
-    for part in dotted.split("."):
-        if part not in section:
-            return False
-        section = _fields(section[part].annotation)
-    return True
-
-
-def _sections_by_key() -> dict[str, list[str]]:
-    """Key -> the places where there is such a key, in the sections of the experiment."""
-    places: dict[str, list[str]] = {}
-    for section, info in Experiment.model_fields.items():
-        for key in _fields(info.annotation):
-            places.setdefault(key, []).append(f"{section}.{key}")
-    return places
-
-
-def _nearest(name: str, known: Any) -> str:
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"

@@ -32,6 +32,24 @@ def cpu_name() -> str:
     return f"{model}, {cores} core{'' if cores == 1 else 's'}"
 
 
+def name() -> str:
+    """The first device as records call it: its kind, or the CPU's model and cores."""
+    import jax
+
+    device = jax.local_devices()[0]
+    return cpu_name() if device.platform == "cpu" else str(device.device_kind)
+
+
+def size_bytes() -> int:
+    """All memory of the first device, of which jax may use XLA_CLIENT_MEM_FRACTION; of a CPU, the machine's."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return round(stats["bytes_limit"] / float(os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75")))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def usable_bytes() -> int | None:
     """What this process may use of the first device; on a CPU what the system says is available. None where unknown."""
     import jax

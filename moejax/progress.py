@@ -1,44 +1,80 @@
-"""Whoever waits for more than a moment is told for what."""
+"""What the rooms tell while they work. They print nothing: a command shows it (commands/shown.py); without a listener there is silence."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from rich.errors import LiveError
-from rich.markup import escape
-
-from moejax.terminal import Console
-
-QUIET_SECONDS = 5.0
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 
-@contextmanager
-def waiting(console: Console, what: str) -> Iterator[None]:
-    """Tell what is being done: at once and with a spinner on a terminal; elsewhere a line when it takes longer than 5 s, and its end."""
-    spinner = console.status(escape(what)) if console.is_terminal else None
-    try:
-        if spinner is not None:
-            spinner.start()
-    except LiveError:  # something else is moving there already
-        spinner = None
-    start, told = time.monotonic(), threading.Event()
+@dataclass(frozen=True)
+class Table:
+    """Texts in columns; a row of None is a line across. Without names of columns there is no head. right: columns of numbers."""
 
-    def tell() -> None:
-        told.set()
-        console.print(f"{what} …", soft_wrap=True)
+    rows: Sequence[Sequence[str] | None]
+    columns: Sequence[str] = ()
+    right: Sequence[int] = ()
+    title: str | None = None
 
-    timer = threading.Timer(QUIET_SECONDS, tell)
-    timer.daemon = True
-    if spinner is None:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if spinner is not None:
-            spinner.stop()
-    if told.is_set():
-        console.print(f"{what}: {time.monotonic() - start:.0f} s", soft_wrap=True)
+
+class Listener:
+    """Who hears what is told; this one shows nothing of it."""
+
+    def say(self, told: str | Table) -> None:
+        """A result."""
+
+    def note(self, text: str) -> None:
+        """What is said beside the results."""
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Around what may take a moment."""
+        return nullcontext()
+
+    def bar(self, what: str, total: int, unit: Literal["bytes", "layers"]) -> AbstractContextManager[Callable[[int], None]]:
+        """Around what takes long; gives the function that is called with how much more is done."""
+        return nullcontext(lambda more: None)
+
+    def steps(self, total: int, done: int) -> AbstractContextManager[Callable[[int, dict[str, Any]], None]]:
+        """Around a run's optimizer steps; gives the function that is called with a step and its record (as in metrics.jsonl)."""
+        return nullcontext(lambda step, record: None)
+
+
+_heard_by = [Listener()]
+
+
+def listen(listener: Listener) -> None:
+    """From now on this one hears it."""
+    _heard_by[0] = listener
+
+
+def say(*told: str | Table) -> None:
+    for one in told:
+        _heard_by[0].say(one)
+
+
+def note(*lines: str) -> None:
+    for line in lines:
+        _heard_by[0].note(line)
+
+
+def waiting(what: str) -> AbstractContextManager[None]:
+    return _heard_by[0].waiting(what)
+
+
+def bar(what: str, total: int, unit: Literal["bytes", "layers"]) -> AbstractContextManager[Callable[[int], None]]:
+    return _heard_by[0].bar(what, total, unit)
+
+
+def steps(total: int, done: int) -> AbstractContextManager[Callable[[int, dict[str, Any]], None]]:
+    return _heard_by[0].steps(total, done)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

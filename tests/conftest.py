@@ -44,7 +44,11 @@ import pytest
 import shared_steps  # noqa: F401  isort: skip
 from support import batch_of, hub_folder, read_vectors, tiny_experiments
 
+from moejax import progress
+from moejax.commands.shown import Shown
 from moejax.models.config import from_hub_config
+
+progress.listen(Shown())  # as the command line does
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from moejax.hub.peft import adapted, save_adapter
 from moejax.hub.weights import attribute
 from moejax.models.cache import decode_step, prefill
 from moejax.models.config import LORA_TARGETS, BlackMambaConfig
-from moejax.training.state import split
+from moejax.training.program import split
 from moejax.training.step import Objective, sums
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support import ROOT
 
-from moejax import config, other_tools
+from moejax import config, config_file, other_tools
 from moejax.errors import UserError
 
 MINIMAL = {
@@ -31,7 +31,7 @@ def _place(dotted):
     """The annotation at a dotted key of the experiment."""
     annotation = config.Experiment
     for part in dotted.split("."):
-        annotation = config._section_class(annotation).model_fields[part].annotation
+        annotation = config_file.section_class(annotation).model_fields[part].annotation
     return annotation
 
 
@@ -41,7 +41,7 @@ def test_what_other_tools_keys_mean_is_there():
         assert key.startswith("the option ") or _place(key) is not None, theirs
         assert theirs == theirs.lower() and theirs not in config.Experiment.model_fields, theirs
     # What is a key here, in whatever section, is not taken for another tool's.
-    assert not set(other_tools.ours_by_theirs()["keys"]) & set(config._sections_by_key())
+    assert not set(other_tools.ours_by_theirs()["keys"]) & set(config_file.sections_by_key(config.Experiment))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -112,6 +112,19 @@ def test_the_models_import_nothing_else_of_ours():
                 for name in imported(module) if name.split(".")[0] == "moejax" and not name.startswith("moejax.models")}  # fmt: skip
 
 
+def test_rooms_print_nothing():
+    """What they tell goes through moejax/progress.py: a command shows it. That one imports nothing that shows anything."""
+    rooms = [m for m in MODULES if FLOOR[room(m)] < FLOOR["commands"] and room(m) != "base"] + ["moejax.progress"]
+    shows = {m for m in rooms if {name.split(".")[0] for name in imported(m)} & {"rich"} or "moejax.terminal" in imported(m)}
+    prints = {
+        module
+        for module in rooms
+        for node in ast.walk(tree(MODULES[module]))
+        if (isinstance(node, ast.Name) and node.id == "print") or (isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr"))
+    }
+    assert not shows and not prints
+
+
 def test_nothing_of_the_tool_names_the_study_but_its_door():
     """As text, for `import_module`: the table of commands in cli.py, and nobody else."""
     naming = {

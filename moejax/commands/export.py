@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     prepare_jax_for(options.run)
     from moejax.runs.export import export
-    from moejax.terminal import Console
 
-    export(Path(options.run), Path(options.out), options.format, options.verify, options.tolerance, Console())
+    export(Path(options.run), Path(options.out), options.format, options.verify, options.tolerance)
     return 0

@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from moejax.training import dry_run
 
-        return dry_run.report(experiment)
+        dry_run.report(experiment)
+        return 0
     from moejax.training import loop
 
     return loop.run(experiment, resume=options.resume)

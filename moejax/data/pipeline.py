@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from moejax.config import DataConfig
 from moejax.contents import records_content
@@ -15,6 +14,7 @@ from moejax.data.records import Record
 from moejax.data.sources import load_records
 from moejax.data.tokenize import Tokenized, tokenize
 from moejax.errors import UserError
+from moejax.progress import Table
 
 SYNTHETIC_ROWS = 1000
 
@@ -54,16 +54,14 @@ class Dataset:
         }
 
     def table(self) -> Table:
-        table = Table(show_header=False)
-        for name, value in self.statistics().items():
-            text = (
-                f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
-            )
-            table.add_row(name, text)
+        def text(name: str, value: float) -> str:
+            return f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+
+        rows = [(name, text(name, value)) for name, value in self.statistics().items()]
         if self.evaluation is not None:
             dropped = f" ({self.held_out_dropped:,} dropped)" if self.held_out_dropped else ""
-            table.add_row("held out queries", f"{len(self.evaluation.queries):,}{dropped}")
-        return table
+            rows.append(("held out queries", f"{len(self.evaluation.queries):,}{dropped}"))
+        return Table(rows)
 
     def notes(self) -> list[str]:
         """What a user should know beside the table."""

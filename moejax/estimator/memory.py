@@ -1,6 +1,6 @@
 """Peak memory of a training step: the compiler's figure where there is one, and the largest batch that fits.
 
-Nothing is compiled here: `training/aot.py` does it, and the command line hands its figures over. A figure is exact for the program that
+Nothing is compiled here: `training/program.py` does it, and the command line hands its figures over. A figure is exact for the program that
 was compiled, so it is kept under a hash of all that makes the program: config, architecture, sources, versions, target, rows, row length.
 """
 
@@ -165,7 +165,7 @@ def cards(experiment: Experiment, config: Architecture) -> list[str]:
     """
     t, rows, row_tokens = experiment.training, experiment.data.batch_rows, experiment.data.longest_row
     policy = {"auto": "full", "dots": "none"}.get(t.remat, t.remat)
-    settled = experiment.model_copy(update={"training": t.model_copy(update={"remat": policy})})
+    settled = experiment.changed("training", remat=policy)
     found: dict[str, list[str]] = {"fits": [], "close": [], "small": [], "without": []}
     for gpu in GPUS.values():
         peak = closed_form.on(gpu, settled, config, rows, row_tokens).total

@@ -14,7 +14,6 @@ from moejax.hub import peft, weights
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture, LoRAConfig, Quantization
-from moejax.terminal import Console
 
 CACHED_FROM_BYTES = 1_000_000_000
 
@@ -77,7 +76,7 @@ def create_model(experiment: Experiment, config: Architecture, folder: Path | No
     cache = experiment.quantization.cache
     # What a small model would save is not worth a file.
     kept = None if cache is None or weights.stored_bytes(folder) < CACHED_FROM_BYTES else Path(cache).expanduser()
-    return weights.load_weights(model, folder, key, cache=kept, console=Console(stderr=True), content=content)
+    return weights.load_weights(model, folder, key, cache=kept, content=content)
 
 
 def continue_adapter(experiment: Experiment, model: Model, source: str | None) -> None:

@@ -25,7 +25,7 @@ from moejax import __version__
 from moejax.errors import UserError
 from moejax.hub.safetensors_file import Reader, Staging, Writer, aligned
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
-from moejax.terminal import Console
+from moejax.progress import note
 
 T = TypeVar("T")
 
@@ -97,12 +97,10 @@ _CONTENT = "content_sha256"  # a tensor of its own: what the other tensors hash 
 _SUMS = "crc32"  # another one: of each tensor, in their order
 
 
-def read(
-    path: Path, variables: Mapping[str, Any], content: Content | None = None, console: Console | None = None
-) -> dict[str, Any] | None:
+def read(path: Path, variables: Mapping[str, Any], content: Content | None = None) -> dict[str, Any] | None:
     """The values of (abstract) variables from a cache, and into `content` the hash that is kept with them.
 
-    None where there is none, or it is not what was asked for or (which `console` is told) not what was written: it is then made anew."""
+    None where there is none, or it is not what was asked for or (which is told) not what was written: it is then made anew."""
     if not path.is_file():
         return None
     try:
@@ -121,8 +119,7 @@ def read(
                 arrays[name][part], sums[part_name(name, part)] = _held(reader, name, variable, part, pool, staging)
     changed = [name for name, sum_ in zip(leaves, reader.read(_SUMS).tolist(), strict=True) if sums[name] != sum_]
     if changed:
-        if console is not None:
-            console.print(f"warning: {path}: {changed[0]} is not what was written there; it is made anew from the checkpoint")
+        note(f"warning: {path}: {changed[0]} is not what was written there; it is made anew from the checkpoint")
         return None
     if content is not None:
         content.value = reader.read(_CONTENT).tobytes().hex()
@@ -198,10 +195,10 @@ class Keeper:
     content: asked for also where there is no cache to write.
     """
 
-    def __init__(self, path: Path | None, leaves: dict[str, Any], console: Console | None, content: Content | None = None):
+    def __init__(self, path: Path | None, leaves: dict[str, Any], content: Content | None = None):
         self._content = Content() if content is None and path is not None else content
         self._shapes = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
-        self._path, self._console, self._writer = path, console, None
+        self._path, self._writer = path, None
         if path is not None:
             shapes = self._shapes | {_CONTENT: ((32,), np.dtype(np.uint8)), _SUMS: ((len(leaves),), np.dtype(np.int64))}
             self._try(lambda: setattr(self, "_writer", Writer(path, shapes, {"format": str(FORMAT)})))
@@ -229,8 +226,7 @@ class Keeper:
             with suppress(UserError):  # what is left in its buffer does not fit either
                 if writer is not None:
                     writer.__exit__(UserError)
-            if self._console is not None:
-                self._console.print(f"warning: quantized weights are not kept for the next start: {error}")
+            note(f"warning: quantized weights are not kept for the next start: {error}")
 
     def __enter__(self) -> Keeper:
         return self

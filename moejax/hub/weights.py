@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moejax.contents import sizes_content
 from moejax.documents import read_json
@@ -23,7 +22,7 @@ from moejax.hub.streaming import by_variable, checked, fill, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
 from moejax.models.ops.quantized import is_quantized, storage
-from moejax.terminal import Console
+from moejax.progress import bar
 
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
 
@@ -53,15 +52,14 @@ def _instead(folder: Path) -> str:
 
 
 def load_weights(
-    model: Model, folder: Path, lora_key: jax.Array, *, cache: Path | None = None, console: Console | None = None,
-    content: Content | None = None,
-) -> Model:  # fmt: skip
+    model: Model, folder: Path, lora_key: jax.Array, *, cache: Path | None = None, content: Content | None = None
+) -> Model:
     """Fill an abstract model (`moejax.models.build.build` without a key) from a folder's safetensors or .bin; adapters from `lora_key`.
 
     One tensor at a time: read, cast or quantized (each expert's matrix by itself), put into its place on the device,
     so that the host never holds more than a few tensors. cache: the folder that keeps quantized weights for the next start
-    (`quantized_cache`). console: where progress is shown. content: takes the weights' hash.
-    Raises UserError naming file and tensor where one is missing, has another shape, holds NaN, or has no place in this architecture.
+    (`quantized_cache`). content: takes the weights' hash. Raises UserError naming file and tensor where
+    one is missing, has another shape, holds NaN, or has no place in this architecture.
     """
     abstract = {".".join((*path, attr)): getattr(attribute(model, path), attr).get_value() for path, attr in by_variable(model)}
     leaves = quantized_cache.leaves_of(abstract)
@@ -72,16 +70,14 @@ def load_weights(
         ready = any(isinstance(source, bitsandbytes.Quantized) for source in files.values())  # as small, and as fast to read
         if cache is not None and not ready and any(map(is_quantized, abstract.values())):
             path = cache / f"{quantized_cache.key(weight_files(folder), leaves, repr(model.config))}.safetensors"
-        kept = None if path is None else quantized_cache.read(path, abstract, content, console)
+        kept = None if path is None else quantized_cache.read(path, abstract, content)
         if kept is not None:
             for name, variable in base_variables(model):
                 variable.set_value(kept[name])
         else:
-            keep = stack.enter_context(Keeper(path, leaves, console, content))
-            bar = stack.enter_context(_progress(console))
-            places = tensors(model.config)
-            task = bar.add_task("loading", total=sum(files[n].nbytes // len(p) for n, p in places.items() if n in files for _ in p))
-            fill(model, files, folder, keep=keep, advance=lambda n: bar.advance(task, n))
+            keep = stack.enter_context(Keeper(path, leaves, content))
+            total = sum(files[n].nbytes // len(p) for n, p in tensors(model.config).items() if n in files for _ in p)
+            fill(model, files, folder, keep=keep, advance=stack.enter_context(bar("loading", total, "bytes")))
     return materialize_lora(model, lora_key)
 
 
@@ -170,8 +166,3 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
     groups = {path: group for group, paths in config.groups.items() for path in paths}
     wanted = ((n, getattr(attribute(model, p.path), p.attr).get_value(), groups.get(p.path)) for n, ps in places.items() for p in ps)
     bitsandbytes.check(files, wanted)
-
-
-def _progress(console: Console | None) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=console is None or not console.is_terminal)

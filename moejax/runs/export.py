@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moejax import files
 from moejax.config import Experiment
@@ -23,9 +22,9 @@ from moejax.hub.model import adapter_config, architecture, quantization_config
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
+from moejax.progress import bar, say
 from moejax.runs import beside
 from moejax.runs.open import check_base, check_made_of, open_run
-from moejax.terminal import Console
 
 PROMPT = (
     "A box holds 12 apples. Tom takes 5 of them and puts 3 pears into it. How many pieces of fruit are in the box now? Write down "
@@ -36,7 +35,7 @@ TOLERANCE = {"peft": 1e-5, "fused": 1e-5, "merged": 0.05}
 rounded to bf16."""
 
 
-def export(folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None, console: Console) -> None:
+def export(folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None) -> None:
     """Write DIR whole or not at all. Raises UserError for a mistake, a full disk, and a model that reloads differently."""
     experiment = open_run(folder)
     trained = experiment.adapter is not None
@@ -60,11 +59,11 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
             model = _abstract(experiment, sizes, folder)
             peft.save_adapter(model, aside, str(source), experiment.model.revision, fused=chosen == "fused")
         else:
-            _write_merged(experiment, sizes, folder, base, aside, total, console)
+            _write_merged(experiment, sizes, folder, base, aside, total)
         if verify:
             limit = TOLERANCE[chosen] if tolerance is None else tolerance
             try:
-                compared = _compare(experiment, sizes, folder, base, aside, chosen, limit, console)
+                compared = _compare(experiment, sizes, folder, base, aside, chosen, limit)
                 # not (a <= b): logits that are not numbers fail too.
                 if not compared.share <= limit:
                     raise verification.Different(f"{_verdict(compared, limit)} (--tolerance sets another limit)")
@@ -73,7 +72,7 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
                     f"what was written does not compute what was trained: {error}. {target} was not made. Please report this; "
                     "--no-verify writes it all the same"
                 ) from None
-            console.print(_verdict(compared, limit), soft_wrap=True)
+            say(_verdict(compared, limit))
         if target.exists():
             raise UserError(f"{target} has been written meanwhile, by another export: choose another --out (nothing was overwritten)")
         aside.replace(target)
@@ -84,7 +83,7 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
-    console.print(f"{what}: {target}{'' if verify else ' (not verified)'}", soft_wrap=True)
+    say(f"{what}: {target}{'' if verify else ' (not verified)'}")
 
 
 def model_bytes(sizes: Architecture) -> int:
@@ -100,16 +99,12 @@ def _abstract(experiment: Experiment, sizes: Architecture, folder: Path) -> Mode
     return model
 
 
-def _write_merged(
-    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, aside: Path, total: int, console: Console
-) -> None:
+def _write_merged(experiment: Experiment, sizes: Architecture, folder: Path, base: Path, aside: Path, total: int) -> None:
     free = shutil.disk_usage(aside).free
     if free < total:
         raise UserError(f"{aside.parent} has {told(free)} free, the model takes {told(total)}: choose another --out")
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("merging", total=total)
-        merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=lambda n: bar.advance(task, n))
+    with bar("merging", total, "bytes") as advance:
+        merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=advance)
     beside.carry(aside, base, _tokenizer(experiment, base), experiment.data.template)
 
 
@@ -120,7 +115,7 @@ def _tokenizer(experiment: Experiment, base: Path) -> Any:
 
 
 def _compare(
-    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, limit: float, console: Console
+    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, limit: float
 ) -> verification.Comparison:
     """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory. Raises UserError where the
     base's weights are others than the run's."""
@@ -133,10 +128,8 @@ def _compare(
     else:
         reloaded = Checkpoint(weights.read_config(written), written, (), {"param_dtype": jnp.bfloat16})
         models = [Checkpoint(sizes, base, own, arguments, content), reloaded]
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("verifying", total=sizes.blocks)
-        compared = verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: bar.advance(task))
+    with bar("verifying", sizes.blocks, "layers") as advance:
+        compared = verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: advance(1))
     if content is not None:
         check_base(folder, experiment, content.finish())
     return compared

@@ -62,7 +62,7 @@ def _begun_with(config: Path) -> Experiment:
     t = begun.training
     decayed_all = begun.adapter is None and t.weight_decay > 0
     if decayed_all and "weight_decay_on" not in (yaml.safe_load(config.read_text(encoding="utf-8")).get("training") or {}):
-        return begun.model_copy(update={"training": t.model_copy(update={"weight_decay_on": "all"})})
+        return begun.changed("training", weight_decay_on="all")
     return begun
 
 

@@ -4,7 +4,6 @@ branches and defaults."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from moejax.config import Experiment, load
 from moejax.hub import snapshot
@@ -19,11 +18,11 @@ def pinned(experiment: Experiment, model_folder: Path | None) -> Experiment:
     if model.source is not None and model_folder is not None:
         commit = snapshot.commit(model.source, model_folder)
         if commit is not None:
-            experiment = _with(experiment, "model", source=_name(model.source), revision=commit)
+            experiment = experiment.changed("model", source=_name(model.source), revision=commit)
     if adapter is not None and adapter.init_from is not None:
         commit = snapshot.commit(adapter.init_from, snapshot.resolve(adapter.init_from, field="adapter.init_from"))
         if commit is not None:
-            experiment = _with(experiment, "adapter", init_from=f"{_name(adapter.init_from)}@{commit}")
+            experiment = experiment.changed("adapter", init_from=f"{_name(adapter.init_from)}@{commit}")
     return experiment
 
 
@@ -38,24 +37,20 @@ def adopted(experiment: Experiment) -> Experiment:
     before = load(path)
     then, now = before.model, experiment.model
     if then.source and now.source and _name(then.source) == _name(now.source) and _pins(then.revision, _at(now.source) or now.revision):
-        experiment = _with(experiment, "model", source=then.source, revision=then.revision)
+        experiment = experiment.changed("model", source=then.source, revision=then.revision)
     theirs, ours = (None if e.adapter is None else e.adapter.init_from for e in (before, experiment))
     if theirs and ours and _name(theirs) == _name(ours) and _pins(_at(theirs), _at(ours)):
-        experiment = _with(experiment, "adapter", init_from=theirs)
+        experiment = experiment.changed("adapter", init_from=theirs)
     if before.adapter is not None and experiment.adapter is not None and experiment.adapter.targets is None:
-        experiment = _with(experiment, "adapter", targets=before.adapter.targets)
+        experiment = experiment.changed("adapter", targets=before.adapter.targets)
     if experiment.quantization.modules is None:
-        experiment = _with(experiment, "quantization", modules=before.quantization.modules)
+        experiment = experiment.changed("quantization", modules=before.quantization.modules)
     return experiment
 
 
 def _pins(then: str | None, now: str | None) -> bool:
     """Whether the run was pinned to a commit and the command names a branch, or nothing."""
     return snapshot.is_commit(then) and not snapshot.is_commit(now)
-
-
-def _with(experiment: Experiment, section: str, **changes: Any) -> Experiment:
-    return experiment.model_copy(update={section: getattr(experiment, section).model_copy(update=changes)})
 
 
 def _name(source: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from moejax.errors import UserError, first_line
+from moejax.progress import say
 from moejax.training.step import TrainState
 
 
@@ -42,17 +43,9 @@ class Checkpoints:
         _tell_once()
         policies: list[Any] = [LatestN(keep)]
         if best:
-            policies.append(
-                BestN(get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
-            )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True
-        )
-        self.manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=options,
-            item_names=("state", "position"),
-        )
+            policies.append(BestN(get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "position"))
 
     def save(self, step: int, state: TrainState, position: Position, eval_loss: float | None) -> None:
         """Start saving; returns when the state is copied, before it is on disk. Raises UserError where the last could not be written."""
@@ -75,8 +68,8 @@ class Checkpoints:
     def best_step(self) -> int | None:
         return self.manager.best_step()
 
-    def newest(self, state: TrainState, say: Callable[[str], None]) -> tuple[TrainState, Position]:
-        """The newest checkpoint that is whole, as `restore` gives it. Newer ones are moved to RUN/damaged, which `say` is told.
+    def newest(self, state: TrainState) -> tuple[TrainState, Position]:
+        """The newest checkpoint that is whole, as `restore` gives it. Newer ones are moved to RUN/damaged, and that is told.
 
         Raises UserError, with what is wrong with the newest, where none is whole.
         """
@@ -88,13 +81,13 @@ class Checkpoints:
             except UserError as error:
                 refused[step] = str(error)
                 continue
-            self._set_aside(refused, step, say)
+            self._set_aside(refused, step)
             return found
         reason = refused[steps[0]] if steps else f"{self.manager.directory} holds no checkpoint"
         older = f". None of the older ones ({', '.join(map(str, steps[1:]))}) is whole either" if len(steps) > 1 else ""
         raise UserError(f"{reason}{older}. Put a whole copy there, or start a new run under another name=…")
 
-    def _set_aside(self, refused: dict[int, str], taken: int, say: Callable[[str], None]) -> None:
+    def _set_aside(self, refused: dict[int, str], taken: int) -> None:
         folder = Path(self.manager.directory)
         for step, reason in refused.items():
             to = folder.parent / "damaged" / f"checkpoint-{step}"

@@ -6,8 +6,6 @@ import math
 import os
 from pathlib import Path
 
-from rich.table import Table
-
 from moejax.config import Experiment
 from moejax.data import pipeline
 from moejax.data.sources import is_file
@@ -16,18 +14,12 @@ from moejax.estimator.sizes import optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
 from moejax.hub.model import architecture, model_arguments
 from moejax.models.build import build
+from moejax.progress import Table, say
 from moejax.runs import folders
-from moejax.terminal import Console
-from moejax.training import held_out, low_precision
-from moejax.training.inputs import not_local, read_data
-from moejax.training.parameters import Group, groups_of
+from moejax.training import low_precision, scoring
+from moejax.training.flops import groups_of
 from moejax.training.run_steps import total_steps
-
-
-def parameter_groups(experiment: Experiment) -> dict[str, Group]:
-    """Group name -> counts of the model that this experiment builds, from an abstract model."""
-    model = build(architecture(experiment, _folder(experiment)), **model_arguments(experiment))
-    return groups_of(model)
+from moejax.training.start import read_data
 
 
 def _folder(experiment: Experiment) -> Path | None:
@@ -35,51 +27,46 @@ def _folder(experiment: Experiment) -> Path | None:
     return Path(source) if source and Path(source).is_dir() else None
 
 
-def report(experiment: Experiment) -> int:
-    """Print the tables. Returns exit code 0."""
-    asked = held_out.dry(experiment)
-    console = Console(width=110)
-    groups = parameter_groups(experiment)
-    table = Table(title=f"parameters of {experiment.name}", title_justify="left")
-    for column in ("group", "parameters", "stored as", "GB", "trained"):
-        table.add_column(column, justify="right" if column in ("parameters", "GB") else "left")
-    for name, group in groups.items():
-        state = "yes" if group.trainable else "frozen"
-        table.add_row(name, f"{group.parameters:,}", group.dtype, f"{gigabytes(group.bytes)}", state)
+def report(experiment: Experiment) -> None:
+    """Tell the tables."""
+    asked = scoring.dry(experiment)
     sizes = architecture(experiment, _folder(experiment))
+    groups = groups_of(build(sizes, **model_arguments(experiment)))
+    rows = [
+        (name, f"{group.parameters:,}", group.dtype, f"{gigabytes(group.bytes)}", "yes" if group.trainable else "frozen")
+        for name, group in groups.items()
+    ]
     base, active = sizes.parameters
     trained = [g for g in groups.values() if g.trainable]
     weights = sum(g.bytes for g in groups.values())
     optimizer = optimizer_bytes(experiment.training.optimizer, tuple(w for w in stored(experiment, sizes) if w.trained))
     gradients = sum(g.bytes for g in trained)
-    table.add_section()
-    table.add_row("base model", f"{base:,}", "", "", "")
-    table.add_row(f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", "")
-    table.add_row("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gigabytes(gradients)}", "")
-    table.add_row("weights in memory", "", "", f"{gigabytes(weights)}", "")
-    table.add_row(f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{gigabytes(optimizer)}", "")
-    table.add_row("gradients", "", trained[0].dtype, f"{gigabytes(gradients)}", "")
-    table.add_section()
-    total = weights + optimizer + gradients
-    table.add_row("before activations", "", "", f"{gigabytes(total)}", "")
-    console.print(table)
-    for line in memory.cards(experiment, sizes):
-        console.print(line, soft_wrap=True)
-    low_precision.warn(experiment, console)
-    elsewhere = not_local(experiment, _folder(experiment))
-    steps: int | None = None
+    sums = [
+        ("base model", f"{base:,}", "", "", ""),
+        (f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", ""),
+        ("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gigabytes(gradients)}", ""),
+        ("weights in memory", "", "", f"{gigabytes(weights)}", ""),
+        (f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{gigabytes(optimizer)}", ""),
+        ("gradients", "", trained[0].dtype, f"{gigabytes(gradients)}", ""),
+    ]
+    total = ("before activations", "", "", f"{gigabytes(weights + optimizer + gradients)}", "")
+    columns = ("group", "parameters", "stored as", "GB", "trained")
+    say(Table([*rows, None, *sums, None, total], columns, (1, 3), f"parameters of {experiment.name}"))
+    say(*memory.cards(experiment, sizes), *low_precision.warnings(experiment))
+    away = not_here(experiment)
     told: list[str] = []
-    if elsewhere is None:
+    steps: int | None = None
+    needed = ("data.source", "data.eval_source", "tokenizer" if experiment.tokenizer else "model.source")
+    unread = None if experiment.data.source is None else next((f"{key} = {away[key]}" for key in needed if key in away), None)
+    if unread is None:
         # Problems of an eval: section that are not here are told of below.
         there = experiment.eval is not None and Path(experiment.eval.data).is_file()
         known = experiment if there else experiment.model_copy(update={"eval": None})
-        steps = total_steps(experiment, read_data(known, sizes, _folder(experiment), console)[2])
+        steps = total_steps(experiment, read_data(known, sizes, _folder(experiment))[2])
     else:
-        experiment, told = _untokenized(experiment, elsewhere)
-    console.print(_schedule(experiment, steps))
-    for line in [*told, *asked, *missing(experiment), *_place(experiment)]:
-        console.print(line, soft_wrap=True)
-    return 0
+        experiment, told = _untokenized(experiment, unread)
+    say(_schedule(experiment, steps))
+    say(*told, *asked, *missing(experiment), *_place(experiment))
 
 
 def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, list[str]]:
@@ -109,22 +96,27 @@ def _place(experiment: Experiment) -> list[str]:
     return [f"runs_dir = {experiment.runs_dir}: {above} cannot be written to; a run would stop here"]
 
 
+def not_here(experiment: Experiment) -> dict[str, str]:
+    """Key -> value, of what the config names and no file or folder here is."""
+    adapter = experiment.adapter
+    named = {
+        "data.source": experiment.data.source, "data.eval_source": experiment.data.eval_source, "tokenizer": experiment.tokenizer,
+        "model.source": experiment.model.source, "adapter.init_from": adapter.init_from if adapter else None,
+    }  # fmt: skip
+    return {key: name for key, name in named.items() if name is not None and not Path(name).exists()}
+
+
 def missing(experiment: Experiment) -> list[str]:
-    """A line for each local file or folder that the config names and that is not there: a real run would stop at it."""
-    data = {"data.source": experiment.data.source, "data.eval_source": experiment.data.eval_source}
-    named = {key: name if name and is_file(name) else None for key, name in data.items()} | {
-        "model.source": experiment.model.source,
-        "adapter.init_from": experiment.adapter.init_from if experiment.adapter else None,
-    }
-    lines = []
-    for key, name in named.items():
-        # What looks like owner/name may be a Hub id, and a URL is fetched: neither can be checked without a network.
-        if name is None or name.startswith(("https://", "http://")):
-            continue
-        hub_id = key not in data and name.count("/") == 1 and not name.startswith((".", "/"))
-        if not hub_id and not Path(name).exists():
-            lines.append(f"not there: {key} = {name} (looked for from {Path.cwd()}); a run would stop here")
-    return lines
+    """A line for each of them that a real run would stop at."""
+    lost = [f"{key} = {name}" for key, name in not_here(experiment).items() if not may_be_elsewhere(key, name)]
+    return [f"not there: {one} (looked for from {Path.cwd()}); a run would stop here" for one in lost]
+
+
+def may_be_elsewhere(key: str, name: str) -> bool:
+    """A URL is fetched, and what looks like owner/name may be a Hub id: neither can be checked without a network."""
+    if name.startswith(("https://", "http://")):
+        return True
+    return not is_file(name) if key.startswith("data.") else name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def _schedule(experiment: Experiment, steps: int | None) -> str:
@@ -139,9 +131,7 @@ def _schedule(experiment: Experiment, steps: int | None) -> str:
     if d.records is None:
         return f"{shape}\nschedule: {epochs}; steps unknown before the data is read (data.records is not declared); {rate}"
     if d.batching == "pack":
-        return (
-            f"{shape}\nschedule: {epochs} of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
-        )
+        return f"{shape}\nschedule: {epochs} of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
     train = d.records - d.holdout
     each = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
     return (

@@ -1,4 +1,6 @@
-"""How a run's experts are multiplied: the backend and its tile for the run's batch, told at the start, refused where it cannot work."""
+"""How a run's experts are multiplied: the backend and its tile for the run's batch, told at the start, refused where it cannot work. And
+what a compiled step costs with a given routing: FLOPs and bytes, counted from its instructions; no clock, no trace, no device.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +8,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator.sizes import ITEM
+from moejax.gpus import GPU
 from moejax.models.config import Architecture
 from moejax.models.ops.choice import here, measured, memory_here
 from moejax.models.ops.grouped.matmul import Plan, choose
 from moejax.models.ops.grouped.ragged import ragged_dot
-from moejax.profiling.program import Program, module_of
+from moejax.profiling.program import Cost, Program, Trips, module_of
+from moejax.profiling.scopes import Place
 
 DENSE_FROM = 2.0
 """Of a grouped product's useful FLOPs: from here on the compiler has made a dense one of it."""
 
 
-def plan(experiment: Experiment, config: Architecture, tokens: int) -> Plan | None:
-    """What `moejax.models.moe` will choose here for so many tokens; None where all experts see all tokens."""
+def plan(experiment: Experiment, config: Architecture, tokens: int, card: GPU | None = None) -> Plan | None:
+    """What `moejax.models.moe` will choose for so many tokens, on this card or here; None where all experts see all tokens."""
     if config.experts_per_token == config.num_experts:
         return None
+    device, memory_bytes = (here(), memory_here()) if card is None else (card.cuda_name, card.memory_bytes)
     return choose(
-        experiment.model.moe_backend, here(), tokens, config.num_experts, config.experts_per_token,
+        experiment.model.moe_backend, device, tokens, config.num_experts, config.experts_per_token,
         hidden=config.hidden_size, intermediate=config.intermediate_size, quantized=experiment.quantization.of_experts,
-        item=ITEM[experiment.training.compute_dtype], memory_bytes=memory_here(),
+        item=ITEM[experiment.training.compute_dtype], memory_bytes=memory_bytes,
     )  # fmt: skip
-
-
-def backend(experiment: Experiment, config: Architecture, tokens: int) -> str:
-    """The backend's name, "dense" where there is nothing to group."""
-    chosen = plan(experiment, config, tokens)
-    return "dense" if chosen is None else chosen.backend
 
 
 def announce(experiment: Experiment, config: Architecture) -> str:
@@ -77,3 +77,44 @@ def refuse_dense(cost: float, device: str) -> None:
             f"model.moe_backend = 'ragged': on {device} the compiler makes a dense product of it, {cost:.1f} times the useful FLOPs "
             "(8 experts); expected a grouped one. Use auto, loop or capacity, which run on every device"
         )
+
+
+def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:
+    """Tokens of each expert if every one has its share: [E]."""
+    return np.full(config.num_experts, tokens * config.experts_per_token // config.num_experts)
+
+
+def routed(plan: Plan, loads: np.ndarray) -> Trips:
+    """How often what depends on the routing runs, for `loads` [..., E] (tokens of an expert): the mean over all routings in it.
+
+    The loops over tiles: an expert's two, or of the backend `capacity` a layer's one. For anything else the answer raises ValueError.
+    """
+    loads = loads.reshape(-1, loads.shape[-1])
+    whole = (loads + plan.tile // 2) // plan.tile
+    small = -(-np.maximum(loads - whole * plan.tile, 0) // plan.small_tile)
+    if plan.backend == "capacity":
+        whole = np.sum(-(-np.maximum(loads - plan.capacity, 0) // plan.tile), axis=1)
+
+    def trips(path: str, branch: int | None) -> float:
+        if branch is None and "tiles" in path:
+            return float(np.mean(small if "small_tiles" in path else whole))
+        what = "loop" if branch is None else "conditional"
+        raise ValueError(f"{path or f'a {what} without a path'}: how often this {what} runs is not known")
+
+    return trips
+
+
+def costs(compiled: Any, plan: Plan | None, loads: np.ndarray) -> dict[Place, Cost]:
+    """FLOPs and bytes of one run of a train step, by phase and stage. plan: of its grouped products, None for a dense step; loads: see
+    `routed`."""
+    return Program(module_of(compiled)).costs({}, None if plan is None else routed(plan, loads))
+
+
+def launches(compiled: Any, plan: Plan | None, loads: np.ndarray) -> float:
+    """Kernels, library calls and copies of one run of a train step; `costs` says of what."""
+    return Program(module_of(compiled)).launches(None if plan is None else routed(plan, loads))
+
+
+def total(found: dict[Place, Cost]) -> Cost:
+    """The sum over all places."""
+    return sum(found.values(), Cost())

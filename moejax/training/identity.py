@@ -13,12 +13,12 @@ from moejax.contents import MadeOf, base_content, files_content, records_content
 from moejax.data.pipeline import Dataset
 from moejax.hub import snapshot, weights
 from moejax.runs import folders
-from moejax.training.held_out import HeldOut
 from moejax.training.run_steps import total_steps
+from moejax.training.scoring import HeldOut
 
 
 class Identity:
-    """What this process reads, beside what the run was made of. Each `of_…` returns lines to be told.
+    """What this process reads, beside what the run was made of. What compares returns lines to be told.
 
     before: of the run that is resumed, or of the run whose config.yaml a new run repeats; None where nobody says. A resumed run is
     refused (UserError) where contents differ that it was not asked to change; a new run is told.
@@ -51,15 +51,7 @@ class Identity:
                 told.append(f"note: {folders.folder_of(e)} was begun by a version that kept no hashes: its contents cannot be compared")
         if model_folder is not None:
             now |= {"base_config": base_content(model_folder), "base_files": weights.files_of(model_folder)}
-        return told + self._compare(now)
-
-    def of_files(self, model_folder: Path) -> list[str]:
-        """The weights' files, once they are all here."""
-        return self._compare({"base_files": weights.files_of(model_folder)})
-
-    def of_weights(self, content: str | None) -> list[str]:
-        """The weights themselves, as they were loaded."""
-        return self._compare({"base": content})
+        return told + self.compare(**now)
 
     def written(self, experiment: Experiment) -> Experiment:
         """The experiment, all of it settled, with what it is made of: as the run's config.yaml now has it."""
@@ -70,7 +62,8 @@ class Identity:
             folders.write_config(experiment)
         return experiment
 
-    def _compare(self, found: dict[str, Any]) -> list[str]:
+    def compare(self, **found: Any) -> list[str]:
+        """Contents by their names in `MadeOf`."""
         self.now = self.now.model_copy(update=found)
         if self.before is None:
             return []

@@ -23,15 +23,15 @@ from moejax.models.config import Architecture
 
 
 def _sources() -> str:
-    """Hash of everything that the step is made of: what `aot.py` imports, and the tables that choose what is compiled."""
+    """Hash of everything that the step is made of: what `program.py` imports, and the tables that choose what is compiled."""
     return memory.digest([*_imported(installation.PACKAGE), *(installation.PACKAGE / "models").rglob("*.json")])
 
 
 @cache
 def _imported(package: Path) -> frozenset[Path]:
-    """The modules that a compiled step comes from: `training/aot.py`, what it imports, what that imports …"""
+    """The modules that a compiled step comes from: `training/program.py`, what it imports, what that imports …"""
     found: set[Path] = set()
-    waiting = {"moejax.training.aot"}
+    waiting = {"moejax.training.program"}
     while waiting:
         place = package.joinpath(*waiting.pop().split(".")[1:])
         path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
@@ -74,8 +74,7 @@ class Oracle:
         """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
         experiment = self.experiment
         if float32:
-            training = experiment.training.model_copy(update={"compute_dtype": "float32", "param_dtype": "float32"})
-            experiment = experiment.model_copy(update={"training": training})
+            experiment = experiment.changed("training", compute_dtype="float32", param_dtype="float32")
         return closed_form.on(gpu or self.gpu, experiment, self.config, rows, self.row_tokens)
 
     def peak_bytes(self, rows: int) -> int:
@@ -86,18 +85,20 @@ class Oracle:
         return self.known[rows].peak_bytes
 
     def _compiled(self, rows: int) -> Peak:
-        from moejax.training import aot
+        import jax
+
+        from moejax.training.program import TrainProgram
 
         gpu = None if self.gpu.usable_bytes is not None else self.gpu
-        target = aot.machine() if gpu is None else target_text(gpu)
+        target = str(jax.local_devices()[0].device_kind) if gpu is None else target_text(gpu)
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
         }  # fmt: skip
 
         def compile_it() -> Peak:
-            c = aot.compile_step(self.experiment, self.config, rows=rows, row_tokens=self.row_tokens, gpu=gpu)
-            return memory.Peak(c.peak_bytes, c.argument_bytes, c.temporary_bytes, c.compile_seconds)
+            c = TrainProgram(self.experiment, self.config, gpu=gpu).compile(rows, self.row_tokens)
+            return memory.Peak(c.peak_bytes, c.argument_bytes, c.temporary_bytes, c.seconds)
 
         peak, there = memory.cached(key, compile_it)
         self.hits, self.misses = self.hits + there, self.misses + (not there)

@@ -9,32 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from moejax import gpus
+from moejax import device, gpus
 from moejax.config import Experiment
-from moejax.device import cpu_name
 from moejax.errors import UserError
 from moejax.estimator import coefficients, comparison, fitting, prices, units
 from moejax.models.config import Architecture
-from moejax.terminal import Console
+from moejax.progress import say
 
 COEFFICIENTS = "coefficients.json"
 
 
 def announce(
-    experiment: Experiment,
-    config: Architecture,
-    folder: Path,
-    console: Console,
-    *,
-    peak_bytes: int,
-    tokens: int,
-    step: int,
-    last: int,
-    first: bool,
+    experiment: Experiment, config: Architecture, folder: Path, *, peak_bytes: int, tokens: int, step: int, last: int, first: bool
 ) -> None:
-    """Keep the prediction in the run's prediction.json when a program was compiled, and print it for this process's `first`; a batch of
+    """Keep the prediction in the run's prediction.json when a program was compiled, and tell it for this process's `first`; a batch of
     another shape that is compiled later only raises the peak. tokens: of this step, padding included; last: step of the run."""
     path = folder / comparison.PREDICTION
     disturbed = _disturbed(experiment, folder, step)
@@ -44,16 +32,13 @@ def announce(
         comparison.write_json(path, document | {"disturbed_steps": disturbed})
         return
     steps = last - step + 1
-    device = jax.local_devices()[0]
-    name = device.device_kind if device.platform != "cpu" else cpu_name()
     model = fitting.model_name(experiment.model.source or str(experiment.model.preset))
-    method = "full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora"
     share = config.experts_per_token / config.num_experts
-    gpu = gpus.gpu_name(name)
-    time, why = _time(Path(experiment.runs_dir) / COEFFICIENTS, model, method, gpu, share)
+    gpu = gpus.gpu_name(device.name())
+    time, why = _time(Path(experiment.runs_dir) / COEFFICIENTS, model, experiment.method, gpu, share)
     price = prices.cheapest(prices.load("2026", gpus.GPUS), gpu) if gpu in gpus.GPUS else None
     document = {
-        "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": method, "share": share, "time": time,
+        "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": experiment.method, "share": share, "time": time,
         "why_no_time": why, "usd_per_hour": None if price is None else price.usd_per_hour,
         "price": None if price is None else price.told, "disturbed_steps": disturbed,
     }  # fmt: skip
@@ -71,7 +56,7 @@ def announce(
         told += "" if law.doubt is None else f"; do not trust it: its coefficients are in doubt ({law.doubt})"
         if price is not None:
             told += f", {seconds * steps / 3600 * price.usd_per_hour:.2f} USD at {price.told}"
-    console.print(told, soft_wrap=True)
+    say(told)
 
 
 def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
@@ -85,14 +70,12 @@ def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
     return sorted({*known, *traced, step, step - 1} - {0})
 
 
-def conclude(folder: Path, console: Console) -> None:
-    """Print predicted against measured, as far as it was predicted, and keep comparison.json. A run is never lost to it."""
+def conclude(folder: Path) -> list[str]:
+    """Predicted against measured, as far as it was predicted, in lines; comparison.json keeps it. A run is never lost to it."""
     try:
-        told = comparison.lines(comparison.compare(folder), compared=True)
+        return comparison.lines(comparison.compare(folder), compared=True)
     except (UserError, OSError) as error:
-        told = [f"no comparison: {error}"]
-    for line in told:
-        console.print(line, soft_wrap=True)
+        return [f"no comparison: {error}"]
 
 
 def _time(file: Path, model: str, method: str, gpu: str, share: float) -> tuple[dict[str, Any] | None, str | None]:

@@ -13,7 +13,7 @@ from moejax import device
 from moejax.config import Experiment, load
 from moejax.models.config import Architecture
 from moejax.models.layers import REMAT_POLICIES
-from moejax.terminal import Console
+from moejax.progress import say
 from moejax.training import oracle
 
 RESERVE = 0.03
@@ -22,19 +22,15 @@ HOPELESS = 1.2
 """What the closed form puts at more than this share of the memory is not compiled."""
 
 
-def with_policy(experiment: Experiment, policy: str) -> Experiment:
-    return experiment.model_copy(update={"training": experiment.training.model_copy(update={"remat": policy})})
-
-
 def of_run(experiment: Experiment) -> Experiment:
     """`auto` of a run that is resumed: what the run chose when it began, so that it goes on with the same program."""
     config = Path(experiment.runs_dir) / experiment.name / "config.yaml"
     if experiment.training.remat != "auto" or not config.is_file():
         return experiment
-    return with_policy(experiment, load(config).training.remat)
+    return experiment.changed("training", remat=load(config).training.remat)
 
 
-def resolve(experiment: Experiment, config: Architecture, steps: int, console: Console) -> Experiment:
+def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experiment:
     """The experiment with a policy in the place of `auto`; says which and why. The step that counts is that of the longest rows.
 
     steps: of the whole run. They stand in the program (the schedule): with them it is the one that the run will compile, and find.
@@ -45,12 +41,11 @@ def resolve(experiment: Experiment, config: Architecture, steps: int, console: C
     if limit is None:
         chosen, why = "full", "how much memory there is is not known here"
     else:
-        of_all_steps = experiment.training.model_copy(update={"steps": steps})
-        chosen, told = choose(experiment.model_copy(update={"training": of_all_steps}), config, limit)
+        chosen, told = choose(experiment.changed("training", steps=steps), config, limit)
         host = " of the host's available memory" if jax.local_devices()[0].platform == "cpu" else ""
         why = f"{', '.join(told)} of {limit / 1e9:.1f} GB{host}"
-    console.print(f"training.remat: {chosen} ({why})", soft_wrap=True)
-    return with_policy(experiment, chosen)
+    say(f"training.remat: {chosen} ({why})")
+    return experiment.changed("training", remat=chosen)
 
 
 def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[str, list[str]]:
@@ -60,7 +55,7 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
     rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
     here = device.this_machine(experiment.device.memory_fraction)
     for policy in REMAT_POLICIES[:-1]:
-        asked = oracle.Oracle(with_policy(experiment, policy), config, here, row_tokens, None)
+        asked = oracle.Oracle(experiment.changed("training", remat=policy), config, here, row_tokens, None)
         estimated = asked.breakdown(rows).total if policy == "none" else 0
         if estimated > HOPELESS * limit:
             told.append(f"{policy}: about {estimated / 1e9:.1f} by arithmetic")

@@ -33,6 +33,12 @@ def total_steps(experiment: Experiment, dataset: Dataset) -> int:
     return t.steps or sum(steps_in(experiment, dataset, epoch) for epoch in range(t.epochs or 1))
 
 
+def longest_row(experiment: Experiment, dataset: Dataset) -> int:
+    """Tokens of the longest row that the run will train on."""
+    steps = min(total_steps(experiment, dataset), steps_in(experiment, dataset, 0))  # the longest row comes in every epoch
+    return max(dataset.train.row_tokens(0)[: steps * experiment.training.gradient_accumulation])
+
+
 def works(experiment: Experiment, dataset: Dataset, position: Position, step: int) -> Iterator[Work]:
     """Optimizer steps from `position`, where `step` of them are done, to the last."""
     epoch, skip, last = position.epoch, position.step_in_epoch, total_steps(experiment, dataset)

@@ -16,7 +16,7 @@ from moejax.data.batch import Batch
 from moejax.models.decoder import load_balancing_loss
 from moejax.models.moe import RouterStats
 from moejax.models.ops.cross_entropy import linear_cross_entropy
-from moejax.training import rounding
+from moejax.training.low_precision import stored_like, widened
 
 Tree = Any
 
@@ -57,14 +57,9 @@ def sums(
     hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key)
     with jax.named_scope("loss"):
         cross_entropy = linear_cross_entropy(
-            objective.chunk_tokens,
-            objective.label_smoothing,
-            objective.full,
-            hidden.reshape(-1, hidden.shape[-1]),
-            model.head_weight.get_value(),
-            batch.targets.reshape(-1),
-            batch.loss_mask.reshape(-1),
-        )
+            objective.chunk_tokens, objective.label_smoothing, objective.full, hidden.reshape(-1, hidden.shape[-1]),
+            model.head_weight.get_value(), batch.targets.reshape(-1), batch.loss_mask.reshape(-1),
+        )  # fmt: skip
         total = cross_entropy
         if objective.aux_loss_coef:
             balance = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
@@ -100,8 +95,8 @@ def make_train_step(
                 micro_key = None if key is None else jax.random.fold_in(key, index)
                 part = gradients(state.trainable, frozen, micro, micro_key)
                 if objective.stochastic:
-                    total = jax.tree.map(jnp.add, rounding.widened(carry), rounding.widened(part))
-                    return rounding.stored_like(total, carry, jax.random.fold_in(rounding_key, 1 + index)), None
+                    total = jax.tree.map(jnp.add, widened(carry), widened(part))
+                    return stored_like(total, carry, jax.random.fold_in(rounding_key, 1 + index)), None
                 return jax.tree.map(jnp.add, carry, part), None
 
             # Traced without the backward pass, which takes a start most of its tracing: a gradient has its weight's shape.
@@ -114,12 +109,12 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             supervised = jnp.sum(batch.loss_mask)
             if objective.stochastic:
-                grads = _mean(rounding.widened(grads), supervised)
-                wide, moments = rounding.widened((state.trainable, state.opt_state))
+                grads = _mean(widened(grads), supervised)
+                wide, moments = widened((state.trainable, state.opt_state))
                 updates, moments = optimizer.update(grads, moments, wide)
                 changed = (optax.apply_updates(wide, updates), moments)
                 stored = (state.trainable, state.opt_state)
-                trainable, opt_state = rounding.stored_like(changed, stored, jax.random.fold_in(rounding_key, 0))
+                trainable, opt_state = stored_like(changed, stored, jax.random.fold_in(rounding_key, 0))
             else:
                 grads = _mean(grads, supervised)
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

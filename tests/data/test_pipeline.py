@@ -224,7 +224,7 @@ class TestBatching:
         path.write_text(json.dumps([RECORD] * 9 + [RECORD | {"output": " "}]))
         data = load(section(source=str(path), holdout=3), tokenizer, 0, 512)
         assert (len(data.train.queries), len(data.evaluation.queries), data.held_out_dropped) == (7, 2, 1)
-        assert data.statistics()["records"] == 7 and data.table().row_count
+        assert data.statistics()["records"] == 7 and data.table().rows[-1] == ("held out queries", "2 (1 dropped)")
         with pytest.raises(UserError, match="leaves nothing of 10"):
             load(section(source=str(path), holdout=10), tokenizer, 0, 512)
 

@@ -16,7 +16,8 @@ from moejax.estimator import block_memory, closed_form, memory, roofline, sizes
 from moejax.estimator.targets import target_text
 from moejax.models.config import PRESETS, MixtralConfig
 from moejax.models.config.specs import Block, Mamba, Stack
-from moejax.training import aot, oracle
+from moejax.training import oracle
+from moejax.training.program import TrainProgram
 
 TARGETS = ["w1", "w2", "w3", "gate"]
 LORA = {"quantization": {"format": "nf4"}, "adapter": {"rank": 16, "targets": TARGETS}}
@@ -49,7 +50,7 @@ def test_the_closed_form_adds_up_to_the_compiler(name):
     """Arguments to the byte, the peak within 3 %, and a breakdown whose parts are the compiler's figure."""
     case = CASES[name]
     architecture = case.model.architecture(None)
-    compiled = aot.compile_step(case, architecture, rows=16, row_tokens=256, gpu=None)
+    compiled = TrainProgram(case, architecture).compile(16, 256)
     made = closed_form.breakdown(case, architecture, rows=16, row_tokens=256, platform="cpu")
     assert made.arguments == compiled.argument_bytes
     assert made.total == pytest.approx(compiled.peak_bytes, rel=0.03)
@@ -73,17 +74,9 @@ def test_arguments_to_the_byte(case):
     import jax
     import numpy as np
 
-    from moejax.hub.model import model_arguments
-    from moejax.models.build import build
-    from moejax.training.optimizer import make_optimizer, make_schedule
-    from moejax.training.state import initial_state, split
-
     architecture = case.model.architecture(None)
-    model = build(architecture, **model_arguments(case))
-    _, trainable, frozen = split(model, full=case.adapter is None)
-    optimizer = make_optimizer(case.training, make_schedule(case.training, 1000))
-    state = jax.eval_shape(lambda t: initial_state(t, optimizer), trainable)
-    given = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
+    program = TrainProgram(case, architecture)
+    given = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves((program.state, program.frozen)))
     made = closed_form.breakdown(case, architecture, rows=2, row_tokens=64, platform="sm9")
     assert made.arguments - made.batch == given - 4  # the number of the step is counted with the batch
     assert made.batch == 4 + 4 * (4 if "mamba" in case.model.preset else 5) * case.training.gradient_accumulation * 2 * 64
@@ -122,7 +115,7 @@ def test_several_stacks_are_summed():
     assert two.per_pair == one.per_pair and two.per_token - one.per_token == 6 * 3 * (mixer + experts + (4 + 3 * 8) * 192)
     works = [roofline.work(sizes, "full").weights for sizes in (PRESETS["mixtral-tiny"], HYBRID)]
     assert works[1] - works[0] == 3 * (mixer + 8 * 128 + 8 * 3 * 160 * 128)
-    compiled = aot.compile_step(CASES["full, dense"], HYBRID, rows=16, row_tokens=256, gpu=None)
+    compiled = TrainProgram(CASES["full, dense"], HYBRID).compile(16, 256)
     made = closed_form.breakdown(CASES["full, dense"], HYBRID, rows=16, row_tokens=256, platform="cpu")
     assert made.arguments == compiled.argument_bytes
     assert made.total == pytest.approx(compiled.peak_bytes, rel=0.03)
@@ -242,7 +235,7 @@ def test_whatever_the_step_imports_makes_the_key(monkeypatch, tmp_path):
     assert {oracle._sources()} == known
     (package / "study/reference/__init__.py").write_text("another = 1\n")
     assert {oracle._sources()} == known
-    parts = ("models/ops/choice.json", "models/layers.py", "hub/model.py", "data/batch.py", "training/memory.py")
+    parts = ("models/ops/choice.json", "models/layers.py", "hub/model.py", "data/batch.py", "training/program.py")
     for count, file in enumerate(parts, 2):
         (package / file).write_text((package / file).read_text() + "\n")
         known.add(oracle._sources())

@@ -15,7 +15,7 @@ from moejax.hub.weights import load_weights
 from moejax.models.build import build
 from moejax.models.cache import init_cache
 from moejax.models.config import PRESETS, BlackMambaConfig, LoRAConfig, Quantization, from_hub_config
-from moejax.training.state import split
+from moejax.training.program import split
 
 CASES = {"top1": (1, "gelu"), "top2": (2, "gelu"), "dense": (4, "gelu"), "top2_silu": (2, "silu")}
 

@@ -18,7 +18,7 @@ from moejax.models.moe import RouterStats
 from moejax.models.ops import attention, linear, quantized, selective_scan
 from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.models.ops.grouped import matmul as gm
-from moejax.training.state import split
+from moejax.training.program import split
 from moejax.training.step import Objective, sums
 
 ARRANGEMENTS = {

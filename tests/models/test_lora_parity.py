@@ -15,7 +15,7 @@ from moejax.hub.peft import load_adapter
 from moejax.hub.weights import load_weights
 from moejax.models.build import build
 from moejax.models.config import LORA_TARGETS, LoRAConfig
-from moejax.training.state import initial_state, split
+from moejax.training.program import initial_state, split
 from moejax.training.step import Objective, make_train_step, sums
 
 CASES = ("experts", "all")

@@ -14,8 +14,7 @@ from moejax.data.batching import assemble
 from moejax.data.tokenize import Query
 from moejax.models.build import build, random_weights
 from moejax.models.config import PRESETS, LoRAConfig, Quantization, from_hub_config
-from moejax.training.aot import compile_step
-from moejax.training.state import split
+from moejax.training.program import TrainProgram, split
 from moejax.training.step import Objective, sums
 
 SMALL = PRESETS["mixtral-tiny"].replace(
@@ -73,6 +72,8 @@ def test_abstract_model_has_the_shapes_of_the_real_one():
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), nnx.to_pure_dict(nnx.state(m))) for m in (abstract, real)]
     assert shapes[0] == shapes[1]
     filled = random_weights(abstract, jax.random.key(1))
+    lora = filled.layers.attention.q_proj.lora
+    assert not lora.b.get_value().any() and lora.a.get_value().all()
     assert jax.tree.map(lambda a: (a.shape, a.dtype), nnx.to_pure_dict(nnx.state(filled))) == shapes[1]
 
 
@@ -97,7 +98,7 @@ def test_scopes_are_in_the_compiled_step(tmp_path):
             "training": {"steps": 1, "compute_dtype": "float32"},
         }
     )
-    text = compile_step(experiment, SMALL, rows=2, row_tokens=32, gpu=None).program.as_text()
+    text = TrainProgram(experiment, SMALL).compile(2, 32).executable.as_text()
     names = set(re.findall(r'op_name="([^"]*)"', text))
     paths = [[re.sub(r"^(?:\w+\()*|\)*$", "", part) for part in name.split("/")] for name in names]
 

@@ -17,7 +17,7 @@ from moejax.models.ops import quantized
 from moejax.models.ops.linear import part
 from moejax.profiling.program import Program, elements
 from moejax.profiling.scopes import place
-from moejax.training import aot
+from moejax.training.program import device
 
 WRITERS = {"fusion", "copy", "gather", "concatenate", "convert", "transpose", "dynamic-slice", "broadcast", "call"}
 
@@ -61,7 +61,7 @@ class TestDequantization:
     @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed")
     @pytest.mark.parametrize("gpu", ["H100", "A100-80"])
     def test_for_gpus_that_are_not_there(self, gpu):
-        self.check(jax.sharding.SingleDeviceSharding(aot.device(gpu)), True)
+        self.check(jax.sharding.SingleDeviceSharding(device(gpu)), True)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.profiling import xplane
 from moejax.profiling.capture import compile_profiled
-from moejax.training.state import initial_state, split
+from moejax.training.program import initial_state, split
 from moejax.training.step import Objective, make_train_step
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}

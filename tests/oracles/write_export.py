@@ -11,13 +11,12 @@ from support import ROOT, finished_run
 from moejax.data.tokenizer import load_tokenizer
 from moejax.hub import layerwise, merge, weights
 from moejax.runs import export
-from moejax.terminal import Console
 
 
 def main():
     folder, base = Path(sys.argv[1]), ROOT / "assets" / (sys.argv[2] if len(sys.argv) > 2 else "tiny-mixtral")
     experiment = finished_run(folder / "run", model={"source": str(base)})
-    export.export(folder / "run", folder / "merged", "merged", True, None, Console())
+    export.export(folder / "run", folder / "merged", "merged", True, None)
     written = folder / "sharded"  # the same in five files with an index
     model = export._abstract(experiment, weights.read_config(base), folder / "run")
     merge.save_merged(model, base, written, shard_bytes=1_000_000)

@@ -167,8 +167,8 @@ def test_an_error_inside_the_window_closes_the_trace(session_experiment, cached,
     experiment = session_experiment("broken", **SMALL, profile=WINDOW)
     finish = Trainer._finish
 
-    def fail(self, pending, display):
-        finish(self, pending, display)
+    def fail(self, pending):
+        finish(self, pending)
         if pending.step == 3:
             raise UserError("stopped")
 

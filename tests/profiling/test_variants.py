@@ -37,10 +37,9 @@ def breakdowns():
         for name in ("scanned", "unrolled"):
             with unrolled(LAYERS) if name == "unrolled" else nullcontext():
                 sizes = {"hidden_size": 64, "intermediate_size": 96, "num_layers": LAYERS, "vocab_size": 128}
-                step, state, frozen, batch, _ = check.setup("mixtral", 2, remat, 2, 64, **sizes)
-                state, metrics = step(state, frozen, batch)
-                jax.block_until_ready(metrics)
-            found[remat, name], _ = check.traced(step, state, frozen, batch)
+                program, batch = check.setup("mixtral", 2, remat, 2, 64, **sizes)
+                jax.block_until_ready(program.step(batch))
+            found[remat, name] = check.traced(program, batch)
     return found
 
 

@@ -25,7 +25,6 @@ from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig
 from moejax.runs import export
-from moejax.terminal import Console
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +70,12 @@ def test_a_base_with_other_weights_is_refused(tmp_path):
     create_model(experiment, architecture(experiment, base), base, content)
     made_of = {"base": content.value, "platform": jax.default_backend()}
     (run / "config.yaml").write_text(dump(experiment.model_copy(update={"made_of": MadeOf(**made_of)})))
-    export.export(run, tmp_path / "right", "peft", True, None, Console())
+    export.export(run, tmp_path / "right", "peft", True, None)
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(UserError, match=r"run was made of another content\. Changed: base: sha256 .* Put back"):
-        export.export(run, tmp_path / "wrong", "peft", True, None, Console())
+        export.export(run, tmp_path / "wrong", "peft", True, None)
     assert not (tmp_path / "wrong").exists()
 
 
@@ -149,7 +148,7 @@ def test_a_merge_without_the_adapter_is_found_out(run_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(export, "_abstract", without_adapter)
     with pytest.raises(UserError, match="does not compute what was trained"):
-        export.export(run_folder, tmp_path / "m", "merged", True, None, Console())
+        export.export(run_folder, tmp_path / "m", "merged", True, None)
     assert nothing_left(tmp_path)
 
 
@@ -168,7 +167,7 @@ def full_disk():
 def test_a_full_disk_leaves_nothing(format_, run_folder, tmp_path, full_disk):
     name = r"/m\.\S+\.tmp/(adapter_)?model\.safetensors"
     with pytest.raises(UserError, match=name + r" cannot be written \(File too large\): nothing was left there; free space"):
-        export.export(run_folder, tmp_path / "m", format_, False, None, Console())
+        export.export(run_folder, tmp_path / "m", format_, False, None)
     assert nothing_left(tmp_path)
 
 
@@ -178,12 +177,12 @@ def test_two_exports_to_one_place(run_folder, tmp_path, monkeypatch):
 
     def and_another(*arguments):
         monkeypatch.setattr(export, "_compare", compare)
-        export.export(run_folder, tmp_path / "m", "peft", False, None, Console())
+        export.export(run_folder, tmp_path / "m", "peft", False, None)
         return compare(*arguments)
 
     monkeypatch.setattr(export, "_compare", and_another)
     with pytest.raises(UserError, match=r"m has been written meanwhile, by another export"):
-        export.export(run_folder, tmp_path / "m", "peft", True, None, Console())
+        export.export(run_folder, tmp_path / "m", "peft", True, None)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["adapter_config.json", "adapter_model.safetensors", "m"]
 
 
@@ -195,14 +194,14 @@ def test_a_full_disk_at_the_tokenizer(run_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
     with pytest.raises(UserError, match=r"m could not be written \(.*tokenizer.json: No space left on device"):
-        export.export(run_folder, tmp_path / "m", "merged", False, None, Console())
+        export.export(run_folder, tmp_path / "m", "merged", False, None)
     assert nothing_left(tmp_path)
 
 
 def test_little_room_is_told_before_anything_is_written(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(UserError, match=r"has 0 bytes free, the model takes "):
-        export.export(run_folder, tmp_path / "m", "merged", False, None, Console())
+        export.export(run_folder, tmp_path / "m", "merged", False, None)
     assert nothing_left(tmp_path)
 
 
@@ -210,8 +209,8 @@ def test_little_room_is_told_before_anything_is_written(run_folder, tmp_path, mo
 def test_files_have_the_rights_that_the_umask_gives(mask, mode, run_folder, tmp_path):
     before = os.umask(mask)
     try:
-        export.export(run_folder, tmp_path / "a", "peft", False, None, Console())
-        export.export(run_folder, tmp_path / "m", "merged", False, None, Console())
+        export.export(run_folder, tmp_path / "a", "peft", False, None)
+        export.export(run_folder, tmp_path / "m", "merged", False, None)
     finally:
         os.umask(before)
     files = [path for folder in ("a", "m") for path in (tmp_path / folder).iterdir()]

@@ -135,7 +135,7 @@ def test_no_evaluation_is_lost_or_repeated(straight, make_experiment, monkeypatc
         measured.append(at)
         return record
 
-    monkeypatch.setattr(Trainer, "_finish", lambda self, pending, display: (trained.append(pending.step), finish(self, pending, display)))
+    monkeypatch.setattr(Trainer, "_finish", lambda self, pending: (trained.append(pending.step), finish(self, pending)))
     monkeypatch.setattr(Scoring, "measure", and_note)
     for number, (step, recorded) in enumerate([(0, False), (0, True), (4, False), (4, True)]):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

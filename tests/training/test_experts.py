@@ -11,7 +11,7 @@ from moejax.gpus import GPUS
 from moejax.models.config import PRESETS
 from moejax.models.ops import choice
 from moejax.models.ops.grouped import matmul as gm
-from moejax.training import aot, experts
+from moejax.training import experts, program
 
 CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"
 
@@ -29,7 +29,7 @@ def test_the_choice_is_told_with_its_reason(monkeypatch):
     monkeypatch.setattr(choice, "table", lambda _: {"cpu": [entry | {"measured": "results/x.json"}]})
     told = experts.announce(*experiment())
     assert told == "experts: capacity, 392 rows an expert in one batch, the rest in tiles of 64 (auto, measured: results/x.json)"
-    assert experts.backend(*experiment(), 1280) == "capacity"
+    assert experts.plan(*experiment(), 1280).backend == "capacity"
     assert experts.announce(*experiment("model.moe_backend=loop")) == "experts: loop, tiles of 64 and 16 rows (model.moe_backend)"
     assert experts.announce(*experiment("model.experts_per_token=8")).startswith("experts: dense")
 
@@ -45,7 +45,7 @@ def test_ragged_is_refused_where_it_is_dense():
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed")
 def test_what_ragged_costs_on_a_gpu_is_read_without_one():
     """Dense on an H100 too: a run that forces it there is refused. Where a later jax groups it, this says so, and docs/performance.md."""
-    cost = experts.ragged_cost(aot.device("H100"))
+    cost = experts.ragged_cost(program.device("H100"))
     assert cost >= experts.DENSE_FROM
     with pytest.raises(UserError, match=r"on NVIDIA H100 the compiler makes a dense product of it, 8\.\d times"):
         experts.refuse_dense(cost, "NVIDIA H100")

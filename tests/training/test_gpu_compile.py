@@ -12,7 +12,7 @@ from moejax.data.batching import Batches
 from moejax.data.tokenize import Query
 from moejax.errors import UserError
 from moejax.estimator import sizes
-from moejax.training import aot
+from moejax.training.program import TrainProgram
 
 needs_aot = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed (BUILD.md)"
@@ -40,7 +40,7 @@ def padded(e, longest):
 )  # fmt: skip
 def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest, most_bytes):
     e = experiment(name)
-    compiled = aot.compile_step(e, sizes.architecture_of(e), rows=rows, row_tokens=padded(e, longest), gpu=gpu)
+    compiled = TrainProgram(e, sizes.architecture_of(e), gpu=gpu).compile(rows, padded(e, longest))
     assert compiled.argument_bytes < compiled.peak_bytes < most_bytes
 
 
@@ -48,7 +48,7 @@ def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest, mo
 def test_a_compile_that_fails_says_what_and_for_which_device_and_what_to_try():
     e = experiment("mixtral_8x7b_cs_sparse")
     with pytest.raises(UserError) as told:
-        aot.compile_step(e, sizes.architecture_of(e), rows=2, row_tokens=372, gpu="H100")
+        TrainProgram(e, sizes.architecture_of(e), gpu="H100").compile(2, 372)
     message = str(told.value)
     assert message.startswith(f"the step of {e.name} (2 rows x 372 tokens) does not compile for NVIDIA H100 80GB HBM3: INTERNAL: ")
     assert "\n" not in message and "Try rows of a multiple of 16 tokens" in message

@@ -14,15 +14,11 @@ from moejax.errors import UserError
 from moejax.hub.peft import load_adapter
 from moejax.training import loop
 from moejax.training.loop import Trainer
+from moejax.training.program import TrainProgram
 
 
-class NotCompiled:
-    """In the place of `Programs` where no step is done."""
-
-    seconds, peak_bytes = 0.0, 0
-
-    def __init__(self, *_):
-        self.get = lambda shape: None
+def not_compiled(self, rows, row_tokens, limit):
+    """In the place of `TrainProgram.compile_within` where no step is done."""
 
 
 def folder_of(experiment):
@@ -47,8 +43,8 @@ def stop_at(monkeypatch, step):
     """As if SIGTERM had come during that step."""
     finish = Trainer._finish
 
-    def and_stop(self, pending, display):
-        finish(self, pending, display)
+    def and_stop(self, pending):
+        finish(self, pending)
         if pending.step == step - 1:
             signal.raise_signal(signal.SIGTERM)
 
@@ -96,7 +92,7 @@ def test_a_blackmamba_trains_and_resumes_to_the_bit(optimizer, make_experiment, 
     assert model[0] == model[1]
     whole = {"source": str(folder_of(straight) / "model"), "preset": None, "overrides": {}}
     again = make_experiment("again", **settings | {"model": whole, "tokenizer": None})
-    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    monkeypatch.setattr(TrainProgram, "compile_within", not_compiled)
     monkeypatch.setattr(Trainer, "train", lambda self: 0)
     assert loop.run(again, resume=False) == 0  # the folder is a whole model: with its config and its tokenizer
 
@@ -141,7 +137,7 @@ def test_the_adapter_reads_back(finished, make_experiment, monkeypatch):
 
     def keep(self):
         export(self)
-        kept["model"] = self.model()
+        kept["model"] = self.program.model()
 
     monkeypatch.setattr(Trainer, "_export", keep)
     experiment = make_experiment("again", training={"steps": 2})
@@ -180,7 +176,7 @@ def test_padded_batchings_train_too(batching, make_experiment):
 def test_a_run_stopped_before_its_first_checkpoint_resumes_at_step_0(make_experiment, monkeypatch, capsys):
     experiment = make_experiment(training={"steps": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loop", lambda self, display: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "_loop", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             loop.run(experiment, resume=False)
     assert loop.run(experiment, resume=True) == 0
@@ -224,18 +220,13 @@ def test_full_training_writes_a_model_that_loads(make_experiment):
 
 def test_only_the_batch_is_sent(make_experiment, monkeypatch):
     """The loop guards host-to-device transfers: an array that is not on the device is refused inside the step."""
-    compile_step = Trainer._compile
+    step = TrainProgram.step
 
     def with_host_array(self, batch):
-        compiled = compile_step(self, batch)
+        jax.jit(lambda a: a)(np.ones(3))
+        return step(self, batch)
 
-        def call(state, frozen, batch):
-            jax.jit(lambda a: a)(np.ones(3))
-            return compiled(state, frozen, batch)
-
-        return call
-
-    monkeypatch.setattr(Trainer, "_compile", with_host_array)
+    monkeypatch.setattr(TrainProgram, "step", with_host_array)
     with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device"):
         loop.run(make_experiment(), resume=False)
 

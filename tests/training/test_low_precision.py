@@ -6,17 +6,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from rich.console import Console
 from support import TINY
 
 from moejax.config import TrainingConfig
 from moejax.data.batch import Batch
 from moejax.models.build import build
 from moejax.models.config import PRESETS
-from moejax.training import low_precision, rounding
+from moejax.training import low_precision
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.optimizer import is_decayed, make_optimizer
-from moejax.training.state import initial_state, split
+from moejax.training.program import initial_state, split
 from moejax.training.step import Objective, make_train_step
 
 ALL_BITS = jnp.arange(65536, dtype=jnp.uint16)
@@ -25,7 +24,7 @@ TINIEST, LARGEST = 2.0**-149, 3.3895313892515355e38  # of fp32's subnormal numbe
 
 def rounded(x):
     """x, fp32, with each of the 65,536 draws, as float64."""
-    return np.asarray(rounding.stochastic(jnp.full(65536, x, jnp.float32), ALL_BITS)).astype(np.float64)
+    return np.asarray(low_precision.stochastic(jnp.full(65536, x, jnp.float32), ALL_BITS)).astype(np.float64)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +49,8 @@ def test_what_is_no_number_stays_so_and_nothing_becomes_infinite():
 def test_each_leaf_has_bits_of_its_own():
     halfway = jnp.full(4096, 1 + 2**-8, jnp.float32)
     wide, like = [halfway, halfway, jnp.int32(7)], [halfway.astype(jnp.bfloat16), halfway.astype(jnp.bfloat16), jnp.int32(0)]
-    first, second, count = rounding.stored_like(wide, like, jax.random.key(0))
-    again, other = (rounding.stored_like(wide, like, jax.random.key(k))[0] for k in (0, 1))
+    first, second, count = low_precision.stored_like(wide, like, jax.random.key(0))
+    again, other = (low_precision.stored_like(wide, like, jax.random.key(k))[0] for k in (0, 1))
     up = [np.asarray(a.astype(jnp.float32)) > 1.0 for a in (first, second, other)]
     assert count == 7 and np.array_equal(first, again)
     for a in up:
@@ -128,18 +127,13 @@ def test_stochastic_rounding_resumes_to_the_bit(run, tmp_path):
         assert np.array_equal(a, b)
 
 
-def warned(experiment, capsys, model=None):
-    low_precision.warn(experiment, Console(), model)
-    return capsys.readouterr().out
-
-
-def test_a_rate_that_bf16_cannot_follow_is_told(make_experiment, capsys):
+def test_a_rate_that_bf16_cannot_follow_is_told(make_experiment):
     whole = {"adapter": None, "quantization": {"format": "none"}}
 
     def experiment(**training):
         return make_experiment(**whole, training={"learning_rate": 5e-5, "param_dtype": "bfloat16", **training})
 
-    told = warned(experiment(), capsys)
+    (told,) = low_precision.warnings(experiment())
     assert told.startswith("warning: training.learning_rate = 5e-05 is too small for weights in bf16")
     # 0.6745 standard deviations of 0.02 are 0.0135; from 2^-7 to 2^-6 bf16 goes in steps of 2^-14.
     assert "the median weight, 0.013 (a new model's: no weights are read here), changes only by more than 3.1e-05" in told
@@ -149,9 +143,9 @@ def test_a_rate_that_bf16_cannot_follow_is_told(make_experiment, capsys):
     drawn = jax.tree_util.tree_map_with_path(
         lambda path, a: jnp.full(a.shape, 0.5 if is_decayed(path) else 99.0, jnp.bfloat16), weights
     )
-    told = warned(experiment(learning_rate=1e-3), capsys, nnx.merge(graphdef, drawn, rest))
+    (told,) = low_precision.warnings(experiment(learning_rate=1e-3), nnx.merge(graphdef, drawn, rest))
     assert "median weight, 0.5, changes only by more than 0.002, half" in told  # norms are not what is looked at
     for quiet in (experiment(learning_rate=1e-3), experiment(param_dtype="float32"), experiment(param_dtype="bfloat16_stochastic")):
-        assert warned(quiet, capsys) == ""
+        assert low_precision.warnings(quiet) == []
     adapter = make_experiment(training={"learning_rate": 5e-5, "param_dtype": "bfloat16"})
-    assert warned(adapter, capsys) == ""  # adapters are in fp32
+    assert low_precision.warnings(adapter) == []  # adapters are in fp32

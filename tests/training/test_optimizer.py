@@ -12,7 +12,7 @@ from moejax.config import TrainingConfig
 from moejax.models.build import build
 from moejax.models.config import LORA_TARGETS, PRESETS, LoRAConfig
 from moejax.training.optimizer import is_decayed, make_optimizer
-from moejax.training.state import split
+from moejax.training.program import split
 
 RATE, DECAY, STEPS = 0.01, 2.0, 3
 MODELS = {

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import yaml
-from rich.console import Console
 from support import ROOT, loss_and_gradients
 
 from moejax.errors import UserError
 from moejax.estimator import closed_form
 from moejax.models.build import build
 from moejax.models.config import PRESETS
-from moejax.training import aot, loop, memory, oracle, remat
+from moejax.training import loop, oracle, remat
+from moejax.training.program import TrainProgram
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
 
@@ -57,16 +57,16 @@ def peaks(monkeypatch, tmp_path):
 def test_the_cheapest_that_fits(limit, closed, chosen, asked, said, peaks, make_experiment, capsys):
     seen = peaks({"none": 80e9, "dots": 50e9}, limit, closed)
     experiment = make_experiment(training={"remat": "auto"})
-    resolved = remat.resolve(experiment, SIZES, 20, Console(width=200))
+    resolved = remat.resolve(experiment, SIZES, 20)
     assert resolved.training.remat == chosen and seen == asked
     assert f"training.remat: {said}" in capsys.readouterr().out
-    assert resolved == remat.with_policy(experiment, chosen)
+    assert resolved == experiment.changed("training", remat=chosen)
 
 
 def test_a_named_policy_is_left_alone(peaks, make_experiment):
     seen = peaks({}, 1)
     experiment = make_experiment(training={"remat": "none"})
-    assert remat.resolve(experiment, SIZES, 20, Console()) is experiment and not seen
+    assert remat.resolve(experiment, SIZES, 20) is experiment and not seen
 
 
 def test_a_run_keeps_its_choice_and_resumes_with_it(make_experiment, monkeypatch, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_a_run_keeps_its_choice_and_resumes_with_it(make_experiment, monkeypatch
     monkeypatch.setattr(remat.device, "usable_bytes", lambda: 10)
     assert remat.of_run(experiment).training.remat == "none"
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "check", lambda *a: 1)
+        patch.setattr(TrainProgram, "compile_within", lambda self, rows, row_tokens, limit: self.compile(rows, row_tokens))
         assert loop.run(experiment, resume=True) == 0
 
 
@@ -97,26 +97,25 @@ def test_the_program_asked_about_is_the_one_that_runs(make_experiment, tmp_path,
     """Or the choice would be compiled twice, and its figure be another program's."""
     experiment = make_experiment(training={"remat": "none", "steps": 3, "gradient_accumulation": 2})
     texts = []
-    compile_ = loop.Trainer._compile
+    step = TrainProgram.step
 
     def keep(self, batch):
-        program = compile_(self, batch)
-        texts.append(program.as_text())
-        return program
+        texts.extend(c.executable.as_text() for c in self.compiled.values())
+        return step(self, batch)
 
-    monkeypatch.setattr(loop.Trainer, "_compile", keep)
+    monkeypatch.setattr(TrainProgram, "step", keep)
     assert loop.run(experiment, resume=False) == 0
     architecture = experiment.model.architecture(None)
-    asked = aot.compile_step(experiment, architecture, rows=experiment.data.batch_rows, row_tokens=64, gpu=None)
-    assert instructions(asked.program.as_text()) == instructions(texts[0])
+    asked = TrainProgram(experiment, architecture).compile(experiment.data.batch_rows, 64)
+    assert instructions(asked.executable.as_text()) == instructions(texts[0])
 
 
 def test_others_refuse_auto(make_experiment, tmp_path):
     experiment = make_experiment(training={"remat": "auto"}, model={"aux_loss_coef": 0.0})
     with pytest.raises(UserError, match=r"training\.remat = auto is resolved by a training run only: set none, dots or full"):
-        aot.compile_step(experiment, SIZES, rows=1, row_tokens=8, gpu=None)
+        TrainProgram(experiment, SIZES).compile(1, 8)
     for policy in ("auto", "dots"):
-        other = remat.with_policy(experiment, policy)
+        other = experiment.changed("training", remat=policy)
         with pytest.raises(UserError, match=f"remat = {policy}: the closed form knows none and full"):
             closed_form.breakdown(other, SIZES, rows=1, row_tokens=8, platform="cpu")
         with pytest.raises(UserError, match=f"remat = {policy}: PyTorch's side knows full and none"):

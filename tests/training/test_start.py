@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from support import ROOT, TINY, tiny_experiments
-from test_loop import NotCompiled
+from test_loop import not_compiled
 
 from moejax import config, device
 from moejax.contents import MadeOf
@@ -26,14 +27,14 @@ from moejax.models.config import PRESETS, LoRAConfig
 from moejax.runs import export, folders
 from moejax.runs import open as opened
 from moejax.runs.claim import claimed
-from moejax.terminal import Console
-from moejax.training import example, loop
+from moejax.training import loop, start
 from moejax.training.metrics import MetricWriter
+from moejax.training.program import TrainProgram
 
 
 def test_a_warm_up_longer_than_the_run(make_experiment, tmp_path, monkeypatch):
     """The config cannot know it where epochs are given: the run does, before a model is made."""
-    monkeypatch.setattr(loop, "create_model", None)
+    monkeypatch.setattr(start, "create_model", None)
     training = {"steps": None, "epochs": 2, "gradient_accumulation": 1, "warmup_steps": 20}
     with pytest.raises(UserError, match=r"training: warmup_steps = 20 leaves nothing of steps = 14 \(2 epochs of 7 steps\): lower"):
         loop.run(make_experiment(data={"batch_rows": 8}, training=training), resume=False)
@@ -56,7 +57,7 @@ def test_what_comes_never_is_told(make_experiment, tmp_path, capsys):
 
 def test_two_runs_of_one_name(make_experiment, tmp_path, monkeypatch):
     """The second is refused before it reads data, and whether it resumes or not; nothing of the first is touched."""
-    monkeypatch.setattr(loop, "read_data", None)
+    monkeypatch.setattr(start, "read_data", None)
     experiment = make_experiment()
     with claimed(tmp_path / "runs/run"):
         for resume in (False, True):
@@ -72,7 +73,7 @@ def test_a_start_that_cannot_write_is_one_message_and_leaves_nothing(what, make_
 
     place = {"config.yaml": (folders, "replace_text"), "metrics.jsonl": (MetricWriter, "__init__")}
     with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"{what} cannot be written \(No space .*\): make room"):
-        patch.setattr(loop, "Programs", NotCompiled)
+        patch.setattr(TrainProgram, "compile_within", not_compiled)
         patch.setattr(*place.get(what, (loop.prediction, "announce")), full)
         loop.run(make_experiment(), resume=False)
     assert not (tmp_path / "runs").exists()
@@ -190,7 +191,8 @@ def test_a_run_is_resumed_with_its_own_contents_alone(what, copied, monkeypatch)
     folder, experiment = copied
     change, message = CHANGES[what]
     change(folder)
-    monkeypatch.setattr(loop, "Programs", NotCompiled if "same sizes" in what else None)  # told before anything is compiled or loaded
+    # Told before anything is compiled or loaded.
+    monkeypatch.setattr(TrainProgram, "compile_within", not_compiled if "same sizes" in what else None)
     monkeypatch.setattr(loop, "Trainer", None)
     before = {p: p.read_bytes() for p in place_of(experiment).rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=f"cannot resume .*{message}.*checkpoint.resume_with_changed="):
@@ -234,7 +236,7 @@ def test_what_was_learned_is_not_put_on_another_base(copied):
     with pytest.raises(UserError, match=r"runs/run was made of another content\. Changed: base: sha256"):
         loaded.make()
     edited(folder / "base/config.json", lambda c: c | {"rope_theta": 1.0})
-    for refused in (lambda: opened.load(run), lambda: export.export(run, folder / "out", None, True, None, Console())):
+    for refused in (lambda: opened.load(run), lambda: export.export(run, folder / "out", None, True, None)):
         with pytest.raises(UserError, match="Changed: base: config"):
             refused()
     longer(folder / "tokenizer.json")
@@ -244,7 +246,7 @@ def test_what_was_learned_is_not_put_on_another_base(copied):
 
 def test_another_place_with_the_same_content(copied, capsys, monkeypatch):
     """It is told, and written: what comes later finds the run's parts where they are now."""
-    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    monkeypatch.setattr(TrainProgram, "compile_within", not_compiled)
     folder, experiment = copied
     (folder / "moved").mkdir()
     (folder / "base").rename(folder / "moved/base")
@@ -258,7 +260,7 @@ def test_another_place_with_the_same_content(copied, capsys, monkeypatch):
 
 
 def test_a_run_of_a_version_that_kept_no_hashes(copied, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    monkeypatch.setattr(TrainProgram, "compile_within", not_compiled)
     _, experiment = copied
     path = place_of(experiment) / "config.yaml"
     path.write_text(config.dump(config.load(path).model_copy(update={"made_of": None})))
@@ -281,7 +283,7 @@ def test_weights_come_last(make_experiment, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory: the step asks for"):
         patch.setattr(device, "usable_bytes", lambda: 1_000_000)
         loop.run(make_experiment(model=model, data={"batch_rows": 1}), resume=False)
-    monkeypatch.setattr(loop, "Programs", NotCompiled)
+    monkeypatch.setattr(TrainProgram, "compile_within", not_compiled)
     with pytest.raises(UserError, match=r"a{40} has none of model\.safetensors"):
         loop.run(make_experiment(model=model), resume=False)
     assert not (tmp_path / "runs").exists()
@@ -292,10 +294,33 @@ def test_one_example_is_shown_with_its_mask(make_experiment, tmp_path):
     prompt, answer = "[INST] a [/b] [red] [/INST]", "Tom\nhas 5."
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)]
     query = Query(np.array([*ids[0], *ids[1], tokenizer.eos_token_id], np.int32), len(ids[0]))
-    assert example.lines(query, tokenizer) == [
+    assert start.example(query, tokenizer) == [
         f"the first record, {len(query.ids)} tokens:",
         f'  only read  ({len(ids[0])}): "[INST] a [/b] [red] [/INST]"',
         f'  trained on ({len(ids[1]) + 1}): "Tom\\nhas 5.</s>"',
     ]
     long = Query(np.tile(query.ids, 100), 7)
-    assert max(map(len, example.lines(long, tokenizer))) < example.LONGEST + 50
+    assert max(map(len, start.example(long, tokenizer))) < start.LONGEST_SHOWN + 50
+
+
+def gpu(capability, platform="gpu"):
+    return SimpleNamespace(platform=platform, device_kind="Tesla V100-SXM2-16GB", compute_capability=capability)
+
+
+def test_a_gpu_without_bf16_is_refused_and_what_works_is_named(make_experiment):
+    full = {"adapter": None, "quantization": {"format": "none"}}
+    bf16 = make_experiment(training={"compute_dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"V100.* 7\.0, and training\.compute_dtype = bfloat16 needs 8\.0.*compute_dtype=float32"):
+        start.check_device(bf16, gpu("7.0"))
+    with pytest.raises(UserError, match=r"7\.5, and training\.param_dtype = bfloat16 needs"):
+        start.check_device(make_experiment(training={"param_dtype": "bfloat16"}, **full), gpu("7.5"))
+    for there in (gpu("8.0"), gpu("8.6"), gpu("9.0"), gpu("10.0"), gpu("12.0"), gpu("gfx942"), gpu("", "cpu")):
+        start.check_device(bf16, there)
+    start.check_device(make_experiment(), gpu("7.0"))  # fp32 runs there
+
+
+def test_a_run_asks_first(make_experiment, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop.jax, "local_devices", lambda: [gpu("7.0")])
+    with pytest.raises(UserError, match="compute capability"):
+        loop.run(make_experiment(training={"compute_dtype": "bfloat16"}), resume=False)
+    assert not (tmp_path / "runs").exists()

@@ -15,7 +15,7 @@ from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig
 from moejax.models.config.adapters import Pair
 from moejax.models.lora import LoRA
-from moejax.training.state import initial_state, split
+from moejax.training.program import initial_state, split
 from moejax.training.step import Objective, make_eval_step, make_train_step, sums
 
 SIZES = PRESETS["mixtral-tiny"].replace(**TINY, vocab_size=64, experts_per_token=4)  # dense: the smallest program

@@ -18,7 +18,8 @@ from moejax.models import layers
 from moejax.models.ops import linear
 from moejax.models.ops.grouped import dot
 from moejax.models.ops.grouped import matmul as gm
-from moejax.training import aot, experts, step, step_cost
+from moejax.training import experts, step
+from moejax.training.program import TrainProgram
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
@@ -38,7 +39,7 @@ def step_of(model, k, backend="loop", remat="full"):
     overrides = [f"model.experts_per_token={k}", f"model.moe_backend={backend}", f"training.remat={remat}"]
     experiment = config.load(ROOT / "configs" / f"bench_{model}_tiny.yaml", overrides)
     sizes = experiment.model.architecture(None)
-    return experiment, sizes, aot.compile_step(experiment, sizes, rows=ROWS, row_tokens=TOKENS, gpu=None)
+    return experiment, sizes, TrainProgram(experiment, sizes).compile(ROWS, TOKENS)
 
 
 once = cache(step_of)  # for tests that compile what is there, unpatched
@@ -58,7 +59,7 @@ def patched():
 
 def counted(experiment, sizes, compiled_step, loads=None):
     plan = experts.plan(experiment, sizes, ROWS * TOKENS)
-    return step_cost.costs(compiled_step.program, plan, step_cost.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads)
+    return experts.costs(compiled_step.executable, plan, experts.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads)
 
 
 def compiled(model, k, backend="loop", make=once):
@@ -68,7 +69,7 @@ def compiled(model, k, backend="loop", make=once):
 
 
 def flops_share(found, stages):
-    return step_cost.total(found).flops / sum(stage.flops for stage in stages)
+    return experts.total(found).flops / sum(stage.flops for stage in stages)
 
 
 def dequantized_bytes(found, sizes):
@@ -86,7 +87,7 @@ def dequantized_bytes(found, sizes):
 def test_the_step_takes_what_the_arithmetic_says(model, k, most_flops, most_bytes):
     found, stages, sizes = compiled(model, k)
     assert 0.98 <= flops_share(found, stages) <= most_flops
-    assert step_cost.total(found).bytes <= most_bytes
+    assert experts.total(found).bytes <= most_bytes
     if model == "mixtral":
         assert 4 + INDEX_OF_A_WEIGHT <= dequantized_bytes(found, sizes) <= MOST_OF_A_WEIGHT
 
@@ -109,7 +110,7 @@ def test_one_more_copy_of_the_experts_would_be_seen(patched, monkeypatch):
     monkeypatch.setattr(dot, "dequantized", copied)
     found, _, sizes = compiled("mixtral", 2, make=patched)
     assert dequantized_bytes(found, sizes) > 5.0 + MOST_OF_A_WEIGHT
-    assert step_cost.total(found).bytes > MIXTRAL_BYTES
+    assert experts.total(found).bytes > MIXTRAL_BYTES
 
 
 def recomputed(found):
@@ -157,11 +158,11 @@ def test_capacity_pads_by_no_more_than_its_capacity():
 
 def test_launches_follow_the_tiles():
     """More rows are more tiles of the loop, and nothing more in `capacity`'s batch while it holds them."""
-    even, launched = step_cost.uniform_loads(once("mixtral", 2)[1], ROWS * TOKENS), {}
+    even, launched = experts.uniform_loads(once("mixtral", 2)[1], ROWS * TOKENS), {}
     for backend in ("loop", "capacity"):
         experiment, sizes, compiled_step = once("mixtral", 2, backend)
         plan = experts.plan(experiment, sizes, ROWS * TOKENS)
-        launched[backend] = [step_cost.launches(compiled_step.program, plan, loads) for loads in (even // 2, even)]
+        launched[backend] = [experts.launches(compiled_step.executable, plan, loads) for loads in (even // 2, even)]
     assert launched["capacity"][0] == launched["capacity"][1] < launched["loop"][0] < launched["loop"][1]
 
 
@@ -170,13 +171,13 @@ def test_a_routing_takes_its_tiles():
     plan = gm.choose("capacity", "cpu", 512, 8, 2)
     assert (plan.capacity, plan.tile) == (176, 64)  # four standard deviations of the 128 rows that an expert has on average
     even, one = np.full(8, 128), np.array([512, 498, 14, 0, 0, 0, 0, 0])
-    assert step_cost.routed(plan, np.array([even, one]))("a/moe/tiles/while", None) == (6 + 6) / 2
-    assert step_cost.routed(plan, even)("a/moe/tiles/while", None) == 0.0
+    assert experts.routed(plan, np.array([even, one]))("a/moe/tiles/while", None) == (6 + 6) / 2
+    assert experts.routed(plan, even)("a/moe/tiles/while", None) == 0.0
 
 
 def test_what_nobody_knows_is_an_error():
     loads = np.array([128] * 8)
-    trips = step_cost.routed(gm.choose("loop", "cpu", 512, 8, 2), loads)
+    trips = experts.routed(gm.choose("loop", "cpu", 512, 8, 2), loads)
     with pytest.raises(ValueError, match="jit/while: how often this loop runs is not known"):
         trips("jit/while", None)
     with pytest.raises(ValueError, match="moe/cond: how often this conditional runs is not known"):

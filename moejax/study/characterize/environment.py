@@ -5,7 +5,6 @@ that the study's parent never holds the device.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -36,24 +35,17 @@ def describe(dtype: str) -> tuple[Environment, int | None]:
     import jax
 
     from moejax import device as machine
-    from moejax.device import cpu_name
 
     device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    limit = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
-    fraction = float(os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75"))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
     peak, source = machine.peak_flops(dtype)
     bandwidth, _ = machine.peak_bytes_per_second()
-    size = round(limit / fraction) if limit else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    on_cpu = device.platform == "cpu"
     content = {
-        "device": cpu_name() if on_cpu else device.device_kind, "platform": "cpu" if on_cpu else "gpu", "memory_bytes": size,
-        "versions": {"python": platform.python_version(), "moejax": __version__} | versions(), "cpu": cpu_name(),
+        "device": machine.name(), "platform": "cpu" if device.platform == "cpu" else "gpu", "memory_bytes": machine.size_bytes(),
+        "versions": {"python": platform.python_version(), "moejax": __version__} | versions(), "cpu": machine.cpu_name(),
         "git_commit": git_commit(),
     }  # fmt: skip
-    peaks = {
-        "peak_flops": peak, "peak_bytes_per_second": bandwidth, "peaks": "measured" if source == "measured" else "tabled"
-    }  # fmt: skip
+    peaks = {"peak_flops": peak, "peak_bytes_per_second": bandwidth, "peaks": "measured" if source == "measured" else "tabled"}
     return Environment(**content, **peaks, fingerprint=digest(content)), limit  # type: ignore[arg-type]
 
 

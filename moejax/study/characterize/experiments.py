@@ -74,13 +74,13 @@ def attempt(t: Trial, rows: int) -> Outcome:
     session = Session(s, t.limit)
     compiled = session.compile(rows, s.longest)
     session.load()
-    seconds = [session.step(compiled.program, random_rows(s, rows, s.longest)) for _ in range(2)]
+    seconds = [session.step(random_rows(s, rows, s.longest)) for _ in range(2)]
     return Outcome(facts={"peak_bytes": compiled.peak_bytes, "argument_bytes": compiled.argument_bytes, "step_seconds": seconds[-1]})
 
 
-def _fitting_session(t: Trial) -> Session:
+def _fitting_session(t: Trial, traced: bool = False) -> Session:
     """For `compile_fitting`: the device's own limit counts too."""
-    return Session(t.task.setting, t.limit or usable_bytes(), artificial=t.limit is not None)
+    return Session(t.task.setting, t.limit or usable_bytes(), artificial=t.limit is not None, traced=traced)
 
 
 def throughput(t: Trial, rows: int) -> Outcome:
@@ -95,9 +95,9 @@ def throughput(t: Trial, rows: int) -> Outcome:
     firsts = {b.tokens.shape: b for b in batches}
     compiled = {shape: session.compile(shape[1], shape[2]) for shape in firsts}
     session.load()
-    for shape, first in firsts.items():
-        session.step(compiled[shape].program, first)
-    seconds = [session.step(compiled[b.tokens.shape].program, b) for b in batches]
+    for first in firsts.values():
+        session.step(first)
+    seconds = [session.step(b) for b in batches]
     counts = [segment_lengths(b.segment_ids) for b in batches]
     queries, real = sum(map(len, counts)), sum(map(sum, counts))
     computed, total = sum(b.tokens.size for b in batches), sum(seconds)
@@ -143,12 +143,12 @@ def breakdown(t: Trial, rows: int) -> Outcome:
     the latter, which is the length study."""
     s, sizes, length = t.task.setting, t.study.sizes, t.task.row_tokens
     assert length is not None
-    session = _fitting_session(t)
-    rows, compiled = session.compile_fitting(rows, length, traced=True)
+    session = _fitting_session(t, traced=True)
+    rows, compiled = session.compile_fitting(rows, length)
     session.load()
     batches = [random_rows(s, rows, length, seed) for seed in range(WARM + sizes.timed + sizes.traced)]
-    seconds = [session.step(compiled.program, b) for b in batches[: WARM + sizes.timed]][WARM:]
-    b = session.trace(compiled.program, batches[WARM + sizes.timed :])
+    seconds = [session.step(b) for b in batches[: WARM + sizes.timed]][WARM:]
+    b = session.trace(batches[WARM + sizes.timed :])
     e = t.environment
     stages = roofline.stages(b, roofline.believed(b, roofline.Peaks(e.peak_flops, e.peak_bytes_per_second, e.peaks)))
     moe = [stage for stage in stages if stage.name.split("/")[0] == "moe"]
@@ -192,24 +192,24 @@ def expert_load(t: Trial, rows: int) -> Outcome:
     s, sizes = t.task.setting, t.study.sizes
     session = _fitting_session(t)
     assert t.task.row_tokens is not None
-    rows, compiled = session.compile_fitting(rows, t.task.row_tokens)
+    rows, _ = session.compile_fitting(rows, t.task.row_tokens)
     session.load()
     data = s.experiment.data.model_copy(
         update={"batching": "pack", "row_tokens": t.task.row_tokens, "batch_rows": rows, "max_length": s.longest}
     )
     queries = s.queries(max(sizes.load_queries, 16 * rows))
     watched = Batches(queries[: sizes.load_queries], data, s.experiment.seed, shuffle=False)
-    counts: dict[str, np.ndarray] = {"before": count(session.model(), watched)}
+    counts: dict[str, np.ndarray] = {"before": count(session.program.model(), watched)}
     trained = Batches(queries[sizes.load_queries :] or queries, data, s.experiment.seed)
     done, epoch = 0, 0
     while done < sizes.tune_steps:
         for batch in trained.iterate(epoch):
             if done == sizes.tune_steps:
                 break
-            session.step(compiled.program, stack([batch], 1))
+            session.step(stack([batch], 1))
             done += 1
         epoch += 1
-    counts["after"] = count(session.model(), watched)
+    counts["after"] = count(session.program.model(), watched)
     found = summarize(counts, watched, s.data, s.architecture.experts_per_token)["models"]
     out = Outcome(message=f"{done} steps of {rows} rows between; {len(watched.queries)} queries counted")
     for when, load in found.items():

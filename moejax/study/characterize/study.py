@@ -205,7 +205,7 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
     content: dict[str, Any] = dict(
         model=Path(source).name if source and Path(source).is_dir() else experiment.model.preset or str(source),
         family=base.model_type if base.model_type in REFERENCE else None,
-        method="full" if experiment.adapter is None else "qlora" if experiment.quantization.format != "none" else "lora",
+        method=experiment.method,
         routing=routing, data=label, random_weights=source is None or (not pretrained and not Path(source).is_dir()),
         random_data=random_data, experiment=experiment,
     )  # fmt: skip

@@ -1,0 +1,221 @@
+"""A train step and what it works on, held once: compiled for this machine or for a GPU that is not there, without weights or with them.
+
+From shapes alone nothing is in memory, and the compiler says what a run will take: in arguments and at its peak. For another GPU the extra
+`aot` brings the CUDA plugin and ptxas; it is compiled by its description (estimator/targets.py), nothing runs, no kernel is autotuned.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from moejax import installation
+from moejax.config import ROW_MULTIPLE, Experiment
+from moejax.data.batch import Batch
+from moejax.errors import UserError, first_line
+from moejax.estimator.targets import target_text
+from moejax.estimator.units import counted
+from moejax.gpus import GPU, GPUS
+from moejax.hub.model import model_arguments
+from moejax.models.build import Model, build, random_weights
+from moejax.models.config import Architecture
+from moejax.profiling.capture import compile_profiled
+from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.step import Objective, TrainState, make_eval_step, make_train_step
+
+_TOOLS = f"the compiler's own tools, with jax's plugin in jaxlib's version: {installation.for_extra('cuda12')}"
+_WHAT_TO_TRY = (
+    ("output tile sizes", f"rows of a multiple of {ROW_MULTIPLE} tokens, a single row (data.batch_rows=1), or another version of jax"),
+    ("RESOURCE_EXHAUSTED", "fewer rows (data.batch_rows), shorter ones, or training.remat=full"),
+    ("ptxas", _TOOLS),
+    ("libdevice", _TOOLS),
+)
+_ELSE = "another number of rows (data.batch_rows) or another version of jax (pip install -U jax), and report the message"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step for batches of one shape: `executable(state, frozen, batch)`. Bytes by the compiler, of the peak arguments included."""
+
+    executable: Any
+    peak_bytes: int
+    argument_bytes: int
+    temporary_bytes: int
+    seconds: float
+
+
+class TrainProgram:
+    """An experiment's optimizer step. Its state and frozen weights are shapes until `load`; what is compiled stays, by rows and length.
+
+    gpu: one that is not there (None: this machine's device). traced: compiled so that a trace tells its parts.
+    """
+
+    def __init__(self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False):
+        self.experiment, self.config, self.traced = experiment, config, traced
+        # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
+        self._sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
+        card = GPUS[gpu] if isinstance(gpu, str) else gpu
+        self._device = None if card is None else card.cuda_name
+        memory_bytes = None if card is None else card.memory_bytes
+        t = experiment.training
+        schedule = make_schedule(t, t.steps or 1000)
+        self._optimizer = make_optimizer(t, schedule)
+        model = build(config, **model_arguments(experiment), platform=self._device, memory_bytes=memory_bytes)
+        graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
+        self.objective = objective(experiment, graphdef)
+        self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed)
+        self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
+        self.compiled: dict[tuple[int, int], Compiled] = {}
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of what was compiled."""
+        return max((c.peak_bytes for c in self.compiled.values()), default=0)
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(c.seconds for c in self.compiled.values())
+
+    def compile(self, rows: int, row_tokens: int) -> Compiled:
+        """The step for micro-batches of so many rows. Raises UserError, in one message, where the compiler fails."""
+        if (rows, row_tokens) in self.compiled:
+            return self.compiled[rows, row_tokens]
+        micro = self.experiment.training.gradient_accumulation
+        shape = (micro, rows, row_tokens)
+        integers, reals = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
+        batch = Batch(integers, integers, reals, integers, integers)
+        operands = self.state, self.frozen, batch
+        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding), operands)
+        start = time.perf_counter()
+        try:
+            lowering = jax.jit(self._step, donate_argnums=(0,)).lower(*given)
+            executable: Any = compile_profiled(lowering) if self.traced else lowering.compile()
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            what = f"the step of {self.experiment.name} ({'' if micro == 1 else f'{micro} x '}{counted(rows, 'row')} x {row_tokens} tokens)"
+            on = self._device or jax.local_devices()[0].device_kind
+            raise UserError(f"{what} does not compile for {on}: {first_line(error)}. Try {advice(error)}") from error
+        seconds, m = time.perf_counter() - start, executable.memory_analysis()
+        compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds)
+        self.compiled[rows, row_tokens] = compiled
+        return compiled
+
+    def compile_within(self, rows: int, row_tokens: int, limit: int | None) -> Compiled:
+        """`compile`. Raises UserError with the batch that would fit, where the peak exceeds `limit` bytes.
+
+        Peak memory is nearly affine in the rows: two compiles give the largest batch that fits.
+        """
+        compiled = self.compile(rows, row_tokens)
+        peak = compiled.peak_bytes
+        if limit is None or peak <= limit:
+            return compiled
+        fits = 0
+        if rows > 1:
+            fewer = max(1, rows // 2)
+            half = self.compile(fewer, row_tokens).peak_bytes
+            slope = (peak - half) / (rows - fewer)
+            fits = max(0, min(rows - 1, int((limit - (half - slope * fewer)) // slope))) if slope > 0 else 0
+        less = f"data.batch_rows={fits} would fit" if fits else "not even one row fits: use a shorter data.row_tokens or a larger device"
+        raise UserError(
+            f"out of memory: the step asks for {peak / 1e9:.2f} GB with {counted(rows, 'row')}, {limit / 1e9:.2f} GB are usable on "
+            f"{jax.local_devices()[0].device_kind}; {less} (keep the batch by training.gradient_accumulation)"
+        )
+
+    def load(self, model: Model) -> None:
+        """Weights in the places of shapes, and the optimizer's state as training begins with it."""
+        graphdef, trainable, self.frozen = split(model, self.objective.full)
+        self.objective = replace(self.objective, graphdef=graphdef)
+        self.state = initial_state(trainable, self._optimizer)
+
+    def load_random(self) -> None:
+        """Random weights from the seed, made on the device: for hardware studies, where only sizes matter."""
+        self.load(random_weights(self.model(), jax.random.key(self.experiment.seed)))
+
+    def model(self) -> Model:
+        """The model as it stands."""
+        return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
+
+    def step(self, batch: Batch) -> dict[str, jax.Array]:
+        """Send a batch [A, rows, T] and one step on it to the device. Returns its metrics, without waiting for them."""
+        _, rows, row_tokens = batch.tokens.shape
+        executable = self.compile(rows, row_tokens).executable
+        self.state, metrics = executable(self.state, self.frozen, jax.device_put(batch))
+        return metrics
+
+    def timed(self, batch: Batch) -> tuple[float, dict[str, Any]]:
+        """Seconds of one step, from sending the batch to having its loss, and its metrics on the host."""
+        start = time.perf_counter()
+        metrics = self.step(batch)
+        float(metrics["loss"])
+        seconds = time.perf_counter() - start
+        return seconds, jax.device_get(metrics)
+
+    @cached_property
+    def _evaluate(self) -> Any:
+        return jax.jit(make_eval_step(self.objective))
+
+    def evaluate(self, batch: Batch) -> tuple[float, float]:
+        """Of a batch [rows, T]: summed cross-entropy without smoothing, and supervised tokens."""
+        loss, tokens = self._evaluate(self.state.trainable, self.frozen, jax.device_put(batch))
+        return float(loss), float(tokens)
+
+
+def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:
+    """graphdef, trainable, frozen. LoRAParam is a Param, so an adapter's run has nothing else among its Params."""
+    parts: Any = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
+    graphdef, trainable, frozen = parts
+    return graphdef, trainable, frozen
+
+
+def objective(experiment: Experiment, graphdef: Any) -> Objective:
+    t = experiment.training
+    if t.remat == "auto":
+        raise UserError("training.remat = auto is resolved by a training run only: set none, dots or full here")
+    dropout = 0.0 if experiment.adapter is None else experiment.adapter.dropout
+    return Objective(
+        graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
+        aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk_tokens, stochastic=t.param_dtype == "bfloat16_stochastic",
+    )  # fmt: skip
+
+
+def initial_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
+def _peak_bytes(executable: Any) -> int:
+    """Peak memory, arguments included. The GPU compiler gives it; the CPU one leaves temporaries out of its peak: there it is added up."""
+    m = executable.memory_analysis()
+    if {d.platform for s in jax.tree.leaves(executable.input_shardings) for d in s.device_set} != {"cpu"}:
+        return int(m.peak_memory_in_bytes)
+    total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return max(total, int(getattr(m, "peak_memory_in_bytes", 0) or 0))
+
+
+def advice(error: BaseException) -> str:
+    """What to try about an error of XLA's."""
+    return next((advice for mark, advice in _WHAT_TO_TRY if mark in str(error)), _ELSE)
+
+
+def device(gpu: str | GPU) -> Any:
+    """An abstract device of that name. Raises UserError for an unknown one, or where the extra `aot` is missing."""
+    if isinstance(gpu, str):
+        if gpu not in GPUS:
+            raise UserError(f"GPU {gpu!r} is unknown here: expected one of {', '.join(GPUS)}")
+        gpu = GPUS[gpu]
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology="1x1x1")
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra `aot` "
+            f"({installation.for_extra('aot')}), and set JAX_PLATFORMS=cpu"
+        ) from error
+    return topology.devices[0]

@@ -1,0 +1,142 @@
+"""What comes before a run's first step, cheap things first: what is wrong costs seconds, and no download of weights."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moejax import device
+from moejax.config import Experiment
+from moejax.data.batching import assemble
+from moejax.data.pipeline import Dataset
+from moejax.data.pipeline import load as load_data
+from moejax.data.tokenize import Query
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.errors import UserError
+from moejax.estimator.units import counted
+from moejax.hub import weights
+from moejax.hub.model import architecture, continue_adapter, create_model, model_arguments
+from moejax.hub.quantized_cache import Content
+from moejax.models.build import build
+from moejax.models.config import Architecture
+from moejax.progress import say, waiting
+from moejax.runs import folders, pinning
+from moejax.training import experts, low_precision, remat, scoring
+from moejax.training.identity import Identity
+from moejax.training.program import TrainProgram
+from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
+
+OLDEST_WITH_BF16 = (8, 0)
+LONGEST_SHOWN = 600  # characters of a part of the first record
+
+
+class Started(NamedTuple):
+    """A run that is ready for its first step. experiment: all of it settled, as the run's config.yaml has it; program: with weights."""
+
+    experiment: Experiment
+    folder: Path
+    program: TrainProgram
+    dataset: Dataset
+    tokenizer: Any
+    asked: scoring.HeldOut | None
+
+
+def start(experiment: Experiment, folder: Path, *, resume: bool) -> Started:
+    """Read, check and load, in a folder that is this process's alone. Raises UserError."""
+    if resume:
+        experiment = pinning.adopted(remat.of_run(experiment))
+    begun = folders.prepare(experiment, resume=resume)
+    source = experiment.model.source
+    model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
+    experiment = pinning.pinned(experiment, model_folder)
+    config = architecture(experiment, model_folder)
+    experiment = experiment.with_defaults(config)
+    say(experts.announce(experiment, config))
+    abstract = build(config, **model_arguments(experiment))
+    if source is not None and model_folder is not None and Path(source).is_dir():
+        weights.check_files(abstract, model_folder)
+    continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is told before data and weights are read
+    tokenizer, asked, dataset = read_data(experiment, config, model_folder)
+    identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)
+    say(*identity.of_data(tokenizer, asked, dataset, model_folder))
+    steps = total_steps(experiment, dataset)
+    experiment = remat.resolve(experiment, config, steps)
+    # The steps of the whole run stand in the program: in its schedule.
+    program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None)
+    fit(program, experiment.data.batch_rows, longest_row(experiment, dataset))
+    if model_folder is not None:
+        with waiting(f"weights of {experiment.model.source}"):
+            model_folder = weights.resolve(str(experiment.model.source), experiment.model.revision)
+        say(*identity.compare(base_files=weights.files_of(model_folder)))
+    content = Content()
+    with waiting("loading the model"):
+        model = create_model(experiment, config, model_folder, content)
+        continue_adapter(experiment, model, experiment.model.source)
+    if model_folder is not None:
+        say(*weights.report(model))
+    say(*identity.compare(base=content.value), *low_precision.warnings(experiment, model))
+    program.load(model)
+    return Started(identity.written(experiment), folder, program, dataset, tokenizer, asked)
+
+
+def check_device(experiment: Experiment, device: Any) -> None:
+    """device: a jax device. Raises UserError for a GPU that cannot compute what the experiment asks for, and says what would work.
+
+    Before compute capability 8.0 (Ampere) a GPU has no bf16 products: XLA would compute them in fp32, with every weight and activation
+    converted on the way, and a run would be slow without a word.
+    """
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or not capability[:1].isdigit():  # AMD's are names
+        return
+    t = experiment.training
+    asked = {name: getattr(t, name) for name in ("compute_dtype", "param_dtype")}
+    wrong = [f"training.{name} = {dtype}" for name, dtype in asked.items() if dtype.startswith("bfloat16")]
+    if wrong and tuple(int(part) for part in capability.split(".")[:2]) < OLDEST_WITH_BF16:
+        raise UserError(
+            f"{device.device_kind} has compute capability {capability}, and {' and '.join(wrong)} needs 8.0 (A100, A40, RTX 30 or newer): "
+            "set training.compute_dtype=float32 training.param_dtype=float32 (about twice the memory of activations), or use a newer GPU"
+        )
+
+
+def fit(program: TrainProgram, rows: int, row_tokens: int) -> None:
+    """Compile the step for a batch. Raises UserError, with the batch that would fit, where it takes more memory than there is."""
+    with waiting(f"compiling the step for {counted(rows, 'row')} of {row_tokens} tokens"):
+        program.compile_within(rows, row_tokens, device.usable_bytes())
+
+
+def read_data(
+    experiment: Experiment, config: Architecture, model_folder: Path | None
+) -> tuple[Any, scoring.HeldOut | None, Dataset]:
+    """Tokenizer (None for random tokens), the `eval:` section's problems and the data, as the run has them; told, with one example, and
+    checked. By --dry-run too."""
+    tokenizer = None
+    if experiment.data.source is not None:
+        tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
+        check_vocabulary(tokenizer, config.vocab_size)
+    with waiting("reading the data"):
+        asked = scoring.prepare(experiment, tokenizer, config.max_position_embeddings)
+        dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
+    say(f"data: {dataset.source}", dataset.table(), *dataset.notes())
+    if tokenizer is not None:
+        say(*example(dataset.train.queries[0], tokenizer))
+    if asked is not None and asked.why_no_loss:
+        say(f"no eval/loss: {asked.why_no_loss}")
+    check_profile(experiment, dataset)
+    say(*check_steps(experiment, dataset))
+    return tokenizer, asked, dataset
+
+
+def example(query: Query, tokenizer: Any) -> list[str]:
+    """The parts of a query in order, as text: read (the prompt), or trained on. By the very mask that the loss takes."""
+    batch = assemble([[query]], 1, len(query.ids))
+    trained = [False, *(bool(m) for m in batch.loss_mask[0][:-1])]  # a position's mask is that of the token after it
+    told = [f"the first record, {len(query.ids)} tokens:"]
+    for is_trained, group in groupby(range(len(trained)), key=trained.__getitem__):
+        ids = [int(query.ids[i]) for i in group]
+        text = json.dumps(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), ensure_ascii=False)
+        if len(text) > LONGEST_SHOWN:
+            text = f"{text[: LONGEST_SHOWN // 2]} … {text[-LONGEST_SHOWN // 2 :]}"
+        told.append(f"  {'trained on' if is_trained else 'only read '} ({len(ids)}): {text}")
+    return told
