@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moejax import installation
-from moejax.errors import UserError
-from moejax.files import replace_text
 from moejax.study.characterize import trial as trials
-from moejax.study.characterize.trial import HOST_MEMORY, result_path
+from moejax.study.characterize.result import HOST_MEMORY, Result, keep, path_of, read
 
 MODULE = "moejax.study.characterize.trial"
-
-
-@dataclass
-class Result:
-    """What a trial left. status: "done", "out_of_memory" or "failed". retry: it ran out of the host's memory, which others use too."""
-
-    status: str
-    message: str | None
-    seconds: float | None
-    command: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    retry: bool = False
-
-    @property
-    def final(self) -> bool:
-        """Whether it need not run again: a failed one does."""
-        return self.status in ("done", "out_of_memory") and not self.retry
-
-    def waits(self, name: str) -> Result:
-        """Of a trial that waits for this one, NAME, which gave nothing: it is not run, and tried again when this one is."""
-        status = "failed" if self.status == "failed" else "out_of_memory"
-        return Result(status, f"not run: {name}: {self.message}", None, "", retry=self.retry)
 
 
 def environment() -> dict[str, str]:
     """Of a child: it imports this checkout, where there is one."""
     path = os.pathsep.join(str(p) for p in (installation.checkout(), os.environ.get("PYTHONPATH")) if p)
     return os.environ | {"PYTHONPATH": path}
-
-
-def read(path: Path) -> Result | None:
-    """A kept result; None where there is none. Raises UserError for a file that is none."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Result(**{"command": "", **content})
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is no result of a trial: delete it, and the trial runs again") from None
-
-
-def keep(path: Path, result: Result) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(vars(result), indent=1, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -81,7 +38,7 @@ class Runner:
 
     def run(self, trial: str, rows: int | None = None, *, attempt: bool = False) -> Result:
         """A trial's result: kept, or of a child process that runs it now. attempt: one of several with other rows."""
-        path = result_path(self.folder, trial, rows if attempt else None)
+        path = path_of(self.folder, trial, rows if attempt else None)
         before = read(path)
         if before is not None and before.final:
             return before
@@ -91,12 +48,8 @@ class Runner:
         begin = time.perf_counter()
         command = [*self.start, *trials.arguments(self.folder, trial, rows), "--parent", str(os.getpid())]
         code = self._wait(command, log)
-        seconds = time.perf_counter() - begin
-        result = read(path)
-        if result is None:
-            result = _ended(code, log)
         # The whole process counts: starting and compiling too.
-        result = Result(**(vars(result) | {"seconds": seconds, "command": self.told(trial, rows)}))
+        result = replace(read(path) or _ended(code, log), seconds=time.perf_counter() - begin, command=self.told(trial, rows))
         keep(path, result)
         return result
 
@@ -120,10 +73,10 @@ def _ended(code: int, log: Path) -> Result:
     last = lines[-1].removeprefix("error: ")[:300] if lines else "it wrote nothing"
     if code == -signal.SIGKILL:
         told = f"{HOST_MEMORY}: killed by SIGKILL, as the kernel does then (or was it ended by hand?)"
-        return Result("out_of_memory", told, None, "", retry=True)
+        return Result("out_of_memory", told, retry=True)
     if "std::bad_alloc" in last:
-        return Result("out_of_memory", f"{HOST_MEMORY}: {last}", None, "", retry=True)
-    return Result("failed", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {last}", None, "")
+        return Result("out_of_memory", f"{HOST_MEMORY}: {last}", retry=True)
+    return Result("failed", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {last}")
 
 
 def search(first: int, runs: Callable[[int], bool]) -> tuple[int, int]:

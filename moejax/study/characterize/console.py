@@ -12,9 +12,9 @@ from rich.table import Table
 
 from moejax.errors import UserError
 from moejax.study.characterize import study
-from moejax.study.characterize.children import Result
 from moejax.study.characterize.plan import Task
 from moejax.study.characterize.presets import parse_bytes
+from moejax.study.characterize.result import Result
 from moejax.study.characterize.sweep import Sweep, environment
 from moejax.study.report import results
 from moejax.terminal import Console
@@ -40,26 +40,24 @@ def run(options: argparse.Namespace) -> int:
     expected = [(p.trial, p.expected_seconds) for p in sweep.content.plan]
     console.print(_table(expected, sweep.content.trials, memory, env))
     progress = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("{task.description}"),
-                        console=console) if console.is_terminal else None  # fmt: skip
-    count, total = len(sweep.tasks), sum(seconds for _, seconds in expected)
-    bar = progress.add_task("starting", total=total) if progress else None
+                        console=console, disable=not console.is_terminal)  # fmt: skip
+    count = len(sweep.tasks)
+    bar = progress.add_task("starting", total=sum(seconds for _, seconds in expected))
 
     def told(task: Task, result: Result | None, left: float) -> None:
         number = sweep.tasks.index(task) + 1
         if result is None:
-            if progress and bar is not None:
-                gone = sum(s for name, s in expected if name in sweep.done)
-                progress.update(bar, completed=gone, description=f"{number}/{count} {task.name}, {_time(left)} left")
+            gone = sum(s for name, s in expected if name in sweep.done)
+            progress.update(bar, completed=gone, description=f"{number}/{count} {task.name}, {_time(left)} left")
             return
         text = f"{number:3}/{count} {result.status:13} {task.name}"
         text += "" if result.seconds is None else f"  {result.seconds:.1f} s"
         text += f", {_time(left)} left" + (f"\n          {result.message}" if result.message and result.status != "done" else "")
         console.print(text, soft_wrap=True)
 
-    if progress:
-        progress.start()
     try:
-        sweep.run(told)
+        with progress:
+            sweep.run(told)
     except KeyboardInterrupt:
         console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", soft_wrap=True)
         return 130
@@ -67,8 +65,6 @@ def run(options: argparse.Namespace) -> int:
         raise _unwritten(folder, error) from None
     finally:
         sweep.close()
-        if progress:
-            progress.stop()
     failed = [name for name, r in sweep.done.items() if not r.final]
     rows = len(sweep.content.rows)
     console.print(f"{rows} values in {folder / results.CSV_FILE} and {results.JSON_FILE}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,20 +16,40 @@ from moejax.device import usable_bytes
 from moejax.estimator import closed_form, memory
 from moejax.profiling import roofline
 from moejax.study.characterize.measure import Session, random_rows
-from moejax.study.characterize.outcome import Outcome, Trial
-from moejax.study.report.results import Row
+from moejax.study.characterize.plan import Task, platform_of
+from moejax.study.characterize.result import Result
+from moejax.study.characterize.study import Study
+from moejax.study.report.results import Environment, Row
 
 WARM = 2
 
 
-def predict(t: Trial) -> Outcome:
+@dataclass(frozen=True)
+class Trial:
+    """A task in its own process. limit: artificial, or None: the device's own."""
+
+    task: Task
+    study: Study
+    environment: Environment
+    limit: int | None
+
+    def row(self, metric: str, value: float, unit: str, *, scope: str = "", experiment: str, batch: float | None = None,
+            seq_len: int | None = None) -> Row:  # fmt: skip
+        """A row of this trial's setting."""
+        s, t = self.task.setting, self.task
+        plain = value if isinstance(value, int) else float(value)
+        data = "fixed" if t.batching == "fixed" and t.kind in ("breakdown", "length") else s.data
+        length = t.row_tokens if seq_len is None else seq_len
+        return Row(t.name, experiment, s.model, s.method, s.routing, data, t.batching, length, batch, scope, metric, plain, unit)
+
+
+def predict(t: Trial) -> Result:
     """The largest batch of the longest queries by the compiler: two neighbours, one within the limit and one not."""
     s = t.task.setting
     session = Session(s, None)  # nothing is refused: only the figures are wanted
     limit = t.limit or usable_bytes()
     assert limit is not None  # the parent asks for --memory-limit where the device does not say
-    known = gpus.of_device_kind(t.environment.device)
-    platform: Any = "cpu" if t.environment.platform == "cpu" else closed_form.platform_of(known) if known else "sm9"
+    platform = platform_of(t.environment)
 
     def closed(rows: int) -> int:
         return closed_form.breakdown(s.experiment, s.architecture, rows=rows, row_tokens=s.longest, platform=platform).total
@@ -38,7 +59,8 @@ def predict(t: Trial) -> Outcome:
     ratio = session.compile(guess, s.longest).peak_bytes / closed(guess)
     guess = max(1, memory.largest_rows(lambda rows: int(ratio * closed(rows)), limit).rows)
     found = memory.largest_rows(lambda rows: session.compile(rows, s.longest).peak_bytes, limit, guess, closed(guess + 1) - closed(guess))
-    out = Outcome(facts={"rows": found.rows, "tried": {str(r): b for r, b in found.tried.items()}})
+    facts = {"rows": found.rows, "tried": {str(r): b for r, b in found.tried.items()}}
+    out = Result("done" if found.rows else "out_of_memory", facts=facts)
     out.rows = [
         t.row("predicted_batch", found.rows, "queries", experiment="largest_batch", batch=found.rows),
         t.row("memory_limit", int(limit), "bytes", scope="device" if t.limit is None else "artificial", experiment="largest_batch"),
@@ -55,7 +77,7 @@ def predict(t: Trial) -> Outcome:
     return out
 
 
-def _would_fit(t: Trial, limit: float, platform: Any) -> list[Row]:
+def _would_fit(t: Trial, limit: float, platform: gpus.Platform) -> list[Row]:
     """Where one query does not fit: the longest that does here, and the largest batch on each GPU of the table, by the closed form."""
     s, rows = t.task.setting, []
     shorter = [n for n in range(8, s.longest, 8) if s.closed_form_rows(n, limit, platform)]
@@ -68,14 +90,14 @@ def _would_fit(t: Trial, limit: float, platform: Any) -> list[Row]:
     return rows
 
 
-def attempt(t: Trial, rows: int) -> Outcome:
+def attempt(t: Trial, rows: int) -> Result:
     """Run two steps of `rows` of the longest queries. Raises OutOfMemory, or what the device raises."""
     s = t.task.setting
     session = Session(s, t.limit)
     compiled = session.compile(rows, s.longest)
     session.load()
     seconds = [session.step(random_rows(s, rows, s.longest)) for _ in range(2)]
-    return Outcome(facts={"peak_bytes": compiled.peak_bytes, "argument_bytes": compiled.argument_bytes, "step_seconds": seconds[-1]})
+    return Result(facts={"peak_bytes": compiled.peak_bytes, "argument_bytes": compiled.argument_bytes, "step_seconds": seconds[-1]})
 
 
 def _fitting_session(t: Trial, traced: bool = False) -> Session:
@@ -83,7 +105,7 @@ def _fitting_session(t: Trial, traced: bool = False) -> Session:
     return Session(t.task.setting, t.limit or usable_bytes(), artificial=t.limit is not None, traced=traced)
 
 
-def throughput(t: Trial, rows: int) -> Outcome:
+def throughput(t: Trial, rows: int) -> Result:
     """Train on so many queries of the data, every program compiled and run once before the clock starts."""
     s = t.task.setting
     session = Session(s, t.limit)
@@ -113,7 +135,7 @@ def throughput(t: Trial, rows: int) -> Outcome:
         "argument_bytes": peak.argument_bytes, "peak_tokens": peak_tokens(compiled), "shapes": len(firsts), "routing": s.routing,
     }  # fmt: skip
     size = int(batch) if batch.is_integer() else batch
-    return Outcome([t.row(*v, experiment="throughput", batch=size) for v in values], facts)
+    return Result(rows=[t.row(*v, experiment="throughput", batch=size) for v in values], facts=facts)
 
 
 def peak_tokens(compiled: dict[tuple[int, ...], Any]) -> int:
@@ -138,7 +160,7 @@ def _full_batches(t: Trial, rows: int, wanted: int) -> Iterator[Batch]:
         yield stack([batch], 1)
 
 
-def breakdown(t: Trial, rows: int) -> Outcome:
+def breakdown(t: Trial, rows: int) -> Result:
     """Where the time of a step of fixed rows goes, and what it reaches of the device's peaks; at another length than the breakdown's only
     the latter, which is the length study."""
     s, sizes, length = t.task.setting, t.study.sizes, t.task.row_tokens
@@ -153,7 +175,7 @@ def breakdown(t: Trial, rows: int) -> Outcome:
     stages = roofline.stages(b, roofline.believed(b, roofline.Peaks(e.peak_flops, e.peak_bytes_per_second, e.peaks)))
     moe = [stage for stage in stages if stage.name.split("/")[0] == "moe"]
     whole = [roofline.time_weighted(moe, "moe (time-weighted)"), roofline.time_weighted(stages, "step (time-weighted)")]
-    out = Outcome(facts={
+    out = Result(facts={
         "queries": rows, "tokens": rows * length, "seconds": median(seconds), "peak_bytes": compiled.peak_bytes,
         "argument_bytes": compiled.argument_bytes, "routing": s.routing,
     })  # fmt: skip
@@ -185,7 +207,7 @@ def breakdown(t: Trial, rows: int) -> Outcome:
     return out
 
 
-def expert_load(t: Trial, rows: int) -> Outcome:
+def expert_load(t: Trial, rows: int) -> Result:
     """Tokens per expert, before and after `tune_steps` steps of training on the same data."""
     from moejax.evaluation.expert_load import count, summarize
 
@@ -211,7 +233,7 @@ def expert_load(t: Trial, rows: int) -> Outcome:
         epoch += 1
     counts["after"] = count(session.program.model(), watched)
     found = summarize(counts, watched, s.data, s.architecture.experts_per_token)["models"]
-    out = Outcome(message=f"{done} steps of {rows} rows between; {len(watched.queries)} queries counted")
+    out = Result(message=f"{done} steps of {rows} rows between; {len(watched.queries)} queries counted")
     for when, load in found.items():
         mean = np.array(load["tokens_per_query"])
         share = mean / mean.sum()

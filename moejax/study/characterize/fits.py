@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from moejax import gpus
-from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.estimator import coefficients, equations, fitting, prices
 from moejax.estimator.fitting import Fitted, Run
-from moejax.study.characterize import plan
-from moejax.study.characterize.outcome import Outcome
+from moejax.study.characterize import plan, result
 from moejax.study.characterize.plan import Task
+from moejax.study.characterize.result import Result
 from moejax.study.characterize.study import Setting, Study
 from moejax.study.report import results
 from moejax.study.report.results import Row
@@ -45,15 +44,14 @@ def read(folder: Path, study: Study, model: str) -> list[Measured]:
     """The finished throughput and length trials of a model."""
     found = []
     for task in plan.tasks(study):
-        path = folder / "trials" / f"{task.name}.json"
-        if task.kind in ("throughput", "length") and task.setting.model == model and path.is_file():
-            content = read_json(path, remedy="delete it, and the trial runs again")
-            if content["status"] == "done" and content["facts"]:
-                found.append(Measured(task, content["facts"]))
+        if task.kind in ("throughput", "length") and task.setting.model == model:
+            left = result.read(result.path_of(folder, task.name))
+            if left and left.status == "done" and left.facts:
+                found.append(Measured(task, left.facts))
     return found
 
 
-def run(task: Task, study: Study, found: results.Study, folder: Path) -> Outcome:
+def run(task: Task, study: Study, found: results.Study, folder: Path) -> Result:
     """A fit's or a cost's rows. Raises UserError where nothing was measured that they could come from."""
     measured = read(folder, study, task.setting.model)
     if not any(m.task.kind == "throughput" for m in measured):
@@ -77,9 +75,9 @@ def of_point(m: Measured) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fit(task: Task, measured: list[Measured], found: results.Study) -> Outcome:
+def fit(task: Task, measured: list[Measured], found: results.Study) -> Result:
     """Equation 1 and 2 by data set over the padded trials, as the study fits them; our model over every throughput trial."""
-    out, remarks = Outcome(), []
+    out, remarks = Result(), []
     device = found.environment.device
     points = [m for m in measured if m.task.kind == "throughput"]
     try:
@@ -160,9 +158,9 @@ def _equation_1(task: Task, points: list[Measured], f: Fitted, found: results.St
     return rows
 
 
-def cost(task: Task, study: Study, measured: list[Measured], found: results.Study) -> Outcome:
+def cost(task: Task, study: Study, measured: list[Measured], found: results.Study) -> Result:
     """Hours and dollars of the config's whole run: on this device at its fastest measured batch, on others by carrying our model over."""
-    out, remarks = Outcome(), []
+    out, remarks = Result(), []
     device = found.environment.device
     own = gpus.of_device_kind(device) if found.environment.platform == "gpu" else None
     points = [m for m in measured if m.task.kind == "throughput"]

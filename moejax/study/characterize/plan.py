@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from moejax import gpus
 from moejax.estimator import closed_form, sizes
@@ -84,38 +84,36 @@ def rows_of(task: Task, largest: int, study: Study) -> int:
     return min(rows, 8) if task.kind == "expert_load" else rows
 
 
+def platform_of(environment: Environment) -> gpus.Platform:
+    """Which of the closed form's kinds of programs the device gets; of a GPU that is in no table, Hopper's."""
+    known = gpus.of_device_kind(environment.device)
+    return "cpu" if environment.platform == "cpu" else closed_form.platform_of(known) if known else "sm9"
+
+
 def expected(task: Task, study: Study, environment: Environment, limit: float) -> float:
     """Seconds that a trial is expected to take, all its processes together."""
     if task.kind in ("fit", "cost"):
         return 2.0
     s, sizes_ = task.setting, study.sizes
     start, compile_, of_peak, of_bandwidth = _PACE[environment.platform]
-    known = gpus.of_device_kind(environment.device)
-    platform: Any = "cpu" if environment.platform == "cpu" else closed_form.platform_of(known) if known else "sm9"
     weights = sum(w.bytes for w in sizes.stored(s.experiment, s.architecture))
-    load = weights / _FILL_BYTES_PER_SECOND
-    largest = max(1, s.closed_form_rows(s.longest, limit, platform))
+    largest = max(1, s.closed_form_rows(s.longest, limit, platform_of(environment)))
     rows = rows_of(task, largest, study)
     assert task.row_tokens is not None
-    tokens = rows * task.row_tokens
     counted = flops.count(s.architecture, s.experiment.adapter.lora if s.experiment.adapter else None)
     again = 4 / 3 if s.method == "full" else 3 / 2  # the forward pass is computed twice
-    needed = again * counted.step(tokens, flops.visible_pairs([task.row_tokens] * rows))
+    needed = again * counted.step(rows * task.row_tokens, flops.visible_pairs([task.row_tokens] * rows))
     step = needed / (of_peak * (environment.peak_flops or 1e12)) + weights / (of_bandwidth * (environment.peak_bytes_per_second or 1e11))
-    if task.kind == "predict":
-        return start + 2.5 * compile_
-    if task.kind == "prove":
-        return 2 * (start + compile_ / 2) + load + 3 * step
-    if task.kind in ("breakdown", "length"):
-        return start + 1.5 * compile_ + load + (3 + sizes_.timed + 2 * sizes_.traced) * step
-    if task.kind == "expert_load":
-        forward = 2 * max(1, sizes_.load_queries // 4) * step / 3 / rows
-        return start + 2 * compile_ + load + sizes_.tune_steps * step + forward
-    queries = queries_of(task.batch or "largest", largest)
-    steps = max(1, sizes_.queries // queries)
-    shapes = 1 if task.batching == "pack" else max(1, min(steps, s.longest // 16))
-    # A padded batch is as long as its longest query, a packed one holds several: on the whole half of the longest row.
-    return start + shapes * compile_ + load + (steps + shapes) * step * (0.5 if s.longest > 64 else 1.0)
+    batches = max(1, sizes_.queries // queries_of(task.batch or "largest", largest))
+    shapes = 1 if task.batching == "pack" else max(1, min(batches, s.longest // 16))
+    traced = 3 + sizes_.timed + 2 * sizes_.traced
+    processes, compiles, steps = {
+        "predict": (1, 2.5, 0.0), "prove": (2, 1.0, 3.0), "breakdown": (1, 1.5, traced), "length": (1, 1.5, traced),
+        "expert_load": (1, 2.0, sizes_.tune_steps + 2 * max(1, sizes_.load_queries // 4) / 3 / rows),
+        # A padded batch is as long as its longest query, a packed one holds several: on the whole half of the longest row.
+        "throughput": (1, shapes, (batches + shapes) * (0.5 if s.longest > 64 else 1.0)),
+    }[task.kind]  # fmt: skip
+    return processes * start + compiles * compile_ + (weights / _FILL_BYTES_PER_SECOND if steps else 0.0) + steps * step
 
 
 def pace(measured: Sequence[tuple[float, float]]) -> float:

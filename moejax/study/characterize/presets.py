@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -36,14 +36,6 @@ class Sizes:
     load_queries: int = 1000
     timed: int = 10
     traced: int = 3
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON has it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> Sizes:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -124,14 +116,14 @@ def _hashable(value: Any) -> Any:
 
 def _fits(name: str, value: Any, like: Any) -> bool:
     """Whether a value can stand for this size."""
-    if name == "routings":
-        return isinstance(value, tuple) and bool(value) and set(value) <= {"sparse", "dense"}
-    if name in ("batches", "packed"):
-        return isinstance(value, tuple) and bool(value) and all(_is_batch(v) for v in value)
-    whole = value if isinstance(like, tuple) else (value,)
     if name == "pack_row_tokens" and value is None:
         return True
-    return isinstance(whole, tuple) and all(type(v) is int and v >= 1 for v in whole)
+    one: Callable[[Any], bool] = {
+        "routings": ("sparse", "dense").__contains__, "batches": _is_batch, "packed": _is_batch,
+    }.get(name, lambda v: type(v) is int and v >= 1)  # fmt: skip
+    if not isinstance(like, tuple):
+        return one(value)
+    return isinstance(value, tuple) and (bool(value) or name in ("lengths", "dense_lengths")) and all(map(one, value))
 
 
 def _is_batch(value: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from moejax import config as experiments
 from moejax import gpus, installation
@@ -118,18 +119,17 @@ class Study:
 
     def config(self) -> dict[str, Any]:
         """Everything that decides what is run, as plain JSON data."""
-        own = ("model", "family", "method", "routing", "data", "random_weights", "random_data", "longest", "run_queries")
-        settings = {s.key: {k: getattr(s, k) for k in own} | {"experiment": s.experiment.model_dump(mode="json")} for s in self.settings}
-        return {"sizes": self.sizes.as_dict(), "memory_limit": self.memory_limit, "settings": settings}
+        settings = _SETTINGS.dump_python({s.key: s for s in self.settings}, mode="json")
+        return {"sizes": _SIZES.dump_python(self.sizes, mode="json"), "memory_limit": self.memory_limit, "settings": settings}
+
+
+_SETTINGS, _SIZES = TypeAdapter(dict[str, Setting]), TypeAdapter(Sizes)
 
 
 def from_config(config: dict[str, Any]) -> Study:
     """The study that `Study.config` described."""
-    settings = []
-    for content in config["settings"].values():
-        experiment = Experiment.model_validate_json(json.dumps(content["experiment"]))
-        settings.append(Setting(**(content | {"experiment": experiment})))
-    return Study(tuple(settings), Sizes.of(config["sizes"]), config["memory_limit"])
+    settings, sizes_ = _SETTINGS.validate_json(json.dumps(config["settings"])), _SIZES.validate_json(json.dumps(config["sizes"]))
+    return Study(tuple(settings.values()), sizes_, config["memory_limit"])
 
 
 def resolve(

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import moejax.study.characterize.children as children
 from moejax.errors import UserError
 from moejax.runs.folders import differences
-from moejax.study.characterize import plan
-from moejax.study.characterize.children import Result, Runner
+from moejax.study.characterize import children, plan, result
+from moejax.study.characterize.children import Runner
 from moejax.study.characterize.plan import Task
 from moejax.study.characterize.presets import queries_of
+from moejax.study.characterize.result import Result
 from moejax.study.characterize.study import Study
 from moejax.study.report import results
 from moejax.study.report.results import Environment, MemoryLimit, Planned, Row, Trial
@@ -91,7 +91,7 @@ class Sweep:
         )
         sweep = cls(study, content, runner, tasks)
         for task in tasks:
-            kept = children.read(children.result_path(folder, task.name))
+            kept = result.read(result.path_of(folder, task.name))
             if kept is not None:
                 sweep.done[task.name] = kept
         sweep.write()
@@ -107,8 +107,8 @@ class Sweep:
             if r is None:
                 trials[task.name] = Trial("pending", None, None, self.runner.told(task.name))
                 continue
-            trials[task.name] = Trial(r.status, r.seconds, r.message, r.command or self.runner.told(task.name))  # type: ignore[arg-type]
-            rows += [Row(**row) for row in r.rows]
+            trials[task.name] = Trial(r.status, r.seconds, r.message, r.command or self.runner.told(task.name))
+            rows += r.rows
             prices |= r.facts.get("prices", {})
         finished = all(t.status != "pending" for t in trials.values())
         self.content = replace(self.content, trials=trials, rows=rows, finished=finished, prices=prices)
@@ -136,13 +136,12 @@ class Sweep:
         waiting = self.waiting
         for task in waiting:
             if task.kind in ("fit", "cost"):
-                children.result_path(self.runner.folder, task.name).unlink(missing_ok=True)
+                result.path_of(self.runner.folder, task.name).unlink(missing_ok=True)
         for index, task in enumerate(waiting):
             told(task, None, self.left_seconds(waiting[index:]))
-            result = self._run(task)
-            self.done[task.name] = result
+            self.done[task.name] = self._run(task)
             self.write()
-            told(task, result, self.left_seconds(waiting[index + 1 :]))
+            told(task, self.done[task.name], self.left_seconds(waiting[index + 1 :]))
 
     def _run(self, task: Task) -> Result:
         if task.kind == "prove":
@@ -157,10 +156,10 @@ class Sweep:
         rows = plan.rows_of(task, largest, self.study)
         queries = queries_of(task.batch or "largest", largest)
         if task.kind == "throughput" and queries > largest:
-            return self._kept(task, Result("out_of_memory", f"not run: {queries} queries, and {largest} are the most that fit", None, ""))
+            return self._kept(task, Result("out_of_memory", f"not run: {queries} queries, and {largest} are the most that fit"))
         same = self._same(task, rows)
         if same:
-            return self._kept(task, Result("done", f"not run: {same} had {rows} {'row' if rows == 1 else 'rows'} too", None, ""))
+            return self._kept(task, Result("done", f"not run: {same} had {rows} {'row' if rows == 1 else 'rows'} too"))
         return self.runner.run(task.name, rows)
 
     def _same(self, task: Task, rows: int) -> str | None:
@@ -172,10 +171,10 @@ class Sweep:
                     return other.name
         return None
 
-    def _kept(self, task: Task, result: Result) -> Result:
-        result.command = result.command or self.runner.told(task.name)
-        children.keep(children.result_path(self.runner.folder, task.name), result)
-        return result
+    def _kept(self, task: Task, made: Result) -> Result:
+        made.command = made.command or self.runner.told(task.name)
+        result.keep(result.path_of(self.runner.folder, task.name), made)
+        return made
 
     def _prove(self, task: Task) -> Result:
         """Run the predicted batch, and one above it until one fails: each a process of its own."""
@@ -194,15 +193,14 @@ class Sweep:
         try:
             low, high = children.search(before.facts["rows"], runs)
         except _Failed as failed:
-            return Result("failed", f"{failed.args[0]} rows: {attempts[failed.args[0]].message}", _sum(attempts), "")
+            return Result("failed", f"{failed.args[0]} rows: {attempts[failed.args[0]].message}", _sum(attempts))
         message = f"{low} ran; {high}: {attempts[high].message}"
         if not low:
-            return Result("out_of_memory", f"not one query ran: {message}", _sum(attempts), "", retry=attempts[high].retry)
+            return Result("out_of_memory", f"not one query ran: {message}", _sum(attempts), retry=attempts[high].retry)
         s, facts = task.setting, attempts[low].facts
         values = [("proved_batch", low, "queries"), ("failed_batch", high, "queries"), ("peak_bytes", facts["peak_bytes"], "bytes")]
         rows = [
-            vars(Row(task.name, "largest_batch", s.model, s.method, s.routing, s.data, "fixed", s.longest, low, "", *value))
-            for value in values
+            Row(task.name, "largest_batch", s.model, s.method, s.routing, s.data, "fixed", s.longest, low, "", *value) for value in values
         ]
         return Result("done", message, _sum(attempts), self.runner.told(task.name, low), rows, facts | {"rows": low})
 

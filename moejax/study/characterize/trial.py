@@ -9,31 +9,23 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax import streams
 from moejax.errors import UserError
-from moejax.files import replace_text
 
 if TYPE_CHECKING:
     from moejax.study.characterize import plan, study
+    from moejax.study.characterize.result import Result
     from moejax.study.report import results
 
-HOST_MEMORY = "out of memory on the host"
 _PR_SET_PDEATHSIG = 1
-
-
-def result_path(folder: Path, trial: str, rows: int | None = None) -> Path:
-    """Where a trial's result lies; of an attempt, with its rows."""
-    return folder / "trials" / f"{trial}{'' if rows is None else f'@{rows}'}.json"
 
 
 def arguments(folder: Path, trial: str, rows: int | None = None) -> list[str]:
@@ -65,7 +57,7 @@ def main() -> int:
 
 def run(folder: Path, trial: str, rows: int | None) -> int:
     """Measure and write. Returns 0 for a trial that came to an end, out of memory included."""
-    from moejax.study.characterize import plan, study
+    from moejax.study.characterize import fits, plan, result, study
     from moejax.study.report import results
 
     found = results.read_plan(folder)
@@ -74,27 +66,15 @@ def run(folder: Path, trial: str, rows: int | None) -> int:
     if task is None:
         raise UserError(f"{folder} has no trial {trial!r}: its plan is in {folder / results.STUDY_FILE}")
     start = time.perf_counter()
-    if task.kind in ("fit", "cost"):
-        from moejax.study.characterize import fits
-
-        outcome: Any = fits.run(task, parts, found, folder)
-        status, message = "done", outcome.message
-    else:
-        status, message, outcome = _measure(task, parts, found, rows)
-    content = {
-        "status": status, "message": message, "seconds": time.perf_counter() - start, "command": told(folder, trial, rows),
-        "retry": (message or "").startswith(HOST_MEMORY),
-        "rows": [asdict(r) for r in outcome.rows] if outcome else [], "facts": outcome.facts if outcome else {},
-    }  # fmt: skip
-    path = result_path(folder, trial, rows if task.kind == "prove" else None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    print(f"{trial}: {status}{'' if message is None else f': {message}'}")
+    made = fits.run(task, parts, found, folder) if task.kind in ("fit", "cost") else _measured(task, parts, found, rows)
+    made.seconds, made.command = time.perf_counter() - start, told(folder, trial, rows)
+    result.keep(result.path_of(folder, trial, rows if task.kind == "prove" else None), made)
+    print(f"{trial}: {made.status}{'' if made.message is None else f': {made.message}'}")
     return 0
 
 
-def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: int | None) -> tuple[str, str | None, Any]:
-    """(status, message, outcome); out of memory is a status."""
+def _measured(task: plan.Task, parts: study.Study, found: results.Study, rows: int | None) -> Result:
+    """Out of memory is a result."""
     from moejax.runtime import prepare_jax
 
     prepare_jax(task.setting.experiment.device)
@@ -102,6 +82,7 @@ def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: in
 
     from moejax.study.characterize import experiments
     from moejax.study.characterize.measure import OutOfMemory
+    from moejax.study.characterize.result import HOST_MEMORY, Result
 
     t = experiments.Trial(task, parts, found.environment, parts.memory_limit)
     measure: Any = {
@@ -110,20 +91,18 @@ def _measure(task: plan.Task, parts: study.Study, found: results.Study, rows: in
     }.get(task.kind)  # fmt: skip
     try:
         if task.kind == "predict":
-            outcome = experiments.predict(t)
-            return "done" if outcome.facts["rows"] else "out_of_memory", outcome.message, outcome
+            return experiments.predict(t)
         if rows is None or rows < 1:
             raise UserError(f"{task.name}: --rows is missing: how many rows a step has")
-        outcome = measure(t, rows)
-        return "done", outcome.message, outcome
+        return measure(t, rows)
     except OutOfMemory as error:
-        return "out_of_memory", str(error), None
+        return Result("out_of_memory", str(error))
     except MemoryError as error:
-        return "out_of_memory", f"{HOST_MEMORY}: MemoryError{f': {error}' if str(error) else ''}", None
+        return Result("out_of_memory", f"{HOST_MEMORY}: MemoryError{f': {error}' if str(error) else ''}", retry=True)
     except (jax.errors.JaxRuntimeError, UserError) as error:  # the latter of a compile that failed
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return "out_of_memory", str(error).splitlines()[0][:300], None
+        return Result("out_of_memory", str(error).splitlines()[0][:300])
 
 
 def end_with(parent: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moejax.errors import UserError
-from moejax.estimator.least_squares import FloatArray, fit_seconds, nonnegative, resampled, spread
+from moejax.estimator.least_squares import FloatArray, fit_seconds, resampled, spread
 from moejax.gpus import GPU
 
 Pooling = Literal["curve", "chip"]
@@ -88,31 +88,21 @@ class Fit:
 
 
 def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None) -> FloatArray:
-    """Coefficients x >= 0 by least squares on queries per second, queries/(features·x); Gauss-Newton from `fit_seconds`' answer.
+    """Coefficients x >= 0 by least squares on queries per second, queries/(features·x), beginning at `fit_seconds`' answer.
 
     `scale`: what a unit of error is at each point, where curves of unlike throughput are fitted together.
     """
-    rate = queries / seconds
-    weight = 1.0 / (np.ones_like(rate) if scale is None else scale)
-    x = fit_seconds(features, seconds)
+    from scipy.optimize import least_squares
 
-    def cost(candidate: FloatArray) -> float:
-        model = features @ candidate
-        return float(np.sum((weight * (queries / model - rate)) ** 2)) if (model > 0).all() else np.inf
-
-    for _ in range(100):
-        model = features @ x
-        slope = weight * queries / model**2
-        # queries/t is queries/model - queries/model²·(t - model) near the present x: linear in the coefficients again.
-        proposal = nonnegative(features * slope[:, None], slope * model + weight * (queries / model - rate))
-        step = 1.0
-        while cost(x + step * (proposal - x)) > cost(x) and step > 1e-6:
-            step /= 2
-        change = step * (proposal - x)
-        x = x + change
-        if np.max(np.abs(change) / (np.abs(x) + 1e-12)) < 1e-9:
-            break
-    return x
+    start, rate = fit_seconds(features, seconds), queries / seconds
+    unit = np.linalg.norm(features, axis=0)  # coefficients differ by a factor of a million
+    matrix = features / unit
+    found = least_squares(
+        lambda x: (queries / (matrix @ x) - rate) / (1.0 if scale is None else scale), start * unit,
+        lambda x: -(queries / (matrix @ x) ** 2 / (1.0 if scale is None else scale))[:, None] * matrix,
+        bounds=(0, np.inf), x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15,
+    )  # fmt: skip
+    return found.x / unit
 
 
 def _groups(curves: Sequence[Observations], pooling: Pooling) -> list[list[Observations]]:

@@ -15,7 +15,6 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-Origin = Literal["printed", "figure data"]
 MODELS = ("mixtral", "blackmamba")
 DATASETS = ("commonsense_15k", "math_14k", "hellaswag", "gsm8k")
 EXPERTS = 8
@@ -31,18 +30,12 @@ class Row:
     batch: int | None
     values: Mapping[str, Any]
 
-    @property
-    def experts_per_token(self) -> int:
-        return EXPERTS_PER_TOKEN[self.kind]
-
 
 @dataclass(frozen=True)
 class Table:
-    """A figure's numbers: rows of one unit and one origin."""
+    """A figure's numbers (figure data), in one unit."""
 
     name: str
-    origin: Origin
-    unit: str
     rows: tuple[Row, ...]
 
     def row(self, model: str, kind: str, batch: int | None = None) -> Row:
@@ -76,14 +69,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many queries have how many tokens (GPT-NeoX's tokenizer), with the paper's printed count and median."""
+    """How many queries have how many tokens (GPT-NeoX's tokenizer; figure data), and the median that the paper prints."""
 
-    dataset: str
     lengths: tuple[int, ...]
     counts: tuple[int, ...]
-    printed_queries: int
     printed_median: int
-    origin: Origin = "figure data"
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ def raw() -> dict[str, Any]:
     return json.loads(resources.files(__package__).joinpath("paper_2408_04693.json").read_text(encoding="utf-8"))
 
 
-def _by_setting(name: str, key: str, unit: str) -> Table:
+def _by_setting(name: str, key: str) -> Table:
     """Figures 4 to 6: {"Dense(bsz=1)": [values in the order of `columns`]}."""
     group = raw()[key]
     rows = []
@@ -137,22 +127,22 @@ def _by_setting(name: str, key: str, unit: str) -> Table:
             match = re.fullmatch(r"(Dense|Sparse)\(bsz=(\d+)\)", setting)
             if match:
                 rows.append(Row(model, match[1].lower(), int(match[2]), dict(zip(columns, values, strict=True))))
-    return Table(name, "figure data", unit, tuple(rows))
+    return Table(name, tuple(rows))
 
 
 def stage_seconds() -> Table:
     """Figure 4: forward, backward, optimizer; seconds per step, A40, 128 tokens a query."""
-    return _by_setting("Figure 4", "fig4_stage_seconds", "s")
+    return _by_setting("Figure 4", "fig4_stage_seconds")
 
 
 def layer_seconds() -> Table:
     """Figure 5: seconds per step by kind of layer, A40, 128 tokens a query."""
-    return _by_setting("Figure 5", "fig5_layer_seconds", "s")
+    return _by_setting("Figure 5", "fig5_layer_seconds")
 
 
 def kernel_microseconds() -> Table:
     """Figure 6: microseconds of the kernels of one MoE layer (the expert matrices': of one expert), A40, 128 tokens a query."""
-    return _by_setting("Figure 6", "fig6_moe_kernel_microseconds", "us")
+    return _by_setting("Figure 6", "fig6_moe_kernel_microseconds")
 
 
 # Figures 9 and 10 have no batch in their column names: the artifact's five settings, by model.
@@ -169,7 +159,7 @@ def _utilization(name: str, key: str) -> Table:
         for model, settings in _UTILIZATION_SETTINGS.items()
         for column, (kind, batch) in enumerate(settings)
     ]
-    return Table(name, "figure data", "%", tuple(rows))
+    return Table(name, tuple(rows))
 
 
 def sm_percent() -> Table:
@@ -208,15 +198,14 @@ def sequence_length_sensitivity(quantity: Literal["latency_seconds", "sm_percent
         for model in MODELS
         for kind, values in group[quantity][model].items()
     ]
-    return Table(f"sequence length, {quantity}", "figure data", "s" if quantity == "latency_seconds" else "%", tuple(rows))
+    return Table(f"sequence length, {quantity}", tuple(rows))
 
 
 def length_histogram(dataset: str) -> Histogram:
     """Figure 2's histogram of "commonsense_15k" or "math_14k". Raises KeyError for another data set: the study drew none."""
     pairs = raw()["fig2_sequence_length_histogram"][dataset]
-    printed = raw()["table2_datasets"][dataset]
     lengths, counts = zip(*pairs, strict=True)
-    return Histogram(dataset, lengths, counts, printed["queries"], printed["median_seq_len"])
+    return Histogram(lengths, counts, raw()["table2_datasets"][dataset]["median_seq_len"])
 
 
 def max_batches() -> tuple[MaxBatch, ...]:

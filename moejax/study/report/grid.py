@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moejax.study.report.compare import Source
-from moejax.study.report.page import Group, Number, Table, Text, text
+from moejax.study.report.page import Fold, Group, Number, Table, Text, text
 from moejax.study.report.quantities import digits, rounded
 
 STUDY = "study: PyTorch, A40"
@@ -43,6 +43,10 @@ class Grid:
         column = len(self.sources) if source is None else source.index
         row = self.cells.setdefault(group, {}).setdefault(line, {})
         row[column] = (*row[column], "; ", *content) if column in row else content
+
+    def folded(self, caption: str, figures: str = "this figure") -> Fold:
+        """The table behind a figure, or several."""
+        return Fold(f"The numbers of {figures}", (self.table(text(caption)),))
 
     def table(self, caption: Text) -> Table:
         theirs = any(len(self.sources) in row for lines in self.cells.values() for row in lines.values())

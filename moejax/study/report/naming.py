@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moejax.study.report.compare import Source
@@ -24,11 +24,14 @@ def dataset(data: str | None) -> tuple[str, bool]:
     return DATASET.get(data or "", DATASET["cs"]), data in DATASET
 
 
+Rows = list[tuple[Source, Row]]
+
+
 class Naming:
     """Names of the settings of some rows (an experiment's, of all folders)."""
 
-    def __init__(self, rows: Iterable[Row], columns: Sequence[str] = _VARYING):
-        rows = list(rows)
+    def __init__(self, of: Rows, columns: Sequence[str] = _VARYING):
+        rows = [row for _, row in of]
         self.seen = {c: list(dict.fromkeys(getattr(r, c) for r in rows if getattr(r, c) is not None)) for c in columns}
         # A model's method and the kind of batches of a data set seldom vary by themselves: then they would only repeat.
         self.columns = [c for c in columns if len(self.seen[c]) > 1 and not (c == "method" and self._follows(rows, c, "model"))]
@@ -64,9 +67,9 @@ def family(sources: Sequence[Source], model: str) -> str | None:
     return next(known.family for source in sources for known in source.study.models if known.name == model)
 
 
-def beside(sources: Sequence[Source], rows: Iterable[Row], before: str, after: str = " on an A40.") -> str:
+def beside(sources: Sequence[Source], rows: Rows, before: str, after: str = " on an A40.") -> str:
     """The study's models beside which these rows stand, between words about them; "" where it had none."""
-    models = " and ".join(dict.fromkeys(REFERENCE[known] for r in rows if (known := family(sources, r.model))))
+    models = " and ".join(dict.fromkeys(REFERENCE[known] for _, r in rows if (known := family(sources, r.model))))
     return f"{before}{models}{after}" if models else ""
 
 
@@ -82,8 +85,22 @@ def precision(sources: Sequence[Source]) -> str:
     return f" Ours in {'; '.join(found)}." if found else ""
 
 
-def rows_of(sources: Sequence[Source], experiment: str) -> list[tuple[Source, Row]]:
-    return [(source, row) for source in sources for row in source.study.of(experiment)]
+def rows_of(sources: Sequence[Source], experiment: str, *metrics: str) -> Rows:
+    """Of an experiment; of these metrics only, where any are named."""
+    return [(source, row) for source in sources for row in source.study.of(experiment) if not metrics or row.metric in metrics]
+
+
+def grouped(rows: Rows, name: Callable[[Row], str]) -> dict[str, Rows]:
+    """By their names, in the order in which these come."""
+    found: dict[str, Rows] = {}
+    for source, row in rows:
+        found.setdefault(name(row), []).append((source, row))
+    return found
+
+
+def on(sources: Sequence[Source], source: Source) -> str:
+    """Which folder's a line is, behind its name; "" where there is one."""
+    return f", {source.label}" if len(sources) > 1 else ""
 
 
 def metric(row: Row) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal
 
 Source = Literal["ours", "study", "derived"]
 
@@ -72,7 +72,7 @@ class Table:
     @property
     def has_numbers(self) -> bool:
         """Or words alone."""
-        return any(True for _ in numbers((self,)))
+        return any(True for _ in numbers(self))
 
 
 @dataclass(frozen=True)
@@ -124,34 +124,18 @@ def text(*fragments: Fragment) -> Text:
     return tuple(fragments)
 
 
-def numbers(blocks: Sequence[Block]) -> Iterator[Number]:
-    """Every number in them, in its order."""
-    for block in _unfolded(blocks):
-        for fragments in _texts(block):
-            yield from (f for f in fragments if isinstance(f, Number))
+def numbers(content: Any) -> Iterator[Number]:
+    """Every number in blocks or whatever they are made of, in its order."""
+    return (part for part in _parts(content) if isinstance(part, Number))
 
 
 def figures(page: Page) -> list[Figure]:
     """Every figure on the page, in its order."""
-    return [block for block in _unfolded(page.blocks) if isinstance(block, Figure)]
+    return [part for part in _parts(page) if isinstance(part, Figure)]
 
 
-def _unfolded(blocks: Sequence[Block]) -> Iterator[Block]:
-    for block in blocks:
-        if isinstance(block, Fold):
-            yield from _unfolded(block.blocks)
-        else:
-            yield block
-
-
-def _texts(block: Block) -> Iterator[Text]:
-    if isinstance(block, Paragraph):
-        yield block.text
-    elif isinstance(block, Items):
-        yield from block.items
-    elif isinstance(block, Table):
-        yield block.caption
-        for group in block.groups:
-            yield group.title
-            for row in group.rows:
-                yield from row
+def _parts(content: Any) -> Iterator[Any]:
+    """The content itself, and everything in it."""
+    yield content
+    for part in content if isinstance(content, tuple | list) else vars(content).values() if is_dataclass(content) else ():
+        yield from _parts(part)

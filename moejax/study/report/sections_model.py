@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moejax.estimator import prices
 from moejax.study import reference
@@ -11,45 +12,39 @@ from moejax.study.cost import paper
 from moejax.study.report import figures
 from moejax.study.report.compare import Source
 from moejax.study.report.grid import STUDY, Grid, derived, published
-from moejax.study.report.naming import REFERENCE, Naming, beside, dataset, family, precision, rows_of
-from moejax.study.report.page import Block, Figure, Fold, Group, Number, Table, Text, text
+from moejax.study.report.naming import REFERENCE, Naming, Rows, beside, dataset, family, grouped, on, precision, rows_of
+from moejax.study.report.page import Block, Figure, Group, Number, Table, Text, text
 from moejax.study.report.quantities import digits
 from moejax.study.report.results import Row
 from moejax.study.report.svg import embed
 
-_EQUATION_1 = ("c0", "c1", "model_gb", "rmse_gb", "points")
 
-
-def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
-    rows = rows_of(sources, "fit_batch")
-    if not rows:
-        return ()
-    proved = [(s, r) for s, r in rows_of(sources, "largest_batch") if r.metric == "proved_batch"]
-    naming, grid = Naming([r for _, r in (*rows, *proved)], ("model", "data")), Grid(sources, "equation 1")
+def fit_batch(sources: Sequence[Source], rows: Rows) -> tuple[Block, ...]:
+    proved = rows_of(sources, "largest_batch", "proved_batch")
+    naming, grid = Naming([*rows, *proved], ("model", "data")), Grid(sources, "equation 1")
     theirs = reference.max_batch_figure()
-    gpus = {int(name.rsplit("-", 1)[1].removesuffix("GB")): name for name in reference.raw()["fig13_max_batch"]["ground_truth"]}
-    for source, row in rows:
-        if row.metric in _EQUATION_1:
-            number = source.number(row)  # C1 is a share and not said in percent, as the study has it
-            plain = Number(digits(row.value), number.exact, number.source, number.place) if row.metric == "c1" else number
-            grid.put(f"{naming.name(row)}: coefficients", _coefficient(row.metric), source, text(plain))
-    for name, row in {naming.name(r): r for _, r in rows if r.metric in _EQUATION_1}.items():
-        model = family(sources, row.model)
+    fitted = [(s, r) for s, r in rows if r.metric in _EQUATION_1]
+    for source, row in fitted:
+        number = source.number(row)
+        if row.metric == "c1":  # a share, and not said in percent, as the study has it
+            number = replace(number, text=digits(row.value))
+        grid.put(f"{naming.name(row)}: coefficients", _EQUATION_1[row.metric], source, text(number))
+    for name, mine in grouped(fitted, naming.name).items():
+        model, group = family(sources, mine[-1][1].model), f"{name}: coefficients"
         if model is None:
             continue
-        for index, coefficient in enumerate(("c0", "c1")):
+        for index, metric in enumerate(("c0", "c1")):
             cell: Text = (published(theirs.printed[model][index]),)
             if model in theirs.artifact:
                 cell = (*cell, " (drawn with ", published(theirs.artifact[model][index]), ")")
-            grid.put(f"{name}: coefficients", _coefficient(coefficient), None, cell, REFERENCE[model])
-        grid.put(f"{name}: coefficients", _coefficient("model_gb"), None, text(published(theirs.model_gb[model], "GB")))
+            grid.put(group, _EQUATION_1[metric], None, cell, REFERENCE[model])
+        grid.put(group, _EQUATION_1["model_gb"], None, text(published(theirs.model_gb[model], "GB")))
     predicted = [(s, r) for s, r in rows if r.metric == "predicted_batch"]
-    for source, row in predicted:
-        group = f"{naming.name(row)}: the largest batch"
-        grid.put(group, f"{row.routing}, {row.scope or 'here'}, by equation 1", source, text(source.number(row)))
-    for source, row in proved:
-        grid.put(f"{naming.name(row)}: the largest batch", f"{row.routing}, here, as it ran", source, text(source.number(row)))
+    for source, row in (*predicted, *proved):
+        what = f"{row.scope or 'here'}, by equation 1" if row.experiment == "fit_batch" else "here, as it ran"
+        grid.put(f"{naming.name(row)}: the largest batch", f"{row.routing}, {what}", source, text(source.number(row)))
     if any(family(sources, r.model) for _, r in rows):
+        gpus = {int(name.rsplit("-", 1)[1].removesuffix("GB")): name for name in reference.raw()["fig13_max_batch"]["ground_truth"]}
         for gb, batch in theirs.ground_truth.items():
             grid.put(_STUDY_13, f"{gb} GB, as it ran ({gpus[gb]})", None, text(published(batch)))
         for gb, batch in theirs.printed_projection.items():
@@ -59,45 +54,41 @@ def fit_batch(sources: Sequence[Source]) -> tuple[Block, ...]:
         "Equation 1: batch = C0·(GPU memory - model) / (tokens·((1 - C1) + C1·k/E)), C0 in tokens/GB, GB of 1e9 bytes; \"here\": within "
         f"this sweep's memory limit. {naming.constant()}"
     )
-    return (*blocks, Fold("The numbers of this figure", (grid.table(text(caption)),)))
+    return (*blocks, grid.folded(caption))
 
 
 _STUDY_13 = "study: Mixtral-8x7B, sparse, by GPU memory"
-_COEFFICIENTS = {"c0": "C0", "c1": "C1", "model_gb": "model", "rmse_gb": "RMSE", "points": "points"}
-
-
-def _coefficient(metric: str) -> str:
-    return _COEFFICIENTS.get(metric, metric)
-
-
-Rows = list[tuple[Source, Row]]
+_EQUATION_1 = {"c0": "C0", "c1": "C1", "model_gb": "model", "rmse_gb": "RMSE", "points": "points"}
 
 
 def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, proved: Rows, theirs: reference.Equation1) -> Figure:
     panels = []
-    for setting in dict.fromkeys(naming.name(r) for _, r in predicted):
+    for setting, mine in grouped(predicted, naming.name).items():
         lines = []
         for source in sources:
             limit = source.study.memory_limit.bytes or source.study.environment.memory_bytes
+            after = on(sources, source)
             for routing, color in figures.ROUTING.items():
-                own = [r for s, r in predicted if s is source and (naming.name(r), r.routing) == (setting, routing)]
-                proven = [r for s, r in proved if s is source and (naming.name(r), r.routing) == (setting, routing)]
-                after = f", {source.label}" if len(sources) > 1 else ""
+                own = [r for s, r in mine if (s, r.routing) == (source, routing)]
+                ran = [r for s, r in proved if (s, naming.name(r), r.routing) == (source, setting, routing)]
                 points = [(gb, float(r.value)) for r in own if (gb := _gigabytes(r.scope)) is not None]
                 if points:
                     lines.append(figures.Line(f"{routing}: equation 1{after}", tuple(sorted(points)), color, "None", "--"))
-                if proven and limit:
-                    at = tuple((limit / 1e9, float(r.value)) for r in proven)
+                if ran and limit:
+                    at = tuple((limit / 1e9, float(r.value)) for r in ran)
                     lines.append(figures.Line(f"{routing}: ran{after}", at, color, figures.MARKERS[source.index % 5], ""))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "memory, GB", "largest batch"))
     title = "The largest batch by memory: as it ran (dots) and by equation 1 (dashes)."
     if any(family(sources, r.model) for _, r in predicted):
-        ran_there = tuple((float(gb), float(b)) for gb, b in theirs.ground_truth.items())
-        said_there = tuple((float(gb), float(b)) for gb, b in theirs.printed_projection.items())
-        ran = figures.Line("Mixtral-8x7B (study): ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True)
-        said = figures.Line("Mixtral-8x7B (study): equation 1, printed", said_there, figures.ROUTING["sparse"], "x", ":")
-        panels.append(figures.Panel(_STUDY_13, (ran, said), "memory, GB", "largest batch"))
+        ran_there, said_there = (
+            tuple((float(gb), float(batch)) for gb, batch in known.items()) for known in (theirs.ground_truth, theirs.printed_projection)
+        )
+        lines = [
+            figures.Line("Mixtral-8x7B (study): ran", ran_there, figures.ROUTING["sparse"], "s", "", hollow=True),
+            figures.Line("Mixtral-8x7B (study): equation 1, printed", said_there, figures.ROUTING["sparse"], "x", ":"),
+        ]
+        panels.append(figures.Panel(_STUDY_13, tuple(lines), "memory, GB", "largest batch"))
         title += (
             " Last: the study's PyTorch, Mixtral-8x7B on an A100 of 40 GB, an A40 and an H100 of 80 GB, and by equation 1 for 100 and "
             "120 GB."
@@ -105,8 +96,7 @@ def _batch_figure(sources: Sequence[Source], naming: Naming, predicted: Rows, pr
     told = "; ".join(
         f"{p.title}, {line.label}: " + ", ".join(f"{y:g} at {x:.3g} GB" for x, y in line.points) for p in panels for line in p.lines
     )
-    figure = figures.curves(panels, height=1.8, whole=False)
-    return Figure("fit_batch-1", title, embed(figure, "fit_batch-1", title, told))
+    return embed(figures.curves(panels, height=1.8, whole=False), "fit_batch-1", title, told)
 
 
 def _gigabytes(scope: str) -> float | None:
@@ -117,32 +107,25 @@ def _gigabytes(scope: str) -> float | None:
 _WORDS = {"equation 2 (printed)": "equation 2 as printed", "equation 2 (fitted)": "equation 2 as fitted", "moejax": "moejax's step model"}
 
 
-def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
-    rows = rows_of(sources, "fit_throughput")
-    if not rows:
-        return ()
-    naming, grid = Naming((r for _, r in rows), ("model", "data")), Grid(sources, "")
-    measured = [(s, r) for s, r in rows_of(sources, "throughput") if r.metric == "queries_per_second"]
+def fit_throughput(sources: Sequence[Source], rows: Rows) -> tuple[Block, ...]:
+    naming, grid = Naming(rows, ("model", "data")), Grid(sources, "")
+    measured = rows_of(sources, "throughput", "queries_per_second")
     panels = []
-    for scope in dict.fromkeys(r.scope for _, r in rows):
-        for source, row in rows:
-            if row.scope == scope and row.metric != "predicted":
-                grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", _fitted(row.metric), source, text(source.number(row)))
+    for scope, mine in grouped([(s, r) for s, r in rows if r.metric != "predicted"], lambda r: r.scope).items():
+        for source, row in mine:
+            grid.put(f"{naming.name(row)}: {_WORDS.get(scope, scope)}", _fitted(row.metric), source, text(source.number(row)))
     predicted = [(s, r) for s, r in rows if r.metric == "predicted"]
-    for setting in dict.fromkeys(naming.name(r) for _, r in predicted):
-        mine = [(s, r) for s, r in predicted if naming.name(r) == setting]
+    for setting, mine in grouped(predicted, naming.name).items():
         curve = _curve(sources, mine[0][1])
         if curve:
             same = dataset(mine[0][1].data)[1]
             _study_fits(grid, setting if same else f"study: {REFERENCE[curve.model]}, commonsense", curve, same)
-        for scope in dict.fromkeys(r.scope for _, r in mine):
-            for source, row in mine:
-                if row.scope == scope:
-                    what = f"{setting}: queries a second by {_WORDS.get(scope, scope)}"
-                    packed = " (packed)" if row.batching == "pack" else ""
-                    grid.put(what, f"{row.routing}, batch {row.batch:g}{packed}", source, text(source.number(row)))
-        lines = _fit_lines(sources, mine, measured)
-        if lines:
+        for scope, of_scope in grouped(mine, lambda r: r.scope).items():
+            for source, row in of_scope:
+                what = f"{setting}: queries a second by {_WORDS.get(scope, scope)}"
+                packed = " (packed)" if row.batching == "pack" else ""
+                grid.put(what, f"{row.routing}, batch {row.batch:g}{packed}", source, text(source.number(row)))
+        if lines := _fit_lines(sources, mine, measured):
             panels.append(figures.Panel(setting, tuple(lines), "batch, queries", "queries a second"))
         if curve:
             panels.append(_study_panel(curve))
@@ -150,19 +133,17 @@ def fit_throughput(sources: Sequence[Source]) -> tuple[Block, ...]:
     if panels:
         title = (
             "Measured throughput (dots), moejax's step model (lines) and equation 2 as the study fitted it (dashes)."
-            + beside(sources, (r for _, r in predicted), " The study's panels: PyTorch, ", " on an A40, fitted anew to its measurements.")
+            + beside(sources, predicted, " The study's panels: PyTorch, ", " on an A40, fitted anew to its measurements.")
             + precision(sources)
         )
         told = "Dots and lines by batch size. " + "; ".join(
             f"{p.title}, {line.label}: {line.points[-1][1]:.3g} at batch {line.points[-1][0]:g}" for p in panels for line in p.lines
         )
-        blocks.append(Figure("fit_throughput-1", title, embed(figures.curves(panels, height=1.9), "fit_throughput-1", title, told)))
-    caption = (
+        blocks.append(embed(figures.curves(panels, height=1.9), "fit_throughput-1", title, told))
+    return (*blocks, grid.folded(
         "Equation 2 as printed: C2·ln(batch / (k/E·C3)) + C4; as the study's figures were fitted: C2·ln(batch^(1 / (k/E·C3))) + C4, with a "
-        "fixed C3. "
-        "moejax's step model: seconds = t0 + tokens·(u + v·k/E). RMSE over all measured points."
-    )
-    return (*blocks, Fold("The numbers of this figure", (grid.table(text(caption)),)))
+        "fixed C3. moejax's step model: seconds = t0 + tokens·(u + v·k/E). RMSE over all measured points."
+    ))  # fmt: skip
 
 
 _FITTED = {
@@ -198,26 +179,18 @@ def _study_fits(grid: Grid, setting: str, curve: reference.Curve, same: bool) ->
 def _fit_lines(sources: Sequence[Source], mine: Rows, measured: Rows) -> list[figures.Line]:
     lines = []
     first = mine[0][1]
+    here = [(s, r) for s, r in measured if (r.model, r.data) == (first.model, first.data)]
     for source in sources:
-        after = f", {source.label}" if len(sources) > 1 else ""
         for routing, color in figures.ROUTING.items():
-            own = [
-                (float(r.batch or 0), float(r.value))
-                for s, r in measured
-                if s is source and (r.model, r.data, r.routing) == (first.model, first.data, routing) and r.batching != "pack"
-            ]
-            if own:
-                marker = figures.MARKERS[source.index % 5]
-                lines.append(figures.Line(f"{routing}: measured{after}", tuple(sorted(own)), color, marker, ""))
-            for scope, dash in (("moejax", "-"), ("equation 2 (fitted)", "--")):
-                said = [
-                    (float(r.batch or 0), float(r.value))
-                    for s, r in mine
-                    if s is source and (r.scope, r.routing) == (scope, routing) and r.batching != "pack"
-                ]
-                if said:
-                    name = "step model" if scope == "moejax" else "equation 2"
-                    lines.append(figures.Line(f"{routing}: {name}{after}", tuple(sorted(said)), color, "None", dash))
+            for name, rows, marker, dash in (
+                ("measured", here, figures.MARKERS[source.index % 5], ""),
+                ("step model", [(s, r) for s, r in mine if r.scope == "moejax"], "None", "-"),
+                ("equation 2", [(s, r) for s, r in mine if r.scope == "equation 2 (fitted)"], "None", "--"),
+            ):
+                own = [r for s, r in rows if (s, r.routing) == (source, routing) and r.batching != "pack"]
+                if own:
+                    points = tuple(sorted((float(r.batch or 0), float(r.value)) for r in own))
+                    lines.append(figures.Line(f"{routing}: {name}{on(sources, source)}", points, color, marker, dash))
     return lines
 
 
@@ -241,20 +214,15 @@ _COST = {
 }  # fmt: skip
 
 
-def cost(sources: Sequence[Source]) -> tuple[Block, ...]:
-    rows = rows_of(sources, "cost")
-    if not rows:
-        return ()
-    naming, groups = Naming((r for _, r in rows), ("model", "method", "data", "batching")), []
-    several = len(sources) > 1
-    for setting in dict.fromkeys(naming.name(r, r.routing or "") for _, r in rows):
-        mine = [(s, r) for s, r in rows if naming.name(r, r.routing or "") == setting]
+def cost(sources: Sequence[Source], rows: Rows) -> tuple[Block, ...]:
+    naming, groups = Naming(rows, ("model", "method", "data", "batching")), []
+    for setting, mine in grouped(rows, lambda r: naming.name(r, r.routing or "")).items():
         lines: list[tuple[Text, ...]] = []
-        for gpu in dict.fromkeys(r.scope for _, r in mine):
+        for gpu, here in grouped(mine, lambda r: r.scope).items():
             for source in sources:
-                own = {r.metric: source.number(r) for s, r in mine if s is source and r.scope == gpu}
+                own = {r.metric: source.number(r) for s, r in here if s is source}
                 if own:
-                    name = f"{gpu} ({source.label})" if several else gpu
+                    name = f"{gpu} ({source.label})" if len(sources) > 1 else gpu
                     seller = text(source.study.prices.get(gpu, "–"))
                     lines.append((text(name), *(seller if m == "price" else _cost_cell(own.get(m), m) for m in _COST)))
         groups.append(Group(text(setting), tuple(lines)))
@@ -281,5 +249,4 @@ def _cost_cell(number: Number | None, metric: str) -> Text:
         return ("–",)
     if metric != "measured":
         return (number,)
-    words = "measured" if float(number.exact) else "carried over"
-    return (Number(words, number.exact, number.source, number.place),)
+    return (replace(number, text="measured" if float(number.exact) else "carried over"),)

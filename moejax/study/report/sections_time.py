@@ -10,13 +10,12 @@ from moejax.study import reference
 from moejax.study.report import figures
 from moejax.study.report.compare import DENSE, LARGEST, ONE, Source, batches, role
 from moejax.study.report.grid import Grid, derived, published
-from moejax.study.report.naming import REFERENCE, Naming, beside, family, precision, rows_of
-from moejax.study.report.page import Block, Figure, Fold, text
+from moejax.study.report.naming import REFERENCE, Naming, Rows, beside, family, grouped, on, precision
+from moejax.study.report.page import Block, Fold, text
 from moejax.study.report.quantities import rounded
 from moejax.study.report.results import Row
 from moejax.study.report.svg import embed
 
-Parts = dict[str, float]
 NOT_LAYERS = ("embed", "loss", "head_dequant", "optimizer", "other", "idle")
 BACKWARD = "backward with recomputation"
 MOE_WHOLE = "moe (time-weighted)"
@@ -68,31 +67,22 @@ def _study_roles(model_family: str) -> list[tuple[str, int, str, step_bars.Bars]
     return [(routing, batch, role(batch, routing, sizes), bars) for routing, batch, bars in settings]
 
 
-def seconds(sources: Sequence[Source], kind: _Kind) -> tuple[Block, ...]:
+def seconds(sources: Sequence[Source], rows: Rows, kind: _Kind) -> tuple[Block, ...]:
     """The figures and the table of an experiment of seconds by scope."""
-    rows = [(s, r) for s, r in rows_of(sources, kind.experiment) if r.metric == "seconds"]
-    if not rows:
-        return ()
-    naming, name = Naming(r for _, r in rows), kernel_name if kind is KERNELS else scope_name
+    naming, name = Naming(rows), kernel_name if kind is KERNELS else scope_name
     grid = Grid(sources, "seconds, and share")
     blocks: list[Block] = []
-    for setting in dict.fromkeys(naming.name(r) for _, r in rows):
-        drawn: list[figures.Bars] = []
-        for source in sources:
-            own = [r for s, r in rows if s is source and naming.name(r) == setting]
-            if own:
-                drawn.append(_ours(grid, source, own, setting, kind, name))
-        first = next(r for _, r in rows if naming.name(r) == setting)
-        if model_family := family(sources, first.model):
+    for setting, mine in grouped(rows, naming.name).items():
+        by_source = {source: [r for s, r in mine if s is source] for source in sources}
+        drawn = [_ours(grid, source, own, setting, kind, name) for source, own in by_source.items() if own]
+        if model_family := family(sources, mine[0][1].model):
             drawn.append(_theirs(grid, model_family, setting, kind, name))
         figure = figures.shares(drawn, kind.colors, name, f"share of {kind.whole}, %")
         title = f"{kind.title}: {setting}. Shares of {kind.whole}; its length stands at a bar's end."
-        title += beside(sources, [first], " Below: the study's PyTorch, ") + precision(sources)
-        number = len(blocks) + 1
-        anchor = f"{kind.experiment}-{number}"
-        blocks.append(Figure(anchor, title, embed(figure, anchor, title, _told(drawn, kind, name))))
+        title += beside(sources, mine[:1], " Below: the study's PyTorch, ") + precision(sources)
+        blocks.append(embed(figure, f"{kind.experiment}-{len(blocks) + 1}", title, _told(drawn, kind, name)))
     caption = f"Seconds of a step by scope, and their share of {kind.whole}. {naming.constant()}".strip()
-    return (*blocks, Fold("The numbers of these figures", (grid.table(text(caption)),)))
+    return (*blocks, grid.folded(caption, "these figures"))
 
 
 def _ours(grid: Grid, source: Source, rows: list[Row], setting: str, kind: _Kind, name: Callable[[str], str]) -> figures.Bars:
@@ -153,32 +143,26 @@ _PANELS = (
 )
 
 
-def utilization(sources: Sequence[Source]) -> tuple[Block, ...]:
-    rows = [(s, r) for s, r in rows_of(sources, "utilization") if r.metric != "seconds"]
-    if not rows:
-        return ()
-    naming = Naming(r for _, r in rows)
+def utilization(sources: Sequence[Source], rows: Rows) -> tuple[Block, ...]:
+    naming = Naming(rows)
     blocks: list[Block] = []
     grids = {metric: Grid(sources, "share") for metric, *_ in _PANELS}
-    for setting in dict.fromkeys(naming.name(r) for _, r in rows):
-        mine = [(s, r) for s, r in rows if naming.name(r) == setting]
+    for setting, mine in grouped(rows, naming.name).items():
         model_family = family(sources, mine[0][1].model)
         panels = []
         for metric, index, title, meaning, _ in _PANELS:
-            shown = _utilization_ours(grids[metric], [(s, r) for s, r in mine if r.metric == metric], setting, len(sources) > 1)
+            shown = _utilization_ours(sources, grids[metric], [(s, r) for s, r in mine if r.metric == metric], setting)
             shown += _utilization_theirs(grids[metric], model_family, setting, index) if model_family else []
             order = [k for k in (*figures.KERNELS, MOE_WHOLE) if any(k in d.values for d in shown)]
             panels.append((title, f"{meaning}, %", shown, order))
-        figure = figures.dots(panels, kernel_name)
-        anchor = f"utilization-{len(blocks) + 1}"
         other = " on an A40: Nsight Compute's utilization of SM and DRAM, which is not the same thing."
-        theirs = beside(sources, [mine[0][1]], " Hollow, the study's ", other)
+        theirs = beside(sources, mine[:1], " Hollow, the study's ", other)
         title = (
             f"How busy the device is in the kernels of the MoE: {setting}. Filled, ours: of the device's peak matrix rate (top) and "
             f"bandwidth (bottom).{precision(sources)}{theirs}"
         )
         description = f"Dots on one line per kernel for each setting; the table below has every value. {len(mine)} values of ours."
-        blocks.append(Figure(anchor, title, embed(figure, anchor, title, description)))
+        blocks.append(embed(figures.dots(panels, kernel_name), f"utilization-{len(blocks) + 1}", title, description))
     studys = any(family(sources, r.model) for _, r in rows)
     tables = tuple(
         grids[metric].table(text(f"{title}: {ours}{f' (study: {theirs}, Nsight Compute)' if studys else ''}. {naming.constant()}"))
@@ -187,9 +171,9 @@ def utilization(sources: Sequence[Source]) -> tuple[Block, ...]:
     return (*blocks, Fold("The numbers of these figures", tables))
 
 
-def _utilization_ours(grid: Grid, rows: list[tuple[Source, Row]], setting: str, several: bool) -> list[figures.Dots]:
+def _utilization_ours(sources: Sequence[Source], grid: Grid, rows: Rows, setting: str) -> list[figures.Dots]:
     shown = []
-    for source in dict.fromkeys(s for s, _ in rows):
+    for source in sources:
         own = [r for s, r in rows if s is source]
         sizes = batches(own)
         for routing, batch in sorted({(r.routing or "", r.batch or 0) for r in own}):
@@ -199,8 +183,8 @@ def _utilization_ours(grid: Grid, rows: list[tuple[Source, Row]], setting: str, 
             here = {r.scope: r for r in own if (r.routing or "", r.batch or 0) == (routing, batch)}
             for scope in _ordered(here, figures.KERNELS):
                 grid.put(group, kernel_name(scope), source, text(source.number(here[scope])))
-            label = f"{routing}, batch {batch:g}" + (f", {source.label}" if several else "")
             values = {scope: float(r.value) for scope, r in here.items()}
+            label = f"{routing}, batch {batch:g}{on(sources, source)}"
             shown.append(figures.Dots(label, values, _shade(routing, what), figures.MARKERS[source.index % 5]))
     return shown
 
@@ -208,11 +192,8 @@ def _utilization_ours(grid: Grid, rows: list[tuple[Source, Row]], setting: str, 
 def _utilization_theirs(grid: Grid, model_family: str, setting: str, index: int) -> list[figures.Dots]:
     shown = []
     for routing, batch, what, bars in _study_roles(model_family):
-        values: Parts = {}
-        for kernel, pair in bars.utilization.items():
-            share = pair[index]
-            if share is not None:
-                values[MOE_WHOLE if kernel == step_bars.ALL else kernel] = share
+        shares = {MOE_WHOLE if kernel == step_bars.ALL else kernel: pair[index] for kernel, pair in bars.utilization.items()}
+        values = {kernel: share for kernel, share in shares.items() if share is not None}
         group = f"{setting}, {routing}, {what}"
         grid.put(group, "batch, queries", None, text(f"{batch:g}"), REFERENCE[model_family])
         for scope in _ordered(values, figures.KERNELS):

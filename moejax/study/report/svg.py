@@ -8,6 +8,8 @@ import re
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from moejax.study.report import page
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -24,7 +26,7 @@ SETTINGS: Any = {
 }  # fmt: skip
 
 
-def embed(figure: Figure, name: str, title: str, description: str) -> str:
+def embed(figure: Figure, name: str, title: str, description: str) -> page.Figure:
     """The figure as one <svg> element for an HTML page. Its ids begin with `name`, so that they differ from other figures'.
 
     title, description: what it shows, for who cannot see it.
@@ -34,7 +36,7 @@ def embed(figure: Figure, name: str, title: str, description: str) -> str:
     out = io.StringIO()
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": hashlib.sha256(name.encode()).hexdigest()[:8]}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _own(out.getvalue(), name, title, description)
+    return page.Figure(name, title, _own(out.getvalue(), name, title, description))
 
 
 def _own(source: str, name: str, title: str, description: str) -> str:

@@ -16,7 +16,7 @@ from small_study import ENVIRONMENT, SIZES, write_config
 from moejax import cli, runtime
 from moejax.errors import UserError
 from moejax.estimator.prices import SETS
-from moejax.study.characterize import children, command, sweep, trial
+from moejax.study.characterize import children, command, result, sweep, trial
 from moejax.study.report import results
 
 
@@ -136,11 +136,11 @@ def test_another_family_dense(preset, method, sections, mixer, tmp_path, monkeyp
     experiments = set()
     for name in (f"length/{preset}/problems/dense/32", f"throughput/{preset}/problems/dense/padded/largest"):
         assert trial.run(tmp_path / "out", name, 2) == 0
-        left = children.read(trial.result_path(tmp_path / "out", name))
+        left = result.read(result.path_of(tmp_path / "out", name))
         assert (left.status, left.message) == ("done", None)
-        assert {(r["method"], r["routing"], r["batch"]) for r in left.rows} == {(method, "dense", 2)}
-        experiments |= {r["experiment"] for r in left.rows}
-        layers = {r["scope"] for r in left.rows if r["experiment"] == "layers"}
+        assert {(r.method, r.routing, r.batch) for r in left.rows} == {(method, "dense", 2)}
+        experiments |= {r.experiment for r in left.rows}
+        layers = {r.scope for r in left.rows if r.experiment == "layers"}
         assert not layers or (layers & {"mamba", "attention"} == {mixer} and "moe" in layers)
     assert experiments == {"stages", "layers", "kernels", "utilization", "length", "throughput"}
 
@@ -178,7 +178,7 @@ def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "predict", predict)
     monkeypatch.setattr(runtime, "prepare_jax", lambda device: None)  # of this process, which is the tests'
     assert trial.run(tmp_path / "out", name, None) == 0
-    left = children.read(trial.result_path(tmp_path / "out", name))
+    left = result.read(result.path_of(tmp_path / "out", name))
     assert (left.status, left.message) == ("out_of_memory", "out of memory on the host: MemoryError: Unable to allocate 47 GiB")
     assert left.retry and not left.final and left.command.endswith(f"/out {name}")
 

@@ -9,7 +9,7 @@ from support import ROOT
 
 from moejax.errors import UserError
 from moejax.estimator import prices
-from moejax.study.characterize import children, fits, plan, study
+from moejax.study.characterize import fits, plan, result, study
 from moejax.study.report import results
 from moejax.study.report.results import MemoryLimit
 
@@ -38,8 +38,7 @@ def fitted(tmp_path):
                     "queries": float(queries), "tokens": 48.0 * queries, "peak_tokens": 48 * queries, "seconds": seconds(queries, share),
                     "peak_bytes": peak, "argument_bytes": 10**10, "routing": task.setting.routing,
                 }  # fmt: skip
-                result = children.Result("done", None, 1.0, "", [], facts)
-                children.keep(children.result_path(tmp_path, task.name), result)
+                result.keep(result.path_of(tmp_path, task.name), result.Result("done", None, 1.0, "", [], facts))
         content = results.Study(
             1, None, "a command", "2026-11-27", wanted.config(), "", wanted.models(), H100, MemoryLimit(limit, True), [], {}, False
         )

@@ -286,6 +286,13 @@ def test_two_are_compared(two):
     assert [c.head for c in cells] == ["made-up GPU", "made-up bigger GPU"]
 
 
+def test_the_studys_batch_stands_with_its_own_data_and_apart_from_others(tmp_path):
+    """A folder on the study's data beside one on word problems."""
+    _, page, _ = report(tmp_path, *(replace(s, rows=s.of("largest_batch")) for s in (made.study(), results.read(DEMO))))
+    for group in ("mixtral-made, commonsense, 1024 tokens", "study: Mixtral-8x7B, commonsense"):
+        assert study_cells(page, "largest-batch", group, "sparse") == [8], {c.group for c in page.cells}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
