@@ -112,12 +112,11 @@ class ModelConfig(_Section):
                     f"add model.preset (one of {', '.join(PRESETS)}), or give the folder of a downloaded copy"
                 )
             base = PRESETS[self.preset]
-        if self.experts_per_token is not None:
-            base = base.replace(experts_per_token=self.experts_per_token)
         unknown = sorted(set(self.overrides) - set(base.fields()))
         if unknown:
             raise ValueError(f"overrides.{unknown[0]} is no field of a {base.title}")
-        return base.replace(**self.overrides)
+        asked = {} if self.experts_per_token is None else {"experts_per_token": self.experts_per_token}
+        return base.replace(**(asked | self.overrides))  # at once: neither is judged by the sizes that the other changes
 
 
 class QuantizationConfig(_Section):

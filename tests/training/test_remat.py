@@ -120,7 +120,7 @@ def test_others_refuse_auto(make_experiment, tmp_path):
             closed_form.breakdown(other, SIZES, rows=1, row_tokens=8, platform="cpu")
         with pytest.raises(UserError, match=f"remat = {policy}: PyTorch's side knows full and none"):
             handover.write_random(other, tmp_path, stack_name="study")
-        content = {"experiment": other.model_dump(mode="json"), "kind": "mixtral"}
+        content = {"experiment": other.model_dump(mode="json"), "hub_config": SIZES.to_hub_config()}
         with pytest.raises(contract.CannotRun, match=f"remat = {policy}: PyTorch's side cannot express it"):
             contract.check(content, "study")
 

@@ -37,8 +37,9 @@ def largest_batch(sources: Sequence[Source], rows: Rows) -> tuple[Block, ...]:
         if model and same and (model, theirs, routing) in missing:
             missing.remove((model, theirs, routing))
             grid.put(setting, routing, None, _printed(printed[model, theirs, routing]), REFERENCE[model])
-    for known in dict.fromkeys(family(sources, r.model) for _, r in rows if not dataset(r.data)[1]):
-        for routing in ("sparse", "dense") if known else ():  # of other data: apart
+    elsewhere = (family(sources, r.model) for _, r in rows if not dataset(r.data)[1])
+    for known in dict.fromkeys(model for model in elsewhere if model):
+        for routing in ("sparse", "dense"):  # of other data: apart
             grid.put(f"study: {REFERENCE[known]}, commonsense", routing, None, _printed(printed[known, DATASET["cs"], routing]))
     for metric, words in _MEMORY.items():
         for source, row in rows:
@@ -157,14 +158,14 @@ def length(sources: Sequence[Source], rows: Rows) -> tuple[Block, ...]:
                         points = tuple((_tokens(r), float(r.value)) for r in own)
                         marker = figures.MARKERS[source.index % 5]
                         lines.append(figures.Line(f"{routing}{on(sources, source)}", points, figures.ROUTING[routing], marker))
-        for routing in ("sparse", "dense") if model else ():
+        for known, routing in ((model, routing) for routing in ("sparse", "dense") if model):
             for words, quantity, unit in _LENGTH.values():
-                values = reference.sequence_length_sensitivity(quantity).row(model, routing).values  # type: ignore[arg-type]
+                values = reference.sequence_length_sensitivity(quantity).row(known, routing).values  # type: ignore[arg-type]
                 for tokens, value in values.items():
-                    grid.put(f"{setting}, {routing}: {words}", tokens, None, text(published(value, unit)), REFERENCE[model])
+                    grid.put(f"{setting}, {routing}: {words}", tokens, None, text(published(value, unit)), REFERENCE[known])
                 if unit == "s":
                     points = tuple((float(t), float(v)) for t, v in values.items())
-                    label = f"{REFERENCE[model]}, A40: {routing}"
+                    label = f"{REFERENCE[known]}, A40: {routing}"
                     lines.append(figures.Line(label, points, figures.ROUTING[routing], "s", ":", hollow=True))
         if lines:
             panels.append(figures.Panel(setting, tuple(lines), "tokens a query", "seconds a step"))
