@@ -80,8 +80,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free some space") from None
     finally:  # a disk that is full does not cost the result
         console.print(table)
-        console.print(shown["instruction"], style="bold")
-        console.print(shown["output"])
+        console.print(shown["instruction"], style="bold", soft_wrap=True)
+        console.print(shown["output"], soft_wrap=True)
     return 0
 
 

@@ -15,6 +15,8 @@ from moejax.runtime import prepare_jax_for
 if TYPE_CHECKING:
     from rich.table import Table
 
+MOST_COLUMNS = 12  # experts that a table of 80 columns shows
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "a finished run's folder, e.g. runs/demo; or an experiment in YAML: its base model alone"
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table(result: dict[str, Any], name: str) -> Table:
-    """Tokens per query of every layer and expert."""
+    """Tokens per query of every layer and expert; of more experts than a terminal shows, the ends: all are in expert_load.json."""
     import numpy as np
 
     from moejax.terminal import figures
@@ -95,9 +97,16 @@ def table(result: dict[str, Any], name: str) -> Table:
     model = result["models"][name]
     load = np.array(model["counts"]) / result["queries"]
     title = f"{name}: tokens per query, {result['queries']:,} queries of {result['data']}"
-    out = figures("layer", *(str(e) for e in range(load.shape[1])), "variance", title=title)
+    few = load.shape[1] <= MOST_COLUMNS
+    names = [str(e) for e in range(load.shape[1])] if few else ["least", "median", "most", "of expert"]
+
+    def cells(row: np.ndarray) -> list[str]:
+        shown = row if few else (row.min(), np.median(row), row.max())
+        return [f"{value:.1f}" for value in shown] + ([] if few else [str(row.argmax())])
+
+    out = figures("layer", *names, "variance", title=title)
     for layer, (row, variance) in enumerate(zip(load, model["layer_variance"], strict=True)):
-        out.add_row(str(layer), *(f"{value:.1f}" for value in row), f"{variance:.2f}")
+        out.add_row(str(layer), *cells(row), f"{variance:.2f}")
     out.add_section()
-    out.add_row("mean", *(f"{value:.1f}" for value in model["tokens_per_query"]), f"{model['variance']:.2f}")
+    out.add_row("mean", *cells(np.array(model["tokens_per_query"])), f"{model['variance']:.2f}")
     return out

@@ -83,8 +83,9 @@ class Shown(Listener):
     @contextmanager
     def bar(self, what: str, total: int, unit: Literal["bytes", "layers"]) -> Iterator[Callable[[int], None]]:
         from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn as Speed
 
-        size = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+        size = (DownloadColumn(), Speed()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
         columns = (TextColumn(what), BarColumn(), *size, TimeRemainingColumn())
         with Progress(*columns, console=self.beside, transient=True, disable=not self.beside.is_terminal) as moving:
             task = moving.add_task(what, total=total)

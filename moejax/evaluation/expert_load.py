@@ -71,14 +71,14 @@ def draw(result: dict[str, Any], folder: Path) -> bytes:
         at = np.arange(experts) + (index - (len(models) - 1) / 2) * width
         label = f"{name}, variance {model['variance']:.1f}"
         bars.bar(at, model["tokens_per_query"], width, color=COLORS[name], label=label)
-    bars.set(xlabel="expert", ylabel="tokens per query, mean over layers", xticks=range(experts))
+    bars.set(xlabel="expert", ylabel="tokens per query, mean over layers", xticks=range(0, experts, max(1, experts // 8)))
     bars.spines[["top", "right"]].set_visible(False)
     bars.set_ylim(0, 1.25 * max(max(m["tokens_per_query"]) for m in models.values()))
     bars.legend(frameon=False, loc="upper left")
     largest = max(float(load.max()) for load in loads.values())
     for axes, (name, load) in zip(maps, loads.items(), strict=True):
         image = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0, vmax=largest)
-        axes.set(title=name, xlabel="expert", xticks=range(experts), yticks=range(0, layers, max(1, layers // 8)))
+        axes.set(title=name, xlabel="expert", xticks=range(0, experts, max(1, experts // 8)), yticks=range(0, layers, max(1, layers // 8)))
     maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=maps, label="tokens per query")
     save_figure(figure, folder / "expert_load.svg")

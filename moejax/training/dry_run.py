@@ -12,7 +12,7 @@ from moejax.data.sources import is_file
 from moejax.estimator import memory
 from moejax.estimator.sizes import optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
-from moejax.hub.model import architecture, model_arguments
+from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders
@@ -31,7 +31,11 @@ def report(experiment: Experiment) -> None:
     """Tell the tables."""
     asked = scoring.dry(experiment)
     sizes = architecture(experiment, _folder(experiment))
-    groups = groups_of(build(sizes, **model_arguments(experiment)))
+    model = build(sizes, **model_arguments(experiment))
+    groups = groups_of(model)
+    begun = experiment.adapter and experiment.adapter.init_from
+    if begun and Path(begun).is_dir():
+        continue_adapter(experiment, model, experiment.model.source)  # refuses one that does not fit
     rows = [
         (name, f"{group.parameters:,}", group.dtype, f"{gigabytes(group.bytes)}", "yes" if group.trainable else "frozen")
         for name, group in groups.items()

@@ -13,7 +13,7 @@ from moejax import device
 from moejax.config import Experiment, load
 from moejax.models.config import Architecture
 from moejax.models.layers import REMAT_POLICIES
-from moejax.progress import say
+from moejax.progress import say, waiting
 from moejax.training import oracle
 
 RESERVE = 0.03
@@ -60,7 +60,8 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
         if estimated > HOPELESS * limit:
             told.append(f"{policy}: about {estimated / 1e9:.1f} by arithmetic")
             continue
-        peak = asked.peak_bytes(rows)
+        with waiting(f"compiling the step with training.remat = {policy}"):
+            peak = asked.peak_bytes(rows)
         told.append(f"{policy}: {peak / 1e9:.1f}")
         if peak <= (1 - RESERVE) * limit:
             return policy, told

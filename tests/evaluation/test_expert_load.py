@@ -10,6 +10,7 @@ from support import ROOT, tiny_experiments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moejax import cli, config
+from moejax.commands import expert_load
 from moejax.data.batching import assemble
 from moejax.data.pipeline import in_order
 from moejax.data.sources import load_records
@@ -154,3 +155,20 @@ def test_without_a_tokenizer(run, tmp_path, capsys):
     path.write_text(config.dump(config.Experiment.model_validate(content)))
     assert cli.main(["expert-load", "--config", str(path), "--data", str(ROOT / "assets/problems/test.json")]) == 2
     assert "names no tokenizer" in capsys.readouterr().err
+
+
+def test_the_table_of_many_experts_is_their_ends():
+    """A terminal of 80 columns shows every cell whole."""
+    from rich.console import Console
+
+    load = np.arange(2 * 40).reshape(2, 40)
+    of = {"counts": load.tolist(), "layer_variance": [1.0, 2.0], "tokens_per_query": load.mean(0).tolist(), "variance": 3.0}
+    console = Console(width=80, record=True)
+    console.print(expert_load.table({"models": {"base": of}, "queries": 1, "data": "some"}, "base"))
+    shown = console.export_text()
+    assert "…" not in shown and all(name in shown for name in ("least", "median", "most", "of expert"))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert rows == [
+        ["0", "0.0", "19.5", "39.0", "39", "1.00"], ["1", "40.0", "59.5", "79.0", "39", "2.00"],
+        ["mean", "20.0", "39.5", "59.0", "39", "3.00"]
+    ]  # fmt: skip

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moejax import config, device
 from moejax.errors import UserError
 from moejax.hub.peft import load_adapter
-from moejax.training import loop
+from moejax.training import dry_run, loop
 from moejax.training.loop import Trainer
 from moejax.training.program import TrainProgram
 
@@ -241,8 +241,9 @@ def test_continuing_from_an_adapter(make_experiment, tmp_path):
     first, then = (evaluations(tmp_path / "runs" / name) for name in ("first", "onward"))
     assert first[0] > first[4] == then[0] > then[4]
     wrong = make_experiment("wrong", adapter={"rank": 4, "alpha": 8.0, "init_from": adapter_folder}, **settings)
-    with pytest.raises(UserError, match=r"has rank 4, .*set adapter\.rank"):
-        loop.run(wrong, resume=False)
+    for refuse in (lambda: loop.run(wrong, resume=False), lambda: dry_run.report(wrong)):
+        with pytest.raises(UserError, match=r"has rank 4, .*set adapter\.rank"):
+            refuse()
     with pytest.raises(UserError, match=r"adapter\.init_from = './nowhere': no such folder"):
         loop.run(make_experiment("wrong", adapter={"init_from": "./nowhere"}), resume=False)
     assert not (tmp_path / "runs/wrong").exists()
