@@ -155,7 +155,7 @@ def unfuse(
         if target in wanted and abs(pair.scale - wanted[target].scale) > 1e-6:
             ours = wanted[target]
             raise UserError(
-                f"{path}: {keys[name]} has rank {pair.rank}, alpha {pair.alpha:g}: expected rank "
+                f"{path}: {keys[name]} has rank {pair.rank}, alpha {pair.alpha:g} by rank_pattern and alpha_pattern: expected rank "
                 f"{ours.rank}, alpha {ours.alpha:g} as adapter.rank and adapter.alpha say (gate_up_proj also twice both, without "
                 "adapter.share)"
             )
