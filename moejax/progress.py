@@ -1,8 +1,10 @@
-"""What the rooms tell while they work. They print nothing: a command shows it (commands/shown.py); without a listener there is silence."""
+"""What the rooms report while they work. They print nothing: a command shows it (commands/shown.py); without a listener only warnings are
+heard, as Python's own."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,13 +22,14 @@ class Table:
 
 
 class Listener:
-    """Who hears what is told; this one shows nothing of it."""
+    """Who hears it; this one, which a library has, shows nothing but warnings."""
 
     def say(self, told: str | Table) -> None:
         """A result."""
 
     def note(self, text: str) -> None:
-        """What is said beside the results."""
+        """What is said beside the results: warnings."""
+        warnings.warn(text.removeprefix("warning: "), stacklevel=3)
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Around what may take a moment."""

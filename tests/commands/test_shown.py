@@ -59,11 +59,17 @@ def test_steps_in_lines_the_first_some_between_and_the_last():
     assert lines[0] == "step 5/100  loss 2.5000  3.00 queries/s  100 tokens/s  lr 1.00e-04  left ?"
 
 
-def test_without_a_listener_there_is_silence(capsys, monkeypatch):
+def test_without_a_listener_results_are_silent(capsys, monkeypatch):
     monkeypatch.setattr(progress, "_heard_by", [progress.Listener()])
     progress.say("a line", Table([("a",)]))
-    progress.note("a note")
     with progress.waiting("it"), progress.bar("it", 3, "layers") as advance, progress.steps(3, 0) as show:
         advance(1)
         show(1, RECORD)
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_command_a_warning_is_pythons(monkeypatch):
+    """As `hub.load` in a notebook has it: a cache that is made anew is not silent."""
+    monkeypatch.setattr(progress, "_heard_by", [progress.Listener()])
+    with pytest.warns(UserWarning, match="^the cache is made anew$"):
+        progress.note("warning: the cache is made anew")
