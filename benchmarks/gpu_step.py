@@ -55,7 +55,7 @@ def make_batch(rows: int, length: int, batching: str, vocabulary: int) -> Any:
     size = length if batching == "fixed" else min(QUERY_TOKENS, length)
     per_row = length // size
     prompt = 0 if batching == "fixed" else 2 * size // 3
-    queries = [[Query(rng.integers(0, vocabulary, size).astype(np.int32), prompt) for _ in range(per_row)] for _ in range(rows)]
+    queries = [[Query.after(prompt, rng.integers(0, vocabulary, size).astype(np.int32)) for _ in range(per_row)] for _ in range(rows)]
     return stack([assemble(queries, rows, length)], 1), rows * per_row
 
 

@@ -49,7 +49,7 @@ FAULTS = [
     fault("rotary: turned the other way", LAYERS, "[first * cos - second * sin, second * cos + first * sin]",
           "[first * cos + second * sin, second * cos - first * sin]", f"{PRECISION}::test_rotary_angles_of_far_positions"),
     fault("labels: not shifted", BATCHING, "at + n - 1] = query.ids[1:]", "at + n - 1] = query.ids[:-1]", PACKED),
-    fault("labels: the mask shifted by one", BATCHING, "at + max(query.prompt - 1, 0)", "at + max(query.prompt, 0)", PACKED),
+    fault("labels: the mask shifted by one", BATCHING, "= query.supervised[1:]", "= query.supervised[:-1]", PACKED),
     fault("packing: attention crosses the border", ATTENTION, "visible = same & (index", "visible = (same | True) & (index",
           "tests/models/test_model.py::test_packed_equals_alone"),
     fault("packing: the scan goes on over the border", MAMBA, "segment_ids != before, None, None)", "jnp.zeros_like(segment_ids, bool), None, None)",

@@ -102,7 +102,7 @@ def assemble(rows: Sequence[Sequence[Query]], row_count: int, row_tokens: int) -
             tokens[r, here] = query.ids
             targets[r, at : at + n - 1] = query.ids[1:]
             # Position t predicts token t + 1: the last prompt position predicts the first token of the answer.
-            mask[r, at + max(query.prompt - 1, 0) : at + n - 1] = 1
+            mask[r, at : at + n - 1] = query.supervised[1:]
             segments[r, here] = segment
             positions[r, here] = np.arange(n)
             at += n
@@ -126,4 +126,4 @@ def synthetic(config: DataConfig, vocab_size: int, seed: int, rows: int) -> list
     """Random tokens in rows of one length, all supervised: for hardware studies."""
     random = np.random.default_rng([seed, 0])
     ids = random.integers(0, vocab_size, (rows, config.row_tokens), np.int32)
-    return [Query(row, 0) for row in ids]
+    return [Query.after(0, row) for row in ids]

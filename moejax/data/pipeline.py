@@ -43,7 +43,7 @@ class Dataset:
             "with control tokens": self.tokenized.marked,
             "queries": len(lengths),
             "tokens": int(lengths.sum()),
-            "supervised tokens": int(sum(len(q.ids) - max(q.prompt, 1) for q in self.tokenized.queries)),
+            "supervised tokens": int(sum(np.count_nonzero(q.supervised[1:]) for q in self.tokenized.queries)),
             "shortest": int(lengths.min()),
             "median": float(np.median(lengths)),
             "mean": float(lengths.mean()),

@@ -16,10 +16,18 @@ from moejax.errors import UserError
 
 
 class Query(NamedTuple):
-    """One tokenized record. ids: int32 [n]; prompt: how many of them are prompt (not supervised)."""
+    """One tokenized record, or one turn of a conversation. ids: int32 [n]; supervised: bool [n], which of them the loss is on.
+
+    The first token is never predicted, supervised or not.
+    """
 
     ids: np.ndarray
-    prompt: int
+    supervised: np.ndarray
+
+    @classmethod
+    def after(cls, prompt: int, ids: np.ndarray) -> Query:
+        """A query whose first `prompt` tokens are only read, and all others supervised."""
+        return cls(ids, np.arange(len(ids)) >= prompt)
 
 
 @dataclass
@@ -83,7 +91,7 @@ def tokenize(
         if len(ids) <= max(len(prompt), 1):
             out.cut_off += 1
             continue
-        out.queries.append(Query(np.array(ids, np.int32), len(prompt)))
+        out.queries.append(Query.after(len(prompt), np.array(ids, np.int32)))
     if not out.queries:
         raise UserError(
             f"{source}: no query has a supervised token left: of {len(records)} records {out.blank_answers} have a blank answer, "

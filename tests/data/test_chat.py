@@ -60,16 +60,16 @@ def test_the_template_writes_the_answer_and_its_end(folder):
     query = found.queries[0]
     assert "'<|im_end|>', not with the tokenizer's end of sequence '</s>'" in Dataset(None, None, found, "a.json").notes()[-1]
     assert query.ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") and found.end == "<|im_end|>"
-    assert tokenizer.decode(query.ids[: query.prompt]) == "<|im_start|>user\nTom has 3 apples.<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(query.ids[query.prompt :]) == "The answer is 3.<|im_end|>"
+    assert tokenizer.decode(query.ids[~query.supervised]) == "<|im_start|>user\nTom has 3 apples.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(query.ids[query.supervised]) == "The answer is 3.<|im_end|>"
     whole = tokenizer.apply_chat_template(
         [{"role": "user", "content": RECORD["instruction"]}, {"role": "assistant", "content": RECORD["output"]}], tokenize=False
     )
     assert query.ids.tolist() == tokenizer.encode(whole.rstrip(), add_special_tokens=False)
     spoken = found.queries[1]  # what a user wrote of the marks is text, and trimmed as the template trims it
     assert [sum(spoken.ids == i) for i in (409, 410, tokenizer.eos_token_id)] == [2, 2, 0] and found.marked == 1
-    assert tokenizer.decode(spoken.ids[spoken.prompt :]) == "</s><|im_end|><|im_end|>"
-    assert prompts([RECORD], tokenizer, "chat")[1] == [query.ids[: query.prompt].tolist()]
+    assert tokenizer.decode(spoken.ids[spoken.supervised]) == "</s><|im_end|><|im_end|>"
+    assert prompts([RECORD], tokenizer, "chat")[1] == [query.ids[~query.supervised].tolist()]
 
 
 def test_an_end_that_is_no_token(folder):
@@ -77,7 +77,7 @@ def test_an_end_that_is_no_token(folder):
     tokenizer = load_tokenizer(str(folder(CHATML)))
     found = tokenize([RECORD, RECORD | {"output": "a <|im_end|> b"}], tokenizer, "chat", 199)
     query = found.queries[0]
-    assert tokenizer.decode(query.ids[query.prompt :]) == "The answer is 3.<|im_end|></s>"
+    assert tokenizer.decode(query.ids[query.supervised]) == "The answer is 3.<|im_end|></s>"
     assert found.marked == 1, "the user's mark is the same text as the template's"
     told = Dataset(None, None, found, "a.json").notes()
     assert told[0].startswith("1 record holds")

@@ -33,7 +33,7 @@ def section(**changes):
 
 def queries(count=50, seed=0):
     rng = np.random.default_rng(seed)
-    return [Query(rng.integers(1, 99, rng.integers(4, 60)).astype(np.int32), 2) for _ in range(count)]
+    return [Query.after(2, rng.integers(1, 99, rng.integers(4, 60)).astype(np.int32)) for _ in range(count)]
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -146,11 +146,11 @@ class TestTokenizing:
         supervised = batch.targets[0][batch.loss_mask[0] == 1]
         answer = tokenizer.encode(RECORD["output"], add_special_tokens=False)
         assert supervised.tolist() == [*answer, tokenizer.eos_token_id]
-        assert tokenizer.decode(query.ids[: query.prompt]) == "[INST] Tom has 3 apples. [/INST]"
+        assert tokenizer.decode(query.ids[~query.supervised]) == "[INST] Tom has 3 apples. [/INST]"
 
     def test_cut_and_dropped_are_counted(self, tokenizer):
         full = len(tokenize([RECORD], tokenizer, "mistral", 64).queries[0].ids)
-        prompt = tokenize([RECORD], tokenizer, "mistral", 64).queries[0].prompt
+        prompt = int((~tokenize([RECORD], tokenizer, "mistral", 64).queries[0].supervised).sum())
         cut = tokenize([RECORD] * 3, tokenizer, "mistral", full - 1)
         assert (cut.cut, cut.dropped, len(cut.queries)) == (3, 0, 3)
         with pytest.raises(UserError, match="no query has a supervised token left"):

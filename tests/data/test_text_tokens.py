@@ -44,7 +44,7 @@ def test_a_control_token_in_a_text_is_text(template, field, text, tokenizer):
     assert tokenizer.decode(ids) == "".join(render(template, record(input="x") | {field: text}, tokenizer)) + "</s>"
     assert (found.marked, found.first_marked[0]) == (1, 0)
     shown, (asked,) = prompts([record(input="x") | {field: text}], tokenizer, template)
-    assert asked == ids[: found.queries[0].prompt].tolist() and shown == [tokenizer.decode(asked)]
+    assert asked == ids[~found.queries[0].supervised].tolist() and shown == [tokenizer.decode(asked)]
 
 
 def test_a_text_with_its_marks_written_in_it_is_taken_as_written_and_counted(tokenizer):

@@ -35,7 +35,7 @@ def wider(weight):
 def test_packed_equals_alone(k):
     """The same queries in one row, and each in a row of its own: the same loss and gradients."""
     rng = np.random.default_rng(0)
-    queries = [Query(rng.integers(0, 64, n).astype(np.int32), 3) for n in (9, 14, 5, 4)]
+    queries = [Query.after(3, rng.integers(0, 64, n).astype(np.int32)) for n in (9, 14, 5, 4)]
     model = build(SMALL.replace(experts_per_token=k), key=jax.random.key(0), dtype=jnp.float32)
     model = nnx.merge(nnx.split(model)[0], jax.tree.map(wider, nnx.split(model)[1]))
     graphdef, trainable, frozen = split(model, full=True)

@@ -293,13 +293,13 @@ def test_one_example_is_shown_with_its_mask(make_experiment, tmp_path):
     tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
     prompt, answer = "[INST] a [/b] [red] [/INST]", "Tom\nhas 5."
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)]
-    query = Query(np.array([*ids[0], *ids[1], tokenizer.eos_token_id], np.int32), len(ids[0]))
+    query = Query.after(len(ids[0]), np.array([*ids[0], *ids[1], tokenizer.eos_token_id], np.int32))
     assert start.example(query, tokenizer) == [
         f"the first record, {len(query.ids)} tokens:",
         f'  only read  ({len(ids[0])}): "[INST] a [/b] [red] [/INST]"',
         f'  trained on ({len(ids[1]) + 1}): "Tom\\nhas 5.</s>"',
     ]
-    long = Query(np.tile(query.ids, 100), 7)
+    long = Query.after(7, np.tile(query.ids, 100))
     assert max(map(len, start.example(long, tokenizer))) < start.LONGEST_SHOWN + 50
 
 

@@ -26,7 +26,7 @@ RATE = optax.constant_schedule(1.0)
 def queries(*lengths):
     """Token by token at random; but for the first two all are supervised."""
     rng = np.random.default_rng(0)
-    return [Query(rng.integers(1, 64, n).astype(np.int32), 2) for n in lengths]
+    return [Query.after(2, rng.integers(1, 64, n).astype(np.int32)) for n in lengths]
 
 
 @pytest.fixture(scope="module")

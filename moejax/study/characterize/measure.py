@@ -88,4 +88,4 @@ class Session:
 def random_rows(setting: Setting, rows: int, row_tokens: int, seed: int = 0) -> Batch:
     """A step's batch [1, rows, row_tokens]: one query of random tokens fills a row, all of it supervised."""
     tokens = np.random.default_rng([setting.experiment.seed, seed]).integers(0, setting.architecture.vocab_size, (rows, row_tokens))
-    return stack([assemble([[Query(row.astype(np.int32), 0)] for row in tokens], rows, row_tokens)], 1)
+    return stack([assemble([[Query.after(0, row.astype(np.int32))] for row in tokens], rows, row_tokens)], 1)

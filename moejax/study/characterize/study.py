@@ -87,7 +87,7 @@ class Setting:
         random = np.random.default_rng(e.seed)
         drawn = random.choice(known.tokens, at_least, p=known.counts / known.counts.sum())
         drawn = np.minimum(drawn, e.data.max_length)
-        return [Query(random.integers(0, vocabulary, n).astype(np.int32), int(n * (1 - ANSWER))) for n in drawn.tolist()]
+        return [Query.after(int(n * (1 - ANSWER)), random.integers(0, vocabulary, n).astype(np.int32)) for n in drawn.tolist()]
 
 
 @dataclass(frozen=True)

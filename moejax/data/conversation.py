@@ -1,0 +1,224 @@
+"""Conversations: the shapes in which people write them, told apart by their keys and made one.
+
+Every shape becomes OpenAI's: messages with role and content, tool_calls whose arguments are objects, and reasoning_content. That is done
+here and not left to a version of `transformers`, whose own clean-up differs between versions (nulls, `arguments`, names of the thinking).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from moejax.data.parsing import Repeated
+from moejax.errors import UserError
+
+Message = dict[str, Any]
+
+LISTS = ("messages", "conversations", "conversation")  # keys under which a whole conversation lies
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLE = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
+    "function_call": "assistant", "tool_call": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
+    "tool_response": "tool", "ipython": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is a call as JSON
+_THINKING = ("reasoning_content", "thinking", "reasoning")
+_KEPT = ("name", "tool_call_id")
+
+
+class Conversation(NamedTuple):
+    """messages: as OpenAI has them, without nulls. tools: as JSON Schema, or None. trained: for each message False where its own
+    `weight: 0` or `train: false` takes it out of the loss."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None
+    trained: tuple[bool, ...]
+
+
+def key_of(record: dict[str, Any]) -> str | None:
+    """The key that makes a record a conversation, if any: a list of messages, or a prompt with its completion or chosen answer."""
+    for key in LISTS:
+        if isinstance(record.get(key), list):
+            return key
+    for key in ("completion", "chosen"):
+        if isinstance(record.get(key), list) or (isinstance(record.get(key), str) and isinstance(record.get("prompt"), str | list)):
+            return key
+    return None
+
+
+def read(record: dict[str, Any], where: str = "the record") -> Conversation | None:
+    """The conversation of a record, or None where it is none by its keys.
+
+    OpenAI's `messages` (role, content), ShareGPT's `conversations` (from, value), a `prompt` with its `completion` or `chosen` answer
+    (texts or messages; `chosen` may be the whole conversation; of a preference the rejected side is not read); each with `tools` (a list,
+    or one as JSON) and `system`, if any. where: begins every error. Raises UserError that names the message, what it is, and what is
+    expected.
+    """
+    key = key_of(record)
+    if key is None:
+        return None
+    if isinstance(record, Repeated) and key in record.keys_twice:
+        raise UserError(f"{where}: {key!r} stands in it twice")
+    messages, trained = [], []
+    for number, (message, role) in enumerate(_listed(record, key, where)):
+        made, loss = _message(message, role, f"{where}, message {number}")
+        messages.append(made)
+        trained.append(loss)
+    system = record.get("system", record.get("system_prompt"))
+    if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] not in ("system", "developer")):
+        messages.insert(0, {"role": "system", "content": system})
+        trained.insert(0, True)
+    return Conversation(tuple(messages), _tools(record.get("tools"), where), tuple(trained))
+
+
+def _listed(record: dict[str, Any], key: str, where: str) -> Iterable[tuple[Any, str | None]]:
+    """The messages as they stand, each with the role that a bare text has."""
+    answer, prompt = _side(record[key], "assistant", f"{where}: {key!r}"), record.get("prompt")
+    if key in LISTS or prompt is None:
+        return answer
+    asked = _side(prompt, "user", f"{where}: 'prompt'")
+    return answer if _begins(asked, answer) else asked + answer
+
+
+def _side(value: Any, role: str, what: str) -> list[tuple[Any, str | None]]:
+    """A text, which is of that role, or a list of messages."""
+    if isinstance(value, str):
+        return [(value, role)]
+    if not isinstance(value, list):
+        raise UserError(f"{what}: expected a text or a list of messages, got {_kind(value)}")
+    return [(message, None) for message in value]
+
+
+def _begins(asked: list[tuple[Any, str | None]], answer: list[tuple[Any, str | None]]) -> bool:
+    """Whether the chosen side is a whole conversation that repeats its prompt, as preference files have it."""
+    if len(answer) <= len(asked) or isinstance(answer[0][0], str):
+        return False
+    texts = [[m if isinstance(m, str) else m.get("content", m.get("value")) if isinstance(m, dict) else None for m, _ in side]
+             for side in (asked, answer)]  # fmt: skip
+    return texts[1][: len(asked)] == texts[0]
+
+
+def _kind(value: Any) -> str:
+    return {type(None): "null", str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list",
+            dict: "an object"}.get(type(value), f"a {type(value).__name__}")  # fmt: skip
+
+
+def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]:
+    """One message in OpenAI's form, and whether the loss may be on it."""
+    if bare is not None:
+        return {"role": bare, "content": message}, True
+    if not isinstance(message, dict):
+        raise UserError(f"{where}: expected an object with role and content, got {_kind(message)}")
+    if isinstance(message, Repeated):
+        raise UserError(f"{where}: {min(message.keys_twice)!r} stands in it twice")
+    given = {key: value for key, value in message.items() if value is not None}
+    said = given.get("role", given.get("from"))
+    if not isinstance(said, str):
+        has = ", ".join(map(str, given)) or "nothing"
+        raise UserError(f"{where}: no 'role' (or 'from') in it (it has {has}): expected {', '.join(ROLES)}")
+    role = _ROLE.get(said, said)
+    if role not in ROLES:
+        raise UserError(f"{where}: the role {said!r} is unknown: expected {', '.join(ROLES)} (or ShareGPT's human, gpt, …)")
+    content = _content(given.get("content", given.get("value")), where)
+    made: Message = {"role": role}
+    if said in _CALLS:
+        made |= {"content": "", "tool_calls": _calls(content, where)}
+    else:
+        made["content"] = content
+    thinking = next((given[name] for name in _THINKING if given.get(name)), None)
+    if thinking is not None:
+        made["reasoning_content"] = _content(thinking, where)
+    if given.get("tool_calls"):
+        made["tool_calls"] = _calls(given["tool_calls"], where)
+    elif isinstance(given.get("function_call"), dict):  # OpenAI's older form
+        made["tool_calls"] = _calls([given["function_call"]], where)
+    made |= {key: given[key] for key in _KEPT if isinstance(given.get(key), str)}
+    return made, _in_loss(given, where)
+
+
+def _content(value: Any, where: str) -> str:
+    """A message's text; of a list of parts the texts, joined. Raises UserError for a part that is no text."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected a text, got {_kind(value)}")
+    texts = []
+    for part in value:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise UserError(f"{where}: a part of it is no text but {kind!r}: only text is trained on; leave the record or the part out")
+    return "".join(texts)
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    """Tool calls as [{type: function, function: {name, arguments: object}}]; of a text, of its JSON."""
+    value = _json(value, f"{where}: the tool call") if isinstance(value, str) else value
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call without a name: expected {{name: …, arguments: {{…}}}}, got {str(call)[:60]!r}")
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):
+            arguments = _json(arguments, f"{where}: the arguments of {function['name']!r}") if arguments.strip() else {}
+        filled = {} if arguments is None else arguments
+        if isinstance(filled, dict):
+            # Parquet gives all calls of a file the same keys, and null to those that a call does not have.
+            filled = {key: argument for key, argument in filled.items() if argument is not None}
+        made = {"type": "function", "function": {"name": function["name"], "arguments": filled}}
+        if isinstance(call.get("id"), str):
+            made["id"] = call["id"]
+        calls.append(made)
+    return calls
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{what}: expected JSON, got {text[:60]!r}") from None
+
+
+def _tools(value: Any, where: str) -> tuple[Any, ...] | None:
+    """The tools that a record declares, or None. A tool that is given as a function alone is put into OpenAI's form."""
+    if isinstance(value, str):
+        value = _json(value, f"{where}: 'tools'") if value.strip() else None
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise UserError(f"{where}: 'tools': expected a list, or one as JSON, got {_kind(value)}")
+    tools = []
+    for tool in value:
+        tool = _json(tool, f"{where}: 'tools'") if isinstance(tool, str) else tool
+        if not isinstance(tool, dict):
+            raise UserError(f"{where}: 'tools': expected objects, got {_kind(tool)}")
+        tool = _without_nulls(tool)
+        tools.append(tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool})
+    return tuple(tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that Parquet fills with null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _in_loss(given: Message, where: str) -> bool:
+    """By a message's own `weight` (0 or 1) or `train` (true or false)."""
+    for key in ("weight", "train"):
+        value = given.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise UserError(f"{where}: {key} = {value!r}: expected 0 or 1 (or false, true): a turn is trained on, or not")
+        if not value:
+            return False
+    return True

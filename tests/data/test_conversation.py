@@ -1,0 +1,77 @@
+"""The shapes in which people write conversations, and what is said of one that is none."""
+
+import pytest
+
+from moejax.data.conversation import read
+from moejax.errors import UserError
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TALK},
+        {"messages": [m | {"name": None, "tool_calls": None} for m in TALK], "prompt": "a", "prompt_id": "7"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversation": TALK},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": TALK[:1], "completion": TALK[1:]},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": TALK, "rejected": [*TALK[:1], {"role": "assistant", "content": "c"}]},
+        {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]},
+        {"chosen": TALK, "rejected": TALK},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, TALK[1]]},
+    ],
+)
+def test_every_shape_is_the_same_conversation(record):
+    assert read(record) == (tuple(TALK), None, (True, True))
+
+
+def test_what_is_no_conversation():
+    for record in ({"instruction": "a", "output": "b"}, {"messages": "a"}, {"prompt": "a"}, {"completion": "b"}, {"text": "a"}):
+        assert read(record) is None
+
+
+def test_system_thinking_tools_and_weights():
+    found = read(
+        {
+            "system": "s",
+            "tools": '[{"name": "add", "description": null, "parameters": {}}]',
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "b", "weight": 0},
+            ],
+        }
+    )
+    assert [m["role"] for m in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found.messages[2]["tool_calls"] == [CALL] and found.trained == (True, True, True, True, False)
+    assert found.tools == ({"type": "function", "function": {"name": "add", "parameters": {}}},)
+    for thinking in ("reasoning_content", "thinking", "reasoning"):
+        for arguments in ('{"x": 1}', {"x": 1, "y": None}):
+            call = {"function": {"name": "add", "arguments": arguments}, "id": None}
+            message = {"role": "assistant", "content": None, thinking: "hm", "tool_calls": [call], "train": False}
+            found = read({"messages": [TALK[0], message]})
+            assert found.messages[1] == {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]}
+            assert found.trained == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("a", "message 1: expected an object with role and content, got a text"),
+        ({"content": "a"}, r"message 1: no 'role' \(or 'from'\) in it \(it has content\)"),
+        ({"role": "narrator", "content": "a"}, "message 1: the role 'narrator' is unknown: expected system, .*assistant"),
+        ({"role": "user", "content": 3}, "message 1: expected a text, got a number"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "message 1: a part of it is no text but 'image_url'"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": "7"}]}, "message 1: a tool call without a name"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{x"}]}, "message 1: the arguments of 'f': expected JSON"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1: weight = 0.5: expected 0 or 1"),
+    ],
+)
+def test_a_message_that_is_none_is_named(message, told):
+    with pytest.raises(UserError, match=f"a.json, record 3, {told}"):
+        read({"messages": [TALK[0], message]}, "a.json, record 3")
