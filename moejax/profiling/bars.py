@@ -20,7 +20,7 @@ KERNELS = (
     "moe/act",
 )  # fmt: skip
 MATMULS = ("moe/w1", "moe/w2", "moe/w3", "moe/router", "moe/lora")
-_NO_LAYERS = ("embed", "loss", "head_dequant", "optimizer", "other")
+NO_LAYERS = ("embed", "loss", "head_dequant", "optimizer", "other")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ ALL = "all, by time"
 def takeaways(bars: Bars) -> dict[str, float | None]:
     """The study's observations, computed: shares of the busy step, or of the MoE's time. None where the bars do not say."""
     step, moe = sum(bars.phases.values()), sum(bars.kernels.values())
-    layers = sum(v for k, v in bars.layers.items() if k not in _NO_LAYERS)
+    layers = sum(v for k, v in bars.layers.items() if k not in NO_LAYERS)
     matmul = sum(v for k, v in bars.kernels.items() if k in MATMULS)
     dequant = sum(v for k, v in bars.kernels.items() if k.endswith("_dequant"))
     backward, recompute = bars.phases.get("backward", 0.0), bars.phases.get("recompute")

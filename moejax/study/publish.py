@@ -12,7 +12,7 @@ from moejax.estimator.lengths import STUDY_CUTOFF, of_study
 from moejax.profiling import bars
 from moejax.study import reference
 from moejax.study.cost.curves import FIGURE_15_DATASET, GPU_NAMES, entries
-from moejax.study.report.naming import REFERENCE
+from moejax.study.reference import REFERENCE
 
 # The study's names of kernels and layers, in ours. Its BlackMamba's w1 holds both input projections, as ours does in w1 and w3.
 _KERNELS = {

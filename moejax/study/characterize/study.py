@@ -20,7 +20,7 @@ from moejax.estimator import closed_form, lengths, memory, sizes
 from moejax.estimator.sizes import architecture_of
 from moejax.models.config import Architecture
 from moejax.study.characterize.presets import PRESETS, Preset, Sizes, override
-from moejax.study.report.naming import REFERENCE
+from moejax.study.reference import REFERENCE
 from moejax.study.report.results import Model
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-MODELS = ("mixtral", "blackmamba")
+REFERENCE = {"mixtral": "Mixtral-8x7B", "blackmamba": "BlackMamba-2.8B"}
+"""Family -> the study's model, in PyTorch: named wherever a number of it stands alongside a model of ours, which may be a tiny one."""
+MODELS = tuple(REFERENCE)
 DATASETS = ("commonsense_15k", "math_14k", "hellaswag", "gsm8k")
 EXPERTS = 8
 EXPERTS_PER_TOKEN = {"dense": 8, "sparse": 2}

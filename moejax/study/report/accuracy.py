@@ -15,7 +15,7 @@ from moejax.errors import UserError
 from moejax.evaluation.recorded import ScoredRun, open_scored, percent
 from moejax.files import save_figure
 from moejax.study import reference
-from moejax.study.report.naming import REFERENCE
+from moejax.study.reference import REFERENCE
 from moejax.terminal import Console
 
 COLORS = {"sparse": "#2b6cb0", "dense": "#dd6b20"}

@@ -13,27 +13,24 @@ from moejax.files import replace_text
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="what `moejax characterize --out` wrote; several are compared")
     parser.add_argument(
-        "--out", default=None, metavar="FILE.html", help="default: DIR/report.html, or comparison.html here; FILE.md and figures beside it"
+        "--out", default=None, metavar="FILE.html", help="default: DIR/report.html, or comparison.html here; FILE.md alongside it"
     )
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the page. Raises UserError for what is no such folder, and where nothing can be written."""
-    from moejax.study.report import compare, document, page, render, svg
+    from moejax.study.report import compare, document, render
 
     file = _target(options.folders, options.out)
-    sources = compare.load(options.folders)
-    report = document.build(sources)
-    figures = file.with_name(f"{file.stem}_figures")
+    report = document.build(compare.load(options.folders))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _folder(figures, {f"{f.name}.svg": svg.alone(f.svg) for f in page.figures(report)})
-        replace_text(file.with_suffix(".md"), render.markdown(report, figures.name))
+        replace_text(file.with_suffix(".md"), render.markdown(report))
         replace_text(file, render.html(report))
     except OSError as error:
         raise UserError(f"{error.filename or file}: {error.strerror}: the report cannot be written; --out says where it goes") from None
-    print(f"{file}\n{file.with_suffix('.md')} with {figures}")
+    print(f"{file}\n{file.with_suffix('.md')}")
     return 0
 
 
@@ -43,15 +40,5 @@ def _target(folders: Sequence[str], out: str | None) -> Path:
     if out is None:
         return Path(folders[0]) / "report.html" if len(folders) == 1 else Path("comparison.html")
     if Path(out).suffix != ".html":
-        raise UserError(f"--out {out}: expected a file's name that ends in .html (Markdown is written beside it)")
+        raise UserError(f"--out {out}: expected a file's name that ends in .html (Markdown is written alongside it)")
     return Path(out)
-
-
-def _folder(folder: Path, files: dict[str, str]) -> None:
-    """A folder of just these files. An older report's figures go; anything else that lies there stays."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.svg"):
-        if old.name not in files:
-            old.unlink()
-    for name, content in files.items():
-        replace_text(folder / name, content)

@@ -1,78 +1,71 @@
-"""A table with one column per folder and one for the study's PyTorch reference."""
+"""A table with one column per folder, one for the study's PyTorch reference, and one of their ratio."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moejax.study.report.compare import Source
-from moejax.study.report.page import Fold, Group, Number, Table, Text, text
-from moejax.study.report.quantities import digits, rounded
+from moejax.study.report.page import Group, Number, Table, Text, text
+from moejax.study.report.quantities import digits
 
 STUDY = "study: PyTorch, A40"
 NOTHING: Text = ("–",)
 
 
-def published(value: float, unit: str = "") -> Number:
-    """A number of the study's."""
-    return Number(rounded(value, unit), repr(value), "study")
-
-
-def derived(value: float, unit: str = "") -> Number:
-    """A number computed from numbers on the page."""
-    return Number(rounded(value, unit), repr(value), "derived")
-
-
 @dataclass
 class Grid:
-    """Cells by group, line and column; groups and lines in the order in which they were first put.
-
-    first: the head of the column of the lines' names. study: the head of the reference's column, which is there where it has a cell.
-    """
+    """Cells by group, line and column; groups and lines in the order in which they were first put."""
 
     sources: Sequence[Source]
     first: str
-    study: str | None = STUDY
     cells: dict[str, dict[str, dict[int, Text]]] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
 
-    def put(self, group: str, line: str, source: Source | None, content: Text, model: str | None = None) -> None:
-        """source None: the study's, of this model, which the group's name then says. A second content of one cell is added to the first."""
-        if model is not None:
-            self.beside[group] = model
+    def put(self, group: str, line: str, source: Source | None, *numbers: Number, study: str = "") -> None:
+        """source None: the study's, of this model of it, which the group's title then names. A second content of a cell is added."""
+        if study:
+            self.beside[group] = study
         column = len(self.sources) if source is None else source.index
         row = self.cells.setdefault(group, {}).setdefault(line, {})
+        content = tuple(part for number in numbers for part in (" · ", number))[1:]
         row[column] = (*row[column], "; ", *content) if column in row else content
 
-    def folded(self, caption: str, figures: str = "this figure") -> Fold:
-        """The table behind a figure, or several."""
-        return Fold(f"The numbers of {figures}", (self.table(text(caption)),))
-
-    def table(self, caption: Text) -> Table:
-        theirs = any(len(self.sources) in row for lines in self.cells.values() for row in lines.values())
-        study = [self.study] if self.study and theirs else []
-        width = len(self.sources) + len(study)
-        compared = len(self.sources) == 2
-        head = [self.first, *(s.label for s in self.sources)]
-        if compared:
-            head.append("2nd / 1st")
+    def table(self, caption: str) -> Table:
+        """Of one folder the last column is ours over the study's (of shares, where there are any), of two the second over the first."""
+        count = len(self.sources)
+        theirs = any(count in row for lines in self.cells.values() for row in lines.values())
+        head = [self.first, *(s.label for s in self.sources), *([STUDY] if theirs else [])]
+        ratio = "2nd / 1st" if count == 2 else "ours / study" if count == 1 and theirs else ""
         groups = []
         for title, lines in self.cells.items():
             rows = []
-            for line, row in lines.items():
-                cells = [row.get(i, NOTHING) for i in range(width)]
-                if compared:
-                    cells.insert(2, _ratio(cells[0], cells[1]))
+            for line, row in _with_bars(lines).items():
+                cells = [row.get(i, NOTHING) for i in range(count + theirs)]
+                if ratio:
+                    cells.append(_ratio(cells[1], cells[0], 0) if count == 2 else _ratio(cells[0], cells[1], -1))
                 rows.append((text(line), *cells))
-            model = f" (study: {self.beside[title]})" if title in self.beside else ""
-            groups.append(Group(text(f"{title}{model}"), tuple(rows)))
-        return Table(caption, (*head, *study), tuple(groups))
+            groups.append(Group(f"{title} (study: {self.beside[title]})" if title in self.beside else title, tuple(rows)))
+        return Table(caption, (*head, *([ratio] if ratio else [])), tuple(groups))
 
 
-def _ratio(first: Text, second: Text) -> Text:
-    """Of two cells' measured numbers, where each has one."""
-    a, b = ([f for f in cell if isinstance(f, Number) and f.source == "ours"] for cell in (first, second))
-    if len(a) != 1 or len(b) != 1 or float(a[0].exact) == 0:
-        return NOTHING
-    value = float(b[0].exact) / float(a[0].exact)
-    return (Number(f"{digits(value)}", repr(value), "derived"),)
+def _with_bars(lines: dict[str, dict[int, Text]]) -> dict[str, dict[int, Text]]:
+    """Bars are given as values: each becomes its share of the largest in its column."""
+    largest: dict[int, float] = {}
+    for row in lines.values():
+        for column, cell in row.items():
+            largest[column] = max(largest.get(column, 0.0), *(f.bar or 0.0 for f in cell if isinstance(f, Number)))
+
+    def scaled(part: object, most: float) -> object:
+        return replace(part, bar=part.bar / most if most else 0.0) if isinstance(part, Number) and part.bar is not None else part
+
+    return {
+        line: {column: tuple(scaled(f, largest[column]) for f in cell) for column, cell in row.items()}  # type: ignore[misc]
+        for line, row in lines.items()
+    }
+
+
+def _ratio(over: Text, under: Text, which: int) -> Text:
+    """Of two cells' first or last numbers, where each has one."""
+    a, b = ([float(f.exact) for f in cell if isinstance(f, Number)][which:][:1] for cell in (over, under))
+    return (Number(digits(a[0] / b[0]), repr(a[0] / b[0]), "derived"),) if a and b and b[0] else NOTHING

@@ -1,38 +1,31 @@
-"""A page as one HTML file, and as Markdown with its figures beside it: `page.html.j2` and `page.md.j2`."""
+"""A page as one HTML file, and as Markdown: `page.html.j2` and `page.md.j2`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
-from moejax.study.report.page import Page, Text
+from moejax.study.report.page import Page
 
 
 def html(page: Page) -> str:
-    return _render("page.html.j2", page=page)
+    return _render("page.html.j2", page)
 
 
-def markdown(page: Page, figures: str) -> str:
-    """figures: the folder of the figures' files, seen from the Markdown file."""
-    return _render("page.md.j2", page=page, figures=figures)
+def markdown(page: Page) -> str:
+    return _render("page.md.j2", page)
 
 
-def _render(template: str, **values: Any) -> str:
+def _render(template: str, page: Page) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=lambda name: name is not None and ".html" in name,
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.tests["a"] = lambda value, name: type(value).__name__ == name
-    environment.filters |= {"words": _words, "literal": _literal, "cell": _cell}
-    return environment.get_template(template).render(values)
-
-
-def _words(content: Text) -> str:
-    """As plain text."""
-    return "".join(f if isinstance(f, str) else f.text for f in content)
+    environment.filters |= {"literal": _literal, "cell": _cell}
+    return environment.get_template(template).render(page=page)
 
 
 def _literal(text: str) -> str:

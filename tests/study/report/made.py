@@ -56,7 +56,7 @@ def study(device="made-up GPU", speed=1.0, largest=LARGEST, versions=None, finis
     return Study(
         1, "made-up", "moejax characterize --preset made-up --out DIR", "2026-11-25T12:00:00Z", config, digest(config), known,
         environment, MemoryLimit(48_000_000_000, False), plan, trials, finished, rows,
-        prices={"A40": "made-up seller, 2026-11-01", "A100-80GB": "made-up seller, 2026-11-01"},
+        prices={"A40": "made-up seller, 2026-11-01", "A100-80": "made-up seller, 2026-11-01"},
     )  # fmt: skip
 
 
@@ -85,8 +85,9 @@ def _lengths(trial, setting, most, speed):
         batch = max(1, most * 128 // length)
         at = (*setting, "fixed", "fixed", length, batch)
         values = [(*at, "", "step_seconds", (0.4 + batch * length / 900) / speed, "s")]
-        values += [(*at, "step (time-weighted)", "compute_utilization", 0.31 + length / 5000, "share")]
-        values += [(*at, "step (time-weighted)", "memory_utilization", 0.52 - length / 5000, "share")]
+        for scope in ("step (time-weighted)", "moe (time-weighted)"):
+            values += [(*at, scope, "compute_utilization", 0.31 + length / 5000, "share")]
+            values += [(*at, scope, "memory_utilization", 0.52 - length / 5000, "share")]
         trial(f"length-{setting[0]}-{setting[2]}-{length}", "length", values)
 
 
@@ -137,7 +138,7 @@ def _fits(trial, model, method, largest, speed):
                 values.append((*at, "equation 2 (fitted)", "predicted", 1.1 * rate - 0.03, "queries/s"))
         trial(f"fit_throughput-{model}-{data}", "fit_throughput", values)
         values = []
-        for gpu, usd_per_hour, measured in (("A40", 0.79, 1), ("A100-80GB", 1.67, 0), ("H100-80GB", 2.1, 0)):
+        for gpu, usd_per_hour, measured in (("A40", 0.79, 1), ("A100-80", 1.67, 0), ("H100", 2.1, 0)):
             rate = 1.4 * speed * (1 if measured else 2.2)
             hours = 150_000 / rate / 3600
             at = (model, method, "sparse", data, "pad_longest", 1024, largest["sparse"], gpu)

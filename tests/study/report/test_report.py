@@ -1,23 +1,19 @@
 """The report: every number against the CSV, what stands where, what a broken sweep looks like."""
 
-import html
-import itertools
 import json
 import re
 import shlex
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import made
 import pages
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from support import ROOT
 
 from moejax import cli
 from moejax.study import reference
-from moejax.study.report import compare, results
-from moejax.study.report.figures import BEFORE_AFTER, grouped
+from moejax.study.report import compare, document, grid, results
+from moejax.study.report.page import Number
 
 SECTIONS = [e.replace("_", "-") for e in results.EXPERIMENTS]
 
@@ -63,20 +59,27 @@ def read_number(text, unit):
     return float(number) * (1 if unit == "GB" else scale)
 
 
+def shown(folders):
+    """"FOLDER:LINE" -> the cells of each CSV's lines that a section is about."""
+    about = {spec.experiment: spec for spec in document.SECTIONS}
+    return {
+        f"{i}:{n}": row for i, folder in enumerate(folders) for n, row in pages.csv_lines(folder).items()
+        if row["metric"] in about[row["experiment"]].metrics
+        and (not about[row["experiment"]].scopes or row["scope"] in about[row["experiment"]].scopes)
+    }  # fmt: skip
+
+
 def check_values(folders, page):
-    """Every value of every CSV is on the page, exactly; nothing on it claims to be measured that no CSV has."""
-    lines = {f"{i}:{n}": row for i, folder in enumerate(folders) for n, row in pages.csv_lines(folder).items()}
+    """Every value that a section is about is on the page, exactly; nothing on it claims to be measured that no CSV has."""
+    lines = shown(folders)
     ours = [c for c in page.cells if c.source == "ours"]
     assert {c.place for c in ours} == set(lines) and len(lines) > 100
     for cell in ours:
         row = lines[cell.place]
         assert cell.value == row["value"], cell
-        if cell.text in ("measured", "carried over"):
-            assert row["metric"] == "measured" and (cell.text == "measured") == (row["value"] == "1")
-        else:
-            # Three digits; dollars in cents.
-            absolute = 0.0051 if row["unit"] == "USD" else 0
-            assert read_number(cell.text, row["unit"]) == pytest.approx(float(row["value"]), rel=0.0051, abs=absolute), cell
+        # Three digits; dollars in cents.
+        absolute = 0.0051 if row["unit"] == "USD" else 0
+        assert read_number(cell.text, row["unit"]) == pytest.approx(float(row["value"]), rel=0.0051, abs=absolute), cell
     assert not [c for c in page.cells if c.source != "ours" and c.place]
     return lines, ours
 
@@ -90,11 +93,11 @@ def test_the_numbers_are_exactly_the_csvs(which, request):
 @pytest.mark.parametrize("which", ["one", "two", "demo"])
 def test_every_value_stands_in_the_row_and_column_of_its_name(which, request):
     folders, page, _ = request.getfixturevalue(which)
-    lines = {f"{i}:{n}": row for i, folder in enumerate(folders) for n, row in pages.csv_lines(folder).items()}
+    lines = shown(folders)
     devices = [json.loads((f / "characterize.json").read_text())["environment"]["device"] for f in folders]
     checked = 0
     for cell in page.cells:
-        if cell.source != "ours" or not cell.section:  # the summary's have no row
+        if cell.source != "ours":
             continue
         row, said = lines[cell.place], f"{cell.group} {cell.line}"
         where = f"{row} in {cell}"
@@ -108,16 +111,14 @@ def test_every_value_stands_in_the_row_and_column_of_its_name(which, request):
             assert cell.line == {"moe": "MoE", "layers": "rest of the layers"}.get(row["scope"], row["scope"]), where
         if row["experiment"] in ("kernels", "utilization"):
             name = "rest of the MoE" if row["scope"] == "moe" else row["scope"].removeprefix("moe/").replace("_", " ")
-            other = f"batch {row['batch']}: {row['scope']}, seconds".replace("_", " ")  # among the other values
-            assert name in cell.line.replace("_", " ") or cell.line.replace("_", " ") == other, where
-        if row["experiment"] in ("throughput", "fit_throughput") and row["batch"]:
+            assert cell.line == name, where
+        if row["experiment"] == "throughput":
             assert f"batch {float(row['batch']):g}" in cell.line, where
         if row["experiment"] == "length":
             assert row["seq_len"] in said, where
-        if cell.section == "cost":
-            assert cell.line == row["scope"] + (f" ({devices[int(cell.place[0])]})" if len(folders) > 1 else ""), where
-        else:
-            assert cell.head == devices[int(cell.place.split(":")[0])], where
+        if row["experiment"] == "cost":
+            assert cell.line.startswith(f"{row['scope']}, "), where
+        assert cell.head == devices[int(cell.place.split(":")[0])], where
         checked += 1
     assert checked >= len(lines)
 
@@ -144,36 +145,32 @@ def test_the_reference_stands_beside_by_meaning(one):
             assert study_cells(page, "stages", f"{model}-made, {group}", "backward with recomputation") == [row["backward"]]
     table = {(m.model, m.dataset, m.kind): m for m in reference.max_batches()}
     three = table["mixtral", "math_14k", "sparse"]
-    assert study_cells(page, "largest-batch", "mixtral-made, math", "sparse") == [three.printed, three.swept] == [3, 4]
+    assert study_cells(page, "largest-batch", "mixtral-made, math", "sparse") == [three.printed] == [3]
+    assert study_cells(page, "largest-batch", "mixtral-made, math", "sparse, in the study's sweeps") == [three.swept] == [4]
     (curve,) = (c for c in reference.curves() if (c.gpu, c.model, c.dataset) == ("a40", "mixtral", "commonsense_15k"))
     for batch, rate in curve.kind("sparse"):
-        assert study_cells(page, "throughput", "mixtral-made, commonsense, sparse", f"batch {batch} (padded to the longest)") == [rate]
+        assert study_cells(page, "throughput", "mixtral-made, commonsense, sparse", f"batch {batch}") == [rate]
     for row in reference.cost_table():
-        assert row.usd in [float(c.value) for c in page.cells if (c.section, c.source, c.line) == ("cost", "study", row.gpu)]
+        gpu = {"A100": "A100-80"}.get(row.gpu, row.gpu)
+        assert row.usd in [float(c.value) for c in page.cells if (c.section, c.source, c.line) == ("cost", "study", f"{gpu}, $")]
     latency = reference.sequence_length_sensitivity("latency_seconds").row("blackmamba", "dense").values
     for tokens, value in latency.items():
-        assert study_cells(page, "length", "blackmamba-made, dense: seconds a step", tokens) == [value]
+        assert study_cells(page, "length", "blackmamba-made, dense, seconds a step", tokens) == [value]
 
 
 @pytest.mark.parametrize("which", ["one", "two", "demo"])
 def test_every_reference_says_its_model(which, request):
     """Nobody shall compare a tiny model with Mixtral-8x7B without knowing it: where the study's number stands, its model's name does."""
-    _, page, file = request.getfixturevalue(which)
-    cells = [c for c in page.cells if c.source == "study" and c.section]
+    _, page, _ = request.getfixturevalue(which)
+    cells = [c for c in page.cells if c.source == "study"]
     assert len(cells) > 100
     models = set()
     for cell in cells:
         said = [name for name in ("Mixtral-8x7B", "BlackMamba-2.8B") if name in f"{cell.group} {cell.beside}"]
         assert len(said) == 1, cell
         models.add((cell.section, *said))
-        if cell.section not in ("cost", "fit-batch", "expert-load"):
-            assert cell.head == "study: PyTorch, A40", cell
+        assert cell.head == "study: PyTorch, A40", cell
     assert {s for s, _ in models} == set(SECTIONS)
-    for figure in re.findall(r"<figure>.*?</figure>", file.read_text(), flags=re.S):
-        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]
-        named = ("Mixtral-8x7B", "BlackMamba-2.8B")
-        assert any(name in caption or f"study: {name}" in figure for name in named) and "study" in caption, caption
-        assert ">study: sparse" not in figure and ">study: dense" not in figure
 
 
 def test_a_model_of_no_family_of_the_studys_stands_alone(tmp_path):
@@ -182,28 +179,17 @@ def test_a_model_of_no_family_of_the_studys_stands_alone(tmp_path):
     folders, page, file = report(tmp_path / "alone", made.study(models=alone, experts=128))
     check_values(folders, page)
     content = file.read_text()
-    assert not [c for c in page.cells if c.source == "study"] and "study: PyTorch" not in content and "A40:" not in content
+    assert not [c for c in page.cells if c.source == "study"] and "study: PyTorch" not in content
     assert "had no model like qwen-made: nothing of it stands there" in content and "Beside ours stands" not in content
-    assert not re.search(r"study: |the study's (PyTorch|SM|backward|shares|tokens)", content.partition('id="trials"')[0])
-    assert not re.search(r"None|, \.|, {2}", "".join(re.findall(r"<figcaption>(.*?)</figcaption>", content)))
+    sections = content.partition('id="environment"')[0]
+    assert not re.search(r"study: |A40:|ours / study|[Tt]he study's (PyTorch|backward|share|seconds|are)", sections)
     assert {c.line for c in page.cells if c.section == "expert-load"} >= {"expert 0", "expert 127"}
     folders, page, file = report(tmp_path / "both", made.study(models=(mixtral, *alone)))
     check_values(folders, page)
-    theirs = [c for c in page.cells if c.source == "study" and c.section]
+    theirs = [c for c in page.cells if c.source == "study"]
     assert theirs and not [c for c in theirs if "qwen-made" in c.group]
     content = file.read_text()
     assert "Beside ours stands" in content and "The study had no model like qwen-made" in content
-    figures = re.findall(r"<figure>.*?</figure>", content, flags=re.S)
-    mine = [f for f in figures if "qwen-made" in f and "mixtral-made" not in f]  # one each of Figures 4, 5, 6, 9 and 10
-    assert len(mine) == 4 and not [f for f in mine if "Mixtral-8x7B" in f]
-
-
-def test_names_of_many_experts_do_not_run_into_each_other():
-    figure = grouped([("a", [str(i) for i in range(128)], {"before": [1.0] * 128})], BEFORE_AFTER, "expert", "share, %")
-    (axes,) = figure.axes
-    FigureCanvasAgg(figure).draw()
-    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-    assert 16 <= len(boxes) <= 24 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)) and len(axes.patches) == 128
 
 
 def test_lengths_are_sorted_whoever_measured_them(one, demo):
@@ -215,37 +201,27 @@ def test_lengths_are_sorted_whoever_measured_them(one, demo):
         assert len(groups) >= 6 and all(lengths == sorted(lengths) and {64, 128, 1024} <= set(lengths) for lengths in groups.values())
 
 
-def test_an_artificial_limit_is_said_beside_what_fits(one, demo):
-    for (_, page, file), limit in ((one, None), (demo, "90 MB")):
-        (items,) = re.findall(r"<ul>(.*?)</ul>", file.read_text().split("<nav")[0], flags=re.S)
-        sentence = html.unescape(re.sub("<[^>]*>", "", re.findall(r"<li>(.*?)</li>", items)[1]))
-        assert ("artificial memory limit of 90 MB, not the device's" in sentence) == (limit is not None)
+def test_an_artificial_limit_is_said_where_batches_fit(one, demo):
+    for (_, page, _), limit in ((one, None), (demo, "90 MB")):
         assert ("a step was held to 90 MB: an artificial limit" in page.text) == (limit is not None)
 
 
 def test_precision_and_command(tmp_path, demo):
-    assert "Ours in float32." in demo[1].text and "mixed precision" not in demo[1].text
-    training = {"compute_dtype": "bfloat16", "param_dtype": "float32"}
-    config = {"settings": {"any": {"experiment": {"training": training}}}}
-    folders, page, file = report(tmp_path, made.study(config=config), names=["my study; echo"])
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", file.read_text())
-    said = [c for c in captions if "mixed precision: bfloat16, trained weights in float32" in c]
-    assert len(said) == len([c for c in captions if "largest batch by memory" not in c and "Each expert" not in c]) > 8
+    assert "float32, trained weights in float32" in demo[1].text
+    folders, page, _ = report(tmp_path, made.study(), names=["my study; echo"])
     # And the command is what a shell takes.
     command = re.search(r"This page: (moejax report .*?) \(moejax", page.text)[1]
     assert shlex.split(command) == ["moejax", "report", str(folders[0])]
 
 
 def test_table_4_says_hours_and_whose_price(one):
-    _, _, file = one
-    table = re.search(r'<section id="cost".*?</section>', file.read_text(), flags=re.S)[0]
-    rows = [re.sub("<[^>]*>", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", table, flags=re.S)]
-    ours = [row for row in rows if "carried over" in row and "A100-80GB" in row]
-    assert len(ours) == 4 and all("made-up seller, 2026-11-01" in row for row in ours)
-    theirs = [row for row in rows if "32.7" in row]
-    assert len(theirs) == 1 and "CUDO, 2024" in theirs[0] and f"|{32.7 / 0.79:.3g}|" in theirs[0]  # hours: dollars over dollars an hour
-    heads = re.findall(r'<th scope="col">(.*?)</th>', table)
-    assert heads[heads.index("$") - 1 : heads.index("$") + 3] == ["hours", "$", "$/hour", "price of"]
+    _, page, _ = one
+    cells = {c.line: c for c in page.cells if (c.section, c.group, c.source) == ("cost", "mixtral-made, commonsense, sparse", "ours")}
+    assert cells["A40, measured here (1) or carried over (0)"].value == "1"
+    assert cells["A100-80, measured here (1) or carried over (0)"].value == "0"
+    assert "A100-80: made-up seller, 2026-11-01" in page.text and "CUDO's prices of 2024" in page.text
+    (hours,) = {c.value for c in page.cells if (c.section, c.line, c.head[:5], c.source) == ("cost", "A40, hours", "study", "derived")}
+    assert float(hours) == pytest.approx(32.7 / 0.79)
 
 
 def test_shares_and_sums_are_computed_from_the_rows(one):
@@ -259,19 +235,46 @@ def test_shares_and_sums_are_computed_from_the_rows(one):
     assert derived["forward"] == pytest.approx(seconds["forward"] / busy)
     assert derived["backward with recomputation"] == pytest.approx((seconds["recompute"] + seconds["backward"]) / busy)
     assert "idle" not in derived
-    layers = {r.scope: r.value for r in study.of("layers", **where)}
-    moe = layers["moe"] / sum(layers[k] for k in ("moe", "attention", "norm"))
-    assert f"takes {100 * moe:.3g} % of mixtral-made's layers' time (study's Mixtral-8x7B on an A40: " in page.text
 
 
-def test_the_summary_is_five_sentences_of_the_data(one, two):
-    for folders, _, file in (one, two):
-        (items,) = re.findall(r"<ul>(.*?)</ul>", file.read_text().split("<nav")[0], flags=re.S)
-        sentences = re.findall(r"<li>(.*?)</li>", items)
-        assert len(sentences) == 5 and all(s.endswith(".") for s in sentences)
-        rows = results.read(folders[0]).of("throughput", metric="queries_per_second", model="mixtral-made", data="cs", routing="sparse")
-        best = max(r.value for r in rows if r.batching != "pack")
-        assert f'value="{best!r}"' in sentences[2]
+def test_the_studys_conclusions_are_computed_alike(one, demo):
+    """From our rows, and from its own numbers."""
+    folders, page, _ = one
+    study = results.read(folders[0])
+    found = {(c.group, c.line, c.head): float(c.value) for c in page.cells if not c.section}
+    layers = {r.scope: r.value for r in study.of("layers", model="mixtral-made", routing="sparse", batch=8)}
+    theirs = reference.layer_seconds().row("mixtral", "sparse", 32).values
+    group, line = "mixtral-made, QLoRA, commonsense", "MoE, of the layers' time"
+    ours, study_ = layers["moe"] / sum(layers[k] for k in ("moe", "attention", "norm")), theirs["moe"] / sum(theirs.values())
+    values = [found[group, line, head] for head in ("made-up GPU", "study: PyTorch, A40", "ours / study")]
+    assert values == pytest.approx([ours, study_, ours / study_])
+    assert found[group, "largest batch, sparse over dense", "study: PyTorch, A40"] == 8 / 2
+    assert found[group, "largest batch, sparse over dense", "made-up GPU"] == pytest.approx(8 / 3)
+    cost = [r.value for r in study.of("cost", metric="usd", model="mixtral-made", data="cs")]
+    dollars = "dollars of the whole run at least, sparse"
+    assert [found[group, dollars, head] for head in ("made-up GPU", "study: PyTorch, A40")] == [min(cost), 17.9]
+    # Of a model without dense trials, what needs them is not there.
+    lines = {c.line for c in demo[1].cells if not c.section and c.group.startswith("tiny-blackmamba")}
+    assert "optimizer, of the step" in lines and "largest batch, sparse over dense" not in lines
+
+
+def test_ours_stands_over_the_studys(one):
+    _, page, _ = one
+    cells = [c for c in page.cells if (c.section, c.group, c.line) == ("largest-batch", "mixtral-made, math", "sparse")]
+    assert [(c.source, float(c.value)) for c in cells] == [("ours", 8), ("study", 3), ("derived", 8 / 3)]
+    # Of shares where there are any: seconds are of another device.
+    cells = [c for c in page.cells if (c.section, c.group, c.line) == ("stages", "mixtral-made, sparse, largest batch", "forward")]
+    assert float(cells[-1].value) == pytest.approx(float(cells[1].value) / float(cells[3].value)) and len(cells) == 5
+
+
+def test_a_bar_is_the_share_of_its_columns_largest():
+    values = {"a": 1.0, "b": 4.0, "c": 0.0}
+    sources = [compare.Source(0, None, "here", None)]
+    filled = grid.Grid(sources, "")
+    for line, value in values.items():
+        filled.put("group", line, sources[0], Number("x", repr(value), bar=value))
+    rows = filled.table("").groups[0].rows
+    assert [row[1][0].bar for row in rows] == [0.25, 1.0, 0.0]
 
 
 def test_two_are_compared(two):
@@ -279,7 +282,7 @@ def test_two_are_compared(two):
     heads = re.findall(r"<thead><tr>(.*?)</tr>", file.read_text())
     assert any("made-up GPU</th>" in h and "made-up bigger GPU</th>" in h and "2nd / 1st" in h and "study: PyTorch" in h for h in heads)
     ratios = [c for c in page.cells if (c.section, c.group, c.line) == ("largest-batch", "mixtral-made, commonsense", "sparse")]
-    assert [(c.source, float(c.value)) for c in ratios] == [("ours", 8), ("ours", 16), ("derived", 2), ("study", 8)]
+    assert [(c.source, float(c.value)) for c in ratios] == [("ours", 8), ("ours", 16), ("study", 8), ("derived", 2)]
     # By meaning, not by size: largest beside largest.
     group = "mixtral-made, sparse, largest batch"
     cells = [c for c in page.cells if (c.section, c.group, c.line, c.source) == ("stages", group, "forward", "ours")]
@@ -289,42 +292,8 @@ def test_two_are_compared(two):
 def test_the_studys_batch_stands_with_its_own_data_and_apart_from_others(tmp_path):
     """A folder on the study's data beside one on word problems."""
     _, page, _ = report(tmp_path, *(replace(s, rows=s.of("largest_batch")) for s in (made.study(), results.read(DEMO))))
-    for group in ("mixtral-made, commonsense, 1024 tokens", "study: Mixtral-8x7B, commonsense"):
+    for group in ("mixtral-made, commonsense, 1024 tokens", "Mixtral-8x7B, commonsense"):
         assert study_cells(page, "largest-batch", group, "sparse") == [8], {c.group for c in page.cells}
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ([{"device": "A"}, {"device": "B"}], ["A", "B"]),
-        ([{"versions": {"jax": "0.10.2"}}, {"versions": {"jax": "0.11.0"}}], ["jax 0.10.2", "jax 0.11.0"]),
-        ([{"config": {"moe": {"backend": "loop"}}}, {"config": {"moe": {"backend": "tiles"}}}], ["backend loop", "backend tiles"]),
-        (
-            [{"device": d, "versions": {"jax": v}} for d, v in ("A1", "B1", "B2")],
-            ["A, jax 1", "B, jax 1", "B, jax 2"],
-        ),
-        ([{}, {}], ["first", "second"]),
-    ],
-)
-def test_labels_say_what_differs(changes, expected, tmp_path):
-    folders = [tmp_path / n for n in ("first", "second", "third")[: len(changes)]]
-    assert compare.labels([made.study(**c) for c in changes], folders) == expected
-
-
-def test_figures_are_whole_and_do_not_clash(two):
-    _, page, file = two
-    content = file.read_text()
-    assert len(page.ids) == len(set(page.ids))
-    assert {link.removeprefix("#") for link in page.links} <= set(page.ids) and len(page.links) >= len(SECTIONS)
-    assert set(SECTIONS) <= set(page.ids)
-    used = set(re.findall(r"url\(#([^)]+)\)", content)) | {f.removeprefix("#") for f in page.fetched if f.startswith("#")}
-    assert used and used <= set(page.ids)
-    figures = re.findall(r"<svg.*?</svg>", content, flags=re.S)
-    assert len(figures) >= 13
-    for figure in figures:
-        root = ET.fromstring(figure)
-        assert root.get("role") == "img" and root.find("{*}title").text and len(root.find("{*}desc").text) > 60
-        assert "#010203" not in figure and "#fefdfc" not in figure  # the page's own ink and paper
 
 
 def test_the_page_stands_alone(one):
@@ -334,12 +303,15 @@ def test_the_page_stands_alone(one):
     assert not re.findall(r"(?:src|href)=\"https?:|@import|url\((?!#)", file.read_text())
 
 
+def test_links_arrive(two):
+    _, page, _ = two
+    assert len(page.ids) == len(set(page.ids)) and set(SECTIONS) <= set(page.ids)
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids) and len(page.links) > len(SECTIONS)
+
+
 def test_the_same_as_markdown(one):
     _, page, file = one
     content = file.with_suffix(".md").read_text()
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", content):
-        assert ET.parse(file.parent / path).getroot().tag.endswith("svg")
-    assert content.count("![") == file.read_text().count("<svg")
     for anchor in re.findall(r"\]\(#([^)]+)\)", content):
         assert f'<a id="{anchor}"></a>' in content
     plain = content.replace("\\", "")
@@ -347,7 +319,7 @@ def test_the_same_as_markdown(one):
     assert len(texts) > 100 and all(t in plain for t in texts)
 
 
-def test_the_same_input_gives_the_same_bytes(one, tmp_path, drawn_anew):
+def test_the_same_input_gives_the_same_bytes(one, tmp_path):
     folders, _, file = one
     again = tmp_path / "page.html"
     assert cli.main(["report", str(folders[0]), "--out", str(again)]) == 0
@@ -361,26 +333,20 @@ def test_where_it_goes(tmp_path, monkeypatch, capsys):
         results.write(replace(study, rows=study.of("length")), tmp_path / name)
     assert cli.main(["report", "a"]) == 0 and (tmp_path / "a" / "report.html").exists() and (tmp_path / "a" / "report.md").exists()
     assert cli.main(["report", "a", "b"]) == 0 and (tmp_path / "comparison.html").exists()
-    stale = tmp_path / "a" / "report_figures" / "old.svg"
-    stale.write_text("<svg/>")
-    assert cli.main(["report", "a"]) == 0 and not stale.exists()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_demo_by_hand(demo):
     """Some of the fixture's values, read by a person from results.csv."""
-    _, page, file = demo
+    _, page, _ = demo
     assert "29 of 29 trials gave a result" in page.text
-    cells = {(c.section, c.group, c.line): c.value for c in page.cells if c.source == "ours" and c.section}
+    cells = {(c.section, c.group, c.line): c.value for c in page.cells if c.source == "ours"}
     assert cells["largest-batch", "tiny-mixtral", "sparse"] == "37"
     assert cells["largest-batch", "tiny-mixtral", "dense"] == "8"
     assert cells["stages", "tiny-mixtral, dense, batch 1", "optimizer"] == "0.0027523257000000006"
-    assert cells["length", "tiny-mixtral, sparse: seconds a step", "256"] == "0.30797472899985223"
+    assert cells["length", "tiny-mixtral, sparse, seconds a step", "256"] == "0.30797472899985223"
     assert cells["expert-load", "tiny-blackmamba, sparse, after fine-tuning", "expert 7"] == "7.828125"
     # The study has no word problems: its commonsense stands apart, and says so.
-    assert study_cells(page, "largest-batch", "study: Mixtral-8x7B, commonsense", "sparse") == [8]
-    assert study_cells(page, "throughput", "study: Mixtral-8x7B, commonsense, dense", "batch 2")[0] == pytest.approx(0.5138618605, abs=0)
+    assert study_cells(page, "largest-batch", "Mixtral-8x7B, commonsense", "sparse") == [8]
+    assert study_cells(page, "throughput", "Mixtral-8x7B, commonsense, dense", "batch 2")[0] == pytest.approx(0.5138618605, abs=0)
     assert study_cells(page, "largest-batch", "tiny-mixtral", "sparse") == []
-    (figure,) = re.findall(r'<figure><svg[^>]*aria-labelledby="fit_throughput-1-title.*?</svg>', file.read_text(), flags=re.S)
-    for said in ("sparse: measured", "dense: measured", "sparse: step model", "dense: equation 2"):
-        assert f">{said}</text>" in figure

@@ -1,4 +1,4 @@
-"""A real browser opens the report: no error, every figure drawn, every link arrives, nothing wider than a phone."""
+"""A real browser opens the report: no error, every link arrives, nothing wider than a phone, ink that follows the reader."""
 
 import shutil
 import time
@@ -33,7 +33,7 @@ DEMO = ROOT / "tests" / "study" / "report" / "fixtures" / "cpu_demo"
 def opened(request, browser, tmp_path_factory):
     """The report of cpu-demo, and of two made-up studies."""
     folder = tmp_path_factory.mktemp(request.param)
-    # Real GPUs have long names: nothing of them may run out of a figure.
+    # Real GPUs have long names: nothing of them may widen the page.
     results.write(made.study("NVIDIA A100-SXM4-40GB"), folder / "a")
     results.write(made.study("NVIDIA RTX PRO 6000 Blackwell Server Edition", 2.0, {"sparse": 6, "dense": 2}), folder / "b")
     file = folder / "report.html"
@@ -62,26 +62,9 @@ def test_an_error_would_be_heard(opened):
     assert any(e["method"] == "Runtime.consoleAPICalled" for e in opened.events)
 
 
-def test_every_figure_is_drawn(opened):
-    figures = opened.run(
-        "[...document.querySelectorAll('figure svg')].map(s => { const b = s.getBoundingClientRect(), v = s.viewBox.baseVal; "
-        "const cut = [...s.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect(); "
-        "return r.left < b.left - 1 || r.right > b.right + 1 || r.top < b.top - 1 || r.bottom > b.bottom + 1; }).map(t => t.textContent); "
-        "return [b.width, b.height, v.width / v.height, s.querySelectorAll('path').length, cut, s.getAttribute('aria-labelledby')]; })"
-    )
-    assert len(figures) >= 13
-    for width, height, ratio, paths, cut, name in figures:
-        assert width > 300 and height > 100 and abs(width / height / ratio - 1) < 0.02 and paths > 10, name
-        assert cut == [], f"{name}: cut off"
-    sections = "[...document.querySelectorAll('section')].filter(s => s.querySelector('svg')).map(s => s.id)"
-    assert set(opened.run(sections)) == {
-        "stages", "layers", "kernels", "throughput", "utilization", "expert-load", "length", "fit-batch", "fit-throughput",
-    }  # fmt: skip
-
-
 def test_links_arrive(opened):
     links = opened.run("document.querySelectorAll('nav a').length")
-    assert links == len(results.EXPERIMENTS) + 2
+    assert links == len(results.EXPERIMENTS) + 1
     for i in range(links):
         opened.run(f"document.querySelectorAll('nav a')[{i}].click()")
         target, top = opened.run(
@@ -95,7 +78,6 @@ def test_links_arrive(opened):
 @pytest.mark.parametrize("width", [360, 390, 1280])
 def test_the_page_does_not_scroll_sideways(opened, width):
     opened.ask("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500)
-    opened.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     try:
         assert opened.run("document.documentElement.scrollWidth") <= width
         # What a table hides on a narrow screen is hinted at.
@@ -104,10 +86,8 @@ def test_the_page_does_not_scroll_sideways(opened, width):
             "!getComputedStyle(d.querySelector('caption span'), '::after').content.includes('Scroll sideways')).length"
         )
         assert width > 500 or unsaid == 0
-        letters = opened.run("Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))")
-        assert letters > 6  # pixels, the smallest print in a figure
     finally:
-        opened.run("document.querySelectorAll('details').forEach(d => d.open = false)")
+        opened.ask("Emulation.clearDeviceMetricsOverride")
 
 
 def test_ink_follows_the_reader(opened):
@@ -115,7 +95,7 @@ def test_ink_follows_the_reader(opened):
     for scheme in ("light", "dark"):
         opened.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         inks[scheme] = opened.run(
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg text')).fill]"
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('td')).color]"
         )
     assert inks["light"] == ["rgb(255, 255, 255)", "rgb(29, 33, 41)"]
     assert inks["dark"] == ["rgb(22, 24, 29)", "rgb(228, 231, 235)"]
