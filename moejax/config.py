@@ -199,7 +199,7 @@ class DataConfig(_Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
     source: Place | None = Field(
-        None, description="a .json, .jsonl, .csv or .parquet file, or a name for `datasets`; null: random tokens (fixed only)"
+        None, description="a file, a folder or a glob of files, a URL, or a name for `datasets`; null: random tokens (fixed only)"
     )
     config_name: str | None = None
     split: str = "train"
@@ -345,7 +345,7 @@ class EvalConfig(_Section):
     """
 
     task: str = Field(description="prompts and the rule by which an answer is right, by name: see moejax eval")
-    data: Place = Field(description="held-out problems: a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
+    data: Place = Field(description="held-out problems: a file, a folder or a glob of files, or a name for `datasets`")
     split: str | None = None
     limit: Positive | None = Field(None, description="only the first so many problems")
     each_epoch: bool = False

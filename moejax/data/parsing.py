@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import re
 import sys
-import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from moejax.data import compression
 from moejax.errors import UserError, first_line
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # each also with .gz behind it
-EXPECTED = "a .json (a list), .jsonl (an object a line), .csv or .parquet file"
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+EXPECTED = "a .json (a list), .jsonl (an object a line), .csv, .tsv, .parquet or .arrow file"
 _BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 _OTHERS = (
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it with zstd -d"),
-    (b"BZh", "compressed with bzip2: unpack it with bunzip2"),
-    (b"\xfd7zXZ", "compressed with xz: unpack it with unxz"),
     (b"PK\x03\x04\x14\x00\x06\x00", "an Excel workbook or another Office document: save the table as CSV"),
     (b"PK\x03\x04", "a zip archive: unpack it and give the file in it"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it and give the file in it"),
-    (b"ARROW1", "an Arrow file: give the folder that datasets' save_to_disk wrote to `datasets`, or write it as Parquet"),
     (b"SQLite format 3", "an SQLite database: write its table as CSV or JSON Lines"),
     (b"%PDF", "a PDF document"),
     *((bytes((0x80, protocol)), "a pickle, which is not read here: write it as JSON Lines") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer, not the data itself: fetch it with git lfs pull"),
 )  # fmt: skip
+_ARROW_FILE, _ARROW_STREAM, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
 _SPACE = re.compile(r"[\s\ufeff]*")
 
 
@@ -46,10 +43,13 @@ def parse(path: str, content: bytes) -> list[Any]:
     """The records of a file's bytes. Raises UserError that says what the file is, or the line and what is wrong there."""
     if not content:
         raise UserError(f"{path} is empty")
-    if content.startswith(b"\x1f\x8b"):
-        content = _unpacked(path, content)
+    content = compression.unpacked(path, content)
     if content.startswith(b"PAR1"):
         return _parquet(path, content)
+    if content.startswith((_ARROW_FILE, _ARROW_STREAM)):
+        return _arrow(path, content)
+    if content[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive: unpack it and give the folder, or the file in it (expected {EXPECTED})")
     for mark, what in _OTHERS:
         if content.startswith(mark):
             raise UserError(f"{path} is {what} (expected {EXPECTED})")
@@ -62,8 +62,8 @@ def parse(path: str, content: bytes) -> list[Any]:
         if text.startswith("<", start):
             raise UserError(f"{path} is no CSV: {_what(text, start)}")
         return _table(path, text[start:])
-    if name.endswith(".parquet"):
-        raise UserError(f"{path} is no Parquet file: {_what(text, start)}")
+    if name.endswith((".parquet", ".arrow")):
+        raise UserError(f"{path} is no {'Arrow' if name.endswith('.arrow') else 'Parquet'} file: {_what(text, start)}")
     if text[start] == "[":
         return _one_list(path, text, start)
     if text[start] == "{":
@@ -74,14 +74,7 @@ def parse(path: str, content: bytes) -> list[Any]:
 
 def _named(path: str) -> str:
     """A path's or URL's name without what says how it is sent, to look at its end."""
-    return (path.split("?")[0] if "://" in path else path).lower().removesuffix(".gz")
-
-
-def _unpacked(path: str, content: bytes) -> bytes:
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: compressed with gzip, and damaged or cut off ({error})") from None
+    return compression.bare((path.split("?")[0] if "://" in path else path).lower())
 
 
 def _decoded(path: str, content: bytes) -> str:
@@ -244,9 +237,7 @@ def _table(path: str, text: str) -> list[Any]:
     rows: list[Any] = []
     try:
         names = reader.fieldnames or []
-        twice = next((name for name in names if list(names).count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{path}: two columns are called {twice!r}")
+        _check_names(path, names)
         for row in reader:
             if None in row or None in row.values():
                 more = "more" if None in row else "fewer"
@@ -262,10 +253,38 @@ def _table(path: str, text: str) -> list[Any]:
 
 
 def _parquet(path: str, content: bytes) -> list[Any]:
-    import pyarrow
     import pyarrow.parquet
 
+    return _columns(path, "a Parquet file", lambda source: pyarrow.parquet.ParquetFile(source).read(), content)
+
+
+def _arrow(path: str, content: bytes) -> list[Any]:
+    """Arrow's IPC, as a file or as a stream (as `datasets` writes its own)."""
+    import pyarrow
+
+    stream = content.startswith(_ARROW_STREAM)
+    if stream and not content.endswith(_ARROW_END):  # a stream may end between any two batches: Arrow would read it as whole
+        raise UserError(f"{path}: an Arrow stream without the mark of its end: cut off?")
+    opened = pyarrow.ipc.open_stream if stream else pyarrow.ipc.open_file
+    return _columns(path, "an Arrow file", lambda source: opened(source).read_all(), content)
+
+
+def _columns(path: str, kind: str, read: Callable[[Any], Any], content: bytes) -> list[Any]:
+    """The rows of a table of Arrow's, once its buffers are known to be whole."""
+    import pyarrow
+
     try:
-        return list(pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist())
+        table = read(pyarrow.BufferReader(content))
+        table.validate(full=True)
+        _check_names(path, table.column_names)  # rows are objects: one of two would be lost
+        return list(table.to_pylist())
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{path}: a Parquet file, and damaged or cut off ({first_line(error)})") from error
+        raise UserError(f"{path}: {kind}, and damaged or cut off ({first_line(error)})") from error
+
+
+def _check_names(path: str, names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: two columns are called {twice!r}")

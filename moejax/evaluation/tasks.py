@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from moejax.data.parsing import parse
+from moejax.data import places
 from moejax.data.records import Record, blank, text_of, texts_in, unicode
-from moejax.data.sources import from_datasets, is_file, read_file
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.evaluation.answers import final_number, strict_number
@@ -160,7 +160,7 @@ def find(name: str) -> Task:
 def load(task: Task, source: str, split: str | None = None, limit: int | None = None) -> list[Example]:
     """The task's examples, the first `limit` of them.
 
-    source: a file (data.parsing), of records with instruction, input, output and answer (LLM-Adapters) or with the columns of the set
+    source: files (data.places), of records with instruction, input, output and answer (LLM-Adapters) or with the columns of the set
     itself; or a name for `datasets`, of which `split` is taken (default: the task's). Raises UserError naming the file and the record.
     """
     if limit is not None and limit < 1:
@@ -168,17 +168,19 @@ def load(task: Task, source: str, split: str | None = None, limit: int | None = 
     records = _records(task, source, split)[:limit]
     if not records:
         raise UserError(f"{source} holds no records")
-    return [example(task, source, index, record) for index, record in enumerate(records)]
+    return [example(task, name, index, record) for name, index, record in records]
 
 
-def _records(task: Task, source: str, split: str | None) -> list[Any]:
-    given = "the task's data"
-    if is_file(source):
-        if split is not None:
-            raise UserError(f"split {split!r} of {source}: a file has no splits; they belong to a name for `datasets`")
-        return parse(source, read_file(source, given))
+def _records(task: Task, source: str, split: str | None) -> list[tuple[str, int, Any]]:
+    """Records as they were read, each with the name of its file and its number there."""
     _, configuration, usual = task.hub
-    return from_datasets(source, configuration, split or usual, given)
+    folder = Path(source).is_dir()
+    if split is not None and not folder and places.is_file(source):
+        raise UserError(f"split {split!r} of {source}: a file has no splits; they belong to a folder, or a name for `datasets`")
+    if folder and not Path(source, "README.md").is_file():  # which would name its configurations
+        configuration = None
+    parts, _ = places.read(source, configuration, split or usual, "the task's data")
+    return [(part.name, index, record) for part in parts for index, record in enumerate(part.records)]
 
 
 # What the sets' columns hold that is not one text: a number, a yes or no, or a text that says it; texts; texts with their labels.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moejax.config import Experiment
 from moejax.data import pipeline
-from moejax.data.sources import is_file
+from moejax.data.places import is_file, is_here
 from moejax.estimator import memory
 from moejax.estimator.sizes import optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
@@ -64,7 +64,7 @@ def report(experiment: Experiment) -> None:
     unread = None if experiment.data.source is None else next((f"{key} = {away[key]}" for key in needed if key in away), None)
     if unread is None:
         # Problems of an eval: section that are not here are told of below.
-        there = experiment.eval is not None and Path(experiment.eval.data).is_file()
+        there = experiment.eval is not None and is_here(experiment.eval.data)
         known = experiment if there else experiment.model_copy(update={"eval": None})
         steps = total_steps(experiment, read_data(known, sizes, _folder(experiment))[2])
     else:
@@ -78,9 +78,9 @@ def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, li
     about them. Raises UserError for what a run would refuse of them before it tokenizes."""
     why = f"a dry run asks no network: {elsewhere} is no file or folder here"
     data = experiment.data
-    if data.eval_source is not None and not Path(data.eval_source).is_file():
+    if data.eval_source is not None and not is_here(data.eval_source):
         data = data.model_copy(update={"eval_source": None})
-    if data.source is None or not Path(data.source).is_file():
+    if data.source is None or not is_here(data.source):
         return experiment, [] if any(elsewhere in line for line in missing(experiment)) else [f"data not read, {why}"]
     records, held_out = pipeline.read(data)
     known = experiment.data.model_copy(update={"records": len(records) + data.holdout})
@@ -107,7 +107,7 @@ def not_here(experiment: Experiment) -> dict[str, str]:
         "data.source": experiment.data.source, "data.eval_source": experiment.data.eval_source, "tokenizer": experiment.tokenizer,
         "model.source": experiment.model.source, "adapter.init_from": adapter.init_from if adapter else None,
     }  # fmt: skip
-    return {key: name for key, name in named.items() if name is not None and not Path(name).exists()}
+    return {key: name for key, name in named.items() if name is not None and not is_here(name)}
 
 
 def missing(experiment: Experiment) -> list[str]:

@@ -14,8 +14,9 @@ from moejax.config import EvalConfig, Experiment
 from moejax.data.batching import Batches
 from moejax.data.ends import Ends, ends_of
 from moejax.data.pipeline import in_order
+from moejax.data.places import is_file, is_here, is_url
 from moejax.data.records import blank
-from moejax.data.sources import is_file, is_url, load_records
+from moejax.data.sources import load_records
 from moejax.errors import UserError
 from moejax.evaluation import tasks
 from moejax.evaluation.evaluate import evaluate, pairs_of, prompts_of, write
@@ -91,12 +92,12 @@ def dry(experiment: Experiment) -> list[str]:
     lines = [f"eval: {task.name} ({task.rule}) {', '.join(when)} and at the end{best}"]
     if not _local(e.data):
         return [*lines, f"eval.data = {e.data} is no local file: not read by a dry run"]
-    if not Path(e.data).is_file():
+    if not is_here(e.data):
         return [*lines, f"not there: eval.data = {e.data} (looked for from {Path.cwd()}); a run would stop here"]
     task, examples = _read(experiment, e)
     lines.append(f"eval.data: {len(examples):,} problems of {e.data}")
     source = experiment.data.source
-    if source is not None and _local(source) and Path(source).is_file():
+    if source is not None and is_here(source):
         _refuse_overlap(experiment, e, examples)
     else:
         lines.append(f"data.source = {source} was not read: whether held-out problems are in it is not known")

@@ -1,7 +1,10 @@
 """Files that are read whatever they are called, and what the others are said to be: the words are held against the cause."""
 
+import bz2
 import gzip
 import json
+import lzma
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -24,6 +27,20 @@ def parquet(records):
     return sink.getvalue().to_pybytes()
 
 
+def arrow(records, kind=pyarrow.ipc.new_file):
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(records)
+    with kind(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return sink.getvalue().to_pybytes()
+
+
+def zstd(content):
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
+STREAM = arrow([A, B], pyarrow.ipc.new_stream)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -40,6 +57,13 @@ def parquet(records):
         ("upper.JSONL", LINES.encode()),
         ("packed.jsonl.gz", gzip.compress(LINES.encode())),
         ("packed.json", gzip.compress(LIST.encode())),
+        ("packed.jsonl.zst", zstd(LINES[: LINES.index("\n")].encode()) + zstd(LINES[LINES.index("\n") :].encode())),
+        ("packed.jsonl.bz2", bz2.compress(LINES.encode())),
+        ("packed.jsonl.xz", lzma.compress(LINES.encode())),
+        ("packed.csv.zst", zstd(b'instruction,input,output\nAdd 1 and 2.,,3 \xc3\xa9\n"Add\n2, ""and"" 3.",,NA\n')),
+        ("a.arrow", arrow([A, B])),
+        ("stream.arrow", STREAM),
+        ("arrow.json", gzip.compress(arrow([A, B]))),
         ("no_suffix", LINES.encode()),
         ("separators.jsonl", LINES.replace("}\n", ', "x": "\u2028"}\n').encode()),
         ("huge.jsonl", LINES.replace("}\n", ', "id": ' + "7" * 5000 + ', "nan": [NaN, Infinity, 1e999]}\n').encode()),
@@ -97,7 +121,16 @@ FAULTS = [
     ("a.json", b"- instruction: a\n  output: b\n", "it looks like YAML"),
     ("a.json", b"404: Not Found", "holds no records: it begins with '404: Not Found'"),
     ("a.json", b"Access to this is restricted, please log in", "it begins with 'Access to this"),
-    ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "is compressed with zstd"),
+    ("a.jsonl.zst", zstd(LINES.encode())[:-3], "compressed with zstd, and damaged or cut off"),
+    ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "compressed with zstd, and damaged or cut off"),
+    ("a.jsonl.bz2", bz2.compress(LINES.encode())[:-3], "compressed with bzip2, and damaged or cut off"),
+    ("a.jsonl.xz", lzma.compress(LINES.encode())[:-3], "compressed with xz, and damaged or cut off"),
+    ("a.jsonl.gz", gzip.compress(b""), r"is empty, once it is unpacked \(gzip\)"),
+    ("a.tar.gz", gzip.compress(b"a.json".ljust(257, b"\0") + b"ustar\0" + bytes(249)), "is a tar archive: unpack it"),
+    ("a.arrow", arrow([A])[:-9], "an Arrow file, and damaged or cut off"),
+    ("a.arrow", STREAM[:-8], "an Arrow stream without the mark of its end"),
+    ("a.arrow", b"404: Not Found", "is no Arrow file: it begins with"),
+    ("a.parquet", parquet([A])[:200], "a Parquet file, and damaged or cut off"),
     ("a.json", b"PK\x03\x04\x14\x00\x00\x00", "is a zip archive"),
     ("a.xlsx", b"PK\x03\x04\x14\x00\x06\x00", "is an Excel workbook"),
     ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "compressed with gzip, and damaged or cut off"),
@@ -149,10 +182,26 @@ def test_a_record_is_text_or_refused_by_its_number(record, told, tmp_path):
     assert str(caught.value).startswith(f"{path}, record 1")
 
 
-def test_a_folder_is_no_file(tmp_path):
-    (tmp_path / "a.json").mkdir()
-    with pytest.raises(UserError, match="is a folder"):
-        load_records(DataConfig(source=str(tmp_path / "a.json")))
+KINDS = {"file": arrow([A] * 50), "stream": STREAM, "parquet": parquet([A] * 50), "zstd": zstd(LINES.encode() * 9)}
+
+
+@pytest.mark.parametrize("content", KINDS.values(), ids=KINDS)
+def test_a_file_that_was_cut_or_damaged_is_refused_or_read_whole(content):
+    """No bytes end it with another error than one that names the file; where a cut is not seen, nothing is missing."""
+    whole, draw = parse("a", content), random.Random(0)
+    for at in {draw.randrange(len(content)) for _ in range(40)}:
+        for changed in (content[:at], content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]):
+            try:
+                assert len(parse("a", changed)) == len(whole)
+            except UserError as error:
+                assert str(error).startswith("a")
+
+
+def test_columns_of_one_name(tmp_path):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["output", "output"]), sink)
+    with pytest.raises(UserError, match="two columns are called 'output'"):
+        parse("a.parquet", sink.getvalue().to_pybytes())
 
 
 @pytest.mark.parametrize("text", ["[" * 9999, "9" * 5000, "[" + "9" * 400 + "]"])
