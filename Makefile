@@ -59,9 +59,8 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) reference4 reference5 ## one training step and greedy decoding beside PyTorch's, on this machine
-	@$(BIN)/python benchmarks/cpu_step.py --out benchmarks/results/$$(date +%F)-cpu-step.json
-	@$(BIN)/python benchmarks/decoding.py --out benchmarks/results/$$(date +%F)-decoding.json
+bench: $(STAMP) reference4 reference5 ## one training step and PyTorch's, in turn, on this machine
+	@$(BIN)/python benchmarks/step_times.py --cpu --out benchmarks/results/$$(date +%F)-cpu-step.json
 
 curves: $(STAMP) reference4 reference5 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
 	@$(BIN)/python benchmarks/curves.py
@@ -70,7 +69,7 @@ frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside Py
 	@$(BIN)/python benchmarks/side_by_side.py
 
 bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the real shapes, random weights
-	@$(BIN)/python benchmarks/gpu_frameworks.py --out benchmarks/results/$$(date +%F)-gpu-frameworks.json
+	@$(BIN)/python benchmarks/step_times.py --out benchmarks/results/$$(date +%F)-gpu-frameworks.json
 
 characterize-demo: $(STAMP) ## the study's experiments on the bundled Mixtral and BlackMamba, and the page about them (some 9 minutes on 2 cores)
 	@$(BIN)/moejax characterize --preset cpu-demo --out runs/characterize-demo

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -80,12 +79,7 @@ def run_case(name: str, steps: int, python: Path, folder: Path) -> dict[str, Any
     claimed = not name.endswith("bf16")
     if claimed:
         torch_run.train(torch_folder / "handover", stack, torch_folder / "control", python, ["--nudge"])
-    subprocess.run(["rm", "-rf", str(folder / slug)], check=True)
-    done = subprocess.run(
-        [sys.executable, "train.py", "--config", config, *overrides], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(f"train.py ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
+    torch_run.moejax(["train", config, *overrides], folder / slug)
     ours, theirs = records(folder / slug), records(torch_folder)
     versions = json.loads((torch_folder / "versions.json").read_text(encoding="utf-8"))
     about = {"config": config, "stack": stack, "overrides": overrides[:-2], "versions": versions}

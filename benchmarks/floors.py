@@ -2,13 +2,11 @@
 
     python benchmarks/floors.py [--config configs/mixtral_8x7b_cs_sparse.yaml] [--shapes 1x128,8x512,32x512,24x2048]
                                 [--tflops 780 --gb-per-second 4300] [--json]
-    python benchmarks/floors.py --measured RUN            # floor, measured seconds and their ratio, stage by stage, of a profiled run
-    moejax breakdown RUN --json > FILE; python benchmarks/floors.py --measured FILE --config CONFIG --shapes 10x128
 
 What is counted is what the program of this repository does (full rematerialization, frozen weights dequantized once a pass): each operand
 read once and each result written once, tiles and padding left out. The default rates were measured by others on one H200: an 8192-cubed
-bf16 product, and a copy; of a profiled run they are those that it measured, or its GPU's data sheet's. The sum of the stages is a floor of
-this program, kernel after kernel, not of the task.
+bf16 product, and a copy. The sum of the stages is a floor of this program, kernel after kernel, not of the task. What a profiled run took
+by stage: `moejax breakdown`.
 """
 
 from __future__ import annotations
@@ -139,127 +137,41 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
     return [*found.values(), *ends(item, config, n, full, weights, SIZES[t.stored_dtype] if full else FP32)]
 
 
-def useful_flops(config: Architecture, experiment: Experiment, rows: int, length: int) -> float:
-    """Model FLOPs as model FLOP utilization counts them (moejax/training/flops.py): no recomputation."""
+def model_flops(experiment: Experiment, rows: int | None = None, length: int | None = None) -> float:
+    """Of a step, as model FLOP utilization counts them (moejax/training/flops.py): no recomputation. Rows of a query each; by default the
+    experiment's own."""
     from moejax.hub.model import adapter_config
     from moejax.training import flops
 
-    counted = flops.count(config, adapter_config(experiment))
+    rows, length = rows or experiment.data.batch_rows, length or experiment.data.longest_row
+    counted = flops.count(architecture_of(experiment), adapter_config(experiment))
     return counted.step(rows * length, flops.visible_pairs([length] * rows))
-
-
-# What is measured under a stage's floor, by the profile's names (moejax/profiling/scopes.py). The rest is told as "no floor".
-MEASURED = {
-    "attention: projections": ("attention", "attention/norm", "attention/lora"), "attention: dequantization": ("attention/dequant",),
-    "attention: scores": (),
-    "mamba: projections": ("mamba", "mamba/dequant", "mamba/lora"), "mamba/scan": ("mamba/scan",), "mamba/conv, gate": ("mamba/conv",),
-    "moe/w1, w3, w2": ("moe/w1", "moe/w3", "moe/w2"), "moe: dequantization": ("moe/w1_dequant", "moe/w3_dequant", "moe/w2_dequant"),
-    "moe/lora": ("moe/lora",), "moe/dispatch, combine": ("moe/dispatch", "moe/combine"), "moe/act": ("moe/act",),
-    "norms, stream": ("norm", "layers", "embed"), "loss": ("loss", "head_dequant"), "optimizer": ("optimizer",),
-}  # fmt: skip
-TOGETHER = {"attention: scores": "attention: projections"}  # one name in the profile
-
-
-@dataclass(frozen=True)
-class Profiled:
-    """A profiled run. seconds: by stage, a step's. rates: FLOP/s and bytes/s of its device; None, as config and shape, where unknown."""
-
-    seconds: dict[str, float]
-    rates: tuple[float | None, float | None]
-    config: str | None = None
-    shape: str | None = None
-
-
-def profiled(path: Path) -> Profiled:
-    """A profiled run's folder, or what `moejax breakdown --json` printed of one run. Raises UserError."""
-    from moejax.commands import breakdown
-    from moejax.profiling import schema
-
-    if path.is_dir():
-        run, profile = breakdown.as_dict(breakdown.load(path)), schema.read(path)
-        shape = f"{round(profile.batch.rows or 0)}x{round(profile.batch.row_tokens or 0)}"
-        return Profiled(*_stages(run, path), str(path / "config.yaml"), shape)
-    how = f"--measured {path}: expected a profiled run's folder, or what `moejax breakdown RUN --json` printed"
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))
-        if len(runs) != 1:
-            raise UserError(f"{how} of one run, found {len(runs)}")
-        return Profiled(*_stages(runs[0], path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{how} ({type(error).__name__}: {error})") from None
-
-
-def _stages(run: dict[str, Any], path: Path) -> tuple[dict[str, float], tuple[float | None, float | None]]:
-    if not run["stages"]:
-        raise UserError(f"--measured {path}: there is no trace, so no stage's time is known: profile the run with `moejax profile CONFIG`")
-    seconds = {stage["name"]: stage["seconds"] for stage in run["stages"]} | {"idle": run["idle"] or 0.0}
-    return seconds, (run["peaks"]["flops_per_second"], run["peaks"]["bytes_per_second"])
-
-
-def compared(stages: list[Stage], rates: tuple[float, float], seconds: dict[str, float]) -> list[tuple[str, float | None, float]]:
-    """(stage, floor's seconds or None, measured seconds); what has no floor behind the others. Every measured second is in one row."""
-    floor = {s.name: s.seconds(*rates)[0] for s in stages}
-    rest = dict(seconds)
-    rows: list[tuple[str, float | None, float]] = []
-    for name in floor:
-        if name in TOGETHER:
-            continue
-        joined = [name, *(other for other, first in TOGETHER.items() if first == name and other in floor)]
-        title = " and ".join([name, *(other.partition(": ")[2] for other in joined[1:])])
-        rows.append((title, sum(floor[j] for j in joined), sum(rest.pop(scope, 0.0) for scope in MEASURED[name])))
-    return rows + [(f"no floor: {name}", None, spent) for name, spent in sorted(rest.items(), key=lambda item: -item[1]) if spent]
-
-
-def tell(rows: list[tuple[str, float | None, float]]) -> None:
-    """The comparison as Markdown."""
-    whole = "all", sum(floor or 0.0 for _, floor, _ in rows), sum(spent for _, _, spent in rows)
-    print("| stage | floor, ms | measured, ms | times |\n|---|---|---|---|")
-    for name, floor, spent in [*rows, whole]:
-        cells = ("", "") if floor is None else (f"{1e3 * floor:.2f}", f"{spent / floor:.1f}" if floor else "")
-        print(f"| {name} | {cells[0]} | {1e3 * spent:.2f} | {cells[1]} |")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", help="default: configs/mixtral_8x7b_cs_sparse.yaml, or the profiled run's own")
-    parser.add_argument("--shapes", help="rows x tokens, comma-separated (default: 1x128,8x512,32x512,24x2048, or the profiled run's own)")
-    parser.add_argument("--tflops", type=float, help="matrix rate (default: 780, or the profiled run's)")
-    parser.add_argument("--gb-per-second", type=float, help="bandwidth (default: 4300, or the profiled run's)")
-    parser.add_argument("--measured", type=Path, metavar="RUN", help="a profiled run's folder, or what moejax breakdown RUN --json printed")
+    parser.add_argument("--config", default="configs/mixtral_8x7b_cs_sparse.yaml")
+    parser.add_argument("--shapes", default="1x128,8x512,32x512,24x2048", help="rows x tokens, comma-separated")
+    parser.add_argument("--tflops", type=float, default=780.0, help="matrix rate (default: 780)")
+    parser.add_argument("--gb-per-second", type=float, default=4300.0, help="bandwidth (default: 4300)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args()
+    rates = options.tflops * 1e12, options.gb_per_second * 1e9
     try:
-        run = None if options.measured is None else profiled(options.measured)
-        known = (None, None) if run is None else run.rates
-        given = (options.tflops and options.tflops * 1e12, options.gb_per_second and options.gb_per_second * 1e9)
-        rates = given[0] or known[0] or 780e12, given[1] or known[1] or 4300e9
-        options.config = options.config or (run and run.config) or "configs/mixtral_8x7b_cs_sparse.yaml"
-        options.shapes = options.shapes or (run and run.shape) or "1x128,8x512,32x512,24x2048"
         experiment = configuration.load(options.config, options.overrides)
         config = architecture_of(experiment)
         shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes.split(",")]
         if any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
             raise UserError(f"--shapes {options.shapes}: expected rows x tokens, e.g. 8x512,24x2048")
-        if run is not None and len(shapes) != 1:
-            raise UserError("--measured FILE: say what was run, with --config FILE and --shapes ROWSxTOKENS")
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    told = f"at {rates[0] / 1e12:.4g} TFLOP/s and {rates[1] / 1e9:.4g} GB/s"
-    if run is not None:
-        stages = compared(floors(experiment, config, *shapes[0]), rates, run.seconds)
-        if options.json:
-            print(json.dumps([dict(zip(("stage", "floor_seconds", "seconds"), row, strict=True)) for row in stages], indent=1))
-            return 0
-        print(f"{options.measured}, {options.shapes}: floor {told}\n")
-        tell(stages)
-        return 0
     found: dict[str, Any] = {}
     for rows, length in shapes:
         stages = floors(experiment, config, rows, length)
         seconds = [s.seconds(*rates) for s in stages]
-        useful = useful_flops(config, experiment, rows, length)
+        useful = model_flops(experiment, rows, length)
         whole = sum(t for t, _ in seconds)
         found[f"{rows}x{length}"] = {
             "stages": {s.name: vars(s) | {"floor_seconds": t, "bound": b} for s, (t, b) in zip(stages, seconds, strict=True)},
@@ -268,7 +180,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
-    print(f"{options.config}: floor in ms {told} (c: compute, b: bandwidth)\n")
+    print(f"{options.config}: floor in ms at {options.tflops:g} TFLOP/s and {options.gb_per_second:g} GB/s (c: compute, b: bandwidth)\n")
     print("| stage | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
     for name in next(iter(found.values()))["stages"]:
         cells = [f["stages"][name] for f in found.values()]

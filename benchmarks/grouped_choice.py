@@ -198,7 +198,8 @@ def main() -> int:
             result["cases"].append(case)
             print(f"{shape} {storage} {o.dtype}: {case['winner']}")
             for name, median in case["medians"].items():
-                print(f"  {name:<24} {1e3 * median:9.3f} ms, {case['of_dense'][name]:5.2f} of dense", flush=True)
+                rate = case["useful_flops_per_second"][name] / 1e9
+                print(f"  {name:<24} {1e3 * median:9.3f} ms, {case['of_dense'][name]:5.2f} of dense, {rate:8.1f} GFLOP/s", flush=True)
             kept.write(o.out, result)
     if o.update:
         update("grouped", kind, [c["entry"] for c in result["cases"]], o.out)

@@ -1,15 +1,12 @@
-"""Hand an experiment over to PyTorch: what `train.py` would train, with what, on which batches, from which weights.
+"""Hand an experiment over to PyTorch in a folder: what `train.py` would train, with what, on which batches, from which weights.
 
-    python benchmarks/handover.py --config configs/demo.yaml --out FOLDER [key.sub=value …]
-
-FOLDER/experiment.json: the experiment as it is resolved, the architecture, parameter counts, and a digest of every weight as moejax holds
-it. base/ (or the source's own folder): the initial weights in Hub layout. adapter/: the initial LoRA weights in the stack's format of PEFT.
-batches.npz: the batch of every optimizer step, in the order in which moejax trains on them.
+experiment.json: the experiment as it is resolved, the architecture, parameter counts, every step's learning rate, and a digest of every
+weight as moejax holds it. base/ (or the source's own folder): the initial weights in Hub layout. adapter/: the initial LoRA weights in the
+stack's format of PEFT. batches.npz: the batch of every optimizer step, in the order in which moejax trains on them.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -24,19 +21,19 @@ import contract
 import jax
 import numpy as np
 
-from moejax import config as configuration
 from moejax.config import Experiment
 from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
-from moejax.hub import peft, save, weights
+from moejax.hub import peft, save, streaming, weights
 from moejax.hub.model import architecture, create_model, model_arguments
 from moejax.hub.names import tensors
 from moejax.models.build import Model, build, materialize_lora
 from moejax.models.config import Architecture
 from moejax.models.ops.quantized import QuantizedTensor
 from moejax.training.flops import groups_of
+from moejax.training.optimizer import make_schedule
 from moejax.training.run_steps import steps_in, total_steps
 
 DIGEST_LIMIT = 2_000_000_000
@@ -61,7 +58,9 @@ def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None
         peft.save_adapter(model, folder / "adapter", str(base), fused=stack_name == "today")
     content |= _described(model, source or str(experiment.model.preset))
     compared = content["model"]["params_total"] <= DIGEST_LIMIT
+    schedule = make_schedule(experiment.training, steps)
     content |= {"base": str(base.resolve()), "steps": steps, "digests": digests(model) if compared else None}
+    content["learning_rates"] = [float(schedule(done)) for done in range(steps)]
     (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
@@ -78,15 +77,15 @@ def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> di
         small = build(config.replace(num_layers=1, num_experts=1, experts_per_token=1), **arguments)
         name = str(experiment.model.preset)
         peft.save_adapter(materialize_lora(small, jax.random.key(0)), folder / "adapter", name, fused=stack_name == "today")
-    content |= _described(build(config, **arguments), str(experiment.model.preset))
-    content |= {"base": None, "steps": experiment.training.steps, "digests": None}
+    model = build(config, **arguments)
+    content |= _described(model, str(experiment.model.preset))
+    content["shapes"] = {name: streaming.whole_shape(model, places) for name, places in tensors(config).items()}
+    content |= {"base": None, "steps": experiment.training.steps, "digests": None, "learning_rates": [experiment.training.learning_rate]}
     (folder / "experiment.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
 
 def _begin(experiment: Experiment, config: Architecture, stack_name: str | None) -> dict[str, Any]:
-    if experiment.training.remat not in ("none", "full"):
-        raise UserError(f"training.remat = {experiment.training.remat}: PyTorch's side knows full and none: set one of them")
     resolved = experiment.with_defaults(config).model_dump(mode="json")
     content = {"format": contract.FORMAT, "experiment": resolved, "hub_config": config.to_hub_config()}
     if stack_name is not None:
@@ -154,22 +153,3 @@ def digests(model: Model) -> dict[str, str]:
                 total.update(np.ascontiguousarray(value[index], dtype=np.float32).tobytes())
         found[name] = total.hexdigest()
     return found
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    options = parser.parse_args()
-    try:
-        content = write(configuration.load(options.config, options.overrides), options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {content['steps']} steps of a {contract.architecture(content).title}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,7 @@
     python benchmarks/side_by_side.py [--only RUN …] [--reference4 PYTHON] [--reference5 PYTHON]
 
 Profiles small models on this machine on both sides (moejax profile; benchmarks/torch_run.py --profile), draws them as `moejax breakdown`
-does (one of the figures goes to docs/frameworks/), and writes two tables between marks in docs/frameworks.md and
+does (one of the figures goes to docs/frameworks/), and writes a table between marks in docs/frameworks.md and
 benchmarks/results/DATE-side-by-side.json. Shares compare with the paper's; seconds do not (another model, another machine).
 """
 
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,11 +58,7 @@ def profile(name: str, pythons: dict[str, Path], folder: Path) -> list[Path]:
     """Both sides' folders."""
     config, stack, overrides, _ = RUNS[name]
     overrides = [*overrides, f"name={name}", f"runs_dir={folder}"]
-    subprocess.run(["rm", "-rf", str(folder / name)], check=True)
-    ours = [sys.executable, "-m", "moejax.cli", "profile", config, *overrides]
-    done = subprocess.run(ours, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"moejax profile ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
+    torch_run.moejax(["profile", config, *overrides], folder / name)
     experiment = configuration.load_profiled(ROOT / config, overrides)
     theirs = folder / f"{name}-{stack}"
     torch_run.run(experiment, stack, theirs, pythons[stack], ["--profile", "--base", "nf4"])
@@ -122,32 +117,9 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *ratios(results)]) + "\n"
 
 
-def seconds(results: dict[str, Any]) -> str:
-    """The table in seconds: untraced steps, and every stage of the traced ones in which PyTorch took less (and at least 1 ms less)."""
-    lines = ["| run | PyTorch, ms a step | moejax, ms a step | moejax is | where PyTorch takes less: PyTorch, moejax, ms |"]
-    lines.append("|---|---|---|---|---|")
-    for name, result in results.items():
-        torch, ours = result["pytorch"], result["moejax"]
-        steps = [side["step_seconds"] for side in (torch, ours)]
-        cells = [f"{1e3 * t['median']:.0f} ({1e3 * t['p10']:.0f} to {1e3 * t['p90']:.0f})" for t in steps]
-        faster = steps[0]["median"] / steps[1]["median"]
-        stages = [(side["layers"] | side["moe_kernels"]) for side in (torch, ours)]
-        # w1 and w3 are one product on some sides: compared together.
-        for side in stages:
-            side["moe/w1, w3"] = side.pop("moe/w1", 0.0) + side.pop("moe/w3", 0.0)
-        less = [(key, stages[0][key], stages[1][key]) for key in stages[1] if key in stages[0] and stages[1][key] - stages[0][key] > 1e-3]
-        less.sort(key=lambda item: item[1] - item[2])
-        told = "; ".join(f"{STAGES.get(k, k)} {1e3 * a:.1f}, {1e3 * b:.1f}" for k, a, b in less)
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {faster:.2f} times as fast | {told or 'nowhere'} |")
-    return "\n".join(lines) + "\n"
-
-
-STAGES = {"moe": "moe, outside its kernels (loops, slices)", "layers": "loops over the layers"}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="these runs; none named: the tables again")
+    parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="these runs; none named: the table again")
     torch_run.add_references(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/frameworks"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-side-by-side.json")
@@ -169,7 +141,6 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     between(ROOT / "docs" / "frameworks.md", "shares", table(results))
-    between(ROOT / "docs" / "frameworks.md", "seconds", seconds(results))
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -27,10 +28,6 @@ from moejax.errors import UserError
 from moejax.profiling import schema
 
 OUT_OF_MEMORY = 3
-
-
-class OutOfMemory(UserError):
-    """PyTorch's side ran out of memory; a comparison records it and goes on."""
 
 
 def reference_python(stack: str, given: Path | None = None) -> Path:
@@ -66,6 +63,15 @@ def run(experiment: Experiment, stack: str, folder: Path, python: Path, argument
     train(folder / "handover", stack, folder, python, arguments)
 
 
+def moejax(arguments: Sequence[str], folder: Path) -> None:
+    """moejax's own command in a process of its own, into `folder`, whatever was there before. Raises UserError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "moejax.cli", *arguments]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"moejax {arguments[0]} ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
+
+
 def train(handover: Path, stack: str, folder: Path, python: Path, arguments: Sequence[str]) -> None:
     """Train what was handed over, into `folder`. Raises UserError with what the runner said."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -73,9 +79,7 @@ def train(handover: Path, stack: str, folder: Path, python: Path, arguments: Seq
         command(handover, stack, python, ["--out", str(folder), *arguments]),
         env=environment, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
-    if done.returncode == OUT_OF_MEMORY:
-        raise OutOfMemory(f"PyTorch ({stack}): {done.stderr.strip().splitlines()[-1]}")
-    if done.returncode == 2:
+    if done.returncode in (2, OUT_OF_MEMORY):
         raise UserError(f"PyTorch ({stack}): {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
     if done.returncode:
         raise UserError(f"PyTorch ({stack}) ended with exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
@@ -89,12 +93,11 @@ def main() -> int:
     parser.add_argument("--stack", choices=contract.STACKS, required=True)
     parser.add_argument("--profile", action="store_true", help="only the first steps, some traced, as `moejax profile` does")
     parser.add_argument("--base", choices=("nf4", "dequantized"), default="dequantized", help="how NF4 weights are held")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds it")
     add_references(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args()
-    arguments = ["--base", options.base, "--attention", options.attention]
+    arguments = ["--base", options.base]
     arguments += ["--profile"] if options.profile else []
     arguments += ["--device", options.device] if options.device else []
     try:

@@ -75,14 +75,12 @@ class Side:
         self._errors.close()
 
 
-def jax_side(
-    config: Path, overrides: list[str], arguments: list[str] | None = None, environment: dict[str, str | None] | None = None
-) -> Side:
-    return Side([sys.executable, str(HERE / "serve.py"), "--config", str(config), *(arguments or []), *overrides], environment)
+def jax_side(config: Path, overrides: list[str], arguments: list[str], environment: dict[str, str | None]) -> Side:
+    return Side([sys.executable, str(HERE / "step.py"), "--config", str(config), "--serve", *arguments, *overrides], environment)
 
 
-def torch_side(handover: Path, stack: str, python: Path, arguments: list[str] | None = None) -> Side:
-    command = torch_run.command(handover, stack, python, ["--serve", *(arguments or [])])
+def torch_side(handover: Path, stack: str, python: Path, arguments: list[str]) -> Side:
+    command = torch_run.command(handover, stack, python, ["--serve", *arguments])
     return Side(command, {"PYTHONPATH": None})  # the other environment has packages of its own
 
 

@@ -1,4 +1,4 @@
-"""What both sides agree on: the handed-over experiment, what PyTorch's side can express of it, and the learning rate. No torch here.
+"""What both sides agree on: the handed-over experiment, and what PyTorch's side can express of it. No torch here.
 
 `benchmarks/handover.py` writes the folder; everything here needs Python's library and `moejax.models.config` alone, so both environments
 and the tests read it.
@@ -7,7 +7,6 @@ and the tests read it.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from moejax.models.config import Architecture, BlackMambaConfig, from_hub_config
 from moejax.models.families.attention_moe import AttentionMoEConfig
 
-FORMAT = 2
+FORMAT = 3
 STACKS = {
     "study": "transformers 4 with PEFT 0.18: an adapter per expert, bitsandbytes' NF4 (the study's)",
     "today": "transformers 5 with PEFT 0.21: stacked experts, target_parameters",
@@ -35,12 +34,10 @@ def read(folder: Path) -> dict[str, Any]:
     """The folder's experiment.json."""
     path = folder / "experiment.json"
     if not path.is_file():
-        raise CannotRun(f"{path} does not exist: benchmarks/handover.py writes such a folder")
+        raise CannotRun(f"{path} does not exist: benchmarks/torch_run.py writes such a folder")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if content.get("format") != FORMAT:
-        raise CannotRun(
-            f"{path}: format = {content.get('format')!r}, expected {FORMAT}: write it again with benchmarks/handover.py"
-        )
+        raise CannotRun(f"{path}: format = {content.get('format')!r}, expected {FORMAT}: write it again with benchmarks/torch_run.py")
     return content
 
 
@@ -104,19 +101,6 @@ def check(content: dict[str, Any], stack: str) -> None:
     for wrong, what, why in cannot:
         if wrong:
             raise CannotRun(f"{what}: PyTorch's side cannot express it: {why}")
-
-
-def learning_rate(training: dict[str, Any], steps: int, done: int) -> float:
-    """Of the step after `done` steps: optax's schedules as `moejax.training.optimizer` builds them. Linear warm-up from zero, then …"""
-    peak, ratio, warm = training["learning_rate"], training["min_learning_rate_ratio"], training["warmup_steps"]
-    if done < warm:
-        return float(peak * done / warm)
-    part = min(1.0, (done - warm) / max(1, steps - warm))
-    if training["schedule"] == "constant":
-        return float(peak)
-    if training["schedule"] == "linear":
-        return float(peak + (peak * ratio - peak) * part)
-    return float(peak * ((1 - ratio) * 0.5 * (1 + math.cos(math.pi * part)) + ratio))
 
 
 def compare(found: dict[str, str], trainable: int, content: dict[str, Any]) -> None:

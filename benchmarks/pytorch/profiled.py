@@ -15,6 +15,7 @@ import torch
 import tracing
 from torch.profiler import ProfilerActivity, profile
 
+from moejax.device import cpu_name
 from moejax.profiling import torch_trace
 
 TRACE = "trace.json.gz"
@@ -101,13 +102,7 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
 
 
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
 def memory_bytes(device: str) -> int:

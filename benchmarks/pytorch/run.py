@@ -51,7 +51,7 @@ class Trainer:
         )
         with np.load(folder / "batches.npz") as file:
             self.batches = dict(file)
-        self.done, self.steps = 0, content["steps"]
+        self.done, self.steps, self.rates = 0, content["steps"], content["learning_rates"]
         self.top_k = content["model"]["experts_per_token"]
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
@@ -94,7 +94,7 @@ class Trainer:
             probabilities.append(routed)
         with tracing.scope("optimizer"):
             norm = self._clip()
-            self.rate = contract.learning_rate(self.training, self.steps, self.done)
+            self.rate = self.rates[min(self.done, len(self.rates) - 1)]
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate
             self.optimizer.step()
@@ -184,7 +184,6 @@ def serve(trainer: Trainer, rate: float | None = None) -> None:
         if line.strip() != "step":
             say({"error": f'unknown command {line.strip()!r}: expected "step"'})
             continue
-        trainer.done = min(trainer.done, trainer.steps - 1)
         record = trainer.step(0)
         say({name: record[name] for name in ("step_seconds", "loss", "queries", "real_tokens")} | trainer.memory())
 
@@ -205,21 +204,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="trace the steps of the experiment's profile section")
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--base", choices=("nf4", "dequantized"), default="dequantized", help="how NF4 weights are held")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
-    parser.add_argument("--experts", default="grouped_mm", help="today: transformers' experts_implementation")
     parser.add_argument("--scan", choices=("loop", "mamba_ssm"), default="loop", help="plain: the scan over time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nudge", action="store_true", help="change the first trained weight by its last bit: what rounding alone does")
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--memory-fraction", type=float, default=1.0, help="of the GPU's memory, for two processes on one GPU")
-    parser.add_argument("--peaks", action="store_true", help="with --serve: measure the device's matrix rate first")
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse_arguments()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
         content = contract.read(options.handover)
         if options.device == "cuda":
@@ -228,7 +221,7 @@ def main() -> int:
                     f"torch {torch.__version__} finds no CUDA device: install its CUDA build in this environment"
                 )
             torch.cuda.set_per_process_memory_fraction(options.memory_fraction)
-        rate = profiled.peaks(options.device, content["experiment"]["training"]["compute_dtype"])[0] if options.peaks else None
+        rate = profiled.peaks(options.device, content["experiment"]["training"]["compute_dtype"])[0] if options.serve else None
         trainer = Trainer(content, options.handover, options)
         if options.serve:
             serve(trainer, rate)

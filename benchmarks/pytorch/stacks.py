@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import contract
 import torch
@@ -72,6 +72,8 @@ class Transformers(Side):
     backend = "transformers 4, a loop over experts"
     module: str | None = None
     """What it calls the experts' half of a layer; None: what the family's files do."""
+    experts: ClassVar[dict[str, str]] = {}
+    """What says how the experts run: transformers 4 has one way."""
 
     def __init__(self, content: dict[str, Any], folder: Path, options: Any):
         import peft
@@ -84,8 +86,7 @@ class Transformers(Side):
         self.dtype = getattr(torch, self.training["compute_dtype"])
         # An embedding of padding would have no gradient.
         config = transformers.AutoConfig.for_model(**content["hub_config"], use_cache=False, pad_token_id=None)
-        self.attention = options.attention
-        self.how = {"dtype": self.dtype, "attn_implementation": options.attention} | self.experts(options)
+        self.how = {"dtype": self.dtype, "attn_implementation": "sdpa"} | self.experts
         self.codes: dict[str, str] = {}
         self.full = e["adapter"] is None
         quantization = e["quantization"] if e["quantization"]["format"] == "nf4" else None
@@ -115,11 +116,6 @@ class Transformers(Side):
         for layer, block in enumerate(base.model.layers):
             self._watch(layer, getattr(block, moe).gate)
         tracing.name_scopes(self.model, moe, self.sizes.target_names)
-
-    def experts(self, options: Any) -> dict[str, Any]:
-        """What says how the experts run: transformers 4 has one way."""
-        del options
-        return {}
 
     def _quantize(self, base: Any, quantization: dict[str, Any], form: str) -> None:
         """4-bit linear layers of bitsandbytes, or (form "dequantized") its codes turned back once into the weights they stand for."""
@@ -203,10 +199,6 @@ class Transformers(Side):
             t = segments.shape[1]
             causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
-            if self.attention == "eager":
-                mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
-                    ~mask, torch.finfo(self.dtype).min
-                )
             arguments = {"attention_mask": mask, "position_ids": batch["positions"].long()}
         # Padding stands on the right, so causal attention alone keeps it from every real token.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -219,11 +211,9 @@ class Transformers(Side):
 class StackedTransformers(Transformers):
     """transformers 5 and PEFT 0.21: a parameter over all experts, adapted as one: w1 and w3 share one A."""
 
+    backend = "transformers 5, grouped_mm"
     module = "mlp"
-
-    def experts(self, options: Any) -> dict[str, Any]:
-        self.backend = f"transformers 5, {options.experts}"
-        return {"experts_implementation": options.experts}
+    experts: ClassVar = {"experts_implementation": "grouped_mm"}
 
     def digests(self) -> Iterator[tuple[str, str]]:
         stacked, renamed = names.stacked(self.sizes), names.renamed(self.sizes)
@@ -246,7 +236,7 @@ class BlackMamba(Side):
         self.dtype = getattr(torch, self.training["compute_dtype"])
         hub, dtype = content["hub_config"], getattr(torch, self.training["param_dtype"])
         if content["base"] is None:
-            weights = blackmamba.random(hub, dtype, options.device)
+            weights = blackmamba.random(content["shapes"], dtype, options.device)
         else:
             weights = blackmamba.load(Path(content["base"]), dtype)[0]
         self.weights = {name: torch.nn.Parameter(w.detach().to(options.device)) for name, w in weights.items()}

@@ -189,8 +189,7 @@ def _tree(index: jax.Array) -> jax.Array:
 
 
 LOOK_UPS: dict[str, Callable[[jax.Array], jax.Array]] = {"take": _take, "tree": _tree}
-"""Codes, a uint8 each -> their values in fp32, before scaling. Both exact: which is faster depends on the compiler
-(`benchmarks/dequant_forms.py`)."""
+"""Codes, a uint8 each -> their values in fp32, before scaling. Both exact: which is faster depends on the compiler."""
 
 
 def _values(index: jax.Array) -> jax.Array:

@@ -23,8 +23,8 @@ LAYOUTS = ("halves", "pairs")
 
 
 def layout() -> str:
-    """How codes lie in memory. Halves: on a CPU at least twice as fast to dequantize (`benchmarks/dequant_forms.py`), on a TPU the only
-    form that is not padded; a GPU's compiled program takes the same bytes for both, and nothing was measured there yet."""
+    """How codes lie in memory. Halves: nothing has to be interleaved, and on a TPU it is the only form that is not padded; a GPU's
+    compiled program takes the same bytes for both."""
     return "halves"
 
 

@@ -34,8 +34,7 @@ def writers(program, at_least):
 class TestDequantization:
     """One expert's matrix out of a stack: one fusion reads the codes and writes every weight once.
 
-    A CPU first writes the two halves' codes side by side, a byte each: that fusion is then twice as fast as one that does it all
-    (benchmarks/dequant_forms.py).
+    A CPU first writes the two halves' codes side by side, a byte each: that fusion is then faster than one that does it all.
     """
 
     shape = (256, 512)

@@ -1,14 +1,25 @@
 """The same model scanned or unrolled, recomputed or not: its stages' FLOPs are found in the same places."""
 
-import importlib.util
+# ruff: noqa: E402 (benchmarks/ has to be on the path first)
+import sys
 from contextlib import contextmanager, nullcontext
 
 import jax
 import pytest
 from support import ROOT
 
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from step import RANDOM, Server, traced
+
+from moejax import config as configuration
+
 STAGES = ("attention", "moe/w1", "moe/w3", "moe/w2", "moe/router", "moe/lora", "loss")
 LAYERS = 3
+SMALL = [
+    *RANDOM, f"model.overrides={{hidden_size: 64, intermediate_size: 96, num_layers: {LAYERS}, vocab_size: 128}}",
+    "data.row_tokens=64", "data.max_length=64", "data.batch_rows=2",
+]  # fmt: skip
 
 
 @contextmanager
@@ -29,17 +40,14 @@ def unrolled(length):
 
 @pytest.fixture(scope="module")
 def breakdowns():
-    spec = importlib.util.spec_from_file_location("breakdown_check", ROOT / "benchmarks" / "breakdown_check.py")
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
     found = {}
     for remat in ("full", "none"):
         for name in ("scanned", "unrolled"):
             with unrolled(LAYERS) if name == "unrolled" else nullcontext():
-                sizes = {"hidden_size": 64, "intermediate_size": 96, "num_layers": LAYERS, "vocab_size": 128}
-                program, batch = check.setup("mixtral", 2, remat, 2, 64, **sizes)
-                jax.block_until_ready(program.step(batch))
-            found[remat, name] = check.traced(program, batch)
+                experiment = configuration.load(ROOT / "configs/bench_mixtral_tiny.yaml", [*SMALL, f"training.remat={remat}"])
+                server = Server(experiment)
+                server.step()
+            found[remat, name] = traced(server.program, server.batch)
     return found
 
 

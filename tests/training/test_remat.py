@@ -118,7 +118,7 @@ def test_others_refuse_auto(make_experiment, tmp_path):
         other = experiment.changed("training", remat=policy)
         with pytest.raises(UserError, match=f"remat = {policy}: the closed form knows none and full"):
             closed_form.breakdown(other, SIZES, rows=1, row_tokens=8, platform="cpu")
-        with pytest.raises(UserError, match=f"remat = {policy}: PyTorch's side knows full and none"):
+        with pytest.raises(UserError, match=f"remat = {policy}: PyTorch's side cannot express it"):
             handover.write_random(other, tmp_path, stack_name="study")
         content = {"experiment": other.model_dump(mode="json"), "hub_config": SIZES.to_hub_config()}
         with pytest.raises(contract.CannotRun, match=f"remat = {policy}: PyTorch's side cannot express it"):
