@@ -40,7 +40,7 @@ DIGEST_LIMIT = 2_000_000_000
 """Weights of larger models are not compared one by one: reading them twice would take longer than the runs."""
 
 
-def write(experiment: Experiment, folder: Path, *, stack_name: str | None = None) -> dict[str, Any]:
+def write(experiment: Experiment, folder: Path, *, stack_name: str) -> dict[str, Any]:
     """Write the folder; returns experiment.json's content. Raises UserError for what the config gets wrong, and for what `stack_name`
     (one of contract.STACKS) cannot express."""
     source = experiment.model.source
@@ -85,14 +85,13 @@ def write_random(experiment: Experiment, folder: Path, *, stack_name: str) -> di
     return content
 
 
-def _begin(experiment: Experiment, config: Architecture, stack_name: str | None) -> dict[str, Any]:
+def _begin(experiment: Experiment, config: Architecture, stack_name: str) -> dict[str, Any]:
     resolved = experiment.with_defaults(config).model_dump(mode="json")
     content = {"format": contract.FORMAT, "experiment": resolved, "hub_config": config.to_hub_config()}
-    if stack_name is not None:
-        try:
-            contract.check(content, stack_name)
-        except contract.CannotRun as error:
-            raise UserError(str(error)) from None
+    try:
+        contract.check(content, stack_name)
+    except contract.CannotRun as error:
+        raise UserError(str(error)) from None
     return content
 
 

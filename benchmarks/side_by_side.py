@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 import kept
 import torch_run
-from curves_report import between
+from curves import between
 
 from moejax import config as configuration
 from moejax.commands import breakdown

@@ -299,6 +299,8 @@ def main() -> int:
     try:
         if strange := [name for name in names if name not in known]:
             raise UserError(f"--cases {strange[0]!r}: with{'' if options.cpu else 'out'} --cpu expected {'; '.join(known)}")
+        if options.most_rows < options.rows:
+            raise UserError(f"--most-rows {options.most_rows}: expected at least --rows ({options.rows})")
         pythons = torch_run.references(options, {known[name].stack for name in names})
         kind = cpu_name() if on_cpu else device()
         gpu = None if on_cpu else gpus.of_device_kind(kind)

@@ -13,7 +13,6 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
 
 import contract
 import curves
-import curves_report
 import handover
 import side_by_side
 import torch_run
@@ -219,7 +218,7 @@ def test_the_curves_table_says_where_a_run_leaves_the_tolerance():
     apart = curves.compare([record(1, 2.0), record(2, 1.1)], [record(1, 2.0), record(2, 1.0)], claimed=True)
     control = {"largest_relative_difference": 0.02, "first_step_outside": 81, "routing_differs_at": None}
     bf16 = curves.compare([record(1, 2.0)], [record(1, 2.1)], claimed=False)
-    lines = curves_report.table({"dense": apart | {"control": control}, "bf16": bf16}).splitlines()
+    lines = curves.table({"dense": apart | {"control": control}, "bf16": bf16}).splitlines()
     assert lines[2].startswith("| dense | 1.0e-01 **(outside from step 2)** | 1.0e-01 | never | 2.0e-02, outside from step 81 |")
     assert lines[3].startswith("| bf16 | 4.8e-02 (no claim) | 4.8e-02 | never | – |")
     assert {line.count("|") for line in lines} == {7}
@@ -228,10 +227,10 @@ def test_the_curves_table_says_where_a_run_leaves_the_tolerance():
 def test_a_table_is_put_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
-    curves_report.between(page, "x", "new\n")
+    curves.between(page, "x", "new\n")
     assert page.read_text() == "a\n<!-- x: begin -->\nnew\n<!-- x: end -->\nb\n"
     with pytest.raises(UserError, match="has no marks <!-- y: begin -->"):
-        curves_report.between(page, "y", "new\n")
+        curves.between(page, "y", "new\n")
 
 
 def test_shares_stand_beside_the_paper_s():
