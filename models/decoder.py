@@ -116,13 +116,16 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        segment_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         *,
         remat: str = "none",
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        """tokens, segment_ids (0 = padding), positions: int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …]."""
+        """tokens, segment_ids (0 = padding; None: no padding, one sequence a row), positions (None: from 0 in each
+        sequence): int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …]."""
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        positions = positions_of(segment_ids) if positions is None else positions
         self._check_padding(segment_ids > 0)
         x, stats = self.embed(tokens, self.dtype).astype(self._stream_dtype), []
         with jax.named_scope("layers"):
@@ -184,6 +187,13 @@ class Decoder(nnx.Module):
     def _check_padding(self, real: jax.Array) -> None:
         if any(isinstance(stack.block.mixer, specs.Mamba) for stack in self.config.stacks):
             check_padding(real)
+
+
+def positions_of(segment_ids: jax.Array) -> jax.Array:
+    """segment_ids: int32 [B, T] -> int32 [B, T]: each token's place in its segment, from 0."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def check_padding(real: jax.Array) -> None:

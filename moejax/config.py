@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from moejax.config_file import explain, nearest, read
+from moejax.config_file import apply, explain, nearest, put, read
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.models.config import (
@@ -420,6 +421,18 @@ class Experiment(_Section):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment from YAML, with `key.sub=value` overrides (values are YAML). Raises UserError for every mistake."""
     return _validated(read(path, overrides), path)
+
+
+def of(content: Mapping[str, Any], name: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> Experiment:
+    """An experiment from its content, e.g. `yaml.safe_load` of a file, with changes as {"training.steps": 10} or as `load` takes them.
+    name: in messages. Raises UserError for every mistake."""
+    content = copy.deepcopy(dict(content))
+    for change in changes.items() if isinstance(changes, Mapping) else changes:
+        if isinstance(change, str):
+            apply(content, change)
+        else:
+            put(content, *change, f"change {change[0]!r}")
+    return _validated(content, name)
 
 
 def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

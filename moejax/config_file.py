@@ -29,11 +29,12 @@ def read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
         got = "nothing: it is empty" if content is None else "a list" if isinstance(content, list) else repr(str(content)[:60])
         raise UserError(f"{file}: expected a mapping of sections, got {got}")
     for override in overrides:
-        _apply(content, override)
+        apply(content, override)
     return content
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def apply(content: dict[str, Any], override: str) -> None:
+    """Set what `key.sub=value` says; the value is YAML. Raises UserError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, e.g. training.learning_rate=1e-4")
@@ -41,6 +42,11 @@ def _apply(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         value = text
+    put(content, key, value, f"override {override!r}")
+
+
+def put(content: dict[str, Any], key: str, value: Any, what: str) -> None:
+    """Set `section.sub` of a config's content. what: names the change in a message. Raises UserError where a section is a value."""
     *parents, last = key.split(".")
     node = content
     for depth, parent in enumerate(parents):
@@ -48,7 +54,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise UserError(f"{what}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     node[last] = value
 

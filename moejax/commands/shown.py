@@ -107,7 +107,8 @@ class Shown(Listener):
             if step % each == 0 or step in (done + 1, total):
                 made, since = step - begun[0], time.monotonic() - begun[1]
                 left = duration(since / made * (total - step) if made else math.inf)
-                self.say(f"step {step}/{total}  {text(record)}  lr {record['learning_rate']:.2e}  left {left}")
+                rate = f"  lr {record['learning_rate']:.2e}" if "learning_rate" in record else ""  # not of a caller's own optimizer
+                self.say(f"step {step}/{total}  {text(record)}{rate}  left {left}")
 
         if not self.out.is_terminal:
             yield line

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from moejax.config import DataConfig, whole_row
+from moejax.config import ROW_MULTIPLE, DataConfig, whole_row
 from moejax.data.batch import Batch
 from moejax.data.tokenize import Query
+from moejax.errors import UserError
 
 
 class Batches:
@@ -65,6 +67,56 @@ class Batches:
             return c.longest_row
         longest = max(len(self.queries[i].ids) for row in rows for i in row)
         return whole_row(min(b for b in c.buckets if b >= longest) if c.batching == "pad_bucket" else longest)
+
+
+class GivenBatches:
+    """Batches that a caller made, with what a run asks of `Batches`. given: the same for every epoch, or a function of its number.
+
+    Raises UserError where they are none, differ in rows, or have rows of no multiple of 16 tokens.
+    """
+
+    queries: Sequence[Query] = ()
+
+    def __init__(self, given: Sequence[Batch] | Callable[[int], Sequence[Batch]]):
+        self._of = lru_cache(maxsize=2)(self._checked)
+        self._given = given
+        self.batch_rows = self._of(0)[0].tokens.shape[0]
+        self.longest = max(self.row_tokens(0))
+
+    def _checked(self, epoch: int) -> list[Batch]:
+        batches = list(self._given(epoch) if callable(self._given) else self._given)
+        if not batches:
+            raise UserError(f"batches: epoch {epoch} has none")
+        rows = batches[0].tokens.shape[0]
+        for number, batch in enumerate(batches):
+            shapes = {np.shape(part) for part in batch}
+            if len(shapes) != 1 or batch.tokens.ndim != 2:
+                raise UserError(f"batches: number {number} of epoch {epoch}: expected arrays [rows, T] of one shape, got {sorted(shapes)}")
+            if batch.tokens.shape[0] != rows or batch.tokens.shape[1] % ROW_MULTIPLE:
+                raise UserError(
+                    f"batches: number {number} of epoch {epoch} is {list(batch.tokens.shape)}: expected {rows} rows like the first one, "
+                    f"of a multiple of {ROW_MULTIPLE} tokens"
+                )
+        return batches
+
+    def batches_per_epoch(self, epoch: int) -> int:
+        return len(self._of(epoch))
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return iter(self._of(epoch)[start:])
+
+    def row_tokens(self, epoch: int) -> list[int]:
+        return [batch.tokens.shape[1] for batch in self._of(epoch)]
+
+    def rows(self) -> int:
+        return self.batch_rows * self.batches_per_epoch(0)
+
+    def content(self) -> str:
+        """Hash of the first epoch's."""
+        digest = hashlib.sha256()
+        for part in (np.ascontiguousarray(part) for batch in self._of(0) for part in batch):
+            digest.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
+        return digest.hexdigest()
 
 
 def pack(lengths: Sequence[int], row_tokens: int, window: int = 2048) -> list[list[int]]:

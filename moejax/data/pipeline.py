@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax.config import DataConfig
 from moejax.contents import records_content
-from moejax.data.batching import Batches, synthetic
+from moejax.data.batching import Batches, GivenBatches, synthetic
 from moejax.data.records import Record
 from moejax.data.sources import load_records
 from moejax.data.tokenize import Tokenized, tokenize
@@ -23,7 +23,7 @@ SYNTHETIC_ROWS = 1000
 class Dataset:
     """Batches to train on, batches to evaluate on (or None), and the counts behind them."""
 
-    train: Batches
+    train: Batches | GivenBatches
     evaluation: Batches | None
     tokenized: Tokenized
     source: str

@@ -29,6 +29,7 @@ from moejax.runs.claim import claimed
 from moejax.training import flops, prediction, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import MetricWriter, expert_load
+from moejax.training.program import Own
 from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
 from moejax.training.scoring import Scoring
 from moejax.training.start import Started, check_device, fit, start
@@ -48,12 +49,20 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     keep: save checkpoints and the trained weights; without it the run leaves its measurements only. Raises UserError for every
     mistake of the user's.
     """
+    trainer = trained(experiment, resume=resume, keep=keep)
+    return 0 if trainer.stopped is None else 128 + trainer.stopped
+
+
+def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = Own()) -> Trainer:
+    """`run`, with what a caller brings of its own. Returns what has trained: `history`, `folder`, `step`, `stopped`."""
     check_device(experiment, jax.local_devices()[0])
     folder = Path(experiment.runs_dir) / experiment.name
     if resume and not folder.is_dir():
         folders.prepare(experiment, resume=True)  # which says that there is no such run
     with claimed(folder), folders.kept_if_begun(folder):
-        return Trainer(start(experiment, folder, resume=resume), resume=resume, keep=keep).train()
+        trainer = Trainer(start(experiment, folder, resume=resume, own=own), resume=resume, keep=keep)
+        trainer.train()
+        return trainer
 
 
 class Trainer:
@@ -90,11 +99,11 @@ class Trainer:
         self.traced: list[dict[str, Any]] = []  # the whole records of the traced steps, and their batches' shapes
         self.compiled_in: set[int] = set()  # steps that waited for the compiler
         self.eval_loss: float | None = None
-        self._stop: int | None = None
+        self.stopped: int | None = None
         self._finished_at = time.perf_counter()
 
-    def train(self) -> int:
-        """Run to the last step, or to a signal. Saves, exports, prints the summary."""
+    def train(self) -> None:
+        """Run to the last step, or to a signal (`stopped`). Saves, exports, prints the summary."""
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with progress.steps(self.total_steps, self.step) as self._show:
@@ -114,21 +123,20 @@ class Trainer:
                 closing.callback(self.capture.close)
                 for number, handler in previous.items():
                     signal.signal(number, handler)
-        if self._stop is not None:
-            name = signal.Signals(self._stop).name
+        if self.stopped is not None:
+            name = signal.Signals(self.stopped).name
             if self.keep:
                 text = f"is saved in {self.folder}/checkpoints. To continue: moejax train {self.folder}/config.yaml --resume"
             else:
                 text = f"was the last; what was measured is in {self.folder}"
             say(f"{name}: step {self.step} of {self.total_steps} {text}")
             self._report_profile()
-            return 128 + self._stop
+            return
         if self.keep:
             with waiting("writing the trained weights"):
                 self._export()
         self._summary()
         self._report_profile()
-        return 0
 
     def _loop(self) -> None:
         t, c = self.experiment.training, self.experiment.checkpoint
@@ -136,7 +144,7 @@ class Trainer:
         if self.step == 0 and self.dataset.evaluation is not None and t.eval_every:
             self._evaluate()
         self._score()
-        if self._stop is not None:  # before anything goes beyond the step whose evaluation is missing
+        if self.stopped is not None:  # before anything goes beyond the step whose evaluation is missing
             return
         for work in works(self.experiment, self.dataset, self.position, self.step):
             self._compile(work)
@@ -158,7 +166,7 @@ class Trainer:
             )
             scored = self.scoring is not None and self.scoring.due(self.step)
             due = bool(c.every and self.step % c.every == 0) or (evaluate and c.best) or scored
-            if evaluate or due or last or self._stop is not None:
+            if evaluate or due or last or self.stopped is not None:
                 self._finish(pending)  # a checkpoint must never hold a state whose loss was not finite
                 pending = None
                 eval_loss = self._evaluate() if evaluate else None
@@ -166,7 +174,7 @@ class Trainer:
                     self.checkpoints.save(self.step, self.program.state, self.position, eval_loss)
                     self.last_saved = self.step
             self._score()
-            if self._stop is not None:
+            if self.stopped is not None:
                 return
 
     def _compile(self, work: Work) -> None:
@@ -239,11 +247,11 @@ class Trainer:
 
     def _score(self) -> None:
         """Count right answers, if that is due after this step. Its state is saved by now: a resumed run does not train it again."""
-        if self.scoring is None or not self.scoring.due(self.step) or self._stop is not None:
+        if self.scoring is None or not self.scoring.due(self.step) or self.stopped is not None:
             return
         epoch = self.position.epoch
         part = self.position.step_in_epoch / steps_in(self.experiment, self.dataset, epoch)
-        record = self.scoring.measure(self.step, epoch + part, self.program.model(), self._mean_loss, lambda: self._stop is not None)
+        record = self.scoring.measure(self.step, epoch + part, self.program.model(), self._mean_loss, lambda: self.stopped is not None)
         if record is not None:
             self.checkpoints.wait()  # what is told of a step must not be there before its checkpoint is
             if self.experiment.checkpoint.best and self.scoring.best() == self.step:
@@ -253,9 +261,9 @@ class Trainer:
         self._finished_at = time.perf_counter()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:  # the second time at once
+        if self.stopped is not None:  # the second time at once
             raise KeyboardInterrupt
-        self._stop = number
+        self.stopped = number
         # Not told: the handler may have interrupted whoever shows it.
         os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n".encode())
 

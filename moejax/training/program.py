@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from moejax import installation
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch
+from moejax.data.batching import GivenBatches
 from moejax.errors import UserError, first_line
 from moejax.estimator.targets import target_text
 from moejax.estimator.units import counted
@@ -29,7 +30,7 @@ from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
 from moejax.profiling.capture import compile_profiled
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.step import Objective, TrainState, make_eval_step, make_train_step
+from moejax.training.step import Loss, Objective, TrainState, make_eval_step, make_train_step
 
 _TOOLS = f"the compiler's own tools, with jax's plugin in jaxlib's version: {installation.for_extra('cuda12')}"
 _WHAT_TO_TRY = (
@@ -52,13 +53,23 @@ class Compiled:
     seconds: float
 
 
+class Own(NamedTuple):
+    """What a caller brings in the place of what the config says: see `moejax.train`."""
+
+    optimizer: optax.GradientTransformation | None = None
+    loss: Loss | None = None
+    batches: GivenBatches | None = None
+
+
 class TrainProgram:
     """An experiment's optimizer step. Its state and frozen weights are shapes until `load`; what is compiled stays, by rows and length.
 
     gpu: one that is not there (None: this machine's device). traced: compiled so that a trace tells its parts.
     """
 
-    def __init__(self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False):
+    def __init__(
+        self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False, own: Own = Own()
+    ):  # fmt: skip
         self.experiment, self.config, self.traced = experiment, config, traced
         # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
         self._sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
@@ -66,11 +77,11 @@ class TrainProgram:
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
         t = experiment.training
-        schedule = make_schedule(t, t.steps or 1000)
-        self._optimizer = make_optimizer(t, schedule)
+        schedule = make_schedule(t, t.steps or 1000) if own.optimizer is None else None
+        self._optimizer = own.optimizer if schedule is None else make_optimizer(t, schedule)
         model = build(config, **model_arguments(experiment), platform=self._device, memory_bytes=memory_bytes)
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
-        self.objective = objective(experiment, graphdef)
+        self.objective = replace(objective(experiment, graphdef), loss=own.loss)
         self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed)
         self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
         self.compiled: dict[tuple[int, int], Compiled] = {}

@@ -25,7 +25,7 @@ from moejax.progress import say, waiting
 from moejax.runs import folders, pinning
 from moejax.training import experts, low_precision, remat, scoring
 from moejax.training.identity import Identity
-from moejax.training.program import TrainProgram
+from moejax.training.program import Own, TrainProgram
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
 
 OLDEST_WITH_BF16 = (8, 0)
@@ -43,7 +43,7 @@ class Started(NamedTuple):
     asked: scoring.HeldOut | None
 
 
-def start(experiment: Experiment, folder: Path, *, resume: bool) -> Started:
+def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = Own()) -> Started:
     """Read, check and load, in a folder that is this process's alone. Raises UserError."""
     if resume:
         experiment = pinning.adopted(remat.of_run(experiment))
@@ -58,13 +58,13 @@ def start(experiment: Experiment, folder: Path, *, resume: bool) -> Started:
     if source is not None and model_folder is not None and Path(source).is_dir():
         weights.check_files(abstract, model_folder)
     continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is told before data and weights are read
-    tokenizer, asked, dataset = read_data(experiment, config, model_folder)
+    tokenizer, asked, dataset = read_data(experiment, config, model_folder, own)
     identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)
     say(*identity.of_data(tokenizer, asked, dataset, model_folder))
     steps = total_steps(experiment, dataset)
     experiment = remat.resolve(experiment, config, steps)
     # The steps of the whole run stand in the program: in its schedule.
-    program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None)
+    program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None, own=own)
     fit(program, experiment.data.batch_rows, longest_row(experiment, dataset))
     if model_folder is not None:
         with waiting(f"weights of {experiment.model.source}"):
@@ -107,7 +107,7 @@ def fit(program: TrainProgram, rows: int, row_tokens: int) -> None:
 
 
 def read_data(
-    experiment: Experiment, config: Architecture, model_folder: Path | None
+    experiment: Experiment, config: Architecture, model_folder: Path | None, own: Own = Own()
 ) -> tuple[Any, scoring.HeldOut | None, Dataset]:
     """Tokenizer (None for random tokens), the `eval:` section's problems and the data, as the run has them; told, with one example, and
     checked. By --dry-run too."""
@@ -118,7 +118,10 @@ def read_data(
     with waiting("reading the data"):
         asked = scoring.prepare(experiment, tokenizer, config.max_position_embeddings)
         dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
-    say(f"data: {dataset.source}", dataset.table(), *dataset.notes())
+    if own.batches is not None:
+        dataset = Dataset(own.batches, None, dataset.tokenized, "batches given", contents={"data": own.batches.content()})
+    else:
+        say(f"data: {dataset.source}", dataset.table(), *dataset.notes())
     if tokenizer is not None:
         say(*example(dataset.train.queries[0], tokenizer))
     if asked is not None and asked.why_no_loss:

@@ -31,12 +31,16 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
+Loss = Callable[..., tuple[jax.Array, RouterStats]]
+"""loss(model, batch [rows, T], remat=…, dropout_key=…) -> (fp32 sum over the supervised tokens, the stats that `model(…)` returned)."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimized, and how it is computed.
 
     loss = Σ cross-entropy over supervised tokens / their number in the whole optimizer step + aux_loss_coef · load balancing.
-    stochastic: weights and the optimizer's state are bf16, computed in fp32 and rounded stochastically.
+    stochastic: weights and the optimizer's state are bf16, computed in fp32 and rounded stochastically. loss: in the place of all this.
     """
 
     graphdef: Any
@@ -47,6 +51,7 @@ class Objective:
     chunk_tokens: int = 1024
     dropout: float = 0.0
     stochastic: bool = False
+    loss: Loss | None = None
 
 
 def sums(
@@ -54,6 +59,9 @@ def sums(
 ) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
     """(what is differentiated, (summed cross-entropy, router stats)) of one micro-batch [rows, T], nothing divided yet."""
     model = nnx.merge(objective.graphdef, trainable, frozen)
+    if objective.loss is not None:
+        total, stats = objective.loss(model, batch, remat=objective.remat, dropout_key=dropout_key)
+        return total, (total, stats)
     hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key)
     with jax.named_scope("loss"):
         cross_entropy = linear_cross_entropy(
@@ -68,13 +76,13 @@ def sums(
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule | None, seed: int
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, frozen, batch) -> (state, metrics). batch: leaves [A, rows, T], A micro-batches of one optimizer step.
 
     Gradients of the micro-batches are added and divided once by the supervised tokens of all of them. Nothing but the batch has to
     be sent to the device: the keys of dropout and rounding are folded from the seed and the step. update_norm is of the change in the
-    stored weights, after rounding.
+    stored weights, after rounding. schedule: None where the optimizer is a caller's, whose learning rate is not known.
     """
 
     def gradients(trainable: Tree, frozen: Tree, micro: Batch, key: jax.Array | None) -> tuple[Any, Any]:
@@ -121,12 +129,13 @@ def make_train_step(
                 trainable = optax.apply_updates(state.trainable, updates)
             metrics = {
                 "loss": cross_entropy / jnp.maximum(supervised, 1),
-                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
                 "grad_norm": _norm(grads),
                 "update_norm": _norm(jax.tree.map(_change, trainable, state.trainable)),
                 "param_norm": _norm(trainable),
                 "expert_counts": stats.counts,
             }
+            if schedule is not None:
+                metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
             if objective.aux_loss_coef:
                 metrics["aux_loss"] = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
         return TrainState(trainable, opt_state, state.step + 1), metrics
@@ -155,7 +164,7 @@ def _change(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
     """step(trainable, frozen, batch [rows, T]) -> (summed cross-entropy without smoothing, supervised tokens)."""
-    plain = replace(objective, label_smoothing=0.0, aux_loss_coef=0.0, remat="none")
+    plain = replace(objective, label_smoothing=0.0, aux_loss_coef=0.0, remat="none", loss=None)
 
     def step(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         _, (cross_entropy, _) = sums(plain, trainable, frozen, batch, None)

@@ -1,0 +1,300 @@
+"""The Python API: a model with its tokenizer, a loss with its gradients, a training run, a memory estimate.
+
+Everything here is reached as `moejax.NAME`. It prints nothing, and raises UserError for every mistake of the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from moejax import config as experiments
+from moejax import gpus
+from moejax.config import DataConfig, Experiment, whole_row
+from moejax.config_file import read
+from moejax.data.batch import Batch
+from moejax.data.batching import GivenBatches, assemble
+from moejax.data.ends import Ends, ends_of
+from moejax.data.records import judged
+from moejax.data.tokenize import prompts, tokenize
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.device import HERE, this_machine
+from moejax.errors import UserError
+from moejax.estimator import memory
+from moejax.estimator.sizes import architecture_of
+from moejax.evaluation.generate import Sampling, generate, said
+from moejax.evaluation.loglikelihood import encoded
+from moejax.hub import model as hub_model
+from moejax.hub import peft, weights
+from moejax.models.build import Model
+from moejax.runs import open as runs
+from moejax.runtime import prepare_jax
+from moejax.training import loop
+from moejax.training.oracle import oracle
+from moejax.training.program import Own, split
+from moejax.training.step import Loss, Objective, sums
+
+Config = str | Path | Mapping[str, Any] | Experiment
+Changes = Mapping[str, Any] | Sequence[str]
+
+__all__ = ["Batch", "LanguageModel", "MemoryEstimate", "Run", "estimate_memory", "load", "loss", "loss_and_grads", "train"]
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model and what asks it.
+
+    model: a flax.nnx module; `hidden, stats = model(tokens)` with tokens int32 [B, T], and `model.logits(hidden)`, fp32 [B, T, V].
+    tokenizer: transformers'. template: how an instruction becomes a prompt (data.template of the config). source: the base's name.
+    """
+
+    model: Model
+    tokenizer: Any
+    template: str
+    ends: Ends
+    source: str
+
+    def generate(
+        self, prompt: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+        top_k: int | None = None, seed: int = 0, stop: Sequence[str] = (),
+    ) -> Any:  # fmt: skip
+        """Continue a text (returns a text), or several (returns a list); each as it stands, without a template.
+
+        temperature 0: always the likeliest token; else drawn from the top_k likeliest and of those from the fewest with the share
+        top_p. stop: texts before which an answer ends. Raises UserError for an empty prompt or one beyond the model's positions.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        asked = [encoded(self.tokenizer, text) for text in texts]
+        answers = self._answers(asked, max_new_tokens, Sampling(temperature, top_p, top_k, seed), stop)
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def chat(
+        self, message: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, top_k: int | None = None,
+        seed: int = 0, stop: Sequence[str] = (),
+    ) -> str:  # fmt: skip
+        """Answer a message, put into the template that the model was trained with. Otherwise as `generate`."""
+        if self.template == "text":
+            raise UserError("this model was trained with data.template = text, which has no instructions: use generate")
+        _, asked = prompts([{"instruction": message, "input": "", "output": ""}], self.tokenizer, self.template, "message")
+        return self._answers(asked, max_new_tokens, Sampling(temperature, top_p, top_k, seed), stop)[0]
+
+    def _answers(self, asked: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[str]) -> list[str]:
+        tokens = generate(self.model, asked, max_new_tokens=max_new_tokens, end=self.ends.ids, sampling=sampling)
+        return [said(self.tokenizer, answer, self.ends, stop)[0] for answer in tokens]
+
+    def batch(self, records: Sequence[Mapping[str, Any] | str], *, max_length: int = 2048) -> Batch:
+        """Records as a training run reads them, one a row, padded on the right to a multiple of 16 tokens: Batch of [rows, T].
+
+        A record: `{"instruction": …, "output": …}` (with "input"), supervised on its output; or a text, supervised whole. Longer ones
+        are cut at `max_length`. Raises UserError that names a record by its number.
+        """
+        texts = [isinstance(record, str) for record in records]
+        if not texts or any(texts) != all(texts):
+            raise UserError("records: expected texts, or records with an instruction and an output, at least one and all of one kind")
+        data = DataConfig(batching="fixed", template="text" if texts[0] else self.template)  # type: ignore[arg-type]
+        found = [judged("records", i, {"text": r} if isinstance(r, str) else dict(r), data) for i, r in enumerate(records)]
+        queries = tokenize(found, self.tokenizer, data.template, max_length, "records").queries
+        return assemble([[query] for query in queries], len(queries), whole_row(max(len(query.ids) for query in queries)))
+
+    def save_adapter(self, folder: str | Path, *, fused: bool = False) -> None:
+        """Write the model's adapter in PEFT's format; fused: in that of transformers 5 with PEFT 0.19 and later."""
+        if not has_adapter(self.model):
+            raise UserError("this model has no adapter: load it with adapter={…}")
+        peft.save_adapter(self.model, Path(folder), self.source, fused=fused)
+
+
+def has_adapter(model: Model) -> bool:
+    return bool(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+
+
+def load(
+    source: str | Path, *, base: bool = False, quantization: str | None = None, adapter: Mapping[str, Any] | None = None,
+    dtype: str | None = None, seed: int = 0,
+) -> LanguageModel:  # fmt: skip
+    """A finished run's folder (its tuned model; base: what it began with), a model's folder in Hub layout, or a Hub id, `org/name@REVISION`.
+
+    Of a model: quantization "nf4" stores its weights in 4 bits; adapter: keys of the config's adapter section, {} for its defaults, gives
+    it a new LoRA adapter from `seed`, or with "init_from" a saved one; dtype "bfloat16" or "float32" (default: bfloat16, on a CPU
+    float32) is what it computes in. Raises UserError for what is wrong with the files.
+    """
+    path = Path(source)
+    if (path / "config.yaml").exists():
+        if quantization is not None or adapter is not None or dtype is not None:
+            raise UserError(f"{source} is a run, which says itself how its model is stored: leave quantization, adapter and dtype out")
+        opened = runs.load(path, base)
+        return LanguageModel(opened.make(), opened.tokenizer, opened.template, opened.ends, runs.open_run(path).model.source or "")
+    if base:
+        raise UserError(f"{source} is no run: there is no adapter to leave out (base=True)")
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"dtype = {dtype!r}: expected 'bfloat16' or 'float32'")
+    if quantization not in (None, "nf4"):
+        raise UserError(f"quantization = {quantization!r}: expected 'nf4' or None")
+    compute = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    name, _, revision = str(source).partition("@") if not path.is_dir() else (str(source), "", "")
+    content = {
+        "name": "loaded", "seed": seed, "model": {"source": name, "revision": revision or None},
+        "quantization": {"format": quantization or "none"}, "adapter": None if adapter is None else dict(adapter),
+        "data": {"batching": "fixed", "row_tokens": 16, "max_length": 16},
+        "training": {"steps": 1, "compute_dtype": compute, "param_dtype": compute},
+    }  # fmt: skip
+    if quantization is not None and adapter is None:
+        content["adapter"] = {}  # frozen weights alone could not be trained, and a new adapter changes nothing
+    experiment = experiments.of(content, f"load({str(source)!r})")
+    folder = weights.resolve(name, experiment.model.revision)
+    experiment = experiment.with_defaults(hub_model.architecture(experiment, folder))
+    tokenizer = load_tokenizer(str(folder))
+    check_vocabulary(tokenizer, hub_model.architecture(experiment, folder).vocab_size)
+    template = "chat" if getattr(tokenizer, "chat_template", None) else "mistral"
+    return LanguageModel(hub_model.load(name, experiment), tokenizer, template, ends_of(tokenizer, template, folder), name)
+
+
+def _batch(given: Batch | Any) -> Batch:
+    """Tokens int32 [B, T] as a batch in which every token is real, and every next one is predicted."""
+    if isinstance(given, Batch):
+        return given
+    tokens = np.asarray(given)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise UserError(f"tokens: expected integers [rows, length], got {tokens.dtype} {list(tokens.shape)}")
+    mask = np.ones(tokens.shape, np.float32)
+    mask[:, -1] = 0
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return Batch(tokens.astype(np.int32), np.roll(tokens, -1, 1).astype(np.int32), mask, np.ones(tokens.shape, np.int32), positions)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _mean(objective: Objective, trainable: Any, frozen: Any, batch: Batch, grads: bool) -> Any:
+    def mean(trainable: Any) -> jax.Array:
+        return sums(objective, trainable, frozen, batch, None)[0] / jnp.maximum(jnp.sum(batch.loss_mask), 1)
+
+    return jax.value_and_grad(mean)(trainable) if grads else mean(trainable)
+
+
+def _asked(model: Model, batch: Any, remat: str, loss: Loss | None) -> tuple[Objective, Any, Any, Batch]:
+    full = not has_adapter(model)
+    graphdef, trainable, frozen = split(model, full)
+    return Objective(graphdef, full=full, remat=remat, loss=loss), trainable, frozen, _batch(batch)
+
+
+def loss(model: Model, batch: Batch | Any, *, own: Loss | None = None) -> jax.Array:
+    """Mean cross-entropy per supervised token: fp32 scalar, in nats.
+
+    batch: from `LanguageModel.batch`, or tokens int32 [B, T] of which each predicts the next. own: as `loss` of `train`.
+    """
+    return _mean(*_asked(model, batch, "none", own), False)  # type: ignore[no-any-return]
+
+
+def loss_and_grads(model: Model, batch: Batch | Any, *, remat: str = "full", own: Loss | None = None) -> tuple[jax.Array, nnx.State]:
+    """`loss` and its gradients by the adapter (nnx.LoRAParam), or, of a model without one, by every weight (nnx.Param).
+
+    The gradients are a state as `nnx.Optimizer(model, …, wrt=nnx.LoRAParam).update(model, gradients)` takes it. Compiled once for each
+    shape of batch. remat: "none", "dots" or "full" (recompute every layer in the backward pass).
+    """
+    return _mean(*_asked(model, batch, remat, own), True)  # type: ignore[no-any-return]
+
+
+class Run(NamedTuple):
+    """A run that has ended. folder: what it wrote; history: a record a step, as in metrics.jsonl; stopped: by a signal, and resumable."""
+
+    folder: Path
+    steps: int
+    history: list[dict[str, Any]]
+    stopped: bool
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each step of this process's."""
+        return [record["loss"] for record in self.history]
+
+    def load(self) -> LanguageModel:
+        """The tuned model."""
+        return load(self.folder)
+
+
+def experiment_of(config: Config, changes: Changes = ()) -> Experiment:
+    """A config's file, its content, or an experiment; with changes as {"training.steps": 10} or ["training.steps=10"]."""
+    if isinstance(changes, str):
+        raise UserError(f"changes = {changes!r}: expected a mapping or a list of texts, e.g. {{'training.steps': 10}}")
+    if isinstance(config, str | Path):
+        return experiments.of(read(config, ()), str(config), changes)
+    return experiments.of(config.model_dump(mode="json") if isinstance(config, Experiment) else config, "config", changes)
+
+
+def train(
+    config: Config, changes: Changes = (), *, resume: bool = False, optimizer: optax.GradientTransformation | None = None,
+    loss: Loss | None = None, batches: Sequence[Batch] | Callable[[int], Sequence[Batch]] | None = None,
+) -> Run:  # fmt: skip
+    """Train as `python train.py --config` does, in a run's folder with checkpoints, metrics and the trained weights.
+
+    config: a YAML file, its content as a dict, or an Experiment. changes: {"training.steps": 10} or ["training.steps=10"].
+    optimizer: in the place of the training section's optimizer, schedule and clipping. loss(model, batch, remat=…, dropout_key=…) ->
+    (sum over the supervised tokens of the micro-batch, stats of `model(…)`): in the place of cross-entropy; gradients are divided by the
+    supervised tokens of the whole step. batches: in the place of the data section, all [rows, T] alike in rows, T a multiple of 16; the
+    same in every epoch, or by its number. Own functions are not kept with the run: give them again to resume. Raises UserError.
+    """
+    experiment, given = experiment_of(config, changes), None
+    if batches is not None:
+        given = GivenBatches(batches)
+        length = given.longest
+        data = {"batching": "fixed", "batch_rows": given.batch_rows, "row_tokens": length, "max_length": length}
+        experiment = experiments.of(experiment.model_dump(mode="json") | {"data": data}, "config with own batches")
+    prepare_jax(experiment.device)
+    trainer = loop.trained(experiment, resume=resume, own=Own(optimizer, loss, given))
+    return Run(trainer.folder, trainer.step, trainer.history, trainer.stopped is not None)
+
+
+class MemoryEstimate(NamedTuple):
+    """rows: of row_tokens tokens, the largest number that fits, or those asked for. Bytes: the peak of that step (None where not one row
+    fits), of the memory that a run may use. by: "compiler", or "closed form" with the reason in `why`."""
+
+    gpu: str
+    rows: int
+    row_tokens: int
+    peak_bytes: int | None
+    usable_bytes: int
+    by: str
+    why: str | None
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes is not None and self.peak_bytes <= self.usable_bytes
+
+
+def estimate_memory(
+    config: Config, changes: Changes = (), *, gpu: str = HERE, rows: int | None = None, seq_len: int | None = None,
+    closed_form: bool = False,
+) -> MemoryEstimate:  # fmt: skip
+    """What a training step takes on a GPU by name (`moejax estimate memory --help`), "here" for this machine.
+
+    rows: judge so many; None: find the largest number that fits. seq_len: tokens of a row (default: the config's longest). The compiler
+    answers where it can (for another GPU with the extra `aot`), else the closed form, whose error is some 3 %. Raises UserError.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    experiment = experiment_of(config, changes)
+    if experiment.training.remat == "auto":
+        experiment = experiment.changed("training", remat="full")
+    sizes = architecture_of(experiment)
+    row_tokens = whole_row(seq_len or experiment.data.longest_text)
+    if row_tokens > sizes.max_position_embeddings:
+        raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {sizes.max_position_embeddings}")
+    if rows is not None and rows < 1:
+        raise UserError(f"rows = {rows}: expected 1 or more")
+    card = this_machine(experiment.device.memory_fraction) if gpu == HERE else gpus.find(gpu, gpus.GPUS)
+    peaks = oracle(experiment, sizes, card, row_tokens, closed_form)
+    limit = int(memory.usable_bytes(card, experiment.device.memory_fraction))
+    if rows is None:
+        found = peaks.largest(limit)
+        rows, peak = found.rows, found.peak if found.rows else None
+    else:
+        peak = peaks.peak_bytes(rows)
+    by = "compiler" if peaks.reason is None else "closed form"
+    return MemoryEstimate(card.name, rows, row_tokens, peak, limit, by, peaks.reason)
