@@ -101,7 +101,7 @@ class LanguageModel:
         texts = [isinstance(record, str) for record in records]
         if not texts or any(texts) != all(texts):
             raise UserError("records: expected texts, or records with an instruction and an output, at least one and all of one kind")
-        data = DataConfig(batching="fixed", template="text" if texts[0] else self.template)  # type: ignore[arg-type]
+        data = DataConfig.model_validate({"batching": "fixed", "template": "text" if texts[0] else self.template})
         found = [judged("records", i, {"text": r} if isinstance(r, str) else dict(r), data) for i, r in enumerate(records)]
         queries = tokenize(found, self.tokenizer, data.template, max_length, "records").queries
         return assemble([[query] for query in queries], len(queries), whole_row(max(len(query.ids) for query in queries)))
@@ -121,7 +121,7 @@ def load(
     source: str | Path, *, base: bool = False, quantization: str | None = None, adapter: Mapping[str, Any] | None = None,
     dtype: str | None = None, seed: int = 0,
 ) -> LanguageModel:  # fmt: skip
-    """A finished run's folder (its tuned model; base: what it began with), a model's folder in Hub layout, or a Hub id, `org/name@REVISION`.
+    """A finished run's folder (its tuned model; base: what it began with), a model's folder in Hub layout, or a Hub id, `org/name@REV`.
 
     Of a model: quantization "nf4" stores its weights in 4 bits; adapter: keys of the config's adapter section, {} for its defaults, gives
     it a new LoRA adapter from `seed`, or with "init_from" a saved one; dtype "bfloat16" or "float32" (default: bfloat16, on a CPU
@@ -254,7 +254,7 @@ def train(
 
 class MemoryEstimate(NamedTuple):
     """rows: of row_tokens tokens, the largest number that fits, or those asked for. Bytes: the peak of that step (None where not one row
-    fits), of the memory that a run may use. by: "compiler", or "closed form" with the reason in `why`."""
+    fits), of the memory that a run may use. by: "compiler", or "closed form" with the reason in `why` (None if it was asked for)."""
 
     gpu: str
     rows: int
@@ -297,4 +297,4 @@ def estimate_memory(
     else:
         peak = peaks.peak_bytes(rows)
     by = "compiler" if peaks.reason is None else "closed form"
-    return MemoryEstimate(card.name, rows, row_tokens, peak, limit, by, peaks.reason)
+    return MemoryEstimate(card.name, rows, row_tokens, peak, limit, by, None if closed_form else peaks.reason)

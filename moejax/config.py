@@ -426,13 +426,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 def of(content: Mapping[str, Any], name: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> Experiment:
     """An experiment from its content, e.g. `yaml.safe_load` of a file, with changes as {"training.steps": 10} or as `load` takes them.
     name: in messages. Raises UserError for every mistake."""
-    content = copy.deepcopy(dict(content))
+    made = copy.deepcopy(dict(content))
     for change in changes.items() if isinstance(changes, Mapping) else changes:
         if isinstance(change, str):
-            apply(content, change)
+            apply(made, change)
         else:
-            put(content, *change, f"change {change[0]!r}")
-    return _validated(content, name)
+            put(made, *change, f"change {change[0]!r}")
+    return _validated(made, name)
 
 
 def load_profiled(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -25,7 +25,7 @@ FLOORS = (
     ("runs",),
     ("evaluation",),
     ("training",),
-    ("commands",),
+    ("commands", "api"),
     ("cli",),
     ("study",),
 )

@@ -111,6 +111,10 @@ class GivenBatches:
     def rows(self) -> int:
         return self.batch_rows * self.batches_per_epoch(0)
 
+    def waste(self) -> float:
+        """Share of the first epoch's tokens that is padding."""
+        return float(np.mean([np.mean(batch.segment_ids == 0) for batch in self._of(0)]))
+
     def content(self) -> str:
         """Hash of the first epoch's."""
         digest = hashlib.sha256()

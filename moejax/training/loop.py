@@ -29,7 +29,7 @@ from moejax.runs.claim import claimed
 from moejax.training import flops, prediction, step_profile
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import MetricWriter, expert_load
-from moejax.training.program import Own
+from moejax.training.program import NOTHING_OWN, Own
 from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
 from moejax.training.scoring import Scoring
 from moejax.training.start import Started, check_device, fit, start
@@ -53,7 +53,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
     return 0 if trainer.stopped is None else 128 + trainer.stopped
 
 
-def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = Own()) -> Trainer:
+def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = NOTHING_OWN) -> Trainer:
     """`run`, with what a caller brings of its own. Returns what has trained: `history`, `folder`, `step`, `stopped`."""
     check_device(experiment, jax.local_devices()[0])
     folder = Path(experiment.runs_dir) / experiment.name

@@ -61,6 +61,9 @@ class Own(NamedTuple):
     batches: GivenBatches | None = None
 
 
+NOTHING_OWN = Own()
+
+
 class TrainProgram:
     """An experiment's optimizer step. Its state and frozen weights are shapes until `load`; what is compiled stays, by rows and length.
 
@@ -68,7 +71,7 @@ class TrainProgram:
     """
 
     def __init__(
-        self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False, own: Own = Own()
+        self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False, own: Own = NOTHING_OWN
     ):  # fmt: skip
         self.experiment, self.config, self.traced = experiment, config, traced
         # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.

@@ -25,7 +25,7 @@ from moejax.progress import say, waiting
 from moejax.runs import folders, pinning
 from moejax.training import experts, low_precision, remat, scoring
 from moejax.training.identity import Identity
-from moejax.training.program import Own, TrainProgram
+from moejax.training.program import NOTHING_OWN, Own, TrainProgram
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
 
 OLDEST_WITH_BF16 = (8, 0)
@@ -43,7 +43,7 @@ class Started(NamedTuple):
     asked: scoring.HeldOut | None
 
 
-def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = Own()) -> Started:
+def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTHING_OWN) -> Started:
     """Read, check and load, in a folder that is this process's alone. Raises UserError."""
     if resume:
         experiment = pinning.adopted(remat.of_run(experiment))
@@ -107,7 +107,7 @@ def fit(program: TrainProgram, rows: int, row_tokens: int) -> None:
 
 
 def read_data(
-    experiment: Experiment, config: Architecture, model_folder: Path | None, own: Own = Own()
+    experiment: Experiment, config: Architecture, model_folder: Path | None, own: Own = NOTHING_OWN
 ) -> tuple[Any, scoring.HeldOut | None, Dataset]:
     """Tokenizer (None for random tokens), the `eval:` section's problems and the data, as the run has them; told, with one example, and
     checked. By --dry-run too."""
