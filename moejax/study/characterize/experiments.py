@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from moejax import gpus
 from moejax.data.batch import Batch, segment_lengths
 from moejax.data.batching import Batches, stack
 from moejax.device import usable_bytes
@@ -33,14 +32,12 @@ class Trial:
     environment: Environment
     limit: int | None
 
-    def row(self, metric: str, value: float, unit: str, *, scope: str = "", experiment: str, batch: float | None = None,
-            seq_len: int | None = None) -> Row:  # fmt: skip
+    def row(self, metric: str, value: float, unit: str, *, experiment: str, scope: str = "", batch: float | None = None) -> Row:
         """A row of this trial's setting."""
         s, t = self.task.setting, self.task
         plain = value if isinstance(value, int) else float(value)
         data = "fixed" if t.batching == "fixed" and t.kind in ("breakdown", "length") else s.data
-        length = t.row_tokens if seq_len is None else seq_len
-        return Row(t.name, experiment, s.model, s.method, s.routing, data, t.batching, length, batch, scope, metric, plain, unit)
+        return Row(t.name, experiment, s.model, s.method, s.routing, data, t.batching, t.row_tokens, batch, scope, metric, plain, unit)
 
 
 def predict(t: Trial) -> Result:
@@ -66,28 +63,11 @@ def predict(t: Trial) -> Result:
         t.row("memory_limit", int(limit), "bytes", scope="device" if t.limit is None else "artificial", experiment="largest_batch"),
     ]
     if not found.rows:
-        out.rows += _would_fit(t, limit, platform)
-        fits = ", ".join(f"{r.scope} ({r.value})" for r in out.rows if r.metric == "would_fit_batch")
-        length = next((r.value for r in out.rows if r.metric == "would_fit_seq_len"), 0)
         out.message = (
-            f"not one query of {s.longest} tokens fits into {limit / 1e6:,.1f} MB: the step takes {found.next_peak / 1e6:,.1f} MB. By the "
-            f"closed form {'a query of ' + str(length) + ' tokens fits here' if length else 'no shorter query fits here either'}; the "
-            f"longest fits on: {fits or 'no GPU of the table'}"
+            f"not one query of {s.longest} tokens fits into {limit / 1e6:,.1f} MB: the step takes {found.next_peak / 1e6:,.1f} MB "
+            "(`moejax estimate memory` says on which GPU it would, and with what it might here)"
         )
     return out
-
-
-def _would_fit(t: Trial, limit: float, platform: gpus.Platform) -> list[Row]:
-    """Where one query does not fit: the longest that does here, and the largest batch on each GPU of the table, by the closed form."""
-    s, rows = t.task.setting, []
-    shorter = [n for n in range(8, s.longest, 8) if s.closed_form_rows(n, limit, platform)]
-    if shorter:
-        rows.append(t.row("would_fit_seq_len", max(shorter), "tokens", experiment="largest_batch"))
-    for gpu in gpus.GPUS.values():
-        batch = s.fits_on(gpu)
-        if batch:
-            rows.append(t.row("would_fit_batch", batch, "queries", scope=gpu.name, experiment="largest_batch", batch=batch))
-    return rows
 
 
 def attempt(t: Trial, rows: int) -> Result:

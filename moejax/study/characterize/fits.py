@@ -75,6 +75,17 @@ def of_point(m: Measured) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_UNITS = {
+    "c0": "tokens/GB", "c1": "share", "model_gb": "GB", "rmse_gb": "GB", "c2": "queries/s", "c3": "1", "c4": "queries/s",
+    "rmse": "queries/s", "t0_seconds": "s", "token_seconds": "s", "expert_token_seconds": "s", "mean_error": "share", "points": "points",
+}  # fmt: skip
+
+
+def _fitted(task: Task, s: Setting, experiment: str, values: dict[str, Any], **columns: Any) -> list[Row]:
+    """A row for each of a fit's values that is known."""
+    return [_row(task, s, experiment, name, v, unit, **columns) for name, unit in _UNITS.items() if (v := values.get(name)) is not None]
+
+
 def fit(task: Task, measured: list[Measured], found: results.Study) -> Result:
     """Equation 1 and 2 by data set over the padded trials, as the study fits them; our model over every throughput trial."""
     out, remarks = Result(), []
@@ -82,7 +93,10 @@ def fit(task: Task, measured: list[Measured], found: results.Study) -> Result:
     points = [m for m in measured if m.task.kind == "throughput"]
     try:
         ours = fitting.fit_runs([m.run(device) for m in points])[0]
-        out.rows += _ours(task, points, ours)
+        rates, errors = np.array([r.queries / r.seconds for r in ours.runs]), np.array(ours.errors)
+        rmse = float(np.sqrt(np.mean((rates / (1 + errors) - rates) ** 2)))
+        values = ours.entry.named | {"rmse": rmse, "mean_error": float(np.mean(np.abs(errors))), "points": len(points)}
+        out.rows += _fitted(task, task.setting, "fit_throughput", values, data=None, scope="moejax")
     except UserError as error:
         remarks.append(f"our model: {error}")
     for data in dict.fromkeys(m.task.setting.data for m in points):
@@ -93,7 +107,9 @@ def fit(task: Task, measured: list[Measured], found: results.Study) -> Result:
         except UserError as error:
             remarks.append(f"equations 1 and 2, {data}: {error}")
             continue
-        out.rows += _equation_2(task, padded, second)
+        for form, e in (second.equation_2 or {}).items():
+            values = e | {"rmse": e["rmse_queries_per_second"], "points": len(padded)}
+            out.rows += _fitted(task, padded[0].task.setting, "fit_throughput", values, scope=f"equation 2 ({form})")
         out.rows += _equation_1(task, padded, first, found)
     out.message = "; ".join(remarks) or None
     if not out.rows:
@@ -101,48 +117,11 @@ def fit(task: Task, measured: list[Measured], found: results.Study) -> Result:
     return out
 
 
-def _ours(task: Task, points: list[Measured], f: Fitted) -> list[Row]:
-    names = ("t0_seconds", "token_seconds", "expert_token_seconds")
-    s, scope = task.setting, "moejax"
-
-    def row(metric: str, value: float, unit: str, **columns: Any) -> Row:
-        return _row(task, s, "fit_throughput", metric, value, unit, scope=scope, **columns)
-
-    rows = [row(name, value, "s", data=None) for name, value in zip(names, f.entry.coefficients.tolist(), strict=True)]
-    rates = np.array([r.queries / r.seconds for r in f.runs])
-    predicted = rates / (1 + np.array(f.errors))
-    rows += [
-        row("rmse", float(np.sqrt(np.mean((predicted - rates) ** 2))), "queries/s", data=None),
-        row("mean_error", float(np.mean(np.abs(f.errors))), "share", data=None),
-        row("points", len(f.runs), "points", data=None),
-    ]
-    return rows + [row("predicted", v, "queries/s", **of_point(m)) for m, v in zip(points, predicted.tolist(), strict=True)]
-
-
-def _equation_2(task: Task, points: list[Measured], f: Fitted) -> list[Row]:
-    if f.equation_2 is None:
-        return []
-    s, rows = points[0].task.setting, []
-    batch = np.array([r.queries for r in f.runs])
-    share = np.array([r.share for r in f.runs])
-    for form, e in f.equation_2.items():
-        scope = f"equation 2 ({form})"
-        units = {"c2": "queries/s", "c3": "1", "c4": "queries/s"}
-        rows += [_row(task, s, "fit_throughput", name, e[name], unit, scope=scope) for name, unit in units.items()]
-        rows.append(_row(task, s, "fit_throughput", "rmse", e["rmse_queries_per_second"], "queries/s", scope=scope))
-        rows.append(_row(task, s, "fit_throughput", "points", len(points), "points", scope=scope))
-        law = equations.Equation2(form, e["c2"], e["c3"], e["c4"])  # type: ignore[arg-type]
-        for m, value in zip(points, law.throughput(batch, share).tolist(), strict=True):
-            rows.append(_row(task, s, "fit_throughput", "predicted", value, "queries/s", scope=scope, **of_point(m)))
-    return rows
-
-
 def _equation_1(task: Task, points: list[Measured], f: Fitted, found: results.Study) -> list[Row]:
     e, s = f.equation_1, points[0].task.setting
     if e is None:
         return []
-    units = {"c0": "tokens/GB", "c1": "share", "model_gb": "GB", "rmse_gb": "GB", "points": "points"}
-    rows = [_row(task, s, "fit_batch", name, e[name], unit) for name, unit in units.items() if e[name] is not None]
+    rows = _fitted(task, s, "fit_batch", e)
     here = (found.memory_limit.bytes or 0) / 1e9
     sizes = {f"{gb:g} GB": gb for gb in ((here, *FIGURE_13_GB) if here > min(FIGURE_13_GB) / 2 else (here, 2 * here, 4 * here))}
     for m in {m.task.setting.key: m for m in points}.values():

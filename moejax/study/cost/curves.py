@@ -7,6 +7,7 @@ equation 1 for 1 and 3 MATH queries; at 17 on 80 GB, where Figure 13 has room fo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,9 +18,8 @@ from moejax.estimator import lengths, transfer
 from moejax.estimator.coefficients import Entry, Range
 from moejax.estimator.least_squares import RESAMPLES
 from moejax.estimator.lengths import STUDY_CUTOFF
-from moejax.estimator.roofline import STUDY_MODELS
 from moejax.study import reference
-from moejax.study.cost.step_time import Fit, Observations, Pooling, features, fit
+from moejax.study.cost.step_time import Observations, features, fit, predicted
 
 GPU_NAMES = {"a40": "A40", "a100-40gb": "A100-40", "a100-80gb": "A100-80", "h100-80gb": "H100"}
 FIGURE_15_DATASET = "math_14k"
@@ -51,32 +51,22 @@ def smaller_half(curve: Observations) -> NDArray[np.bool_]:
 
 
 @cache
-def study_fits() -> dict[str, Fit]:
+def study_fits() -> dict[str, Entry]:
     """Curve -> our model fitted to the study's seconds, pooled by chip, with bootstrap samples."""
     return fit(observations(), resamples=RESAMPLES)
 
 
-def rmse(curve: Observations, found: Fit) -> float:
-    """In queries per second."""
-    return float(np.sqrt(np.mean((curve.queries / found.of(curve) - curve.throughput) ** 2)))
+def whole_curve_rmse() -> dict[str, float]:
+    """Curve -> RMSE in queries per second, fitted to the throughput of all its points."""
+    fits = fit(observations(), loss="throughput")
+    return {c.name: float(np.sqrt(np.mean((c.queries / predicted(fits[c.name], c) - c.throughput) ** 2))) for c in observations()}
 
 
-def whole_curve_rmse(pooling: Pooling, scales: dict[str, float] | None = None) -> dict[str, float]:
-    """Curve -> RMSE in queries per second, fitted to the throughput of all points (`scales` as in `fit`: where curves are pooled)."""
-    data = observations()
-    fits = fit(data, pooling=pooling, loss="throughput", scales=scales)
-    return {c.name: rmse(c, fits[c.name]) for c in data}
-
-
-def larger_half_error(pooling: Pooling) -> dict[str, float]:
+def larger_half_error() -> dict[str, float]:
     """Curve -> mean relative error of throughput at the larger half of its batch sizes, fitted to the smaller half."""
-    data = observations()
-    fits = fit([c.take(smaller_half(c)) for c in data], pooling=pooling)
-    errors = {}
-    for curve in data:
-        held = curve.take(~smaller_half(curve))
-        errors[curve.name] = float(np.mean(np.abs(held.seconds / fits[curve.name].of(held) - 1)))
-    return errors
+    fits = fit([c.take(smaller_half(c)) for c in observations()])
+    held = [c.take(~smaller_half(c)) for c in observations()]
+    return {c.name: float(np.mean(np.abs(c.seconds / predicted(fits[c.name], c) - 1))) for c in held}
 
 
 def coverage(level: float = 0.95) -> tuple[int, int]:
@@ -99,12 +89,11 @@ def transfer_errors() -> dict[tuple[str, transfer.Rule], tuple[float, float]]:
     source = study_fits()[SOURCE_CURVE]
     found = {}
     for curve in observations():
-        if curve.gpu.name == source.gpu.name:
+        if curve.gpu.name == source.gpu:
             continue
         for rule in transfer.RULES:
-            x = source.coefficients * transfer.factors(source.gpu, curve.gpu, rule)
-            predicted = features(curve.tokens, curve.share) @ x
-            relative = curve.seconds / predicted - 1  # of queries per second
+            x = source.coefficients * transfer.factors(gpus.find(source.gpu), curve.gpu, rule)
+            relative = curve.seconds / (features(curve.tokens, curve.share) @ x) - 1  # of queries per second
             found[curve.name, rule] = float(np.abs(relative).mean()), float(relative.mean())
     return found
 
@@ -116,13 +105,8 @@ def entries() -> tuple[Entry, ...]:
     for curve in observations():
         curves.setdefault((curve.model, curve.gpu.name), []).append(curve)
     made = {}
-    for found in study_fits().values():
-        key = found.model, found.gpu.name
-        method = STUDY_MODELS[found.model][1]
+    for entry in study_fits().values():
+        key = entry.model, entry.gpu
         tokens, shares = (np.concatenate([getattr(c, what) for c in curves[key]]) for what in ("tokens", "share"))
-        known = Range((tokens.min(), tokens.max()), (shares.min(), shares.max()), STUDY_CUTOFF)
-        made[key] = Entry(
-            found.model, method, found.gpu.name, found.coefficients, found.samples, found.scatter, "the study's curves, PyTorch",
-            len(tokens), framework="pytorch", range=known,
-        )  # fmt: skip
+        made[key] = replace(entry, range=Range((tokens.min(), tokens.max()), (shares.min(), shares.max()), STUDY_CUTOFF))
     return tuple(made.values())

@@ -11,7 +11,7 @@ from moejax.estimator.figures import BLUE, INK, ORANGE, MaxNLocator, clean, plt,
 from moejax.estimator.lengths import of_study
 from moejax.study import reference
 from moejax.study.cost import curves, paper
-from moejax.study.cost.step_time import fit
+from moejax.study.cost.step_time import features, fit
 
 
 def reproduction(folder: Path) -> list[Path]:
@@ -38,7 +38,7 @@ def _figure_13(path: Path) -> Path:
 
 def _figures_14_15(path: Path) -> Path:
     data = {c.name: c for c in curves.observations()}
-    ours = fit(list(data.values()), pooling="curve", loss="throughput")
+    ours = fit(list(data.values()), loss="throughput")
     figure, grid = plt.subplots(2, 4, figsize=(13, 6.2), layout="constrained")
     panels = list(grid.flat)
     for axes, curve in zip(panels, reference.curves(), strict=False):
@@ -50,7 +50,7 @@ def _figures_14_15(path: Path) -> Path:
             axes.plot(*zip(*points, strict=True), "o", ms=4.5, color=color, label=f"{kind}, measured")
             batch = np.arange(1, max(b for b, _ in points) + 1)
             tokens = np.array([lengths.batch_tokens(int(b)) for b in batch])
-            seconds = ours[curve.name].seconds(tokens, np.full(len(batch), share))
+            seconds = features(tokens, np.full(len(batch), share)) @ ours[curve.name].coefficients
             axes.plot(batch, batch / seconds, color=color, label=f"{kind}, ours")
             smooth = np.linspace(1, batch[-1], 80)
             axes.plot(smooth, theirs.throughput(smooth, np.full(80, share)), ":", color=color, label=f"{kind}, the paper's form")

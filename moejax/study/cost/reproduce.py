@@ -151,38 +151,32 @@ def bars() -> Bars:
     """From the same rows that are printed."""
     records = our_model().records()
     ratios = [r["ratio"] for r in records]
-    halves = [r["half, pooled %"] / 100 for r in records]
-    theirs = [r["half, paper's %"] / 100 for r in records]
+    halves = [r["larger half %"] / 100 for r in records]
+    theirs = [r["larger half, paper's %"] / 100 for r in records]
     return Bars(max(ratios), sum(r <= RATIO_FOUR_BAR for r in ratios), float(np.mean(halves)), float(np.mean(theirs)))
 
 
 def our_model() -> Section:
     """seconds = t0 + tokens·(u + v·k/E) on the same curves, scored like the paper's fitted form."""
     theirs = {c.name: paper.rmse(c, paper.fit_curve(c, "fitted")) for c in reference.curves()}
-    alone, pooled = (curves.whole_curve_rmse(pooling, theirs) for pooling in ("curve", "chip"))
-    half_alone, half = (curves.larger_half_error(pooling) for pooling in ("curve", "chip"))
+    ours, half = curves.whole_curve_rmse(), curves.larger_half_error()
     data = {c.name: c for c in curves.observations()}
     rows = []
     for curve in reference.curves():
         n = curve.name
-        rows.append(
-            (n, theirs[n], alone[n], alone[n] / theirs[n], pooled[n] / theirs[n], 100 * half_alone[n], 100 * half[n],
-             100 * paper_larger_half(curve, data[n]))
-        )  # fmt: skip
+        rows.append((n, theirs[n], ours[n], ours[n] / theirs[n], 100 * half[n], 100 * paper_larger_half(curve, data[n])))
     inside, total = curves.coverage()
-    mean = [float(np.mean([row[i] for row in rows])) for i in (5, 6, 7)]
+    mean = [float(np.mean([row[i] for row in rows])) for i in (4, 5)]
     ratios = [row[3] for row in rows]
     notes = (
         f"bar: every ratio at most {RATIO_BAR} -> largest {max(ratios):.3f}; at most {RATIO_FOUR_BAR} on 4 curves -> "
         f"on {sum(r <= RATIO_FOUR_BAR for r in ratios)} (three coefficients a curve, fitted to throughput)",
-        f"bar: larger half of the batch sizes, mean over curves, at most {100 * LARGER_HALF_BAR} % -> {mean[1]:.2f} % (13 coefficients, "
-        "pooled by chip, fitted to the smaller half's seconds)",
-        f"by curve, 21 coefficients: {mean[0]:.2f} %; the paper's form: {mean[2]:.2f} %",
+        f"bar: larger half of the batch sizes, mean over curves, at most {100 * LARGER_HALF_BAR} % -> {mean[0]:.2f} % (13 coefficients, "
+        f"pooled by chip, fitted to the smaller half's seconds); the paper's form: {mean[1]:.2f} %",
         f"95 % intervals from the smaller halves hold {inside} of the {total} points of the larger halves.",
         "Figure 15's curves with MATH lengths (docs/estimator.md says why).",
     )
-    columns = ("curve", "paper's RMSE", "ours", "ratio", "ratio, pooled", "half, by curve %", "half, pooled %",
-               "half, paper's %")  # fmt: skip
+    columns = ("curve", "paper's RMSE", "ours", "ratio", "larger half %", "larger half, paper's %")
     return Section("our_model", "Our model: seconds = t0 + tokens·(u + v·k/E)", columns, tuple(rows), notes)
 
 

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moejax.errors import UserError
-from moejax.estimator.least_squares import FloatArray, fit_seconds, resampled, spread
+from moejax.estimator.coefficients import Entry
+from moejax.estimator.least_squares import FloatArray, fit_seconds, resampled
+from moejax.estimator.roofline import STUDY_MODELS
 from moejax.gpus import GPU
 
-Pooling = Literal["curve", "chip"]
 Loss = Literal["seconds", "throughput"]
 
 
@@ -57,105 +58,57 @@ def features(tokens: FloatArray, share: FloatArray) -> FloatArray:
     return np.column_stack([np.ones_like(tokens), tokens, tokens * share])
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A curve's coefficients x >= 0 of features·x, bootstrap samples of them, and draws of one step's relative scatter about the law.
-
-    `samples` is [resamples, 3] and `scatter` [resamples]; both are empty where there are fewer than two points more than coefficients:
-    then nothing is known about the error.
-    """
-
-    model: str
-    gpu: GPU
-    coefficients: FloatArray
-    samples: FloatArray
-    scatter: FloatArray
-
-    def seconds(self, tokens: FloatArray, share: FloatArray) -> FloatArray:
-        """Predicted step seconds, [points]."""
-        return features(tokens, share) @ self.coefficients
-
-    def of(self, observed: Observations) -> FloatArray:
-        """Predicted seconds at the points of a curve."""
-        return self.seconds(observed.tokens, observed.share)
-
-    def interval(self, tokens: float, share: float, level: float = 0.95) -> tuple[float, float] | None:
-        """Seconds between which one more measured step would lie: the coefficients' uncertainty and the scatter of points. Or None."""
-        if not len(self.samples):
-            return None
-        one = features(np.array([float(tokens)]), np.array([float(share)]))
-        return spread(one @ self.samples.T, self.scatter, level)
+def predicted(entry: Entry, curve: Observations) -> FloatArray:
+    """Seconds at the points of a curve."""
+    return features(curve.tokens, curve.share) @ entry.coefficients
 
 
-def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray, scale: FloatArray | None = None) -> FloatArray:
-    """Coefficients x >= 0 by least squares on queries per second, queries/(features·x), beginning at `fit_seconds`' answer.
-
-    `scale`: what a unit of error is at each point, where curves of unlike throughput are fitted together.
-    """
+def fit_throughput(features: FloatArray, seconds: FloatArray, queries: FloatArray) -> FloatArray:
+    """Coefficients x >= 0 by least squares on queries per second, queries/(features·x), beginning at `fit_seconds`' answer."""
     from scipy.optimize import least_squares
 
     start, rate = fit_seconds(features, seconds), queries / seconds
     unit = np.linalg.norm(features, axis=0)  # coefficients differ by a factor of a million
     matrix = features / unit
     found = least_squares(
-        lambda x: (queries / (matrix @ x) - rate) / (1.0 if scale is None else scale), start * unit,
-        lambda x: -(queries / (matrix @ x) ** 2 / (1.0 if scale is None else scale))[:, None] * matrix,
+        lambda x: queries / (matrix @ x) - rate, start * unit, lambda x: -(queries / (matrix @ x) ** 2)[:, None] * matrix,
         bounds=(0, np.inf), x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15,
     )  # fmt: skip
     return found.x / unit
 
 
-def _groups(curves: Sequence[Observations], pooling: Pooling) -> list[list[Observations]]:
-    """Curves that share per-token work."""
+def fit(curves: Sequence[Observations], *, loss: Loss = "seconds", resamples: int = 0) -> dict[str, Entry]:
+    """Curve name -> its coefficients. Loss "seconds": relative errors of the time, per-token work pooled by model and chip and t0 by card;
+    "throughput": squared errors of queries per second, each curve on its own.
+
+    `samples` is [resamples, 3] and `scatter` [resamples]; both are empty where there are fewer than two points more than coefficients:
+    then nothing is known about the error. Raises UserError where points are fewer than coefficients.
+    """
     groups: dict[tuple[str, ...], list[Observations]] = {}
     for curve in curves:
-        key = (curve.name,) if pooling == "curve" else (curve.model, curve.gpu.chip)
-        groups.setdefault(key, []).append(curve)
-    return list(groups.values())
+        groups.setdefault((curve.name,) if loss == "throughput" else (curve.model, curve.gpu.chip), []).append(curve)
+    return {name: entry for group in groups.values() for name, entry in _fit_group(group, loss, resamples).items()}
 
 
-def fit(
-    curves: Sequence[Observations],
-    *,
-    pooling: Pooling = "chip",
-    loss: Loss = "seconds",
-    scales: dict[str, float] | None = None,
-    resamples: int = 0,
-) -> dict[str, Fit]:
-    """Curve name -> Fit. Loss "seconds": relative errors of the time; "throughput": squared errors of queries per second, each curve's
-    over its `scales` entry (by default the curve's highest throughput), so that curves of one group weigh alike.
-
-    Raises UserError where points are fewer than coefficients.
-    """
-    fits: dict[str, Fit] = {}
-    for group in _groups(curves, pooling):
-        fits |= _fit_group(group, pooling, loss, scales or {}, resamples)
-    return fits
-
-
-def _fit_group(
-    group: list[Observations], pooling: Pooling, loss: Loss, scales: dict[str, float], resamples: int
-) -> dict[str, Fit]:
-    cards = [curve.name if pooling == "curve" else curve.gpu.name for curve in group]
-    starts = list(dict.fromkeys(cards))
-    rows = []
-    for curve, card in zip(group, cards, strict=True):
-        own = features(curve.tokens, curve.share)
-        t0 = np.zeros((len(own), len(starts)))
-        t0[:, starts.index(card)] = own[:, 0]
-        rows.append(np.hstack([t0, own[:, 1:]]))
-    matrix = np.vstack(rows)
-    seconds = np.concatenate([c.seconds for c in group])
-    queries = np.concatenate([c.queries for c in group])
-    unit = np.concatenate([np.full(len(c.queries), scales.get(c.name, float(c.throughput.max()))) for c in group])
+def _fit_group(group: list[Observations], loss: Loss, resamples: int) -> dict[str, Entry]:
+    cards = list(dict.fromkeys(curve.gpu.name for curve in group))
+    matrix = np.vstack([
+        np.hstack([np.outer(np.ones(len(c.queries)), [c.gpu.name == card for card in cards]), features(c.tokens, c.share)[:, 1:]])
+        for c in group
+    ])  # fmt: skip
+    seconds, queries = (np.concatenate([getattr(c, what) for c in group]) for what in ("seconds", "queries"))
 
     def solve(measured: FloatArray) -> FloatArray:
-        return fit_seconds(matrix, measured) if loss == "seconds" else fit_throughput(matrix, measured, queries, unit)
+        return fit_seconds(matrix, measured) if loss == "seconds" else fit_throughput(matrix, measured, queries)
 
     x = solve(seconds)
     samples, scatter = resampled(matrix, seconds, x, resamples, solve)
     found = {}
-    for curve, card in zip(group, cards, strict=True):
-        columns = [starts.index(card), len(starts), len(starts) + 1]
-        found[curve.name] = Fit(curve.model, curve.gpu, x[columns], samples[:, columns], scatter)
+    for curve in group:
+        columns = [cards.index(curve.gpu.name), len(cards), len(cards) + 1]
+        of_card = sum(len(c.queries) for c in group if c.gpu.name == curve.gpu.name)
+        found[curve.name] = Entry(
+            curve.model, STUDY_MODELS[curve.model][1], curve.gpu.name, x[columns], samples[:, columns], scatter,
+            "the study's curves, PyTorch", of_card, framework="pytorch",
+        )  # fmt: skip
     return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import resources
 
 from moejax import __version__
 from moejax.profiling.bars import KERNELS, NO_LAYERS
@@ -25,11 +26,11 @@ PAPER = "arXiv 2408.04693"
 
 @dataclass(frozen=True)
 class Spec:
-    """A section: an experiment's values of these metrics (by their words), in the order in which they come.
+    """A section, as `sections.toml` has it: an experiment's values of these metrics (with their words), in the order in which they come.
 
     about: what is measured; theirs: how the study's differs. columns: of a setting's name. group, line: what of a row (`_parts`) stands
-    in its group's name behind the setting's, and in its line's; by them the rows are sorted, scopes by `order`. scopes: only these, where
-    any are named. whole: which scopes the shares are of, where there are shares. bars: of which metrics. also: rows of another experiment.
+    in its group's name behind the setting's, and in its line's; by them the rows are sorted. scopes: only these, where any are named.
+    bars: of which metrics. also: rows of another experiment (its name, its metric).
     """
 
     experiment: str
@@ -40,94 +41,19 @@ class Spec:
     line: tuple[str, ...]
     theirs: str = ""
     columns: tuple[str, ...] = ("model", "method", "data", "seq_len")
-    whole: Callable[[str], bool] | None = None
     bars: tuple[str, ...] = ()
-    also: tuple[str, str] | None = None
-    order: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
 
 
-_STEP: dict[str, Any] = {"group": ("routing", "role"), "line": ("scope",)}
-_RATE = {"compute_utilization": "of the peak matrix rate", "memory_utilization": "of the peak bandwidth"}
-SECTIONS = (
-    Spec(
-        "largest_batch", "Table III: the largest batch",
-        "How many queries fit in a step: predicted from the compiled program, then proved by running it and failing one above.",
-        {"proved_batch": "", "swept_batch": "in the study's sweeps", "predicted_batch": "predicted by the compiler",
-         "failed_batch": "did not run", "peak_bytes": "peak memory of the largest", "memory_limit": "memory limit"},
-        (), ("routing", "metric", "scope"), "The study's: on an A40 of 48 GB.",
-    ),
-    Spec(
-        "stages", "Figure 4: a step by phase", "Shares are of the time in which the device was busy (idle is apart).",
-        {"seconds": ""}, **_STEP, whole=lambda s: s not in ("idle", published.BACKWARD), order=(*PHASES, published.BACKWARD),
-        theirs="The study's backward pass holds its recomputation. Its seconds are an A40's: shares compare, seconds do not.",
-    ),
-    Spec(
-        "layers", "Figure 5: a step by kind of layer",
-        "Shares are of the layers' time: embedding, loss and optimizer are not counted in it. \"rest of the layers\" is the loop over "
-        "them: reading each layer's part of the stacked weights, additions to the stream, what is saved for the backward pass.",
-        {"seconds": ""}, **_STEP, whole=lambda s: s not in (*NO_LAYERS, "idle"), order=("moe", "attention", "mamba", "norm", "layers"),
-    ),
-    Spec(
-        "kernels", "Figure 6: the mixture of experts by kernel",
-        "Shares are of the mixture of experts' time, in all layers of a whole step. \"Rest of the MoE\" is what lies between its "
-        "kernels: the loops over experts and tiles.",
-        {"seconds": ""}, **_STEP, whole=lambda s: True, order=KERNELS,
-        theirs="The study's is the kernels of one layer, each expert matrix counted for one expert: shares compare, seconds do not.",
-    ),
-    Spec(
-        "throughput", "Figure 8: throughput by batch size",
-        "Queries trained on per second of training steps. Programs were compiled and run once before the clock started; a padded batch "
-        "takes the time of its padding too.",
-        {"queries_per_second": ""}, ("routing",), ("batch", "batching"), columns=("model", "method", "data"), bars=("queries_per_second",),
-    ),
-    Spec(
-        "utilization", "Figures 9 and 10: how busy the device is", "Ours: the work that the program must do, as a share of the peak.",
-        _RATE, ("routing", "role", "metric"), ("scope",), order=KERNELS, bars=tuple(_RATE),
-        theirs="The study's: the share of time in which the multiprocessors (SM) or the memory (DRAM) had anything to do, by Nsight "
-        "Compute: a busy device may still do little work.",
-    ),
-    Spec(
-        "expert_load", "Figure 11: how the tokens fall on the experts",
-        "Tokens per query that an expert gets, mean over the layers, and their variance over the experts.",
-        {"tokens_per_query": "", "variance": "variance", "largest_share": "largest share of all choices"},
-        ("routing", "when"), ("expert", "metric"), bars=("tokens_per_query",),
-        theirs="The study's are on HellaSwag (beside commonsense) and GSM8K (beside math and word problems).",
-    ),
-    Spec(
-        "length", "The length of the queries",
-        "A step of equal rows: as many as hold the tokens of the largest batch of the longest queries (fewer where the compiler says that "
-        "they do not fit). Utilization is the mixture of experts', weighted by time.",
-        {"step_seconds": "seconds a step"} | _RATE, ("routing", "metric"), ("seq_len",), columns=("model", "method", "data"),
-        bars=("step_seconds", *_RATE), scopes=("", published.MOE), theirs="The study's: at the largest batch of each length.",
-    ),
-    Spec(
-        "fit_batch", "Figure 13: the largest batch by equation 1",
-        "batch = C0·(GPU memory - model) / (tokens·((1 - C1) + C1·k/E)), C0 in tokens/GB, GB of 1e9 bytes, fitted to the peaks of the "
-        "padded throughput trials, beside what ran.",
-        {"c0": "C0", "c1": "C1", "model_gb": "model", "rmse_gb": "RMSE", "points": "points", "predicted_batch": "by equation 1",
-         "proved_batch": "as it ran"},
-        (), ("routing", "scope", "metric"), "The study's: 40 GB is an A100, 48 an A40, 80 an H100.",
-        columns=("model", "data"), also=("largest_batch", "proved_batch"),
-    ),
-    Spec(
-        "fit_throughput", "Figures 14 and 15: models of the throughput",
-        "Equation 2 as printed: C2·ln(batch / (k/E·C3)) + C4; as the study's figures were fitted: C2·ln(batch^(1 / (k/E·C3))) + C4, with a "
-        "fixed C3. moejax: seconds = t0 + tokens·(u + v·k/E). RMSE over all measured points; its predictions are in results.csv.",
-        {"c2": "C2, queries/s", "c3": "C3", "c4": "C4, queries/s", "rmse": "RMSE, queries/s", "printed_rmse": "printed RMSE, queries/s",
-         "t0_seconds": "t0", "token_seconds": "u, per token", "expert_token_seconds": "v, per token through all experts",
-         "mean_error": "mean error, of the step's seconds", "points": "points"},
-        ("scope",), ("metric",), columns=("model", "data"), theirs="The study's: fitted anew to its measurements on an A40.",
-    ),
-    Spec(
-        "cost", "Table IV: what it costs",
-        "Hours and dollars of the config's whole run (so many queries, all epochs together) at the fastest measured batch; on other GPUs "
-        "carried over by their data sheets.",
-        {"queries": "queries", "batch": "batch", "queries_per_second": "queries/s", "hours": "hours", "usd": "$", "usd_per_hour": "$/hour",
-         "measured": "measured here (1) or carried over (0)"},
-        ("routing",), ("scope", "metric"), "The study's: MATH at CUDO's prices of 2024; hours are its dollars over its dollars an hour.",
-    ),
-)  # fmt: skip
+_FILE = resources.files(__package__).joinpath("sections.toml")
+SECTIONS = tuple(Spec(name, **spec) for name, spec in tomllib.loads(_FILE.read_text("utf-8")).items())
+# Scopes in the order in which they stand, and those that shares are not of.
+_ORDER: dict[str, tuple[str, ...]] = {
+    "stages": (*PHASES, published.BACKWARD), "layers": ("moe", "attention", "mamba", "norm", "layers"), "kernels": KERNELS,
+    "utilization": KERNELS,
+}  # fmt: skip
+_UNCOUNTED: dict[str, tuple[str, ...]] = {"stages": ("idle", published.BACKWARD), "layers": (*NO_LAYERS, "idle"), "kernels": ()}
 
 
 def build(sources: Sequence[Source]) -> Page:
@@ -192,18 +118,19 @@ def _put(grid: Grid, spec: Spec, setting: str, source: Source | None, rows: list
     alone = source is None and setting.startswith(study)
     if spec.experiment == "stages" and source is not None:
         rows = [*rows, *_backward(rows)]
+    uncounted = _UNCOUNTED.get(spec.experiment)
     wholes: dict[tuple[str | None, float | None], float] = {}
     for row in rows:
-        if spec.whole and (spec.whole(row.scope) or (source is None and row.scope == published.BACKWARD)):
+        if uncounted is not None and (row.scope not in uncounted or (source is None and row.scope == published.BACKWARD)):
             wholes[row.routing, row.batch] = wholes.get((row.routing, row.batch), 0.0) + row.value
-    places = [*spec.order, *dict.fromkeys(r.scope for r in rows)]
+    places = [*_ORDER.get(spec.experiment, ()), *dict.fromkeys(r.scope for r in rows)]
     for row in sorted(rows, key=lambda r: [_rank(spec, r, key, places) for key in (*spec.group, *spec.line)]):
         parts = _parts(spec, row, rows)
         group, line = (", ".join(part for key in keys if (part := parts[key])) for keys in (spec.group, spec.line))
         value = _number(source, row)
         numbers = [replace(value, bar=row.value) if row.metric in spec.bars else value]
         whole = wholes.get((row.routing, row.batch))
-        if whole and spec.whole and (spec.whole(row.scope) or row.scope == published.BACKWARD):
+        if whole and uncounted is not None and (row.scope not in uncounted or row.scope == published.BACKWARD):
             share = row.value / whole
             numbers.append(Number(rounded(share, "share"), repr(share), "derived", bar=None if row.trial == "derived" else share))
         group = ", ".join(filter(None, (setting, group)))

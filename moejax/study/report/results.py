@@ -4,9 +4,7 @@ A folder holds `characterize.json` (`Study` without its rows, with their hash), 
 A row is one value; what does not apply to it is empty. Experiments, and the metrics of each with their units:
 
     largest_batch   predicted_batch, proved_batch, failed_batch (queries: the largest by the compiler; the largest that ran; one that did
-                    not), peak_bytes (bytes, of the largest that ran), memory_limit (bytes; scope "device" or "artificial"). Where not one
-                    query fits: would_fit_batch (queries, by the closed form; scope: a GPU's name) and would_fit_seq_len (tokens).
-                    Table III.
+                    not), peak_bytes (bytes, of the largest that ran), memory_limit (bytes; scope "device" or "artificial"). Table III.
     stages          seconds (s, per step), scope forward, recompute, backward, optimizer, other, idle: together one step. Figure 4.
     layers          seconds (s, per step), scope attention, mamba, moe, norm, embed, loss, optimizer, other …. Figure 5.
     kernels         seconds (s, per step, all layers together), scope moe/router, moe/w1_dequant, moe/w1 …. Figure 6.
@@ -21,8 +19,8 @@ A row is one value; what does not apply to it is empty. Experiments, and the met
     fit_batch       equation 1: c0, c1 (tokens/GB, share), model_gb, rmse_gb (GB), points; predicted_batch (queries, beside largest_batch's
                     proved_batch). Figure 13. c1 is missing where one routing was measured.
     fit_throughput  scope "equation 2 (printed)", "equation 2 (fitted)": c2, c3, c4, rmse (queries/s), points; scope "moejax": t0_seconds,
-                    token_seconds, expert_token_seconds, rmse (queries/s), mean_error (share of the measured step seconds), points; and for
-                    every measured batch predicted (queries/s). Figures 14 and 15.
+                    token_seconds, expert_token_seconds, rmse (queries/s), mean_error (share of the measured step seconds), points.
+                    Figures 14 and 15.
     cost            scope: a GPU's name: batch (queries), queries_per_second, usd_per_hour (USD/h), hours (h), usd (USD); measured (1: on
                     this device; 0: carried over by data-sheet figures). Table IV.
 

@@ -102,14 +102,13 @@ def test_figures_are_consistent(study):
     assert {p.gpu for p in SETS["2026"]}.isdisjoint(r.scope for r in found.of("cost"))
 
 
-def test_a_model_that_cannot_fit_says_what_would(tmp_path, here, capsys):
+def test_a_model_that_cannot_fit(tmp_path, here, capsys):
     out = tmp_path / "out"
     arguments = ["characterize", "--config", write_config(tmp_path), "--memory-limit", "100kB", "--out", str(out), *SIZES]
     assert cli.main(arguments) == 1  # the fits have nothing to be computed from
     found = results.read(out)
     predicted = found.trials["largest_batch/mixtral-tiny/problems/sparse/predict"]
     assert predicted.status == "out_of_memory" and "not one query of 48 tokens fits into 0.1 MB" in predicted.message
-    assert next(r.value for r in found.of("largest_batch", metric="would_fit_batch", scope="A40")) > 1000
     rest = {t.status for name, t in found.trials.items() if name.startswith(("throughput", "length", "stages", "expert_load"))}
     assert rest == {"out_of_memory"} and not found.of("throughput")
     assert "no throughput trial of mixtral-tiny came to an end" in found.trials["fit/mixtral-tiny"].message

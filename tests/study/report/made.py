@@ -129,13 +129,6 @@ def _fits(trial, model, method, largest, speed):
                 ("c2", 0.71, "queries/s"), ("c3", 1.8, "1"), ("c4", 0.55, "queries/s"), ("rmse", 0.213, "queries/s"),
                 ("points", 11, "points"),
             )]  # fmt: skip
-        for routing, most in largest.items():
-            for batch in range(1, most + 1):
-                rate = speed * batch / (0.3 + 0.2 * batch * (1 if routing == "sparse" else 2.5))
-                at = (model, method, routing, data, "pad_longest", 1024, batch)
-                values.append((*at, "moejax", "predicted", 1.01 * rate, "queries/s"))
-                values.append((*at, "equation 2 (printed)", "predicted", 0.91 * rate + 0.05, "queries/s"))
-                values.append((*at, "equation 2 (fitted)", "predicted", 1.1 * rate - 0.03, "queries/s"))
         trial(f"fit_throughput-{model}-{data}", "fit_throughput", values)
         values = []
         for gpu, usd_per_hour, measured in (("A40", 0.79, 1), ("A100-80", 1.67, 0), ("H100", 2.1, 0)):
