@@ -1,8 +1,14 @@
-"""The study's Tables III and IV and Figures 13, 14 and 15 recomputed from its published data, beside what it prints; then our model."""
+"""The study's Tables III and IV and Figures 13, 14 and 15 recomputed from its published data, beside what it prints; then our model.
+
+Titles, columns and notes are in `reproduce.toml`.
+"""
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -29,6 +35,15 @@ class Section:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
+_TEXT = tomllib.loads(resources.files(__package__).joinpath("reproduce.toml").read_text("utf-8"))
+
+
+def _section(key: str, rows: Sequence[tuple[Any, ...]], **numbers: float) -> Section:
+    """numbers: those that its notes name."""
+    text = _TEXT[key]
+    return Section(key, text["title"], tuple(text["columns"]), tuple(rows), tuple(note.format(**numbers) for note in text["notes"]))
+
+
 def sections() -> tuple[Section, ...]:
     """Everything, in the order it is printed."""
     return table_3(), figure_13(), figures_14_15(), table_4(), our_model(), transfers()
@@ -50,13 +65,7 @@ def table_3() -> Section:
         rows.append(
             (cell.model, cell.dataset, cell.kind, cell.printed, cell.swept, batch["printed"], batch.get("artifact"), best - cell.printed)
         )
-    notes = (
-        "Equation 1 takes the longest query's tokens (512, and 1024 by the cut): so it gives the largest batch of every published sweep.",
-        "Printed below that: Mixtral MATH sparse (3, swept to 4; Table IV too uses 4), BlackMamba MATH (2 and 8, swept to 3 and 10).",
-        "The printed C0 = 82, C1 = 0.95 of Mixtral give 13 where 8 is printed: Figure 13 was drawn with 62 and 0.89.",
-    )
-    columns = ("model", "data set", "kind", "printed", "swept", "C0/C1 printed", "C0/C1 artifact", "difference")
-    return Section("table_3", "Table III: largest batch on an A40 of 48 GB (equation 1)", columns, tuple(rows), notes)
+    return _section("table_3", rows)
 
 
 def figure_13() -> Section:
@@ -71,12 +80,7 @@ def figure_13() -> Section:
             for pairs in (figure.artifact, figure.printed)
         ]
         rows.append((gb, what, batch, *raw, raw[0] - batch))
-    notes = (
-        "C0 = 62, C1 = 0.89, 512 tokens is what the figure shows; no one rounding rule gives 6, 8, 28, 35 from 6.06, 8.98, 27.92, 35.20.",
-        "The printed C0 = 82, C1 = 0.95 miss all of them. At 80 GB neither pair gives the measured 27; Table IV's 17 there is MATH's.",
-    )
-    columns = ("GB", "what", "printed", "C0/C1 artifact", "C0/C1 printed", "difference")
-    return Section("figure_13", "Figure 13: Mixtral's largest batch (equation 1, before rounding)", columns, tuple(rows), notes)
+    return _section("figure_13", rows)
 
 
 def figures_14_15() -> Section:
@@ -90,13 +94,7 @@ def figures_14_15() -> Section:
              paper.rmse(curve, printed), fitted.c2, fitted.c3, fitted.c4)
         )  # fmt: skip
     same = sum(round(row[2], 2) == row[1] for row in rows)
-    notes = (
-        f"difference: recomputed less printed; {same} of {len(rows)} recomputed round to the two digits that are printed.",
-        "Printed: C2·ln(batch/(sparsity·C3)) + C4. Fitted by the artifact: C2·ln(batch^(1/(sparsity·C3))) + C4 (its C2 to C4 here).",
-        "The printed RMSE score dense points without the exponent (H100: the first one; its others with the sparse exponent).",
-    )
-    columns = ("curve", "printed RMSE", "recomputed", "difference", "fitted form, scored alike", "printed form", "C2", "C3", "C4")
-    return Section("figures_14_15", "Figures 14 and 15: RMSE of equation 2, queries/s", columns, tuple(rows), notes)
+    return _section("figures_14_15", rows, same=same, curves=len(rows))
 
 
 TABLE_4_CURVES = {"A40": "a40/mixtral/math_14k", "A100": "a100-80gb/mixtral", "H100": "h100-80gb/mixtral"}
@@ -115,12 +113,7 @@ def table_4() -> Section:
     dollars = [paper.usd(queries, 10, h100.queries_per_second, h100.usd_per_hour) for queries in (2.91e6, 2e6)]
     printed = orca["usd"]
     rows.append(("H100, OpenOrca", h100.queries_per_second, h100.usd_per_hour, printed, dollars[0], dollars[0] - printed, dollars[1]))
-    notes = (
-        "The printed dollars are those of 15,000 queries and 10 epochs; the caption names MATH, which has 14,000 (last column).",
-        "OpenOrca: 3,460 follows from 2.91 M queries; 'more than 2M' is printed (2 M in the last column). Prices: CUDO, 2024.",
-    )
-    columns = ("GPU", "queries/s", "USD/h", "printed USD", "recomputed", "difference", "with the caption's queries")
-    return Section("table_4", "Table IV: dollars of fine-tuning", columns, tuple(rows), notes)
+    return _section("table_4", rows)
 
 
 def paper_larger_half(curve: reference.Curve, data: curves.Observations) -> float:
@@ -131,29 +124,13 @@ def paper_larger_half(curve: reference.Curve, data: curves.Observations) -> floa
     return float(np.mean(np.abs(fit.throughput(batch[~small], sparsity[~small]) / rate[~small] - 1)))
 
 
-@dataclass(frozen=True)
-class Bars:
-    """The figures that our model is held to, and whether it meets them."""
-
-    worst_ratio: float
-    ratios_within_quarter: int
-    larger_half_mean: float
-    paper_larger_half_mean: float
-
-    @property
-    def met(self) -> bool:
-        return (
-            self.worst_ratio <= RATIO_BAR and self.ratios_within_quarter >= 4 and self.larger_half_mean <= LARGER_HALF_BAR
-        )
-
-
-def bars() -> Bars:
-    """From the same rows that are printed."""
-    records = our_model().records()
+def bars(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What our model is held to, of the rows of `our_model`, and whether it meets it (1) or not (0)."""
     ratios = [r["ratio"] for r in records]
-    halves = [r["larger half %"] / 100 for r in records]
-    theirs = [r["larger half, paper's %"] / 100 for r in records]
-    return Bars(max(ratios), sum(r <= RATIO_FOUR_BAR for r in ratios), float(np.mean(halves)), float(np.mean(theirs)))
+    half, theirs = (float(np.mean([r[column] for r in records])) / 100 for column in ("larger half %", "larger half, paper's %"))
+    found = {"worst_ratio": max(ratios), "ratios_within_quarter": sum(r <= RATIO_FOUR_BAR for r in ratios)}
+    met = found["worst_ratio"] <= RATIO_BAR and found["ratios_within_quarter"] >= 4 and half <= LARGER_HALF_BAR
+    return found | {"larger_half_mean": half, "paper_larger_half_mean": theirs, "met": met}
 
 
 def our_model() -> Section:
@@ -166,23 +143,12 @@ def our_model() -> Section:
         n = curve.name
         rows.append((n, theirs[n], ours[n], ours[n] / theirs[n], 100 * half[n], 100 * paper_larger_half(curve, data[n])))
     inside, total = curves.coverage()
-    mean = [float(np.mean([row[i] for row in rows])) for i in (4, 5)]
-    ratios = [row[3] for row in rows]
-    notes = (
-        f"bar: every ratio at most {RATIO_BAR} -> largest {max(ratios):.3f}; at most {RATIO_FOUR_BAR} on 4 curves -> "
-        f"on {sum(r <= RATIO_FOUR_BAR for r in ratios)} (three coefficients a curve, fitted to throughput)",
-        f"bar: larger half of the batch sizes, mean over curves, at most {100 * LARGER_HALF_BAR} % -> {mean[0]:.2f} % (13 coefficients, "
-        f"pooled by chip, fitted to the smaller half's seconds); the paper's form: {mean[1]:.2f} %",
-        f"95 % intervals from the smaller halves hold {inside} of the {total} points of the larger halves.",
-        "Figure 15's curves with MATH lengths (docs/estimator.md says why).",
-    )
-    columns = ("curve", "paper's RMSE", "ours", "ratio", "larger half %", "larger half, paper's %")
-    return Section("our_model", "Our model: seconds = t0 + tokens·(u + v·k/E)", columns, tuple(rows), notes)
+    held = bars([dict(zip(_TEXT["our_model"]["columns"], row, strict=True)) for row in rows])
+    limits = {"ratio_bar": RATIO_BAR, "four_bar": RATIO_FOUR_BAR, "half_bar": LARGER_HALF_BAR}
+    return _section("our_model", rows, inside=inside, total=total, **limits, **held)
 
 
 def transfers() -> Section:
     """The A40's coefficients on the other GPUs' curves, by data-sheet figures alone."""
     rows = [(name, rule, 100 * size, 100 * signed) for (name, rule), (size, signed) in curves.transfer_errors().items()]
-    notes = ("optimistic: t0 by bandwidth, u and v by peak FLOP/s; host-bound: t0 unchanged; as it is: nothing faster than the A40.",)
-    columns = ("curve", "rule", "mean error %", "signed %")
-    return Section("transfers", "The A40's Mixtral coefficients carried to other GPUs", columns, tuple(rows), notes)
+    return _section("transfers", rows)

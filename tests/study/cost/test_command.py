@@ -13,7 +13,7 @@ def run(capsys, *arguments):
 def test_reproduce(capsys, tmp_path):
     code, out, err = run(capsys, "--plot", str(tmp_path / "figures"))
     assert code == 0 and out.rstrip().endswith("bars met")
-    for text in ("Table III", "Figure 13", "Figures 14 and 15", "Table IV", "8.977", "27.915", "0.498", "6.15 %", "1.263"):
+    for text in ("Table III", "Figure 13", "Figures 14 and 15", "Table IV", "8.977", "27.915", "0.498", "6.15%", "1.263"):
         assert text in out
     drawn = sorted(p.name for p in (tmp_path / "figures").iterdir())
     assert drawn == ["figure_13.png", "figures_14_15.png"] and err.count("drawn: ") == 2
