@@ -12,7 +12,6 @@ with the command that fetches it. `--tiny` does all of it with small models, on 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -92,12 +91,6 @@ def doctor() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin")
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return {name: found[name] for name in names if name in found}
-
-
 def run(arguments: list[str], seconds: float, why: str = "") -> dict[str, Any]:
     """One step in a process of its own: its report, or what became of it. why: it is stopped after so many seconds.
 
@@ -160,6 +153,8 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     import kept
 
+    from moejax import installation
+
     if options.doctor:
         found = doctor()
         kept.write(options.out, found)
@@ -167,7 +162,7 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     platform, kind = kept.device()
-    about = {"device": kind, "platform": platform, "versions": versions(), "commit": git or None, "tiny": options.tiny}
+    about = {"device": kind, "platform": platform, "versions": installation.versions(), "commit": git or None, "tiny": options.tiny}
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     same = all(known.get(key) == value for key, value in about.items())
     report = kept.about(steps=known["steps"] if same else {}) | about
