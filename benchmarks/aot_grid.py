@@ -6,8 +6,9 @@
 Each result is a line, written at once: program (the first config that has it), gpu, rows, row_tokens, layers, peak_gb or error, seconds,
 commit, versions, `sources` (a hash of what the step is made of). What other sources or versions made is compiled again. A process of its
 own compiles for one program and GPU: where the compiler aborts, the line says so and the rest goes on. Programs are compiled with two
-layers (they are scanned), those of the small models at three of the shapes; and once as they are, at the config's own rows. With two
-layers LLVM and ptxas do not optimize: a quarter less time, the same passes of XLA and the same peak. Needs the extra `aot`. Nothing runs.
+layers (they are scanned), and once as they are, at the config's own rows. With two layers LLVM and ptxas do not optimize: a quarter less
+time, the same passes of XLA and the same peak. All 18 shapes of every program on every GPU (--every) take two cores more than two hours;
+by default an hour: see `cells`. Needs the extra `aot`. Nothing runs.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 GPUS = "H100,L4,A100-80,A40,RTX-5090"
 ROWS, LENGTHS = "2,1,8", "368,128,720,528,1040,2048"  # most of them odd multiples of 16: the least that batching allows
+WHOLE = ("H100", "L4")
 DEPTH = 2
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_gpu_disable_gpuasm_optimizations=true"
 _NOT_IN_THE_PROGRAM = ("learning_rate", "warmup_steps", "min_learning_rate_ratio", "steps", "epochs", "eps", "betas")  # or as numbers only
@@ -50,18 +52,25 @@ def programs() -> dict[str, list[str]]:
 
 
 def real(name: str) -> bool:
-    """Whether it is a published model, and none of the small ones."""
+    """Whether it is one of the study's models, and none of the small ones."""
     return "8x7b" in name or "2.8b" in name
 
 
-def cells(name: str, rows: list[int], lengths: list[int], every: bool) -> Iterator[Cell]:
-    """Every number of rows with every length, of a small model (but with `every`) each with one; last the config's own shape."""
+def cells(name: str, gpu: str, rows: list[int], lengths: list[int], every: bool) -> Iterator[Cell]:
+    """Two layers at some shapes, and last the config's own shape. The study's models have every number of rows with every length on
+    `WHOLE`; on the other GPUs every length with one number of rows, another on each GPU; other published models three shapes, and
+    small ones one."""
     from moejax import config
     from moejax.estimator import sizes
 
     experiment = config.load(ROOT / "configs" / f"{name}.yaml")
     sizes = sizes.architecture_of(experiment)
-    shapes = itertools.product(rows, lengths) if every or real(name) else zip(rows, lengths, strict=False)
+    place = GPUS.split(",").index(gpu) if gpu in GPUS.split(",") else 0
+    shapes = [(rows[(place + number) % len(rows)], length) for number, length in enumerate(lengths)]
+    if every or (real(name) and gpu in WHOLE):
+        shapes = list(itertools.product(rows, lengths))
+    elif not real(name):
+        shapes = shapes[:3] if sizes.parameters[0] > 1e9 else shapes[place % len(shapes) :][:1]
     yield from ((r, n, min(DEPTH, sizes.num_layers)) for r, n in shapes if n <= sizes.max_position_embeddings)
     yield experiment.data.batch_rows, experiment.data.longest_row, sizes.num_layers
 
@@ -138,7 +147,7 @@ def main() -> int:
     parser.add_argument("--gpu", default=GPUS, help=f"comma-separated; default: {GPUS}")
     parser.add_argument("--rows", default=ROWS, help=f"comma-separated; default: {ROWS}")
     parser.add_argument("--lengths", default=LENGTHS, help=f"comma-separated; default: {LENGTHS}")
-    parser.add_argument("--every", action="store_true", help="the small models' programs at every shape too, not at three")
+    parser.add_argument("--every", action="store_true", help="every program at every shape on every GPU")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -157,14 +166,9 @@ def main() -> int:
     asked = {} if options.table else {k: v for k, v in programs().items() if not options.programs or k in options.programs.split(",")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a", encoding="utf-8") as file:
-        # By value: the first number of rows at each length before the others, published models before small ones.
-        order = [
-            (some, gpu, name)
-            for some in (rows[:1], rows) for published in (True, False)
-            for gpu in options.gpu.split(",") for name in asked if real(name) == published
-        ]  # fmt: skip
-        for some, gpu, name in order:
-            *shallow, own = cells(name, some, lengths, options.every)
+        order = [(gpu, name) for of_study in (True, False) for gpu in options.gpu.split(",") for name in asked if real(name) == of_study]
+        for gpu, name in order:
+            *shallow, own = cells(name, gpu, rows, lengths, options.every)
             for asked_now, flags in ((shallow, UNOPTIMIZED), ([own], "")):
                 open_cells = [c for c in asked_now if (name, gpu, *c) not in known]
                 for told in compiled(name, gpu, open_cells, flags):

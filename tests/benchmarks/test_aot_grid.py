@@ -18,10 +18,14 @@ def test_configs_that_compile_to_the_same_instructions_are_one_program():
 
 
 def test_shapes_are_of_whole_rows_and_the_own_one_is_in_full_depth():
-    made = list(aot_grid.cells("mixtral_8x7b_cs_sparse", [2, 8], [368, 2048], False))
+    made = list(aot_grid.cells("mixtral_8x7b_cs_sparse", "H100", [2, 8], [368, 2048], False))
     assert made == [(2, 368, 2), (2, 2048, 2), (8, 368, 2), (8, 2048, 2), (1, 2048, 32)]
-    small = list(aot_grid.cells("demo", [2, 8], [368, 2048], False))
-    assert small[:-1] == [(2, 368, 2), (8, 2048, 2)] and small[-1][2] == 4
+    rows, lengths = [2, 1, 8], [int(n) for n in aot_grid.LENGTHS.split(",")]
+    elsewhere = [list(aot_grid.cells("mixtral_8x7b_cs_sparse", gpu, rows, lengths, False))[:-1] for gpu in ("A100-80", "A40", "RTX-5090")]
+    assert [len(c) for c in elsewhere] == [6, 6, 6] and len({cell for some in elsewhere for cell in some}) == 18  # each pair on one of them
+    small = list(aot_grid.cells("demo", "H100", rows, lengths, False))
+    assert small[:-1] == [(2, 368, 2)] and small[-1][2] == 4
+    assert len(list(aot_grid.cells("demo", "A40", rows, lengths, True))) == 3 * 6 + 1
     assert all(int(n) % 16 == 0 for n in aot_grid.LENGTHS.split(","))
 
 
