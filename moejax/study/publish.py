@@ -31,8 +31,7 @@ def lengths() -> dict[str, Any]:
         printed = reference.raw()["table2_datasets"][name]
         known = {"median_tokens": printed["median_seq_len"]}
         if name in ("commonsense_15k", "math_14k"):
-            h = reference.length_histogram(name)
-            known = {"lengths": [list(pair) for pair in zip(h.lengths, h.counts, strict=True)]}
+            known = {"lengths": reference.length_histogram(name)}
         found[name] = {"queries": printed["queries"]} | known
     return found
 

@@ -7,7 +7,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moejax.errors import UserError
@@ -31,24 +30,20 @@ def run(options: argparse.Namespace) -> int:
         from moejax.study.characterize import plan
 
         expected = [(t.name, plan.expected(t, wanted, env, memory.bytes or 0)) for t in plan.tasks(wanted)]
-        console.print(_table(expected, {}, memory, env))
+        console.print(_table(expected, memory, env))
         return 0
     try:
         sweep = Sweep.open(wanted, folder, options.preset, _command(options), env, memory)
     except OSError as error:
         raise _unwritten(folder, error) from None
-    expected = [(p.trial, p.expected_seconds) for p in sweep.content.plan]
-    console.print(_table(expected, sweep.content.trials, memory, env))
-    progress = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("{task.description}"),
-                        console=console, disable=not console.is_terminal)  # fmt: skip
-    count = len(sweep.tasks)
-    bar = progress.add_task("starting", total=sum(seconds for _, seconds in expected))
+    left = _time(sweep.left_seconds(sweep.waiting))
+    console.print(f"{len(sweep.waiting)} of {len(sweep.tasks)} trials to run, about {left} (each: --plan)", soft_wrap=True)
+    running, count = console.status("starting"), len(sweep.tasks)  # a terminal alone shows it
 
     def told(task: Task, result: Result | None, left: float) -> None:
         number = sweep.tasks.index(task) + 1
         if result is None:
-            gone = sum(s for name, s in expected if name in sweep.done)
-            progress.update(bar, completed=gone, description=f"{number}/{count} {task.name}, {_time(left)} left")
+            running.update(f"{number}/{count} {task.name}, {_time(left)} left")
             return
         text = f"{number:3}/{count} {result.status:13} {task.name}"
         text += "" if result.seconds is None else f"  {result.seconds:.1f} s"
@@ -56,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(text, soft_wrap=True)
 
     try:
-        with progress:
+        with running:
             sweep.run(told)
     except KeyboardInterrupt:
         console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", soft_wrap=True)
@@ -90,23 +85,16 @@ def _command(options: argparse.Namespace) -> str:
     return shlex.join([*parts, *(["--pretrained"] if options.pretrained else []), *options.overrides])
 
 
-def _table(
-    expected: list[tuple[str, float]], trials: dict[str, results.Trial], memory: results.MemoryLimit, env: results.Environment
-) -> Table:
-    """The plan, and what became of it already."""
+def _table(expected: list[tuple[str, float]], memory: results.MemoryLimit, env: results.Environment) -> Table:
+    """The plan."""
     of = "artificial limit" if memory.artificial else "of the device"
     table = Table(title=f"{env.device}; {(memory.bytes or 0) / 1e9:.3g} GB ({of})", title_justify="left")
     table.add_column("trial", no_wrap=True)
     table.add_column("expected", justify="right")
-    table.add_column("state")
     for name, seconds in expected:
-        state = trials[name].status if name in trials else "pending"
-        table.add_row(name, _time(seconds), "" if state == "pending" else state)
+        table.add_row(name, _time(seconds))
     table.add_section()
-    table.add_row(f"{len(expected)} trials", _time(sum(seconds for _, seconds in expected)), "")
-    waiting = sum(s for name, s in expected if name not in trials or trials[name].status in ("pending", "failed"))
-    if trials and waiting < sum(s for _, s in expected):
-        table.add_row("of these to be run", _time(waiting), "")
+    table.add_row(f"{len(expected)} trials", _time(sum(seconds for _, seconds in expected)))
     return table
 
 
@@ -114,5 +102,3 @@ def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-

@@ -66,15 +66,6 @@ def _row(task: Task, s: Setting, experiment: str, metric: str, value: float, uni
                **(empty | columns))  # fmt: skip
 
 
-def of_point(m: Measured) -> dict[str, Any]:
-    """The columns of a measured point."""
-    batch = float(m.facts["queries"])
-    return {
-        "routing": m.task.setting.routing, "data": m.task.setting.data, "batching": m.task.batching, "seq_len": m.task.row_tokens,
-        "batch": int(batch) if batch.is_integer() else batch,
-    }  # fmt: skip
-
-
 _UNITS = {
     "c0": "tokens/GB", "c1": "share", "model_gb": "GB", "rmse_gb": "GB", "c2": "queries/s", "c3": "1", "c4": "queries/s",
     "rmse": "queries/s", "t0_seconds": "s", "token_seconds": "s", "expert_token_seconds": "s", "mean_error": "share", "points": "points",
@@ -188,5 +179,5 @@ def _cost_rows(task: Task, s: Setting, best: Measured, gpu: str, batch: float, r
     if price is not None:
         told[gpu] = price.told.partition(", ")[2]
         values += [("usd_per_hour", price.usd_per_hour, "USD/h"), ("usd", hours * price.usd_per_hour, "USD")]
-    where = of_point(best) | {"batch": batch, "scope": gpu}
-    return [_row(task, s, "cost", *value, **where) for value in values]
+    columns: dict[str, Any] = {"routing": s.routing, "batching": best.task.batching, "seq_len": best.task.row_tokens, "batch": batch}
+    return [_row(task, s, "cost", *value, scope=gpu, **columns) for value in values]

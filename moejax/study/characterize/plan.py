@@ -6,9 +6,7 @@ rough: starting, compiling and the step's FLOPs and bytes at a share of the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 from moejax import gpus
@@ -114,8 +112,3 @@ def expected(task: Task, study: Study, environment: Environment, limit: float) -
         "throughput": (1, shapes, (batches + shapes) * (0.5 if s.longest > 64 else 1.0)),
     }[task.kind]  # fmt: skip
     return processes * start + compiles * compile_ + (weights / _FILL_BYTES_PER_SECOND if steps else 0.0) + steps * step
-
-
-def pace(measured: Sequence[tuple[float, float]]) -> float:
-    """What the expected seconds of the trials to come are multiplied by: median of measured over expected of those that ran."""
-    return median(m / e for m, e in measured) if measured else 1.0

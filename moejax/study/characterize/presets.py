@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from moejax.errors import UserError
 
@@ -82,6 +81,7 @@ PRESETS = {
 def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
     """(sizes changed by `sweep.NAME=VALUE`, the other overrides). Raises UserError for a size that is none, or a value that fits none."""
     import yaml
+    from pydantic import ValidationError
 
     from moejax.config import whole_row  # not above: `moejax --help` need not wait for pydantic
 
@@ -101,35 +101,27 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
         except (yaml.YAMLError, RecursionError, ValueError):
             read = value  # fits nothing
         wanted = getattr(sizes, name)
-        read = tuple(dict.fromkeys(map(_hashable, read))) if isinstance(read, list) else read  # what is given twice is run once
-        if not _fits(name, read, wanted):
-            raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}")
+        try:
+            read = _kind(name, isinstance(wanted, tuple)).validate_python(read)
+        except ValidationError:
+            raise UserError(f"override {text!r}: expected a value like {list(wanted) if isinstance(wanted, tuple) else wanted}") from None
+        read = tuple(dict.fromkeys(read)) if isinstance(read, list) else read  # what is given twice is run once
         if name in ("pack_row_tokens", "breakdown_tokens", "lengths", "dense_lengths") and read is not None:
             read = tuple(dict.fromkeys(map(whole_row, read))) if isinstance(read, tuple) else whole_row(read)
         changes[name] = read
     return replace(sizes, **changes), rest
 
 
-def _hashable(value: Any) -> Any:
-    return repr(value) if isinstance(value, dict | list) else value
+def _kind(name: str, several: bool) -> Any:
+    """What a size must be, as pydantic checks it."""
+    from pydantic import Field, TypeAdapter
 
-
-def _fits(name: str, value: Any, like: Any) -> bool:
-    """Whether a value can stand for this size."""
-    if name == "pack_row_tokens" and value is None:
-        return True
-    one: Callable[[Any], bool] = {
-        "routings": ("sparse", "dense").__contains__, "batches": _is_batch, "packed": _is_batch,
-    }.get(name, lambda v: type(v) is int and v >= 1)  # fmt: skip
-    if not isinstance(like, tuple):
-        return one(value)
-    return isinstance(value, tuple) and (bool(value) or name in ("lengths", "dense_lengths")) and all(map(one, value))
-
-
-def _is_batch(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == "largest" or bool(re.fullmatch(r"1/[1-9][0-9]*", value))
-    return type(value) is int and value >= 1
+    count = Annotated[int, Field(strict=True, ge=1)]
+    batch = count | Annotated[str, Field(pattern=r"^(largest|1/[1-9][0-9]*)$")]
+    kinds: dict[str, Any] = {"routings": Literal["sparse", "dense"], "batches": batch, "packed": batch, "pack_row_tokens": count | None}
+    one = kinds.get(name, count)
+    least = 0 if name in ("lengths", "dense_lengths") else 1
+    return TypeAdapter(Annotated[list[one], Field(strict=True, min_length=least)] if several else one)  # type: ignore[valid-type]
 
 
 def queries_of(batch: Batch, largest: int) -> int:
@@ -139,12 +131,11 @@ def queries_of(batch: Batch, largest: int) -> int:
 
 def parse_bytes(text: str) -> int:
     """`2GB`, `500MB`, `16GiB` or plain bytes. Raises UserError."""
-    units = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    number = text.strip().rstrip("kKmMgGtTiIbB")
-    unit = text.strip()[len(number) :].lower()
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
-        found = int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
+        found = int(TypeAdapter(ByteSize).validate_python(text))
+    except (ValidationError, OverflowError):
         found = 0
     if found < 1:
         raise UserError(f"--memory-limit {text}: expected bytes, e.g. 2GB, 500MB or 16GiB")

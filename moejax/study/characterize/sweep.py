@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from moejax.errors import UserError
@@ -128,8 +129,8 @@ class Sweep:
     def left_seconds(self, waiting: list[Task]) -> float:
         """What these will take, by the plan and by how it held so far."""
         expected = {p.trial: p.expected_seconds for p in self.content.plan}
-        ran = [(r.seconds, expected[name]) for name, r in self.done.items() if r.status == "done" and r.seconds and r.seconds > 1]
-        return plan.pace(ran) * sum(expected[t.name] for t in waiting)
+        pace = [r.seconds / expected[name] for name, r in self.done.items() if r.status == "done" and r.seconds and r.seconds > 1]
+        return (median(pace) if pace else 1.0) * sum(expected[t.name] for t in waiting)
 
     def run(self, told: Callable[[Task, Result | None, float], None]) -> None:
         """Every waiting trial in turn. told(task, None, seconds left) before one, told(task, result, seconds left) after it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from moejax.errors import UserError
 from moejax.estimator.equations import Equation2, FloatArray, Form, fit_equation2
 from moejax.study import reference
 
@@ -42,11 +41,3 @@ def rmse_as_printed(curve: reference.Curve) -> float:
         dense = dense[:1]
     predicted[dense] = without_exponent[dense]
     return float(np.sqrt(np.mean((predicted - rate) ** 2)))
-
-
-def usd(queries: float, epochs: float, queries_per_second: float, usd_per_hour: float) -> float:
-    """Dollars of a run, as Table IV computes them."""
-    for name, value in (("queries", queries), ("epochs", epochs), ("queries per second", queries_per_second)):
-        if not value > 0:
-            raise UserError(f"{name} = {value:g}: expected more than 0")
-    return queries * epochs / queries_per_second / 3600 * usd_per_hour

@@ -38,8 +38,8 @@ class Section:
 _TEXT = tomllib.loads(resources.files(__package__).joinpath("reproduce.toml").read_text("utf-8"))
 
 
-def _section(key: str, rows: Sequence[tuple[Any, ...]], **numbers: float) -> Section:
-    """numbers: those that its notes name."""
+def section(key: str, rows: Sequence[tuple[Any, ...]], **numbers: float) -> Section:
+    """With its title, columns and notes; numbers: those that the notes name."""
     text = _TEXT[key]
     return Section(key, text["title"], tuple(text["columns"]), tuple(rows), tuple(note.format(**numbers) for note in text["notes"]))
 
@@ -65,7 +65,7 @@ def table_3() -> Section:
         rows.append(
             (cell.model, cell.dataset, cell.kind, cell.printed, cell.swept, batch["printed"], batch.get("artifact"), best - cell.printed)
         )
-    return _section("table_3", rows)
+    return section("table_3", rows)
 
 
 def figure_13() -> Section:
@@ -80,7 +80,7 @@ def figure_13() -> Section:
             for pairs in (figure.artifact, figure.printed)
         ]
         rows.append((gb, what, batch, *raw, raw[0] - batch))
-    return _section("figure_13", rows)
+    return section("figure_13", rows)
 
 
 def figures_14_15() -> Section:
@@ -94,26 +94,25 @@ def figures_14_15() -> Section:
              paper.rmse(curve, printed), fitted.c2, fitted.c3, fitted.c4)
         )  # fmt: skip
     same = sum(round(row[2], 2) == row[1] for row in rows)
-    return _section("figures_14_15", rows, same=same, curves=len(rows))
+    return section("figures_14_15", rows, same=same, curves=len(rows))
 
 
 TABLE_4_CURVES = {"A40": "a40/mixtral/math_14k", "A100": "a100-80gb/mixtral", "H100": "h100-80gb/mixtral"}
 
 
 def table_4() -> Section:
-    """Dollars of 10 epochs from the curves' last points."""
+    """Dollars of 10 epochs from the curves' last points: of the queries that give what is printed, and of those that the text names."""
     by_name = {c.name: c for c in reference.curves()}
+    priced = reference.cost_table()
+    cases = [(*by_name[TABLE_4_CURVES[row.gpu]].kind("sparse")[-1], row, row.usd, (15000, 14000)) for row in priced]
+    h100 = priced[-1]
+    openorca = (None, h100.queries_per_second, h100, reference.raw()["table4_cost"]["openorca"]["usd"], (2.91e6, 2e6))
     rows: list[tuple[Any, ...]] = []
-    for row in reference.cost_table():
-        batch, rate = by_name[TABLE_4_CURVES[row.gpu]].kind("sparse")[-1]
-        dollars = [paper.usd(queries, 10, rate, row.usd_per_hour) for queries in (15000, 14000)]
-        rows.append((f"{row.gpu}, batch {batch}", rate, row.usd_per_hour, row.usd, dollars[0], dollars[0] - row.usd, dollars[1]))
-    orca = reference.raw()["table4_cost"]["openorca"]
-    h100 = reference.cost_table()[-1]
-    dollars = [paper.usd(queries, 10, h100.queries_per_second, h100.usd_per_hour) for queries in (2.91e6, 2e6)]
-    printed = orca["usd"]
-    rows.append(("H100, OpenOrca", h100.queries_per_second, h100.usd_per_hour, printed, dollars[0], dollars[0] - printed, dollars[1]))
-    return _section("table_4", rows)
+    for batch, rate, row, printed, queries in (*cases, openorca):
+        usd = [count * 10 / rate / 3600 * row.usd_per_hour for count in queries]
+        what = f"{row.gpu}, {'OpenOrca' if batch is None else f'batch {batch}'}"
+        rows.append((what, rate, row.usd_per_hour, printed, usd[0], usd[0] - printed, usd[1]))
+    return section("table_4", rows)
 
 
 def paper_larger_half(curve: reference.Curve, data: curves.Observations) -> float:
@@ -145,10 +144,10 @@ def our_model() -> Section:
     inside, total = curves.coverage()
     held = bars([dict(zip(_TEXT["our_model"]["columns"], row, strict=True)) for row in rows])
     limits = {"ratio_bar": RATIO_BAR, "four_bar": RATIO_FOUR_BAR, "half_bar": LARGER_HALF_BAR}
-    return _section("our_model", rows, inside=inside, total=total, **limits, **held)
+    return section("our_model", rows, inside=inside, total=total, **limits, **held)
 
 
 def transfers() -> Section:
     """The A40's coefficients on the other GPUs' curves, by data-sheet figures alone."""
     rows = [(name, rule, 100 * size, 100 * signed) for (name, rule), (size, signed) in curves.transfer_errors().items()]
-    return _section("transfers", rows)
+    return section("transfers", rows)

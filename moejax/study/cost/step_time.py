@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moejax.errors import UserError
 from moejax.estimator.coefficients import Entry
 from moejax.estimator.least_squares import FloatArray, fit_seconds, resampled
 from moejax.estimator.roofline import STUDY_MODELS
@@ -37,11 +36,6 @@ class Observations:
     tokens: FloatArray  # computed by the step, padding included
     share: FloatArray  # k/E
     seconds: FloatArray
-
-    def __post_init__(self) -> None:
-        for what in ("queries", "tokens", "share", "seconds"):
-            if not (getattr(self, what) > 0).all():
-                raise UserError(f"{self.name}: {what} of every measured step must be above 0")
 
     def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Observations:
         """These points only."""

@@ -14,6 +14,7 @@ from moejax.estimator import lengths, memory, sizes
 from moejax.gpus import GPUS
 from moejax.study import reference
 from moejax.study.cost.curves import FIGURE_15_DATASET, GPU_NAMES
+from moejax.study.cost.reproduce import section
 from moejax.training import oracle
 
 
@@ -84,18 +85,12 @@ def run(options: argparse.Namespace) -> int:
             (cell.gpu, cell.model, cell.kind, cell.dataset, cell.row_tokens, cell.study, found.rows, held,
              None if found.peak is None else found.peak / 1e9, found.next_peak / 1e9, closed_gb, by, len(found.tried))
         )  # fmt: skip
-    columns = ("GPU", "model", "kind", "data set", "row", "study", "ours", "at least",
-               "peak GB", "one more", "closed form GB", "by", "asked")  # fmt: skip
+    table = section("largest_batches", rows, fraction=fraction)
     if options.json:
-        cells = [dict(zip(columns, row, strict=True)) for row in rows]
-        print_json({"what": "Table III beside ours", "memory_fraction": fraction, "versions": installation.versions(), "cells": cells})
+        about = {"what": "Table III beside ours", "memory_fraction": fraction, "versions": installation.versions()}
+        print_json(about | {"cells": table.records()})
     else:
-        notes = [
-            "queries padded to the longest row (commonsense 512 tokens, MATH cut at 1024), one a row: the study's padding at its worst",
-            "study: Table III (A40), the ends of Figure 15's curves (MATH), Figure 13's measured points (commonsense, sparse); - not run",
-            f"ours fits in {fraction:.0%} of the memory; peak: with so many queries, and with one more; asked: batch sizes looked at",
-        ]
-        show_table("Table III beside ours: largest batch, queries", columns, rows, notes)
+        show_table(table.title, table.columns, table.rows, table.notes)
     return 0 if all(row[7] != "NO" for row in rows) else 1
 
 

@@ -70,15 +70,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """How many queries have how many tokens (GPT-NeoX's tokenizer; figure data), and the median that the paper prints."""
-
-    lengths: tuple[int, ...]
-    counts: tuple[int, ...]
-    printed_median: int
-
-
-@dataclass(frozen=True)
 class MaxBatch:
     """Table III: the largest batch on an A40 of 48 GB. `swept`: the largest that the artifact's sweeps hold."""
 
@@ -203,11 +194,10 @@ def sequence_length_sensitivity(quantity: Literal["latency_seconds", "sm_percent
     return Table(f"sequence length, {quantity}", tuple(rows))
 
 
-def length_histogram(dataset: str) -> Histogram:
-    """Figure 2's histogram of "commonsense_15k" or "math_14k". Raises KeyError for another data set: the study drew none."""
-    pairs = raw()["fig2_sequence_length_histogram"][dataset]
-    lengths, counts = zip(*pairs, strict=True)
-    return Histogram(lengths, counts, raw()["table2_datasets"][dataset]["median_seq_len"])
+def length_histogram(dataset: str) -> list[list[int]]:
+    """Figure 2 (figure data): [tokens by GPT-NeoX's tokenizer, how many queries have so many] of "commonsense_15k" or "math_14k". Raises
+    KeyError for another data set: the study drew none."""
+    return raw()["fig2_sequence_length_histogram"][dataset]
 
 
 def max_batches() -> tuple[MaxBatch, ...]:
@@ -238,7 +228,7 @@ def max_batch_figure() -> Equation1:
 @cache
 def curves() -> tuple[Curve, ...]:
     """The seven curves of Figures 14 and 15, in the paper's order."""
-    rmse = printed_rmse()
+    rmse = raw()["fig14_fig15_printed_rmse"]
     found = []
     for name, group in raw()["fig14_fig15_throughput"].items():
         gpu, model, *dataset = name.split("/")
@@ -250,11 +240,6 @@ def curves() -> tuple[Curve, ...]:
         data = dataset[0] if dataset else None
         found.append(Curve(name, gpu, model, data, group["artifact_exponent_c3"], rmse[name], tuple(points)))
     return tuple(found)
-
-
-def printed_rmse() -> dict[str, float]:
-    """Curve -> the RMSE in queries per second that Figures 14 and 15 print."""
-    return raw()["fig14_fig15_printed_rmse"]
 
 
 COSTED = "mixtral"

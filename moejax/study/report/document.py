@@ -123,6 +123,7 @@ def _put(grid: Grid, spec: Spec, setting: str, source: Source | None, rows: list
     for row in rows:
         if uncounted is not None and (row.scope not in uncounted or (source is None and row.scope == published.BACKWARD)):
             wholes[row.routing, row.batch] = wholes.get((row.routing, row.batch), 0.0) + row.value
+    sized: set[str] = set()
     places = [*_ORDER.get(spec.experiment, ()), *dict.fromkeys(r.scope for r in rows)]
     for row in sorted(rows, key=lambda r: [_rank(spec, r, key, places) for key in (*spec.group, *spec.line)]):
         parts = _parts(spec, row, rows)
@@ -134,8 +135,12 @@ def _put(grid: Grid, spec: Spec, setting: str, source: Source | None, rows: list
             share = row.value / whole
             numbers.append(Number(rounded(share, "share"), repr(share), "derived", bar=None if row.trial == "derived" else share))
         group = ", ".join(filter(None, (setting, group)))
-        if source is not None or alone or group in grid.cells:
-            grid.put(group, line, source, *numbers, study="" if alone else study)
+        if source is None and not alone and group not in grid.cells:
+            continue
+        if "role" in spec.group and row.batch is not None and group not in sized:
+            sized.add(group)
+            grid.put(group, "batch, queries", source, Number(f"{row.batch:g}", repr(row.batch), "derived"))
+        grid.put(group, line, source, *numbers, study="" if alone else study)
 
 
 def _rank(spec: Spec, row: Row, key: str, scopes: list[str]) -> float:

@@ -80,8 +80,3 @@ def test_one_point_for_two_coefficients():
     one = np.array([1.0])
     with pytest.raises(UserError, match="1 missing"):
         fit_equation2("fitted", one, one, one, 1.8)
-
-
-def test_dollars_of_nothing():
-    with pytest.raises(UserError, match="queries per second = 0"):
-        paper.usd(100, 1, 0, 2.0)
