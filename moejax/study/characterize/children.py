@@ -72,10 +72,9 @@ def _ended(code: int, log: Path) -> Result:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("error: ")[:300] if lines else "it wrote nothing"
     if code == -signal.SIGKILL:
-        told = f"{HOST_MEMORY}: killed by SIGKILL, as the kernel does then (or was it ended by hand?)"
-        return Result("out_of_memory", told, retry=True)
+        return Result("failed", f"{HOST_MEMORY}: killed by SIGKILL, as the kernel does then (or was it ended by hand?)")
     if "std::bad_alloc" in last:
-        return Result("out_of_memory", f"{HOST_MEMORY}: {last}", retry=True)
+        return Result("failed", f"{HOST_MEMORY}: {last}")
     return Result("failed", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {last}")
 
 

@@ -19,9 +19,7 @@ HOST_MEMORY = "out of memory on the host"
 @dataclass
 class Result:
     """Rows, facts (plain JSON data that other trials compute with) and a remark. seconds: of the whole process; None: it did not run.
-
-    retry: it ran out of the host's memory, which others use too.
-    """
+    Out of the host's memory, which others use too, is `failed`."""
 
     status: Literal["done", "out_of_memory", "failed"] = "done"
     message: str | None = None
@@ -29,17 +27,16 @@ class Result:
     command: str = ""
     rows: list[Row] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    retry: bool = False
 
     @property
     def final(self) -> bool:
         """Whether it need not run again: a failed one does."""
-        return self.status in ("done", "out_of_memory") and not self.retry
+        return self.status != "failed"
 
     def waits(self, name: str) -> Result:
         """Of a trial that waits for this one, NAME, which gave nothing: it is not run, and tried again when this one is."""
         status: Literal["failed", "out_of_memory"] = "failed" if self.status == "failed" else "out_of_memory"
-        return Result(status, f"not run: {name}: {self.message}", retry=self.retry)
+        return Result(status, f"not run: {name}: {self.message}")
 
 
 _RESULT = TypeAdapter(Result)

@@ -197,7 +197,7 @@ class Sweep:
             return Result("failed", f"{failed.args[0]} rows: {attempts[failed.args[0]].message}", _sum(attempts))
         message = f"{low} ran; {high}: {attempts[high].message}"
         if not low:
-            return Result("out_of_memory", f"not one query ran: {message}", _sum(attempts), retry=attempts[high].retry)
+            return Result("out_of_memory", f"not one query ran: {message}", _sum(attempts))
         s, facts = task.setting, attempts[low].facts
         values = [("proved_batch", low, "queries"), ("failed_batch", high, "queries"), ("peak_bytes", facts["peak_bytes"], "bytes")]
         rows = [

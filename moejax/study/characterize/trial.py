@@ -98,7 +98,7 @@ def _measured(task: plan.Task, parts: study.Study, found: results.Study, rows: i
     except OutOfMemory as error:
         return Result("out_of_memory", str(error))
     except MemoryError as error:
-        return Result("out_of_memory", f"{HOST_MEMORY}: MemoryError{f': {error}' if str(error) else ''}", retry=True)
+        return Result("failed", f"{HOST_MEMORY}: MemoryError{f': {error}' if str(error) else ''}")
     except (jax.errors.JaxRuntimeError, UserError) as error:  # the latter of a compile that failed
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -178,8 +178,8 @@ def test_out_of_the_hosts_memory_is_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "prepare_jax", lambda device: None)  # of this process, which is the tests'
     assert trial.run(tmp_path / "out", name, None) == 0
     left = result.read(result.path_of(tmp_path / "out", name))
-    assert (left.status, left.message) == ("out_of_memory", "out of memory on the host: MemoryError: Unable to allocate 47 GiB")
-    assert left.retry and not left.final and left.command.endswith(f"/out {name}")
+    assert (left.status, left.message) == ("failed", "out of memory on the host: MemoryError: Unable to allocate 47 GiB")
+    assert not left.final and left.command.endswith(f"/out {name}")
 
 
 def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):

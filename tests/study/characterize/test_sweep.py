@@ -68,8 +68,8 @@ def test_nothing_finished_runs_again(open_sweep, ran):
     [
         ("crash", "failed", "exit code 1: RuntimeError: no luck today"),
         ("abort", "failed", "killed by SIGABRT"),
-        ("die", "out_of_memory", "out of memory on the host: killed by SIGKILL"),
-        ("bad_alloc", "out_of_memory", "out of memory on the host: terminate called after throwing"),
+        ("die", "failed", "out of memory on the host: killed by SIGKILL"),
+        ("bad_alloc", "failed", "out of memory on the host: terminate called after throwing"),
     ],
 )
 def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_path, what, status, told):
@@ -92,7 +92,7 @@ def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_pat
 def test_what_waits_for_a_trial_that_the_host_had_no_memory_for_is_tried_again_with_it(open_sweep, ran):
     sweep = open_sweep({PREDICT: "die"})
     ended = dict(run(sweep))
-    assert ended[PROVE] == ended[PACKED] == "out_of_memory" and "out of memory on the host" in sweep.done[PACKED].message
+    assert ended[PROVE] == ended[PACKED] == "failed" and "out of memory on the host" in sweep.done[PACKED].message
     close(sweep)
     sweep = open_sweep()
     assert set(dict(run(sweep)).values()) == {"done"} and PACKED in ran()
