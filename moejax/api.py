@@ -103,7 +103,7 @@ class LanguageModel:
             raise UserError("records: expected texts, or records with an instruction and an output, at least one and all of one kind")
         data = DataConfig.model_validate({"batching": "fixed", "template": "text" if texts[0] else self.template})
         found = [judged("records", i, {"text": r} if isinstance(r, str) else dict(r), data) for i, r in enumerate(records)]
-        queries = tokenize(found, self.tokenizer, data.template, max_length, "records").queries
+        queries = tokenize(found, self.tokenizer, "text" if texts[0] else self.template, max_length, "records").queries
         return assemble([[query] for query in queries], len(queries), whole_row(max(len(query.ids) for query in queries)))
 
     def save_adapter(self, folder: str | Path, *, fused: bool = False) -> None:

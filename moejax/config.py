@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -196,6 +197,12 @@ class FieldNames(_Section):
     text: str = "text"
 
 
+class TrainOn(_Section):
+    """What of a conversation the loss is on: every answer of the assistant, or the last one alone."""
+
+    last_turn: bool = False
+
+
 class DataConfig(_Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
@@ -208,7 +215,21 @@ class DataConfig(_Section):
     records: Positive | None = Field(None, description="declared number of records, checked after loading")
     bytes: Positive | None = Field(None, description="declared file size, checked")
     sha256: str | None = Field(None, description="declared hash of the file, checked")
-    template: Literal["mistral", "alpaca", "chat", "text"] = "mistral"
+    template: Literal["mistral", "alpaca", "chat", "chatml", "text"] | None = Field(
+        None, description="null: mistral for questions and answers, chat (the tokenizer's own) for conversations; the run keeps which"
+    )
+    template_args: dict[str, Any] = Field(
+        default_factory=dict, description="what the chat template is given besides the messages: {enable_thinking: false}"
+    )
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        None, description="the day that a chat template takes for today; null: the run's first, which it keeps"
+    )
+    turns: Literal["auto", "whole", "split", "last"] = Field(
+        "auto",
+        description="of a conversation: auto: one query where all answers stand in it as at use, else one for each answer; whole: always "
+        "one; split: one for each answer; last: one, of the last answer",
+    )
+    train_on: TrainOn = TrainOn()
     max_length: Positive = Field(1024, description="a longer query is cut, and counted")
     batching: Literal["pack", "pad_longest", "pad_bucket", "fixed"] = "pack"
     row_tokens: Positive = Field(2048, description=f"tokens that a row holds for pack and fixed, {_PADDED}")
@@ -230,6 +251,8 @@ class DataConfig(_Section):
             )
         if self.batching == "pad_bucket" and (not self.buckets or max(self.buckets) < self.max_length):
             raise ValueError(f"buckets = {list(self.buckets)}: the largest must be at least max_length = {self.max_length}")
+        if self.template_date is not None:
+            datetime.date.fromisoformat(self.template_date)
         if self.holdout and self.eval_source is not None:
             raise ValueError("holdout and eval_source exclude each other")
         return self

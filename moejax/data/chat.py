@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from moejax import installation
 from moejax.errors import UserError, first_line
 
+if TYPE_CHECKING:
+    from moejax.data.chat_template import ChatTemplate
+
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _QUESTION, _ANSWER = "a question", "an answer"  # texts to see what a template writes around them
 
 
@@ -53,20 +64,95 @@ def _named(tokenizer: Any, where: str) -> str:
     return f"data.template = chat: the chat template of {name}{f', {where}' if where else ''}"
 
 
-def applied(tokenizer: Any, messages: list[dict[str, str]], ask: bool, where: str = "") -> str:
-    """What the template writes of messages; ask: with the beginning of an assistant's turn. Raises UserError as `rendered` does."""
+_NONE = (
+    "data.template = chat: this tokenizer has no chat template: use data.template = mistral, alpaca (questions and answers alone) or "
+    "chatml (a tokenizer that has its tokens), or another tokenizer"
+)
+_ONE = (
+    "It must take a user's message, and an assistant's after it; use data.template = mistral or alpaca, or another chat template"
+)
+
+
+class _Settled(NamedTuple):
+    """What else a tokenizer's template is rendered with: data.template_args, data.template_date."""
+
+    variables: dict[str, Any]
+    day: datetime.date | None
+
+
+_SETTLED: WeakKeyDictionary[Any, _Settled] = WeakKeyDictionary()
+
+
+def settle(tokenizer: Any, template: str, variables: dict[str, Any], date: str | None) -> None:
+    """From now on this tokenizer's template is rendered with these variables and this day as today (None: today), for training and for
+    use alike. template: `chatml` gives the tokenizer that one. Raises UserError where it lacks ChatML's tokens."""
+    if template == "chatml":
+        added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
+        lacking = [token for token in _CHATML_TOKENS if token not in added]
+        if lacking:
+            raise UserError(
+                f"data.template = chatml: this tokenizer has no token {' and no '.join(lacking)}, and spelt out as text they would be no "
+                "marks: use data.template = mistral, or the model's chat variant, whose tokenizer has a template of its own"
+            )
+        tokenizer.chat_template = CHATML
+    _SETTLED[tokenizer] = _Settled(variables, datetime.date.fromisoformat(date) if date else None)
+
+
+def template_of(tokenizer: Any, tools: Sequence[Any] | None = None) -> ChatTemplate:
+    """The tokenizer's chat template, compiled. Raises UserError where there is none, jinja2's errors, and ValueError for several of which
+    none is the default."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.template = chat: this tokenizer has no chat template; use mistral or alpaca, or another tokenizer")
+        raise UserError(_NONE)
+    from moejax.data.chat_template import compiled
+
+    settled = _SETTLED.get(tokenizer)
+    day = None if settled is None else settled.day
+    return compiled(tokenizer.get_chat_template(None, tools), day or datetime.date.today())
+
+
+def applied(tokenizer: Any, messages: Sequence[Any], ask: bool, where: str = "", advice: str = _ONE) -> str:
+    """What the template writes of messages; ask: with the beginning of an assistant's turn. Raises UserError as `rendered` does."""
+    return marked(tokenizer, messages, ask, None, where, advice)[0]
+
+
+def marked(
+    tokenizer: Any, messages: Sequence[Any], ask: bool, tools: Sequence[Any] | None, where: str = "", advice: str = _ONE
+) -> tuple[str, list[tuple[int, int]]]:
+    """The same with tools, and where in the text the assistant's parts are, if the template says so by `{% generation %}`."""
+    settled = _SETTLED.get(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        template = template_of(tokenizer, tools)
+        variables = {**tokenizer.special_tokens_map, **({} if settled is None else settled.variables), "tools": tools}
+        return template.marked(messages, ask, **variables)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"data.template = chat needs jinja2 ({first_line(error)}): {installation.for_packages(['jinja2'])}") from None
     except Exception as error:
         line = f", its line {error.lineno}" if getattr(error, "lineno", None) else ""  # type: ignore[attr-defined]
         raise UserError(
-            f"{_named(tokenizer, where)} could not be rendered{line} ({type(error).__name__}: {first_line(error)}). It must take "
-            "a user's message, and an assistant's after it; use data.template = mistral or alpaca, or another chat template"
+            f"{_named(tokenizer, where)} could not be rendered{line} ({type(error).__name__}: {first_line(error)}). {advice}"
         ) from error
+
+
+def gives_spans(tokenizer: Any, tools: Sequence[Any] | None = None) -> bool:
+    """Whether the template says by `{% generation %}` what the assistant's part is."""
+    return template_of(tokenizer, tools).generation
+
+
+def asks_date(tokenizer: Any) -> bool:
+    """Whether the template writes today's date."""
+    try:
+        return bool(getattr(tokenizer, "chat_template", None)) and template_of(tokenizer).dated
+    except Exception:  # noqa: BLE001  (a broken template is reported with the record that it is rendered for)
+        return False
+
+
+def spelled(tokenizer: Any) -> re.Pattern[str]:
+    """What the template may look for in a message: its own constants, but for words."""
+    found = template_of(tokenizer).constants
+    marks = sorted(text for text in found if len(text) > 2 and re.search(r"[^\w\s]", text))
+    return re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
 
 def literals(tokenizer: Any) -> str:

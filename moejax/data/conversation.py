@@ -120,15 +120,15 @@ def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]
     role = _ROLE.get(said, said)
     if role not in ROLES:
         raise UserError(f"{where}: the role {said!r} is unknown: expected {', '.join(ROLES)} (or ShareGPT's human, gpt, …)")
-    content = _content(given.get("content", given.get("value")), where)
+    content = given.get("content", given.get("value"))
     made: Message = {"role": role}
     if said in _CALLS:
-        made |= {"content": "", "tool_calls": _calls(content, where)}
-    else:
-        made["content"] = content
+        made["tool_calls"] = _calls(_content(content, where), where)
+    elif content is not None:  # else the key is missing, as `transformers` has it: templates know that case
+        made["content"] = _content(content, where)
     thinking = next((given[name] for name in _THINKING if given.get(name)), None)
     if thinking is not None:
-        made["reasoning_content"] = _content(thinking, where)
+        made |= dict.fromkeys(("reasoning_content", "thinking"), _content(thinking, where))  # the names that templates ask for
     if given.get("tool_calls"):
         made["tool_calls"] = _calls(given["tool_calls"], where)
     elif isinstance(given.get("function_call"), dict):  # OpenAI's older form
@@ -139,8 +139,6 @@ def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]
 
 def _content(value: Any, where: str) -> str:
     """A message's text; of a list of parts the texts, joined. Raises UserError for a part that is no text."""
-    if value is None:
-        return ""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -168,11 +166,10 @@ def _calls(value: Any, where: str) -> list[Any]:
         arguments = function.get("arguments", function.get("parameters"))
         if isinstance(arguments, str):
             arguments = _json(arguments, f"{where}: the arguments of {function['name']!r}") if arguments.strip() else {}
-        filled = {} if arguments is None else arguments
-        if isinstance(filled, dict):
+        elif isinstance(arguments, dict):
             # Parquet gives all calls of a file the same keys, and null to those that a call does not have.
-            filled = {key: argument for key, argument in filled.items() if argument is not None}
-        made = {"type": "function", "function": {"name": function["name"], "arguments": filled}}
+            arguments = {key: argument for key, argument in arguments.items() if argument is not None}
+        made = {"type": "function", "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}}
         if isinstance(call.get("id"), str):
             made["id"] = call["id"]
         calls.append(made)

@@ -28,13 +28,13 @@ def ends_of(tokenizer: Any, template: str, folder: Path | None = None) -> Ends:
         try:
             end = chat.end_of_turn(tokenizer)
         except UserError:
-            if template == "chat":
+            if template in ("chat", "chatml"):
                 raise
             end = ""
         token = text_tokens(tokenizer).control_at(end) if end else None
         if token is not None:
-            ids.insert(0 if template == "chat" else 1, tokenizer.convert_tokens_to_ids(token))
-        elif template == "chat":
+            ids.insert(0 if template in ("chat", "chatml") else 1, tokenizer.convert_tokens_to_ids(token))
+        elif template in ("chat", "chatml"):
             text = end
     for name in ("generation_config.json", "config.json"):
         ids += _named(folder / name) if folder is not None else []

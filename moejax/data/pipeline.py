@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +11,11 @@ import numpy as np
 
 from moejax.config import DataConfig
 from moejax.contents import records_content
+from moejax.data import chat
 from moejax.data.batching import Batches, GivenBatches, synthetic
 from moejax.data.records import Record
 from moejax.data.sources import load_records
+from moejax.data.supervision import TalkOptions
 from moejax.data.tokenize import Tokenized, tokenize
 from moejax.errors import UserError
 from moejax.progress import Table
@@ -28,6 +32,7 @@ class Dataset:
     tokenized: Tokenized
     source: str
     held_out_dropped: int = 0
+    config: DataConfig | None = None  # with the template and the day in the place of null
     contents: dict[str, str] = field(default_factory=dict)  # "data", "evaluation": hash of the records
 
     def statistics(self) -> dict[str, float]:
@@ -35,9 +40,11 @@ class Dataset:
         lengths = np.array([len(q.ids) for q in self.tokenized.queries])
         return {
             "records": self.tokenized.records,
+            **self._talks(),
             "dropped": self.tokenized.dropped,
             "  blank answers": self.tokenized.blank_answers,
             "  blank questions": self.tokenized.blank_questions,
+            **({"  without an answer": len(self.tokenized.talks.unanswered)} if self.tokenized.talks else {}),
             "  answers cut off": self.tokenized.cut_off,
             "cut": self.tokenized.cut,
             "with control tokens": self.tokenized.marked,
@@ -53,6 +60,14 @@ class Dataset:
             "padding": self.train.waste(),
         }
 
+    def _talks(self) -> dict[str, float]:
+        """Of conversations, where there are any."""
+        talks = self.tokenized.talks
+        if talks is None:
+            return {}
+        counts: dict[str, float] = {"  conversations": talks.conversations, "  answers trained on": talks.answers}
+        return counts | ({"  a query an answer": talks.split, "  extra tokens": talks.extra_tokens} if talks.split else {})
+
     def table(self) -> Table:
         def text(name: str, value: float) -> str:
             return f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
@@ -65,7 +80,7 @@ class Dataset:
 
     def notes(self) -> list[str]:
         """What a user should know beside the table."""
-        t, found = self.tokenized, []
+        t, found = self.tokenized, self.tokenized.talks.notes() if self.tokenized.talks else []
         if t.first_marked is not None:
             index, mark = t.first_marked
             kept = "as tokens: data.template = text takes its records as they are written" if t.as_written else "as text"
@@ -93,12 +108,31 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
     contents = {"data": records_content(records if config.eval_source else [*records, *held_out])}
     if config.eval_source is not None:
         contents["evaluation"] = records_content(held_out)
-    train = tokenize(records, tokenizer, config.template, _limit(config), config.source)
-    evaluation = None
+    config = settled(config, records, tokenizer)
+    train = _tokenized(config, records, tokenizer, str(config.source))
+    evaluation, dropped = None, 0
     if held_out:
-        evaluation = in_order(config, held_out, tokenizer, seed, config.eval_source or config.source, len(records) if config.holdout else 0)
-    dropped = 0 if evaluation is None else len(held_out) - len(evaluation.queries)
-    return Dataset(Batches(train.queries, config, seed), evaluation, train, config.source, dropped, contents)
+        source = config.eval_source or str(config.source)
+        judged = _tokenized(config, held_out, tokenizer, source, len(records) if config.holdout else 0)
+        evaluation, dropped = Batches(judged.queries, config, seed, shuffle=False), judged.dropped
+    return Dataset(Batches(train.queries, config, seed), evaluation, train, str(config.source), dropped, config, contents)
+
+
+def settled(config: DataConfig, records: Sequence[Record], tokenizer: Any) -> DataConfig:
+    """The config with a template in the place of null, and the day where the chat template asks for it; the tokenizer's chat template is
+    rendered with them from now on."""
+    template = config.template or ("chat" if any("conversation" in record for record in records) else "mistral")
+    chat.settle(tokenizer, template, config.template_args, config.template_date)
+    date = config.template_date
+    if date is None and template in ("chat", "chatml") and chat.asks_date(tokenizer):
+        date = datetime.date.today().isoformat()
+        chat.settle(tokenizer, template, config.template_args, date)
+    return config.model_copy(update={"template": template, "template_date": date})
+
+
+def _tokenized(config: DataConfig, records: Sequence[Record], tokenizer: Any, source: str, first: int = 0) -> Tokenized:
+    options = TalkOptions(config.turns, config.train_on.last_turn)
+    return tokenize(records, tokenizer, config.template or "mistral", _limit(config), source, first, options)
 
 
 def read(config: DataConfig) -> tuple[list[Record], list[Record]]:
@@ -116,8 +150,7 @@ def in_order(
     config: DataConfig, records: list[Record], tokenizer: Any, seed: int, source: str = "the held-out data", first: int = 0
 ) -> Batches:
     """Batches of these records as the config's training would make them, but in their own order. source, first: as in `tokenize`."""
-    queries = tokenize(records, tokenizer, config.template, _limit(config), source, first).queries
-    return Batches(queries, config, seed, shuffle=False)
+    return Batches(_tokenized(config, records, tokenizer, source, first).queries, config, seed, shuffle=False)
 
 
 def _limit(config: DataConfig) -> int:

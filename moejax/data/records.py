@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moejax.config import DataConfig
+from moejax.data.conversation import read
 from moejax.data.parsing import Repeated
 from moejax.errors import UserError
 
@@ -19,7 +20,8 @@ _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a 
 
 
 def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
-    """Record number `index` (from 0) of the source `name` with the keys instruction, input, output and answer, or text.
+    """Record number `index` (from 0) of the source `name` with the keys instruction, input, output and answer, or text, or
+    conversation.
 
     answer: as it stands, or None. Raises UserError that names source, record and field.
     """
@@ -28,9 +30,12 @@ def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
         raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}")
     f = config.fields
     advice = "; data.fields='{instruction: QUESTIONS, output: ANSWERS}' names other columns"
-    talk = next((key for key in ("messages", "conversations", "conversation") if isinstance(record.get(key), list)), None)
+    talk = None if _question(f.instruction, f.output, record) or config.template == "text" else read(record, where)
     if talk is not None:
-        advice = f": {talk!r} is a chat; write each answer to learn as a record, {{instruction: …, output: …}} (docs/training.md)"
+        for number, message in enumerate(talk.messages):
+            for text in texts_in(message, 9):
+                unicode(f"{where}, message {number}", text)
+        return {"conversation": talk, "answer": record.get("answer")}
     if config.template == "text":
         return {"text": text_of(where, record, f.text, advice)}
     output = text_of(where, record, f.output, advice)
@@ -40,6 +45,11 @@ def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
         "output": output,
         "answer": record.get("answer"),
     }
+
+
+def _question(question: str, answer: str, record: Record) -> bool:
+    """Whether a record has both as texts: then it is a question and its answer, whatever else it has."""
+    return isinstance(record.get(question), str) and isinstance(record.get(answer), str)
 
 
 def text_of(where: str, record: Record, field: str, advice: str = "") -> str:

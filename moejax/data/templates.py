@@ -17,7 +17,7 @@ def render(template: str, record: Record, tokenizer: Any, where: str = "") -> tu
     """
     if template == "text":
         return "", record["text"]
-    if template == "chat":
+    if template in ("chat", "chatml"):
         return chat.rendered(tokenizer, _question(record), record["output"], where)
     return prompt_of(template, record, tokenizer, where), record["output"]
 
@@ -28,7 +28,7 @@ def prompt_of(template: str, record: Record, tokenizer: Any, where: str = "") ->
         return f"[INST] {_question(record)} [/INST]"
     if template == "alpaca":
         return _alpaca(record)
-    return chat.rendered(tokenizer, _question(record), None, where).prompt if template == "chat" else ""
+    return chat.rendered(tokenizer, _question(record), None, where).prompt if template in ("chat", "chatml") else ""
 
 
 def _question(record: Record) -> str:

@@ -20,6 +20,7 @@ from moejax.data import chat
 
 _NONCE = secrets.token_hex(8)  # nobody's text can hold it
 _GUARDED, _TEMPLATES = "\U0010f8f0", "\U0010f8f1"
+_TAG = re.compile(r"</?[a-z_]+>")
 _GUARD = re.compile(rf"{_GUARDED}{_NONCE}-(\d+){_GUARDED}")
 
 
@@ -36,6 +37,8 @@ class TextTokens:
         spelled, flags = "|".join(map(re.escape, self.controls)), re.IGNORECASE if small else re.NOFLAG
         self._pattern = re.compile(spelled, flags) if self.controls else None
         self._hidden = re.compile(f"{spelled}|{_GUARDED}" if self.controls else _GUARDED, flags)
+        own = [text for text in self.controls if not (_TAG.fullmatch(text) and not found[text][1].special)]
+        self._hidden_own = re.compile("|".join([*map(re.escape, own), _GUARDED]), flags)
         self._spellings = list(self.controls)
         self._number = {content: number for number, content in enumerate(self.controls)}
         content = json.loads(backend.to_str())
@@ -45,7 +48,9 @@ class TextTokens:
         self._encoder = Tokenizer.from_str(json.dumps(content))
         self._encoder.encode_special_tokens = True  # as text
         self._backend, self._controls = backend, {id_: text for text, (id_, _) in found.items()}
-        self._unknown = backend.token_to_id(str(content["model"].get("unk_token")))
+        self._unknown_text = str(content["model"].get("unk_token"))
+        self._unknown = backend.token_to_id(self._unknown_text)
+        self._counted = frozenset(self._controls) - {self._unknown}
         self._encoder.add_tokens(
             [
                 AddedToken(self._name(text), special=False, lstrip=found[text][1].lstrip, rstrip=found[text][1].rstrip, normalized=False)
@@ -57,9 +62,11 @@ class TextTokens:
     def _name(self, control: str) -> str:
         return f"{_TEMPLATES}{_NONCE}-{self._number[control]}{_TEMPLATES}"
 
-    def guard(self, text: str) -> str:
-        """A user's text, its control tokens under names of ours."""
-        return self._hidden.sub(lambda found: f"{_GUARDED}{_NONCE}-{self._numbered(found[0])}{_GUARDED}", text)
+    def guard(self, text: str, *, own: bool = False) -> str:
+        """A user's text, its control tokens under names of ours. own: the assistant's, which may think and call tools in tags that are
+        added tokens and not special ones (<think>, <tool_call>): they stay what they are."""
+        hidden = self._hidden_own if own else self._hidden
+        return hidden.sub(lambda found: f"{_GUARDED}{_NONCE}-{self._numbered(found[0])}{_GUARDED}", text)
 
     def _numbered(self, spelling: str) -> int:
         if spelling not in self._number:
@@ -80,6 +87,17 @@ class TextTokens:
         """The control token with which a text begins."""
         found = None if self._pattern is None else self._pattern.match(text)
         return None if found is None else found[0]
+
+    def controls_in(self, rendered: str) -> list[tuple[int, int]]:
+        """(end, begin) of the control tokens of a rendered text, which are the template's own."""
+        if self._pattern is None:
+            return []
+        return [(found.end(), found.start()) for found in self._pattern.finditer(rendered) if found[0] != self._unknown_text]
+
+    def controls_of(self, ids: Sequence[int]) -> list[int]:
+        """Which of these tokens are control tokens (<unk> is none: any text may be it)."""
+        controls = self._counted
+        return [number for number, id_ in enumerate(ids) if id_ in controls]
 
     def encode(self, rendered: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts: what `guard` did not change of control tokens is those tokens, all else is text."""

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moejax.data import chat
-from moejax.data.records import Record, blank
+from moejax.data.conversation import Conversation
+from moejax.data.records import Record, blank, texts_in
+from moejax.data.supervision import TalkOptions, Talks, encoded
 from moejax.data.templates import prompt_of, render
 from moejax.data.text_tokens import TextTokens, text_tokens
+from moejax.data.turns import Turns
 from moejax.errors import UserError
 
 
@@ -36,7 +39,8 @@ class Tokenized:
 
     dropped = blank_answers + blank_questions (nothing is seen of them) + cut_off (nothing of the answer was left). cut: kept, but
     shorter. marked: kept, with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked:
-    (record, mark). end: what an answer ends with. as_written: marks in a text are tokens (the template `text`).
+    (record, mark). talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template
+    `text`).
     """
 
     queries: list[Query] = field(default_factory=list)
@@ -50,14 +54,22 @@ class Tokenized:
     end: str = ""
     end_of_sequence: str = ""
     as_written: bool = False
+    talks: Talks | None = None
 
     @property
     def dropped(self) -> int:
-        return self.blank_answers + self.blank_questions + self.cut_off
+        """Records of questions and answers, or conversations; of those whose answers are queries of their own, the answers."""
+        return self.blank_answers + self.blank_questions + self.cut_off + (len(self.talks.unanswered) if self.talks else 0)
 
 
 def tokenize(
-    records: Sequence[Record], tokenizer: Any, template: str, max_length: int, source: str = "the data", first: int = 0
+    records: Sequence[Record],
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    source: str = "the data",
+    first: int = 0,
+    options: TalkOptions | None = None,
 ) -> Tokenized:
     """Prompt and answer are encoded apart and joined, and the end of sequence appended: so the study's trainer did, and so the
     border is exact whatever the tokenizer would merge across it. `chat`: the template's whole text is encoded, and its end of turn is
@@ -65,13 +77,21 @@ def tokenize(
 
     What a record says is text: a control token's name in it becomes no control token (but with the template `text`, whose records are
     written with their marks). A query longer than `max_length` is cut at its end (and counted); one with nothing supervised left is
-    dropped (and counted). source, and the number of its record with which these begin: for messages. Raises UserError if none is left.
+    dropped (and counted). Conversations become queries as `supervision` has it, by `options`. source, and the
+    number of its record with which these begin: for messages. Raises UserError if none is left.
     """
     out = Tokenized(records=len(records), end_of_sequence=tokenizer.eos_token, as_written=template == "text")
     tokens, marks = text_tokens(tokenizer), _marks(template, tokenizer)
-    kept = []
+    kept, talks = [], []
     for index, record in enumerate(records, first):
-        if blank(record["text" if template == "text" else "output"]):
+        talk = record.get("conversation")
+        if talk is not None:
+            talks.append((index, talk))
+            mark = next((found for text in texts_in(list(talk.messages), 9) if (found := _mark_of(text, tokens, marks))), None)
+            if mark is not None:
+                out.marked += 1
+                out.first_marked = out.first_marked or (index, mark)
+        elif blank(record["text" if template == "text" else "output"]):
             out.blank_answers += 1
         elif template != "text" and blank(record["instruction"] + record["input"]):
             out.blank_questions += 1
@@ -81,23 +101,45 @@ def tokenize(
             if mark is not None:
                 out.marked += 1
                 out.first_marked = out.first_marked or (index, mark)
-    pairs, out.end = _pairs(kept, tokenizer, template, source)
-    for prompt, answer in pairs:
-        ids = prompt + answer
-        if len(ids) > max_length:
+    numbered, out.talks, out.end = _queries(kept, talks, tokenizer, template, source, options or TalkOptions())
+    for _, query in sorted(numbered, key=lambda each: each[0]):
+        if len(query.ids) > max_length:
             out.cut += 1
-            ids = ids[:max_length]
+            query = Query(query.ids[:max_length], query.supervised[:max_length])
         # The first token is never predicted: a query needs a supervised target after it.
-        if len(ids) <= max(len(prompt), 1):
+        if not query.supervised[1:].any():
             out.cut_off += 1
             continue
-        out.queries.append(Query.after(len(prompt), np.array(ids, np.int32)))
+        out.queries.append(query)
     if not out.queries:
+        without = f"{len(out.talks.unanswered)} have no answer to train on, " if out.talks and out.talks.unanswered else ""
         raise UserError(
-            f"{source}: no query has a supervised token left: of {len(records)} records {out.blank_answers} have a blank answer, "
+            f"{source}: no query has a supervised token left: of {len(records)} records {without}{out.blank_answers} have a blank answer, "
             f"{out.blank_questions} a blank question, and {out.cut_off} answers are cut off at data.max_length = {max_length}"
         )
     return out
+
+
+def _queries(
+    records: Sequence[tuple[int, Record]],
+    talks: Sequence[tuple[int, Conversation]],
+    tokenizer: Any,
+    template: str,
+    source: str,
+    options: TalkOptions,
+) -> tuple[list[tuple[int, Query]], Talks | None, str]:
+    """(record, query) of records of both kinds; and what ends an answer."""
+    found: list[tuple[int, Query]] = []
+    seen, end = None, tokenizer.eos_token
+    if talks:
+        tokens, seen = encoded(talks, tokenizer, template, options, source)
+        found = [(index, Query(np.array(ids, np.int32), supervised)) for index, (ids, supervised) in tokens]
+        end = f"{seen.end}{tokenizer.eos_token}" if seen.appended else text_tokens(tokenizer).control_at(seen.end) or end
+    if records:
+        pairs, end = _pairs(records, tokenizer, template, source)
+        made = (Query.after(len(prompt), np.array(prompt + answer, np.int32)) for prompt, answer in pairs)
+        found += zip((index for index, _ in records), made, strict=True)
+    return found, seen, end
 
 
 def prompts(records: Sequence[Record], tokenizer: Any, template: str, source: str = "prompt") -> tuple[list[str], list[list[int]]]:
@@ -106,6 +148,10 @@ def prompts(records: Sequence[Record], tokenizer: Any, template: str, source: st
     tokens = text_tokens(tokenizer)
     rendered = []
     for index, record in enumerate(records):
+        talk = record.get("conversation")
+        if talk is not None:
+            rendered.append(Turns(tokenizer, tokens).prompt(talk.messages, talk.tools, f"{source} {index}"))
+            continue
         guarded = _guarded(tokens, record)
         if template == "text":
             rendered.append("\n".join(part for part in (guarded["instruction"], guarded["input"]) if part))
@@ -126,7 +172,7 @@ def _pairs(
     where = f"{source}, record"
     turns = [render(template, _guarded(tokens, record), tokenizer, f"{where} {index}") for index, record in numbered]
     asked = tokens.encode([prompt for prompt, _ in turns])
-    if template != "chat":
+    if template not in ("chat", "chatml"):
         answers = tokens.encode([answer for _, answer in turns])
         return [(prompt, answer + eos) for prompt, answer in zip(asked, answers, strict=True)], tokenizer.eos_token
     end = chat.end_of_turn(tokenizer)
@@ -156,23 +202,23 @@ def _ended(answer: str, end: str, token: str | None, where: str) -> str:
 
 
 def _guarded(tokens: TextTokens, record: Record) -> Record:
-    return {name: tokens.guard(value) if isinstance(value, str) else value for name, value in record.items()}
+    return {name: tokens.guard(value, own=name == "output") if isinstance(value, str) else value for name, value in record.items()}
 
 
 def _marks(template: str, tokenizer: Any) -> tuple[str, ...]:
     """What tells prompts and answers apart in a rendered text, be it a token or not."""
-    written = {
-        "mistral": "[INST] [/INST]", "alpaca": "### Instruction: ### Input: ### Response:", "chat": chat.literals(tokenizer), "text": ""
-    }[template]  # fmt: skip
+    ours = {"mistral": "[INST] [/INST]", "alpaca": "### Instruction: ### Input: ### Response:", "text": ""}
+    written = ours[template] if template in ours else chat.literals(tokenizer)
     return tuple(dict.fromkeys(chat.MARK.findall(written)))
 
 
 def _mark_in(record: Record, tokens: TextTokens, marks: tuple[str, ...]) -> str | None:
     """The first control token or mark in a record's texts."""
-    for name in ("instruction", "input", "output", "text"):
-        text = record.get(name)
-        if text:
-            found = tokens.control_in(text) or next((mark for mark in marks if mark in text), None)
-            if found is not None:
-                return found
-    return None
+    texts = (record.get(name) for name in ("instruction", "input", "output", "text"))
+    return next((found for text in texts if (found := _mark_of(text, tokens, marks))), None)
+
+
+def _mark_of(text: str | None, tokens: TextTokens, marks: tuple[str, ...]) -> str | None:
+    if not text:
+        return None
+    return tokens.control_in(text) or next((mark for mark in marks if mark in text), None)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from moejax import files
 from moejax.config import Experiment
+from moejax.data import chat
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import told
@@ -105,13 +106,17 @@ def _write_merged(experiment: Experiment, sizes: Architecture, folder: Path, bas
         raise UserError(f"{aside.parent} has {told(free)} free, the model takes {told(total)}: choose another --out")
     with bar("merging", total, "bytes") as advance:
         merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=advance)
-    beside.carry(aside, base, _tokenizer(experiment, base), experiment.data.template)
+    beside.carry(aside, base, _tokenizer(experiment, base), experiment.data.template or "mistral")
 
 
 def _tokenizer(experiment: Experiment, base: Path) -> Any:
     """The run's tokenizer; None where the run had none (random tokens)."""
     source = experiment.tokenizer or (str(base) if (base / "tokenizer.json").is_file() else None)
-    return None if source is None else load_tokenizer(source, experiment.added_tokens)
+    if source is None:
+        return None
+    tokenizer, data = load_tokenizer(source, experiment.added_tokens), experiment.data
+    chat.settle(tokenizer, data.template or "mistral", data.template_args, data.template_date)
+    return tokenizer
 
 
 def _compare(

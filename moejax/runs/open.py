@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from moejax import config as experiments
 from moejax.config import Experiment
 from moejax.contents import MadeOf, base_content, tokenizer_content
+from moejax.data import chat
 from moejax.data.ends import Ends, ends_of
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
@@ -109,7 +110,9 @@ def load(folder: Path, base: bool = False) -> Loaded:
             return create_model(experiment, sizes, folder / "model")
         return tuned(experiment, sizes, folder, base_model(folder, experiment, sizes, model_folder))
 
-    template = experiment.data.template
+    data = experiment.data
+    template = data.template or "mistral"
+    chat.settle(tokenizer, template, data.template_args, data.template_date)
     return Loaded(make, sizes, tokenizer, template, ends_of(tokenizer, template, model_folder))
 
 

@@ -43,6 +43,8 @@ def adopted(experiment: Experiment) -> Experiment:
         experiment = experiment.changed("adapter", init_from=theirs)
     if before.adapter is not None and experiment.adapter is not None and experiment.adapter.targets is None:
         experiment = experiment.changed("adapter", targets=before.adapter.targets)
+    then_data = {key: getattr(before.data, key) for key in ("template", "template_date") if getattr(experiment.data, key) is None}
+    experiment = experiment.changed("data", **then_data)
     if experiment.quantization.modules is None:
         experiment = experiment.changed("quantization", modules=before.quantization.modules)
     return experiment

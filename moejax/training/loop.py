@@ -278,7 +278,7 @@ class Trainer:
             base = None if m.source is None else weights.resolve(m.source, m.revision)
         except UserError:  # it was there at the start: a trained model is not lost for what lay beside it
             base = None
-        beside.carry(folder / "model", base, self.tokenizer, self.experiment.data.template)
+        beside.carry(folder / "model", base, self.tokenizer, self.experiment.data.template or "mistral")
 
     def _report_profile(self) -> None:
         """step_profile.json and a short table, where steps were traced."""

@@ -58,7 +58,7 @@ def prepare(experiment: Experiment, tokenizer: Any, positions: int) -> HeldOut |
         raise UserError("eval asks questions, but data.source is null: a model that trains on random tokens answers nothing. Remove eval")
     task, examples = _read(experiment, e)
     _refuse_overlap(experiment, e, examples)
-    template = experiment.data.template
+    template = experiment.data.template or "mistral"
     new = e.max_new_tokens or task.max_new_tokens
     try:
         if task.method == "generated":
@@ -127,7 +127,7 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
         text = "\n".join(_plain(record["text"]) for record in trained)
         both = [i for i, example in enumerate(examples) if _question(example.record) in text]
     else:
-        seen = {_question(record) for record in trained}
+        seen = {text for record in trained for text in _questions(record)}
         both = [i for i, example in enumerate(examples) if _question(example.record) in seen]
     if both:
         files = [Path(e.data), Path(str(data.source))]
@@ -136,6 +136,14 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
             f"eval.data = {e.data}{same}: {len(both)} of its {len(examples)} problems are trained on (in {data.source}), first record "
             f"{both[0]}: right answers to them show what was remembered. Hold other problems out, or set eval.allow_overlap=true"
         )
+
+
+def _questions(record: dict[str, Any]) -> list[str]:
+    """What is asked in a record; in a conversation, by every message of the user."""
+    talk = record.get("conversation")
+    if talk is None:
+        return [_question(record)]
+    return [_plain(message.get("content", "")) for message in talk.messages if message["role"] == "user"]
 
 
 def _question(record: dict[str, Any]) -> str:

@@ -59,6 +59,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
         weights.check_files(abstract, model_folder)
     continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is told before data and weights are read
     tokenizer, asked, dataset = read_data(experiment, config, model_folder, own)
+    experiment = as_read(experiment, dataset)
     identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)
     say(*identity.of_data(tokenizer, asked, dataset, model_folder))
     steps = total_steps(experiment, dataset)
@@ -116,10 +117,11 @@ def read_data(
         tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
         check_vocabulary(tokenizer, config.vocab_size)
     with waiting("reading the data"):
-        asked = scoring.prepare(experiment, tokenizer, config.max_position_embeddings)
         dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
+        asked = scoring.prepare(as_read(experiment, dataset), tokenizer, config.max_position_embeddings)
     if own.batches is not None:
-        dataset = Dataset(own.batches, None, dataset.tokenized, "batches given", contents={"data": own.batches.content()})
+        contents = {"data": own.batches.content()}
+        dataset = Dataset(own.batches, None, dataset.tokenized, "batches given", config=dataset.config, contents=contents)
     else:
         say(f"data: {dataset.source}", dataset.table(), *dataset.notes())
     if tokenizer is not None:
@@ -129,6 +131,12 @@ def read_data(
     check_profile(experiment, dataset)
     say(*check_steps(experiment, dataset))
     return tokenizer, asked, dataset
+
+
+def as_read(experiment: Experiment, dataset: Dataset) -> Experiment:
+    """The experiment with what its data decide in the place of null: the template, and the day in it."""
+    data = dataset.config
+    return experiment if data is None else experiment.changed("data", template=data.template, template_date=data.template_date)
 
 
 def example(query: Query, tokenizer: Any) -> list[str]:

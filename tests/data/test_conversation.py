@@ -55,7 +55,9 @@ def test_system_thinking_tools_and_weights():
             call = {"function": {"name": "add", "arguments": arguments}, "id": None}
             message = {"role": "assistant", "content": None, thinking: "hm", "tool_calls": [call], "train": False}
             found = read({"messages": [TALK[0], message]})
-            assert found.messages[1] == {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]}
+            assert found.messages[1] == {
+                "role": "assistant", "reasoning_content": "hm", "thinking": "hm", "tool_calls": [CALL]
+            }  # fmt: skip
             assert found.trained == (True, False)
 
 

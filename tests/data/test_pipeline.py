@@ -83,7 +83,7 @@ class TestSources:
             ("a.json", '{"a": 1}', "expected a JSON list"),
             ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: no text under 'output'"),
             ("a.json", '[{"instruction": "a"}]', "data.fields='{instruction: QUESTIONS, output: ANSWERS}'"),
-            ("a.json", '[{"messages": [{"role": "user", "content": "a"}]}]', "'messages' is a chat; write each answer"),
+            ("a.json", '[{"messages": [{"role": "narrator", "content": "a"}]}]', "record 0, message 0: the role 'narrator' is unknown"),
             ("a.json", "[3]", "record 0: expected an object"),
         ],
     )
@@ -129,14 +129,13 @@ class TestTemplates:
         with pytest.raises(UserError, match="no chat template"):
             render("chat", RECORD, tokenizer)
 
-        class WithTemplate:
-            chat_template = "x"
-
-            def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-                assert not tokenize and add_generation_prompt == (len(messages) == 1)
-                return f"<user>{messages[0]['content']}<bot>" + "".join(f"{m['content']}<end>" for m in messages[1:])
-
-        assert render("chat", RECORD, WithTemplate()) == ("<user>Tom has 3 apples.<bot>", "The answer is 3.<end>")
+        written = (
+            "<user>{{ messages[0]['content'] }}{% if messages[1:] or add_generation_prompt %}<bot>{% endif %}"
+            "{% for m in messages[1:] %}{{ m['content'] }}<end>{% endfor %}"
+        )
+        tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+        tokenizer.chat_template = written
+        assert render("chat", RECORD, tokenizer) == ("<user>Tom has 3 apples.<bot>", "The answer is 3.<end>")
 
 
 class TestTokenizing:

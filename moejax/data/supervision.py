@@ -1,0 +1,198 @@
+"""Conversations to tokens, with which of them the loss is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moejax.data import chat
+from moejax.data.borders import Borders
+from moejax.data.conversation import Conversation
+from moejax.data.text_tokens import TextTokens, text_tokens
+from moejax.data.turns import Sample, Turns
+from moejax.errors import UserError
+
+TOGETHER = 1000  # conversations rendered and encoded at a time
+
+Numbered = Sequence[tuple[int, Conversation]]
+Encoded = tuple[list[int], np.ndarray]  # token ids, and for each whether the loss is on it
+
+
+class TalkOptions(NamedTuple):
+    """data.turns, data.train_on.last_turn."""
+
+    turns: str = "auto"
+    last_turn: bool = False
+
+
+@dataclass
+class Talks:
+    """What became of conversations. split: of how many each answer is a query of its own, with extra_tokens more than one query of them all
+    would have. empty: (record, message) of empty turns. left_out: the records by what the template leaves out of them. end: what ends a
+    turn; appended: whether the end of sequence follows it, as it is no token."""
+
+    conversations: int = 0
+    answers: int = 0
+    split: int = 0
+    extra_tokens: int = 0
+    unanswered: list[int] = field(default_factory=list)
+    empty: list[tuple[int, int]] = field(default_factory=list)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+    end: str = ""
+    appended: bool = False
+
+    def notes(self) -> list[str]:
+        """What a user should know beside the counts."""
+        found = []
+        if self.split:
+            found.append(
+                f"in {self.split:,} conversations the chat template writes an earlier answer otherwise than at use (it drops its thinking, "
+                f"say): each answer is a query of its own, {self.extra_tokens:,} tokens more in all (data.turns = whole or last: none)"
+            )
+        if self.empty:
+            record, message = self.empty[0]
+            found.append(
+                f"{len(self.empty):,} empty turns (first: record {record}, message {message}): an empty answer is not trained on"
+            )
+        if self.unanswered:
+            first = self.unanswered[0]
+            found.append(f"{len(self.unanswered):,} conversations have no answer to train on and were dropped (first: record {first})")
+        for kind, records in self.left_out.items():
+            found.append(f"the chat template leaves out {kind} of {len(records):,} conversations (first: record {records[0]})")
+        return found
+
+
+def encoded(
+    numbered: Numbered, tokenizer: Any, template: str, options: TalkOptions, source: str
+) -> tuple[list[tuple[int, Encoded]], Talks]:
+    """(record, tokens) of what is trained on, in order; and what became of the conversations. Raises UserError for a conversation that the
+    template refuses or has no form for, by its number."""
+    if template == "mistral":
+        return _mistral(numbered, tokenizer, source)
+    if template not in ("chat", "chatml"):
+        raise UserError(
+            f"{source}, record {numbered[0][0]}: a conversation, and data.template = {template} has no form for its turns: use chat (the "
+            "tokenizer's own template), chatml or mistral"
+        )
+    tokens = text_tokens(tokenizer)
+    turns = Turns(tokenizer, tokens, options.turns, options.last_turn)
+    talks = Talks(conversations=len(numbered), end=turns.end, appended=turns.end_token is None and not chat.gives_spans(tokenizer))
+    made: list[tuple[int, Encoded]] = []
+    for start in range(0, len(numbered), TOGETHER):
+        part = numbered[start : start + TOGETHER]
+        made += _encoded_part(part, tokenizer, tokens, turns, options, source, talks)
+    talks.empty, talks.left_out = turns.seen.empty, turns.seen.left_out
+    return made, talks
+
+
+def _encoded_part(
+    part: Numbered, tokenizer: Any, tokens: TextTokens, turns: Turns, options: TalkOptions, source: str, talks: Talks
+) -> Iterator[tuple[int, Encoded]]:
+    asked, rendered = [], []
+    for index, talk in part:
+        answers = turns.asked(talk, index, source)
+        asked.append(answers)
+        rendered.append(turns.samples(talk, answers, index, source) if answers else [])
+    ids = iter(tokens.encode([sample.text for samples in rendered for sample in samples]))
+    borders, end = Borders(tokens), tokenizer.eos_token_id
+    for (index, talk), answers, samples in zip(part, asked, rendered, strict=True):
+        if not answers:
+            talks.unanswered.append(index)
+            continue
+        found = [_masked(sample, next(ids), borders, end) for sample in samples]
+        one = len(samples) == 1
+        if one and found[0] is None and options.turns == "auto":
+            # A token reaches from a prompt into its answer: at use there are other tokens.
+            samples = turns.samples(talk, answers, index, source, split=True)
+            texts = tokens.encode([sample.text for sample in samples])
+            found = [_masked(sample, own, borders, end) for sample, own in zip(samples, texts, strict=True)]
+        whole = [each or _apart(sample, tokens, end) for each, sample in zip(found, samples, strict=True)]
+        turns.note_left_out(talk, answers, samples, index)
+        talks.answers += len(answers)
+        if len(samples) > 1:
+            talks.split += 1
+            talks.extra_tokens += sum(len(own) for own, _ in whole[:-1])
+        for each in whole:
+            yield index, each
+
+
+def _masked(sample: Sample, ids: list[int], borders: Borders, end: int) -> Encoded | None:
+    """The tokens of a sample; None where one reaches from a prompt into its answer."""
+    places = borders.of(sample.text, ids, [place for span in sample.spans for place in span])
+    supervised = np.zeros(len(ids) + sample.ended, bool)
+    for (begin, stop), first, last in zip(sample.spans, places[::2], places[1::2], strict=True):
+        if first is None:
+            if not sample.given:
+                return None
+            first = borders.nearest(sample.text, ids, begin)
+        if last is None:  # white space behind the mark is in its token
+            last = min(borders.nearest(sample.text, ids, stop) + 1, len(ids))
+        supervised[first:last] = True
+    if sample.ended:
+        supervised[-1] = True
+        ids = [*ids, end]
+    return ids, supervised
+
+
+def _apart(sample: Sample, tokens: TextTokens, end: int) -> Encoded:
+    """What is read and what is trained on encoded one by one, as an answer follows its prompt at use."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    at = 0
+    for begin, stop in [*sample.spans, (len(sample.text), len(sample.text))]:
+        for text, supervised in ((sample.text[at:begin], False), (sample.text[begin:stop], True)):
+            own = tokens.encode([text])[0] if text else []
+            ids += own
+            trained += [supervised] * len(own)
+        at = stop
+    tail = [end] if sample.ended else []
+    return ids + tail, np.array(trained + [True] * len(tail), bool)
+
+
+def _mistral(numbered: Numbered, tokenizer: Any, source: str) -> tuple[list[tuple[int, Encoded]], Talks]:
+    """`[INST] question [/INST]answer</s>`, turn after turn; what the system says stands before the first question."""
+    tokens, talks = text_tokens(tokenizer), Talks(conversations=len(numbered), end=tokenizer.eos_token)
+    made = []
+    for index, talk in numbered:
+        prompts, answers, trained = [], [], []
+        for number, text in _turns_of(talk, f"{source}, record {index}"):
+            if talk.messages[number]["role"] != "assistant":
+                prompts.append(f"[INST] {tokens.guard(text)} [/INST]")
+            else:
+                answers.append(tokens.guard(text))
+                trained.append(talk.trained[number] and bool(text.strip()))
+                if not text.strip():
+                    talks.empty.append((index, number))
+        if not any(trained):
+            talks.unanswered.append(index)
+            continue
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for asked, said, on in zip(tokens.encode(prompts), tokens.encode(answers), trained, strict=False):
+            answer = [*said, tokenizer.eos_token_id]
+            ids += asked + answer
+            supervised += [False] * len(asked) + [on] * len(answer)
+        talks.answers += sum(trained)
+        made.append((index, (ids, np.array(supervised, bool))))
+    return made, talks
+
+
+def _turns_of(talk: Conversation, where: str) -> Iterator[tuple[int, str]]:
+    """(message, text) of questions and answers in turn. Raises UserError for what the template mistral has no form for."""
+    system, expected = "", "user"
+    for number, message in enumerate(talk.messages):
+        role = message["role"]
+        if role in ("system", "developer") and number == 0:
+            system = f"{message.get('content', '')}\n\n"
+            continue
+        if role != expected or message.get("tool_calls") or talk.tools:
+            what = "a tool call" if message.get("tool_calls") else "tools" if talk.tools else f"the role {role!r}"
+            raise UserError(
+                f"{where}, message {number}: {what}, where data.template = mistral expects {expected!r} (users and the assistant "
+                "in turn, one system message before them): use data.template=chat, the tokenizer's own template"
+            )
+        yield number, system + message.get("content", "")
+        system, expected = "", "assistant" if role == "user" else "user"

@@ -1,0 +1,127 @@
+"""Chat templates of the shapes that families have, in wording of our own; each with the tokens that it writes."""
+
+MISTRAL = """{{ bos_token }}{%- set system = '' %}
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}
+{%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- for m in messages %}
+{%- if m['role'] == 'user' %}[INST] {{ system if loop.first else '' }}{{ m['content'] }} [/INST]
+{%- elif m['role'] == 'tool' %}[TOOL_RESULTS] {{ m['content'] }}[/TOOL_RESULTS]
+{%- elif m['tool_calls'] %}[TOOL_CALLS] {{ m['tool_calls'] | map(attribute='function') | list | tojson }}{{ eos_token }}
+{%- elif m['role'] == 'assistant' %} {{ m['content'] | trim }}{{ eos_token }}
+{%- else %}{{ raise_exception('only user, assistant and tool') }}{% endif %}
+{%- endfor %}"""
+
+QWEN3 = """{%- if messages[0].role == 'system' or tools %}<|im_start|>system
+{{ messages[0].content if messages[0].role == 'system' else '' }}
+{%- if tools %}
+# Tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}<|im_end|>
+{% endif %}
+{%- set last = namespace(user=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- set said = m.content if m.content is string else '' %}{% set thought = m.reasoning_content or '' %}
+{%- if not thought and '</think>' in said %}
+{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}<|im_start|>assistant
+{% if loop.index0 > last.user and (loop.last or thought) %}<think>
+{{ thought }}
+</think>
+
+{% endif %}{{ said }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% elif m.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% elif m.role == 'user' %}<|im_start|>user
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+LLAMA3 = """{{- bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif -%}
+<|start_header_id|>system<|end_header_id|>
+
+Today: {{ date_string }}
+{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}<|eot_id|>
+{%- for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{{ m.content | trim }}<|eot_id|>{% endfor %}
+{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}
+{%- for m in messages %}
+{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and model must take turns') }}{% endif %}
+{{- '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) }}
+{{ m['content'] | trim }}<end_of_turn>
+{% endfor %}
+{%- if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+HARMONY = """<|start|>system<|message|>Effort: {{ reasoning_effort or 'medium' }}<|end|>
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- if m.tool_calls %}
+{%- if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
+<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json<|message|>
+{{- m.tool_calls[0].function.arguments | tojson }}<|call|>
+{%- elif loop.last and not add_generation_prompt %}
+{%- if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
+<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>
+{%- else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}
+{%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}
+{%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+
+DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}
+{%- elif m['role'] == 'user' %}<｜User｜>{{ m['content'] }}
+{%- else %}<｜Assistant｜>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<｜Assistant｜>{% endif %}"""
+
+PHI = """{% for m in messages %}<|{{ m['role'] }}|>
+{{ m['content'] }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% else %}{{ eos_token }}{% endif %}"""
+
+COMMAND = """{{ bos_token }}{% for m in messages %}<|START|><|{{ 'BOT' if m.role == 'assistant' else m.role | upper }}|>
+{%- if m.role == 'assistant' %}<|SAY|>{% endif %}{{ m.content }}{% if m.role == 'assistant' %}<|SAID|>{% endif %}<|OVER|>{% endfor %}
+{%- if add_generation_prompt %}<|START|><|BOT|><|SAY|>{% endif %}"""
+
+GENERATION = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+PLAIN = """{% for m in messages %}{{ 'Human: ' if m.role == 'user' else 'Bot: ' if m.role == 'assistant' else '' }}{{ m.content }}
+
+{% endfor %}{% if add_generation_prompt %}Bot:{% endif %}"""
+
+_TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+_CHATML = ("<|im_start|>", "<|im_end|>")
+# name -> (template, its tokens, those of them that are not special)
+TEMPLATES = {
+    "mistral": (MISTRAL, ("[INST]", "[/INST]", "[TOOL_CALLS]", *_TOOLS), ()),
+    "qwen3": (QWEN3, _CHATML, ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")),
+    "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ()),
+    "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), ()),
+    "harmony": (HARMONY, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), ()),
+    "deepseek": (DEEPSEEK, (), ("<｜User｜>", "<｜Assistant｜>")),
+    "phi": (PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), ()),
+    "command": (COMMAND, ("<|START|>", "<|BOT|>", "<|USER|>", "<|SYSTEM|>", "<|SAY|>", "<|SAID|>", "<|OVER|>"), ()),
+    "generation": (GENERATION, _CHATML, ()),
+    "plain": (PLAIN, (), ()),
+}  # fmt: skip
+SPLIT = ("qwen3", "harmony")  # write an earlier answer otherwise than at use
