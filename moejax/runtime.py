@@ -57,12 +57,10 @@ def prepare_jax(device: DeviceConfig) -> None:
         replace_unreadable(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
-def prepare_jax_for(run: str | None, config: str | None = None) -> None:
-    """As the config of a run's folder says, or a config's file; by default where there is none to read: the command itself says what is
-    wrong."""
-    file = config if run is None else Path(run) / "config.yaml"
+def prepare_jax_for(run: str) -> None:
+    """As the config of a run's folder says; by default where there is none to read: the command itself says what is wrong."""
     try:
-        device = DeviceConfig() if file is None else load(file).device
+        device = load(Path(run) / "config.yaml").device
     except UserError:
         device = DeviceConfig()
     prepare_jax(device)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
-    parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-loglikelihood")
+    parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-generated")
     parser.add_argument("--data", required=True, metavar="FILE", help="a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
-    parser.add_argument("--split", default=None, help="of a name for `datasets` (default: the task's)")
+    parser.add_argument("--split", default=None, help="of a name for `datasets` (default: test)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N examples")
     parser.add_argument("--base", action="store_true", help="the model that the run began with: without its adapter")
     parser.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="of a generated answer (default: the task's)")
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     import jax
     from rich.progress import Progress
 
-    from moejax.evaluation.evaluate import evaluate, pairs_of, prompts_of, write
+    from moejax.evaluation.evaluate import evaluate, prompts_of, write
     from moejax.evaluation.tasks import find
     from moejax.evaluation.tasks import load as load_examples
     from moejax.runs.open import load
@@ -47,11 +47,7 @@ def run(options: argparse.Namespace) -> int:
     examples = load_examples(task, options.data, options.split, options.limit)
     out = _out(folder, task.name, options, len(examples))
     make, sizes, tokenizer, template, ends = load(folder, options.base)
-    positions = sizes.max_position_embeddings  # before a large model is loaded for nothing
-    if task.method == "generated":
-        prompts_of(tokenizer, task, examples, template, new, positions)
-    else:
-        pairs_of(tokenizer, task, examples, positions)
+    prompts_of(tokenizer, task, examples, template, new, sizes.max_position_embeddings)  # before a large model is loaded for nothing
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,7 +92,6 @@ def report(result: Result, which: str | None = None) -> str:
     """The result in two lines: accuracy with its interval; the rule, and the speed."""
     name = result.task if which is None else f"{result.task} ({which})"
     ends = f"95 % interval {100 * result.low:.1f} to {100 * result.high:.1f} %"
-    speed = f"{result.seconds:.1f} s with compilation"
-    if result.generated_tokens:
-        speed += f", {result.generated_tokens:,} tokens generated, {result.generated_tokens / result.seconds:.1f} tokens/s"
+    tokens = f"{result.generated_tokens:,} tokens generated, {result.generated_tokens / result.seconds:.1f} tokens/s"
+    speed = f"{result.seconds:.1f} s with compilation, {tokens}"
     return f"{name}: {100 * result.accuracy:.1f} % right ({result.correct} of {result.n}), {ends}\nrule: {result.rule}; {speed}"

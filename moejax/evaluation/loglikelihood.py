@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.data.text_tokens import text_tokens
 from moejax.errors import UserError
 from moejax.evaluation.generate import bucket, in_groups
 from moejax.models.build import Model
@@ -101,19 +100,6 @@ def _arrays(contexts: Sequence[Tokens], continuations: Sequence[Tokens], rows: i
         targets[row, : len(continuation)] = continuation
         lengths[row], starts[row] = len(inputs[row]), len(context) - 1
     return tokens, lengths, starts, targets
-
-
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of both, split as lm-evaluation-harness splits them: spaces that end the context belong to the continuation, and the
-    continuation's tokens are those of the whole text that are left after the context's. Both are text as in training: a control token's
-    name in them is no such token. An empty context is the end-of-sequence token.
-    """
-    stripped = context.rstrip()
-    context, continuation = stripped, context[len(stripped) :] + continuation
-    if not context:
-        return [tokenizer.eos_token_id], text_tokens(tokenizer).as_text([continuation])[0]
-    whole, first = text_tokens(tokenizer).as_text([context + continuation, context])
-    return first, whole[len(first) :]
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:

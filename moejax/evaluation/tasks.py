@@ -9,47 +9,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moejax.data import places
 from moejax.data.records import Record, blank, text_of, texts_in, unicode
 from moejax.errors import UserError
-from moejax.estimator.units import counted
 from moejax.evaluation.answers import final_number, strict_number
-from moejax.evaluation.choices import SETS, Candidates, Choice
-
-Method = Literal["generated", "loglikelihood", "loglikelihood-normalized"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question. record: instruction, input, output (rendered with a template where the answer is generated); expected: the right
-    answer; candidates: (context, continuation) of each answer that a log-likelihood rule compares, and their names."""
+    """One question. record: instruction, input, output; expected: the right answer."""
 
     record: Record
     expected: str
-    candidates: Candidates = ()
-    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """name, and in words the rule by which an answer is right. hub: name, configuration and split for `datasets`. max_new_tokens: how
-    long an answer may become where nobody says otherwise (as in LLM-Adapters' evaluation; 64 for the bundled problems).
+    """name, and in words the rule by which an answer is right. max_new_tokens: how long an answer may become where nobody says otherwise
+    (as in LLM-Adapters' evaluation; 64 for the bundled problems). configuration: of its data set in `datasets`.
 
     read: an Example of a record; raises ValueError or KeyError where the record is not of this task.
-    answer: what a generated output answers, or None; right: whether that is what was expected.
+    answer: what an output answers, or None; right: whether that is what was expected.
     """
 
     name: str
     rule: str
-    method: Method
-    hub: tuple[str, str | None, str]
-    columns: tuple[str, ...]
     read: Callable[[Record], Example]
-    max_new_tokens: int = 32
-    answer: Callable[[str], str | None] = lambda output: None
+    max_new_tokens: int
+    answer: Callable[[str], str | None]
     right: Callable[[str, str], bool] = lambda answer, expected: answer == expected
+    configuration: str | None = None
 
 
 def _number(value: float | None) -> str | None:
@@ -81,20 +72,12 @@ def _record(instruction: str, record: Record, output: str) -> Record:
     return {"instruction": instruction, "input": record.get("input") or "", "output": output}
 
 
-def _read_choice(choice: Choice, method: Method, record: Record) -> Example:
-    adapters = "instruction" in record
-    if adapters and record["answer"] not in choice.words:
-        raise ValueError(f"its answer is {record['answer']!r}: expected one of {', '.join(choice.words)}")
-    if adapters and method == "generated":
-        return Example(_record(record["instruction"], record, record.get("output") or ""), record["answer"])
-    question = choice.parsed(record) if adapters else choice.read(record)
-    if not 0 <= question.right < len(question.options):
-        raise ValueError(f"it has {counted(len(question.options), 'answer')}, and the right one is number {question.right + 1}")
-    expected = choice.words[question.right]
-    asked = _record(choice.instruction(question), {}, f"the correct answer is {expected}")
-    if method == "generated":
-        return Example(asked, expected)
-    return Example(asked, expected, choice.candidates(question), choice.words[: len(question.options)])
+def _read_choice(words: tuple[str, ...], record: Record) -> Example:
+    """A question in LLM-Adapters' text, which lists what may be answered."""
+    instruction = record["instruction"]
+    if record["answer"] not in words:
+        raise ValueError(f"its answer is {record['answer']!r}: expected one of {', '.join(words)}")
+    return Example(_record(instruction, record, record.get("output") or ""), record["answer"])
 
 
 def first_word(words: tuple[str, ...], output: str) -> str | None:
@@ -103,46 +86,33 @@ def first_word(words: tuple[str, ...], output: str) -> str | None:
     return None if found is None else found.group()
 
 
-NUMBERS: dict[str, tuple[str, Callable[[str], float | None], tuple[str, str | None, str]]] = {
-    "gsm8k": ("the output's last number is the answer", final_number, ("openai/gsm8k", "main", "test")),
-    "gsm8k-strict": ("the number after the output's first #### is the answer", strict_number, ("openai/gsm8k", "main", "test")),
-    "problems": ("the output's last number is the answer", final_number, ("", None, "test")),
-}
-HUB: dict[str, tuple[str, str | None, str]] = {
-    "hellaswag": ("Rowan/hellaswag", None, "validation"),
-    "boolq": ("google/boolq", None, "validation"),
-    "piqa": ("ybisk/piqa", None, "validation"),
-    "siqa": ("allenai/social_i_qa", None, "validation"),
-    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
-    "arc-easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
-    "arc-challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
-    "openbookqa": ("allenai/openbookqa", "main", "test"),
-}
-RULES: dict[Method, str] = {
-    "generated": "the output's first answer word is the right one",
-    "loglikelihood": "the right answer's text has the highest log-likelihood",
-    "loglikelihood-normalized": "the right answer's text has the highest log-likelihood per character",
-}
+LAST_NUMBER = "the output's last number is the answer"
+STRICT = "the number after the output's first #### is the answer"
+FIRST_WORD = "the output's first answer word is the right one"
+SETS = {
+    "hellaswag": ("ending", 4), "boolq": ("", 0), "piqa": ("solution", 2), "siqa": ("answer", 5), "winogrande": ("option", 2),
+    "arc-easy": ("answer", 5), "arc-challenge": ("answer", 5), "openbookqa": ("answer", 5),
+}  # fmt: skip
+"""The eight commonsense sets: answers are called word1, word2, … up to so many; those of BoolQ true and false."""
 
 
 def _tasks() -> dict[str, Task]:
-    tasks = []
-    for name, (rule, number, hub) in NUMBERS.items():
+    def number(name: str, rule: str, find_number: Callable[[str], float | None], longest: int, configuration: str | None) -> Task:
+        return Task(name, rule, _read_problem, longest, lambda output: _number(find_number(output)), _same_number, configuration)
 
-        def answer(output: str, number: Callable[[str], float | None] = number) -> str | None:
-            return _number(number(output))
-
-        longest = 64 if name == "problems" else 256
-        tasks.append(Task(name, rule, "generated", hub, ("question", "answer"), _read_problem, longest, answer, _same_number))
-    for name, choice in SETS.items():
-        for method, rule in RULES.items():
-            read = partial(_read_choice, choice, method)
-            find_word = partial(first_word, choice.words)
-            tasks.append(Task(f"{name}-{method}", rule, method, HUB[name], choice.columns, read, answer=find_word))
+    tasks = [
+        number("gsm8k", LAST_NUMBER, final_number, 256, "main"),
+        number("gsm8k-strict", STRICT, strict_number, 256, "main"),
+        number("problems", LAST_NUMBER, final_number, 64, None),
+    ]
+    for name, (word, most) in SETS.items():
+        words = tuple(f"{word}{i}" for i in range(1, most + 1)) if word else ("true", "false")
+        tasks.append(Task(f"{name}-generated", FIRST_WORD, partial(_read_choice, words), 32, partial(first_word, words)))
     return {task.name: task for task in tasks}
 
 
 TASKS: dict[str, Task] = _tasks()
+_ELSEWHERE = "log-likelihoods, and every other task, are lm-evaluation-harness's (docs/evaluation.md)"
 
 
 def find(name: str) -> Task:
@@ -150,18 +120,15 @@ def find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     near = [task for task in TASKS if task.startswith(f"{name}-")] or difflib.get_close_matches(name, TASKS, 3, 0.4)
-    raise UserError(
-        f"unknown task {name!r}: did you mean {', '.join(near)}?"
-        if near
-        else f"unknown task {name!r}: there are {', '.join(TASKS)}"
-    )
+    what = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(TASKS)};"
+    raise UserError(f"unknown task {name!r}: {what} {_ELSEWHERE}")
 
 
 def load(task: Task, source: str, split: str | None = None, limit: int | None = None) -> list[Example]:
     """The task's examples, the first `limit` of them.
 
-    source: files (data.places), of records with instruction, input, output and answer (LLM-Adapters) or with the columns of the set
-    itself; or a name for `datasets`, of which `split` is taken (default: the task's). Raises UserError naming the file and the record.
+    source: files (data.places), of records with instruction, input, output and answer (LLM-Adapters) or with GSM8K's own columns; or a
+    name for `datasets`, of which `split` is taken (default: test). Raises UserError naming the file and the record.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit}: expected 1 or more records")
@@ -173,35 +140,24 @@ def load(task: Task, source: str, split: str | None = None, limit: int | None = 
 
 def _records(task: Task, source: str, split: str | None) -> list[tuple[str, int, Any]]:
     """Records as they were read, each with the name of its file and its number there."""
-    _, configuration, usual = task.hub
-    folder = Path(source).is_dir()
+    configuration, folder = task.configuration, Path(source).is_dir()
     if split is not None and not folder and places.is_file(source):
         raise UserError(f"split {split!r} of {source}: a file has no splits; they belong to a folder, or a name for `datasets`")
     if folder and not Path(source, "README.md").is_file():  # which would name its configurations
         configuration = None
-    parts, _ = places.read(source, configuration, split or usual, "the task's data")
+    parts, _ = places.read(source, configuration, split or "test", "the task's data")
     return [(part.name, index, record) for part in parts for index, record in enumerate(part.records)]
 
 
-# What the sets' columns hold that is not one text: a number, a yes or no, or a text that says it; texts; texts with their labels.
-_VALUES, _LISTS = ("label", "answer"), ("endings",)
-
-
-def _judge(where: str, record: Record, columns: tuple[str, ...]) -> None:
+def _judge(where: str, record: Record) -> None:
     """Raises UserError for what is no text where the task reads one. A column that is not there is the reader's to tell."""
-    if "instruction" in record:
-        columns = ("instruction", *(name for name in ("input", "output") if record.get(name) is not None), "answer")
+    columns = ["instruction"] if "instruction" in record else ["question"]
+    columns += [name for name in ("input", "output") if record.get(name) is not None]
     for column in columns:
-        value = record.get(column)
-        if column not in record or (column in _VALUES and isinstance(value, str | int)):
-            continue
-        if column == "choices" and isinstance(value, dict):
-            value, column = value.get("text"), "choices.text"
-        if column in (*_LISTS, "choices.text"):
-            if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-                raise UserError(f"{where}: {column!r} is no list of texts")
-        elif not (column == "answer" and isinstance(value, float)):
+        if column in record:
             text_of(where, record, column)
+    if "answer" in record and not isinstance(record["answer"], str | int | float):
+        text_of(where, record, "answer")
     for text in texts_in(record):
         unicode(where, text)
 
@@ -209,17 +165,18 @@ def _judge(where: str, record: Record, columns: tuple[str, ...]) -> None:
 def example(task: Task, source: str, index: int, record: Any) -> Example:
     """The task's example in record number `index` (from 0). Raises UserError that names source and record."""
     where = f"{source}, record {index}"
-    form = f"{task.name} reads instruction and answer, or {', '.join(task.columns)}"
+    own = "" if task.name in (f"{name}-generated" for name in SETS) else ", or question and answer as GSM8K has them"
+    form = f"{task.name} reads instruction and answer{own}"
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {type(record).__name__}; {form}")
     if "instruction" in record and record.get("answer") in (None, ""):
         raise UserError(f"{where} has no `answer`: nothing says what would be right; {form}")
-    _judge(where, record, task.columns)
+    _judge(where, record)
     try:
         found = task.read(record)
     except KeyError as error:
         raise UserError(f"{where} has no {error.args[0]!r} (it has {', '.join(record)}); {form}") from None
-    except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{where}: {str(error)[:300]}; {form}") from None
     if blank(found.record["instruction"]):
         raise UserError(f"{where} asks nothing: its prompt is empty")

@@ -35,7 +35,7 @@ class Identity:
         e, a = self.experiment, self.experiment.adapter
         now: dict[str, Any] = {**dataset.contents, "steps": total_steps(e, dataset)}
         if asked is not None:
-            now["questions"] = records_content([example.record, example.expected, example.candidates] for example in asked.examples)
+            now["questions"] = records_content([example.record, example.expected, []] for example in asked.examples)
         if tokenizer is not None:
             now["tokenizer"] = tokenizer_content(e.tokenizer or str(model_folder), tokenizer)
         if a is not None and a.init_from is not None:

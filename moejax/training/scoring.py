@@ -19,7 +19,7 @@ from moejax.data.records import blank
 from moejax.data.sources import load_records
 from moejax.errors import UserError
 from moejax.evaluation import tasks
-from moejax.evaluation.evaluate import evaluate, pairs_of, prompts_of, write
+from moejax.evaluation.evaluate import evaluate, prompts_of, write
 from moejax.evaluation.recorded import Record, percent, recorded
 from moejax.evaluation.tasks import Example, Task
 from moejax.files import replace_text
@@ -61,10 +61,7 @@ def prepare(experiment: Experiment, tokenizer: Any, positions: int) -> HeldOut |
     template = experiment.data.template or "mistral"
     new = e.max_new_tokens or task.max_new_tokens
     try:
-        if task.method == "generated":
-            prompts_of(tokenizer, task, examples, template, new, positions)
-        else:
-            pairs_of(tokenizer, task, examples, positions)
+        prompts_of(tokenizer, task, examples, template, new, positions)
     except UserError as error:
         raise UserError(f"eval.data = {e.data}, eval.max_new_tokens = {new}: {error}") from None
     batches, why = None, ""

@@ -16,7 +16,6 @@ from moejax.data.text_tokens import text_tokens
 from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation.loglikelihood import encode_pair
 
 TINY = str(ROOT / "assets/tiny-mixtral")
 SHARED_TOKENIZERS = [p for p in (SHARED / "tokenizers" / f"{n}_tokenizer.json" for n in ("mistral_v1", "20B")) if p.exists()]
@@ -50,12 +49,6 @@ def test_a_control_token_in_a_text_is_text(template, field, text, tokenizer):
 def test_a_text_with_its_marks_written_in_it_is_taken_as_written_and_counted(tokenizer):
     found = tokenize([{"text": "[INST] Tom has 3 apples. [/INST] 3."}], tokenizer, "text", 99)
     assert found.queries[0].ids.tolist()[0] == tokenizer.convert_tokens_to_ids("[INST]") and found.marked == 1
-
-
-def test_a_scored_text_is_text(tokenizer):
-    context, continuation = encode_pair(tokenizer, "Tom </s> has", " 3 <s> apples")
-    assert not {*context, *continuation} & {1, 2}
-    assert tokenizer.decode(context + continuation) == "Tom </s> has 3 <s> apples"
 
 
 def made(normalizer=None, pre=None, end=True, **flags):

@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import VECTORS
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from moejax.errors import UserError
 from moejax.evaluation.generate import generate
-from moejax.evaluation.loglikelihood import _score, encode_pair, loglikelihoods
+from moejax.evaluation.loglikelihood import _score, loglikelihoods
 from moejax.hub.peft import load_adapter
 from moejax.hub.weights import load_weights
 from moejax.models.build import build
@@ -113,16 +110,3 @@ def test_bad_pairs(case, pair, rows, message):
 def test_a_pair_of_the_whole_length(case):
     """The last token is only predicted: 129 tokens fit 128 positions."""
     assert np.isfinite(loglikelihoods(case[1], [([1] * 120, [1] * 9)], rows=1)[0].loglikelihood)
-
-
-def test_pairs_are_split_as_the_harness_splits_them():
-    letters = "one tw>"
-    backend = Tokenizer(BPE({letter: place for place, letter in enumerate(letters)}, []))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=">")
-
-    def split(context, continuation):
-        return tuple("".join(letters[i] for i in ids) for ids in encode_pair(tokenizer, context, continuation))
-
-    assert split("one", " two") == ("one", " two")
-    assert split("one ", "two") == ("one", " two")
-    assert split("", "two") == (">", "two")

@@ -20,10 +20,6 @@ from moejax.hub.save import save_weights
 from moejax.runs.open import load
 
 PROBLEMS = str(ROOT / "assets/problems/test.json")
-ENDINGS = [
-    {"ctx": "Tom has 4 apples. He finds 3 new ones.", "endings": ["Now Tom has 7 apples.", "Blue."], "label": 0},
-    {"ctx": "Tom has 9 apples.", "endings": ["He sings.", "He loses 3. Now Tom has 6 apples."], "label": 1},
-]
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +76,19 @@ def test_a_run_and_its_base(run, capsys):
     assert outputs[0] != outputs[1]
 
 
-def test_likelihoods_of_a_run_without_adapter(trained_whole, tmp_path, capsys):
+def test_a_run_without_adapter(trained_whole, tmp_path, capsys):
     """Full fine-tuning: its own weights, and with --base those it began with; a folder of choice."""
-    data = tmp_path / "endings.jsonl"
-    data.write_text("".join(json.dumps(r) + "\n" for r in ENDINGS))
-    scores = []
-    for extra in ([], ["--base", "--out", str(tmp_path / "base")]):
-        assert cli.main(["eval", str(trained_whole), "--task", "hellaswag-loglikelihood", "--data", str(data), *extra]) == 0
-        out = capsys.readouterr().out
-        folder = tmp_path / "base" if extra else trained_whole / "eval/hellaswag-loglikelihood"
-        result, predictions = kept(folder)
-        assert result["generated_tokens"] == 0 and "tokens/s" not in out
-        assert [p["correct"] for p in predictions] == [
-            p["answer"] == f"ending{r['label'] + 1}" for p, r in zip(predictions, ENDINGS, strict=True)
-        ]
-        scores.append([p["scores"] for p in predictions])
-    again = ["eval", str(ROOT / "assets/tiny-blackmamba"), "--task", "hellaswag-loglikelihood", "--data", str(data)]
-    assert cli.main([*again, "--out", str(tmp_path / "bundled")]) == 0
-    assert scores[1] == [p["scores"] for p in kept(tmp_path / "bundled")[1]] != scores[0]
+    task = ["--task", "problems", "--data", PROBLEMS, "--limit", "3", "--max-new-tokens", "4"]
+    run = shutil.copytree(trained_whole, tmp_path / "run")
+    model = load(run).make()
+    model.norm.weight.set_value(-model.norm.weight.get_value())  # of the likeliest token the unlikeliest
+    save_weights(model, run / "model")
+    folders = [run / "eval/problems", tmp_path / "base", tmp_path / "bundled"]
+    assert cli.main(["eval", str(run), *task]) == 0
+    assert cli.main(["eval", str(run), *task, "--base", "--out", str(folders[1])]) == 0
+    assert cli.main(["eval", str(ROOT / "assets/tiny-blackmamba"), *task, "--out", str(folders[2])]) == 0
+    own, base, bundled = ([p["output"] for p in kept(folder)[1]] for folder in folders)
+    assert own != base == bundled
 
 
 def test_a_models_folder(tmp_path, capsys):
@@ -130,7 +121,7 @@ def bad(arguments, capsys):
     ("changes", "message"),
     [
         ({"--task": "gsm8"}, "unknown task 'gsm8': did you mean gsm8k"),
-        ({"--task": "hellaswag"}, "did you mean hellaswag-generated, hellaswag-loglikelihood"),
+        ({"--task": "hellaswag"}, "did you mean hellaswag-generated?"),
         ({"--data": "nowhere.json"}, "data file nowhere.json does not exist"),
         ({"--task": "piqa-generated"}, "record 0: its answer is '77': expected one of solution1, solution2"),
         ({"--limit": "0"}, "--limit 0: expected 1 or more"),

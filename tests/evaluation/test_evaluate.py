@@ -19,7 +19,6 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.evaluation.answers import wilson_interval
 from moejax.evaluation.evaluate import evaluate, write
-from moejax.evaluation.loglikelihood import encode_pair, loglikelihoods
 from moejax.evaluation.tasks import Example, find, load
 from moejax.models.build import build
 from moejax.models.config import PRESETS
@@ -122,27 +121,6 @@ def test_an_answer_that_does_not_end(tokenizer):
     assert result.generated_tokens == 5 and result.predictions[0]["output"] in "1 2 3 4 5 6 7 8"
 
 
-def test_the_likeliest_ending(tokenizer, untrained):
-    """The right one is made the one that the model finds the likeliest, as a whole or per character; then the other."""
-    texts = ("a b", "a b a b a b a b a b", "zq")
-    context = "Tom has 4 apples. He"
-    pairs = [encode_pair(tokenizer, context, f" {t}") for t in texts]
-    whole = [s.loglikelihood for s in loglikelihoods(untrained, pairs, rows=4)]
-    normalized = [s / len(t) for s, t in zip(whole, texts, strict=True)]
-    names = ("ending1", "ending2", "ending3")
-    for method, scores in (("loglikelihood", whole), ("loglikelihood-normalized", normalized)):
-        best = int(np.argmax(scores))
-        candidates = tuple((context, f" {t}") for t in texts)
-        record = {"instruction": "x", "input": "", "output": ""}
-        examples = [Example(record, names[right], candidates, names) for right in (best, (best + 1) % 3)]
-        result = evaluate(untrained, tokenizer, find(f"hellaswag-{method}"), examples, max_new_tokens=1, rows=4)
-        assert [p["correct"] for p in result.predictions] == [True, False]
-        assert all(p["answer"] == names[best] and p["output"] == f" {texts[best]}" for p in result.predictions)
-        np.testing.assert_allclose(result.predictions[0]["scores"], scores, atol=1e-4)
-        assert result.generated_tokens == 0
-    assert np.argmax(whole) != np.argmax(normalized)
-
-
 def test_written_and_replaced(tokenizer, tmp_path, monkeypatch):
     """A full disk leaves what was there."""
     model, examples = asked(tokenizer, "gsm8k", {("a", "3"): "3 – drei", ("b", "4"): "5"})
@@ -176,16 +154,14 @@ def test_the_template_of_the_run(tokenizer, untrained):
 
 
 def test_bad_input(tokenizer, untrained):
-    def run(instruction="one", task="gsm8k", examples=None, new=8, rows=2, t=tokenizer, candidates=()):
-        example = Example({"instruction": instruction, "input": "", "output": ""}, "1", candidates, ("ending1",))
+    def run(instruction="one", task="gsm8k", examples=None, new=8, rows=2, t=tokenizer):
+        example = Example({"instruction": instruction, "input": "", "output": ""}, "1")
         return evaluate(untrained, t, find(task), [example] if examples is None else examples, max_new_tokens=new, rows=rows)
 
     with pytest.raises(
         UserError, match=r"gsm8k, example 0: .* tokens and 8 new ones exceed the model's 256 positions: shorten"
     ):
         run("word " * 300)
-    with pytest.raises(UserError, match=r"hellaswag-loglikelihood, example 0: .* tokens exceed the model's 256 positions"):
-        run(task="hellaswag-loglikelihood", candidates=(("word " * 300, " a"),))
     with pytest.raises(UserError, match="gsm8k: there are no examples"):
         run(examples=[])
     with pytest.raises(UserError, match="rows = 0"):
@@ -202,13 +178,11 @@ def test_bad_input(tokenizer, untrained):
     mute = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="</s>")  # no letter is in its vocabulary
     with pytest.raises(UserError, match="gsm8k, example 0: its prompt is empty"):
         run(t=mute)
-    with pytest.raises(UserError, match="example 0: the answer ' a' has no token"):
-        run(t=mute, task="hellaswag-loglikelihood", candidates=(("b", " a"),))
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the shared data sets")
 def test_real_data_on_a_tiny_model(tokenizer):
     model = build(CONFIG.replace(max_position_embeddings=4096), key=jax.random.key(0), dtype=jnp.float32)
-    for name, file in (("gsm8k", "gsm8k_test"), ("hellaswag-loglikelihood", "hellaswag_test_500_rebuilt")):
+    for name, file in (("gsm8k", "gsm8k_test"), ("hellaswag-generated", "hellaswag_test_500_rebuilt")):
         examples = load(find(name), str(SHARED / "data" / f"{file}.json"), limit=4)
         assert evaluate(model, tokenizer, find(name), examples, max_new_tokens=8, rows=4).n == 4

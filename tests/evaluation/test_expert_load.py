@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from support import ROOT, tiny_experiments
+from support import tiny_experiments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moejax import cli, config
@@ -73,12 +73,12 @@ def run(tmp_path_factory):
     path = folder / "config.yaml"
     path.write_text(config.dump(experiment))
     assert cli.main(["train", "--config", str(path)]) == 0
-    return folder / "runs" / "run", experiment, folder / "train.json", path
+    return folder / "runs" / "run", experiment, folder / "train.json"
 
 
 @pytest.fixture(scope="module")
 def loaded(run):
-    folder, _, data, _ = run
+    folder, _, data = run
     assert cli.main(["expert-load", str(folder), "--data", str(data), "--limit", "9"]) == 0
     return json.loads((folder / "expert_load.json").read_text())
 
@@ -122,39 +122,19 @@ def test_pictures(run, loaded):
     assert image.encoded_image_string == png and image.width > image.height > 100
 
 
-def test_of_a_config(run, capsys, monkeypatch):
-    """Without a run: the base alone, in a folder of its own."""
-    folder, _, data, path = run
-    assert cli.main(["expert-load", str(path), "--data", str(data), "--limit", "2"]) == 0
-    result = json.loads((folder.parent / "run-expert-load" / "expert_load.json").read_text())
-    assert list(result["models"]) == ["base"] and result["queries"] == 2
-    assert "base: tokens per query, 2 queries" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "x.json"], "give a finished run's folder, or the CONFIG"),
         (["nowhere", "--data", "x.json"], "nowhere is no finished run"),
         (["RUN", "--data", "x.json"], "x.json does not exist"),
         (["RUN", "--data", "DATA", "--limit", "0"], "--limit 0: expected 1 or more"),
-        (["RUN", "--config", "CONFIG", "--data", "DATA"], "give a finished run's folder, or the CONFIG"),
     ],
 )
 def test_bad_input(arguments, message, run, capsys):
-    known = {"RUN": str(run[0]), "DATA": str(run[2]), "CONFIG": str(run[3])}
+    known = {"RUN": str(run[0]), "DATA": str(run[2])}
     assert cli.main(["expert-load", *(known.get(a, a) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-
-
-def test_without_a_tokenizer(run, tmp_path, capsys):
-    content = run[1].model_dump(mode="json")
-    content |= {"tokenizer": None, "data": {"batching": "fixed", "row_tokens": 64}}
-    path = tmp_path / "random.yaml"
-    path.write_text(config.dump(config.Experiment.model_validate(content)))
-    assert cli.main(["expert-load", "--config", str(path), "--data", str(ROOT / "assets/problems/test.json")]) == 2
-    assert "names no tokenizer" in capsys.readouterr().err
 
 
 def test_the_table_of_many_experts_is_their_ends():
