@@ -8,8 +8,7 @@ A shape is TOKENSxHIDDENxINTERMEDIATE, 8 experts, k = 2, or TOKENSxHIDDENxINTERM
 (frozen weights, rank-16 adapters on all projections, hidden rows recomputed) under a uniform and a skewed routing (loads of the study's
 Figure 11: one expert with three times its share); the sum of the two medians decides, and the loop is beaten only by more than `MARGIN`.
 Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful FLOPs, and of one dense product of the same
-useful size; beside each candidate: the largest difference of output and gradients from the loop in fp32, and `ragged`'s FLOPs by the
-compiler, which is never chosen where it is dense, and for many experts not timed.
+useful size; beside each candidate: the largest difference of output and gradients from the loop in fp32.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from clock import difference, in_turn
 from moejax.models.moe import GATED
 from moejax.models.ops import choice, quantized
 from moejax.models.ops.grouped import matmul as gm
-from moejax.training import experts as of_run
 
 RANK = 16
 MARGIN = 1.15
@@ -119,16 +117,14 @@ def candidates(platform: str, shape: str, in_4_bits: bool) -> dict[str, gm.Plan]
     if experts >= choice.MANY_EXPERTS:  # also one product an expert, or nearly so
         tiles |= {(max(8, rows * eighths // 8), max(8, rows // 4)) for eighths in (8, 9, 10, 12)}
     plans = {f"loop {t}/{s}": base._replace(backend="loop", tile=t, small_tile=s) for t, s in sorted(tiles)}
-    return plans | {"capacity": base._replace(backend="capacity"), "ragged": base._replace(backend="ragged")}
+    return plans | {"capacity": base._replace(backend="capacity")}
 
 
-def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ragged: float) -> dict[str, Any]:
+def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int) -> dict[str, Any]:
     """All candidates of one shape: medians by routing, differences, and who won."""
     tokens, d, f, experts, k = sizes(shape)
     weights = projections(experts, d, f, storage, dtype)
     plans, calls, errors = candidates(platform, shape, storage != "array"), {}, {}
-    if ragged >= of_run.DENSE_FROM and experts >= choice.MANY_EXPERTS:
-        plans.pop("ragged")  # experts / k times the useful FLOPs
     calls["dense"] = dense(d, f, tokens * k, dtype)
     steps = {name: step(plan, *weights) for name, plan in plans.items()}
     for routing, loads in (("uniform", None), ("skewed", SKEWED)):
@@ -153,7 +149,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
     seconds = in_turn(calls, repeat)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     useful = 6 * 2 * tokens * k * d * f  # three products a row forward, three backward; recomputation and adapters are not counted
-    winner, entry = decide(plans, medians, ragged)
+    winner, entry = decide(plans, medians)
     entry = {"rows_per_expert": tokens * k // experts, "hidden": d, "intermediate": f, "quantized": storage != "array"} | entry
     return {
         "shape": shape, "storage": storage, "dtype": jnp.dtype(dtype).name, "winner": winner, "entry": entry, "medians": medians,
@@ -163,7 +159,7 @@ def measure(platform: str, shape: str, storage: str, dtype: Any, repeat: int, ra
     }  # fmt: skip
 
 
-def decide(plans: dict[str, gm.Plan], medians: dict[str, float], ragged: float) -> tuple[str, dict[str, Any]]:
+def decide(plans: dict[str, gm.Plan], medians: dict[str, float]) -> tuple[str, dict[str, Any]]:
     """The winner's name, and what the table says of it: the backend, and the best loop's tile."""
     both = {
         name: sum(medians[f"{name}, {routing}"] for routing in ("uniform", "skewed"))
@@ -171,9 +167,7 @@ def decide(plans: dict[str, gm.Plan], medians: dict[str, float], ragged: float) 
         if f"{name}, skewed" in medians and f"{name}, uniform" in medians
     }
     loop = min((name for name in both if name.startswith("loop")), key=lambda name: both[name])
-    others = [name for name in ("capacity", "ragged") if name in both and (name != "ragged" or ragged < of_run.DENSE_FROM)]
-    rival = min(others, key=lambda name: both[name], default=loop)
-    winner = rival if both[rival] * MARGIN < both[loop] else loop
+    winner = "capacity" if both.get("capacity", both[loop]) * MARGIN < both[loop] else loop
     return winner, {"backend": plans[winner].backend, "tile": plans[loop].tile, "small_tile": plans[loop].small_tile}
 
 
@@ -190,11 +184,11 @@ def main() -> int:
     o = parser.parse_args()
     if o.update and o.out is None:
         parser.error("--update needs --out: the table names the file with the seconds")
-    kind, ragged = choice.here(), of_run.ragged_cost()
-    result = kept.about(device=kind, cores=os.cpu_count(), ragged_flops_of_useful=ragged, cases=[])
+    kind = choice.here()
+    result = kept.about(device=kind, cores=os.cpu_count(), cases=[])
     for storage in o.storage.split(","):
         for shape in ("64x32x48" if o.tiny else o.shapes).split(","):
-            case = measure(platform, shape, storage, jnp.dtype(o.dtype), 2 if o.tiny else o.repeat, ragged)
+            case = measure(platform, shape, storage, jnp.dtype(o.dtype), 2 if o.tiny else o.repeat)
             result["cases"].append(case)
             print(f"{shape} {storage} {o.dtype}: {case['winner']}")
             for name, median in case["medians"].items():

@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "pytorch")]
 import contract
 import jax
 import numpy as np
+from flax import nnx
 
 from moejax.config import Experiment
 from moejax.data.batching import stack
@@ -32,7 +33,6 @@ from moejax.hub.names import tensors
 from moejax.models.build import Model, build, materialize_lora
 from moejax.models.config import Architecture
 from moejax.models.ops.quantized import QuantizedTensor
-from moejax.training.flops import groups_of
 from moejax.training.optimizer import make_schedule
 from moejax.training.run_steps import steps_in, total_steps
 
@@ -97,13 +97,13 @@ def _begin(experiment: Experiment, config: Architecture, stack_name: str) -> dic
 
 def _described(model: Model, name: str) -> dict[str, Any]:
     """What experiment.json says of the model, weights or not."""
-    groups, (total, active) = groups_of(model), model.config.parameters
+    total, active = model.config.parameters
     return {
         "model": {
             "name": name,
             "params_total": total,
             "params_active": active,
-            "params_trainable": sum(g.parameters for g in groups.values() if g.trainable),
+            "params_trainable": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))),
             "experts": model.config.num_experts,
             "experts_per_token": model.config.experts_per_token,
         },

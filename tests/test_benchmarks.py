@@ -44,7 +44,7 @@ def test_scan_choice_tiny(run):
 
 def test_grouped_choice_tiny(run):
     report = run("grouped_choice", "--tiny")
-    assert [c["storage"] for c in report["cases"]] == ["array", "nf4-double"] and report["ragged_flops_of_useful"] > 2
+    assert [c["storage"] for c in report["cases"]] == ["array", "nf4-double"]
     for case in report["cases"]:
-        assert case["entry"]["backend"] in ("loop", "capacity")  # ragged is dense on a CPU
+        assert case["entry"]["backend"] in ("loop", "capacity")
         assert all(d < 1e-5 for d in case["difference_from_fp32"].values())

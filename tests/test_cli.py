@@ -186,14 +186,11 @@ def test_dry_run_judges_records_whose_tokenizer_is_not_here(capsys, tmp_path):
     assert "data: 1,001 records to train on, each" in out and f"not there: data.eval_source = {tmp_path}/lost.jsonl" in out
 
 
-def test_a_backend_that_this_device_cannot_run_is_refused_by_name(capsys, tmp_path):
+def test_a_backend_that_is_not_there_is_refused_by_name(capsys, tmp_path):
     data = f"data.source={ROOT}/assets/problems/train.json"
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), f"runs_dir={tmp_path}", f"model.source={ROOT}/assets/tiny-mixtral", data]
     assert cli.train_main([*arguments, "model.moe_backend=ragged"]) == 2
-    said = capsys.readouterr().err
-    assert "'ragged': on cpu the compiler makes a dense product of it" in said and "Use auto, loop or capacity, which run on every" in said
-    assert cli.train_main([*arguments, "model.moe_backend=triton"]) == 2
-    assert "model.moe_backend = 'triton': expected 'auto', 'loop', 'capacity' or 'ragged'" in capsys.readouterr().err
+    assert "model.moe_backend = 'ragged': expected 'auto', 'loop' or 'capacity'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,16 +257,3 @@ def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command,
     )
     assert cli.main([*command, str(tmp_path)]) == 2 and cli.main([*command, str(tmp_path / "none")]) == 2
     assert told == ["/elsewhere", config.DeviceConfig().compilation_cache]
-
-
-def test_expert_load_of_a_config_keeps_compiled_programs_where_that_config_says(monkeypatch, tmp_path):
-    """Not where a config.yaml says that happens to lie in the current folder."""
-    told = []
-    monkeypatch.setattr(runtime, "prepare_jax", lambda device: told.append(device.compilation_cache))
-    monkeypatch.chdir(tmp_path)
-    text = "name: a\nmodel: {preset: mixtral-tiny}\ndata: {batching: fixed}\ntraining: {steps: 1}\ndevice: {compilation_cache: %s}\n"
-    (tmp_path / "config.yaml").write_text(text % "/other")
-    (tmp_path / "mine.yaml").write_text(text % "/mine")
-    assert cli.main(["expert-load", "--config", "mine.yaml", "--data", "d.json"]) == 2  # it names no tokenizer
-    assert cli.main(["expert-load", "--data", "d.json"]) == 2
-    assert told == ["/mine", config.DeviceConfig().compilation_cache]

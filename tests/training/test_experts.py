@@ -1,17 +1,14 @@
 """The experts' backend: told at the start, refused where the compiler would make something else of it."""
 
-import importlib.util
 
-import pytest
 from support import ROOT
 
 from moejax import config
-from moejax.errors import UserError
 from moejax.gpus import GPUS
 from moejax.models.config import PRESETS
 from moejax.models.ops import choice
 from moejax.models.ops.grouped import matmul as gm
-from moejax.training import experts, program
+from moejax.training import experts
 
 CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"
 
@@ -32,23 +29,6 @@ def test_the_choice_is_told_with_its_reason(monkeypatch):
     assert experts.plan(*experiment(), 1280).backend == "capacity"
     assert experts.announce(*experiment("model.moe_backend=loop")) == "experts: loop, tiles of 64 and 16 rows (model.moe_backend)"
     assert experts.announce(*experiment("model.experts_per_token=8")).startswith("experts: dense")
-
-
-def test_ragged_is_refused_where_it_is_dense():
-    """On a CPU XLA multiplies every row by every expert's matrix: 8 times the useful FLOPs."""
-    assert experts.ragged_cost() > 7.9
-    with pytest.raises(UserError, match=r"'ragged': on cpu the compiler makes a dense product of it, 8\.\d times.*Use auto, loop or cap"):
-        experts.announce(*experiment("model.moe_backend=ragged"))
-    experts.refuse_dense(1.1, "a device that groups")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed")
-def test_what_ragged_costs_on_a_gpu_is_read_without_one():
-    """Dense on an H100 too: a run that forces it there is refused. Where a later jax groups it, this says so, and docs/performance.md."""
-    cost = experts.ragged_cost(program.device("H100"))
-    assert cost >= experts.DENSE_FROM
-    with pytest.raises(UserError, match=r"on NVIDIA H100 the compiler makes a dense product of it, 8\.\d times"):
-        experts.refuse_dense(cost, "NVIDIA H100")
 
 
 def test_the_nearest_measured_shape_decides(monkeypatch):

@@ -3,7 +3,7 @@
 `dispatch` sorts token rows by expert, `grouped_mlp` sends each group through its own expert's matrices, `combine` adds the rows of
 one token up again. `dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
 
-Three backends do the middle part: `loop`, `capacity`, `ragged`; `choose` says which, by what `choice` has of the device.
+Two backends do the middle part: `loop` and `capacity`; `choose` says which, by what `choice` has of the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.ops import choice
-from moejax.models.ops.grouped import capacity, loop, ragged
+from moejax.models.ops.grouped import capacity, loop
 from moejax.models.ops.grouped.expert import LoRAWeights, Plan, Projection
 from moejax.models.ops.linear import Weight, dequantized, with_frozen
 
@@ -25,7 +25,7 @@ __all__ = [
     "sort_weights",
 ]  # fmt: skip
 
-_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity, "ragged": ragged}
+_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity}
 BACKENDS = (*_BACKENDS,)
 
 

@@ -1,6 +1,4 @@
-"""Backend `ragged`: XLA's own `ragged_dot`. Only where it is asked for: on most devices XLA expands it to the dense product, E / k times
-the useful FLOPs, and all experts' dequantized matrices of a projection exist at once. `moejax/training/experts.py` looks at what the
-compiler makes of it before a run."""
+"""A backend made of XLA's own `ragged_dot`, which it expands to the dense product on a CPU: what the bound on FLOPs must notice."""
 
 from __future__ import annotations
 
