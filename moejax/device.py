@@ -139,7 +139,7 @@ def this_machine(fraction: float) -> GPU:
     known = GPUS.get(gpu_name(device.device_kind))
     if known is not None:
         return dataclasses.replace(known, usable_bytes=usable)
-    here = GPU(cpu_name(), usable / 1e9, 1.0, 1.0, None, HERE, usable_bytes=usable, platform="cpu", source="this machine")
+    here = GPU(cpu_name(), usable / 1e9, 1.0, 1.0, HERE, usable_bytes=usable, platform="cpu", source="this machine")
     if device.platform == "cpu":
         return here
     capability = str(getattr(device, "compute_capability", ""))

@@ -41,7 +41,6 @@ class GPU:
     memory_gb: float
     bytes_per_second: float
     flops_per_second: float
-    watts: float | None
     chip: str
     aliases: tuple[str, ...] = ()
     cuda_name: str = ""
@@ -79,7 +78,7 @@ def _gpu(name: str, figures: dict[str, Any], source: str = DATA_SHEET) -> GPU:
     compiler = CompilerFigures(**{key: figures[key] for key in _COMPILER_KEYS}) if figures.get(_COMPILER_KEYS[0]) else None
     cuda_name = figures.get("cuda_name")  # of the table alone
     return GPU(
-        name, figures["memory_gb"], figures["bandwidth_gb_per_second"] * 1e9, figures["bf16_tflops"] * 1e12, figures.get("watts"),
+        name, figures["memory_gb"], figures["bandwidth_gb_per_second"] * 1e9, figures["bf16_tflops"] * 1e12,
         str(figures.get("chip", name)), tuple(figures.get("aliases", ())), cuda_name or f"NVIDIA {name}",
         figures.get("device_kind") or (_plain_device(cuda_name) if cuda_name else None), figures.get("device_bytes"), source,
         bf16=figures.get("bf16", compiler is None or float(compiler.compute_capability) >= 8),
@@ -119,16 +118,16 @@ def of_device_kind(device_kind: str, table: dict[str, GPU] | None = None) -> GPU
 
 
 _NEEDED = ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops")
-_NUMBERS = (*_NEEDED, "watts", *_COMPILER_KEYS[1:])
-_YAML_KEYS = {*_NUMBERS, "chip", "source", "bf16", *_COMPILER_KEYS}
+_NUMBERS = (*_NEEDED, *_COMPILER_KEYS[1:])
+_YAML_KEYS = {*_NUMBERS, "watts", "chip", "source", "bf16", *_COMPILER_KEYS}
 
 
 def from_yaml(path: str | Path) -> dict[str, GPU]:
     """The table with a user's own GPUs: `NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}`.
 
-    `watts`, `chip`, `source` and `bf16` (false: it has none, as below compute capability 8) are optional; with `compute_capability: 8.6,
-    multiprocessors: 84, l2_mb: 6, clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table, however it is written,
-    replaces that GPU. Raises UserError for a file, key or value that cannot be meant.
+    `chip`, `source` and `bf16` (false: it has none, as below compute capability 8) are optional, `watts` is not used; with
+    `compute_capability: 8.6, multiprocessors: 84, l2_mb: 6, clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table,
+    however it is written, replaces that GPU. Raises UserError for a file, key or value that cannot be meant.
     """
     from moejax.yaml_file import read_yaml
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.commands.tables import draw, print_json, show_table
+from moejax.commands.tables import print_json, show_table
 from moejax.errors import UserError
 from moejax.estimator import coefficients
 from moejax.estimator.fitting import Fitted, Run, fit_runs
@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, or a step_profile.json")
     parser.add_argument("--out", default="coefficients.json", metavar="FILE", help="where the coefficients go (default: coefficients.json)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument("--plot", metavar="DIR", help="draw the residuals (PNG) into this folder")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,7 +26,6 @@ def run(options: argparse.Namespace) -> int:
     paper = {f.entry.gpu: {"equation_1": f.equation_1, "equation_2": f.equation_2} for f in fitted}
     coefficients.write(options.out, [f.entry for f in fitted], paper)
     report(fitted, options.out, as_json=options.json)
-    draw(options.plot, lambda figures, folder: figures.residuals(folder, fitted))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from moejax import gpus
 from moejax.commands.arguments import add_old, check_counts, names_of
-from moejax.commands.tables import draw, print_json, said_once, show_table
+from moejax.commands.tables import print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
 from moejax.estimator import coefficients, lengths, plan, prices, published, roofline, room
@@ -53,8 +53,6 @@ def run(options: argparse.Namespace) -> int:
         show(options, given, found)
         for why in left_out.values():
             print(f"left out: {why}")
-    table = given.table | {gpu.name: gpu for gpu in given.gpus}
-    draw(options.plot, lambda figures, folder: figures.throughput(folder, given.job, found, given.entries, table))
     return 0
 
 
@@ -79,7 +77,6 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
     parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
 
 
 def asked(options: argparse.Namespace) -> Asked:

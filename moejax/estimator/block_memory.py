@@ -1,5 +1,7 @@
 """What one block of a stack holds at each moment of a training step: the terms of `closed_form.py`, by kind of mixer. No jax.
 
+The rules are those of bf16 programs on a GPU; fp32 and a CPU are counted by the same ones.
+
     N rows·row_tokens   M N·K + tile   D model   F expert hidden   E experts   K of them a token   I Mamba's channels   V vocabulary
 """
 
@@ -30,7 +32,6 @@ class Step:
     item: int  # bytes of what is computed in
     trained: int | None  # bytes of a trained base weight; None: the base is frozen
     remat: bool
-    balanced: bool  # a load-balancing loss reads the router's probabilities
     quantized: bool  # experts are stored in 4 bits
 
     @property
@@ -49,7 +50,6 @@ class Adapted:
 
     rank: int = 0
     low_rank: int = 0  # ranks of those outside the experts, together
-    other_bytes: int = 0  # of their matrices
     mixer: bool = False  # whether the mixer has any
     shared: int = 0  # of those on the experts, how many have another's A
 
@@ -59,18 +59,14 @@ class Adapted:
 
 
 class Mixer(NamedTuple):
-    """What a block's mixer adds to it, in bytes. `dense_on_cpu`: how many arrays [E, N, F] a CPU holds at once where every token visits
-    every expert."""
+    """What a block's mixer adds to it, in bytes."""
 
     streams: int  # saved for the backward pass with rematerialization, beside the routing
     saved: int  # without
-    dense_on_cpu: int
-    kept: int  # what the expert half finds of the mixer's recomputation
     backward: int
     forward: int  # of the last layer's forward pass, without rematerialization …
     forward_numbers: int  # … and numbers of the compute dtype where experts are sparse
-    small_arrays: bool = False  # whether to count what was read off a GPU's program with adapted experts: it matters in small batches
-    forward_of_adapters: int = 0  # of small models
+    kept: int = 0  # what the expert half finds of the mixer's recomputation
 
 
 @dataclass(frozen=True)
@@ -120,12 +116,7 @@ class Block:
         if s.remat:
             return layers * (self.mixer.streams + self.routing())
         experts = 6 * s.item * e * n * f if self.moe.dense else s.item * self.sorted_rows * (s.width + 2 * f) + self.routing()
-        small = 0
-        if self.mixer.small_arrays and not self.moe.dense:
-            # Adapters' matrices as the products took them; two norms' statistics, four numbers each.
-            experts += s.item * self.adapted.rank * e * (2 * f + s.width) + 2 * 4 * 4 * n
-            small = self.adapted.other_bytes
-        return layers * (self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n) + small
+        return layers * (self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n)
 
     def experts(self) -> int:
         """The experts in the backward pass."""
@@ -142,12 +133,10 @@ class Block:
         rows = 3 * item * (self.sorted_rows + (together if at_once > 1 else 0)) * s.width
         hidden = 6 * item * together * f
         adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe)  # sums of gradients; scaled
-        if s.platform == "cpu" and not s.remat:  # what was kept of the layer, cut out of the stack
-            hidden += 2 * item * self.sorted_rows * f + 4 * item * n * s.width
         if s.trained is None:
             matrices = (3 * at_once + 1) * item * self.matrix
             return rows + hidden + adapters + matrices + 2 * s.stream + self.mixer.kept
-        layer = 3 * e * self.matrix * (4 + (s.trained if s.platform != "cpu" else 0))
+        layer = 3 * e * self.matrix * (4 + s.trained)
         one = 3 * self.matrix * (4 + item) + 2 * 4 * self.matrix
         return rows + hidden + layer + one + 3 * item * n * s.width + s.stream + self.mixer.kept
 
@@ -155,15 +144,12 @@ class Block:
         """[E, N, F] several times: projections, adapters' parts, activation, gradients; two of the layer's matrices as they are used."""
         s, e = self.step, self.moe.experts
         wide = s.item * e * s.tokens * self.moe.hidden
-        if s.platform == "cpu":
-            count = self.mixer.dense_on_cpu
-        elif s.trained is not None:
+        if s.trained is not None:
             count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
-            count = 6 if s.platform == "sm9" else 10
+            count = 10 if s.platform in ("sm80", "sm8") else 6
         matrices = 2 * e * self.matrix * (s.item if s.trained is None else s.trained)
-        low = (3 - self.adapted.shared) * s.item * e * s.tokens * self.adapted.rank if s.platform == "cpu" else 0
-        return count * wide + matrices + low + 2 * s.stream + self.mixer.kept
+        return count * wide + matrices + 2 * s.stream + self.mixer.kept
 
     def forward(self) -> int:
         """Without rematerialization: the last layer's forward pass, its operands not yet among the stacked ones: the mixer's; the stream
@@ -174,7 +160,7 @@ class Block:
             return mixer + 3 * s.item * self.moe.experts * n * f + 3 * s.stream
         rows = 2 * self.sorted_rows * (s.width + f)
         numbers = rows + self.mixer.forward_numbers + self.adapted.low_rank * n
-        return mixer + s.item * numbers + 2 * s.stream + self.mixer.forward_of_adapters
+        return mixer + s.item * numbers + 2 * s.stream
 
 
 class _Attention(NamedTuple):
@@ -182,94 +168,41 @@ class _Attention(NamedTuple):
 
     heads: int  # of all heads' queries, a token
     kv: int
-    block: int  # queries of a block
     last: int  # scores, [rows, heads, block, keys up to the block's end], of the last block
     every: int  # … of all blocks
-    trained: bool  # all weights, or adapters
 
 
-def _attention(step: Step, m: specs.GQA, adapted: Adapted) -> _Attention:
+def _attention(step: Step, m: specs.GQA) -> _Attention:
     smallest, largest = ATTENTION_BLOCKS
     length = step.row_tokens
     size = min(length, largest, max(smallest, -(-length // 4)))
     blocks = [(min(start + size, length) - start) * min(start + size, length) for start in range(0, length, size)]
     scores = step.rows * m.heads * blocks[-1], step.rows * m.heads * sum(blocks)
-    return _Attention(m.heads * m.head_dim, m.kv_heads * m.head_dim, size, *scores, step.trained is not None or adapted.mixer)
+    return _Attention(m.heads * m.head_dim, m.kv_heads * m.head_dim, *scores)
 
 
 def attention(s: Step, m: specs.GQA, moe: specs.MoE, adapted: Adapted) -> Mixer:
     """Each half of the block is recomputed by itself."""
-    a, n, dense = _attention(s, m, adapted), s.tokens, moe.dense
+    a, n = _attention(s, m), s.tokens
     width = s.width + a.heads + 2 * a.kv
-    small = adapted.rank > 0 and s.platform != "cpu"
     return Mixer(
         streams=2 * s.stream + 4 * n * m.heads,  # the stream before each half, and one number a query and head
         saved=s.item * n * ((6 if s.trained else 4) * s.width + width) + 4 * n * m.heads,
-        dense_on_cpu=7 if s.trained is None else 8 if s.balanced else 9,
-        kept=_attention_kept(s, a, dense),
-        backward=_attention_backward(s, m, a, moe, adapted),
+        backward=_attention_backward(s, a, adapted),
         forward=5 * a.every,  # masks of all blocks
         forward_numbers=3 * n * (a.heads + a.kv),  # q, k and v as one product, q and k rotated, the attention's output
-        small_arrays=small,
-        forward_of_adapters=_forward_of_adapters(s, m, a, moe, adapted) if small else 0,
     )
 
 
-def _attention_kept(s: Step, a: _Attention, dense: bool) -> int:
-    """Where everything is fp32, XLA recomputes the attention's scores before it comes to the experts, on a GPU only if the base is
-    trained (in every program looked at, with adapters on the attention or not; why its scheduler goes by that is not known)."""
-    if s.item < 4 or (s.platform != "cpu" and s.trained is None):
-        return 0
-    count = 2 if s.platform == "cpu" and s.trained is None and (dense or not s.remat) else 1
-    more = 0
-    if s.platform == "cpu" and dense:
-        more = 5 * s.width + 4 * a.kv if s.trained else s.width
-    return s.item * (count * a.every + s.tokens * (2 * (a.heads + a.kv) + more))
-
-
-def _attention_backward(s: Step, m: specs.GQA, a: _Attention, moe: specs.MoE, adapted: Adapted) -> int:
+def _attention_backward(s: Step, a: _Attention, adapted: Adapted) -> int:
     """Scores of the last block of queries twice in fp32 and of all blocks twice in the compute dtype (XLA does not wait for one block
     before the next), the stream three times, a block's queries five times, and partial sums of the keys' gradient."""
-    n, item, dense = s.tokens, s.item, moe.dense
-    if s.platform == "cpu":  # fp32: scores, their weights and gradients of all blocks; k and v, transposed, and by block
-        rows = (1 if a.trained else 2) * n * (1 if dense else moe.experts_per_token) * s.width
-        count, sizes_of_kv = (3, 8) if a.trained else (2, 6)
-        return item * ((1 if dense and s.trained else count) * a.every + 6 * n * s.width + sizes_of_kv * n * a.kv + rows)
-    if item == 4 and s.trained is None:
-        return _attention_backward_fp32(s, m, a, adapted)
+    n, item = s.tokens, s.item
     block = max(1, n * min(1.0, max(ATTENTION_BLOCKS[0], s.row_tokens / 4) / s.row_tokens))
     partial = int(4 * 1.25 * n * a.kv) + int(5 * item * block * a.heads)
     masks = a.every if adapted.mixer else 0  # a byte a score: XLA makes those of all blocks ahead of the loop over layers
     scores = 2 * 4 * (a.last if item < 4 else 0) + 2 * item * a.every
     return masks + scores + 3 * item * n * s.width + partial + item * a.heads * s.width
-
-
-def _attention_backward_fp32(s: Step, m: specs.GQA, a: _Attention, adapted: Adapted) -> int:
-    """The same on a GPU where all is fp32 and the base frozen: nothing is converted.
-
-    Scores: of every block of queries the weights and the scores' gradient wait for the keys' and values' gradients, and of one block
-    also the gradient of the weights; which one is XLA's choice (of 512 tokens the largest block comes first, of 256 the smallest), so
-    the mean is taken. Beside them the stream's gradient; rotated queries and the output's gradient; keys and values, transposed;
-    sines and cosines twice; the gradients of the queries of other blocks. With adapters on the attention also the normed stream, the
-    three projections as one product, values and both gradients once more, low-rank rows.
-    """
-    n, blocks = s.tokens, -(-s.row_tokens // a.block)
-    scores = 2 * a.every + a.every // blocks
-    token = s.width + 2 * a.heads + 2 * a.kv + 2 * m.head_dim
-    if a.trained:
-        token += s.width + a.heads + 3 * a.kv + adapted.low_rank
-    return s.item * (scores + n * token + (n - s.rows * a.block) * a.heads)
-
-
-def _forward_of_adapters(s: Step, m: specs.GQA, a: _Attention, moe: specs.MoE, adapted: Adapted) -> int:
-    """Of one expert: its matrices as unpacked codes, as values, and joined with their adapters. The layer's scaled adapters; the
-    others' matrices, transposed for all layers ahead of the loop, twice. The last block of the attention's output joined with an
-    adapter. Rotary angles; a second time two low-rank rows; the router's scores, shares and order."""
-    rank, d, f = adapted.rank, s.width, moe.hidden
-    expert = 6 * d * f + 2 * d * (f + rank) + f * (d + rank)
-    token = m.head_dim + 2 * rank + 3 * moe.experts
-    block = s.rows * a.block * (d + rank)
-    return s.item * (expert + adapted.on_experts(d, moe) + block + s.tokens * token) + 2 * adapted.other_bytes
 
 
 def mamba(s: Step, m: specs.Mamba, moe: specs.MoE) -> Mixer:
@@ -279,15 +212,11 @@ def mamba(s: Step, m: specs.Mamba, moe: specs.MoE) -> Mixer:
     unit = 4 * n * inner  # fp32 [N, I]
     states = unit * m.state // chunk  # what the scan keeps of every chunk
     of_chunk = 4 * chunk * s.rows * m.state * inner  # a chunk's states, [chunk, rows, states, I]
-    if s.platform != "cpu":  # in_proj's output, seven of fp32, three of the compute dtype
-        kept = unit * 7 + 5 * s.item * n * inner + states + 2 * 4 * n * s.width
-    else:
-        kept = 18 * unit + states + 5 * 4 * n * s.width
     return Mixer(
         streams=s.stream,
         saved=17 * s.item * n * inner + states + 6 * 4 * n * s.width,
-        dense_on_cpu=11 if s.item == 4 else 12,
-        kept=kept,
+        # in_proj's output, seven of fp32, three of the compute dtype
+        kept=unit * 7 + 5 * s.item * n * inner + states + 2 * 4 * n * s.width,
         backward=_mamba_backward(s, m, moe, chunk, unit, of_chunk) + states,
         forward=n * m.state * inner + of_chunk + 9 * s.item * n * inner,
         forward_numbers=2 * n * s.width,
@@ -297,16 +226,13 @@ def mamba(s: Step, m: specs.Mamba, moe: specs.MoE) -> Mixer:
 def _mamba_backward(s: Step, m: specs.Mamba, moe: specs.MoE, chunk: int, unit: int, of_chunk: int) -> int:
     """The scan's operands and gradients, [N, I]; a chunk's states; sparse experts' gradients.
 
-    On a GPU, in fp32: dt·u and dt, both once more time first, the scan's output, its gradient twice, two gradients of operands; in the
+    In fp32: dt·u and dt, both once more time first, the scan's output, its gradient twice, two gradients of operands; in the
     compute dtype: in_proj's output (two), the convolution's with its slopes (three), dt's product, the gated output's gradient. Without
     rematerialization eight of these are among the saved. Of a chunk: a scan's result and the upper half of its tree, both operands of
     [chunk/4], [chunk/4 - 1], [chunk/8 - 1] …: 2.375 times its states; three operands cut out. B, C and their gradients, x_proj's rows.
     """
     n = s.tokens
-    written = s.platform == "cpu" or (s.remat and s.item == 4)  # the experts' gradients, into the stack of all layers
-    weights = 0 if moe.dense or written else 3 * moe.experts * s.width * moe.hidden * 4
-    if s.platform == "cpu":
-        return 14 * unit + 12 * of_chunk + 4 * 4 * n * s.width + weights
+    weights = 0 if moe.dense else 3 * moe.experts * s.width * moe.hidden * 4
     wide, computed = (8, 7) if s.remat else (6, 1)
     used = wide * unit + (computed * n * m.inner + n * (m.rank + 2 * m.state)) * s.item + 4 * 4 * n * m.state
     return used + int(2.375 * of_chunk) + 3 * 4 * chunk * s.rows * m.inner + n * s.width * (4 + s.item) + weights

@@ -4,8 +4,8 @@
 
 Arguments are exact (`sizes.py`). The moments are the loss, one layer's expert half and its mixer half in the backward pass
 (`block_memory.py`), and the optimizer; for each the arrays that are alive at once are listed with their shapes. Which these are was read
-off the compiler's own live ranges; no number in here is fitted to a peak. docs/estimator.md compares it with the compiler on every
-config of the repository.
+off the compiler's own live ranges; no number in here is fitted to a peak. docs/estimator.md compares it with the compiler on the
+repository's configs that compute in bf16.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def on(gpu: GPU, experiment: Experiment, config: Architecture, rows: int, row_to
     )  # fmt: skip
 
 
-def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, weights: tuple[sizes.Stored, ...]) -> Adapted:
+def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack) -> Adapted:
     """The adapters of a stack's blocks."""
     adapter, block = experiment.adapter, stack.block
     if adapter is None:
@@ -84,22 +84,16 @@ def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack, w
     pairs = adapter.lora.of(config)
     own = [target for half in block.halves for target in half.targets if target in pairs]
     experts = [target for target in own if block.feed_forward.targets.get(target) in block.feed_forward.groups["experts"]]
-    others = [w.bytes for w in weights if w.adapter and w.module[0] == stack.name and w.module not in _experts(stack)]
     return Adapted(
-        max((pairs[t].rank for t in experts), default=0), sum(pairs[t].rank for t in own if t not in experts), sum(others),
+        max((pairs[t].rank for t in experts), default=0), sum(pairs[t].rank for t in own if t not in experts),
         any(t in block.mixer.targets for t in own), sum(pairs[t].shares is not None for t in experts),
     )
 
 
-def _experts(stack: specs.Stack) -> list[specs.Path]:
-    moe = stack.block.feed_forward
-    return [(stack.name, moe.module, name) for name in moe.groups["experts"]]
-
-
 def _loss(step: Step, vocabulary: int, chunk: int) -> int:
-    """A chunk's logits in fp32 and their gradient in the compute dtype (on a GPU in the same place where both are fp32); hidden states
-    and theirs; the head's gradient in fp32 where it is trained."""
-    gradient = 0 if step.item == 4 and step.platform != "cpu" else step.item
+    """A chunk's logits in fp32 and their gradient in the compute dtype (in the same place where both are fp32); hidden states and theirs;
+    the head's gradient in fp32 where it is trained."""
+    gradient = 0 if step.item == 4 else step.item
     head = 4 * vocabulary * step.width if step.trained else 0
     return min(chunk, step.tokens) * vocabulary * (4 + gradient) + 3 * step.tokens * step.width * step.item + head
 
@@ -127,16 +121,15 @@ def breakdown(
     t, adapter = experiment.training, experiment.adapter
     if t.remat not in ("none", "full"):
         raise UserError(f"training.remat = {t.remat}: the closed form knows none and full")
-    weights, embed = sizes.stored(experiment, config), ("embed",)
+    weights = sizes.stored(experiment, config)
     trained = tuple(w for w in weights if w.trained)
     device = device or ("cpu" if platform == "cpu" else "gpu")
     step = Step(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
         experiment.model.moe_backend, rows, row_tokens,
-        ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.model.aux_loss_coef > 0,
-        experiment.quantization.of_experts,
+        ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.quantization.of_experts,
     )  # fmt: skip
-    adapted = [_adapted(experiment, config, stack, weights) for stack in config.stacks]
+    adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
     by_dtype: Counter[str] = Counter()
     for w in weights:
@@ -145,13 +138,11 @@ def breakdown(
     carried = gradients if t.gradient_accumulation > 1 else 0
     dense = all(block.moe.dense for block in blocks)
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and dense else 0
-    # On a CPU a loss of one chunk is no loop, and the layers' gradients are zeroed before it.
-    tables = {w.module: w.bytes for w in trained if w.module in (embed, ("head",))}
-    early = gradients - sum(tables.values()) if platform == "cpu" and not adapter and step.tokens <= t.loss_chunk_tokens else 0
-    experts = sum(w.bytes for w in trained if w.module in [path for stack in config.stacks for path in _experts(stack)])
-    scaled = 0 if adapter else _scaled(trained, experts, tables[embed], t.stored_dtype, platform)
+    experts = sum(w.bytes for w in trained if w.module in config.groups["experts"])
+    embed = sum(w.bytes for w in trained if w.module == ("embed",))
+    scaled = 0 if adapter else _scaled(trained, experts, embed, t.stored_dtype, platform)
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
-    moments = [("loss", carried + early, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
+    moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
         for part, temporaries in (("experts, backward", block.experts()), ("mixer, backward", block.mixer.backward)):
             moments.append((part, carried + gradients, sum(held[:number]), temporaries + head))

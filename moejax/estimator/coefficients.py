@@ -160,11 +160,11 @@ def read(path: str | Path) -> tuple[Entry, ...]:
     entries = document.get("entries")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--coefficients {path}: `entries` is empty or missing")
-    return tuple(_entry(path, index, item) for index, item in enumerate(entries))
+    return tuple(entry_of(f"--coefficients {path}: entries[{index}]", item, path) for index, item in enumerate(entries))
 
 
-def _entry(path: Path, index: int, item: Any) -> Entry:
-    where = f"--coefficients {path}: entries[{index}]"
+def entry_of(where: str, item: Any, path: Path) -> Entry:
+    """The entry that `document_of` wrote. where: for messages. Raises UserError for what is none."""
     if not isinstance(item, dict):
         raise UserError(f"{where} is not an object")
     missing = [key for key in ("model", "method", "gpu", *_NUMBERS) if key not in item]
@@ -204,17 +204,18 @@ def _range(where: str, told: Any) -> Range | None:
         raise UserError(f"{where}: range = {told!r}: expected tokens [low, high], shares [low, high], row_tokens") from None
 
 
+def document_of(e: Entry) -> dict[str, Any]:
+    """An entry as a file holds it."""
+    return {
+        "model": e.model, "method": e.method, "gpu": e.gpu, **e.named,
+        "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist(),
+        "only_share": e.only_share, "framework": e.framework, "range": None if e.range is None else asdict(e.range), "doubt": e.doubt,
+    }  # fmt: skip
+
+
 def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | None = None) -> None:
     """The file that `read` reads. Raises OSError where it cannot be written."""
-    document: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "entries": [
-            {"model": e.model, "method": e.method, "gpu": e.gpu, **e.named,
-             "source": e.source, "points": e.points, "samples": e.samples.tolist(), "scatter": e.scatter.tolist(),
-             "only_share": e.only_share, "framework": e.framework, "range": None if e.range is None else asdict(e.range), "doubt": e.doubt}
-            for e in entries
-        ],
-    }  # fmt: skip
+    document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "entries": [document_of(e) for e in entries]}
     if paper is not None:
         document["paper"] = paper
     replace_text(Path(path), json.dumps(document, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """What a run was predicted to take beside what it took. Reads a run's folder; keeps comparison.json in it.
 
-`prediction.json` is written by the run at its start: the compiled step's peak, and coefficients and price where they were known.
+`prediction.json` is written by the run at its start: the compiled step's peak, and coefficients where they were known.
 `metrics.jsonl` holds what was measured, step by step. Steps that the run calls disturbed (they warmed up, waited for the compiler, or were
 traced) are left out.
 """
@@ -8,7 +8,6 @@ traced) are left out.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import numpy as np
 from moejax import json_lines
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.estimator import units
-from moejax.estimator.coefficients import Entry, Range
+from moejax.estimator import coefficients, units
+from moejax.estimator.coefficients import Entry
 from moejax.files import replace_text
 
 PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
@@ -29,22 +28,12 @@ Document = dict[str, Any]
 def time_prediction(entry: Entry, share: float) -> Document:
     """An entry as prediction.json keeps it: seconds and their interval at these tokens follow from it."""
     entry.check_share(share)
-    samples = None if not len(entry.samples) else {"samples": entry.samples.tolist(), "scatter": entry.scatter.tolist()}
-    return {
-        "coefficients": entry.coefficients.tolist(), "source": entry.source, "points": entry.points, "share": share, "spread": samples,
-        "range": None if entry.range is None else asdict(entry.range), "doubt": entry.doubt,
-    }  # fmt: skip
+    return coefficients.document_of(entry) | {"share": share}
 
 
 def step_time(time: Document) -> Entry:
-    """The other way round."""
-    spread = time["spread"] or {"samples": [], "scatter": []}
-    samples, scatter = np.array(spread["samples"], float).reshape(-1, 3), np.array(spread["scatter"], float)
-    known = time.get("range") and Range(tuple(time["range"]["tokens"]), tuple(time["range"]["shares"]), time["range"]["row_tokens"])
-    return Entry(
-        "", "", "", np.array(time["coefficients"], float), samples, scatter, time["source"], time["points"],
-        range=known, doubt=time.get("doubt"),
-    )  # fmt: skip
+    """The other way round. Raises UserError for what another version wrote."""
+    return coefficients.entry_of(f"{PREDICTION}: time", time, Path(PREDICTION))
 
 
 def write_json(path: Path, document: Document) -> None:
@@ -82,19 +71,13 @@ def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
 
 
 def compare(folder: Path, entry: Entry | None = None) -> Document:
-    """Errors in memory, step time and cost (predicted over measured, less 1), written to comparison.json. `entry`: coefficients to
-    predict with instead of those that the run was told. What was not predicted is null, with the reason."""
+    """Errors in memory and step time, and so in dollars (predicted over measured, less 1), written to comparison.json. `entry`:
+    coefficients to predict with instead of those that the run was told. What was not predicted is null, with the reason."""
     told = read_prediction(folder)
     steps = read_steps(folder, told["disturbed_steps"])
     time = told["time"] if entry is None else time_prediction(entry, told["share"])
     seconds = _seconds(told, steps, time)
-    document: Document = {"memory": _memory(told, steps), "step_seconds": seconds, "cost_usd": None}
-    if seconds["error"] is not None and told.get("usd_per_hour"):
-        rate = told["usd_per_hour"] / 3600 * len(steps)
-        document["cost_usd"] = {
-            "predicted": rate * seconds["predicted"], "measured": rate * seconds["measured"], "error": seconds["error"],
-            "price": told.get("price"),
-        }  # fmt: skip
+    document: Document = {"memory": _memory(told, steps), "step_seconds": seconds}
     document |= {key: told[key] for key in ("gpu", "model", "method")} | {"steps": len(steps)}
     write_json(folder / COMPARISON, document)
     return document
@@ -123,7 +106,7 @@ def _seconds(told: Document, steps: list[Document], time: Document | None) -> Do
 
 def lines(document: Document, *, compared: bool = False) -> list[str]:
     """The comparison in words. compared: without what was not predicted, and why."""
-    m, s, usd = document["memory"], document["step_seconds"], document["cost_usd"]
+    m, s = document["memory"], document["step_seconds"]
     measured = "unknown" if m["measured_bytes"] is None else units.told(m["measured_bytes"])
     memory = f"memory: predicted {units.told(m['predicted_bytes'])}, measured {measured}"
     told = []
@@ -137,9 +120,6 @@ def lines(document: Document, *, compared: bool = False) -> list[str]:
         between = "" if s["interval"] is None else f" ({1e3 * s['interval'][0]:.1f} to {1e3 * s['interval'][1]:.1f})"
         step = f"step: predicted {1e3 * s['predicted']:.1f} ms{between}, measured {1e3 * s['measured']:.1f} ms"
         told.append(f"{step}: {_percent(s['error'])}")
-    if usd is not None:
-        cost = f"cost of these steps: predicted {usd['predicted']:.4f} USD, measured {usd['measured']:.4f} USD at {usd['price']}"
-        told.append(f"{cost}: {_percent(usd['error'])}")
     return told
 
 

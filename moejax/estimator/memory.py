@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +29,6 @@ LINES = 7  # batch sizes that may come from lines
 _RUN_ONLY = {"epochs", "steps", "eval_every", "learning_rate", "warmup_steps", "min_learning_rate_ratio", "schedule"}
 
 
-@dataclass(frozen=True)
-class Peak:
-    """What the compiler said of one step. Bytes; temporaries include what its allocator leaves unused between arrays."""
-
-    peak_bytes: int
-    argument_bytes: int
-    temporary_bytes: int
-    compile_seconds: float
-
-
 def relevant(experiment: Experiment) -> dict[str, Any]:
     """The part of a config that makes the compiled program; the model's sizes are given by its architecture, the rows by the caller."""
     whole = experiment.model_dump(mode="json")
@@ -55,22 +45,22 @@ def digest(files: Iterable[Path]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def cached(key: dict[str, Any], compile_it: Callable[[], Peak], *, folder: Path | None = None) -> tuple[Peak, bool]:
-    """(figure, whether it was there already), kept in $MOEJAX_CACHE, or ~/.cache/moejax. A file that is not whole is made
-    again; a folder that cannot be written is done without."""
+def cached(key: dict[str, Any], compile_it: Callable[[], int], *, folder: Path | None = None) -> tuple[int, bool]:
+    """(the compiler's peak in bytes, whether it was there already), kept in $MOEJAX_CACHE, or ~/.cache/moejax. A file that is not whole is
+    made again; a folder that cannot be written is done without."""
     text = json.dumps(key, sort_keys=True)
     folder = folder or Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax")
     path = folder / "peaks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == json.loads(text):
-            return Peak(**kept["peak"]), True
+            return int(kept["peak_bytes"]), True
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     peak = compile_it()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps({"key": key, "peak": asdict(peak)}, indent=1) + "\n")
+        replace_text(path, json.dumps({"key": key, "peak_bytes": peak}, indent=1) + "\n")
     except OSError:
         pass
     return peak, False

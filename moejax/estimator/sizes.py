@@ -42,6 +42,11 @@ class Stored:
     def bytes(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def storage(self) -> str:
+        """For people: "float32", or "NF4" in its parts' place."""
+        return " ".join(dict.fromkeys(part.partition(" ")[0] for part in self.parts))
+
 
 def architecture_of(experiment: Experiment) -> Architecture:
     """The sizes of a config's model: of its folder where it is one, else of its preset; nothing is fetched."""

@@ -16,7 +16,7 @@ from moejax import installation
 from moejax.config import Experiment
 from moejax.estimator import closed_form, memory
 from moejax.estimator.closed_form import Breakdown
-from moejax.estimator.memory import Largest, Peak
+from moejax.estimator.memory import Largest
 from moejax.estimator.targets import MULTIPROCESSORS, target_text
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
@@ -68,7 +68,7 @@ class Oracle:
     reason: str | None
     hits: int = 0
     misses: int = 0
-    known: dict[int, Peak] = field(default_factory=dict)
+    known: dict[int, int] = field(default_factory=dict)
 
     def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown:
         """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
@@ -82,9 +82,9 @@ class Oracle:
             return self.breakdown(rows).total
         if rows not in self.known:
             self.known[rows] = self._compiled(rows)
-        return self.known[rows].peak_bytes
+        return self.known[rows]
 
-    def _compiled(self, rows: int) -> Peak:
+    def _compiled(self, rows: int) -> int:
         import jax
 
         from moejax.training.program import TrainProgram
@@ -95,12 +95,9 @@ class Oracle:
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
         }  # fmt: skip
-
-        def compile_it() -> Peak:
-            c = TrainProgram(self.experiment, self.config, gpu=gpu).compile(rows, self.row_tokens)
-            return memory.Peak(c.peak_bytes, c.argument_bytes, c.temporary_bytes, c.seconds)
-
-        peak, there = memory.cached(key, compile_it)
+        peak, there = memory.cached(
+            key, lambda: TrainProgram(self.experiment, self.config, gpu=gpu).compile(rows, self.row_tokens).peak_bytes
+        )
         self.hits, self.misses = self.hits + there, self.misses + (not there)
         return peak
 

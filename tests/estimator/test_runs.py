@@ -47,16 +47,16 @@ def sweep(tmp_path, points=((1, 2), (2, 2), (4, 2), (1, 8), (2, 8)), **change):
 
 
 def test_known_coefficients_are_found(capsys, tmp_path):
-    """Ours, and equation 1's, to rounding; the file predicts; the residuals are drawn."""
+    """Ours, and equation 1's, to rounding; the file predicts."""
     out = tmp_path / "c.json"
-    code, printed, _ = run(capsys, "fit", *sweep(tmp_path), "--out", str(out), "--plot", str(tmp_path / "figures"), "--json")
+    code, printed, _ = run(capsys, "fit", *sweep(tmp_path), "--out", str(out), "--json")
     (found,) = json.loads(printed)["fits"]
     assert code == 0 and (found["model"], found["method"], found["gpu"], found["only_share"]) == ("mixtral", "qlora", "A40", None)
     ours = [found[name] for name in ("t0_seconds", "token_seconds", "expert_token_seconds")]
     np.testing.assert_allclose(ours, (T0, U, V), rtol=1e-6)
     one = found["equation_1"]
     assert (one["c0"], one["c1"], one["model_gb"]) == pytest.approx((C0, C1, 3.0), rel=1e-6) and one["rmse_gb"] < 1e-6
-    assert max(abs(r["error"]) for r in found["runs"]) < 1e-9 and (tmp_path / "figures" / "fit.png").stat().st_size > 10_000
+    assert max(abs(r["error"]) for r in found["runs"]) < 1e-9
     assert json.loads(out.read_text())["paper"]["A40"]["equation_1"] == one
     np.testing.assert_allclose(coefficients.read(out)[0].coefficients, (T0, U, V), rtol=1e-6)
 
@@ -152,7 +152,7 @@ def test_runs_that_say_too_little(capsys, tmp_path):
 
 
 TOLD = {"compiler_peak_bytes": 90, "gpu": "A40", "model": "mixtral", "method": "qlora", "share": 0.25, "time": None,
-        "why_no_time": "nobody fitted", "usd_per_hour": 3.6, "price": "3.6 USD/h", "disturbed_steps": [1, 4]}  # fmt: skip
+        "why_no_time": "nobody fitted", "disturbed_steps": [1, 4]}  # fmt: skip
 
 
 def finished(folder, told=TOLD, **change):
@@ -169,15 +169,15 @@ def finished(folder, told=TOLD, **change):
 
 
 def test_compare(capsys, tmp_path):
-    """Errors in memory, time and cost, kept in the run's folder; disturbed steps are left out."""
+    """Errors in memory and time, kept in the run's folder; disturbed steps are left out."""
     entry = coefficients.Entry("mixtral", "qlora", "A40", np.array([1.0, 1e-4, 2.8e-3]), np.zeros((0, 3)), np.zeros(0), "test", 3)
     told = TOLD | {"time": comparison.time_prediction(entry, 0.25)}
     folder = finished(tmp_path / "run", told)
     code, out, _ = run(capsys, "compare", folder)
     assert code == 0 and "memory: predicted 90 bytes, measured 100 bytes: -10.0 %" in out
-    assert "step: predicted 1800.0 ms, measured 2000.0 ms: -10.0 %" in out and "measured 0.0060 USD at 3.6 USD/h: -10.0 %" in out
+    assert "step: predicted 1800.0 ms, measured 2000.0 ms: -10.0 %" in out
     kept = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert kept["steps"] == 3 and kept["step_seconds"]["error"] == pytest.approx(-0.1) == kept["cost_usd"]["error"]
+    assert kept["steps"] == 3 and kept["step_seconds"]["error"] == pytest.approx(-0.1)
     assert kept["memory"]["error"] == pytest.approx(-0.1)
 
 

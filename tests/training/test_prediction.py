@@ -37,7 +37,7 @@ def test_with_coefficients_time_is_predicted(make_experiment, tmp_path, capsys, 
     fit_for(experiment, "some CPU")
     out, kept = announced(experiment, tmp_path, capsys)
     assert "1250.0 ms a step of 1,000 tokens" in out and "2.1 min for 100 steps" in out and "USD" not in out
-    assert kept["time"]["coefficients"] == [0.25, 1e-3, 0.0] and kept["disturbed_steps"] == [1]
+    assert (kept["time"]["t0_seconds"], kept["time"]["token_seconds"]) == (0.25, 1e-3) and kept["disturbed_steps"] == [1]
     assert "extrapolated" not in out and "do not trust" not in out
     known = coefficients.Range((100.0, 200.0), (0.25, 0.25), 64)
     path = Path(experiment.runs_dir) / "coefficients.json"
@@ -76,6 +76,8 @@ def test_a_run_predicts_and_compares(make_experiment, capsys, monkeypatch):
 def test_what_was_not_predicted_is_not_said_at_the_end(make_experiment, tmp_path, capsys):
     """`estimate compare` says it, and why."""
     announced(make_experiment("x"), tmp_path, capsys)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "step_seconds": 0.5, "padded_tokens": 1000}) + "\n")
+    assert prediction.conclude(tmp_path) == []  # its only step compiled: no advice to train longer either
     steps = [{"step": n, "step_seconds": 0.5, "padded_tokens": 1000, "host_peak_bytes": 10**9} for n in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert prediction.conclude(tmp_path) == []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from moejax.estimator.equations import max_batch_raw
-from moejax.estimator.figures import BLUE, INK, ORANGE, MaxNLocator, clean, plt, save
+from moejax.estimator.figures import BLUE, INK, ORANGE, clean, plt, save
 from moejax.estimator.lengths import of_study
 from moejax.study import reference
 from moejax.study.cost import curves, paper
