@@ -153,7 +153,7 @@ def test_the_models_have_one_name():
 
 
 FAMILY_IS_ASKED = {
-    "moejax/profiling/bars.py": "which of the study's two models stands beside a run",
+    "moejax/commands/breakdown.py": "which of the study's two models stands beside a run",
     "moejax/estimator/fitting.py": "which of the study's two constants its equation has",
     "benchmarks/pytorch/contract.py": "which model the hand-written PyTorch stack is",
 }

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,27 @@ from rich.table import Table
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.profiling import roofline, schema, torch_trace, xplane
-from moejax.profiling.bars import ALL, Bars, draw, study, study_model, takeaways
+from moejax.profiling.bars import Bars, draw, study, takeaways
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
 from moejax.profiling.times import Times
 from moejax.terminal import Console, figures
 
-NCU = "Nsight Compute's report of the same program (ncu --csv --page raw): its SM and DRAM %% by stage"
 WIDE = 132  # characters that the whole table of stages takes
 NO_PEAKS = Peaks(None, None, "unknown")
+STUDY_EXPERTS = 8  # of both of the study's models
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone).
-
-    dense: whether every expert takes every token, where step_profile.json says so."""
+    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone). moe: as
+    step_profile.json says it, where there is one."""
 
     bars: Bars
     breakdown: Breakdown | None = None
     stages: list[Stage] = field(default_factory=list)
     peaks: Peaks = NO_PEAKS
-    dense: bool | None = None
+    moe: schema.Moe | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,25 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="match",
         help="the study's bars beside: of the same model and k (default), of all its settings, or none",
     )
-    parser.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
     parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
 
 
 def run(options: argparse.Namespace) -> int:
-    return show(options.runs, out=options.out, reference=options.reference, ncu=options.ncu, as_json=options.json)
-
-
-def show(
-    paths: Sequence[str], *, out: str | None = None, reference: str = "match", ncu: str | None = None, as_json: bool = False
-) -> int:
     """Print the tables of these runs (folders, traces or step_profile.json files) and draw the figures. Raises UserError."""
-    loaded = [load(Path(p), Path(ncu) if ncu else None) for p in paths]
-    folder = Path(out) if out else _default_folder(Path(paths[0]))
+    loaded = [load(Path(p)) for p in options.runs]
+    folder = Path(options.out) if options.out else _default_folder(Path(options.runs[0]))
     bars = [r.bars for r in loaded]
-    if reference != "none":
-        kinds = list(dict.fromkeys(_setting(r) for r in loaded)) if reference == "match" else _ALL
-        bars += [b for model, kind in kinds for b in study(model, kind)]
-    if as_json:
+    matching = (setting for r in loaded if (setting := _setting(r)) is not None)
+    settings = {"match": list(dict.fromkeys(matching)), "all": _ALL, "none": []}[options.reference]
+    bars += [b for model, kind in settings for b in study(model, kind)]
+    if options.json:
         json.dump([as_dict(r) for r in loaded], sys.stdout, indent=1)
         print()
         return 0
@@ -84,19 +76,21 @@ def show(
 _ALL = [(model, kind) for model in ("mixtral", "blackmamba") for kind in ("dense", "sparse")]
 
 
-def _setting(r: Run) -> tuple[str, str]:
-    """Which of the study's models and kinds a run is to be compared with. A trace's stages say (PyTorch's k = E has them all)."""
-    kernels, dense = r.bars.kernels, r.dense
-    if dense is None:
-        dense = "moe/dispatch" not in kernels and "moe/topk" not in kernels
-    return study_model(r.bars.layers), "dense" if dense else "sparse"
+def _setting(r: Run) -> tuple[str, str] | None:
+    """Which of the study's models and kinds a run is compared with: the one that scans or the one that attends; None: with neither, where
+    it has another number of experts. A bare trace does not say how many: there its stages alone decide."""
+    if r.moe is not None and r.moe.experts != STUDY_EXPERTS:
+        return None
+    chosen = "moe/dispatch" in r.bars.kernels or "moe/topk" in r.bars.kernels
+    dense = not chosen if r.moe is None else r.moe.top_k == r.moe.experts  # PyTorch chooses with k = E too
+    return "blackmamba" if "mamba" in r.bars.layers else "mixtral", "dense" if dense else "sparse"
 
 
 def _default_folder(path: Path) -> Path:
     return path / "breakdown" if path.is_dir() else path.parent / "breakdown"
 
 
-def load(path: Path, ncu: Path | None = None) -> Run:
+def load(path: Path) -> Run:
     """A run by its trace if it has one (torch.profiler's: *.json.gz), else by its step_profile.json. Raises UserError where there is
     neither, or the trace's own."""
     name = path.name if path.is_dir() else path.name.split(".")[0]
@@ -106,19 +100,15 @@ def load(path: Path, ncu: Path | None = None) -> Run:
     if path.suffix == ".json" or (described.is_file() and not _has_trace(path)):
         return _from_profile(schema.read(path), name)
     b = analyze(xplane.read(xplane.find(path)))
-    peaks = _peaks(schema.read(described).device) if path.is_dir() and described.is_file() else NO_PEAKS
-    peaks = roofline.believed(b, peaks)
-    stages = roofline.stages(b, peaks, roofline.ncu(ncu, b.kernels) if ncu else None)
-    moe = [s for s in stages if s.name.split("/")[0] == "moe"]
-    rows = [*moe, roofline.time_weighted(moe, ALL)] if moe else []
-    shares = {s.name: (s.flops_share, s.bandwidth_share) for s in rows if s.flops_share is not None}
-    return Run(_bars(name, b, shares), b, stages, peaks)
+    profile = schema.read(described) if path.is_dir() and described.is_file() else None
+    peaks = roofline.believed(b, NO_PEAKS if profile is None else _peaks(profile.device))
+    return Run(_bars(name, b), b, roofline.stages(b, peaks), peaks, None if profile is None else profile.moe)
 
 
-def _bars(name: str, times: Times, utilization: Mapping[str, tuple[float | None, float | None]] | None = None) -> Bars:
+def _bars(name: str, times: Times) -> Bars:
     phases = times.phases
     idle = phases.pop("idle")
-    return Bars(name, phases, times.layers, times.moe_kernels, idle=idle, utilization=utilization or {})
+    return Bars(name, phases, times.layers, times.moe_kernels, idle=idle)
 
 
 def _peaks(device: schema.Device) -> Peaks:
@@ -137,7 +127,7 @@ def _from_profile(profile: schema.StepProfile, name: str) -> Run:
     phases = {k: v or 0.0 for k, v in profile.phases.model_dump().items()}
     idle = phases.pop("idle")
     bars = Bars(f"{name}\n({profile.framework})", phases, profile.layers, profile.moe_kernels or {}, idle=idle)
-    return Run(bars, peaks=_peaks(profile.device), dense=profile.moe.top_k == profile.moe.experts)
+    return Run(bars, peaks=_peaks(profile.device), moe=profile.moe)
 
 
 def as_dict(r: Run) -> dict[str, Any]:
@@ -205,7 +195,6 @@ def _stages(r: Run, whole: bool) -> Table:
     """By stage: time, and what was reached of the device's peaks. whole: with every column."""
     b = r.breakdown
     assert b is not None
-    counters = any(s.sm_percent is not None for s in r.stages)
     peaks = r.peaks
     known = peaks.flops_per_second is not None and peaks.bytes_per_second is not None
     said = (
@@ -216,7 +205,6 @@ def _stages(r: Run, whole: bool) -> Table:
     phases = [p for p in ("forward", "recompute", "backward") if b.phases[p] and whole]
     columns = ["stage", "ms", "of busy", *phases, *(("GFLOP", "MB") if whole else ()), "GFLOP/s", "GB/s"]
     columns += ["of matrix\npeak", "of band-\nwidth"] if known else []
-    columns += ["SM %\n(ncu)", "DRAM %\n(ncu)"] if counters else []
     table = figures(*columns, title=said)
     groups = ([s for s in r.stages if s.name.split("/")[0] == "moe"], [s for s in r.stages if s.name.split("/")[0] != "moe"])
     for group, label in zip(groups, ("all MoE", "the rest"), strict=True):
@@ -227,7 +215,6 @@ def _stages(r: Run, whole: bool) -> Table:
             cells += [f"{s.flops / 1e9:.2f}", f"{s.bytes / 1e6:.0f}"] if whole else []
             cells += [f"{s.flops_per_second / 1e9:.1f}", f"{s.bytes_per_second / 1e9:.2f}"]
             cells += [_percent(s.flops_share), _percent(s.bandwidth_share)] if known else []
-            cells += [_plain(s.sm_percent), _plain(s.dram_percent)] if counters else []
             table.add_row(*cells, style="bold" if s.name == label else None)
         table.add_section()
     return table
@@ -252,7 +239,3 @@ def _takeaways(bars: Sequence[Bars]) -> Table:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _plain(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"

@@ -6,13 +6,11 @@ import argparse
 
 from moejax import config
 from moejax.commands.arguments import add_config, settle_config
-from moejax.commands.breakdown import NCU, show
 from moejax.runtime import prepare_jax
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser, "e.g. profile.steps=5 data.batch_rows=4; the run is called NAME-profile")
-    parser.add_argument("--ncu", default=None, metavar="CSV", help=NCU)
+    add_config(parser, "e.g. profile.steps=5 data.batch_rows=4; the run is called NAME-profile, or as name=… says")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,7 +19,4 @@ def run(options: argparse.Namespace) -> int:
     prepare_jax(experiment.device)
     from moejax.training import loop
 
-    code = loop.run(experiment, resume=False, keep=False)
-    if code == 0 and options.ncu:
-        return show([f"{experiment.runs_dir}/{experiment.name}"], ncu=options.ncu)
-    return code
+    return loop.run(experiment, resume=False, keep=False)

@@ -6,10 +6,10 @@ The study's seconds are an A40's; bars are shares of a whole, with the seconds a
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moejax.files import save_figure
 from moejax.profiling.scopes import PHASES
@@ -33,12 +33,7 @@ class Bars:
     kernels: Mapping[str, float]
     ours: bool = True
     idle: float | None = None
-    utilization: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)  # kernel -> shares of both peaks
-
-
-def study_model(kinds: Collection[str]) -> Literal["mixtral", "blackmamba"]:
-    """The study's model beside which one stands whose layers are of these kinds: the one that scans, else the one that attends."""
-    return "blackmamba" if "mamba" in kinds else "mixtral"
+    utilization: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # kernel -> SM, DRAM: the study's, by Nsight Compute
 
 
 def study(model: str, kind: str) -> list[Bars]:
@@ -74,7 +69,7 @@ def takeaways(bars: Bars) -> dict[str, float | None]:
 
 
 def draw(runs: Sequence[Bars], folder: Path) -> list[Path]:
-    """phases, layers, moe_kernels and utilization, each as PNG and SVG. Returns the files."""
+    """phases, layers and moe_kernels, each as PNG and SVG. Returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,9 +78,6 @@ def draw(runs: Sequence[Bars], folder: Path) -> list[Path]:
     for name, (what, ylabel, title) in _FIGURES.items():
         if with_it := [b for b in runs if getattr(b, what)]:
             written += _stacked(with_it, what, ylabel, title, folder / name)
-    with_it = [b for b in runs if b.utilization]
-    if any(b.ours for b in with_it):
-        written += _utilization(with_it, folder / "utilization")
     return written
 
 
@@ -151,32 +143,6 @@ def _stacked(runs: Sequence[Bars], what: str, ylabel: str, title: str, path: Pat
 
 def _label(part: str, what: str) -> str:
     return "rest of the MoE" if (part, what) == ("moe", "kernels") else part.removeprefix("moe/")
-
-
-def _utilization(runs: Sequence[Bars], path: Path) -> list[Path]:
-    """Shares of both peaks by kernel. The study's are Nsight Compute's utilizations of SM and DRAM: another thing, and named so."""
-    from matplotlib.figure import Figure
-
-    kernels = [k for k in (*KERNELS, ALL) if any(k in b.utilization for b in runs)]
-    figure = Figure(figsize=(max(7.5, 1.1 * len(kernels) + 2), 6.4), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    width = 0.8 / len(runs)
-    titles = (
-        "share of the device's peak matrix rate (study: SM utilization by Nsight Compute), Figure 9",
-        "share of the device's peak memory bandwidth (study: DRAM utilization by Nsight Compute), Figure 10",
-    )
-    for panel, (axes, title) in enumerate(zip(panels, titles, strict=True)):
-        for i, bars in enumerate(runs):
-            values = [100 * (bars.utilization.get(k, (None, None))[panel] or 0.0) for k in kernels]
-            xs = [x + (i - (len(runs) - 1) / 2) * width for x in range(len(kernels))]
-            hatch, label = None if bars.ours else "//", bars.name.replace("\n", " ")
-            axes.bar(xs, values, width * 0.92, label=label, hatch=hatch, edgecolor="white", linewidth=0.3)
-        axes.set_title(title, fontsize=9)
-        axes.set_ylabel("%")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[1].set_xticks(range(len(kernels)), [k.removeprefix("moe/") for k in kernels], fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=4, loc="outside lower center")
-    return _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> list[Path]:

@@ -30,7 +30,6 @@ class Breakdown(Times):
     costs: dict[Place, Cost]
     mixed_seconds: float  # what fusions that mix stages or phases were split off their largest part, by their instructions' own cost
     unnamed: list[tuple[str, float]]  # the longest under none of our scopes: path or instruction, seconds
-    kernels: dict[str, dict[Place, float]]  # busy time of each kernel (on a CPU: instruction), by place
 
     @property
     def cost(self) -> dict[str, Cost]:
@@ -60,7 +59,6 @@ def analyze(trace: Trace) -> Breakdown:
     scale = PICO / steps
     seconds: dict[Place, float] = defaultdict(float)
     unnamed: dict[str, float] = defaultdict(float)
-    kernels: dict[str, dict[Place, float]] = defaultdict(lambda: defaultdict(float))
     counts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     mixed = 0.0
     for event, time in zip(events, spent, strict=True):
@@ -70,7 +68,6 @@ def analyze(trace: Trace) -> Breakdown:
         mixed += time * scale * (1 - max(shares.values()))
         for where, share in shares.items():
             seconds[where] += time * share * scale
-            kernels[event.kernel][where] += time * share * scale
             if where.stage == OUTSIDE:
                 unnamed[_label(event, programs)] += time * share * scale
     costs: dict[Place, Cost] = defaultdict(Cost)
@@ -80,9 +77,7 @@ def analyze(trace: Trace) -> Breakdown:
         for where, cost in programs[number].costs({k: v / weight for k, v in counts[number].items()}).items():
             costs[where] += cost.times(weight * runs / steps)
     longest = sorted(unnamed.items(), key=lambda item: -item[1])
-    return Breakdown(
-        steps, (end - start) * scale, dict(seconds), name, trace.platform, dict(costs), mixed, longest[:20], dict(kernels)
-    )
+    return Breakdown(steps, (end - start) * scale, dict(seconds), name, trace.platform, dict(costs), mixed, longest[:20])
 
 
 def _step_program(trace: Trace, programs: dict[int, Program]) -> str:

@@ -13,13 +13,13 @@ from moejax import __version__
 from moejax import device as machine
 from moejax.config import Experiment
 from moejax.errors import UserError
+from moejax.estimator.sizes import stored
 from moejax.estimator.units import counted
 from moejax.profiling import breakdown, roofline, schema, xplane
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
-from moejax.progress import Table, say
+from moejax.progress import say
 from moejax.training import experts
-from moejax.training.flops import groups_of
 from moejax.training.program import Compiled, TrainProgram
 
 MEASURED_AGAIN = 3  # times, where a stage of the step was faster than a measured peak
@@ -28,7 +28,7 @@ MEASURED_AGAIN = 3  # times, where a stage of the step was faster than a measure
 def report(
     experiment: Experiment, program: TrainProgram, capture: Capture, traced: list[dict[str, Any]], step_seconds: list[float], peak: float
 ) -> None:
-    """Analyze the trace, write RUN/step_profile.json, tell the phases. A run is never lost to a trace that says nothing.
+    """Analyze the trace, write RUN/step_profile.json, say where they are. A run is never lost to a trace that says nothing.
 
     traced: the records of the traced steps, with their batches' shapes; step_seconds: of steps that nothing disturbed; peak: FLOP/s, as
     measured at the start.
@@ -53,23 +53,12 @@ def report(
     label(path, trace, found.program)
     profile = assemble(experiment, program, traced, step_seconds, peak, found)
     schema.write(profile, folder / schema.FILE_NAME)
-    say("", phase_table(profile, capture))
-    say(f"{path}\n{folder / schema.FILE_NAME}\nby layer and kernel, with figures: moejax breakdown {folder}")
-    if hint := plugin_hint():
-        say(hint)
-
-
-def phase_table(profile: schema.StepProfile, capture: Capture) -> Table:
-    """Milliseconds and shares of the phases of a traced step."""
-    phases = {} if profile.phases is None else profile.phases.model_dump()
-    total = sum(phases.values()) or 1.0
-    rows = [(name, f"{1e3 * seconds:.2f}", f"{100 * seconds / total:.1f} %") for name, seconds in phases.items()]
-    whole = [("traced step", f"{1e3 * total:.2f}", "")]
     untraced = profile.step_seconds
     if untraced.median is not None:
-        whole.append((f"median of {untraced.n} untraced", f"{1e3 * untraced.median:.2f}", ""))
-    title = f"a step's time, mean of steps {capture.first} to {capture.last}"
-    return Table([*rows, None, *whole], ("phase", "ms", "share"), (1, 2), title)
+        say("", f"a step: {1e3 * untraced.median:.2f} ms, the median of {untraced.n} untraced")
+    say(f"{path}\n{folder / schema.FILE_NAME}\nby phase, layer and kernel, with figures: moejax breakdown {folder}")
+    if hint := plugin_hint():
+        say(hint)
 
 
 def assemble(
@@ -77,7 +66,7 @@ def assemble(
     found: breakdown.Breakdown,
 ) -> schema.StepProfile:  # fmt: skip
     """The contract's fields, from the run and from its trace."""
-    config, groups = program.config, groups_of(program.model())
+    config = program.config
     total, active = config.parameters
     _, rows, row_tokens = traced[-1]["shape"]
     plan = experts.plan(experiment, config, rows * row_tokens)
@@ -88,7 +77,7 @@ def assemble(
         device=_device(peak, experiment.training.compute_dtype, roofline.fastest(found)[1]),
         model=schema.ModelCounts(
             name=experiment.model.source or str(experiment.model.preset), params_total=total, params_active=active,
-            params_trainable=sum(g.parameters for g in groups.values() if g.trainable),
+            params_trainable=sum(w.size for w in stored(experiment, config) if w.trained),
         ),
         method=experiment.method,
         precision=experiment.training.compute_dtype,

@@ -1,13 +1,11 @@
-"""Shares of the peaks, and Nsight Compute's percentages beside them."""
+"""Shares of the peaks."""
 
 import pytest
 from support import VECTORS
 
-from moejax.errors import UserError
 from moejax.profiling import roofline, xplane
 from moejax.profiling.breakdown import analyze
 from moejax.profiling.roofline import Peaks, time_weighted
-from moejax.profiling.scopes import Place
 
 
 @pytest.fixture(scope="module")
@@ -57,50 +55,3 @@ def test_time_weighting(real):
     # The share of a sum weighted by time is the sum's own rate over the peak.
     assert both.flops_share == pytest.approx(both.flops_per_second / 1e11)
     assert both.seconds == pytest.approx(real.busy_seconds)
-
-
-KERNELS = {
-    "gemm": {Place("forward", "moe/w1"): 3.0, Place("forward", "moe/w2"): 1.0},
-    "dequant": {Place("forward", "moe/w1_dequant"): 1.0},
-}
-SHARE = "throughput.avg.pct_of_peak_sustained_elapsed"
-RAW = f"""==PROF== Connected to process 1
-"ID","Process ID","Kernel Name","gpu__time_duration.sum","sm__{SHARE}","dram__{SHARE}"
-"","","","nsecond","%","%"
-"0","1","gemm","1,000","90.5","20"
-"1","1","gemm","3,000","70.5","40"
-"2","1","dequant","500","10","80"
-"3","1","memset","500","1","1"
-"""
-DETAILS = '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"\n' + "".join(
-    f'"{i}","{kernel}","GPU Speed Of Light Throughput","{metric}","{unit}","{value}"\n'
-    for i, (kernel, *values) in enumerate([("gemm", 1, 90.5, 20), ("gemm", 3, 70.5, 40), ("dequant", 0.5, 10, 80), ("memset", 1, 1, 1)])
-    for metric, unit, value in zip(("Duration", "Compute (SM) Throughput", "DRAM Throughput"), ("usecond", "%", "%"), values, strict=True)
-)
-
-
-@pytest.mark.parametrize("text", [RAW, DETAILS], ids=["raw", "details"])
-def test_nsight_computes_percentages_by_stage(text, tmp_path):
-    file = tmp_path / "report.csv"
-    file.write_text(text)
-    counters = roofline.ncu(file, KERNELS)
-    assert counters.keys() == {"moe/w1", "moe/w2", "moe/w1_dequant"}
-    assert counters["moe/w1"] == counters["moe/w2"] == pytest.approx((75.5, 35.0))
-    assert counters["moe/w1_dequant"] == (10.0, 80.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "cannot be read"),
-        ("nothing here\n", "no header line"),
-        ('"ID","Kernel Name","x"\n"0","gemm","1"\n', "no kernel has all of sm__throughput"),
-        (RAW.replace('"gemm"', '"other"').replace('"dequant"', '"another"'), "none of its 3 kernels .* is in the trace"),
-    ],
-)
-def test_what_is_no_report(text, message, tmp_path):
-    file = tmp_path / "report.csv"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(UserError, match=message):
-        roofline.ncu(file, KERNELS)
