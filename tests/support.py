@@ -4,6 +4,7 @@ import json
 import struct
 import tempfile
 import zipfile
+from contextlib import ExitStack
 from functools import cache, partial, reduce
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from moejax.config import Experiment, dump
 from moejax.data.batch import Batch
+from moejax.hub import layerwise
 from moejax.hub.model import architecture, create_model
 from moejax.hub.names import modules, tensors
 from moejax.hub.peft import adapted, save_adapter
@@ -251,3 +253,16 @@ def save_torch(path, tensors):
 def kept_result(name):
     """The newest of benchmarks/results under this name."""
     return json.loads(max((ROOT / "benchmarks" / "results").glob(f"*-{name}.json")).read_text())
+
+
+def walked_logits(sizes, folder, tokens, adapters=(), advance=lambda: None, **arguments):
+    """fp32 [T, V] of `tokens` (int32 [T]) by the checkpoint in `folder`, once for each adapter (or once), a layer at a time in memory."""
+    with ExitStack() as stack:
+        walk = layerwise.Walk(layerwise.Checkpoint(sizes, folder, adapters, arguments), tokens, stack)
+        for layer in range(walk.layers):
+            walk.read(layer)
+            for model in range(len(walk.streams)):
+                walk.step(model)
+            advance()
+        walk.end()
+        return [walk.logits(model) for model in range(len(walk.streams))]

@@ -113,10 +113,9 @@ def unfuse(
 ) -> tuple[dict[str, np.ndarray], dict[str, Pair]]:
     """(tensors, module -> its pair) of the fused adapter as a per-expert one, the same deltas exactly. wanted: the model's, by target.
 
-    A gate_up_proj of twice the rank that is wanted is two pairs. Where PEFT trained it on, it is not: its w1 and w3 share an A of rank 2r.
-    Where that rank is wanted it is read as it is, and every other pair is filled up with zeros (which have no gradient, so they stay
-    zeros). Where w1 and w3 are to share an A, it is never taken apart. Raises UserError, with file and tensor, for a pair that is not
-    whole, of another scale or shape, not finite, or of twice the rank and not two pairs.
+    A gate_up_proj of twice the rank that is wanted of w1 and w3 is two pairs. Where PEFT trained it on, it is not: it is read as it is
+    where its own rank is wanted of them. Where w1 and w3 are to share an A, it is never taken apart. Raises UserError, with file and
+    tensor, for a pair that is not whole, of another scale or shape, not finite, or of twice the rank and not two pairs.
     """
     experts, hidden, inner, r = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, settings["r"]
     named = [str(name) for name in settings["target_parameters"]]
@@ -131,15 +130,11 @@ def unfuse(
     names = {(place.path[-1], int(name.split(".")[2]), place.expert): name for name, place in places.items() if place.layer is not None}
     keys = {name: _key(name, kinds) for name in tensors}
     check_patterns(settings, set(keys.values()), path)
-    widest = {pair_of(settings, key, path).rank for key in keys.values() if key.endswith(PARAMETERS["gate_up"])}
     one_a = any(pair.shares for pair in wanted.values())
-    fills = "w1" in wanted and widest == {wanted["w1"].rank} == {2 * r}
     out: dict[str, np.ndarray] = {}
     found: dict[str, Pair] = {}
 
-    def put(module: str, target: str, pair: Pair, a: np.ndarray, b: np.ndarray) -> None:
-        if fills and target in wanted and wanted[target].rank == 2 * pair.rank:
-            pair, a, b = Pair(2 * pair.rank, 2 * pair.alpha), _filled_up(a, 0, 2 * pair.rank), _filled_up(b, 1, 2 * pair.rank)
+    def put(module: str, pair: Pair, a: np.ndarray, b: np.ndarray) -> None:
         found[module] = pair
         out.update({f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b})
 
@@ -166,7 +161,7 @@ def unfuse(
         if name == name_b:
             continue
         if match is None or kind is None:
-            put(module, target, pair, tensors[name_a], tensors[name_b])
+            put(module, pair, tensors[name_a], tensors[name_b])
             continue
         count, columns, rows = shapes[kind]
         a = _checked(tensors[name_a], name_a, (count * pair.rank, columns), path)
@@ -175,7 +170,7 @@ def unfuse(
         if layer >= sizes.blocks:
             raise UserError(f"{path}: tensor {name!r} has no place in a model of {sizes.blocks} layers: another base model?")
         if kind == "gate":
-            put(names["router", layer, None], target, pair, a, b)
+            put(names["router", layer, None], pair, a, b)
             continue
         a, b = a.reshape(count, pair.rank, columns), b.reshape(rows, pair.rank, count).transpose(2, 0, 1)
         parts = {"w2": (a, b)}
@@ -189,13 +184,14 @@ def unfuse(
                 if mixed:
                     raise UserError(
                         f"{path}: tensor {name_b!r} of rank {pair.rank} mixes w1 and w3, so it is not two pairs of rank {half}: expected "
-                        f"zeros in both off-diagonal blocks. adapter.rank={pair.rank} adapter.alpha={pair.alpha:g} reads it as it is"
+                        f"zeros in both off-diagonal blocks. Rank {pair.rank} and alpha {pair.alpha:g} of w1 and w3 (adapter.rank, "
+                        "adapter.alpha by target) read it as it is"
                     )
                 parts = {"w1": (a[:, :half], one[:, :, :half]), "w3": (a[:, half:], three[:, :, half:])}
                 pair = Pair(half, pair.alpha / 2)
         for w, (pair_a, pair_b) in parts.items():
             for e in range(count):
-                put(names[w, layer, e], w, pair, pair_a[e], pair_b[e])
+                put(names[w, layer, e], pair, pair_a[e], pair_b[e])
     return out, found
 
 
@@ -204,13 +200,6 @@ def _key(name: str, kinds: Mapping[str, str]) -> str:
     match = _FUSED.fullmatch(name)
     module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
     return module if match is None else f"model.layers.{match[1]}.{PARAMETERS[kinds[match[2]]]}"
-
-
-def _filled_up(value: np.ndarray, axis: int, rank: int) -> np.ndarray:
-    """A or B with zeros up to this rank."""
-    missing = [(0, 0), (0, 0)]
-    missing[axis] = (0, rank - value.shape[axis])
-    return np.pad(value, missing)
 
 
 _PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))

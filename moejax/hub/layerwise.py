@@ -142,30 +142,6 @@ class Walk:
         return dict(zip(block_tensors(self.part.config, number), block_tensors(self.sizes, self._layer), strict=True))
 
 
-def logits(
-    sizes: Architecture,
-    folder: Path,
-    tokens: np.ndarray,
-    *,
-    adapters: Sequence[Path] = (),
-    advance: Callable[[], None] = lambda: None,
-    **arguments: Any,
-) -> list[np.ndarray]:
-    """fp32 [T, V] of `tokens` (int32 [T]) by the checkpoint in `folder`, once for each adapter (or once, without any).
-
-    arguments: `moejax.models.build.build`'s, which say how the weights are stored. advance: called after each layer. Raises as `Walk` does.
-    """
-    with ExitStack() as stack:
-        walk = Walk(Checkpoint(sizes, folder, adapters, arguments), tokens, stack)
-        for layer in range(walk.layers):
-            walk.read(layer)
-            for model in range(len(walk.streams)):
-                walk.step(model)
-            advance()
-        walk.end()
-        return [walk.logits(model) for model in range(len(walk.streams))]
-
-
 def _one_of_each(sizes: Architecture) -> Architecture:
     """The same with a single block in every stack."""
 

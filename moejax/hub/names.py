@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from moejax.models.config import Architecture
-from moejax.models.config.specs import BlockNames, Stack
+from moejax.models.config.specs import Stack
+from moejax.models.config.tensor_names import BlockNames
 
 
 class Place(NamedTuple):

@@ -25,7 +25,7 @@ def resolve(source: str, revision: str | None = None, field: str = "model.source
     name, _, at = source.partition("@")
     if source.startswith((".", "/")) or name.count("/") != 1:
         raise UserError(
-            f"{field} = {source!r}: no such folder (expected a folder in Hub layout, or a Hub id like org/name)"
+            f"{field} = {source!r}: no such folder{_looked_from(source)} (expected a folder in Hub layout, or a Hub id like org/name)"
         )
     from huggingface_hub import snapshot_download
 
@@ -37,7 +37,7 @@ def resolve(source: str, revision: str | None = None, field: str = "model.source
             folder = Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_DOWNLOAD, *_PYTORCH]))
         return folder
     except Exception as error:
-        raise UserError(_why(error, f"{field} = {source!r}", at or revision)) from error
+        raise UserError(_why(error, f"{field} = {source!r}", at or revision, _looked_from(source))) from error
 
 
 def commit(source: str, folder: Path) -> str | None:
@@ -51,28 +51,33 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
-def _why(error: Exception, what: str, revision: str | None) -> str:
-    """One message for what huggingface_hub could not do, and the remedy."""
+def _looked_from(source: str) -> str:
+    """Where a relative path was looked for: a run's folder may have been moved, and its model not."""
+    return "" if source.startswith("/") else f", looked for from {Path.cwd()}"
+
+
+def _why(error: Exception, what: str, revision: str | None, looked: str) -> str:
+    """One message for what huggingface_hub could not do, and the remedy. looked: where a folder was looked for."""
     from huggingface_hub import constants, errors
 
     at = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
             return (
-                f"{what} is no local folder, and HF_HUB_OFFLINE is set: {constants.HF_HUB_CACHE} has no whole copy of it{at}. Unset "
-                "HF_HUB_OFFLINE to download it, set HF_HUB_CACHE to where it is, or give a folder"
+                f"{what} is no local folder{looked}, and HF_HUB_OFFLINE is set: {constants.HF_HUB_CACHE} has no whole copy of it{at}. "
+                "Unset HF_HUB_OFFLINE to download it, set HF_HUB_CACHE to where it is, or give a folder"
             )
         return (
-            f"{what} is no local folder, {constants.HF_HUB_CACHE} has no whole copy of it{at}, and the Hub ({constants.ENDPOINT}) could "
-            "not be reached: check the network (behind a proxy HTTPS_PROXY, for a mirror HF_ENDPOINT), or give a folder"
+            f"{what} is no local folder{looked}; {constants.HF_HUB_CACHE} has no whole copy of it{at}, and the Hub ({constants.ENDPOINT}) "
+            "could not be reached: check the network (behind a proxy HTTPS_PROXY, for a mirror HF_ENDPOINT), or give a folder"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the Hub has no revision {revision!r} of it: expected a branch, a tag or a commit"
     if isinstance(error, errors.RepositoryNotFoundError):  # also what gated and private ones are to those who may not see them
         token = "the token of HF_TOKEN may not read it" if os.environ.get("HF_TOKEN") else "a private or gated one needs HF_TOKEN"
-        return f"{what}: no such folder, and the Hub shows no such repository: check the id; {token}"
+        return f"{what}: no such folder{looked}, and the Hub shows no such repository: check the id; {token}"
     reason = (str(error).splitlines() or [""])[0][:200]
     return (
-        f"{what} is no local folder, and the Hub could not be asked ({type(error).__name__}: {reason}). Check the id and the network, or "
-        "give a folder"
+        f"{what} is no local folder{looked}, and the Hub could not be asked ({type(error).__name__}: {reason}). Check the id and the "
+        "network, or give a folder"
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moejax import files
 from moejax.config import Experiment
@@ -52,7 +50,7 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
     sizes = architecture(experiment, base)
     if trained:
         check_made_of(folder, experiment, base, _tokenizer(experiment, base))
-    total = model_bytes(sizes)
+    total = 2 * sizes.parameters[0]  # the whole model in bf16
     aside = files.aside(target)
     try:
         aside.mkdir(parents=True)
@@ -85,11 +83,6 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
         shutil.rmtree(aside, ignore_errors=True)
     what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
     say(f"{what}: {target}{'' if verify else ' (not verified)'}")
-
-
-def model_bytes(sizes: Architecture) -> int:
-    """Bytes of the whole model in bf16."""
-    return 2 * sum(math.prod(v.get_value().shape) for _, v in nnx.to_flat_state(nnx.state(build(sizes))))
 
 
 def _abstract(experiment: Experiment, sizes: Architecture, folder: Path) -> Model:

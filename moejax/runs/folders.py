@@ -15,6 +15,7 @@ from moejax.config import Experiment, dump, load
 from moejax.contents import MadeOf
 from moejax.errors import UserError
 from moejax.files import replace_text
+from moejax.models.config import target_aliases
 from moejax.runs.claim import LOCK
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -42,7 +43,7 @@ def prepare(experiment: Experiment, *, resume: bool) -> MadeOf | None:
         allowed |= set(moved(begun, experiment))
     if "data" in experiment.checkpoint.resume_with_changed:
         allowed |= {f"data.{key}" for key in ("source", "config_name", "split", "records", "bytes", "sha256")}
-    before, now = (yaml.safe_load(dump(e)) for e in (begun, experiment))
+    before, now = (_with_our_names(yaml.safe_load(dump(e))) for e in (begun, experiment))
     changed = [d for d in differences(before, now) if not any(d.startswith((f"{key}:", f"{key}.")) for key in allowed)]
     if changed:
         raise UserError(
@@ -50,6 +51,18 @@ def prepare(experiment: Experiment, *, resume: bool) -> MadeOf | None:
             "Undo the change, or start a new run under another name=…"
         )
     return begun.made_of
+
+
+def _with_our_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config whose adapter calls its targets by our names: [gate_proj, up_proj] is [w1, w3], in any order."""
+    adapter, ours = config["adapter"] or {}, target_aliases()
+    for key in ("targets", "share"):
+        if adapter.get(key) is not None:
+            adapter[key] = sorted(ours.get(name, name) for name in adapter[key])
+    for key in ("rank", "alpha"):
+        if isinstance(adapter.get(key), dict):
+            adapter[key] = {ours.get(name, name): value for name, value in adapter[key].items()}
+    return config
 
 
 _FREE = ("device", "runs_dir", "made_of", "checkpoint.resume_with_changed")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import ROOT, finished_run, full_logits
+from support import ROOT, finished_run, full_logits, walked_logits
 
 from moejax.errors import UserError
 from moejax.hub import layerwise, peft, save, weights
@@ -50,7 +50,7 @@ def whole(folder, trained=None, sizes=None, **arguments):
 @pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", "tiny-qwen3-moe"])
 def test_a_checkpoint(name):
     folder = ROOT / "assets" / name
-    (found,) = layerwise.logits(weights.read_config(folder), folder, TOKENS, param_dtype=jnp.bfloat16)
+    (found,) = walked_logits(weights.read_config(folder), folder, TOKENS, param_dtype=jnp.bfloat16)
     expected = whole(folder, param_dtype=jnp.bfloat16)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
@@ -66,7 +66,7 @@ def test_several_stacks(tmp_path):
             b = module.lora.b
             b.set_value(0.1 * jax.random.normal(jax.random.key(10 * index + number), b.get_value().shape))
     peft.save_adapter(model, tmp_path / "adapter", "base")
-    found = layerwise.logits(TWO_KINDS, tmp_path / "base", TOKENS, adapters=[tmp_path / "adapter"], **arguments)[0]
+    found = walked_logits(TWO_KINDS, tmp_path / "base", TOKENS, adapters=[tmp_path / "adapter"], **arguments)[0]
     expected = whole(tmp_path / "base", tmp_path / "adapter", TWO_KINDS, **arguments)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     both, read = Content(), Content()
@@ -92,7 +92,7 @@ def test_adapters_over_nf4_each_by_itself(tmp_path):
     last = model.layers.moe.w2.lora.b  # of the last layer only, so that a layer that is mistaken for another shows
     last.set_value(last.get_value().at[-1].multiply(2))
     peft.save_adapter(model, second, "base")
-    found = layerwise.logits(weights.read_config(folder), folder, TOKENS, adapters=[first, second], **arguments)
+    found = walked_logits(weights.read_config(folder), folder, TOKENS, adapters=[first, second], **arguments)
     for logits, adapter in zip(found, (first, second), strict=True):
         expected = whole(folder, adapter, **arguments)
         np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
@@ -125,7 +125,7 @@ def test_no_more_than_a_layer_is_held(monkeypatch):
     def look():
         held.append(sum(a.nbytes for a in jax.live_arrays() if id(a) not in before))
 
-    layerwise.logits(sizes, folder, TOKENS, param_dtype=jnp.bfloat16, advance=look)
+    walked_logits(sizes, folder, TOKENS, param_dtype=jnp.bfloat16, advance=look)
     layer = sum(
         v.get_value().size * 2 for name, v in weights.base_variables(build(sizes)) if name.startswith("layers.")
     ) // sizes.num_layers
@@ -145,4 +145,4 @@ def test_a_fault_is_named_by_the_files_own_name(fault, tmp_path):
         del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"tensor '{name}' (has |holds )?{fault}"):
-        layerwise.logits(weights.read_config(tmp_path), tmp_path, TOKENS, param_dtype=jnp.bfloat16)
+        walked_logits(weights.read_config(tmp_path), tmp_path, TOKENS, param_dtype=jnp.bfloat16)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import walked_logits
 
-from moejax.hub import layerwise, merge, peft, verification
+from moejax.hub import merge, peft, verification
 from moejax.hub.layerwise import Checkpoint
 from moejax.hub.names import tensors
 from moejax.hub.save import save_weights
@@ -38,7 +39,7 @@ def test_a_routing_tie_is_no_fault(sizes, tmp_path):
     assert found.rerouted > 0 and found.gap < 0.01 and found.share < LIMIT and found.tokens == len(TOKENS)
     if sizes is MAMBA:
         return
-    expected, alone = (layerwise.logits(c.sizes, c.folder, TOKENS, **c.arguments)[0] for c in (trained, written))
+    expected, alone = (walked_logits(c.sizes, c.folder, TOKENS, **c.arguments)[0] for c in (trained, written))
     assert np.abs(expected - alone).max() > 2 * found.largest
 
 

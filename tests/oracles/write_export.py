@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from support import ROOT, finished_run
+from support import ROOT, finished_run, walked_logits
 
 from moejax.data.tokenizer import load_tokenizer
-from moejax.hub import layerwise, merge, weights
+from moejax.hub import merge, weights
 from moejax.runs import export
 
 
@@ -21,7 +21,7 @@ def main():
     model = export._abstract(experiment, weights.read_config(base), folder / "run")
     merge.save_merged(model, base, written, shard_bytes=1_000_000)
     tokens = np.array(load_tokenizer(str(folder / "merged")).encode(export.PROMPT), np.int32)
-    (logits,) = layerwise.logits(weights.read_config(written), written, tokens, param_dtype=jnp.bfloat16)
+    (logits,) = walked_logits(weights.read_config(written), written, tokens, param_dtype=jnp.bfloat16)
     np.savez(folder / "logits.npz", tokens=tokens, logits=logits, prompt=export.PROMPT)
 
 

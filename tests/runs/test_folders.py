@@ -37,6 +37,16 @@ def test_what_may_differ_when_a_run_is_continued(make_experiment):
     assert "sedd" not in dump(experiment)
 
 
+def test_targets_by_other_names_are_the_same(make_experiment):
+    """As the checkpoints of other families call them; another target is another run."""
+    experiment = changed(make_experiment("named"), "adapter", targets=("w1", "w3"), share=("w1", "w3"), rank={"w1": 2, "w3": 2})
+    folders.write_config(experiment)
+    theirs = {"targets": ("up_proj", "gate_proj"), "share": ("gate_proj", "up_proj"), "rank": {"gate_proj": 2, "w3": 2}}
+    folders.prepare(changed(experiment, "adapter", **theirs), resume=True)
+    with pytest.raises(UserError, match=r"adapter\.targets: \['w1', 'w3'\] -> \['w1', 'w2'\]"):
+        folders.prepare(changed(experiment, "adapter", targets=("gate_proj", "down_proj")), resume=True)
+
+
 def test_a_run_that_decayed_all_goes_on_so(make_experiment):
     """Before there was `weight_decay_on`, norms and biases were decayed too."""
     whole = make_experiment("decayed", training={"weight_decay": 0.1}, adapter=None, quantization={"format": "none"})

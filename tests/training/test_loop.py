@@ -244,6 +244,6 @@ def test_continuing_from_an_adapter(make_experiment, tmp_path):
     for refuse in (lambda: loop.run(wrong, resume=False), lambda: dry_run.report(wrong)):
         with pytest.raises(UserError, match=r"has rank 4, .*set adapter\.rank"):
             refuse()
-    with pytest.raises(UserError, match=r"adapter\.init_from = './nowhere': no such folder"):
+    with pytest.raises(UserError, match=r"adapter\.init_from = './nowhere': no such folder, looked for from /"):
         loop.run(make_experiment("wrong", adapter={"init_from": "./nowhere"}), resume=False)
     assert not (tmp_path / "runs/wrong").exists()
