@@ -9,45 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from moejax.config_file import apply, explain, nearest, put, read
+from moejax.config_file import apply, explain, put, read
+from moejax.config_model import AdapterConfig, ModelConfig, QuantizationConfig
+from moejax.config_values import Names, Place, Positive, Real, Section, as_tuple
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
-from moejax.models.config import (
-    FAMILIES,
-    LORA_TARGETS,
-    PRESETS,
-    QUANTIZED_MODULES,
-    Architecture,
-    LoRAConfig,
-)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string: a string that is a number is that number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _expanded(value: Any) -> Any:
-    """A leading ~ is the user's home, as a shell has it."""
-    try:
-        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
-    except RuntimeError:  # ~NAME of a user who is not there
-        return value
-
-
-Place = Annotated[str, BeforeValidator(_expanded)]
-"""A file or folder, or a name for the Hub or `datasets`."""
-
-
-Real = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[int, Field(ge=1)]
+from moejax.models.config import Architecture
 
 ROW_MULTIPLE = 16
 """Every batch has rows of a multiple of so many tokens. XLA's products for a GPU work in tiles of at least 16 tokens, and a tile may
@@ -65,130 +34,7 @@ _PADDED = f"padded up to a multiple of {ROW_MULTIPLE}"
 UNTRACED_STEPS = 5  # that `moejax profile` runs for the step's seconds, after the traced ones
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
-
-
-def _strings(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_strings)]
-
-
-class ModelConfig(_Section):
-    """Which model. `source`: a Hub id or a folder in Hub layout; null: random weights in the architecture of `preset`."""
-
-    source: Place | None = None
-    revision: str | None = None
-    preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
-    overrides: dict[str, Annotated[int | float | bool | str, BeforeValidator(_number)]] = Field(
-        default_factory=dict, description="fields of the architecture by name"
-    )
-    experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
-    moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
-    aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
-    ignored_settings: Names = Field((), description="keys of the source's config.json that are not computed here and may be passed over")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.source is None and self.preset is None:
-            raise ValueError("give model.source (a Hub id or a folder) or model.preset (random weights)")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset = {self.preset!r} is unknown: {nearest(self.preset, PRESETS)}")
-        families = FAMILIES.values() if self.preset is None else (type(PRESETS[self.preset]),)
-        fields = {name for family in families for name in family.fields()}
-        for name in self.overrides:
-            if name not in fields:
-                raise ValueError(f"overrides.{name} is no field of the architecture: {nearest(name, fields)}")
-        if self.preset is not None:
-            self.architecture(None)
-        return self
-
-    def architecture(self, base: Architecture | None) -> Architecture:
-        """The sizes of `base` (read from the source) or else of the preset, with overrides. Raises ValueError, UserError."""
-        if base is None:
-            if self.preset is None:
-                raise UserError(
-                    f"model.source = {self.source!r} is no folder here, and nothing is downloaded to learn its sizes: "
-                    f"add model.preset (one of {', '.join(PRESETS)}), or give the folder of a downloaded copy"
-                )
-            base = PRESETS[self.preset]
-        unknown = sorted(set(self.overrides) - set(base.fields()))
-        if unknown:
-            raise ValueError(f"overrides.{unknown[0]} is no field of a {base.title}")
-        asked = {} if self.experts_per_token is None else {"experts_per_token": self.experts_per_token}
-        return base.replace(**(asked | self.overrides))  # at once: neither is judged by the sizes that the other changes
-
-
-class QuantizationConfig(_Section):
-    """Storage of frozen weights. nf4: 4 bits, bit-identical to bitsandbytes; `double`: block scales in 8 bits too.
-
-    cache: where quantized weights are kept for the next start (of checkpoints of 1 GB or more); null: nowhere.
-    """
-
-    format: Literal["none", "nf4"] = "none"
-    double: bool = True
-    modules: Names | None = Field(
-        default=None, description="some of attention, experts, router; null: attention and experts, of a Mixtral the router as well"
-    )
-    cache: str | None = "~/.cache/moejax/quantized"
-
-    @property
-    def kind(self) -> str | None:
-        """One of `moejax.models.ops.quantized.KINDS`; None: nothing is quantized."""
-        return None if self.format == "none" else self.format + "-double" * self.double
-
-    @property
-    def of_experts(self) -> bool:
-        """Whether experts are stored in 4 bits."""
-        return self.format != "none" and (self.modules is None or "experts" in self.modules)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.modules == ():
-            raise ValueError(f"modules = []: expected some of {', '.join(QUANTIZED_MODULES)}; quantization.format=none quantizes nothing")
-        for name in self.modules or ():
-            if name not in QUANTIZED_MODULES:
-                raise ValueError(f"modules: {name!r} is unknown: {nearest(name, QUANTIZED_MODULES)}")
-        return self
-
-
-class AdapterConfig(_Section):
-    """LoRA: a pair A, B per expert and target; delta = alpha/rank · B A."""
-
-    rank: Positive | dict[str, Positive] = Field(default=16, description="one, or by target or group: {experts: 4, attention: 16}")
-    alpha: Real | dict[str, Real] = Field(default=32.0, description="likewise; delta = alpha/rank · B A, as PEFT's alpha_pattern")
-    dropout: Real = 0.0
-    targets: Names | None = Field(
-        None,
-        description="by PEFT's names: q_proj, …, gate (the router), and of the experts w1, w2, w3 or as the model's files have it "
-        "gate_proj, down_proj, up_proj; null: of a Mixtral w1, w2, w3 and gate, as in the study, of others attention and experts",
-    )
-    share: Names | None = Field(
-        None, description="[w1, w3]: one A for both, as PEFT 0.19 and later train fused experts; null: each its own, as PEFT 0.18"
-    )
-    init_from: Place | None = Field(
-        None, description="an adapter in PEFT's format to continue from (folder or Hub id); null: a new one"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        known = dict.fromkeys([*LORA_TARGETS, *(n for preset in PRESETS.values() for n in preset.target_names.values())])
-        judged = set(FAMILIES.values()) <= {type(preset) for preset in PRESETS.values()}  # another's names are in its files alone
-        for key in ("targets", "share"):
-            for name in getattr(self, key) or ():
-                if judged and name not in known:
-                    raise ValueError(f"{key}: {name!r} matches nothing: {nearest(name, known)}")
-        _ = self.lora  # checks itself
-        return self
-
-    @property
-    def lora(self) -> LoRAConfig:
-        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.share)
-
-
-class FieldNames(_Section):
+class FieldNames(Section):
     """Where a record keeps its parts."""
 
     instruction: str = "instruction"
@@ -197,13 +43,13 @@ class FieldNames(_Section):
     text: str = "text"
 
 
-class TrainOn(_Section):
+class TrainOn(Section):
     """What of a conversation the loss is on: every answer of the assistant, or the last one alone."""
 
     last_turn: bool = False
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
     source: Place | None = Field(
@@ -233,7 +79,7 @@ class DataConfig(_Section):
     max_length: Positive = Field(1024, description="a longer query is cut, and counted")
     batching: Literal["pack", "pad_longest", "pad_bucket", "fixed"] = "pack"
     row_tokens: Positive = Field(2048, description=f"tokens that a row holds for pack and fixed, {_PADDED}")
-    buckets: Annotated[tuple[int, ...], BeforeValidator(_strings)] = Field(
+    buckets: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
         (128, 256, 512, 1024), description=f"lengths of rows for pad_bucket, {_PADDED}"
     )
     batch_rows: Positive = Field(1, description="rows of one micro-batch")
@@ -270,7 +116,7 @@ class DataConfig(_Section):
         return whole_row(self.longest_text)
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Optimizer, schedule, precision. `steps` wins over `epochs`."""
 
     epochs: Positive | None = None
@@ -281,7 +127,7 @@ class TrainingConfig(_Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_learning_rate_ratio: Annotated[Real, Field(ge=0, le=1)] = 0.0
-    betas: Annotated[tuple[Real, Real], BeforeValidator(_strings)] = (0.9, 0.999)
+    betas: Annotated[tuple[Real, Real], BeforeValidator(as_tuple)] = (0.9, 0.999)
     eps: Annotated[Real, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     weight_decay_on: Literal["matrices", "all"] = Field("matrices", description="all: norms, biases, Mamba's A_log and D too")
@@ -313,18 +159,18 @@ class TrainingConfig(_Section):
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Checkpoints: every n steps, the last `keep` of them, and the best by evaluation loss. The last step is always saved."""
 
     every: Positive | None = None
     keep: Positive = 2
     best: bool = True
-    resume_with_changed: Annotated[tuple[Part, ...], BeforeValidator(_strings)] = Field(
+    resume_with_changed: Annotated[tuple[Part, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="of what a resumed run may have another content than it began with: data, base, tokenizer, …"
     )
 
 
-class DeviceConfig(_Section):
+class DeviceConfig(Section):
     """memory_fraction: share of the GPU's memory that jax may take (jax's own default of 0.75 would leave a quarter unused).
 
     compilation_cache: where jax keeps compiled programs for the next start; null: nowhere. What another version of jax, another
@@ -335,7 +181,7 @@ class DeviceConfig(_Section):
     compilation_cache: str | None = "~/.cache/moejax/xla"
 
 
-class ProfileConfig(_Section):
+class ProfileConfig(Section):
     """Trace `steps` optimizer steps from `start_step` on (counted from 1). Step 1 compiles and is never traced."""
 
     start_step: int = 5
@@ -362,7 +208,7 @@ class ProfileConfig(_Section):
             )
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Right answers counted on held-out problems while it trains.
 
     Score the untrained model, then as `each_epoch` and `every_steps` say, and the model at the end.
@@ -380,7 +226,7 @@ class EvalConfig(_Section):
     allow_overlap: bool = Field(False, description="go on where held-out problems are in the training data too")
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """One run. Its folder is runs_dir/name."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support import ROOT
 
-from moejax import config, config_file, other_tools
+from moejax import config, config_file, config_model, other_tools
 from moejax.errors import UserError
 
 MINIMAL = {
@@ -56,7 +56,7 @@ def test_every_config_loads_and_its_dump_gives_the_same(path, tmp_path):
 
 
 def test_targets_of_a_family_without_presets_are_judged_by_its_files(load, monkeypatch):
-    monkeypatch.setitem(config.FAMILIES, "mine", type("Mine", (config.Architecture,), {}))
+    monkeypatch.setitem(config_model.FAMILIES, "mine", type("Mine", (config.Architecture,), {}))
     assert load(model={"source": "org/mine"}, adapter={"targets": ["c_attn"]}).adapter.targets == ("c_attn",)
 
 

@@ -17,7 +17,7 @@ from moejax.models.families.qwen3_moe import Qwen3MoeConfig
 
 __all__ = [
     "FAMILIES", "LORA_TARGETS", "PRESETS", "QUANTIZED_MODULES", "Architecture", "BlackMambaConfig", "LoRAConfig", "MixtralConfig",
-    "OlmoeConfig", "Quantization", "Qwen3MoeConfig", "from_hub_config", "register",
+    "OlmoeConfig", "Quantization", "Qwen3MoeConfig", "from_hub_config", "register", "target_aliases",
 ]  # fmt: skip
 
 FAMILIES: dict[str, type[Architecture]] = {}
@@ -35,6 +35,11 @@ def register(family: type[Architecture]) -> type[Architecture]:
     FAMILIES[family.model_type] = family
     PRESETS.update(presets)
     return family
+
+
+def target_aliases() -> dict[str, str]:
+    """What the families' checkpoints call an adapter's target -> our name."""
+    return {theirs: ours for preset in PRESETS.values() for ours, theirs in preset.target_names.items()}
 
 
 for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from moejax.models import foreign_settings as foreign
-from moejax.models.config.specs import GQA, Architecture, Block, BlockNames, MoE, Router, Stack, Stream, TensorNames
+from moejax.models.config.specs import GQA, Architecture, Block, MoE, Router, Stack, Stream
+from moejax.models.config.tensor_names import BlockNames, TensorNames
 
 SIZES = {
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "vocab_size": "vocab_size", "hidden_size": "hidden_size",

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from moejax.models import foreign_settings as foreign
-from moejax.models.config.specs import Architecture, Block, BlockNames, Mamba, MoE, Router, Stack, Stream, TensorNames
+from moejax.models.config.specs import Architecture, Block, Mamba, MoE, Router, Stack, Stream
+from moejax.models.config.tensor_names import BlockNames, TensorNames
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from moejax.config import Experiment
 from moejax.data import pipeline
 from moejax.data.places import is_file, is_here
 from moejax.estimator import memory
-from moejax.estimator.sizes import optimizer_bytes, stored
+from moejax.estimator.sizes import Stored, optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
 from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders
 from moejax.training import low_precision, scoring
-from moejax.training.flops import groups_of
 from moejax.training.run_steps import total_steps
 from moejax.training.start import read_data
 
@@ -31,27 +30,29 @@ def report(experiment: Experiment) -> None:
     """Tell the tables."""
     asked = scoring.dry(experiment)
     sizes = architecture(experiment, _folder(experiment))
-    model = build(sizes, **model_arguments(experiment))
-    groups = groups_of(model)
+    groups: dict[str, list[Stored]] = {}
+    for w in stored(experiment, sizes):
+        groups.setdefault(sizes.kind_of((*w.module, w.name)) + " LoRA" * w.adapter, []).append(w)
     begun = experiment.adapter and experiment.adapter.init_from
     if begun and Path(begun).is_dir():
-        continue_adapter(experiment, model, experiment.model.source)  # refuses one that does not fit
-    rows = [
-        (name, f"{group.parameters:,}", group.dtype, f"{gigabytes(group.bytes)}", "yes" if group.trainable else "frozen")
-        for name, group in groups.items()
-    ]
+        # refuses one that does not fit
+        continue_adapter(experiment, build(sizes, **model_arguments(experiment)), experiment.model.source)
+    rows = []
+    for name, ws in groups.items():
+        size, nbytes = sum(w.size for w in ws), sum(w.bytes for w in ws)
+        rows.append((name, f"{size:,}", ws[-1].storage, f"{gigabytes(nbytes)}", "yes" if ws[0].trained else "frozen"))
     base, active = sizes.parameters
-    trained = [g for g in groups.values() if g.trainable]
-    weights = sum(g.bytes for g in groups.values())
-    optimizer = optimizer_bytes(experiment.training.optimizer, tuple(w for w in stored(experiment, sizes) if w.trained))
-    gradients = sum(g.bytes for g in trained)
+    every = [w for ws in groups.values() for w in ws]
+    trained = tuple(w for w in every if w.trained)
+    weights, gradients = sum(w.bytes for w in every), sum(w.bytes for w in trained)
+    optimizer = optimizer_bytes(experiment.training.optimizer, trained)
     sums = [
         ("base model", f"{base:,}", "", "", ""),
         (f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", ""),
-        ("trained", f"{sum(g.parameters for g in trained):,}", trained[0].dtype, f"{gigabytes(gradients)}", ""),
+        ("trained", f"{sum(w.size for w in trained):,}", trained[0].storage, f"{gigabytes(gradients)}", ""),
         ("weights in memory", "", "", f"{gigabytes(weights)}", ""),
-        (f"{experiment.training.optimizer} state", "", trained[0].dtype, f"{gigabytes(optimizer)}", ""),
-        ("gradients", "", trained[0].dtype, f"{gigabytes(gradients)}", ""),
+        (f"{experiment.training.optimizer} state", "", trained[0].storage, f"{gigabytes(optimizer)}", ""),
+        ("gradients", "", trained[0].storage, f"{gigabytes(gradients)}", ""),
     ]
     total = ("before activations", "", "", f"{gigabytes(weights + optimizer + gradients)}", "")
     columns = ("group", "parameters", "stored as", "GB", "trained")

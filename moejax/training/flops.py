@@ -1,4 +1,4 @@
-"""How much a model is: its parameters by kind, and the model FLOPs of a training step, of which model FLOP utilization (MFU) is made.
+"""The model FLOPs of a training step, of which model FLOP utilization (MFU) is made.
 
 A multiply-add counts two. Per real token, with P_active the weights of the matrices it meets (attention, its K experts, router,
 head; the embedding is a look-up):
@@ -13,16 +13,10 @@ t + 1 keys; counted from the real segment lengths, twice as much again backward.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
-import jax
-from flax import nnx
-
-from moejax.models.build import Model
 from moejax.models.config import Architecture, LoRAConfig, specs
-from moejax.models.ops.quantized import storage
 
 
 @dataclass(frozen=True)
@@ -68,27 +62,3 @@ def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
 def visible_pairs(lengths: list[int]) -> int:
     """(query, key) pairs of causal attention inside segments of these lengths."""
     return sum(n * (n + 1) // 2 for n in lengths)
-
-
-@dataclass
-class Group:
-    """Parameters of one kind: how many, how stored, how many bytes."""
-
-    parameters: int = 0
-    bytes: int = 0
-    dtype: str = ""
-    trainable: bool = False
-
-
-def groups_of(model: Model) -> dict[str, Group]:
-    """Group name -> counts; of weights or of their shapes alone."""
-    groups: dict[str, Group] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        group = groups.setdefault(model.config.kind_of(tuple(map(str, path))) + (" LoRA" if "lora" in path else ""), Group())
-        value: Any = variable.get_value()
-        leaves = jax.tree.leaves(value)
-        group.parameters += math.prod(value.shape)
-        group.bytes += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        group.dtype = storage(value)
-        group.trainable = isinstance(variable, nnx.Param)
-    return groups
