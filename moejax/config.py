@@ -44,8 +44,11 @@ class FieldNames(Section):
 
 
 class TrainOn(Section):
-    """What of a conversation the loss is on: every answer of the assistant, or the last one alone."""
+    """What of a conversation the loss is on: the messages of these roles, or the last of them alone."""
 
+    roles: Annotated[tuple[Literal["assistant", "user", "system", "tool"], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        "assistant",
+    )
     last_turn: bool = False
 
 

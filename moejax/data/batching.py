@@ -126,6 +126,70 @@ class GivenBatches:
 def pack(lengths: Sequence[int], row_tokens: int, window: int = 2048) -> list[list[int]]:
     """Indices of `lengths` for each row, every query whole, in rows of at most `row_tokens`.
 
+    By best-fit decreasing; where that leaves more than 1 % of the tokens empty and `filled` does better with the first of them, which takes
+    longer, by that.
+    """
+    rows = best_fit(lengths, row_tokens, window)
+    if len(rows) * row_tokens <= 1.01 * sum(lengths) + row_tokens:
+        return rows
+    some = lengths[: 2 * window]
+    if len(some) < len(lengths) and len(filled(some, row_tokens, 4 * window)) > 0.995 * len(best_fit(some, row_tokens, window)):
+        return rows
+    return min(rows, filled(lengths, row_tokens, 4 * window), key=len)
+
+
+def filled(lengths: Sequence[int], row_tokens: int, window: int) -> list[list[int]]:
+    """As `pack`: each row gets the longest query that is left, and of the others those that fill it best (a subset sum, longest first).
+
+    So lengths near a third or a fifth of a row are packed, of which best-fit puts one too few into a row. A row of a window that has room
+    for more takes part in the next.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for start in range(0, len(lengths), window):
+        left += range(start, min(start + window, len(lengths)))
+        by_length: dict[int, list[int]] = {}
+        for index in reversed(left):
+            by_length.setdefault(lengths[index], []).append(index)
+        last = start + window >= len(lengths)
+        left = []
+        while by_length:
+            longest = max(by_length)
+            chosen = [longest, *_best_sum(by_length, longest, row_tokens - longest)]
+            row = []
+            for length in chosen:
+                row.append(by_length[length].pop())
+                if not by_length[length]:
+                    del by_length[length]
+            if last or sum(chosen) * 100 >= 99 * row_tokens:
+                rows.append(row)
+            else:
+                left += row
+    return rows
+
+
+def _best_sum(by_length: dict[int, list[int]], used: int, room: int) -> list[int]:
+    """The lengths of other queries that fill `room` best, where one of length `used` is taken already."""
+    reached, steps, full = 1, [], (1 << room + 1) - 1  # bit s: a sum of s is possible
+    for length in sorted((length for length in by_length if length <= room), reverse=True):
+        for _ in range(min(len(by_length[length]) - (length == used), room // length)):
+            steps.append((length, reached))
+            reached |= reached << length & full
+            if reached >> room:
+                break
+        if reached >> room:
+            break
+    total, chosen = reached.bit_length() - 1, []
+    for length, before in reversed(steps):
+        if not before >> total & 1:
+            chosen.append(length)
+            total -= length
+    return chosen
+
+
+def best_fit(lengths: Sequence[int], row_tokens: int, window: int) -> list[list[int]]:
+    """As `pack`, by best-fit decreasing.
+
     Inside a window of queries (in the order given, so that rows stay as random as the shuffle) the longest go first, each into the
     fullest open row that still has room: best-fit decreasing. Rows that a window leaves open stay open for the next.
     """

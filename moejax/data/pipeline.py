@@ -131,7 +131,7 @@ def settled(config: DataConfig, records: Sequence[Record], tokenizer: Any) -> Da
 
 
 def _tokenized(config: DataConfig, records: Sequence[Record], tokenizer: Any, source: str, first: int = 0) -> Tokenized:
-    options = TalkOptions(config.turns, config.train_on.last_turn)
+    options = TalkOptions(config.turns, config.train_on.last_turn, config.train_on.roles)
     return tokenize(records, tokenizer, config.template or "mistral", _limit(config), source, first, options)
 
 

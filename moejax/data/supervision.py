@@ -22,10 +22,11 @@ Encoded = tuple[list[int], np.ndarray]  # token ids, and for each whether the lo
 
 
 class TalkOptions(NamedTuple):
-    """data.turns, data.train_on.last_turn."""
+    """data.turns, and data.train_on."""
 
     turns: str = "auto"
     last_turn: bool = False
+    roles: tuple[str, ...] = ("assistant",)
 
 
 @dataclass
@@ -71,6 +72,11 @@ def encoded(
     """(record, tokens) of what is trained on, in order; and what became of the conversations. Raises UserError for a conversation that the
     template refuses or has no form for, by its number."""
     if template == "mistral":
+        if options != TalkOptions():
+            raise UserError(
+                f"{source}: data.template = mistral trains on every answer of whole conversations: remove data.turns and data.train_on, or "
+                "use data.template=chat"
+            )
         return _mistral(numbered, tokenizer, source)
     if template not in ("chat", "chatml"):
         raise UserError(
@@ -78,7 +84,7 @@ def encoded(
             "tokenizer's own template), chatml or mistral"
         )
     tokens = text_tokens(tokenizer)
-    turns = Turns(tokenizer, tokens, options.turns, options.last_turn)
+    turns = Turns(tokenizer, tokens, options.turns, options.last_turn, options.roles)
     talks = Talks(conversations=len(numbered), end=turns.end, appended=turns.end_token is None and not chat.gives_spans(tokenizer))
     made: list[tuple[int, Encoded]] = []
     for start in range(0, len(numbered), TOGETHER):

@@ -4,7 +4,6 @@ to the end of the turn."""
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,17 +20,20 @@ Spans = dict[int, tuple[int, int]]  # message -> the characters (from, to) that 
 
 _ADVICE = "Write the messages as the template takes them, or use another chat template (data.template = chatml or mistral)"
 _PROBE = ("a question", "an answer", "more", "the end")
+_OTHER = "\U0010f8f4"  # what no message says
 _KINDS = {"assistant": "answers", "tool": "tool results"}
 
 
 class Sample(NamedTuple):
     """text: as rendered; spans: the characters that are trained on. given: by the template's own `{% generation %}`. ended: whether the
-    tokenizer's end of sequence follows, because the template ends a turn with no token."""
+    tokenizer's end of sequence follows, because the template ends a turn with no token. complete: whether every content is known to stand
+    in it."""
 
     text: str
     spans: list[tuple[int, int]]
     given: bool = False
     ended: bool = False
+    complete: bool = False
 
 
 @dataclass
@@ -44,9 +46,10 @@ class Seen:
 
 
 class _Shape(NamedTuple):
-    """How a template writes plain conversations of the same roles. pieces: what stands around the contents; spans: where answers begin and
-    end, in the text of the probe; ends, lengths: of the probe's contents in it."""
+    """How a template writes plain conversations of the same roles. whole: whether the answers stand in them as at use. pieces:
+    what stands around the contents; spans: where answers begin and end, in the text of the probe; ends, lengths: of its contents in it."""
 
+    whole: bool
     pieces: list[str]
     spans: Spans
     ends: list[int]
@@ -54,11 +57,13 @@ class _Shape(NamedTuple):
 
 
 class Turns:
-    """Renders conversations. turns: data.turns. last_turn: data.train_on.last_turn. end: what ends a turn, found by a probe, or ""."""
+    """Renders conversations. turns: data.turns. last_turn, roles: data.train_on. end: what ends a turn, found by a probe, or ""."""
 
-    def __init__(self, tokenizer: Any, tokens: TextTokens, turns: str = "auto", last_turn: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, tokens: TextTokens, turns: str = "auto", last_turn: bool = False, roles: Sequence[str] = ("assistant",)
+    ) -> None:
         self._tokenizer, self._tokens, self._turns = tokenizer, tokens, turns
-        self._last_turn = last_turn or turns == "last"
+        self._last_turn, self._roles = last_turn or turns == "last", frozenset(roles)
         self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
         self._touchy = chat.spelled(tokenizer)
         self.seen = Seen()
@@ -77,7 +82,7 @@ class Turns:
         for number, (message, trained) in enumerate(zip(talk.messages, talk.trained, strict=True)):
             if not message.get("content", "").strip() and not message.get("tool_calls") and message["role"] != "tool":
                 self.seen.empty.append((index, number))
-            elif message["role"] == "assistant" and trained:
+            elif message["role"] in self._roles and trained:
                 found.append(number)
         return found[-1:] if self._last_turn else found
 
@@ -91,6 +96,12 @@ class Turns:
             whole = self._whole(messages, tools, asked, where)
             if whole is not None:
                 return [whole]
+        others = sorted({messages[number]["role"] for number in asked} - {"assistant"})
+        if others:
+            raise UserError(
+                f"{where}: the chat template writes an answer otherwise in the whole conversation than at use, and data.train_on.roles has "
+                f"{others[0]!r}, whose messages are trained on in the whole alone: set data.turns=whole, or leave {others[0]!r} out"
+            )
         return [self._by_itself(messages[: number + 1], tools, where) for number in asked]
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> str:
@@ -109,6 +120,8 @@ class Turns:
 
     def note_left_out(self, talk: Conversation, asked: list[int], samples: list[Sample], index: int) -> None:
         """Count what of a conversation stands in none of its samples: a part that the template leaves out without a word."""
+        if all(sample.complete for sample in samples):
+            return
         texts = [_bare(self._tokens.shown(sample.text)) for sample in samples]
         own = dict(zip(asked, texts, strict=True)) if len(texts) == len(asked) else {}
         for kind, number, part in _parts(talk):
@@ -148,9 +161,11 @@ class Turns:
         """None where an answer, or what stands before it, is another one in the whole than at use."""
         shape = self._shape(messages, tools, where, last=False)
         if shape is not None:
+            if not shape.whole:
+                return None
             found = self._filled(shape, messages, where)
             if found is not None:
-                return self._ended(found[0], [found[1][number] for number in asked], messages, asked)
+                return self._ended(found[0], [found[1][number] for number in asked], messages, asked)._replace(complete=True)
         text, given = self._write(messages, tools, False, where)
         if chat.gives_spans(self._tokenizer, tools):
             return Sample(text, self._given(given, messages, asked, where), given=True)
@@ -160,6 +175,9 @@ class Turns:
     def _spans(self, text: str, messages: list[Message], tools: Any, asked: Sequence[int], where: str) -> Spans | None:
         spans = {}
         for number in asked:
+            if messages[number]["role"] != "assistant":
+                spans[number] = self._of_another(text, messages[: number + 1], tools, where)
+                continue
             prompt = self._write(messages[:number], tools, True, where)[0]
             upto = text if number == len(messages) - 1 else self._write(messages[: number + 1], tools, False, where)[0]
             end = self._end(upto, len(prompt))
@@ -170,6 +188,19 @@ class Turns:
             else:
                 return None
         return spans
+
+    def _of_another(self, text: str, messages: list[Message], tools: Any, where: str) -> tuple[int, int]:
+        """What a message of another role says: behind its header, which is what it shares with one that says something else."""
+        other = [*messages[:-1], {"role": messages[-1]["role"], "content": _OTHER}]
+        upto, without = self._write(messages, tools, False, where)[0], self._write(other, tools, False, where)[0]
+        begin = next((at for at, (a, b) in enumerate(zip(upto, without, strict=False)) if a != b), 0)
+        end = self._end(upto, begin)
+        if not begin or not text.startswith(upto[:end]):
+            raise UserError(
+                f"{where}: data.train_on.roles: where message {len(messages) - 1} stands in what the chat template writes is not known: "
+                f"leave {messages[-1]['role']!r} out of data.train_on.roles"
+            )
+        return begin, end
 
     def _as_it_stands(self, text: str, prompt: str, before: list[Message], tools: Any, where: str) -> tuple[int, int]:
         """An answer in a text that has not all of its prompt, for data.turns = whole."""
@@ -201,7 +232,7 @@ class Turns:
         text, spans = found or self._last(messages, tools, where)
         number = len(messages) - 1
         begin, end = spans[number]
-        return self._ended(text[:end], [(begin, end)], messages, [number])
+        return self._ended(text[:end], [(begin, end)], messages, [number])._replace(complete=found is not None)
 
     def _last(self, messages: list[Message], tools: Any, where: str) -> tuple[str, Spans]:
         prompt, text = self._write(messages[:-1], tools, True, where)[0], self._write(messages, tools, False, where)[0]
@@ -239,7 +270,7 @@ class Turns:
             text, spans = self._last(probe, None, where)
         else:
             text = self._write(probe, None, False, where)[0]
-            spans = self._spans(text, probe, None, [n for n, m in enumerate(probe) if m["role"] == "assistant"], where)
+            spans = self._spans(text, probe, None, [n for n, m in enumerate(probe) if m["role"] in self._roles], where)
         pieces, at, ends = [], 0, []
         for content in contents:
             begin = text.find(content, at)
@@ -248,7 +279,7 @@ class Turns:
             pieces.append(text[at:begin])
             at = begin + len(content)
             ends.append(at)
-        return None if spans is None else _Shape([*pieces, text[at:]], spans, ends, list(map(len, contents)))
+        return _Shape(spans is not None, [*pieces, text[at:]], spans or {}, ends, list(map(len, contents)))
 
     def _filled(self, shape: _Shape, messages: list[Message], where: str) -> tuple[str, Spans] | None:
         """The text of a conversation of this shape, and its answers; None where the template writes something else for it."""
@@ -274,7 +305,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _bare(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    return "".join(text.split())
 
 
 def _parts(talk: Conversation) -> list[tuple[str, int, str]]:

@@ -1,6 +1,7 @@
 """Conversations to tokens: what is trained on, made in ways that know nothing of each other, for templates of ten shapes."""
 
 import datetime
+import json
 import random
 
 import numpy as np
@@ -9,9 +10,11 @@ from data.chat_templates import SPLIT, TEMPLATES
 from support import ROOT
 from tokenizers import AddedToken
 
+from moejax.config import DataConfig
 from moejax.data import chat
 from moejax.data.chat_template import ChatTemplate, TooMuch
 from moejax.data.conversation import read
+from moejax.data.pipeline import load
 from moejax.data.supervision import TalkOptions
 from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import load_tokenizer
@@ -223,6 +226,34 @@ def test_weights_and_the_last_turn():
     messages[-1].pop("train")
     query = tokenize(records([messages]), tokenizer, "chat", 999, options=TalkOptions(last_turn=True)).queries[0]
     assert tokenizer.decode(query.ids[query.supervised]) == "two<|eot_id|>"
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "phi"])
+def test_other_roles_may_be_trained_on(name):
+    tokenizer = make(name)
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}] * 2
+    found = tokenize(records([messages]), tokenizer, "chat", 999, options=TalkOptions(roles=("user", "assistant")))
+    query, end = found.queries[0], ENDS[name]
+    assert tokenizer.decode(query.ids[query.supervised]) == f"a b{end}c{end}a b{end}c{end}"
+    with pytest.raises(UserError, match=r"record 0: .* data\.train_on\.roles has 'user'"):
+        tokenize(records([messages]), make("harmony"), "chat", 999, options=TalkOptions(roles=("user", "assistant")))
+
+
+def test_from_a_file_to_batches(tmp_path):
+    """The template, and the day where the template asks for it, are settled by what is read; records of both kinds may be mixed."""
+    path = tmp_path / "chat.jsonl"
+    lines = [{"messages": messages} for messages in talks(8)] + [{"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = make("llama3")
+    data = load(DataConfig(source=str(path), holdout=2), tokenizer, 0, 512)
+    assert (data.config.template, data.config.template_date) == ("chat", datetime.date.today().isoformat())
+    assert data.statistics()["  conversations"] == 8 and len(data.evaluation.queries) == 2
+    asked, said = data.evaluation.queries
+    assert asked.ids.tolist() == said.ids.tolist() and (asked.supervised == said.supervised).all()
+    assert load(DataConfig(source=str(path), template_date=DAY), make("qwen3"), 0, 512).config.template_date == DAY
+    path.write_text(json.dumps({"instruction": "a", "output": "b", "prompt": "a", "completion": "c"}) + "\n")
+    data = load(DataConfig(source=str(path)), make("qwen3"), 0, 512)
+    assert data.config.template == "mistral" and data.config.template_date is None and "  conversations" not in data.statistics()
 
 
 def test_the_template_mistral():
