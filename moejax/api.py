@@ -22,6 +22,7 @@ from moejax import config as experiments
 from moejax import gpus
 from moejax.config import DataConfig, Experiment, whole_row
 from moejax.config_file import read
+from moejax.data import conversation
 from moejax.data.batch import Batch
 from moejax.data.batching import GivenBatches, assemble
 from moejax.data.ends import Ends, ends_of
@@ -79,13 +80,21 @@ class LanguageModel:
         return answers[0] if isinstance(prompt, str) else answers
 
     def chat(
-        self, message: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, top_k: int | None = None,
-        seed: int = 0, stop: Sequence[str] = (),
+        self, messages: str | Sequence[Mapping[str, Any]], *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+        top_k: int | None = None, seed: int = 0, stop: Sequence[str] = (),
     ) -> str:  # fmt: skip
-        """Answer a message, put into the template that the model was trained with. Otherwise as `generate`."""
-        if self.template == "text":
-            raise UserError("this model was trained with data.template = text, which has no instructions: use generate")
-        _, asked = prompts([{"instruction": message, "input": "", "output": ""}], self.tokenizer, self.template, "message")
+        """Answer a message, put into the template that the model was trained with, or a conversation, `[{"role": "user", "content":
+        …}, …]`, put into the tokenizer's chat template. Otherwise as `generate`."""
+        if isinstance(messages, str):
+            if self.template == "text":
+                raise UserError("this model was trained with data.template = text, which has no instructions: use generate")
+            record: dict[str, Any] = {"instruction": messages, "input": "", "output": ""}
+        else:
+            talk = conversation.read({"messages": [dict(message) for message in messages]}, "messages")
+            if talk is None or not talk.messages or talk.messages[-1]["role"] == "assistant":
+                raise UserError("messages: expected a conversation whose last message is to be answered, not an assistant's")
+            record = {"conversation": talk}
+        _, asked = prompts([record], self.tokenizer, self.template, "message")
         return self._answers(asked, max_new_tokens, Sampling(temperature, top_p, top_k, seed), stop)[0]
 
     def _answers(self, asked: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[str]) -> list[str]:
@@ -95,8 +104,8 @@ class LanguageModel:
     def batch(self, records: Sequence[Mapping[str, Any] | str], *, max_length: int = 2048) -> Batch:
         """Records as a training run reads them, one a row, padded on the right to a multiple of 16 tokens: Batch of [rows, T].
 
-        A record: `{"instruction": …, "output": …}` (with "input"), supervised on its output; or a text, supervised whole. Longer ones
-        are cut at `max_length`. Raises UserError that names a record by its number.
+        A record: `{"instruction": …, "output": …}` (with "input"), supervised on its output; `{"messages": […]}`, on the assistant's; or a
+        text, supervised whole. Longer ones are cut at `max_length`. Raises UserError that names a record by its number.
         """
         texts = [isinstance(record, str) for record in records]
         if not texts or any(texts) != all(texts):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,23 @@ def test_a_batch_is_that_of_a_run(lm):
     assert trained == [f"{record['output']}{lm.tokenizer.eos_token}" for record in RECORDS]
     text = lm.batch(["3 + 4 = 7"])
     assert text.loss_mask.sum() == (text.segment_ids > 0).sum() - 1
+
+
+def test_a_conversation_is_answered_as_its_template_writes_it(lm):
+    from moejax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + '</s>' }}{% endfor %}"
+    )
+    chatty = replace(lm, tokenizer=tokenizer, template="chat")
+    talk = [{"role": "user", "content": "Tom has 3"}, {"role": "assistant", "content": "7"}, {"role": "user", "content": "How many?"}]
+    written = "[INST] Tom has 3 [/INST]7</s>[INST] How many? [/INST]"
+    assert chatty.chat(talk, max_new_tokens=6) == chatty.generate(written, max_new_tokens=6)
+    batch = chatty.batch([{"messages": [*talk, {"role": "assistant", "content": "8"}]}])
+    assert tokenizer.decode(batch.targets[0][batch.loss_mask[0] > 0]) == "7</s>8</s>"
+    with pytest.raises(UserError, match="last message is to be answered"):
+        chatty.chat(talk[:2])
 
 
 def test_the_loss_and_its_gradients(lm):
