@@ -80,6 +80,15 @@ RUNS = {
             "max_length": 32,
         },
     },
+    "conversations, whole": {
+        **WHOLE, "data": {"source": "TALKS", "turns": "whole", "train_on": {"roles": ["assistant", "user"]}, "template_date": "2026-01-02"},
+    },
+    "conversations, split": {
+        **WHOLE,
+        "added_tokens": ["<|im_start|>", "<|im_end|>"],
+        "data": {"source": "TALKS", "template": "chatml", "turns": "split", "template_args": {"enable_thinking": False}},
+    },
+    "conversations, last": {**WHOLE, "data": {"source": "TALKS", "turns": "last", "train_on": {"last_turn": True}}},
 }  # fmt: skip
 
 
@@ -174,9 +183,13 @@ def places(tmp_path_factory):
     (named / "some.jsonl").write_text("\n".join(json.dumps(r) for r in records[:4]))
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: some\n    path: some.jsonl\n---\n"
     (named / "README.md").write_text(card)
+    says = ("user", "instruction"), ("assistant", "output")
+    talks = [{"messages": [{"role": role, "content": r[key]} for r in records[at : at + 3] for role, key in says]} for at in range(9)]
+    (folder / "talks.json").write_text(json.dumps(talks))
     content = (folder / "records.json").read_bytes()
     return {
-        "RECORDS": str(folder / "records.json"), "CHAT": str(chat), "NAMED": str(named), "BLACKMAMBA": str(ROOT / "assets/tiny-blackmamba"),
+        "RECORDS": str(folder / "records.json"), "TALKS": str(folder / "talks.json"), "CHAT": str(chat), "NAMED": str(named),
+        "BLACKMAMBA": str(ROOT / "assets/tiny-blackmamba"),
         "PROBLEMS": str(ROOT / "assets/problems/test.json"), "ADAPTER": str(folder / "runs/adapter/adapter"),
         "CACHE": str(folder / "cache"), "SHA256": hashlib.sha256(content).hexdigest(), "BYTES": len(content), "runs": str(folder / "runs"),
     }  # fmt: skip
@@ -197,6 +210,14 @@ def test_every_template_makes_every_batch(template, batching, places):
     dataset = load_data(experiment.data, load_tokenizer(experiment.tokenizer), 0, 512)
     batch = next(iter(dataset.train.iterate(0)))
     assert dataset.tokenized.records == 24 and batch.loss_mask.sum() > 0
+
+
+@pytest.mark.parametrize(("name", "queries"), [("whole", 9), ("split", 27), ("last", 9)])
+def test_conversations_make_batches(name, queries, places):
+    experiment = experiment_of("data", RUNS[f"conversations, {name}"], places)
+    tokenizer = load_tokenizer(experiment.tokenizer, experiment.added_tokens)
+    dataset = load_data(experiment.data, tokenizer, 0, 512)
+    assert len(dataset.train.queries) == queries and dataset.tokenized.talks.conversations == 9
 
 
 @pytest.mark.long

@@ -148,6 +148,11 @@ def asks_date(tokenizer: Any) -> bool:
         return False
 
 
+def sources(tokenizer: Any) -> str:
+    """The text of the tokenizer's templates."""
+    return str(tokenizer.chat_template)
+
+
 def spelled(tokenizer: Any) -> re.Pattern[str]:
     """What the template may look for in a message: its own constants, but for words."""
     found = template_of(tokenizer).constants

@@ -24,12 +24,14 @@ _ROLE = {
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is a call as JSON
 _THINKING = ("reasoning_content", "thinking", "reasoning")
-_KEPT = ("name", "tool_call_id")
+_OURS = frozenset(
+    ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+)
 
 
 class Conversation(NamedTuple):
-    """messages: as OpenAI has them, without nulls. tools: as JSON Schema, or None. trained: for each message False where its own
-    `weight: 0` or `train: false` takes it out of the loss."""
+    """messages: as OpenAI has them, without nulls, and what else they hold as it stands. tools: as JSON Schema, or None. trained: for
+    each message False where its own `weight: 0` or `train: false` takes it out of the loss."""
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None
@@ -39,7 +41,8 @@ class Conversation(NamedTuple):
 def key_of(record: dict[str, Any]) -> str | None:
     """The key that makes a record a conversation, if any: a list of messages, or a prompt with its completion or chosen answer."""
     for key in LISTS:
-        if isinstance(record.get(key), list):
+        value = record.get(key)
+        if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
             return key
     for key in ("completion", "chosen"):
         if isinstance(record.get(key), list) or (isinstance(record.get(key), str) and isinstance(record.get("prompt"), str | list)):
@@ -74,7 +77,10 @@ def read(record: dict[str, Any], where: str = "the record") -> Conversation | No
 
 def _listed(record: dict[str, Any], key: str, where: str) -> Iterable[tuple[Any, str | None]]:
     """The messages as they stand, each with the role that a bare text has."""
-    answer, prompt = _side(record[key], "assistant", f"{where}: {key!r}"), record.get("prompt")
+    value, what = record[key], f"{where}: {key!r}"
+    if key in LISTS and isinstance(value, str):  # a cell of a table
+        value = _json(value, what)
+    answer, prompt = _side(value, "assistant", what), record.get("prompt")
     if key in LISTS or prompt is None:
         return answer
     asked = _side(prompt, "user", f"{where}: 'prompt'")
@@ -133,7 +139,7 @@ def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]
         made["tool_calls"] = _calls(given["tool_calls"], where)
     elif isinstance(given.get("function_call"), dict):  # OpenAI's older form
         made["tool_calls"] = _calls([given["function_call"]], where)
-    made |= {key: given[key] for key in _KEPT if isinstance(given.get(key), str)}
+    made |= {key: value for key, value in given.items() if key not in _OURS}  # a template may know them
     return made, _in_loss(given, where)
 
 

@@ -29,7 +29,9 @@ def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}")
     f = config.fields
-    advice = "; data.fields='{instruction: QUESTIONS, output: ANSWERS}' names other columns"
+    advice = (
+        "; data.fields='{instruction: QUESTIONS, output: ANSWERS}' names other columns; a conversation lies under messages or conversations"
+    )
     talk = None if _question(f.instruction, f.output, record) or config.template == "text" else read(record, where)
     if talk is not None:
         for number, message in enumerate(talk.messages):

@@ -94,6 +94,24 @@ def encoded(
     return made, talks
 
 
+def prompt_of_talk(talk: Conversation, tokenizer: Any, template: str, where: str) -> tuple[str, list[int]]:
+    """What stands before the assistant's next turn in a conversation, and its tokens, as in training. Raises UserError where the template
+    refuses it or has no form for it."""
+    tokens = text_tokens(tokenizer)
+    if template in ("chat", "chatml"):
+        text = Turns(tokenizer, tokens).prompt(talk.messages, talk.tools, where)
+        return tokens.shown(text), tokens.encode([text])[0]
+    if template != "mistral":
+        raise UserError(f"{where}: data.template = {template} has no form for a conversation's turns")
+    text, ids = "", []
+    for number, said in _turns_of(talk, where):
+        answer = talk.messages[number]["role"] == "assistant"
+        part = tokens.guard(said) if answer else f"[INST] {tokens.guard(said)} [/INST]"
+        text += part + (tokenizer.eos_token if answer else "")
+        ids += tokens.encode([part])[0] + ([tokenizer.eos_token_id] if answer else [])
+    return tokens.shown(text), ids
+
+
 def _encoded_part(
     part: Numbered, tokenizer: Any, tokens: TextTokens, turns: Turns, options: TalkOptions, source: str, talks: Talks
 ) -> Iterator[tuple[int, Encoded]]:

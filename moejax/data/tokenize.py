@@ -11,10 +11,9 @@ import numpy as np
 from moejax.data import chat
 from moejax.data.conversation import Conversation
 from moejax.data.records import Record, blank, texts_in
-from moejax.data.supervision import TalkOptions, Talks, encoded
+from moejax.data.supervision import TalkOptions, Talks, encoded, prompt_of_talk
 from moejax.data.templates import prompt_of, render
 from moejax.data.text_tokens import TextTokens, text_tokens
-from moejax.data.turns import Turns
 from moejax.errors import UserError
 
 
@@ -144,14 +143,13 @@ def _queries(
 
 def prompts(records: Sequence[Record], tokenizer: Any, template: str, source: str = "prompt") -> tuple[list[str], list[list[int]]]:
     """The prompts of records as they are read, and their token ids, as in training. With `text`, which has no instructions: the
-    question as it stands."""
+    question as it stands. Of conversations (all of them or none): what stands before the assistant's next turn."""
     tokens = text_tokens(tokenizer)
     rendered = []
+    if any("conversation" in record for record in records):
+        asked = [prompt_of_talk(record["conversation"], tokenizer, template, f"{source} {i}") for i, record in enumerate(records)]
+        return [text for text, _ in asked], [ids for _, ids in asked]
     for index, record in enumerate(records):
-        talk = record.get("conversation")
-        if talk is not None:
-            rendered.append(Turns(tokenizer, tokens).prompt(talk.messages, talk.tools, f"{source} {index}"))
-            continue
         guarded = _guarded(tokens, record)
         if template == "text":
             rendered.append("\n".join(part for part in (guarded["instruction"], guarded["input"]) if part))

@@ -65,7 +65,7 @@ class Turns:
         self._tokenizer, self._tokens, self._turns = tokenizer, tokens, turns
         self._last_turn, self._roles = last_turn or turns == "last", frozenset(roles)
         self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
-        self._touchy = chat.spelled(tokenizer)
+        self._touchy, self._source = chat.spelled(tokenizer), chat.sources(tokenizer)
         self.seen = Seen()
         self.end = self._probed_end()
         self.end_token = tokens.control_at(self.end)
@@ -116,7 +116,9 @@ class Turns:
         def guard(text: str) -> str:
             return self._tokens.guard(text, own=own)
 
-        return {key: value if key == "role" else _mapped(value, guard) for key, value in message.items()}
+        # What the template has no word for (ids, dates) is left out, so that such messages are plain.
+        known = {key: value for key, value in message.items() if key in ("role", "content") or key in self._source}
+        return {key: value if key == "role" else _mapped(value, guard) for key, value in known.items()}
 
     def note_left_out(self, talk: Conversation, asked: list[int], samples: list[Sample], index: int) -> None:
         """Count what of a conversation stands in none of its samples: a part that the template leaves out without a word."""

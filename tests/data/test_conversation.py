@@ -1,5 +1,7 @@
 """The shapes in which people write conversations, and what is said of one that is none."""
 
+import json
+
 import pytest
 
 from moejax.data.conversation import read
@@ -13,6 +15,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
     "record",
     [
         {"messages": TALK},
+        {"messages": json.dumps(TALK)},
         {"messages": [m | {"name": None, "tool_calls": None} for m in TALK], "prompt": "a", "prompt_id": "7"},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"conversation": TALK},

@@ -264,6 +264,9 @@ def test_the_template_mistral():
     assert tokenizer.decode(query.ids) == "[INST] s\n\na [/INST]b</s>[INST] c [/INST]d</s>"
     assert tokenizer.decode(query.ids[query.supervised]) == "b</s>d</s>"
     alone = tokenize([{"instruction": "a", "input": "", "output": "b"}], tokenizer, "mistral", 99).queries[0]
+    assert prompts(records([messages[:4]]), tokenizer, "mistral")[0] == ["[INST] s\n\na [/INST]b</s>[INST] c [/INST]"]
+    asked = prompts(records([messages[:4]]), tokenizer, "mistral")[1][0]
+    assert query.ids[: len(asked)].tolist() == asked and len(query.ids) == len(asked) + 2
     query = tokenize(records([messages[1:3]]), tokenizer, "mistral", 99).queries[0]
     assert all((a == b).all() for a, b in zip(query, alone, strict=True))
 
@@ -329,6 +332,13 @@ def test_templates_that_do_not_serve():
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     with pytest.raises(UserError, match=r"a\.json, record 0: what the chat template writes to ask for an answer .*<think>' at its end"):
         tokenize(records([[USER, BOT]]), tokenizer, "chat", 99, "a.json")
+
+
+def test_keys_that_a_template_knows_reach_it():
+    tokenizer = make("phi")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "{{ m['name'] or '' }}{{ m['content'] }}")
+    messages = [USER | {"name": "Ann ", "id": 7, "created": "x"}, BOT]
+    assert tokenizer.decode(tokenize(records([messages]), tokenizer, "chat", 99).queries[0].ids).startswith("<|user|>\nAnn a<|end|>")
 
 
 def test_what_is_dropped_is_counted():
