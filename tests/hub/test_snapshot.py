@@ -202,3 +202,13 @@ def test_an_adapter_to_continue_from_is_pinned_too(offline, tmp_path):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.dump(pinned))
     assert pinning.adopted(begun) == pinned
+
+
+def test_what_the_data_decided_is_kept(offline, tmp_path):
+    """The template of conversations, and the day that it takes for today: a run that is resumed tomorrow renders the same."""
+    begun = experiment(tmp_path, model={"source": str(ROOT / "assets/tiny-mixtral")})
+    begun = begun.changed("data", template=None)
+    folders.write_config(begun.changed("data", template="chat", template_date="2026-03-09"))
+    resumed = pinning.adopted(begun).data
+    assert (resumed.template, resumed.template_date) == ("chat", "2026-03-09")
+    assert pinning.adopted(begun.changed("data", template="mistral")).data.template == "mistral", "and folders.prepare refuses it"
