@@ -26,7 +26,7 @@ from moejax.data import conversation
 from moejax.data.batch import Batch
 from moejax.data.batching import GivenBatches, assemble
 from moejax.data.ends import Ends, ends_of
-from moejax.data.records import judged
+from moejax.data.sources import of_records
 from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.device import HERE, this_machine
@@ -111,7 +111,7 @@ class LanguageModel:
         if not texts or any(texts) != all(texts):
             raise UserError("records: expected texts, or records with an instruction and an output, at least one and all of one kind")
         data = DataConfig.model_validate({"batching": "fixed", "template": "text" if texts[0] else self.template})
-        found = [judged("records", i, {"text": r} if isinstance(r, str) else dict(r), data) for i, r in enumerate(records)]
+        found = of_records([{"text": r} if isinstance(r, str) else dict(r) for r in records], data)
         queries = tokenize(found, self.tokenizer, "text" if texts[0] else self.template, max_length, "records").queries
         return assemble([[query] for query in queries], len(queries), whole_row(max(len(query.ids) for query in queries)))
 

@@ -37,6 +37,7 @@ ESTIMATE = {
 GROUPS = {
     "train": {
         "init": Command("write a commented config for your own data", "moejax.commands.init"),
+        "data": Command("what a config trains on: counts, examples; no weights", "moejax.commands.data"),
         "train": Command("fine-tune a model as a config file says", "moejax.commands.train"),
         "export": Command("a run's adapter or merged model for PyTorch; reloaded, compared", "moejax.commands.export"),
     },
@@ -60,7 +61,8 @@ GROUPS = {
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 _TABLE_3 = "moejax.study.cost.table_3"  # what `estimate memory --study` runs
-_OTHER_WORDS = {"init": "new create start", "train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval",
+_OTHER_WORDS = {"init": "new create start", "data": "dataset preview inspect",
+                "train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval",
                 "generate": "chat infer inference", "estimate": "memory fit", "export": "merge save convert",
                 "doctor": "info env check"}  # fmt: skip
 

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moejax.config_file import apply, explain, put, read
 from moejax.config_model import AdapterConfig, ModelConfig, QuantizationConfig
+from moejax.config_sources import FieldNames, Sources, WeightedSource, named
 from moejax.config_values import Names, Place, Positive, Real, Section, as_tuple
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
@@ -34,15 +35,6 @@ _PADDED = f"padded up to a multiple of {ROW_MULTIPLE}"
 UNTRACED_STEPS = 5  # that `moejax profile` runs for the step's seconds, after the traced ones
 
 
-class FieldNames(Section):
-    """Where a record keeps its parts."""
-
-    instruction: str = "instruction"
-    input: str = "input"
-    output: str = "output"
-    text: str = "text"
-
-
 class TrainOn(Section):
     """What of a conversation the loss is on: the messages of these roles, or the last of them alone."""
 
@@ -55,9 +47,10 @@ class TrainOn(Section):
 class DataConfig(Section):
     """What is trained on, and how it becomes batches. Lengths in tokens."""
 
-    source: Place | None = Field(
-        None, description="a file, a folder or a glob of files, a URL, or a name for `datasets`; null: random tokens (fixed only)"
-    )
+    source: Sources = Field(
+        None, description="a file, a folder or a glob of files, a URL, or a name for `datasets`; several: [{source: NAME, weight: 2.0}, "
+        "NAME]; null: random tokens (fixed only)"
+    )  # fmt: skip
     config_name: str | None = None
     split: str = "train"
     fields: FieldNames = FieldNames()
@@ -79,7 +72,10 @@ class DataConfig(Section):
         "one; split: one for each answer; last: one, of the last answer",
     )
     train_on: TrainOn = TrainOn()
-    max_length: Positive = Field(1024, description="a longer query is cut, and counted")
+    max_length: Positive = Field(1024, description="tokens of a query")
+    too_long: Literal["cut", "drop", "split"] = Field(
+        "cut", description="a longer query is cut at its end, left out, or (template: text) split in queries of max_length; counted"
+    )
     batching: Literal["pack", "pad_longest", "pad_bucket", "fixed"] = "pack"
     row_tokens: Positive = Field(2048, description=f"tokens that a row holds for pack and fixed, {_PADDED}")
     buckets: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
@@ -102,9 +98,30 @@ class DataConfig(Section):
             raise ValueError(f"buckets = {list(self.buckets)}: the largest must be at least max_length = {self.max_length}")
         if self.template_date is not None:
             datetime.date.fromisoformat(self.template_date)
+        if isinstance(self.source, tuple) and len(self.source) > 1 and (self.bytes is not None or self.sha256 is not None):
+            raise ValueError("bytes and sha256 are of one file, and source has several: remove them (records counts those of all)")
+        if self.too_long == "split" and self.template != "text":
+            raise ValueError(
+                f"too_long = split is for whole texts (template = text): with template = {self.template or 'null'} a later part of an "
+                "answer has lost its question. Choose cut or drop"
+            )
         if self.holdout and self.eval_source is not None:
             raise ValueError("holdout and eval_source exclude each other")
         return self
+
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """All of `source`, each with what it has of `data`; none for random tokens."""
+        several = self.source if isinstance(self.source, tuple) else () if self.source is None else (WeightedSource(source=self.source),)
+        usual = {"config_name": self.config_name, "split": self.split, "fields": self.fields}
+        return tuple(
+            one.model_copy(update={name: value for name, value in usual.items() if getattr(one, name) is None}) for one in several
+        )
+
+    @property
+    def named(self) -> str:
+        """`source` in words."""
+        return named(self.sources)
 
     @property
     def longest_text(self) -> int:

@@ -21,10 +21,18 @@ class Table:
     title: str | None = None
 
 
+@dataclass(frozen=True)
+class Marked:
+    """A text in parts, each with whether it stands out (is trained on)."""
+
+    title: str
+    parts: Sequence[tuple[str, bool]]
+
+
 class Listener:
     """Who hears it; this one, which a library has, shows nothing but warnings."""
 
-    def say(self, told: str | Table) -> None:
+    def say(self, told: str | Table | Marked) -> None:
         """A result."""
 
     def note(self, text: str) -> None:
@@ -52,7 +60,7 @@ def listen(listener: Listener) -> None:
     _heard_by[0] = listener
 
 
-def say(*told: str | Table) -> None:
+def say(*told: str | Table | Marked) -> None:
     for one in told:
         _heard_by[0].say(one)
 

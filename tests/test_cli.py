@@ -37,7 +37,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["train", "--config", CONFIG, "--training.lr", "3"], "did you mean training.learning_rate=3?"),
         (["trian"], "'trian' is no command of moejax: did you mean train?"),
         (["finetune", "x"], "did you mean train?"),
-        (["frobnicate"], "expected one of init, train, export,"),
+        (["frobnicate"], "expected one of init, data, train, export,"),
         (["train", "--config", "configs"], "config file configs is a folder"),
         (["train", "--config", CONFIG, "--bf16"], "did you mean training.compute_dtype=VALUE?"),
         (["train", "--config", CONFIG, "--r", "8"], "did you mean adapter.rank=8?"),  # not --resume for short
@@ -171,7 +171,7 @@ def test_dry_run_judges_records_whose_tokenizer_is_not_here(capsys, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"{n}?", "output": "yes"}) for n in range(1001)))
     assert cli.train_main([*arguments, f"data.source={path}"]) == 2
-    assert "mine.jsonl, record 0: no text under 'instruction' (it has question, output)" in capsys.readouterr().err
+    assert "mine.jsonl, record 0: no columns of questions and answers are known by their names" in capsys.readouterr().err
     named = [f"data.source={path}", "data.fields={instruction: question}"]
     assert cli.train_main([*arguments, *named, "data.holdout=1001"]) == 2
     assert "data.holdout = 1001 leaves nothing of 1001 records" in capsys.readouterr().err

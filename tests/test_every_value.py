@@ -42,7 +42,7 @@ RUNS = {
         "seed": 3,
         "model": {"moe_backend": "loop", "aux_loss_coef": 0.01, "experts_per_token": 1},
         "added_tokens": ["<extra>"],
-        "data": {"template": "alpaca", "batching": "pad_longest", "shuffle": False, "eval_source": "RECORDS"},
+        "data": {"template": "alpaca", "batching": "pad_longest", "too_long": "drop", "shuffle": False, "eval_source": "RECORDS"},
         "training": {
             "compute_dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "dots", "optimizer": "adafactor", "schedule": "linear",
             "min_learning_rate_ratio": 0.1, "weight_decay": 0.01, "weight_decay_on": "all", "learning_rate": 1e-3, "warmup_steps": 1,
@@ -76,8 +76,8 @@ RUNS = {
     "text, continued": {
         "adapter": {"rank": 2, "alpha": 4.0, "targets": list(LORA_TARGETS), "init_from": "ADAPTER"},
         "data": {
-            "template": "text", "fields": {"text": "output", "instruction": "output", "input": "output", "output": "input"},
-            "max_length": 32,
+            "template": "text", "max_length": 32, "too_long": "split",
+            "fields": {"text": "output", "instruction": "output", "input": "output", "output": "input", "messages": "input"},
         },
     },
     "conversations, whole": {

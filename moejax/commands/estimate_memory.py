@@ -69,7 +69,7 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
 
     if padded:
         return 1.0
-    dataset = PurePath(experiment.data.source or "").stem  # by its whole name: another's set has other lengths
+    dataset = PurePath(experiment.data.named).stem  # by its whole name: another's set has other lengths
     return row_tokens / lengths.of_study(dataset).mean if lengths.has_lengths(dataset) else None
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", default="finetune.yaml", metavar="CONFIG.yaml", help="default: finetune.yaml")
     parser.add_argument("--model", default=_MODEL, metavar="NAME", help="a Hub id, a model's folder, or a config that comes with moejax: "
         f"{_MODEL} (default), qwen3_30b_a3b_24gb, olmoe_1b_7b, blackmamba_2.8b, mixtral_tiny (random weights, for a CPU), …")  # fmt: skip
-    parser.add_argument("--data", default=_DATA, metavar="FILE", help=f"records: .json, .jsonl, .csv, .parquet (default: {_DATA})")
+    parser.add_argument("--data", default=_DATA, metavar="FILE", help=f"records: a file or a folder (default: {_DATA})")
 
 
 def run(options: argparse.Namespace) -> int:

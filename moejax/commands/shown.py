@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
 
-from moejax.progress import Listener, Table, duration
+from moejax.progress import Listener, Marked, Table, duration
 
 QUIET_SECONDS = 5.0
 WIDE = 110  # of tables where the output is no terminal
+BRACKETS = ("\u27e6", "\u27e7")  # double square ones: a template's are single
 
 
 class Shown(Listener):
@@ -33,9 +34,12 @@ class Shown(Listener):
 
         return Console(stderr=True)
 
-    def say(self, told: str | Table) -> None:
+    def say(self, told: str | Table | Marked) -> None:
         if isinstance(told, str):
             self.out.print(told, soft_wrap=True)
+            return
+        if isinstance(told, Marked):
+            self._say_marked(told)
             return
         import rich.table
 
@@ -45,6 +49,20 @@ class Shown(Listener):
         for row in told.rows:
             table.add_section() if row is None else table.add_row(*row)
         self.out.print(table)
+
+    def _say_marked(self, told: Marked) -> None:
+        """What stands out in colour on a terminal, in brackets elsewhere."""
+        from rich.text import Text
+
+        coloured = self.out.is_terminal and self.out.color_system is not None
+        self.out.print(f"{told.title} ({'green' if coloured else ' … '.join(BRACKETS)}: trained on)", soft_wrap=True)
+        text = Text()
+        for part, marked in told.parts:
+            if coloured:
+                text.append(part, "bold green" if marked else "")
+            else:
+                text.append(part.join(BRACKETS) if marked else part)
+        self.out.print(Text("\n").join([Text("  ") + line for line in text.split("\n")]), soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.beside.print(text, soft_wrap=True)

@@ -16,10 +16,17 @@ from moejax.errors import UserError
 
 
 class Batches:
-    """All micro-batches of every epoch. What an epoch holds depends only on the queries, the config, the seed and its number."""
+    """All micro-batches of every epoch. What an epoch holds depends only on the queries, the config, the seed and its number.
 
-    def __init__(self, queries: Sequence[Query], config: DataConfig, seed: int, *, shuffle: bool | None = None):
+    weights: (how many of the queries, in order, are of a source, its weight); none: every query is seen once an epoch.
+    """
+
+    def __init__(
+        self, queries: Sequence[Query], config: DataConfig, seed: int, *, shuffle: bool | None = None,
+        weights: Sequence[tuple[int, float]] = (),
+    ):  # fmt: skip
         self.queries, self.config, self.seed = queries, config, seed
+        self.weights = tuple(weights)
         self.shuffle = config.shuffle if shuffle is None else shuffle
         self._rows = lru_cache(maxsize=2)(self._make_rows)
 
@@ -37,8 +44,13 @@ class Batches:
 
     def waste(self) -> float:
         """Share of the computed tokens that is padding, in the first epoch."""
-        computed = sum(len(rows) * self._row_tokens(rows) for rows in self._micro_batches(0))
-        return 1 - sum(len(q.ids) for q in self.queries) / computed
+        micro = self._micro_batches(0)
+        computed = sum(len(rows) * self._row_tokens(rows) for rows in micro)
+        return 1 - sum(len(self.queries[i].ids) for rows in micro for row in rows for i in row) / computed
+
+    def longest_row(self) -> int:
+        """Tokens of the longest row of any epoch."""
+        return self._row_tokens([list(range(len(self.queries)))])
 
     def rows(self) -> int:
         """Of the first epoch."""
@@ -50,7 +62,7 @@ class Batches:
         return [rows[first : first + n] for first in range(0, len(rows), n)]
 
     def _make_rows(self, epoch: int) -> list[list[int]]:
-        order = np.arange(len(self.queries))
+        order = self._seen(epoch)
         random = np.random.default_rng([self.seed, epoch])
         if self.shuffle:
             random.shuffle(order)
@@ -60,6 +72,19 @@ class Batches:
         if self.shuffle:
             random.shuffle(packed)
         return [[int(order[i]) for i in row] for row in packed]
+
+    def _seen(self, epoch: int) -> np.ndarray:
+        """The queries of an epoch, in order. Those of a source stand in one shuffled circle, in which each epoch goes on where the last one
+        ended: after any number of epochs every record has been seen equally often, but for one time."""
+        if all(weight == 1 for _, weight in self.weights):
+            return np.arange(len(self.queries))
+        found, first = [], 0
+        for number, (count, weight) in enumerate(self.weights):
+            circle = np.random.default_rng([self.seed, number, count]).permutation(count)
+            begin, end = (int(e * weight * count + 1e-6) for e in (epoch, epoch + 1))
+            found.append(np.sort(first + circle[np.arange(begin, end) % max(count, 1)]))
+            first += count
+        return np.concatenate(found)
 
     def _row_tokens(self, rows: list[list[int]]) -> int:
         c = self.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from moejax.contents import records_content
 from moejax.data import chat
 from moejax.data.batching import Batches, GivenBatches, synthetic
 from moejax.data.records import Record
-from moejax.data.sources import load_records
+from moejax.data.sources import Source, load_sources, parted
+from moejax.data.sums import added
 from moejax.data.supervision import TalkOptions
-from moejax.data.tokenize import Tokenized, tokenize
+from moejax.data.tokenize import Tokenized, check_left, tokenize
 from moejax.errors import UserError
 from moejax.progress import Table
 
@@ -24,8 +26,27 @@ SYNTHETIC_ROWS = 1000
 
 
 @dataclass(frozen=True)
+class Counted:
+    """What came of one source. duplicates: records equal to an earlier one, of this source or another; marked_in: the file in which the
+    first control token was found."""
+
+    source: Source
+    tokenized: Tokenized
+    duplicates: int
+    marked_in: str
+
+    def counts(self) -> dict[str, str | float]:
+        t, lengths = self.tokenized, [len(query.ids) for query in self.tokenized.queries]
+        return {
+            "source": self.source.name, "weight": self.source.weight, "records": t.records, "dropped": t.dropped, "cut": t.cut,
+            "split": t.split, "duplicate": self.duplicates, "queries": len(lengths), "tokens": sum(lengths),
+            "longest": max(lengths, default=0),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Batches to train on, batches to evaluate on (or None), and the counts behind them."""
+    """Batches to train on, batches to evaluate on (or None), and the counts behind them: of all together, and of each source."""
 
     train: Batches | GivenBatches
     evaluation: Batches | None
@@ -34,6 +55,7 @@ class Dataset:
     held_out_dropped: int = 0
     config: DataConfig | None = None  # with the template and the day in the place of null
     contents: dict[str, str] = field(default_factory=dict)  # "data", "evaluation": hash of the records
+    sources: tuple[Counted, ...] = ()
 
     def statistics(self) -> dict[str, float]:
         """Counts; lengths in tokens with the template and the end of sequence."""
@@ -46,7 +68,10 @@ class Dataset:
             "  blank questions": self.tokenized.blank_questions,
             **({"  without an answer": len(self.tokenized.talks.unanswered)} if self.tokenized.talks else {}),
             "  answers cut off": self.tokenized.cut_off,
+            "  too long": self.tokenized.too_long,
             "cut": self.tokenized.cut,
+            "split": self.tokenized.split,
+            "duplicate": sum(one.duplicates for one in self.sources),
             "with control tokens": self.tokenized.marked,
             "queries": len(lengths),
             "tokens": int(lengths.sum()),
@@ -72,20 +97,45 @@ class Dataset:
         def text(name: str, value: float) -> str:
             return f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
 
-        rows = [(name, text(name, value)) for name, value in self.statistics().items()]
+        counts = {name: value for name, value in self.statistics().items() if value or name not in ("  too long", "split")}
+        rows = [(name, text(name, value)) for name, value in counts.items()]
         if self.evaluation is not None:
             dropped = f" ({self.held_out_dropped:,} dropped)" if self.held_out_dropped else ""
             rows.append(("held out queries", f"{len(self.evaluation.queries):,}{dropped}"))
         return Table(rows)
 
+    def by_source(self) -> list[Table]:
+        """What came of each, where there are several."""
+        if len(self.sources) < 2:
+            return []
+        counts = [one.counts() for one in self.sources]
+        rows = [[value if isinstance(value, str) else f"{value:,g}" if isinstance(value, float) else f"{value:,}" for value in c.values()]
+                for c in counts]  # fmt: skip
+        return [Table(rows, tuple(counts[0]), range(1, len(counts[0])))]
+
+    def document(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        held_out = 0 if self.evaluation is None else len(self.evaluation.queries)
+        return {
+            "source": self.source,
+            "statistics": {name.strip(): value for name, value in self.statistics().items()} | {"held out queries": held_out},
+            "sources": [one.counts() for one in self.sources],
+            "notes": self.notes(),
+        }
+
     def notes(self) -> list[str]:
         """What a user should know beside the table."""
-        t, found = self.tokenized, self.tokenized.talks.notes() if self.tokenized.talks else []
+        t, found = self.tokenized, []
+        for one in self.sources:
+            found += [f"columns of {one.source.name}: {one.source.columns.told()}", *one.source.notes]
+        found += t.talks.notes() if t.talks else []
         if t.first_marked is not None:
             index, mark = t.first_marked
+            several = len(self.sources) > 1 or any(len(one.source.parts) > 1 for one in self.sources)
+            marked_in = next((f"{one.marked_in}, " for one in self.sources if one.marked_in), "") if several else ""
             kept = "as tokens: data.template = text takes its records as they are written" if t.as_written else "as text"
             many = f"{t.marked:,} record{'s hold' if t.marked > 1 else ' holds'}"
-            found.append(f"{many} control tokens or the template's marks (first: record {index}, {mark!r}): kept, {kept}")
+            found.append(f"{many} control tokens or the template's marks (first: {marked_in}record {index}, {mark!r}): kept, {kept}")
         if t.end != t.end_of_sequence:
             text = t.end.removesuffix(t.end_of_sequence)
             found.append(
@@ -104,18 +154,28 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
     if config.source is None:
         queries = synthetic(config, vocab_size, seed, max(SYNTHETIC_ROWS, config.batch_rows))
         return Dataset(Batches(queries, config, seed), None, Tokenized(queries, len(queries)), "random tokens")
-    records, held_out = read(config)
-    contents = {"data": records_content(records if config.eval_source else [*records, *held_out])}
+    everything = load_sources(config)
+    sources, held_out = _held_out(config, everything)
+    contents = {"data": _content(everything)}
     if config.eval_source is not None:
-        contents["evaluation"] = records_content(held_out)
-    config = settled(config, records, tokenizer)
-    train = _tokenized(config, records, tokenizer, str(config.source))
+        contents["evaluation"] = _content(held_out)
+    config = settled(config, [record for source in sources for record in source.records], tokenizer)
+    seen: set[str] = set()
+    counted = [_counted(config, source, tokenizer, seen) for source in sources]
+    tokenized = added([one.tokenized for one in counted])
+    check_left(tokenized, config.named, config.max_length)
+    weights = [(len(one.tokenized.queries), one.source.weight) for one in counted]
+    for one in counted:
+        n = len(one.tokenized.queries)
+        if n and n * one.source.weight < 1:
+            raise UserError(f"data.source: {one.source.name}: weight = {one.source.weight:g} of {n} records is less than one an epoch")
     evaluation, dropped = None, 0
     if held_out:
-        source = config.eval_source or str(config.source)
-        judged = _tokenized(config, held_out, tokenizer, source, len(records) if config.holdout else 0)
-        evaluation, dropped = Batches(judged.queries, config, seed, shuffle=False), judged.dropped
-    return Dataset(Batches(train.queries, config, seed), evaluation, train, str(config.source), dropped, config, contents)
+        held = added([_tokenized(config, source, tokenizer)[0] for source in held_out])
+        check_left(held, "the held-out data", config.max_length)
+        evaluation, dropped = Batches(held.queries, config, seed, shuffle=False), held.dropped
+    train = Batches(tokenized.queries, config, seed, weights=weights)
+    return Dataset(train, evaluation, tokenized, config.named, dropped, config, contents, tuple(counted))
 
 
 def settled(config: DataConfig, records: Sequence[Record], tokenizer: Any) -> DataConfig:
@@ -130,27 +190,51 @@ def settled(config: DataConfig, records: Sequence[Record], tokenizer: Any) -> Da
     return config.model_copy(update={"template": template, "template_date": date})
 
 
-def _tokenized(config: DataConfig, records: Sequence[Record], tokenizer: Any, source: str, first: int = 0) -> Tokenized:
-    options = TalkOptions(config.turns, config.train_on.last_turn, config.train_on.roles)
-    return tokenize(records, tokenizer, config.template or "mistral", _limit(config), source, first, options)
+def read(config: DataConfig) -> tuple[list[Source], list[Source]]:
+    """What is trained on, and what is held out. Raises UserError for what is wrong before records are tokenized."""
+    return _held_out(config, load_sources(config))
 
 
-def read(config: DataConfig) -> tuple[list[Record], list[Record]]:
-    """The records that are trained on, and those held out. Raises UserError for what is wrong before they are tokenized."""
-    records = load_records(config)
+def _held_out(config: DataConfig, everything: list[Source]) -> tuple[list[Source], list[Source]]:
     if config.eval_source is not None:
-        return records, load_records(config, config.eval_source)
-    if config.holdout >= len(records):
-        raise UserError(f"data.holdout = {config.holdout} leaves nothing of {len(records)} records to train on")
-    border = len(records) - config.holdout
-    return records[:border], records[border:]
+        return everything, load_sources(config, config.eval_source)
+    return parted(everything, config.holdout)
 
 
-def in_order(
-    config: DataConfig, records: list[Record], tokenizer: Any, seed: int, source: str = "the held-out data", first: int = 0
-) -> Batches:
-    """Batches of these records as the config's training would make them, but in their own order. source, first: as in `tokenize`."""
-    return Batches(_tokenized(config, records, tokenizer, source, first).queries, config, seed, shuffle=False)
+def _content(sources: Sequence[Source]) -> str:
+    """Of records as they were read, in order; of several sources, or of one with a weight, with the weights."""
+    plain = len(sources) == 1 and sources[0].weight == 1
+    return records_content(chain.from_iterable([*one.records, *([] if plain else [["weight", one.weight]])] for one in sources))
+
+
+def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[str]) -> Counted:
+    tokenized, marked_in = _tokenized(config, source, tokenizer)
+    duplicates = 0
+    for record in source.records:
+        content = records_content([record])
+        duplicates += content in seen
+        seen.add(content)
+    return Counted(source, tokenized, duplicates, marked_in)
+
+
+def _tokenized(config: DataConfig, source: Source, tokenizer: Any) -> tuple[Tokenized, str]:
+    """A source's queries, file by file, and the file with the first control token ("" where there is none)."""
+    done = [_of_records(config, part.records, tokenizer, part.name, part.first, whole=False) for part in source.parts]
+    marked_in = next((part.name for part, one in zip(source.parts, done, strict=True) if one.first_marked), "")
+    return (added(done) if done else Tokenized()), marked_in
+
+
+def _of_records(
+    config: DataConfig, records: Sequence[Record], tokenizer: Any, source: str, first: int = 0, *, whole: bool = True
+) -> Tokenized:
+    options = TalkOptions(config.turns, config.train_on.last_turn, config.train_on.roles)
+    template = config.template or "mistral"
+    return tokenize(records, tokenizer, template, _limit(config), source, first, options, whole=whole, too_long=config.too_long)
+
+
+def in_order(config: DataConfig, records: list[Record], tokenizer: Any, seed: int, source: str = "the held-out data") -> Batches:
+    """Batches of these records as the config's training would make them, but in their own order. source: as in `tokenize`."""
+    return Batches(_of_records(config, records, tokenizer, source).queries, config, seed, shuffle=False)
 
 
 def _limit(config: DataConfig) -> int:

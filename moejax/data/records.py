@@ -6,12 +6,13 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from moejax.config import DataConfig
-from moejax.data.conversation import read
+from moejax.data.columns import NAMED, Columns
+from moejax.data.conversation import LISTS, read
 from moejax.data.parsing import Repeated
 from moejax.errors import UserError
 
 Record = dict[str, Any]
+ADVICE = f"; {NAMED}"
 
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))  # control and format characters (zero-width ones), spaces
 # Of no such category, and nothing is seen of them either: fillers, joiners, variation selectors.
@@ -19,39 +20,39 @@ _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u31
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
 
 
-def judged(name: str, index: int, record: Any, config: DataConfig) -> Record:
-    """Record number `index` (from 0) of the source `name` with the keys instruction, input, output and answer, or text, or
-    conversation.
+def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
+    """Record number `index` (from 0) of the file `name` with the keys instruction, input, output and answer, or text, or conversation.
 
-    answer: as it stands, or None. Raises UserError that names source, record and field.
+    answer: as it stands, or None. Raises UserError that names file, record and field.
     """
     where = f"{name}, record {index}"
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}")
-    f = config.fields
-    advice = (
-        "; data.fields='{instruction: QUESTIONS, output: ANSWERS}' names other columns; a conversation lies under messages or conversations"
-    )
-    talk = None if _question(f.instruction, f.output, record) or config.template == "text" else read(record, where)
-    if talk is not None:
-        for number, message in enumerate(talk.messages):
-            for text in texts_in(message, 9):
-                unicode(f"{where}, message {number}", text)
-        return {"conversation": talk, "answer": record.get("answer")}
-    if config.template == "text":
-        return {"text": text_of(where, record, f.text, advice)}
-    output = text_of(where, record, f.output, advice)
+    if columns.messages is not None:
+        return _talk(where, record, columns.messages)
+    if columns.text is not None:
+        return {"text": text_of(where, record, columns.text, ADVICE)}
+    output = text_of(where, record, str(columns.output), ADVICE)
     return {
-        "instruction": text_of(where, record, f.instruction, advice),
-        "input": "" if record.get(f.input) is None else text_of(where, record, f.input, advice),
+        "instruction": text_of(where, record, str(columns.instruction), ADVICE),
+        "input": "" if columns.input is None or record.get(columns.input) is None else text_of(where, record, columns.input, ADVICE),
         "output": output,
         "answer": record.get("answer"),
     }
 
 
-def _question(question: str, answer: str, record: Record) -> bool:
-    """Whether a record has both as texts: then it is a question and its answer, whatever else it has."""
-    return isinstance(record.get(question), str) and isinstance(record.get(answer), str)
+def _talk(where: str, record: Record, column: str) -> Record:
+    """A conversation in `column`, which may be a name of the user's."""
+    if column not in record:
+        raise UserError(f"{where}: no conversation under {column!r} (it has {', '.join(map(_shown, record)) or 'no keys'}){ADVICE}")
+    known = column in (*LISTS, "completion", "chosen")
+    talk = read(record if known else {**record, LISTS[0]: record[column]}, where)
+    if talk is None:
+        raise UserError(f"{where}: no list of messages under {column!r}, but {_KINDS.get(type(record[column]), 'a text')}{ADVICE}")
+    for number, message in enumerate(talk.messages):
+        for text in texts_in(message, 9):
+            unicode(f"{where}, message {number}", text)
+    return {"conversation": talk, "answer": record.get("answer")}
 
 
 def text_of(where: str, record: Record, field: str, advice: str = "") -> str:

@@ -1,37 +1,139 @@
-"""Records from a source, checked against what the config declares."""
+"""Records of the config's sources, checked against what it declares."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
 
 from moejax.config import DataConfig
+from moejax.config_sources import FieldNames, WeightedSource
 from moejax.data import places
+from moejax.data.columns import Columns, find
 from moejax.data.records import Record, judged
 from moejax.errors import UserError
 
 
-def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
-    """The records of `source` (default: the config's), each with the keys instruction, input, output (or text).
+class Part(NamedTuple):
+    """Records of one file. first: the number there of the first of them."""
 
-    What a source names: `places`. Declared records, bytes and sha256 are checked for the config's own source. Raises UserError naming
-    the file and the line or record.
+    name: str
+    records: list[Record]
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of one source, by files. weight: how often an epoch has them; columns: which were read; notes: what was not read."""
+
+    name: str
+    weight: float
+    parts: tuple[Part, ...]
+    columns: Columns
+    notes: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for part in self.parts for record in part.records]
+
+    def parted(self, held_out: int) -> tuple[Source, Source]:
+        """All but the last so many records, and those."""
+        border = sum(len(part.records) for part in self.parts) - held_out
+        before, after = [], []
+        for part in self.parts:
+            here = min(max(border, 0), len(part.records))
+            before.append(Part(part.name, part.records[:here], part.first))
+            after.append(Part(part.name, part.records[here:], part.first + here))
+            border -= here
+        kept = (tuple(part for part in parts if part.records) for parts in (before, after))
+        return tuple(replace(self, parts=parts) for parts in kept)  # type: ignore[return-value]
+
+
+def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
+    """The records of `load_sources` in one list."""
+    return list(chain.from_iterable(one.records for one in load_sources(config, source)))
+
+
+def load_sources(config: DataConfig, source: str | None = None) -> list[Source]:
+    """The sources of the config, or `source` alone; each record with the keys instruction, input, output and answer, or text.
+
+    What a source names: `places`. Declared records, bytes and sha256 are checked for the config's own. Raises UserError naming the file
+    and the line or record.
     """
     declared = source is None or source == config.source
-    name = source or config.source
-    assert name is not None
-    given = "data.source" if declared else "--data"
+    asked = config.sources if source is None or declared else (config.model_copy(update={"source": source}).sources)
+    loaded = [_load(one, config, declared=declared, given="data.source" if declared else "--data") for one in asked]
+    count = sum(len(one.records) for one in loaded)
+    if declared and config.records is not None and count != config.records:
+        raise UserError(f"{config.named} holds {count} records, data.records declares {config.records}: another version of the data?")
+    return loaded
 
+
+def _load(one: WeightedSource, config: DataConfig, *, declared: bool, given: str) -> Source:
     def check(path: str, content: bytes) -> None:
         _check_identity(path, content, config)
 
     one_file = declared and (config.bytes is not None or config.sha256 is not None)
-    parts, _ = places.read(name, config.config_name, config.split, given, check if one_file else None)
-    count = sum(len(part.records) for part in parts)
-    if not count:
+    parts, notes = places.read(one.source, one.config_name, one.split, given, check if one_file else None)
+    columns, made, others = _judged(parts, one.source, one.fields or config.fields, config.template)
+    return Source(one.source, one.weight, made, columns, (*notes, *others))
+
+
+def of_records(records: Sequence[object], config: DataConfig, name: str = "records") -> list[Record]:
+    """Records that a caller has, as those of a source are read. name: for messages. Raises UserError as `load_sources` does."""
+    return _judged([places.Part(name, list(records))], name, config.fields, config.template)[1][0].records
+
+
+def _judged(
+    parts: Sequence[places.Part], name: str, fields: FieldNames, template: str | None
+) -> tuple[Columns, tuple[Part, ...], list[str]]:
+    """The columns of a source, and its records, each judged. A record of another schema that is known too is read by its own columns; how
+    many such there are, and where the first is, are the notes. Raises UserError."""
+    first = next((part for part in parts if part.records), None)
+    if first is None:
         raise UserError(f"{name} holds no records")
-    if declared and config.records is not None and count != config.records:
-        raise UserError(f"{name} holds {count} records, data.records declares {config.records}: another version of the data?")
-    return [judged(part.name, index, record, config) for part in parts for index, record in enumerate(part.records)]
+    keys = dict.fromkeys(key for part in parts for record in part.records if isinstance(record, dict) for key in record)
+    columns = find(f"{first.name}, record 0", first.records[0], keys, fields, template)
+    mixed: dict[Columns, list[str]] = {}
+
+    def own(where: str, record: object) -> Columns:
+        """The columns of a record."""
+        if not isinstance(record, dict) or record.keys() & set(columns.needed):
+            return columns
+        try:
+            other = find(where, record, record, fields, template)._replace(others=())
+        except UserError:
+            return columns  # `judged` says what is missing
+        if other.needed != columns.needed:
+            mixed.setdefault(other, []).append(where)
+        return other
+
+    made = []
+    for part in parts:
+        records = [judged(part.name, n, record, own(f"{part.name}, record {n}", record)) for n, record in enumerate(part.records)]
+        made.append(Part(part.name, records))
+    return columns, tuple(made), [
+        f"mixed schemas: {len(where):,} records have other columns, {other.told()} (first: {where[0]})" for other, where in mixed.items()
+    ]
+
+
+def parted(sources: Sequence[Source], held_out: int) -> tuple[list[Source], list[Source]]:
+    """The sources without the last `held_out` records, and with those alone: of several, from each in proportion to its number of records.
+
+    Raises UserError where nothing is left to train on.
+    """
+    counts = [len(source.records) for source in sources]
+    total = sum(counts)
+    if held_out >= total:
+        raise UserError(f"data.holdout = {held_out} leaves nothing of {total} records to train on")
+    ends, done = [], 0
+    for count in counts:  # the borders are rounded, so that they add up
+        done += count
+        ends.append(held_out * done // total)
+    pairs = [source.parted(end - begin) for source, begin, end in zip(sources, [0, *ends], ends, strict=False)]
+    return [before for before, _ in pairs], [after for _, after in pairs if after.parts]
 
 
 def _check_identity(path: str, content: bytes, config: DataConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from moejax.data.supervision import TalkOptions, Talks, encoded, prompt_of_talk
 from moejax.data.templates import prompt_of, render
 from moejax.data.text_tokens import TextTokens, text_tokens
 from moejax.errors import UserError
+
+TooLong = Literal["cut", "drop", "split"]
 
 
 class Query(NamedTuple):
@@ -36,10 +38,10 @@ class Query(NamedTuple):
 class Tokenized:
     """Queries that can be trained on, and what happened to the others.
 
-    dropped = blank_answers + blank_questions (nothing is seen of them) + cut_off (nothing of the answer was left). cut: kept, but
-    shorter. marked: kept, with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked:
-    (record, mark). talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template
-    `text`).
+    dropped = blank_answers + blank_questions (nothing is seen of them) + cut_off (nothing of the answer was left) + too_long (by
+    data.too_long = drop) + conversations without an answer. cut: shorter than they were; split: kept in several queries. marked: kept,
+    with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked: (record, mark). talks: of
+    conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template `text`).
     """
 
     queries: list[Query] = field(default_factory=list)
@@ -48,6 +50,8 @@ class Tokenized:
     blank_answers: int = 0
     blank_questions: int = 0
     cut_off: int = 0
+    too_long: int = 0
+    split: int = 0
     marked: int = 0
     first_marked: tuple[int, str] | None = None
     end: str = ""
@@ -58,7 +62,25 @@ class Tokenized:
     @property
     def dropped(self) -> int:
         """Records of questions and answers, or conversations; of those whose answers are queries of their own, the answers."""
-        return self.blank_answers + self.blank_questions + self.cut_off + (len(self.talks.unanswered) if self.talks else 0)
+        seen = self.blank_answers + self.blank_questions + self.cut_off + self.too_long
+        return seen + (len(self.talks.unanswered) if self.talks else 0)
+
+    def add(self, query: Query, max_length: int, too_long: TooLong) -> None:
+        """A record's query, cut, dropped or split where it is longer than `max_length`. Each part of a split one begins with the last token
+        of the part before it, so that every token is predicted once."""
+        n, parts = len(query.ids), [query]
+        if n > max_length:
+            if too_long == "drop":
+                self.too_long += 1
+                return
+            starts = range(0, n - 1, max(max_length - 1, 1)) if too_long == "split" else (0,)
+            parts = [Query(query.ids[at : at + max_length], query.supervised[at : at + max_length]) for at in starts]
+            self.split += too_long == "split"
+            self.cut += too_long == "cut"
+        # The first token is never predicted: a query needs a supervised target after it.
+        kept = [part for part in parts if part.supervised[1:].any()]
+        self.cut_off += not kept
+        self.queries += kept
 
 
 def tokenize(
@@ -69,15 +91,18 @@ def tokenize(
     source: str = "the data",
     first: int = 0,
     options: TalkOptions | None = None,
+    *,
+    whole: bool = True,
+    too_long: TooLong = "cut",
 ) -> Tokenized:
     """Prompt and answer are encoded apart and joined, and the end of sequence appended: so the study's trainer did, and so the
     border is exact whatever the tokenizer would merge across it. `chat`: the template's whole text is encoded, and its end of turn is
     the answer's end where it is a token of the tokenizer.
 
     What a record says is text: a control token's name in it becomes no control token (but with the template `text`, whose records are
-    written with their marks). A query longer than `max_length` is cut at its end (and counted); one with nothing supervised left is
-    dropped (and counted). Conversations become queries as `supervision` has it, by `options`. source, and the
-    number of its record with which these begin: for messages. Raises UserError if none is left.
+    written with their marks). A query longer than `max_length` is cut, dropped or split, as `too_long` says, and counted; one with nothing
+    supervised left is dropped and counted. Conversations become queries as `supervision` has it, by `options`. source, and the number of
+    its record with which these begin: for messages. Raises UserError if none is left, where these are the `whole` data.
     """
     out = Tokenized(records=len(records), end_of_sequence=tokenizer.eos_token, as_written=template == "text")
     tokens, marks = text_tokens(tokenizer), _marks(template, tokenizer)
@@ -102,21 +127,21 @@ def tokenize(
                 out.first_marked = out.first_marked or (index, mark)
     numbered, out.talks, out.end = _queries(kept, talks, tokenizer, template, source, options or TalkOptions())
     for _, query in sorted(numbered, key=lambda each: each[0]):
-        if len(query.ids) > max_length:
-            out.cut += 1
-            query = Query(query.ids[:max_length], query.supervised[:max_length])
-        # The first token is never predicted: a query needs a supervised target after it.
-        if not query.supervised[1:].any():
-            out.cut_off += 1
-            continue
-        out.queries.append(query)
+        out.add(query, max_length, too_long)
+    if whole:
+        check_left(out, source, max_length)
+    return out
+
+
+def check_left(out: Tokenized, source: str, max_length: int) -> None:
+    """Raises UserError where nothing is left to train on."""
     if not out.queries:
         without = f"{len(out.talks.unanswered)} have no answer to train on, " if out.talks and out.talks.unanswered else ""
         raise UserError(
-            f"{source}: no query has a supervised token left: of {len(records)} records {without}{out.blank_answers} have a blank answer, "
-            f"{out.blank_questions} a blank question, and {out.cut_off} answers are cut off at data.max_length = {max_length}"
+            f"{source}: no query has a supervised token left: of {out.records} records {without}{out.blank_answers} have a blank answer, "
+            f"{out.blank_questions} a blank question, {out.too_long} are too long, and {out.cut_off} answers are cut off at "
+            f"data.max_length = {max_length}"
         )
-    return out
 
 
 def _queries(

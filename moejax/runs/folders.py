@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from moejax.config import Experiment, dump, load
+from moejax.config_sources import FieldNames
 from moejax.contents import MadeOf
 from moejax.errors import UserError
 from moejax.files import replace_text
@@ -69,9 +70,15 @@ _FREE = ("device", "runs_dir", "made_of", "checkpoint.resume_with_changed")
 """What may differ in a resumed run: where it computes and where it lies, not what."""
 
 
+_OLDER_FIELDS = FieldNames(instruction="instruction", input="input", output="output", text="text")
+"""What stood in a config where columns were not known by other names."""
+
+
 def _begun_with(config: Path) -> Experiment:
     """The config that a run began with. A key that is newer than the run has its default, but where the run did something else."""
     begun = load(config)
+    if begun.data.fields == _OLDER_FIELDS:
+        begun = begun.changed("data", fields=FieldNames())
     t = begun.training
     decayed_all = begun.adapter is None and t.weight_decay > 0
     if decayed_all and "weight_decay_on" not in (yaml.safe_load(config.read_text(encoding="utf-8")).get("training") or {}):
@@ -89,7 +96,7 @@ def moved(begun: Experiment, now: Experiment) -> dict[str, str]:
     places = {
         "model.source": (m.base, begun.model.source, now.model.source),
         "tokenizer": (m.tokenizer, begun.tokenizer, now.tokenizer),
-        "data.source": (m.data, begun.data.source, now.data.source),
+        "data.source": (m.data, *(", ".join(one.source for one in e.data.sources) or None for e in (begun, now))),
         "data.eval_source": (m.evaluation, begun.data.eval_source, now.data.eval_source),
         "eval.data": (m.questions, begun.eval and begun.eval.data, now.eval and now.eval.data),
         "adapter.init_from": (m.adapter, begun.adapter and begun.adapter.init_from, now.adapter and now.adapter.init_from),

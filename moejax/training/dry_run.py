@@ -62,7 +62,8 @@ def report(experiment: Experiment) -> None:
     told: list[str] = []
     steps: int | None = None
     needed = ("data.source", "data.eval_source", "tokenizer" if experiment.tokenizer else "model.source")
-    unread = None if experiment.data.source is None else next((f"{key} = {away[key]}" for key in needed if key in away), None)
+    away_first = (f"{key} = {name}" for begin in needed for key, name in away.items() if key.partition("[")[0] == begin)
+    unread = None if experiment.data.source is None else next(away_first, None)
     if unread is None:
         # Problems of an eval: section that are not here are told of below.
         there = experiment.eval is not None and is_here(experiment.eval.data)
@@ -81,12 +82,12 @@ def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, li
     data = experiment.data
     if data.eval_source is not None and not is_here(data.eval_source):
         data = data.model_copy(update={"eval_source": None})
-    if data.source is None or not is_here(data.source):
+    if data.source is None or not all(is_here(one.source) for one in data.sources):
         return experiment, [] if any(elsewhere in line for line in missing(experiment)) else [f"data not read, {why}"]
-    records, held_out = pipeline.read(data)
-    known = experiment.data.model_copy(update={"records": len(records) + data.holdout})
-    beside = f" and {len(held_out):,} to hold out" if held_out else ""
-    told = f"data: {len(records):,} records to train on{beside}, each with its texts; how many tokens they are is not known, {why}"
+    records, held_out = (sum(len(one.records) for one in sources) for sources in pipeline.read(data))
+    known = experiment.data.model_copy(update={"records": records + data.holdout})
+    beside = f" and {held_out:,} to hold out" if held_out else ""
+    told = f"data: {records:,} records to train on{beside}, each with its texts; how many tokens they are is not known, {why}"
     return experiment.model_copy(update={"data": known}), [told]
 
 
@@ -104,8 +105,10 @@ def _place(experiment: Experiment) -> list[str]:
 def not_here(experiment: Experiment) -> dict[str, str]:
     """Key -> value, of what the config names and no file or folder here is."""
     adapter = experiment.adapter
+    several = isinstance(experiment.data.source, tuple)
+    sources = {f"data.source[{n}]" if several else "data.source": one.source for n, one in enumerate(experiment.data.sources)}
     named = {
-        "data.source": experiment.data.source, "data.eval_source": experiment.data.eval_source, "tokenizer": experiment.tokenizer,
+        **sources, "data.eval_source": experiment.data.eval_source, "tokenizer": experiment.tokenizer,
         "model.source": experiment.model.source, "adapter.init_from": adapter.init_from if adapter else None,
     }  # fmt: skip
     return {key: name for key, name in named.items() if name is not None and not is_here(name)}

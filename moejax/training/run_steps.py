@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moejax.config import Experiment
 from moejax.data.batch import Batch
-from moejax.data.batching import stack
+from moejax.data.batching import Batches, stack
 from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
 from moejax.estimator.units import counted
@@ -35,6 +35,8 @@ def total_steps(experiment: Experiment, dataset: Dataset) -> int:
 
 def longest_row(experiment: Experiment, dataset: Dataset) -> int:
     """Tokens of the longest row that the run will train on."""
+    if isinstance(dataset.train, Batches) and any(weight < 1 for _, weight in dataset.train.weights):  # an epoch has not all of them
+        return dataset.train.longest_row()
     steps = min(total_steps(experiment, dataset), steps_in(experiment, dataset, 0))  # the longest row comes in every epoch
     return max(dataset.train.row_tokens(0)[: steps * experiment.training.gradient_accumulation])
 

@@ -16,7 +16,7 @@ from moejax.data.ends import Ends, ends_of
 from moejax.data.pipeline import in_order
 from moejax.data.places import is_file, is_here, is_url
 from moejax.data.records import blank
-from moejax.data.sources import load_records
+from moejax.data.sources import load_sources, parted
 from moejax.errors import UserError
 from moejax.evaluation import tasks
 from moejax.evaluation.evaluate import evaluate, prompts_of, write
@@ -93,11 +93,10 @@ def dry(experiment: Experiment) -> list[str]:
         return [*lines, f"not there: eval.data = {e.data} (looked for from {Path.cwd()}); a run would stop here"]
     task, examples = _read(experiment, e)
     lines.append(f"eval.data: {len(examples):,} problems of {e.data}")
-    source = experiment.data.source
-    if source is not None and is_here(source):
+    if experiment.data.sources and all(is_here(one.source) for one in experiment.data.sources):
         _refuse_overlap(experiment, e, examples)
     else:
-        lines.append(f"data.source = {source} was not read: whether held-out problems are in it is not known")
+        lines.append(f"data.source = {experiment.data.named or None} was not read: whether held-out problems are in it is not known")
     return lines
 
 
@@ -118,8 +117,7 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
     data = experiment.data
     if e.allow_overlap:
         return
-    records = load_records(data)
-    trained = records[: len(records) - data.holdout]
+    trained = [record for source in parted(load_sources(data), data.holdout)[0] for record in source.records]
     if data.template == "text":
         text = "\n".join(_plain(record["text"]) for record in trained)
         both = [i for i, example in enumerate(examples) if _question(example.record) in text]
@@ -127,10 +125,10 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
         seen = {text for record in trained for text in _questions(record)}
         both = [i for i, example in enumerate(examples) if _question(example.record) in seen]
     if both:
-        files = [Path(e.data), Path(str(data.source))]
-        same = " (it is the same file)" if all(f.exists() for f in files) and files[0].samefile(files[1]) else ""
+        files = [Path(name) for name in (e.data, *(one.source for one in data.sources)) if Path(name).exists()]
+        same = " (it is the same file)" if any(Path(e.data).samefile(file) for file in files[1:]) and files[0] == Path(e.data) else ""
         raise UserError(
-            f"eval.data = {e.data}{same}: {len(both)} of its {len(examples)} problems are trained on (in {data.source}), first record "
+            f"eval.data = {e.data}{same}: {len(both)} of its {len(examples)} problems are trained on (in {data.named}), first record "
             f"{both[0]}: right answers to them show what was remembered. Hold other problems out, or set eval.allow_overlap=true"
         )
 

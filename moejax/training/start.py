@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax import device
 from moejax.config import Experiment
-from moejax.data.batching import assemble
+from moejax.data.examples import told
 from moejax.data.pipeline import Dataset
 from moejax.data.pipeline import load as load_data
-from moejax.data.tokenize import Query
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import counted
@@ -29,7 +26,6 @@ from moejax.training.program import NOTHING_OWN, Own, TrainProgram
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
 
 OLDEST_WITH_BF16 = (8, 0)
-LONGEST_SHOWN = 600  # characters of a part of the first record
 
 
 class Started(NamedTuple):
@@ -110,7 +106,7 @@ def fit(program: TrainProgram, rows: int, row_tokens: int) -> None:
 def read_data(
     experiment: Experiment, config: Architecture, model_folder: Path | None, own: Own = NOTHING_OWN
 ) -> tuple[Any, scoring.HeldOut | None, Dataset]:
-    """Tokenizer (None for random tokens), the `eval:` section's problems and the data, as the run has them; told, with one example, and
+    """Tokenizer (None for random tokens), the `eval:` section's problems and the data, as the run has them; told, with examples, and
     checked. By --dry-run too."""
     tokenizer = None
     if experiment.data.source is not None:
@@ -123,9 +119,7 @@ def read_data(
         contents = {"data": own.batches.content()}
         dataset = Dataset(own.batches, None, dataset.tokenized, "batches given", config=dataset.config, contents=contents)
     else:
-        say(f"data: {dataset.source}", dataset.table(), *dataset.notes())
-    if tokenizer is not None:
-        say(*example(dataset.train.queries[0], tokenizer))
+        say(*told(dataset, tokenizer))
     if asked is not None and asked.why_no_loss:
         say(f"no eval/loss: {asked.why_no_loss}")
     check_profile(experiment, dataset)
@@ -137,17 +131,3 @@ def as_read(experiment: Experiment, dataset: Dataset) -> Experiment:
     """The experiment with what its data decide in the place of null: the template, and the day in it."""
     data = dataset.config
     return experiment if data is None else experiment.changed("data", template=data.template, template_date=data.template_date)
-
-
-def example(query: Query, tokenizer: Any) -> list[str]:
-    """The parts of a query in order, as text: read (the prompt), or trained on. By the very mask that the loss takes."""
-    batch = assemble([[query]], 1, len(query.ids))
-    trained = [False, *(bool(m) for m in batch.loss_mask[0][:-1])]  # a position's mask is that of the token after it
-    told = [f"the first record, {len(query.ids)} tokens:"]
-    for is_trained, group in groupby(range(len(trained)), key=trained.__getitem__):
-        ids = [int(query.ids[i]) for i in group]
-        text = json.dumps(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), ensure_ascii=False)
-        if len(text) > LONGEST_SHOWN:
-            text = f"{text[: LONGEST_SHOWN // 2]} … {text[-LONGEST_SHOWN // 2 :]}"
-        told.append(f"  {'trained on' if is_trained else 'only read '} ({len(ids)}): {text}")
-    return told

@@ -157,6 +157,28 @@ class TestTokenizing:
         mixed = tokenize([RECORD, RECORD | {"instruction": "Tom has 3 apples. " * 9}], tokenizer, "mistral", full)
         assert (mixed.dropped, len(mixed.queries)) == (1, 1)
 
+    @pytest.mark.parametrize("length", [2, 3, 7, 20, 40, 41])
+    def test_a_split_text_has_every_token_predicted_once(self, tokenizer, length):
+        records = [{"text": "Tom has 3 apples and 4 pears. " * 4}, {"text": "Mia."}]
+        whole = tokenize(records, tokenizer, "text", 999).queries
+        made = tokenize(records, tokenizer, "text", length, too_long="split")
+        parts = made.queries[: -1 if len(whole[1].ids) <= length else None]
+        assert max(len(query.ids) for query in made.queries) <= length
+        predicted = [id_ for query in parts for id_ in query.ids[1:]]
+        assert predicted[: len(whole[0].ids) - 1] == whole[0].ids[1:].tolist()
+        assert all(query.supervised.all() for query in made.queries)
+        assert (made.split, made.cut, made.dropped) == (1 + (len(whole[1].ids) > length), 0, 0)
+
+    def test_what_is_too_long_is_dropped_where_it_is_asked_for(self, tokenizer):
+        full = len(tokenize([RECORD], tokenizer, "mistral", 64).queries[0].ids)
+        records = [RECORD, RECORD | {"output": "The answer is 3." * 2}]
+        made = tokenize(records, tokenizer, "mistral", full, too_long="drop")
+        assert (made.too_long, made.dropped, made.cut, len(made.queries)) == (1, 1, 0, 1)
+        with pytest.raises(UserError, match="1 are too long"):
+            tokenize(records[1:], tokenizer, "mistral", full, too_long="drop")
+        with pytest.raises(ValueError, match=r"too_long = split is for whole texts \(template = text\): with template = mistral"):
+            section(too_long="split", template="mistral")
+
     def test_text_is_supervised_from_the_second_token(self, tokenizer):
         query = tokenize([{"text": "Tom has 3 apples."}], tokenizer, "text", 64).queries[0]
         batch = assemble([[query]], 1, 64)

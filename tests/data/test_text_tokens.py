@@ -166,5 +166,5 @@ def test_the_user_is_told(tokenizer, tmp_path):
 
     path = tmp_path / "a.json"
     path.write_text(json.dumps([record(), record(output="The tag <s>.")]))
-    (note,) = load(DataConfig(source=str(path), row_tokens=64, max_length=64), tokenizer, 0, 512).notes()
+    *_, note = load(DataConfig(source=str(path), row_tokens=64, max_length=64), tokenizer, 0, 512).notes()
     assert note == "1 record holds control tokens or the template's marks (first: record 1, '<s>'): kept, as text"

@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from support import ROOT, tiny_experiments
@@ -11,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loop import BLACKMAMBA, adapter, folder_of, losses, stop_at
 
 from moejax import cli, config
-from moejax.data import sources
+from moejax.data import places
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.evaluation import generate, tasks
+from moejax.evaluation import generate
 from moejax.training import loop, scoring
 from moejax.training.loop import Trainer
 from moejax.training.run_steps import scored_steps
@@ -231,8 +230,7 @@ def test_an_overlap_with_data_that_is_no_local_file(written, tmp_path, capsys, m
     train = json.loads((tmp_path / "train.json").read_text())
     (tmp_path / "tail.json").write_text(json.dumps(train[:2]))
     path = written(eval=EVAL | {"data": str(tmp_path / "tail.json")}, data={"source": "https://example.org/train.json"})
-    monkeypatch.setattr(sources, "read_file", lambda name, given: json.dumps(train).encode())
-    monkeypatch.setattr(tasks, "read_file", lambda name, given: Path(name).read_bytes())
+    monkeypatch.setattr(places, "_downloaded", lambda url, given: tmp_path / "train.json")
     assert cli.main(["train", "--config", path]) == 2
     assert "tail.json: 2 of its 2 problems are trained on (in https://example.org/train.json)" in capsys.readouterr().err
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 import yaml
 from huggingface_hub import constants
@@ -17,8 +16,6 @@ from test_loop import not_compiled
 
 from moejax import config, device
 from moejax.contents import MadeOf
-from moejax.data.tokenize import Query
-from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.hub.peft import save_adapter
 from moejax.hub.save import save_weights
@@ -287,20 +284,6 @@ def test_weights_come_last(make_experiment, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a{40} has none of model\.safetensors"):
         loop.run(make_experiment(model=model), resume=False)
     assert not (tmp_path / "runs").exists()
-
-
-def test_one_example_is_shown_with_its_mask(make_experiment, tmp_path):
-    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
-    prompt, answer = "[INST] a [/b] [red] [/INST]", "Tom\nhas 5."
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)]
-    query = Query.after(len(ids[0]), np.array([*ids[0], *ids[1], tokenizer.eos_token_id], np.int32))
-    assert start.example(query, tokenizer) == [
-        f"the first record, {len(query.ids)} tokens:",
-        f'  only read  ({len(ids[0])}): "[INST] a [/b] [red] [/INST]"',
-        f'  trained on ({len(ids[1]) + 1}): "Tom\\nhas 5.</s>"',
-    ]
-    long = Query.after(7, np.tile(query.ids, 100))
-    assert max(map(len, start.example(long, tokenizer))) < start.LONGEST_SHOWN + 50
 
 
 def gpu(capability, platform="gpu"):

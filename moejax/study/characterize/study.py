@@ -15,6 +15,7 @@ from moejax import config as experiments
 from moejax import gpus, installation
 from moejax.config import Experiment, whole_row
 from moejax.data.batching import Batches
+from moejax.data.places import is_here
 from moejax.errors import UserError, first_line
 from moejax.estimator import closed_form, lengths, memory, sizes
 from moejax.estimator.sizes import architecture_of
@@ -176,7 +177,10 @@ def _of_checkout(experiment: Experiment) -> Experiment:
             raise UserError(f"this preset needs {path}, which is in a checkout of moejax and no wheel: give --config FILE, or run it there")
         return str(root / path)
 
-    model, data = (part.model_copy(update={"source": found(part.source)}) for part in (experiment.model, experiment.data))
+    model, data = experiment.model, experiment.data
+    model = model.model_copy(update={"source": found(model.source)})
+    if isinstance(data.source, str):
+        data = data.model_copy(update={"source": found(data.source)})
     return experiment.model_copy(update={"model": model, "data": data, "tokenizer": found(experiment.tokenizer)})
 
 
@@ -195,11 +199,11 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
         "data": data.model_dump(mode="json") | {"holdout": 0, "eval_source": None},
     }
     experiment = Experiment.model_validate_json(json.dumps(experiment.model_dump(mode="json") | updates))
-    label = _data_label(data.source)
-    random_data = data.source is not None and not pretrained and not Path(data.source).is_file()
+    label = _data_label(data.named or None)
+    random_data = not pretrained and not all(is_here(one.source) for one in data.sources)
     if random_data and label not in DATASETS:
         raise UserError(
-            f"data.source = {data.source} is no file here. --pretrained downloads it; a path (data.source=PATH) reads it. Without either "
+            f"data.source = {data.named} is no file here. --pretrained downloads it; a path (data.source=PATH) reads it. Without either "
             "only commonsense_15k and math_14k can stand in, as random tokens with their published lengths"
         )
     content: dict[str, Any] = dict(

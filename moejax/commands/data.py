@@ -1,0 +1,55 @@
+"""`moejax data CONFIG`: what a run would train on, counted, with examples. By a tokenizer alone: no weights, no jax, nothing written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moejax import config
+from moejax.commands.arguments import add_config, settle_config
+from moejax.config import Experiment
+from moejax.errors import UserError
+from moejax.progress import say, waiting
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "change single values, e.g. data.source=FILE")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    settle_config(options)
+    experiment = config.load(options.config, options.overrides)
+    if experiment.data.source is None:
+        raise UserError("data.source is null: the run trains on random tokens, and there are no records to show")
+    from moejax.commands.tables import print_json
+    from moejax.data.examples import examples, told
+
+    if options.json:
+        dataset, tokenizer = _read(experiment)
+        shown = examples(dataset.train.queries, tokenizer)
+        print_json(
+            dataset.document()
+            | {"examples": [{"title": e.title, "parts": [{"text": text, "trained": on} for text, on in e.parts]} for e in shown]}
+        )
+        return 0
+    with waiting("reading the data"):
+        dataset, tokenizer = _read(experiment)
+    say(*told(dataset, tokenizer))
+    return 0
+
+
+def _read(experiment: Experiment) -> tuple[Any, Any]:
+    """The data as the run has them, and its tokenizer. Of a model that is not here only the small files are fetched."""
+    from moejax.data import pipeline
+    from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+    from moejax.estimator.sizes import architecture_of
+    from moejax.hub import snapshot
+
+    model = experiment.model
+    source = experiment.tokenizer or str(snapshot.resolve(str(model.source), model.revision, weights=False))
+    tokenizer = load_tokenizer(source, experiment.added_tokens)
+    if model.preset is not None or Path(str(model.source)).is_dir():  # else its sizes are not known here
+        check_vocabulary(tokenizer, architecture_of(experiment).vocab_size)
+    return pipeline.load(experiment.data, tokenizer, experiment.seed, 0), tokenizer

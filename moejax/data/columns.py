@@ -1,0 +1,146 @@
+"""Which columns of a source are trained on: named in data.fields, or known by their names. One table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from moejax.config_sources import FieldNames
+from moejax.data import conversation
+from moejax.errors import UserError
+
+PAIRS = (
+    ("instruction", "output"), ("instruction", "response"), ("instruction", "completion"), ("instruction", "answer"),
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"),
+    ("query", "answer"), ("problem", "solution"), ("input", "output"),
+)  # fmt: skip
+CONTEXTS = ("input", "context")  # what a question is about: read beside it where it is there
+TEXTS = ("text", "content", "document")
+_ANSWERS = tuple(dict.fromkeys(answer for _, answer in PAIRS))
+_QUESTIONS = tuple(dict.fromkeys(question for question, _ in PAIRS))
+NAMED = (
+    "data.fields='{instruction: QUESTIONS, output: ANSWERS}' names other columns; a conversation lies under messages or conversations, or "
+    "data.fields='{messages: COLUMN}' names it"
+)
+
+
+class Columns(NamedTuple):
+    """The names of a source's columns. Of three kinds one is there: text; messages; instruction and output, with input where there is one.
+
+    others: columns that are not read. named: by data.fields, and not found by their names.
+    """
+
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    text: str | None = None
+    messages: str | None = None
+    others: tuple[str, ...] = ()
+    named: bool = False
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Those that every record has."""
+        return tuple(name for name in (self.instruction, self.output, self.text, self.messages) if name is not None)
+
+    def told(self) -> str:
+        """Which they are, for a note."""
+        read = [f"{part}: {name!r}" for part, name in self._asdict().items() if part not in ("others", "named") and name]
+        rest = f"; not read: {', '.join(self.others[:6])}{' …' * (len(self.others) > 6)}" if self.others else ""
+        return f"{', '.join(read)} ({'data.fields' if self.named else 'by name; data.fields names others'}){rest}"
+
+
+def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, template: str | None) -> Columns:
+    """The columns of the source whose first record this is; where: it, for messages; keys: of all its records.
+
+    Names are known in any case (`Question`). Raises UserError, with the columns found and how to name them, where none is known or several
+    could be meant.
+    """
+    if not isinstance(record, dict):
+        return Columns("instruction", None, "output", "text")  # whoever judges the record says what it is
+    in_first, in_any = _by_name(record), _by_name(keys)
+
+    def known(name: str, among: dict[str, list[str]] = in_first) -> str | None:
+        """The column of this name in the file."""
+        spelled = among.get(name, ())
+        if len(spelled) > 1 and name not in spelled:
+            raise UserError(f"{where}: {' and '.join(map(repr, spelled))} could each be its {name!r}: {NAMED}")
+        return None if not spelled else name if name in spelled else spelled[0]
+
+    if template == "text":
+        found = [fields.text] if fields.text else [column for name in TEXTS if (column := known(name))]
+        if not found:
+            raise UserError(
+                f"{where}: no column of whole texts is known by its name ({', '.join(TEXTS)}): it has {_listed(record)}; "
+                "data.fields='{text: COLUMN}' names it"
+            )
+        return _made(record, fields, text=found[0])
+    if fields.messages:
+        return _made(record, fields, messages=fields.messages)
+    if fields.instruction or fields.output:
+        question, answer = _other_half(where, record, fields, known)
+    else:
+        talk = conversation.key_of(record)
+        asked = _texts(record, "instruction", "output") or (talk == "completion" and _texts(record, "prompt", "completion"))
+        if talk is not None and not asked:
+            return _made(record, fields, messages=talk)
+        question, answer = _pair(where, record, known)
+    context = fields.input or next((c for name in CONTEXTS if (c := known(name, in_any)) and c not in (question, answer)), None)
+    return _made(record, fields, instruction=question, input=context, output=answer)
+
+
+def _by_name(columns: Iterable[Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        found.setdefault(str(column).strip().lower(), []).append(str(column))
+    return found
+
+
+def _texts(record: dict[str, Any], *names: str) -> bool:
+    """Whether all of these are texts: then they are a question and its answer, whatever else the record has."""
+    return all(isinstance(record.get(name), str) for name in names)
+
+
+def _made(record: dict[str, Any], fields: FieldNames, **parts: str | None) -> Columns:
+    named = any(value is not None for value in fields.model_dump().values())
+    return Columns(**parts, others=tuple(str(name) for name in record if name not in parts.values()), named=named)
+
+
+def _pair(where: str, record: dict[str, Any], known: Any) -> tuple[str, str]:
+    """The columns of questions and answers by their names."""
+    there = [(question, answer) for question, answer in PAIRS if known(question) and known(answer)]
+    if ("instruction", "output") in there:  # the form of the studies: whatever else is beside it (`answer` is what is scored)
+        there = [("instruction", "output")]
+    if len(there) > 1:
+        there = [pair for pair in there if pair[0] != "input"]  # the context of another question
+    if len(there) == 1:
+        return known(there[0][0]), known(there[0][1])
+    if there:
+        raise UserError(
+            f"{where}: several columns could be meant ({', '.join('/'.join(pair) for pair in there)}): name those that are trained on, "
+            f"data.fields='{{instruction: {known(there[0][0])}, output: {known(there[0][1])}}}'"
+        )
+    pairs = ", ".join("/".join(pair) for pair in PAIRS)
+    whole = next((column for name in TEXTS if (column := known(name))), None)
+    hint = "" if whole is None else f"; data.template=text trains on the whole of {whole!r}"
+    raise UserError(
+        f"{where}: no columns of questions and answers are known by their names ({pairs}), and no messages: it has {_listed(record)}; "
+        f"{NAMED}{hint}"
+    )
+
+
+def _other_half(where: str, record: dict[str, Any], fields: FieldNames, known: Any) -> tuple[str, str]:
+    """Where one of the two is named, the other by its name."""
+    if fields.instruction and fields.output:
+        return fields.instruction, fields.output
+    given, names, part = (fields.instruction, _ANSWERS, "output") if fields.instruction else (fields.output, _QUESTIONS, "instruction")
+    found = [column for name in names if (column := known(name)) and column != given]
+    found = found[:1] if known("output") in found[:1] or known("instruction") in found[:1] else found
+    if len(found) != 1:
+        what = f"several could be ({', '.join(found)})" if found else f"it has {_listed(record)}"
+        raise UserError(f"{where}: data.fields names {given!r} and not the column of {part}: {what}; {NAMED}")
+    return (str(given), found[0]) if fields.instruction else (found[0], str(given))
+
+
+def _listed(record: dict[str, Any]) -> str:
+    return ", ".join(str(key) if str(key) == str(key).strip() else repr(key) for key in record) or "no columns"

@@ -1,0 +1,105 @@
+"""Which columns are trained on, by their names or by the config."""
+
+import json
+
+import pytest
+
+from moejax.config import DataConfig
+from moejax.data.sources import load_records, load_sources
+from moejax.errors import UserError
+
+
+def read(tmp_path, records, **settings):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records))
+    return load_records(DataConfig(source=str(path), **settings))
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts"),
+    [
+        ("instruction output", "instruction - output"),
+        ("Instruction INPUT Output answer", "Instruction INPUT Output"),
+        ("instruction input output text", "instruction input output"),
+        ("instruction context response category", "instruction context response"),
+        ("instruction answer", "instruction - answer"),
+        ("prompt completion", "prompt - completion"),
+        ("prompt response system", "prompt - response"),
+        ("question answer", "question - answer"),
+        ("question context answer", "question context answer"),
+        ("system_prompt question response", "question - response"),
+        ("query response original_question type", "query - response"),
+        ("problem solution answer", "problem - solution"),
+        ("input output", "input - output"),
+    ],
+)
+def test_known_names(columns, parts, tmp_path):
+    record = {name: f"the {name}" for name in columns.split()}
+    asked, context, answer = parts.split()
+    found = read(tmp_path, [record])[0]
+    assert [found[part].removeprefix("the ") or "-" for part in ("instruction", "input", "output")] == [asked, context, answer]
+
+
+@pytest.mark.parametrize("name", ["text", "Content", "document"])
+def test_whole_texts(name, tmp_path):
+    assert read(tmp_path, [{"id": 3, name: "a"}], template="text") == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "told"),
+    [
+        ("a b", {}, r"a\.json, record 0: no columns of questions .* by their names \(instruction/output, .*it has a, b; data\.fields="),
+        ("text id", {}, "data.template=text trains on the whole of 'text'"),
+        ("question answer prompt completion", {}, r"several columns could be meant \(prompt/completion, question/answer\): name those"),
+        ("Question QUESTION answer", {}, "'Question' and 'QUESTION' could each be its 'question'"),
+        ("question answer", {"instruction": "Question"}, "no text under 'Question'"),
+        ("a b", {"instruction": "a"}, "names 'a' and not the column of output: it has a, b"),
+        ("a response answer", {"instruction": "a"}, r"not the column of output: several could be \(response, answer\)"),
+    ],
+)
+def test_what_is_not_known(columns, fields, told, tmp_path):
+    with pytest.raises(UserError, match=told):
+        read(tmp_path, [dict.fromkeys(columns.split(), "x")], fields=fields)
+
+
+def test_one_name_is_enough_and_a_named_column_wins(tmp_path):
+    record = {"a": "asked", "output": "said", "answer": "3", "question": "other"}
+    assert read(tmp_path, [record], fields={"instruction": "a"})[0]["output"] == "said"
+    named = read(tmp_path, [record], fields={"instruction": "question", "output": "answer"})[0]
+    assert (named["instruction"], named["output"]) == ("other", "3")
+
+
+def test_no_text_column_and_no_text_in_a_column(tmp_path):
+    with pytest.raises(UserError, match=r"no column of whole texts is known by its name \(text, content, document\): it has a"):
+        read(tmp_path, [{"a": "x"}], template="text")
+    with pytest.raises(UserError, match=r"record 1: no text under 'answer', but an object; data\.fields="):
+        read(tmp_path, [{"question": "a", "answer": "b"}, {"question": "a", "answer": {"text": ["b"]}}])
+
+
+def test_a_context_may_be_missing_from_the_first_record(tmp_path):
+    records = [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": "c", "output": "b"}]
+    assert [record["input"] for record in read(tmp_path, records)] == ["", "c"]
+
+
+def test_mixed_schemas_are_reported_by_file_record_and_column(tmp_path):
+    records = [{"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    assert [record["instruction"] for record in read(tmp_path, records)] == ["a", "a", "c"]
+    for name, record in zip("bc", records, strict=False):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
+    (source,) = load_sources(DataConfig(source=f"{tmp_path}/?.json*"))
+    assert source.notes == (
+        "mixed schemas: 3 records have other columns, instruction: 'prompt', output: 'completion' (by name; data.fields names others) "
+        f"(first: {tmp_path}/a.json, record 1)",
+    )
+    with pytest.raises(UserError, match=r"record 1: no text under 'answer' \(it has a, b\)"):
+        read(tmp_path, [records[0], {"a": "x", "b": "y"}])
+
+
+def test_a_conversation_in_a_column_of_another_name(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    by_name, named = read(tmp_path, [{"messages": talk}]), read(tmp_path, [{"chat": talk}], fields={"messages": "chat"})
+    assert by_name == named and len(by_name[0]["conversation"].messages) == 2
+    with pytest.raises(UserError, match="record 1: no list of messages under 'chat', but a text"):
+        read(tmp_path, [{"chat": talk}, {"chat": "a"}], fields={"messages": "chat"})
+    both = {"messages": talk, "instruction": "a", "output": "b"}
+    assert read(tmp_path, [both])[0]["output"] == "b"
