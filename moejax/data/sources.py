@@ -115,7 +115,9 @@ def _judged(
         records = [judged(part.name, n, record, own(f"{part.name}, record {n}", record)) for n, record in enumerate(part.records)]
         made.append(Part(part.name, records))
     return columns, tuple(made), [
-        f"mixed schemas: {len(where):,} records have other columns, {other.told()} (first: {where[0]})" for other, where in mixed.items()
+        f"mixed schemas: {len(where):,} of {sum(len(part.records) for part in parts):,} records with other columns, {other.told()}, first "
+        f"{where[0]}"
+        for other, where in mixed.items()
     ]
 
 

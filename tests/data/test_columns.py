@@ -88,8 +88,8 @@ def test_mixed_schemas_are_reported_by_file_record_and_column(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
     (source,) = load_sources(DataConfig(source=f"{tmp_path}/?.json*"))
     assert source.notes == (
-        "mixed schemas: 3 records have other columns, instruction: 'prompt', output: 'completion' (by name; data.fields names others) "
-        f"(first: {tmp_path}/a.json, record 1)",
+        "mixed schemas: 3 of 5 records with other columns, instruction: 'prompt', output: 'completion' (by name; data.fields names "
+        f"others), first {tmp_path}/a.json, record 1",
     )
     with pytest.raises(UserError, match=r"record 1: no text under 'answer' \(it has a, b\)"):
         read(tmp_path, [records[0], {"a": "x", "b": "y"}])
