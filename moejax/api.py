@@ -83,8 +83,8 @@ class LanguageModel:
         self, messages: str | Sequence[Mapping[str, Any]], *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
         top_k: int | None = None, seed: int = 0, stop: Sequence[str] = (),
     ) -> str:  # fmt: skip
-        """Answer a message, put into the template that the model was trained with, or a conversation, `[{"role": "user", "content":
-        …}, …]`, put into the tokenizer's chat template. Otherwise as `generate`."""
+        """Answer a message, or a conversation `[{"role": "user", "content": …}, …]`, put into the template that the model was trained
+        with (a conversation needs chat, chatml or mistral). Otherwise as `generate`."""
         if isinstance(messages, str):
             if self.template == "text":
                 raise UserError("this model was trained with data.template = text, which has no instructions: use generate")

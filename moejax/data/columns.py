@@ -103,7 +103,8 @@ def _texts(record: dict[str, Any], *names: str) -> bool:
 
 def _made(record: dict[str, Any], fields: FieldNames, **parts: str | None) -> Columns:
     named = any(value is not None for value in fields.model_dump().values())
-    return Columns(**parts, others=tuple(str(name) for name in record if name not in parts.values()), named=named)
+    read = {*parts.values(), *(conversation.ALONGSIDE if parts.get("messages") else ())}
+    return Columns(**parts, others=tuple(str(name) for name in record if name not in read), named=named)
 
 
 def _pair(where: str, record: dict[str, Any], known: Any) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from moejax.errors import UserError
 Message = dict[str, Any]
 
 LISTS = ("messages", "conversations", "conversation")  # keys under which a whole conversation lies
+ALONGSIDE = ("prompt", "tools", "system", "system_prompt")  # keys of the same record that belong to it
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLE = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",

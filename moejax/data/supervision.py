@@ -183,13 +183,13 @@ def _mistral(numbered: Numbered, tokenizer: Any, source: str) -> tuple[list[tupl
     for index, talk in numbered:
         prompts, answers, trained = [], [], []
         for number, text in _turns_of(talk, f"{source}, record {index}"):
+            if not text.strip():
+                talks.empty.append((index, number))
             if talk.messages[number]["role"] != "assistant":
                 prompts.append(f"[INST] {tokens.guard(text)} [/INST]")
             else:
                 answers.append(tokens.guard(text))
                 trained.append(talk.trained[number] and bool(text.strip()))
-                if not text.strip():
-                    talks.empty.append((index, number))
         if not any(trained):
             talks.unanswered.append(index)
             continue

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from moejax.config import DataConfig
+from moejax.config_sources import FieldNames
+from moejax.data.columns import find
 from moejax.data.sources import load_records, load_sources
 from moejax.errors import UserError
 
@@ -103,3 +105,8 @@ def test_a_conversation_in_a_column_of_another_name(tmp_path):
         read(tmp_path, [{"chat": talk}, {"chat": "a"}], fields={"messages": "chat"})
     both = {"messages": talk, "instruction": "a", "output": "b"}
     assert read(tmp_path, [both])[0]["output"] == "b"
+
+
+def test_what_belongs_to_a_conversation_is_read_with_it():
+    record = {"prompt": "q", "chosen": "good", "rejected": "bad", "tools": None}
+    assert find("a.jsonl", record, record, FieldNames(), None).others == ("rejected",)

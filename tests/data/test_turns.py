@@ -348,6 +348,8 @@ def test_what_is_dropped_is_counted():
     assert (len(found.queries), found.dropped, found.talks.unanswered, found.talks.empty) == (2, 2, [1, 2], [(2, 1), (3, 3)])
     told = found.talks.notes()
     assert told[0].startswith("2 empty turns (first: record 2, message 1)") and "2 conversations have no answer" in told[1]
+    asked_nothing = tokenize(records([[USER | {"content": ""}, BOT]]), tokenizer, "mistral", 99)
+    assert asked_nothing.talks.empty == [(0, 0)] and len(asked_nothing.queries) == 1
     with pytest.raises(UserError, match="no query has a supervised token left: of 1 records 1 have no answer to train on"):
         tokenize(records([[USER]]), tokenizer, "chat", 99)
     cut = tokenize(records([[USER, BOT | {"content": "b " * 99}]]), tokenizer, "chat", 99)
