@@ -107,8 +107,9 @@ def finished(make_experiment):
 def test_what_a_run_leaves_behind(finished):
     folder = folder_of(finished)
     written = config.load(folder / "config.yaml")
-    filled_in = {"made_of": None, "adapter": finished.adapter, "quantization": finished.quantization}
+    filled_in = {"made_of": None, "adapter": finished.adapter, "quantization": finished.quantization, "data": finished.data}
     assert written.model_copy(update=filled_in) == finished and written.made_of.steps == 4
+    assert written.data.model_dump() == finished.data.model_dump() | {"template": "mistral"}
     assert written.adapter.model_dump() == finished.adapter.model_dump() | {"targets": ("w1", "w2", "w3", "gate")}
     assert written.quantization.model_dump() == finished.quantization.model_dump() | {"modules": ("attention", "experts", "router")}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
