@@ -25,7 +25,7 @@ class WeightedSource(Section):
     epoch others. Null: as in `data`."""
 
     source: Place
-    weight: Annotated[Real, Field(gt=0)] = 1.0
+    weight: Annotated[Real, Field(gt=0, le=1000)] = 1.0
     config_name: str | None = None
     split: str | None = None
     fields: FieldNames | None = None

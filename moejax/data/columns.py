@@ -46,7 +46,7 @@ class Columns(NamedTuple):
     def told(self) -> str:
         """Which they are, for a note."""
         read = [f"{part}: {name!r}" for part, name in self._asdict().items() if part not in ("others", "named") and name]
-        rest = f"; not read: {', '.join(self.others[:6])}{' …' * (len(self.others) > 6)}" if self.others else ""
+        rest = f"; not read: {', '.join(map(_shown, self.others[:6]))}{' …' * (len(self.others) > 6)}" if self.others else ""
         return f"{', '.join(read)} ({'data.fields' if self.named else 'by name; data.fields names others'}){rest}"
 
 
@@ -80,10 +80,13 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
     if fields.instruction or fields.output:
         question, answer = _other_half(where, record, fields, known)
     else:
-        talk = conversation.key_of(record)
+        listed = next((column for name in conversation.LISTS if (column := known(name))), None)
+        talk = conversation.key_of(record) or (listed if listed and isinstance(record[listed], list) else None)
         asked = _texts(record, "instruction", "output") or (talk == "completion" and _texts(record, "prompt", "completion"))
         if talk is not None and not asked:
             return _made(record, fields, messages=talk)
+        if listed and record[listed] is None and not any(known(question) and known(answer) for question, answer in PAIRS):
+            return _made(record, fields, messages=listed)  # whoever judges the record says that it is null
         question, answer = _pair(where, record, known)
     context = fields.input or next((c for name in CONTEXTS if (c := known(name, in_any)) and c not in (question, answer)), None)
     return _made(record, fields, instruction=question, input=context, output=answer)
@@ -144,4 +147,8 @@ def _other_half(where: str, record: dict[str, Any], fields: FieldNames, known: A
 
 
 def _listed(record: dict[str, Any]) -> str:
-    return ", ".join(str(key) if str(key) == str(key).strip() else repr(key) for key in record) or "no columns"
+    return ", ".join(map(_shown, record)) or "no columns"
+
+
+def _shown(key: Any) -> str:
+    return str(key) if str(key) and str(key) == str(key).strip() else repr(key)

@@ -7,6 +7,7 @@ here and not left to a version of `transformers`, whose own clean-up differs bet
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ _ROLE = {
     "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is a call as JSON
+_TEXT_PARTS = ("text", "input_text", "output_text")  # the last two: of OpenAI's Responses
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 _OURS = frozenset(
     ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
@@ -43,7 +45,7 @@ def key_of(record: dict[str, Any]) -> str | None:
     """The key that makes a record a conversation, if any: a list of messages, or a prompt with its completion or chosen answer."""
     for key in LISTS:
         value = record.get(key)
-        if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
+        if isinstance(value, list) or (isinstance(value, str) and re.match(r"\s*\[\s*\{", value)):
             return key
     for key in ("completion", "chosen"):
         if isinstance(record.get(key), list) or (isinstance(record.get(key), str) and isinstance(record.get("prompt"), str | list)):
@@ -69,8 +71,9 @@ def read(record: dict[str, Any], where: str = "the record") -> Conversation | No
         made, loss = _message(message, role, f"{where}, message {number}")
         messages.append(made)
         trained.append(loss)
-    system = record.get("system", record.get("system_prompt"))
-    if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] not in ("system", "developer")):
+    given = next((name for name in ("system", "system_prompt") if record.get(name)), None)  # a table fills the other with null
+    system = "" if given is None else _content(record[given], f"{where}: {given!r}")
+    if system.strip() and (not messages or messages[0]["role"] not in ("system", "developer")):
         messages.insert(0, {"role": "system", "content": system})
         trained.insert(0, True)
     return Conversation(tuple(messages), _tools(record.get("tools"), where), tuple(trained))
@@ -154,7 +157,7 @@ def _content(value: Any, where: str) -> str:
     for part in value:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        elif isinstance(part, dict) and (part.get("type") or "text") in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
             kind = part.get("type") if isinstance(part, dict) else _kind(part)

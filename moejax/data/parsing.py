@@ -86,7 +86,7 @@ def _decoded(path: str, content: bytes) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        if error.end >= len(content) and "end of data" in error.reason:
+        if "truncated" in error.reason or (error.end >= len(content) and "end of data" in error.reason):
             raise UserError(f"{path}, line {line}: the file ends in the middle of a character: an incomplete download or copy?") from None
         raise UserError(
             f"{path}, line {line}: not {called} text (byte {error.start}, 0x{content[error.start]:02x}). If it is of Windows or Latin-1: "
@@ -201,6 +201,8 @@ def _inside(record: dict[str, Any]) -> str:
     """What a single object seems to be instead of records."""
     values = list(record.values())
     lists = [key for key, value in record.items() if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)]
+    if lists and any("role" in message or "from" in message for message in record[lists[0]]):
+        return f", a conversation by its {lists[0]!r}: put it into [ and ] if it is the only one"
     if lists:
         return f": the records seem to lie under {lists[0]!r}: write that list alone"
     if values and all(isinstance(v, dict) and v.keys() == values[0].keys() for v in values) and not all(map(str.isdigit, values[0])):
@@ -248,7 +250,7 @@ def _table(path: str, text: str) -> list[Any]:
             rows.append(row)
     except csv.Error as error:
         why = "a double quote opens a text and none closes it" if "unexpected end" in str(error) else str(error)
-        raise UserError(f"{path}, line {max(reader.line_num, 1)}: broken CSV: {why}") from None
+        raise UserError(f"{path}, line {reader.line_num + 1}: broken CSV: {why}") from None
     return rows
 
 

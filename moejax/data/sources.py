@@ -100,10 +100,11 @@ def _judged(
 
     def own(where: str, record: object) -> Columns:
         """The columns of a record."""
-        if not isinstance(record, dict) or record.keys() & set(columns.needed):
+        if not isinstance(record, dict) or any(record.get(name) is not None for name in columns.needed):
             return columns
+        there = {key: value for key, value in record.items() if value is not None}  # a table fills other schemas' columns with null
         try:
-            other = find(where, record, record, fields, template)._replace(others=())
+            other = find(where, there, there, fields, template)._replace(others=())
         except UserError:
             return columns  # `judged` says what is missing
         if other.needed != columns.needed:

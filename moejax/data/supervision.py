@@ -50,20 +50,25 @@ class Talks:
         found = []
         if self.split:
             found.append(
-                f"in {self.split:,} conversations the chat template writes an earlier answer otherwise than at use (it drops its thinking, "
-                f"say): each answer is a query of its own, {self.extra_tokens:,} tokens more in all (data.turns = whole or last: none)"
+                f"in {_many(self.split, 'conversation')} the chat template writes an earlier answer otherwise than at use (it drops its "
+                f"thinking, say): each answer is a query of its own, {self.extra_tokens:,} more tokens (data.turns = whole or last: none)"
             )
         if self.empty:
             record, message = self.empty[0]
             found.append(
-                f"{len(self.empty):,} empty turns (first: record {record}, message {message}): an empty answer is not trained on"
+                f"{_many(len(self.empty), 'empty turn')} (first: record {record}, message {message}): an empty answer is not trained on"
             )
         if self.unanswered:
             first = self.unanswered[0]
-            found.append(f"{len(self.unanswered):,} conversations have no answer to train on and were dropped (first: record {first})")
+            have = f"{_many(len(self.unanswered), 'conversation')} {'has' if len(self.unanswered) == 1 else 'have'}"
+            found.append(f"{have} no answer to train on: dropped (first: record {first})")
         for kind, records in self.left_out.items():
-            found.append(f"the chat template leaves out {kind} of {len(records):,} conversations (first: record {records[0]})")
+            found.append(f"the chat template leaves out {kind} of {_many(len(records), 'conversation')} (first: record {records[0]})")
         return found
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def encoded(

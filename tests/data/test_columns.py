@@ -110,3 +110,22 @@ def test_a_conversation_in_a_column_of_another_name(tmp_path):
 def test_what_belongs_to_a_conversation_is_read_with_it():
     record = {"prompt": "q", "chosen": "good", "rejected": "bad", "tools": None}
     assert find("a.jsonl", record, record, FieldNames(), None).others == ("rejected",)
+
+
+def test_a_tables_nulls_are_no_schema(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [{"messages": talk, "instruction": None, "output": None}, {"messages": None, "instruction": "a", "output": "b"}]
+    for several in (records, records[::-1]):
+        assert sorted(len(record) for record in read(tmp_path, several)) == [2, 4]
+    nothing = dict.fromkeys(records[0])
+    with pytest.raises(UserError, match="record 1: no list of messages under 'messages', but null"):
+        read(tmp_path, [records[0], nothing])
+    with pytest.raises(UserError, match="record 0: no list of messages under 'messages', but null"):
+        read(tmp_path, [{"messages": None}, {"messages": talk}])
+
+
+def test_conversations_are_known_in_any_case_and_a_column_without_a_name_is_seen(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read(tmp_path, [{"Messages": talk}]) == read(tmp_path, [{"messages": talk}])
+    record = {"": "0", "question": "a", "answer": "b"}
+    assert find("a.csv", record, record, FieldNames(), None).told().endswith("not read: ''")

@@ -16,6 +16,10 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
     [
         {"messages": TALK},
         {"messages": json.dumps(TALK)},
+        {"messages": json.dumps(TALK, indent=1)},
+        {"messages": TALK, "system": None, "system_prompt": ""},
+        {"messages": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                      {"role": "assistant", "content": [{"type": None, "text": "b"}]}]},
         {"messages": [m | {"name": None, "tool_calls": None} for m in TALK], "prompt": "a", "prompt_id": "7"},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"conversation": TALK},
@@ -62,6 +66,15 @@ def test_system_thinking_tools_and_weights():
                 "role": "assistant", "reasoning_content": "hm", "thinking": "hm", "tool_calls": [CALL]
             }  # fmt: skip
             assert found.trained == (True, False)
+
+
+@pytest.mark.parametrize(
+    "record", [{"system_prompt": "s"}, {"system": None, "system_prompt": "s"}, {"system": ["s"], "system_prompt": None}]
+)
+def test_a_system_prompt_alongside_nulls(record):
+    assert read({"messages": TALK} | record).messages[0] == {"role": "system", "content": "s"}
+    with pytest.raises(UserError, match="the record: 'system': expected a text, got an object"):
+        read({"messages": TALK, "system": {"content": "s"}})
 
 
 @pytest.mark.parametrize(

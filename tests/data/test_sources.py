@@ -105,6 +105,7 @@ def test_a_config_with_several_is_written_as_it_is_read(files, tmp_path):
         ("{source: a.jsonl, weight: 2}", r"data\.source: expected a name, .* got {'source'"),
         ("[a.jsonl, {source: b.jsonl, wieght: 2}]", r"data\.source: entry 2 of 2: unknown key wieght: did you mean weight\?"),
         ("[a.jsonl, {source: b.jsonl, weight: 0}]", r"entry 2 of 2: weight = 0: expected"),
+        ("[a.jsonl, {source: b.jsonl, weight: 1e9}]", r"entry 2 of 2: weight = '1e9': expected less than or equal to 1000"),
         ("[a.jsonl, {weight: 2}]", r"entry 2 of 2: source is missing"),
         ("[3]", r"entry 1 of 1: source = 3: expected a valid string"),
     ],

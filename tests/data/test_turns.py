@@ -15,7 +15,7 @@ from moejax.data import chat
 from moejax.data.chat_template import ChatTemplate, TooMuch
 from moejax.data.conversation import read
 from moejax.data.pipeline import load
-from moejax.data.supervision import TalkOptions
+from moejax.data.supervision import TalkOptions, Talks
 from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
@@ -205,7 +205,7 @@ def test_tools():
     tokenizer = make("deepseek")
     found = tokenize(records([[*messages[:1], messages[1] | {"content": "I add."}, *messages[2:]]], tools=[tool]), tokenizer, "chat", 999)
     assert found.talks.left_out == {"tool calls": [0], "tools": [0]}
-    assert "the chat template leaves out tool calls of 1 conversations (first: record 0)" in found.talks.notes()
+    assert "the chat template leaves out tool calls of 1 conversation (first: record 0)" in found.talks.notes()
 
 
 def test_what_a_user_wrote_of_control_tokens_is_text():
@@ -348,6 +348,11 @@ def test_what_is_dropped_is_counted():
     assert (len(found.queries), found.dropped, found.talks.unanswered, found.talks.empty) == (2, 2, [1, 2], [(2, 1), (3, 3)])
     told = found.talks.notes()
     assert told[0].startswith("2 empty turns (first: record 2, message 1)") and "2 conversations have no answer" in told[1]
+    assert Talks(unanswered=[3], empty=[(3, 1)], left_out={"tools": [3]}).notes() == [
+        "1 empty turn (first: record 3, message 1): an empty answer is not trained on",
+        "1 conversation has no answer to train on: dropped (first: record 3)",
+        "the chat template leaves out tools of 1 conversation (first: record 3)",
+    ]
     asked_nothing = tokenize(records([[USER | {"content": ""}, BOT]]), tokenizer, "mistral", 99)
     assert asked_nothing.talks.empty == [(0, 0)] and len(asked_nothing.queries) == 1
     with pytest.raises(UserError, match="no query has a supervised token left: of 1 records 1 have no answer to train on"):
