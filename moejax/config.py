@@ -97,7 +97,10 @@ class DataConfig(Section):
         if self.batching == "pad_bucket" and (not self.buckets or max(self.buckets) < self.max_length):
             raise ValueError(f"buckets = {list(self.buckets)}: the largest must be at least max_length = {self.max_length}")
         if self.template_date is not None:
-            datetime.date.fromisoformat(self.template_date)
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ValueError(f"template_date = {self.template_date!r}: {error}: expected a day, as 2026-03-09") from None
         if isinstance(self.source, tuple) and len(self.source) > 1 and (self.bytes is not None or self.sha256 is not None):
             raise ValueError("bytes and sha256 are of one file, and source has several: remove them (records counts those of all)")
         if self.too_long == "split" and self.template != "text":

@@ -85,7 +85,11 @@ _SETTLED: WeakKeyDictionary[Any, _Settled] = WeakKeyDictionary()
 
 def settle(tokenizer: Any, template: str, variables: dict[str, Any], date: str | None) -> None:
     """From now on this tokenizer's template is rendered with these variables and this day as today (None: today), for training and for
-    use alike. template: `chatml` gives the tokenizer that one. Raises UserError where it lacks ChatML's tokens."""
+    use alike. template: `chatml` gives the tokenizer that one. Raises UserError where it lacks ChatML's tokens, and for a variable that is
+    the conversation's own."""
+    own = sorted({"messages", "add_generation_prompt", "tools"} & variables.keys())
+    if own:
+        raise UserError(f"data.template_args: {own[0]} is given by each conversation: remove it")
     if template == "chatml":
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
         lacking = [token for token in _CHATML_TOKENS if token not in added]

@@ -167,18 +167,19 @@ class ChatTemplate:
 
     def __init__(self, source: str, day: datetime.date) -> None:
         self._environment = _Bounded(day)
-        self.generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         self.dated = "strftime_now" in source
         self._compiled = self._environment.from_string(source)
-        consts = self._environment.parse(source).find_all(nodes.Const)
+        parsed = self._environment.parse(source)
+        consts = parsed.find_all(nodes.Const)
+        self.generation = any(call.name == "_marked" for call in parsed.find_all(nodes.ExtensionAttribute))
         self.constants = frozenset(node.value for node in consts if isinstance(node.value, str))
 
-    def render(self, messages: Sequence[Any], ask: bool, **variables: Any) -> str:
+    def render(self, messages: Sequence[Any], ask: bool, /, **variables: Any) -> str:
         """What it writes of messages; ask: with the beginning of an assistant's turn. Raises jinja2's errors, and whatever else a template
         may raise."""
         return self.marked(messages, ask, **variables)[0]
 
-    def marked(self, messages: Sequence[Any], ask: bool, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
+    def marked(self, messages: Sequence[Any], ask: bool, /, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
         """The same, with where in it the assistant's parts are, if the template says so."""
         self._environment.left = WORK
         text = self._compiled.render(messages=list(messages), add_generation_prompt=ask, **({"tools": None, "documents": None} | variables))

@@ -33,7 +33,7 @@ class TalkOptions(NamedTuple):
 class Talks:
     """What became of conversations. split: of how many each answer is a query of its own, with extra_tokens more than one query of them all
     would have. empty: (record, message) of empty turns. left_out: the records by what the template leaves out of them. end: what ends a
-    turn; appended: whether the end of sequence follows it, as it is no token."""
+    turn; appended: whether the end of sequence follows it, as it is no token. asked_split: by data.turns = split."""
 
     conversations: int = 0
     answers: int = 0
@@ -44,14 +44,20 @@ class Talks:
     left_out: dict[str, list[int]] = field(default_factory=dict)
     end: str = ""
     appended: bool = False
+    asked_split: bool = False
 
     def notes(self) -> list[str]:
         """What a user should know beside the counts."""
         found = []
-        if self.split:
+        if self.split and self.asked_split:
+            found.append(
+                f"each answer of {_many(self.split, 'conversation')} is a query of its own, by data.turns = split: "
+                f"{self.extra_tokens:,} tokens more than one query of them all"
+            )
+        elif self.split:
             found.append(
                 f"in {_many(self.split, 'conversation')} the chat template writes an earlier answer otherwise than at use (it drops its "
-                f"thinking, say): each answer is a query of its own, {self.extra_tokens:,} more tokens (data.turns = whole or last: none)"
+                f"thinking, say): each answer is a query of its own, {self.extra_tokens:,} tokens more (data.turns = whole or last: none)"
             )
         if self.empty:
             record, message = self.empty[0]
@@ -90,7 +96,8 @@ def encoded(
         )
     tokens = text_tokens(tokenizer)
     turns = Turns(tokenizer, tokens, options.turns, options.last_turn, options.roles)
-    talks = Talks(conversations=len(numbered), end=turns.end, appended=turns.end_token is None and not chat.gives_spans(tokenizer))
+    appended = turns.end_token is None and not chat.gives_spans(tokenizer)
+    talks = Talks(conversations=len(numbered), end=turns.end, appended=appended, asked_split=options.turns == "split")
     made: list[tuple[int, Encoded]] = []
     for start in range(0, len(numbered), TOGETHER):
         part = numbered[start : start + TOGETHER]

@@ -65,9 +65,9 @@ class Turns:
         self._tokenizer, self._tokens, self._turns = tokenizer, tokens, turns
         self._last_turn, self._roles = last_turn or turns == "last", frozenset(roles)
         self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
-        self._touchy, self._source = chat.spelled(tokenizer), chat.sources(tokenizer)
         self.seen = Seen()
-        self.end = self._probed_end()
+        self.end = self._probed_end()  # first of all: it reports a template that is broken
+        self._touchy, self._source = chat.spelled(tokenizer), chat.sources(tokenizer)
         self.end_token = tokens.control_at(self.end)
 
     def asked(self, talk: Conversation, index: int, source: str) -> list[int]:
@@ -80,7 +80,8 @@ class Turns:
             )
         found = []
         for number, (message, trained) in enumerate(zip(talk.messages, talk.trained, strict=True)):
-            if not message.get("content", "").strip() and not message.get("tool_calls") and message["role"] != "tool":
+            calls = message.get("tool_calls") and "tool_calls" in self._source  # else the template writes an answer that says nothing
+            if not message.get("content", "").strip() and not calls and message["role"] != "tool":
                 self.seen.empty.append((index, number))
             elif message["role"] in self._roles and trained:
                 found.append(number)
@@ -217,6 +218,11 @@ class Turns:
 
     def _given(self, spans: list[tuple[int, int]], messages: list[Message], asked: list[int], where: str) -> list[tuple[int, int]]:
         """Those of a template's own spans that are asked for."""
+        if not any(end > begin for begin, end in spans):
+            raise UserError(
+                f"{where}: its chat template has {{% generation %}}, and marks nothing of this conversation as the assistant's: mend the "
+                "template, or use another one (data.template = chatml or mistral)"
+            )
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) == len(answers):
             return [span for number, span in zip(answers, spans, strict=True) if number in asked]
