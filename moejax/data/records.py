@@ -49,9 +49,10 @@ def _talk(where: str, record: Record, column: str) -> Record:
     talk = read(record if known else {**record, LISTS[0]: record[column]}, where)
     if talk is None:
         raise UserError(f"{where}: no list of messages under {column!r}, but {_KINDS.get(type(record[column]), 'a text')}{ADVICE}")
-    for number, message in enumerate(talk.messages):
-        for text in texts_in(message, 9):
-            unicode(f"{where}, message {number}", text)
+    places = [(f"{where}, message {number}", message) for number, message in enumerate(talk.messages)]
+    for place, value in [*places, (f"{where}: 'tools'", list(talk.tools or ()))]:
+        for text in texts_in(value, 99, keys=True):
+            unicode(place, text)
     return {"conversation": talk, "answer": record.get("answer")}
 
 
@@ -83,13 +84,15 @@ def unicode(what: str, text: str) -> str:
     return text
 
 
-def texts_in(value: Any, depth: int = 4) -> Iterator[str]:
-    """The texts of a value, of its lists and objects, `depth` of them inside one another."""
+def texts_in(value: Any, depth: int = 4, *, keys: bool = False) -> Iterator[str]:
+    """The texts of a value, of its lists and objects, `depth` of them inside one another. keys: those of objects too."""
     if isinstance(value, str):
         yield value
     elif depth and isinstance(value, dict | list):
+        if keys and isinstance(value, dict):
+            yield from map(str, value)
         for part in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(part, depth - 1)
+            yield from texts_in(part, depth - 1, keys=keys)
 
 
 def blank(text: str) -> bool:

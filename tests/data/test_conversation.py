@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from moejax.config import DataConfig
 from moejax.data.conversation import read
+from moejax.data.sources import load_records
 from moejax.errors import UserError
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -93,3 +95,16 @@ def test_a_system_prompt_alongside_nulls(record):
 def test_a_message_that_is_none_is_named(message, told):
     with pytest.raises(UserError, match=f"a.json, record 3, {told}"):
         read({"messages": [TALK[0], message]}, "a.json, record 3")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"tools": [{"name": "f", "description": "\ud800"}]}, "record 0: 'tools' holds half of a surrogate pair"),
+        ({"messages": [TALK[0], TALK[1] | {"tool_calls": [{"name": "f", "arguments": {"\ud800": 1}}]}]}, "message 1 holds half of a"),
+    ],
+)
+def test_half_a_character_in_tools_and_keys(more, told, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": TALK} | more]))
+    with pytest.raises(UserError, match=told):
+        load_records(DataConfig(source=str(tmp_path / "a.json")))
