@@ -81,6 +81,8 @@ def read(
             raise UserError(f"{given} {name}: no file has such a name (looked for from {Path.cwd()})")
     else:
         files = [name]
+    if (split or "train") != "train" and not folder.is_dir():
+        notes.append(f"{name}: no folder, so its split {split!r} chooses nothing: all is read")
     if check is not None and len(files) > 1:
         raise UserError(f"{name} holds {len(files)} files: data.bytes and data.sha256 are of one file; remove them")
     parts = []
@@ -135,6 +137,8 @@ def _in_folder(folder: Path, split: str, given: str) -> tuple[list[Path], list[s
     if not chosen:
         raise UserError(f"{given} {folder} holds no file of the split {split!r}, by name: it has {_listed(data, folder)}")
     notes = []
+    if split != "train" and not any(of.values()):
+        notes.append(f"{folder}: no file's name has a split, so {split!r} chooses nothing: all are read")
     for others, what in ((data, "of another split, by name"), (inside, "of another kind")):
         left = [path for path in others if path not in chosen and (path in data) == (others is data)]
         if left:

@@ -89,3 +89,11 @@ def test_one_file_of_several_is_named(tmp_path):
         texts(tmp_path)
     with pytest.raises(UserError, match=r"holds 2 files: data\.bytes and data\.sha256 are of one file"):
         places.read(str(tmp_path), None, None, "data.source", lambda name, content: None)
+
+
+def test_a_split_that_chooses_nothing_is_said(tmp_path):
+    write(tmp_path / "a.jsonl", "a")
+    for name, told in ((tmp_path, "no file's name has a split, so 'test'"), (tmp_path / "a.jsonl", "no folder, so its split 'test'")):
+        found = places.read(str(name), None, "test", "data.source")
+        assert len(found.parts) == 1 and told in found.notes[0]
+        assert places.read(str(name), None, "train", "data.source").notes == []
