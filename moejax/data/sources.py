@@ -64,7 +64,8 @@ def load_sources(config: DataConfig, source: str | None = None) -> list[Source]:
     """
     declared = source is None or source == config.source
     asked = config.sources if source is None or declared else (config.model_copy(update={"source": source}).sources)
-    loaded = [_load(one, config, declared=declared, given="data.source" if declared else "--data") for one in asked]
+    given = "data.source" if declared else "data.eval_source" if source == config.eval_source else "--data"
+    loaded = [_load(one, config, declared=declared, given=given) for one in asked]
     count = sum(len(one.records) for one in loaded)
     if declared and config.records is not None and count != config.records:
         raise UserError(f"{config.named} holds {count} records, data.records declares {config.records}: another version of the data?")

@@ -118,6 +118,8 @@ def test_faults_in_a_list_of_sources(source, told):
 def test_one_of_two_is_missing(files, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"lost\.jsonl does not exist \(data\.source: a \.json"):
         load_data(section([files[0], str(tmp_path / "lost.jsonl")]), tokenizer, 0, 512)
+    with pytest.raises(UserError, match=r"lost\.jsonl does not exist \(data\.eval_source: a \.json"):
+        load_data(section(files[0], eval_source=str(tmp_path / "lost.jsonl")), tokenizer, 0, 512)
     with pytest.raises(UserError, match=r"b\.jsonl: weight = 0\.1 of 4 records is less than one an epoch"):
         load_data(section([files[0], {"source": files[1], "weight": 0.1}]), tokenizer, 0, 512)
     with pytest.raises(UserError, match="bytes and sha256 are of one file"):
