@@ -28,10 +28,10 @@ step.make_train_step, step.make_eval_step = cache(step.make_train_step), cache(s
 _compile_profiled = capture.compile_profiled
 
 
-def compile_profiled(lowering):
+def compile_profiled(lowering, options=None):
     """jax keeps an equal step's program. If that came from the folder of compiled ones, a trace would not hold its instructions."""
     lowering._lowering._executable = None
-    return _compile_profiled(lowering)
+    return _compile_profiled(lowering, options)
 
 
 capture.compile_profiled = compile_profiled

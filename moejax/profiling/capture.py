@@ -72,10 +72,10 @@ class Capture:
         self._tracing = True
 
 
-def compile_profiled(lowering: Any) -> Any:
-    """Compile a program (`jax.jit(f).lower(…)`) so that a trace tells its parts."""
+def compile_profiled(lowering: Any, options: dict[str, str | bool] | None = None) -> Any:
+    """Compile a program (`jax.jit(f).lower(…)`) so that a trace tells its parts. options: of the compiler, besides."""
     with whole_programs():
-        return lowering.compile(compiler_options=compiler_options(jax.default_backend()))
+        return lowering.compile(compiler_options=(compiler_options(jax.default_backend()) or {}) | (options or {}) or None)
 
 
 def compiler_options(platform: str) -> dict[str, str | bool] | None:

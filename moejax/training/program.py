@@ -39,6 +39,9 @@ _WHAT_TO_TRY = (
     ("ptxas", _TOOLS),
     ("libdevice", _TOOLS),
 )
+CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+"""Options of the compiler for a program in which Triton finds no tiles for a product: cuBLAS makes them all. Where XLA cannot autotune (no
+card is there) it asks for tiles of 128 tokens on A100, A40 and L4, which a product over several rows of other lengths does not have."""
 _ELSE = "another number of rows (data.batch_rows) or another version of jax (pip install -U jax), and report the message"
 
 
@@ -111,7 +114,12 @@ class TrainProgram:
         start = time.perf_counter()
         try:
             lowering = jax.jit(self._step, donate_argnums=(0,)).lower(*given)
-            executable: Any = compile_profiled(lowering) if self.traced else lowering.compile()
+            try:
+                executable: Any = compile_profiled(lowering) if self.traced else lowering.compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "output tile sizes" not in str(error):
+                    raise
+                executable = compile_profiled(lowering, CUBLAS) if self.traced else lowering.compile(compiler_options=CUBLAS)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             what = f"the step of {self.experiment.name} ({'' if micro == 1 else f'{micro} x '}{counted(rows, 'row')} x {row_tokens} tokens)"
             on = self._device or jax.local_devices()[0].device_kind

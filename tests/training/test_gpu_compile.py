@@ -12,6 +12,7 @@ from moejax.data.batching import Batches
 from moejax.data.tokenize import Query
 from moejax.errors import UserError
 from moejax.estimator import sizes
+from moejax.training import program
 from moejax.training.program import TrainProgram
 
 needs_aot = pytest.mark.skipif(
@@ -35,7 +36,7 @@ def padded(e, longest):
 @pytest.mark.parametrize(
     ("name", "gpu", "rows", "longest", "most_bytes"),
     [("mixtral_8x7b_cs_sparse", "H100", 2, 372, 4e9), ("mixtral_8x7b_cs_sparse", "L4", 8, 75, 4e9),
-     ("blackmamba_2.8b_cs_sparse", "H100", 1, 130, 4e9), ("blackmamba_2.8b_cs_sparse", "L4", 2, 372, 4e9),
+     ("blackmamba_2.8b_cs_sparse", "H100", 1, 130, 4e9), ("blackmamba_2.8b_cs_sparse", "L4", 2, 365, 4e9),
      ("qwen3_30b_a3b_48gb", "A40", 2, 372, 4.6e9)],  # of it 1.2 GB are a layer's dequantized experts
 )  # fmt: skip
 def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest, most_bytes):
@@ -45,8 +46,12 @@ def test_the_step_compiles_at_any_length_of_a_query(name, gpu, rows, longest, mo
 
 
 @needs_aot
-def test_a_compile_that_fails_says_what_and_for_which_device_and_what_to_try():
+def test_a_product_without_tiles_of_tritons_is_cublas_and_a_compile_that_fails_is_one_message(monkeypatch):
+    """Two rows of 372 tokens, which no batch has: what fails, for which device, and what to try."""
     e = experiment("mixtral_8x7b_cs_sparse")
+    made = TrainProgram(e, sizes.architecture_of(e), gpu="H100")
+    assert made.compile(2, 372).peak_bytes < 4e9
+    monkeypatch.setattr(program, "CUBLAS", None)
     with pytest.raises(UserError) as told:
         TrainProgram(e, sizes.architecture_of(e), gpu="H100").compile(2, 372)
     message = str(told.value)

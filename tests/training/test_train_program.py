@@ -64,7 +64,7 @@ def test_what_would_fit_is_said(make_experiment):
      ("UNIMPLEMENTED: custom call", "report the message")],
 )  # fmt: skip
 def test_a_compile_that_fails_is_one_message(message, advice, monkeypatch):
-    def refuse(lowering):
+    def refuse(lowering, options=None):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(program, "compile_profiled", refuse)
