@@ -86,10 +86,13 @@ _SETTLED: WeakKeyDictionary[Any, _Settled] = WeakKeyDictionary()
 def settle(tokenizer: Any, template: str, variables: dict[str, Any], date: str | None) -> None:
     """From now on this tokenizer's template is rendered with these variables and this day as today (None: today), for training and for
     use alike. template: `chatml` gives the tokenizer that one. Raises UserError where it lacks ChatML's tokens, and for a variable that is
-    the conversation's own."""
+    the conversation's own or stands nowhere in the template."""
     own = sorted({"messages", "add_generation_prompt", "tools"} & variables.keys())
     if own:
         raise UserError(f"data.template_args: {own[0]} is given by each conversation: remove it")
+    unread = [name for name in variables if template == "chat" and not re.search(rf"\b{re.escape(name)}\b", sources(tokenizer))]
+    if unread:
+        raise UserError(f"data.template_args: {unread[0]} does not stand in the tokenizer's chat template, so it changes nothing: remove it")
     if template == "chatml":
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
         lacking = [token for token in _CHATML_TOKENS if token not in added]

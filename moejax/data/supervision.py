@@ -211,6 +211,9 @@ def _mistral(numbered: Numbered, tokenizer: Any, source: str) -> tuple[list[tupl
             answer = [*said, tokenizer.eos_token_id]
             ids += asked + answer
             supervised += [False] * len(asked) + [on] * len(answer)
+        if len(prompts) > len(answers):  # a last question that nobody has answered is read, as a chat template has it
+            last = tokens.encode(prompts[-1:])[0]
+            ids, supervised = ids + last, supervised + [False] * len(last)
         talks.answers += sum(trained)
         made.append((index, (ids, np.array(supervised, bool))))
     return made, talks

@@ -21,6 +21,7 @@ from moejax.data import chat
 _NONCE = secrets.token_hex(8)  # nobody's text can hold it
 _GUARDED, _TEMPLATES = "\U0010f8f0", "\U0010f8f1"
 _TAG = re.compile(r"</?[a-z_]+>")
+_OURS = "[\U0010f8f0-\U0010f8f4]"  # all letters that stand for something in this room: chat_template's and turns' too
 _GUARD = re.compile(rf"{_GUARDED}{_NONCE}-(\d+){_GUARDED}")
 
 
@@ -36,9 +37,9 @@ class TextTokens:
         small = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"  # it takes </S> for </s>
         spelled, flags = "|".join(map(re.escape, self.controls)), re.IGNORECASE if small else re.NOFLAG
         self._pattern = re.compile(spelled, flags) if self.controls else None
-        self._hidden = re.compile(f"{spelled}|{_GUARDED}" if self.controls else _GUARDED, flags)
+        self._hidden = re.compile(f"{spelled}|{_OURS}" if self.controls else _OURS, flags)
         own = [text for text in self.controls if not (_TAG.fullmatch(text) and not found[text][1].special)]
-        self._hidden_own = re.compile("|".join([*map(re.escape, own), _GUARDED]), flags)
+        self._hidden_own = re.compile("|".join([*map(re.escape, own), _OURS]), flags)
         self._spellings = list(self.controls)
         self._number = {content: number for number, content in enumerate(self.controls)}
         content = json.loads(backend.to_str())

@@ -64,3 +64,31 @@ def test_arguments_that_are_the_conversations_own():
 def test_a_day_that_is_none():
     with pytest.raises(UserError, match=r"template_date = '2026-13-01': month must be in 1\.\.12: expected a day"):
         load(ROOT / "configs/my_chat.yaml", ["data.template_date=2026-13-01"])
+
+
+def test_an_argument_that_the_template_does_not_read_is_refused():
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+    tokenizer.chat_template = WRITES + "{% if enable_thinking %}x{% endif %}"
+    chat.settle(tokenizer, "chat", {"enable_thinking": False}, None)
+    with pytest.raises(UserError, match=r"data\.template_args: enable_thinkin does not stand in the tokenizer's chat template"):
+        chat.settle(tokenizer, "chat", {"enable_thinkin": False}, None)
+
+
+def test_letters_that_mark_what_is_generated_are_text_in_a_message():
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<a>{% generation %}{{ m.content }}</s>{% endgeneration %}"
+        "{% else %}<u>{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    asked = "x\U0010f8f2never\U0010f8f3y"
+    tokenizer, found = made(marked, [{"role": "user", "content": asked}, TALK[1]])
+    query = found.queries[0]
+    assert tokenizer.decode(query.ids[query.supervised]) == "b</s>" and not found.talks.left_out
+    assert tokenizer.decode(query.ids).startswith("<u>x<unk>never<unk>y</s>")  # tokens of their own, which this tokenizer does not have
+
+
+def test_a_last_question_stays_in_mistrals_turns():
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+    record = {"conversation": read({"messages": [*TALK, {"role": "user", "content": "c"}]})}
+    query = tokenize([record], tokenizer, "mistral", 99).queries[0]
+    assert tokenizer.decode(query.ids) == "[INST] a [/INST]b</s>[INST] c [/INST]"
+    assert tokenizer.decode(query.ids[query.supervised]) == "b</s>"
