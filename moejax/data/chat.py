@@ -92,7 +92,7 @@ def settle(tokenizer: Any, template: str, variables: dict[str, Any], date: str |
         raise UserError(f"data.template_args: {own[0]} is given by each conversation: remove it")
     unread = [name for name in variables if template == "chat" and not re.search(rf"\b{re.escape(name)}\b", sources(tokenizer))]
     if unread:
-        raise UserError(f"data.template_args: {unread[0]} does not stand in the tokenizer's chat template, so it changes nothing: remove it")
+        raise UserError(f"data.template_args: {unread[0]} does not stand in the tokenizer's chat template, and changes nothing: remove")
     if template == "chatml":
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
         lacking = [token for token in _CHATML_TOKENS if token not in added]
