@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,56 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _QUESTION, _ANSWER = "a question", "an answer"  # texts to see what a template writes around them
+
+
+_OPENS = re.compile(r"(?:<(?P<tag>[\w:]*think\w*)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
+
+
+class Opened(NamedTuple):
+    """The thinking that a prompt opens at its end, from `begin` on: `<think>` with white space, as DeepSeek-R1 and QwQ have it."""
+
+    begin: int
+    opener: str
+    closer: str  # with the white space around it that the opener's asks for
+
+
+def opened(text: str, end: int | None = None) -> Opened | None:
+    """What a prompt opens: a text, or one up to `end`."""
+    end = len(text) if end is None else end
+    found = _OPENS.search(text, max(0, end - 60), end)
+    if found is None:
+        return None
+    closer = f"</{found['tag']}>" if found["tag"] else f"[/{found['mark']}]"
+    return Opened(found.start(), found[0].rstrip(), f"\n{closer}\n\n" if found["space"] else closer)
+
+
+def thoughtless(text: str, begin: int) -> bool:
+    """Whether the answer that begins there has no thinking, though its prompt opens one."""
+    opens = opened(text, begin)
+    return opens is not None and text[begin:].lstrip().startswith(opens.closer.strip())
+
+
+def at_use(prompt: str, write: Callable[[str | None], str], said: str, thought: str = "") -> str | None:
+    """A turn as it is at use: its prompt, and what the template writes behind it; None where the prompt is no beginning of that.
+
+    Where the prompt opens a thinking that the template does not close (it strips it, or has no word for it), the answer's thinking stands
+    there, and an empty one (as Qwen3 writes it) where it has none. write: what the template makes of the turn, and with another answer
+    and no thinking. said: the answer, which may begin with its thinking; thought: its thinking, if it lies elsewhere.
+    """
+    whole, opens = write(None), opened(prompt)
+    if opens is None:
+        return whole if whole.startswith(prompt) else None
+    mark, rest = opens.closer.strip(), whole[len(prompt) :]
+    if whole.startswith(prompt) and mark in rest and not rest.lstrip().startswith(opens.opener):
+        return whole
+    before, closed, after = said.partition(mark)
+    if closed:
+        thought, said = before.lstrip().removeprefix(opens.opener), after
+    head, whole = prompt[: opens.begin], write(said.lstrip("\n"))
+    if not whole.startswith(head):
+        return None
+    rest = whole[len(head) :].removeprefix(prompt[opens.begin :])
+    return prompt + thought.strip("\n") + ("" if rest.startswith(mark) else opens.closer) + rest
 
 
 class Turn(NamedTuple):
@@ -39,14 +89,18 @@ def rendered(tokenizer: Any, question: str, answer: str | None = None, where: st
     prompt = applied(tokenizer, asked, True, where)
     if answer is None:
         return Turn(prompt, "")
-    whole = applied(tokenizer, [*asked, {"role": "assistant", "content": answer}], False, where)
-    if not whole.startswith(prompt):
+
+    def write(other: str | None) -> str:
+        return applied(tokenizer, [*asked, {"role": "assistant", "content": answer if other is None else other}], False, where)
+
+    whole = at_use(prompt, write, answer)
+    if whole is None:
         raise UserError(
             f"{_named(tokenizer, where)}: what it writes to ask for an answer ({prompt[-60:]!r} at its end) is not how it begins the same "
             "turn with an answer: where the answer begins is not known. Use data.template = mistral or alpaca, or another chat template"
         )
-    turn = Turn(prompt, whole[len(prompt) :])
-    if _bare(answer) not in _bare(turn.answer):
+    turn, opens = Turn(prompt, whole[len(prompt) :]), opened(prompt)
+    if _bare(answer).removeprefix(opens.opener if opens else "") not in _bare(turn.answer):
         raise UserError(
             f"{_named(tokenizer, where)} does not write this answer as it stands: a part of it would not be learned. "
             "Use data.template = mistral or alpaca, or another chat template"

@@ -27,13 +27,11 @@ SYNTHETIC_ROWS = 1000
 
 @dataclass(frozen=True)
 class Counted:
-    """What came of one source. duplicates: records equal to an earlier one, of this source or another; marked_in: the file in which the
-    first control token was found."""
+    """What came of one source. duplicates: records equal to an earlier one, of this source or another."""
 
     source: Source
     tokenized: Tokenized
     duplicates: int
-    marked_in: str
 
     def counts(self) -> dict[str, str | float]:
         t, lengths = self.tokenized, [len(query.ids) for query in self.tokenized.queries]
@@ -128,14 +126,22 @@ class Dataset:
         t, found = self.tokenized, []
         for one in self.sources:
             found += [f"columns of {one.source.name}: {one.source.columns.told()}", *one.source.notes]
-        found += t.talks.notes() if t.talks else []
+        several = len(self.sources) > 1 or any(len(one.source.parts) > 1 for one in self.sources)
+        files = {kind: f"{name}, " for kind, name in t.files.items()} if several else {}
+        found += t.talks.notes(files) if t.talks else []
+        if t.thoughtless:
+            many = f"{len(t.thoughtless):,} answer{'s have' if len(t.thoughtless) > 1 else ' has'}"
+            found.append(
+                f"the chat template's prompt opens a thinking, and {many} none (first: {files.get('thoughtless', '')}record "
+                f"{t.thoughtless[0]}): an empty one is trained on, after which the model does not think; a thinking lies under "
+                "reasoning_content, or between <think> and </think> at the beginning of an answer"
+            )
         if t.first_marked is not None:
             index, mark = t.first_marked
-            several = len(self.sources) > 1 or any(len(one.source.parts) > 1 for one in self.sources)
-            marked_in = next((f"{one.marked_in}, " for one in self.sources if one.marked_in), "") if several else ""
             kept = "as tokens: data.template = text takes its records as they are written" if t.as_written else "as text"
             many = f"{t.marked:,} record{'s hold' if t.marked > 1 else ' holds'}"
-            found.append(f"{many} control tokens or the template's marks (first: {marked_in}record {index}, {mark!r}): kept, {kept}")
+            first = f"{files.get('marked', '')}record {index}, {mark!r}"
+            found.append(f"{many} control tokens or the template's marks (first: {first}): kept, {kept}")
         if t.end != t.end_of_sequence:
             text = t.end.removesuffix(t.end_of_sequence)
             found.append(
@@ -171,7 +177,7 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Data
             raise UserError(f"data.source: {one.source.name}: weight = {one.source.weight:g} of {n} records is less than one an epoch")
     evaluation, dropped = None, 0
     if held_out:
-        held = added([_tokenized(config, source, tokenizer)[0] for source in held_out])
+        held = added([_tokenized(config, source, tokenizer) for source in held_out])
         check_left(held, "the held-out data", config.max_length)
         evaluation, dropped = Batches(held.queries, config, seed, shuffle=False), held.dropped
     train = Batches(tokenized.queries, config, seed, weights=weights)
@@ -208,20 +214,19 @@ def _content(sources: Sequence[Source]) -> str:
 
 
 def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[str]) -> Counted:
-    tokenized, marked_in = _tokenized(config, source, tokenizer)
+    tokenized = _tokenized(config, source, tokenizer)
     duplicates = 0
     for record in source.records:
         content = records_content([record])
         duplicates += content in seen
         seen.add(content)
-    return Counted(source, tokenized, duplicates, marked_in)
+    return Counted(source, tokenized, duplicates)
 
 
-def _tokenized(config: DataConfig, source: Source, tokenizer: Any) -> tuple[Tokenized, str]:
-    """A source's queries, file by file, and the file with the first control token ("" where there is none)."""
+def _tokenized(config: DataConfig, source: Source, tokenizer: Any) -> Tokenized:
+    """A source's queries, file by file."""
     done = [_of_records(config, part.records, tokenizer, part.name, part.first, whole=False) for part in source.parts]
-    marked_in = next((part.name for part, one in zip(source.parts, done, strict=True) if one.first_marked), "")
-    return (added(done) if done else Tokenized()), marked_in
+    return added(done) if done else Tokenized()
 
 
 def _of_records(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,8 @@ class TalkOptions(NamedTuple):
 class Talks:
     """What became of conversations. split: of how many each answer is a query of its own, with extra_tokens more than one query of them all
     would have. empty: (record, message) of empty turns. left_out: the records by what the template leaves out of them. end: what ends a
-    turn; appended: whether the end of sequence follows it, as it is no token. asked_split: by data.turns = split."""
+    turn; appended: whether the end of sequence follows it, as it is no token. asked_split: by data.turns = split. thoughtless: the record
+    of each answer without thinking whose prompt opens one."""
 
     conversations: int = 0
     answers: int = 0
@@ -42,12 +44,17 @@ class Talks:
     unanswered: list[int] = field(default_factory=list)
     empty: list[tuple[int, int]] = field(default_factory=list)
     left_out: dict[str, list[int]] = field(default_factory=dict)
+    thoughtless: list[int] = field(default_factory=list)
     end: str = ""
     appended: bool = False
     asked_split: bool = False
 
-    def notes(self) -> list[str]:
-        """What a user should know beside the counts."""
+    def noted(self) -> dict[str, Sequence[Any]]:
+        """What of records is told in the notes, by its kind."""
+        return {"empty": self.empty, "unanswered": self.unanswered, **self.left_out}
+
+    def notes(self, files: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+        """What a user should know beside the counts. files: what says of a kind in which file its first is, where there are several."""
         found = []
         if self.split and self.asked_split:
             found.append(
@@ -60,16 +67,15 @@ class Talks:
                 f"thinking, say): each answer is a query of its own, {self.extra_tokens:,} tokens more (data.turns = whole or last: none)"
             )
         if self.empty:
-            record, message = self.empty[0]
-            found.append(
-                f"{_many(len(self.empty), 'empty turn')} (first: record {record}, message {message}): an empty answer is not trained on"
-            )
+            first = "{}record {}, message {}".format(files.get("empty", ""), *self.empty[0])
+            found.append(f"{_many(len(self.empty), 'empty turn')} (first: {first}): an empty answer is not trained on")
         if self.unanswered:
-            first = self.unanswered[0]
+            first = f"{files.get('unanswered', '')}record {self.unanswered[0]}"
             have = f"{_many(len(self.unanswered), 'conversation')} {'has' if len(self.unanswered) == 1 else 'have'}"
-            found.append(f"{have} no answer to train on: dropped (first: record {first})")
+            found.append(f"{have} no answer to train on: dropped (first: {first})")
         for kind, records in self.left_out.items():
-            found.append(f"the chat template leaves out {kind} of {_many(len(records), 'conversation')} (first: record {records[0]})")
+            first = f"{files.get(kind, '')}record {records[0]}"
+            found.append(f"the chat template leaves out {kind} of {_many(len(records), 'conversation')} (first: {first})")
         return found
 
 
@@ -147,6 +153,7 @@ def _encoded_part(
             found = [_masked(sample, own, borders, end) for sample, own in zip(samples, texts, strict=True)]
         whole = [each or _apart(sample, tokens, end) for each, sample in zip(found, samples, strict=True)]
         turns.note_left_out(talk, answers, samples, index)
+        talks.thoughtless += [index for sample in samples for begin, _ in sample.spans if chat.thoughtless(sample.text, begin)]
         talks.answers += len(answers)
         if len(samples) > 1:
             talks.split += 1

@@ -26,7 +26,8 @@ _GUARD = re.compile(rf"{_GUARDED}{_NONCE}-(\d+){_GUARDED}")
 
 
 class TextTokens:
-    """One tokenizer's. controls: its special tokens, and those of its other added tokens that `template_writes`."""
+    """One tokenizer's. controls: its special tokens, and those of its other added tokens that `template_writes`; tags: of the latter those
+    in which an assistant thinks and calls tools."""
 
     def __init__(self, tokenizer: Any, template_writes: str = "") -> None:
         backend = tokenizer.backend_tokenizer
@@ -38,8 +39,8 @@ class TextTokens:
         spelled, flags = "|".join(map(re.escape, self.controls)), re.IGNORECASE if small else re.NOFLAG
         self._pattern = re.compile(spelled, flags) if self.controls else None
         self._hidden = re.compile(f"{spelled}|{_OURS}" if self.controls else _OURS, flags)
-        own = [text for text in self.controls if not (_TAG.fullmatch(text) and not found[text][1].special)]
-        self._hidden_own = re.compile("|".join([*map(re.escape, own), _OURS]), flags)
+        self.tags = frozenset(text for text in self.controls if _TAG.fullmatch(text) and not found[text][1].special)
+        self._hidden_own = re.compile("|".join([*(re.escape(text) for text in self.controls if text not in self.tags), _OURS]), flags)
         self._spellings = list(self.controls)
         self._number = {content: number for number, content in enumerate(self.controls)}
         content = json.loads(backend.to_str())
@@ -79,10 +80,10 @@ class TextTokens:
         """A rendered text as it is read, with what was guarded in it."""
         return _GUARD.sub(lambda found: self._spellings[int(found[1])], rendered)
 
-    def control_in(self, text: str) -> str | None:
-        """The first control token that stands in a text as if it were one."""
-        found = None if self._pattern is None else self._pattern.search(text)
-        return None if found is None else found[0]
+    def control_in(self, text: str, *, own: bool = False) -> str | None:
+        """The first control token that stands in a text as if it were one; own: as in `guard`."""
+        there = () if self._pattern is None else self._pattern.finditer(text)
+        return next((found[0] for found in there if not own or found[0] not in self.tags), None)
 
     def control_at(self, text: str) -> str | None:
         """The control token with which a text begins."""

@@ -40,8 +40,9 @@ class Tokenized:
 
     dropped = blank_answers + blank_questions (nothing is seen of them) + cut_off (nothing of the answer was left) + too_long (by
     data.too_long = drop) + conversations without an answer. cut: shorter than they were; split: kept in several queries. marked: kept,
-    with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked: (record, mark). talks: of
-    conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template `text`).
+    with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked: (record, mark). thoughtless: the
+    record of each answer without thinking whose prompt opens one. files: the file with the first of these, of the marked and of each kind
+    of talks. talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template `text`).
     """
 
     queries: list[Query] = field(default_factory=list)
@@ -54,6 +55,8 @@ class Tokenized:
     split: int = 0
     marked: int = 0
     first_marked: tuple[int, str] | None = None
+    thoughtless: list[int] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     end: str = ""
     end_of_sequence: str = ""
     as_written: bool = False
@@ -111,7 +114,8 @@ def tokenize(
         talk = record.get("conversation")
         if talk is not None:
             talks.append((index, talk))
-            mark = next((found for text in texts_in(list(talk.messages), 9) if (found := _mark_of(text, tokens, marks))), None)
+            said = ((text, message["role"] == "assistant") for message in talk.messages for text in texts_in(message, 9))
+            mark = next((found for text, own in said if (found := _mark_of(text, tokens, marks, own))), None)
             if mark is not None:
                 out.marked += 1
                 out.first_marked = out.first_marked or (index, mark)
@@ -125,9 +129,11 @@ def tokenize(
             if mark is not None:
                 out.marked += 1
                 out.first_marked = out.first_marked or (index, mark)
-    numbered, out.talks, out.end = _queries(kept, talks, tokenizer, template, source, options or TalkOptions())
+    numbered, out.talks, out.end, out.thoughtless = _queries(kept, talks, tokenizer, template, source, options or TalkOptions())
     for _, query in sorted(numbered, key=lambda each: each[0]):
         out.add(query, max_length, too_long)
+    noted = {"marked": out.first_marked, "thoughtless": out.thoughtless, **(out.talks.noted() if out.talks else {})}
+    out.files = {kind: source for kind, found in noted.items() if found}
     if whole:
         check_left(out, source, max_length)
     return out
@@ -151,19 +157,22 @@ def _queries(
     template: str,
     source: str,
     options: TalkOptions,
-) -> tuple[list[tuple[int, Query]], Talks | None, str]:
-    """(record, query) of records of both kinds; and what ends an answer."""
+) -> tuple[list[tuple[int, Query]], Talks | None, str, list[int]]:
+    """(record, query) of records of both kinds; what ends an answer; and the records without a thinking that their prompt opens."""
     found: list[tuple[int, Query]] = []
+    thoughtless: list[int] = []
     seen, end = None, tokenizer.eos_token
     if talks:
         tokens, seen = encoded(talks, tokenizer, template, options, source)
         found = [(index, Query(np.array(ids, np.int32), supervised)) for index, (ids, supervised) in tokens]
+        thoughtless += seen.thoughtless
         end = f"{seen.end}{tokenizer.eos_token}" if seen.appended else text_tokens(tokenizer).control_at(seen.end) or end
     if records:
-        pairs, end = _pairs(records, tokenizer, template, source)
+        pairs, end, bare = _pairs(records, tokenizer, template, source)
+        thoughtless += bare
         made = (Query.after(len(prompt), np.array(prompt + answer, np.int32)) for prompt, answer in pairs)
         found += zip((index for index, _ in records), made, strict=True)
-    return found, seen, end
+    return found, seen, end, thoughtless
 
 
 def prompts(records: Sequence[Record], tokenizer: Any, template: str, source: str = "prompt") -> tuple[list[str], list[list[int]]]:
@@ -185,19 +194,19 @@ def prompts(records: Sequence[Record], tokenizer: Any, template: str, source: st
 
 def _pairs(
     numbered: Sequence[tuple[int, Record]], tokenizer: Any, template: str, source: str
-) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """Token ids of prompts and answers, each answer with its end; and the end."""
+) -> tuple[list[tuple[list[int], list[int]]], str, list[int]]:
+    """Token ids of prompts and answers, each answer with its end; the end; and the records without a thinking that their prompt opens."""
     tokens, eos = text_tokens(tokenizer), [tokenizer.eos_token_id]
     if template == "text":
         texts = [record["text"] for _, record in numbered]
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [([], encoding.ids + eos) for encoding in encodings], tokenizer.eos_token
+        return [([], encoding.ids + eos) for encoding in encodings], tokenizer.eos_token, []
     where = f"{source}, record"
     turns = [render(template, _guarded(tokens, record), tokenizer, f"{where} {index}") for index, record in numbered]
     asked = tokens.encode([prompt for prompt, _ in turns])
     if template not in ("chat", "chatml"):
         answers = tokens.encode([answer for _, answer in turns])
-        return [(prompt, answer + eos) for prompt, answer in zip(asked, answers, strict=True)], tokenizer.eos_token
+        return [(prompt, answer + eos) for prompt, answer in zip(asked, answers, strict=True)], tokenizer.eos_token, []
     end = chat.end_of_turn(tokenizer)
     token = tokens.control_at(end)
     cut = [_ended(answer, end, token, f"{where} {index}") for (index, _), (_, answer) in zip(numbered, turns, strict=True)]
@@ -208,7 +217,9 @@ def _pairs(
         (prompt, (whole[len(prompt) :] if whole[: len(prompt)] == prompt else answer) + tail)
         for prompt, whole, answer in zip(asked, wholes, alone, strict=True)
     ]
-    return pairs, token or f"{end}{tokenizer.eos_token}"
+    shown = zip(numbered, turns, strict=True)
+    thoughtless = [index for (index, _), (prompt, answer) in shown if chat.thoughtless(prompt + answer, len(prompt))]
+    return pairs, token or f"{end}{tokenizer.eos_token}", thoughtless
 
 
 def _ended(answer: str, end: str, token: str | None, where: str) -> str:
@@ -237,11 +248,11 @@ def _marks(template: str, tokenizer: Any) -> tuple[str, ...]:
 
 def _mark_in(record: Record, tokens: TextTokens, marks: tuple[str, ...]) -> str | None:
     """The first control token or mark in a record's texts."""
-    texts = (record.get(name) for name in ("instruction", "input", "output", "text"))
-    return next((found for text in texts if (found := _mark_of(text, tokens, marks))), None)
+    texts = ((record.get(name), name == "output") for name in ("instruction", "input", "output", "text"))
+    return next((found for text, own in texts if (found := _mark_of(text, tokens, marks, own))), None)
 
 
-def _mark_of(text: str | None, tokens: TextTokens, marks: tuple[str, ...]) -> str | None:
+def _mark_of(text: str | None, tokens: TextTokens, marks: tuple[str, ...], own: bool) -> str | None:
     if not text:
         return None
-    return tokens.control_in(text) or next((mark for mark in marks if mark in text), None)
+    return tokens.control_in(text, own=own) or next((mark for mark in marks if mark in text and not (own and mark in tokens.tags)), None)

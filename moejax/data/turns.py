@@ -118,7 +118,8 @@ class Turns:
             return self._tokens.guard(text, own=own)
 
         # What the template has no word for (ids, dates) is left out, so that such messages are plain.
-        known = {key: value for key, value in message.items() if key in ("role", "content") or key in self._source}
+        words = self._source + ("reasoning_content" if "think" in self._source.lower() else "")  # its prompt may open a thinking
+        known = {key: value for key, value in message.items() if key in ("role", "content") or key in words}
         return {key: value if key == "role" else _mapped(value, guard) for key, value in known.items()}
 
     def note_left_out(self, talk: Conversation, asked: list[int], samples: list[Sample], index: int) -> None:
@@ -184,7 +185,8 @@ class Turns:
             prompt = self._write(messages[:number], tools, True, where)[0]
             upto = text if number == len(messages) - 1 else self._write(messages[: number + 1], tools, False, where)[0]
             end = self._end(upto, len(prompt))
-            if upto.startswith(prompt) and text.startswith(upto[:end]) and end > len(prompt):
+            closed = upto == self._at_use(prompt, upto, messages[: number + 1], tools, where)
+            if closed and text.startswith(upto[:end]) and end > len(prompt):
                 spans[number] = (len(prompt), end)
             elif self._turns == "whole":
                 spans[number] = self._as_it_stands(text, prompt, messages[:number], tools, where)
@@ -244,13 +246,24 @@ class Turns:
 
     def _last(self, messages: list[Message], tools: Any, where: str) -> tuple[str, Spans]:
         prompt, text = self._write(messages[:-1], tools, True, where)[0], self._write(messages, tools, False, where)[0]
-        if not text.startswith(prompt):
+        used = self._at_use(prompt, text, messages, tools, where)
+        if used is None:
             raise UserError(
                 f"{where}: what the chat template writes to ask for an answer ({prompt[-60:]!r} at its end) is not how it begins the same "
                 f"turn with an answer ({text[max(0, len(prompt) - 60) : len(prompt) + 20]!r}): where the answer begins is not known. "
                 "Use data.template_args (enable_thinking: false, where the template knows it), or another chat template"
             )
-        return text, {len(messages) - 1: (len(prompt), self._end(text, len(prompt)))}
+        return used, {len(messages) - 1: (len(prompt), self._end(used, len(prompt)))}
+
+    def _at_use(self, prompt: str, text: str, messages: list[Message], tools: Any, where: str) -> str | None:
+        """`text`, which is what the template makes of these messages, as it is at use behind the prompt of the last."""
+        last = messages[-1]
+
+        def write(other: str | None) -> str:
+            bare = {key: value for key, value in last.items() if key not in ("reasoning_content", "thinking")} | {"content": other}
+            return text if other is None else self._write([*messages[:-1], bare], tools, False, where)[0]
+
+        return chat.at_use(prompt, write, last.get("content", ""), last.get("reasoning_content", ""))
 
     def _ended(self, text: str, spans: list[tuple[int, int]], messages: list[Message], asked: list[int]) -> Sample:
         if self.end_token is None and asked[-1] == len(messages) - 1:
@@ -276,6 +289,8 @@ class Turns:
         spans: Spans | None
         if last:
             text, spans = self._last(probe, None, where)
+            if text != self._write(probe, None, False, where)[0]:
+                return None
         else:
             text = self._write(probe, None, False, where)[0]
             spans = self._spans(text, probe, None, [n for n, m in enumerate(probe) if m["role"] in self._roles], where)

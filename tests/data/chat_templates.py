@@ -1,4 +1,13 @@
-"""Chat templates of the shapes that families have, in wording of our own; each with the tokens that it writes."""
+"""Chat templates of the shapes that families have, in wording of our own; each with the tokens that it writes. And conversations."""
+
+import random
+
+from support import ROOT
+from tokenizers import AddedToken
+
+from moejax.data import chat
+from moejax.data.conversation import read
+from moejax.data.tokenizer import load_tokenizer
 
 MISTRAL = """{{ bos_token }}{%- set system = '' %}
 {%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}
@@ -89,6 +98,42 @@ DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' 
 {%- else %}<｜Assistant｜>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<｜Assistant｜>{% endif %}"""
 
+# Prompts that open a thinking: one that the template strips everywhere (DeepSeek-R1, QwQ), writes as it is given in the last turn alone
+# (Nemotron Nano), writes where there is one (MiniMax, Qwen3's thinking models), or closes at once (DeepSeek-V3.1 with thinking).
+R1 = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}
+{%- elif m['role'] == 'user' %}<｜User｜>{{ m['content'] }}
+{%- else %}<｜Assistant｜>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<｜Assistant｜><think>
+{% endif %}"""
+
+NANO = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+
+{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] | trim }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+
+{% endif %}"""
+
+MINIMAX = """{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}
+{%- endfor %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% set said = m.content or '' %}{% set thought = m.reasoning_content or '' %}
+{%- if not thought and '</think>' in said %}
+{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}
+{%- if thought and loop.index0 > last.user %}<think>
+{{ thought }}
+</think>
+
+{% endif %}{{ said }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+V31 = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}
+{%- else %}<｜Assistant｜></think>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"""
+
 PHI = """{% for m in messages %}<|{{ m['role'] }}|>
 {{ m['content'] }}<|end|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>
@@ -110,6 +155,7 @@ PLAIN = """{% for m in messages %}{{ 'Human: ' if m.role == 'user' else 'Bot: ' 
 {% endfor %}{% if add_generation_prompt %}Bot:{% endif %}"""
 
 _TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+_THINK = ("<think>", "</think>")
 _CHATML = ("<|im_start|>", "<|im_end|>")
 # name -> (template, its tokens, those of them that are not special)
 TEMPLATES = {
@@ -119,9 +165,55 @@ TEMPLATES = {
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), ()),
     "harmony": (HARMONY, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), ()),
     "deepseek": (DEEPSEEK, (), ("<｜User｜>", "<｜Assistant｜>")),
+    "r1": (R1, (), ("<｜User｜>", "<｜Assistant｜>", *_THINK)),
+    "nano": (NANO, _CHATML, _THINK),
+    "minimax": (MINIMAX, _CHATML, _THINK),
+    "v31": (V31, (), ("<｜User｜>", "<｜Assistant｜>", *_THINK)),
     "phi": (PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), ()),
     "command": (COMMAND, ("<|START|>", "<|BOT|>", "<|USER|>", "<|SYSTEM|>", "<|SAY|>", "<|SAID|>", "<|OVER|>"), ()),
     "generation": (GENERATION, _CHATML, ()),
     "plain": (PLAIN, (), ()),
 }  # fmt: skip
+# name -> what its prompt opens, and what stands between thinking and answer
+THINKING = {"r1": ("<think>\n", "\n</think>\n\n"), "nano": ("<think>\n\n", "\n</think>\n\n"), "minimax": ("<think>\n", "\n</think>\n\n"),
+            "v31": ("<think>", "</think>")}  # fmt: skip
 SPLIT = ("qwen3", "harmony")  # write an earlier answer otherwise than at use
+DAY = "2026-03-09"
+TODAY = {"date_string": "09 Mar 2026"}
+WORDS = ["Tom", "has", "3", "apples", "12", "pears,", "Ann:", "how", "many?\n\nAnswer", "", "é", "🍎", "<b>x</b>", "{1}", "a_b"]
+
+
+def make(name, base="tiny-mixtral", **variables):
+    template, special, other = TEMPLATES[name]
+    tokenizer = load_tokenizer(str(ROOT / "assets" / base))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special if text not in tokenizer.get_vocab()])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in other])
+    tokenizer.chat_template = template
+    chat.settle(tokenizer, "chat", variables, DAY)
+    return tokenizer
+
+
+def talks(count=12, system=True, seed=3):
+    """Conversations of one to four answers."""
+    draw = random.Random(seed)
+
+    def text():
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, 12))).strip() or "a"
+
+    made = []
+    for _ in range(count):
+        messages = [{"role": "system", "content": text()}] if system and draw.random() < 0.5 else []
+        for _ in range(draw.randint(1, 4)):
+            messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+        made.append(messages)
+    return made
+
+
+def records(conversations, **more):
+    return [{"conversation": read({"messages": messages} | more)} for messages in conversations]
+
+
+def rendered(tokenizer, messages, ask=False, **variables):
+    """By `transformers`."""
+    dated = TODAY if "date_string" in tokenizer.chat_template else {}
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **dated, **variables)

@@ -99,7 +99,7 @@ def test_the_space_before_an_answer_is_the_templates(folder):
         ("{% for m in messages %}{{ m['content'] }", r"record 3 could not be rendered, its line 1 \(TemplateSyntaxError"),
         ("{{ messages[5]['content'] }}", r"record 3 could not be rendered.*UndefinedError"),
         ("{{ messages[0]['content'] + 1 }}", r"record 3 could not be rendered.*TypeError"),
-        ("{{ messages[0]['content'] }}{% if add_generation_prompt %}<think>{% else %}a{% endif %}", r"record 3: .*'.*<think>' at its end"),
+        ("{{ messages[0]['content'] }}{% if add_generation_prompt %}<bot>{% else %}a{% endif %}", r"record 3: .*'.*<bot>' at its end"),
         ([{"name": "rag", "template": "x"}], "record 3 could not be rendered"),
         ("{{ messages[0]['content'] }}:", "record 3 does not write this answer as it stands"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "record 3 does not write this answer as it stands"),

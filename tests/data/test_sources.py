@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data.chat_templates import make
 from support import ROOT
 
 from moejax.config import DataConfig, Experiment, dump, load
@@ -134,3 +135,20 @@ def test_a_file_of_a_folder_in_which_nothing_is_left(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match="no query has a supervised token left: of 1 records 1 have a blank answer"):
         load_data(section(str(tmp_path)), tokenizer, 0, 512)
+
+
+def test_notes_on_records_of_several_files_name_the_file(tmp_path):
+    tokenizer, asked = make("r1"), {"role": "user", "content": "a"}
+    said = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"}
+    bad = [[asked], [asked, said, asked, said | {"content": " "}], [asked, said | {"content": "</s>"}],
+           [asked, said | {"tool_calls": [{"name": "f"}]}]]  # fmt: skip
+    for name, talks in (("a", [[asked, said]]), ("b", [[asked, said], *bad])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    b = f"{tmp_path}/b.jsonl"
+    for source in (str(tmp_path), [f"{tmp_path}/a.jsonl", b]):
+        told = [note for note in load_data(section(source), tokenizer, 0, 512).notes() if "first:" in note]
+        assert [note.split("(first: ")[1].split(")")[0] for note in told] == [
+            f"{b}, record 2, message 3", f"{b}, record 1", f"{b}, record 4", f"{b}, record 3", f"{b}, record 3, '</s>'"
+        ]  # fmt: skip
+    alone = load_data(section(b), tokenizer, 0, 512).notes()
+    assert "1 empty turn (first: record 2, message 3): an empty answer is not trained on" in alone

@@ -2,18 +2,15 @@
 
 import datetime
 import json
-import random
 
 import numpy as np
 import pytest
-from data.chat_templates import SPLIT, TEMPLATES
+from data.chat_templates import DAY, SPLIT, make, records, rendered, talks
 from support import ROOT
-from tokenizers import AddedToken
 
 from moejax.config import DataConfig
 from moejax.data import chat
 from moejax.data.chat_template import ChatTemplate, TooMuch
-from moejax.data.conversation import read
 from moejax.data.pipeline import load
 from moejax.data.supervision import TalkOptions, Talks
 from moejax.data.tokenize import prompts, tokenize
@@ -21,45 +18,6 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 
 BUNDLED = ("tiny-mixtral", "tiny-qwen3-moe", "tiny-blackmamba")
-DAY = "2026-03-09"
-TODAY = {"date_string": "09 Mar 2026"}
-WORDS = ["Tom", "has", "3", "apples", "12", "pears,", "Ann:", "how", "many?\n\nAnswer", "", "é", "🍎", "<b>x</b>", "{1}", "a_b"]
-
-
-def make(name, base="tiny-mixtral", **variables):
-    template, special, other = TEMPLATES[name]
-    tokenizer = load_tokenizer(str(ROOT / "assets" / base))
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special if text not in tokenizer.get_vocab()])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in other])
-    tokenizer.chat_template = template
-    chat.settle(tokenizer, "chat", variables, DAY)
-    return tokenizer
-
-
-def talks(count=12, system=True, seed=3):
-    """Conversations of one to four answers."""
-    draw = random.Random(seed)
-
-    def text():
-        return " ".join(draw.choices(WORDS, k=draw.randint(1, 12))).strip() or "a"
-
-    made = []
-    for _ in range(count):
-        messages = [{"role": "system", "content": text()}] if system and draw.random() < 0.5 else []
-        for _ in range(draw.randint(1, 4)):
-            messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
-        made.append(messages)
-    return made
-
-
-def records(conversations, **more):
-    return [{"conversation": read({"messages": messages} | more)} for messages in conversations]
-
-
-def rendered(tokenizer, messages, ask=False, **variables):
-    """By `transformers`."""
-    dated = TODAY if "date_string" in tokenizer.chat_template else {}
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **dated, **variables)
 
 
 def by_renderings(tokenizer, messages, end):
@@ -329,8 +287,8 @@ def test_templates_that_do_not_serve():
     chat.settle(tokenizer, "chatml", {}, None)
     query = tokenize(records([[USER, BOT]]), tokenizer, "chatml", 99).queries[0]
     assert tokenizer.decode(query.ids).startswith("<|im_start|>user\na<|im_end|>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    with pytest.raises(UserError, match=r"a\.json, record 0: what the chat template writes to ask for an answer .*<think>' at its end"):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    with pytest.raises(UserError, match=r"a\.json, record 0: what the chat template writes to ask for an answer .*<bot>' at its end"):
         tokenize(records([[USER, BOT]]), tokenizer, "chat", 99, "a.json")
 
 
