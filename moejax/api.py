@@ -84,7 +84,7 @@ class LanguageModel:
         top_k: int | None = None, seed: int = 0, stop: Sequence[str] = (),
     ) -> str:  # fmt: skip
         """Answer a message, or a conversation `[{"role": "user", "content": …}, …]`, put into the template that the model was trained
-        with (a conversation needs chat, chatml or mistral). Otherwise as `generate`."""
+        with (a conversation has no form in text). Otherwise as `generate`."""
         if isinstance(messages, str):
             if self.template == "text":
                 raise UserError("this model was trained with data.template = text, which has no instructions: use generate")

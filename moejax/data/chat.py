@@ -119,7 +119,7 @@ def _named(tokenizer: Any, where: str) -> str:
 
 
 _NONE = (
-    "data.template = chat: this tokenizer has no chat template: use data.template = mistral, alpaca (questions and answers alone) or "
+    "data.template = chat: this tokenizer has no chat template: use data.template = mistral, alpaca or "
     "chatml (a tokenizer that has its tokens), or another tokenizer"
 )
 _ONE = (
@@ -232,14 +232,16 @@ def literals(tokenizer: Any) -> str:
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """What the template writes behind an answer, without the white space around it. Raises UserError as `rendered` does."""
+    """What the template writes behind an answer, without the white space around it, nor the end of sequence behind something else. Raises
+    UserError as `rendered` does."""
     prompt, answer = rendered(tokenizer, _QUESTION, _ANSWER)
     if _bare(_QUESTION) not in _bare(prompt):
         raise UserError(
             f"{_named(tokenizer, '')} does not write a user's message (it asks for an answer with {prompt[-60:]!r}). "
             "Use data.template = mistral or alpaca, or another chat template"
         )
-    return answer.rpartition(_ANSWER)[2].strip() if _ANSWER in answer else ""
+    end = answer.rpartition(_ANSWER)[2].strip() if _ANSWER in answer else ""
+    return end.removesuffix(tokenizer.eos_token).strip() or end
 
 
 # What looks like a mark of a template, be it a token or not: <|im_end|>, </s>, [/INST], ### Response:

@@ -12,6 +12,7 @@ import numpy as np
 from moejax.data import chat
 from moejax.data.borders import Borders
 from moejax.data.conversation import Conversation
+from moejax.data.templates import asked
 from moejax.data.text_tokens import TextTokens, text_tokens
 from moejax.data.turns import Sample, Turns
 from moejax.errors import UserError
@@ -88,17 +89,17 @@ def encoded(
 ) -> tuple[list[tuple[int, Encoded]], Talks]:
     """(record, tokens) of what is trained on, in order; and what became of the conversations. Raises UserError for a conversation that the
     template refuses or has no form for, by its number."""
-    if template == "mistral":
+    if template in ("mistral", "alpaca"):
         if options != TalkOptions():
             raise UserError(
-                f"{source}: data.template = mistral trains on every answer of whole conversations: remove data.turns and data.train_on, or "
+                f"{source}: data.template = {template} trains on every answer of whole conversations: remove data.turns and data.train_on, or "
                 "use data.template=chat"
             )
-        return _mistral(numbered, tokenizer, source)
+        return _plain(numbered, tokenizer, template, source)
     if template not in ("chat", "chatml"):
         raise UserError(
             f"{source}, record {numbered[0][0]}: a conversation, and data.template = {template} has no form for its turns: use chat (the "
-            "tokenizer's own template), chatml or mistral"
+            "tokenizer's own template), chatml, mistral or alpaca"
         )
     tokens = text_tokens(tokenizer)
     turns = Turns(tokenizer, tokens, options.turns, options.last_turn, options.roles)
@@ -119,12 +120,12 @@ def prompt_of_talk(talk: Conversation, tokenizer: Any, template: str, where: str
     if template in ("chat", "chatml"):
         text = Turns(tokenizer, tokens).prompt(talk.messages, talk.tools, where)
         return tokens.shown(text), tokens.encode([text])[0]
-    if template != "mistral":
+    if template not in ("mistral", "alpaca"):
         raise UserError(f"{where}: data.template = {template} has no form for a conversation's turns")
     text, ids = "", []
-    for number, said in _turns_of(talk, where):
+    for number, said, system in _turns_of(talk, template, where):
         answer = talk.messages[number]["role"] == "assistant"
-        part = tokens.guard(said) if answer else f"[INST] {tokens.guard(said)} [/INST]"
+        part = tokens.guard(said) if answer else asked(template, tokens.guard(said), tokens.guard(system), first=not ids)
         text += part + (tokenizer.eos_token if answer else "")
         ids += tokens.encode([part])[0] + ([tokenizer.eos_token_id] if answer else [])
     return tokens.shown(text), ids
@@ -133,14 +134,14 @@ def prompt_of_talk(talk: Conversation, tokenizer: Any, template: str, where: str
 def _encoded_part(
     part: Numbered, tokenizer: Any, tokens: TextTokens, turns: Turns, options: TalkOptions, source: str, talks: Talks
 ) -> Iterator[tuple[int, Encoded]]:
-    asked, rendered = [], []
+    trained, rendered = [], []
     for index, talk in part:
         answers = turns.asked(talk, index, source)
-        asked.append(answers)
+        trained.append(answers)
         rendered.append(turns.samples(talk, answers, index, source) if answers else [])
     ids = iter(tokens.encode([sample.text for samples in rendered for sample in samples]))
     borders, end = Borders(tokens), tokenizer.eos_token_id
-    for (index, talk), answers, samples in zip(part, asked, rendered, strict=True):
+    for (index, talk), answers, samples in zip(part, trained, rendered, strict=True):
         if not answers:
             talks.unanswered.append(index)
             continue
@@ -195,17 +196,17 @@ def _apart(sample: Sample, tokens: TextTokens, end: int) -> Encoded:
     return ids + tail, np.array(trained + [True] * len(tail), bool)
 
 
-def _mistral(numbered: Numbered, tokenizer: Any, source: str) -> tuple[list[tuple[int, Encoded]], Talks]:
-    """`[INST] question [/INST]answer</s>`, turn after turn; what the system says stands before the first question."""
+def _plain(numbered: Numbered, tokenizer: Any, template: str, source: str) -> tuple[list[tuple[int, Encoded]], Talks]:
+    """`[INST] question [/INST]answer</s>`, or Alpaca's, turn after turn; what the system says stands before the first question."""
     tokens, talks = text_tokens(tokenizer), Talks(conversations=len(numbered), end=tokenizer.eos_token)
     made = []
     for index, talk in numbered:
         prompts, answers, trained = [], [], []
-        for number, text in _turns_of(talk, f"{source}, record {index}"):
+        for number, text, system in _turns_of(talk, template, f"{source}, record {index}"):
             if not text.strip():
                 talks.empty.append((index, number))
             if talk.messages[number]["role"] != "assistant":
-                prompts.append(f"[INST] {tokens.guard(text)} [/INST]")
+                prompts.append(asked(template, tokens.guard(text), tokens.guard(system), first=not prompts))
             else:
                 answers.append(tokens.guard(text))
                 trained.append(talk.trained[number] and bool(text.strip()))
@@ -214,10 +215,10 @@ def _mistral(numbered: Numbered, tokenizer: Any, source: str) -> tuple[list[tupl
             continue
         ids: list[int] = []
         supervised: list[bool] = []
-        for asked, said, on in zip(tokens.encode(prompts), tokens.encode(answers), trained, strict=False):
+        for question, said, on in zip(tokens.encode(prompts), tokens.encode(answers), trained, strict=False):
             answer = [*said, tokenizer.eos_token_id]
-            ids += asked + answer
-            supervised += [False] * len(asked) + [on] * len(answer)
+            ids += question + answer
+            supervised += [False] * len(question) + [on] * len(answer)
         if len(prompts) > len(answers):  # a last question that nobody has answered is read, as a chat template has it
             last = tokens.encode(prompts[-1:])[0]
             ids, supervised = ids + last, supervised + [False] * len(last)
@@ -226,19 +227,20 @@ def _mistral(numbered: Numbered, tokenizer: Any, source: str) -> tuple[list[tupl
     return made, talks
 
 
-def _turns_of(talk: Conversation, where: str) -> Iterator[tuple[int, str]]:
-    """(message, text) of questions and answers in turn. Raises UserError for what the template mistral has no form for."""
+def _turns_of(talk: Conversation, template: str, where: str) -> Iterator[tuple[int, str, str]]:
+    """(message, text, what the system says before it) of questions and answers in turn. Raises UserError for what the templates mistral and
+    alpaca have no form for."""
     system, expected = "", "user"
     for number, message in enumerate(talk.messages):
         role = message["role"]
         if role in ("system", "developer") and number == 0:
-            system = f"{message.get('content', '')}\n\n"
+            system = message.get("content", "")
             continue
         if role != expected or message.get("tool_calls") or talk.tools:
             what = "a tool call" if message.get("tool_calls") else "tools" if talk.tools else f"the role {role!r}"
             raise UserError(
-                f"{where}, message {number}: {what}, where data.template = mistral expects {expected!r} (users and the assistant "
+                f"{where}, message {number}: {what}, where data.template = {template} expects {expected!r} (users and the assistant "
                 "in turn, one system message before them): use data.template=chat, the tokenizer's own template"
             )
-        yield number, system + message.get("content", "")
+        yield number, message.get("content", ""), system
         system, expected = "", "assistant" if role == "user" else "user"

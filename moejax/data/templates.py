@@ -7,6 +7,9 @@ from typing import Any
 from moejax.data import chat
 from moejax.data.records import Record
 
+_HEAD = "Below is an instruction that describes a task"
+_TAIL = "Write a response that appropriately completes the request."
+
 
 def render(template: str, record: Record, tokenizer: Any, where: str = "") -> tuple[str, str]:
     """(prompt, answer). Nothing stands before the prompt; but for `chat`, an answer's end is appended as a token later.
@@ -31,16 +34,23 @@ def prompt_of(template: str, record: Record, tokenizer: Any, where: str = "") ->
     return chat.rendered(tokenizer, _question(record), None, where).prompt if template in ("chat", "chatml") else ""
 
 
+def asked(template: str, question: str, system: str, first: bool) -> str:
+    """A question of a conversation, in `mistral` or `alpaca`; first: with what the system says, in the place of Alpaca's first lines. Later
+    ones stand behind the answer before them, as LLaMA-Factory has it."""
+    if template == "mistral":
+        return "[INST] " + "\n\n".join(text for text in (system, question) if text) + " [/INST]"
+    head = (system or f"{_HEAD}. {_TAIL}") if first else ""
+    return f"{head}\n\n### Instruction:\n{question}\n\n### Response:\n"
+
+
 def _question(record: Record) -> str:
     return f"{record['instruction']}\n{record['input']}" if record["input"] else str(record["instruction"])
 
 
 def _alpaca(record: Record) -> str:
-    head = "Below is an instruction that describes a task"
-    tail = "Write a response that appropriately completes the request.\n\n"
     if record["input"]:
         return (
-            f"{head}, paired with an input that provides further context. {tail}"
+            f"{_HEAD}, paired with an input that provides further context. {_TAIL}\n\n"
             f"### Instruction:\n{record['instruction']}\n\n### Input:\n{record['input']}\n\n### Response:\n"
         )
-    return f"{head}. {tail}### Instruction:\n{record['instruction']}\n\n### Response:\n"
+    return asked("alpaca", record["instruction"], "", first=True)

@@ -152,13 +152,15 @@ class Turns:
             return chat.end_of_turn(self._tokenizer)
         same = next((at for at, (a, b) in enumerate(zip_longest(middle, last)) if a != b), len(last))
         if same < len(last):
-            # Two control tokens may begin alike.
-            same = max((end for end, begin in self._tokens.controls_in(last) if end <= same), default=0)
+            # Two control tokens may begin alike, or one like the text that follows.
+            controls = self._tokens.controls_in(last)
+            cut = next((begin for end, begin in controls if begin <= same < end), 0)
+            same = max((end for end, _ in controls if end <= same), default=cut)
         return (last[:same] if last[:same].strip() else last).strip()
 
     def _end(self, text: str, begin: int) -> int:
         """Where a turn ends whose answer begins there, in a text that ends with it: behind the mark, without white space."""
-        at = text.rfind(self.end, begin) if self.end_token else -1
+        at = text.rfind(self.end, begin) if self.end else -1
         return at + len(self.end) if at >= 0 else max(len(text.rstrip()), begin)
 
     def _whole(self, messages: list[Message], tools: Any, asked: list[int], where: str) -> Sample | None:

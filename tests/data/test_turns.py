@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from data.chat_templates import DAY, SPLIT, make, records, rendered, talks
+from data.chat_templates import DAY, SPLIT, TEMPLATES, make, records, rendered, talks
 from support import ROOT
 
 from moejax.config import DataConfig
 from moejax.data import chat
 from moejax.data.chat_template import ChatTemplate, TooMuch
+from moejax.data.ends import Ends, ends_of
 from moejax.data.pipeline import load
 from moejax.data.supervision import TalkOptions, Talks
 from moejax.data.tokenize import prompts, tokenize
@@ -144,6 +145,19 @@ def test_an_end_that_is_no_token_is_followed_by_the_end_of_sequence():
     assert tokenizer.decode(query.ids[query.supervised]) == " b b</s>"
 
 
+def test_an_end_by_the_template_that_is_no_token_ends_a_turn_once():
+    """Phi's on a tokenizer without its `<|end|>`: the text, and one end of sequence, in a conversation and in a question and its answer."""
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+    tokenizer.chat_template = TEMPLATES["phi"][0]
+    found = tokenize(records([[USER, BOT] * 2]), tokenizer, "chat", 99)
+    (query,) = found.queries
+    assert tokenizer.decode(query.ids) == ("<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n" * 2).rstrip() + "</s>"
+    assert tokenizer.decode(query.ids[query.supervised]) == "b<|end|>b<|end|></s>"
+    alone = tokenize([{"instruction": "a", "input": "", "output": "b"}], tokenizer, "chat", 99).queries[0]
+    assert tokenizer.decode(alone.ids[alone.supervised]) == "b<|end|></s>"
+    assert ends_of(tokenizer, "chat") == Ends((tokenizer.eos_token_id,), "<|end|>")
+
+
 def test_tools():
     """Calls and results where the template has them; what it leaves out is counted, and named."""
     call = {"type": "function", "function": {"name": "sum_up", "arguments": '{"x": 1}'}}
@@ -229,6 +243,21 @@ def test_the_template_mistral():
     assert all((a == b).all() for a, b in zip(query, alone, strict=True))
 
 
+def test_the_template_alpaca():
+    """The first turn as a question and its answer have it; later ones behind it, each answer with the end of sequence."""
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+    turn = "### Instruction:\n{}\n\n### Response:\n{}</s>"
+    alone = tokenize([{"instruction": "a", "input": "", "output": "b"}], tokenizer, "alpaca", 999).queries[0]
+    for system in ("", "s"):
+        messages = [{"role": "system", "content": system}, USER, BOT, USER | {"content": "c"}, BOT | {"content": "d"}]
+        query = tokenize(records([messages]), tokenizer, "alpaca", 999).queries[0]
+        head = system or tokenizer.decode(alone.ids).split("\n\n")[0]
+        assert tokenizer.decode(query.ids) == f"{head}\n\n{turn.format('a', 'b')}\n\n{turn.format('c', 'd')}"
+        assert tokenizer.decode(query.ids[query.supervised]) == "b</s>d</s>"
+        assert prompts(records([messages[:4]]), tokenizer, "alpaca")[1][0] == query.ids[:-2].tolist()
+    assert query.ids.tolist() != alone.ids.tolist() == tokenize(records([[USER, BOT]]), tokenizer, "alpaca", 999).queries[0].ids.tolist()
+
+
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -239,7 +268,8 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ("gemma", "chat", [USER, USER, BOT], "a.json, record 1 could not be rendered.*must take turns.*roles are user, user, assistant"),
         ("gemma", "chat", [{"role": "system", "content": "s"}, USER, BOT], "record 1 could not be rendered.*no system role"),
         ("qwen3", "mistral", [USER, USER, BOT], "record 1, message 1: the role 'user', where data.template = mistral expects 'assistant'"),
-        ("qwen3", "alpaca", [USER, BOT], "record 0: a conversation, and data.template = alpaca has no form for its turns"),
+        ("qwen3", "alpaca", [BOT], "record 1, message 0: the role 'assistant', where data.template = alpaca expects 'user'"),
+        ("qwen3", "text", [USER, BOT], "record 0: a conversation, and data.template = text has no form for its turns"),
     ],
 )
 def test_a_conversation_that_is_refused_is_named(name, template, messages, told):
