@@ -43,11 +43,20 @@ class Columns(NamedTuple):
         """Those that every record has."""
         return tuple(name for name in (self.instruction, self.output, self.text, self.messages) if name is not None)
 
+    @property
+    def kind(self) -> str:
+        """What a record is."""
+        return "a conversation" if self.messages else "a whole text" if self.text else "a question and its answer"
+
+    @property
+    def read(self) -> str:
+        """Which they are."""
+        return ", ".join(f"{part}: {name!r}" for part, name in self._asdict().items() if part not in ("others", "named") and name)
+
     def told(self) -> str:
-        """Which they are, for a note."""
-        read = [f"{part}: {name!r}" for part, name in self._asdict().items() if part not in ("others", "named") and name]
+        """The same for a note, with those that are not read."""
         rest = f"; not read: {', '.join(map(_shown, self.others[:6]))}{' …' * (len(self.others) > 6)}" if self.others else ""
-        return f"{', '.join(read)} ({'data.fields' if self.named else 'by name; data.fields names others'}){rest}"
+        return f"{self.read} ({'data.fields' if self.named else 'by name; data.fields names others'}){rest}"
 
 
 def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, template: str | None) -> Columns:
@@ -81,10 +90,14 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
         question, answer = _other_half(where, record, fields, known)
     else:
         listed = next((column for name in conversation.LISTS if (column := known(name))), None)
-        talk = conversation.key_of(record) or (listed if listed and isinstance(record[listed], list) else None)
-        asked = _texts(record, "instruction", "output") or (talk == "completion" and _texts(record, "prompt", "completion"))
-        if talk is not None and not asked:
-            return _made(record, fields, messages=talk)
+        talk = conversation.key_of(record)
+
+        def texts(*names: str) -> bool:
+            """Whether all of these are: then they are a question and its answer, whatever else the record has."""
+            return all(isinstance(record.get(known(name)), str) for name in names)
+
+        if talk is not None and not texts("instruction", "output") and not (talk == "completion" and texts("prompt", "completion")):
+            return _made(record, fields, messages=known(talk))
         if listed and record[listed] is None and not any(known(question) and known(answer) for question, answer in PAIRS):
             return _made(record, fields, messages=listed)  # whoever judges the record says that it is null
         question, answer = _pair(where, record, known)
@@ -99,15 +112,11 @@ def _by_name(columns: Iterable[Any]) -> dict[str, list[str]]:
     return found
 
 
-def _texts(record: dict[str, Any], *names: str) -> bool:
-    """Whether all of these are texts: then they are a question and its answer, whatever else the record has."""
-    return all(isinstance(record.get(name), str) for name in names)
-
-
 def _made(record: dict[str, Any], fields: FieldNames, **parts: str | None) -> Columns:
     named = any(value is not None for value in fields.model_dump().values())
-    read = {*parts.values(), *(conversation.ALONGSIDE if parts.get("messages") else ())}
-    return Columns(**parts, others=tuple(str(name) for name in record if name not in read), named=named)
+    along = conversation.ALONGSIDE if parts.get("messages") else ()
+    others = (name for name in map(str, record) if name not in parts.values() and name.strip().lower() not in along)
+    return Columns(**parts, others=tuple(others), named=named)
 
 
 def _pair(where: str, record: dict[str, Any], known: Any) -> tuple[str, str]:

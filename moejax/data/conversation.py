@@ -17,12 +17,13 @@ from moejax.errors import UserError
 Message = dict[str, Any]
 
 LISTS = ("messages", "conversations", "conversation")  # keys under which a whole conversation lies
-ALONGSIDE = ("prompt", "tools", "system", "system_prompt")  # keys of the same record that belong to it
+ALONGSIDE = ("prompt", "tools", "functions", "system", "system_prompt")  # keys of the same record that belong to it
+KEYS = frozenset((*LISTS, "completion", "chosen", *ALONGSIDE))  # known in any case
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLE = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-    "function_call": "assistant", "tool_call": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
-    "tool_response": "tool", "ipython": "tool",
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "bot": "assistant", "model": "assistant", "ai": "assistant", "function_call": "assistant", "tool_call": "assistant",
+    "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is a call as JSON
 _TEXT_PARTS = ("text", "input_text", "output_text")  # the last two: of OpenAI's Responses
@@ -42,7 +43,9 @@ class Conversation(NamedTuple):
 
 
 def key_of(record: dict[str, Any]) -> str | None:
-    """The key that makes a record a conversation, if any: a list of messages, or a prompt with its completion or chosen answer."""
+    """The key that makes a record a conversation, if any, as it is known: a list of messages, or a prompt with its completion or chosen
+    answer."""
+    record = _spelled(record)
     for key in LISTS:
         value = record.get(key)
         if isinstance(value, list) or (isinstance(value, str) and re.match(r"\s*\[\s*\{", value)):
@@ -53,6 +56,16 @@ def key_of(record: dict[str, Any]) -> str | None:
     return None
 
 
+def _spelled(record: dict[str, Any]) -> dict[str, Any]:
+    """With the keys of a conversation as they are known, where they stand in it in another case."""
+    known = {key: spelled for key in record if (spelled := str(key).strip().lower()) in KEYS}
+    if all(key == spelled for key, spelled in known.items()):
+        return record
+    made = Repeated({known[key]: record[key] for key in known if key == known[key] or known[key] not in record})
+    made.keys_twice = frozenset(known.get(key, key) for key in getattr(record, "keys_twice", ()))
+    return made
+
+
 def read(record: dict[str, Any], where: str = "the record") -> Conversation | None:
     """The conversation of a record, or None where it is none by its keys.
 
@@ -61,6 +74,7 @@ def read(record: dict[str, Any], where: str = "the record") -> Conversation | No
     or one as JSON) and `system`, if any. where: begins every error. Raises UserError that names the message, what it is, and what is
     expected.
     """
+    record = _spelled(record)
     key = key_of(record)
     if key is None:
         return None
@@ -73,10 +87,16 @@ def read(record: dict[str, Any], where: str = "the record") -> Conversation | No
         trained.append(loss)
     given = next((name for name in ("system", "system_prompt") if record.get(name)), None)  # a table fills the other with null
     system = "" if given is None else _content(record[given], f"{where}: {given!r}")
-    if system.strip() and (not messages or messages[0]["role"] not in ("system", "developer")):
+    first = messages[0] if messages and messages[0]["role"] in ("system", "developer") else None
+    if first is not None and system.strip() not in ("", first.get("content", "").strip()):
+        raise UserError(
+            f"{where}: its {given!r} ({_cut(system)}) is another than what the system says in {key!r} ({_cut(first.get('content', ''))}): "
+            "only one can be read: remove the other"
+        )
+    if first is None and system.strip():
         messages.insert(0, {"role": "system", "content": system})
         trained.insert(0, True)
-    return Conversation(tuple(messages), _tools(record.get("tools"), where), tuple(trained))
+    return Conversation(tuple(messages), _tools(record.get("tools") or record.get("functions"), where), tuple(trained))
 
 
 def _listed(record: dict[str, Any], key: str, where: str) -> Iterable[tuple[Any, str | None]]:
@@ -109,6 +129,10 @@ def _begins(asked: list[tuple[Any, str | None]], answer: list[tuple[Any, str | N
     return texts[1][: len(asked)] == texts[0]
 
 
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]} …")
+
+
 def _kind(value: Any) -> str:
     return {type(None): "null", str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list",
             dict: "an object"}.get(type(value), f"a {type(value).__name__}")  # fmt: skip
@@ -127,12 +151,13 @@ def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]
     if not isinstance(said, str):
         has = ", ".join(map(str, given)) or "nothing"
         raise UserError(f"{where}: no 'role' (or 'from') in it (it has {has}): expected {', '.join(ROLES)}")
-    role = _ROLE.get(said, said)
+    spelled = said.strip().lower()
+    role = _ROLE.get(spelled, spelled)
     if role not in ROLES:
         raise UserError(f"{where}: the role {said!r} is unknown: expected {', '.join(ROLES)} (or ShareGPT's human, gpt, …)")
     content = given.get("content", given.get("value"))
     made: Message = {"role": role}
-    if said in _CALLS:
+    if spelled in _CALLS:
         made["tool_calls"] = _calls(_content(content, where), where)
     elif content is not None:  # else the key is missing, as `transformers` has it: templates know that case
         made["content"] = _content(content, where)

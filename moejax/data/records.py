@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moejax.data.columns import NAMED, Columns
-from moejax.data.conversation import LISTS, read
+from moejax.data.conversation import KEYS, LISTS, read
 from moejax.data.parsing import Repeated
 from moejax.errors import UserError
 
@@ -45,7 +45,7 @@ def _talk(where: str, record: Record, column: str) -> Record:
     """A conversation in `column`, which may be a name of the user's."""
     if column not in record:
         raise UserError(f"{where}: no conversation under {column!r} (it has {', '.join(map(_shown, record)) or 'no keys'}){ADVICE}")
-    known = column in (*LISTS, "completion", "chosen")
+    known = column.strip().lower() in KEYS
     talk = read(record if known else {**record, LISTS[0]: record[column]}, where)
     if talk is None:
         raise UserError(f"{where}: no list of messages under {column!r}, but {_KINDS.get(type(record[column]), 'a text')}{ADVICE}")

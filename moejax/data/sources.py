@@ -90,8 +90,8 @@ def of_records(records: Sequence[object], config: DataConfig, name: str = "recor
 def _judged(
     parts: Sequence[places.Part], name: str, fields: FieldNames, template: str | None
 ) -> tuple[Columns, tuple[Part, ...], list[str]]:
-    """The columns of a source, and its records, each judged. A record of another schema that is known too is read by its own columns; how
-    many such there are, and where the first is, are the notes. Raises UserError."""
+    """The columns of a source, and its records, each judged. A record with other columns that are known too is read by them; how many such
+    there are, and where the first is, are the notes. Raises UserError, also for one of another kind than its file's first."""
     first = next((part for part in parts if part.records), None)
     if first is None:
         raise UserError(f"{name} holds no records")
@@ -114,7 +114,16 @@ def _judged(
 
     made = []
     for part in parts:
-        records = [judged(part.name, n, record, own(f"{part.name}, record {n}", record)) for n, record in enumerate(part.records)]
+        records, begun = [], columns
+        for n, record in enumerate(part.records):
+            found = own(f"{part.name}, record {n}", record)
+            begun = begun if n else found
+            if found.kind != begun.kind:
+                raise UserError(
+                    f"{part.name}, record {n}: {found.kind} ({found.read}), where record 0 is {begun.kind} ({begun.read}): put the two "
+                    "into files of their own, and give both: data.source='[ONE, OTHER]'"
+                )
+            records.append(judged(part.name, n, record, found))
         made.append(Part(part.name, records))
     return columns, tuple(made), [
         f"mixed schemas: {len(where):,} of {sum(len(part.records) for part in parts):,} records with other columns, {other.told()}, first "

@@ -92,8 +92,8 @@ def encoded(
     if template in ("mistral", "alpaca"):
         if options != TalkOptions():
             raise UserError(
-                f"{source}: data.template = {template} trains on every answer of whole conversations: remove data.turns and data.train_on, or "
-                "use data.template=chat"
+                f"{source}: data.template = {template} trains on every answer of whole conversations: remove data.turns and data.train_on, "
+                "or use data.template=chat"
             )
         return _plain(numbered, tokenizer, template, source)
     if template not in ("chat", "chatml"):
@@ -122,7 +122,7 @@ def prompt_of_talk(talk: Conversation, tokenizer: Any, template: str, where: str
         return tokens.shown(text), tokens.encode([text])[0]
     if template not in ("mistral", "alpaca"):
         raise UserError(f"{where}: data.template = {template} has no form for a conversation's turns")
-    text, ids = "", []
+    text, ids = "", list[int]()
     for number, said, system in _turns_of(talk, template, where):
         answer = talk.messages[number]["role"] == "assistant"
         part = tokens.guard(said) if answer else asked(template, tokens.guard(said), tokens.guard(system), first=not ids)
@@ -201,7 +201,7 @@ def _plain(numbered: Numbered, tokenizer: Any, template: str, source: str) -> tu
     tokens, talks = text_tokens(tokenizer), Talks(conversations=len(numbered), end=tokenizer.eos_token)
     made = []
     for index, talk in numbered:
-        prompts, answers, trained = [], [], []
+        prompts, answers, trained = list[str](), list[str](), list[bool]()
         for number, text, system in _turns_of(talk, template, f"{source}, record {index}"):
             if not text.strip():
                 talks.empty.append((index, number))

@@ -97,6 +97,28 @@ def test_mixed_schemas_are_reported_by_file_record_and_column(tmp_path):
         read(tmp_path, [records[0], {"a": "x", "b": "y"}])
 
 
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def test_records_of_another_kind_than_their_files_are_refused_by_number(tmp_path):
+    pair, talk = {"question": "a", "answer": "b"}, {"messages": TALK}
+    others = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"prompt": "a", "chosen": TALK[1:]}]
+    assert len({str(record) for record in read(tmp_path, [talk, *others])}) == 1
+    files = "put the two into files of their own, and give both: data.source='.ONE, OTHER.'"
+    for records, told in (
+        ([talk, talk, pair], r"record 2: a question and its answer \(instruction: 'question', output: 'answer'\), where record 0 is a "
+         r"conversation \(messages: 'messages'\): " + files),
+        ([pair, talk], r"record 1: a conversation \(messages: 'messages'\), where record 0 is a question and its answer"),
+        ([talk, {"id": 3}], r"record 1: no conversation under 'messages' \(it has id\)"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            read(tmp_path, records)
+    (tmp_path / "a.json").write_text(json.dumps([talk]))
+    (tmp_path / "b.json").write_text(json.dumps([pair]))
+    (source,) = load_sources(DataConfig(source=str(tmp_path)))
+    assert len(source.records) == 2 and "mixed schemas: 1 of 2 records with other columns, instruction: 'question'" in source.notes[0]
+
+
 def test_a_conversation_in_a_column_of_another_name(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     by_name, named = read(tmp_path, [{"messages": talk}]), read(tmp_path, [{"chat": talk}], fields={"messages": "chat"})
@@ -116,7 +138,10 @@ def test_a_tables_nulls_are_no_schema(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     records = [{"messages": talk, "instruction": None, "output": None}, {"messages": None, "instruction": "a", "output": "b"}]
     for several in (records, records[::-1]):
-        assert sorted(len(record) for record in read(tmp_path, several)) == [2, 4]
+        with pytest.raises(UserError, match=r"record 1: a .* where record 0 is a "):
+            read(tmp_path, several)
+    records[1] |= {"conversations": talk, "instruction": None, "output": None}
+    assert len(read(tmp_path, records)) == 2
     nothing = dict.fromkeys(records[0])
     with pytest.raises(UserError, match="record 1: no list of messages under 'messages', but null"):
         read(tmp_path, [records[0], nothing])
@@ -126,6 +151,12 @@ def test_a_tables_nulls_are_no_schema(tmp_path):
 
 def test_conversations_are_known_in_any_case_and_a_column_without_a_name_is_seen(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert read(tmp_path, [{"Messages": talk}]) == read(tmp_path, [{"messages": talk}])
+    plain = read(tmp_path, [{"messages": talk}])
+    assert read(tmp_path, [{"Messages": talk}]) == plain
+    for record in ({"Prompt": "a", "Chosen": talk, "Rejected": "x"}, {"PROMPT": talk[:1], "Completion": talk[1:]},
+                   {"Conversations": [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]}):  # fmt: skip
+        assert read(tmp_path, [record]) == plain
+    assert read(tmp_path, [{"Messages": talk, "System": "s"}])[0]["conversation"].messages[0]["content"] == "s"
+    assert find("a.jsonl", {"Prompt": "q", "Chosen": "x", "Tools": None}, (), FieldNames(), None).others == ()
     record = {"": "0", "question": "a", "answer": "b"}
     assert find("a.csv", record, record, FieldNames(), None).told().endswith("not read: ''")

@@ -79,6 +79,26 @@ def test_a_system_prompt_alongside_nulls(record):
         read({"messages": TALK, "system": {"content": "s"}})
 
 
+def test_one_of_two_system_prompts_would_be_lost():
+    told = {"role": "system", "content": " s\n"}
+    assert read({"messages": [told, *TALK], "system": "s"}).messages == (told, *TALK)
+    with pytest.raises(UserError, match=r"record 3: its 'system_prompt' \('other'\) is another than what the system says in 'messages'"):
+        read({"messages": [told, *TALK], "system_prompt": "other"}, "a.json, record 3")
+
+
+def test_openais_older_files():
+    """`functions` beside the messages, function_call in one, the role function for its result; the role developer."""
+    messages = [
+        {"role": "developer", "content": "s"}, {"role": "user", "content": "a", "name": "Ann"},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"x": 1}'}, "weight": 0},
+        {"role": "function", "name": "add", "content": "2"}, {"role": "assistant", "content": "b", "weight": 1},
+    ]  # fmt: skip
+    found = read({"messages": messages, "functions": [{"name": "add", "parameters": {}}], "parallel_tool_calls": False})
+    assert found.tools == ({"type": "function", "function": {"name": "add", "parameters": {}}},)
+    assert [m["role"] for m in found.messages] == ["developer", "user", "assistant", "tool", "assistant"]
+    assert found.messages[1]["name"] == "Ann" and found.messages[2]["tool_calls"] == [CALL] and found.trained[2:] == (False, True, True)
+
+
 @pytest.mark.parametrize(
     ("message", "told"),
     [

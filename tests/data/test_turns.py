@@ -212,15 +212,15 @@ def test_other_roles_may_be_trained_on(name):
 
 
 def test_from_a_file_to_batches(tmp_path):
-    """The template, and the day where the template asks for it, are settled by what is read; records of both kinds may be mixed."""
-    path = tmp_path / "chat.jsonl"
-    lines = [{"messages": messages} for messages in talks(8)] + [{"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """The template, and the day where the template asks for it, are settled by what is read; sources may be of both kinds."""
+    path, other = tmp_path / "chat.jsonl", tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks(8)))
+    other.write_text("".join(json.dumps(line) + "\n" for line in ({"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"})))
     tokenizer = make("llama3")
-    data = load(DataConfig(source=str(path), holdout=2), tokenizer, 0, 512)
+    data = load(DataConfig(source=[str(path), str(other)]), tokenizer, 0, 512)
     assert (data.config.template, data.config.template_date) == ("chat", datetime.date.today().isoformat())
-    assert data.statistics()["  conversations"] == 8 and len(data.evaluation.queries) == 2
-    asked, said = data.evaluation.queries
+    assert data.statistics()["  conversations"] == 8 and len(data.train.queries) == 10
+    asked, said = data.train.queries[-2:]
     assert asked.ids.tolist() == said.ids.tolist() and (asked.supervised == said.supervised).all()
     assert load(DataConfig(source=str(path), template_date=DAY), make("qwen3"), 0, 512).config.template_date == DAY
     path.write_text(json.dumps({"instruction": "a", "output": "b", "prompt": "a", "completion": "c"}) + "\n")
