@@ -136,6 +136,8 @@ def _pair(where: str, record: dict[str, Any], known: Any) -> tuple[str, str]:
     pairs = ", ".join("/".join(pair) for pair in PAIRS)
     whole = next((column for name in TEXTS if (column := known(name))), None)
     hint = "" if whole is None else f"; data.template=text trains on the whole of {whole!r}"
+    if (known("role") and known("content")) or (known("from") and known("value")):
+        hint = '; these are the messages of one conversation: write [{"messages": […]}]'
     raise UserError(
         f"{where}: no columns of questions and answers are known by their names ({pairs}), and no messages: it has {_listed(record)}; "
         f"{NAMED}{hint}"

@@ -44,6 +44,9 @@ def unpacked(path: str, content: bytes) -> bytes:
                 raise UserError(f"{path}: compressed with {form.name}, and damaged or cut off ({first_line(error)})") from None
             if not content:
                 raise UserError(f"{path} is empty, once it is unpacked ({form.name})")
+            inner = next((other.name for other in _FORMATS if content.startswith(other.mark)), None)
+            if inner is not None:
+                raise UserError(f"{path} is compressed twice ({inner} in {form.name}): unpack it once")
             break
     return content
 

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from moejax.data import compression
 from moejax.errors import UserError, first_line
@@ -31,6 +31,12 @@ _OTHERS = (
 )  # fmt: skip
 _ARROW_FILE, _ARROW_STREAM, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
 _SPACE = re.compile(r"[\s\ufeff]*")
+
+
+class Unread(NamedTuple):
+    """A cell of a column of Arrow's that has no value of Python's: it is refused if it is read. why: its type, and what is wrong."""
+
+    why: str
 
 
 class Repeated(dict[str, Any]):
@@ -169,8 +175,11 @@ def _one_list(path: str, text: str, start: int) -> list[Any]:
     rest = _skip(text, end)
     if rest < len(text):
         line = text.count("\n", 0, rest) + 1
-        follows = f"{text[rest : rest + 40]!r} follows the list"
-        what = "another list begins behind the first: make one of them" if text[rest] == "[" else follows
+        what = f"{text[rest : rest + 40]!r} follows the list"
+        if text[rest] == "[" and "\n" in text[end:rest] and "\n" not in text[start:end]:
+            what = 'each line is a list, where a record is an object (of a conversation: {"messages": […]})'
+        elif text[rest] == "[":
+            what = "another list begins behind the first: make one of them"
         raise UserError(f"{path}, line {line}: {what}")
     assert isinstance(records, list)
     return records
@@ -277,13 +286,23 @@ def _columns(path: str, kind: str, read: Callable[[Any], Any], content: bytes) -
 
     try:
         table = read(pyarrow.BufferReader(content))
-        table.validate(full=True)
+        table.validate()
         _check_names(path, table.column_names)  # rows are objects: one of two would be lost
-        return list(table.to_pylist())
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path}: {kind}, and damaged or cut off ({first_line(error)})") from error
+    cells = zip(*map(_cells, table.columns), strict=True)
+    return [dict(zip(table.column_names, row, strict=True)) for row in cells]
+
+
+def _cells(column: Any) -> list[Any]:
+    """A column's values; of one that has none, or is damaged, what is wrong."""
+    try:
+        column.validate(full=True)
+        return list(column.to_pylist())
+    except Exception as error:  # noqa: BLE001  (a time zone that is not known, a year after 9999, a byte that is not UTF-8)
+        return [Unread(f"{column.type}: {first_line(error)}")] * len(column)
 
 
 def _check_names(path: str, names: Sequence[str]) -> None:

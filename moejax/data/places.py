@@ -91,6 +91,9 @@ def read(
         if check is not None:
             check(file, content)
         parts.append(Part(file, parse(file, content)))
+    silent = [part.name for part in parts if not part.records]
+    if silent and len(silent) < len(parts):
+        notes.append(f"{name}: {len(silent):,} of {len(parts):,} files without a record, first {silent[0]}")
     return Found(parts, notes)
 
 

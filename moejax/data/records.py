@@ -8,7 +8,7 @@ from typing import Any
 
 from moejax.data.columns import NAMED, Columns
 from moejax.data.conversation import KEYS, LISTS, read
-from moejax.data.parsing import Repeated
+from moejax.data.parsing import Repeated, Unread
 from moejax.errors import UserError
 
 Record = dict[str, Any]
@@ -27,7 +27,8 @@ def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
     """
     where = f"{name}, record {index}"
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}")
+        hint = ': of a conversation\'s messages, write {"messages": […]}' if isinstance(record, list) else ""
+        raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}{hint}")
     if columns.messages is not None:
         return _talk(where, record, columns.messages)
     if columns.text is not None:
@@ -48,7 +49,7 @@ def _talk(where: str, record: Record, column: str) -> Record:
     known = column.strip().lower() in KEYS
     talk = read(record if known else {**record, LISTS[0]: record[column]}, where)
     if talk is None:
-        raise UserError(f"{where}: no list of messages under {column!r}, but {_KINDS.get(type(record[column]), 'a text')}{ADVICE}")
+        raise UserError(f"{where}: no list of messages under {column!r}, but {_kind(record[column])}{ADVICE}")
     places = [(f"{where}, message {number}", message) for number, message in enumerate(talk.messages)]
     for place, value in [*places, (f"{where}: 'tools'", list(talk.tools or ()))]:
         for text in texts_in(value, 99, keys=True):
@@ -64,9 +65,14 @@ def text_of(where: str, record: Record, field: str, advice: str = "") -> str:
         raise UserError(f"{where}: no text under {field!r} (it has {', '.join(map(_shown, record)) or 'no keys'}){advice}")
     value = record[field]
     if not isinstance(value, str):
-        kind = "NaN" if value != value else _KINDS.get(type(value), f"a {type(value).__name__}")
-        raise UserError(f"{where}: no text under {field!r}, but {kind}{advice}")
+        raise UserError(f"{where}: no text under {field!r}, but {_kind(value)}{advice}")
     return unicode(f"{where}: {field!r}", value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Unread):
+        return f"cells without a value ({value.why})"
+    return "a text" if isinstance(value, str) else "NaN" if value != value else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _shown(key: Any) -> str:

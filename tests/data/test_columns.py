@@ -119,6 +119,13 @@ def test_records_of_another_kind_than_their_files_are_refused_by_number(tmp_path
     assert len(source.records) == 2 and "mixed schemas: 1 of 2 records with other columns, instruction: 'question'" in source.notes[0]
 
 
+def test_messages_that_stand_for_records_are_known(tmp_path):
+    with pytest.raises(UserError, match=r"it has role, content; .* these are the messages of one conversation: write \[\{\"messages\""):
+        read(tmp_path, TALK)
+    with pytest.raises(UserError, match=r"record 0: expected an object, got a list: of a conversation's messages, write \{\"messages\""):
+        read(tmp_path, [TALK])
+
+
 def test_a_conversation_in_a_column_of_another_name(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     by_name, named = read(tmp_path, [{"messages": talk}]), read(tmp_path, [{"chat": talk}], fields={"messages": "chat"})

@@ -143,6 +143,8 @@ FAULTS = [
     ("a.json", b'{"messages": [{"role": "user", "content": "a"}]}', r"a conversation by its 'messages': put it into \[ and \]"),
     ("a.csv", b"<!DOCTYPE html>\n<html>", "is no CSV: it is an HTML page"),
     ("a.json", b'{"0": {"output": "x"}, "1": {"output": "y"}}', r"the records seem to lie under keys of their own \(0, 1 …\)"),
+    ("a.jsonl", b'[{"role": "user"}]\n[{"role": "user"}]\n', r"line 2: each line is a list, where a record is an object \(of a"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(LINES.encode())), r"is compressed twice \(gzip in gzip\): unpack it once"),
     ("a.json", b"null", "holds no records: it begins with 'null'"),
 ]
 
@@ -204,6 +206,19 @@ def test_columns_of_one_name(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["output", "output"]), sink)
     with pytest.raises(UserError, match="two columns are called 'output'"):
         parse("a.parquet", sink.getvalue().to_pybytes())
+
+
+def test_only_a_column_that_is_read_refuses_a_table(tmp_path):
+    """Arrow's values that Python has none for, and a text that is no UTF-8."""
+    broken = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xffa"))
+    when, far = (pyarrow.array([1, 2**40], pyarrow.timestamp("s", tz=zone)) for zone in ("Mars/Olympus", None))
+    columns = {"when": when, "far": far, "broken": broken, "question": ["a", "b"], "answer": ["c", "d"]}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert [record["output"] for record in load_records(DataConfig(source=str(path)))] == ["c", "d"]
+    for name, told in (("when", r"timestamp\[.*, tz=Mars/Olympus\]"), ("broken", "string: .*UTF8"), ("far", "timestamp.*range")):
+        with pytest.raises(UserError, match=rf"record 0: no text under '{name}', but cells without a value \({told}"):
+            load_records(DataConfig(source=str(path), fields={"output": name}))
 
 
 @pytest.mark.parametrize("text", ["[" * 9999, "9" * 5000, "[" + "9" * 400 + "]"])

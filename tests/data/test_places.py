@@ -97,3 +97,14 @@ def test_a_split_that_chooses_nothing_is_said(tmp_path):
         found = places.read(str(name), None, "test", "data.source")
         assert len(found.parts) == 1 and told in found.notes[0]
         assert places.read(str(name), None, "train", "data.source").notes == []
+
+
+def test_a_file_without_records_among_others_is_said(tmp_path):
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.json").write_text("[]")
+    (tmp_path / "c.csv").write_text("text\n")
+    notes = places.read(str(tmp_path), None, None, "data.source").notes
+    assert notes == [f"{tmp_path}: 2 of 3 files without a record, first {tmp_path}/b.json"]
+    (tmp_path / "d.jsonl").touch()
+    with pytest.raises(UserError, match=r"d\.jsonl is empty"):
+        texts(tmp_path)
