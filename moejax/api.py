@@ -90,9 +90,7 @@ class LanguageModel:
                 raise UserError("this model was trained with data.template = text, which has no instructions: use generate")
             record: dict[str, Any] = {"instruction": messages, "input": "", "output": ""}
         else:
-            talk = conversation.read({"messages": [dict(message) for message in messages]}, "messages")
-            if talk is None or not talk.messages or talk.messages[-1]["role"] == "assistant":
-                raise UserError("messages: expected a conversation whose last message is to be answered, not an assistant's")
+            talk = conversation.to_answer({"messages": [dict(message) for message in messages]}, "messages")
             record = {"conversation": talk}
         _, asked = prompts([record], self.tokenizer, self.template, "message")
         return self._answers(asked, max_new_tokens, Sampling(temperature, top_p, top_k, seed), stop)[0]

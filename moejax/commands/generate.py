@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from moejax.commands.arguments import add_run, check_counts, settle_run
-from moejax.errors import UserError
+from moejax.errors import UserError, first_line
 from moejax.estimator.units import counted
 from moejax.runtime import prepare_jax_for
 
@@ -19,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, as it stands; may be given several times")
     asked.add_argument("--instruction", action="append", metavar="TEXT", help="the same, put into the template the run was trained with")
+    asked.add_argument(
+        "--messages", action="append", metavar="FILE",
+        help="a conversation to answer: JSON, a list of messages or {messages: …, tools: …}; - reads it from standard input",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token; 1: as the model has it")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that have this share together")
@@ -42,9 +47,9 @@ def run(options: argparse.Namespace) -> int:
     if "" in stops:
         raise UserError("--stop '': expected a text to stop at")
     check_counts(options, "max_new_tokens")
-    written = options.prompt if options.prompt is not None else options.instruction
+    written = options.prompt or options.instruction or options.messages
     if any(blank(text) for text in written):
-        raise UserError("an empty prompt: there is nothing to continue; give --prompt or --instruction a text")
+        raise UserError("an empty prompt: there is nothing to continue; give --prompt or --instruction a text, or --messages a file")
     for name, texts in (("--prompt", options.prompt), ("--instruction", options.instruction), ("--stop", stops)):
         for text in texts or ():
             unicode(name, text)
@@ -52,8 +57,9 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt is None:
         if template == "text":
             raise UserError(f"{options.run} was trained with data.template = text, which has no instructions: use --prompt")
-        records: list[Any] = [{"instruction": text, "input": "", "output": ""} for text in written]
-        _, asked = prompts(records, tokenizer, template, "--instruction")
+        talks = [{"conversation": _conversation(name)} for name in options.messages or ()]
+        records: list[Any] = talks or [{"instruction": text, "input": "", "output": ""} for text in written]
+        _, asked = prompts(records, tokenizer, template, "--messages" if talks else "--instruction")
     else:
         asked = [encoded(tokenizer, text) for text in written]
     padded_length(sizes, asked, options.max_new_tokens)  # before a large model is loaded for nothing
@@ -81,6 +87,25 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _conversation(name: str) -> Any:
+    """The conversation in a file, or in what standard input says. Raises UserError that names the file, and the message."""
+    from moejax.data.conversation import to_answer
+    from moejax.data.records import texts_in, unicode
+    from moejax.documents import read_text
+
+    where = f"--messages {name}"
+    try:
+        given = json.loads(sys.stdin.read() if name == "-" else read_text(Path(name), "--messages "))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON ({first_line(error)}): expected a list of messages") from None
+    if not isinstance(given, list | dict):
+        raise UserError(f"{where}: expected a list of messages, or an object that has it under messages, got {str(given)[:40]!r}")
+    talk = to_answer(given if isinstance(given, dict) else {"messages": given}, where)
+    for text in texts_in([*talk.messages, *(talk.tools or ())], 99, keys=True):
+        unicode(where, text)
+    return talk
 
 
 def show(text: str) -> int:

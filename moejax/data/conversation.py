@@ -99,6 +99,14 @@ def read(record: dict[str, Any], where: str = "the record") -> Conversation | No
     return Conversation(tuple(messages), _tools(record.get("tools") or record.get("functions"), where), tuple(trained))
 
 
+def to_answer(record: dict[str, Any], where: str) -> Conversation:
+    """A conversation whose next turn is the assistant's. Raises UserError as `read` does, and where the last one is."""
+    talk = read(record, where)
+    if talk is None or not talk.messages or talk.messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: expected a conversation whose last message is to be answered, not an assistant's")
+    return talk
+
+
 def _listed(record: dict[str, Any], key: str, where: str) -> Iterable[tuple[Any, str | None]]:
     """The messages as they stand, each with the role that a bare text has."""
     value, what = record[key], f"{where}: {key!r}"

@@ -1,5 +1,6 @@
 """`moejax generate` on a finished run."""
 
+import io
 import json
 
 import numpy as np
@@ -32,6 +33,44 @@ def test_one_prompt(run, expected, capsys):
         out, err = capsys.readouterr()
         assert out == answer + "\n"
         assert "tokens/s" in err and len(err.splitlines()) == 1
+
+
+def test_a_conversation_is_asked_as_training_renders_it(run, expected, tmp_path, capsys, monkeypatch):
+    """A single question as --instruction asks it, from a file or standard input; more turns as the API has them."""
+    path, talk = tmp_path / "a.json", [{"role": "user", "content": QUESTION}]
+    path.write_text(json.dumps(talk))
+    for given in (str(path), "-"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"messages": talk})))
+        assert cli.main(["generate", str(run), "--messages", given, "--max-new-tokens", "12"]) == 0
+        assert capsys.readouterr().out == expected[1] + "\n"
+    talk += [{"role": "assistant", "content": "9"}, {"role": "user", "content": "Sure?"}]
+    path.write_text(json.dumps({"conversations": talk}))
+    assert cli.main(["generate", str(run), "--messages", str(path), "--max-new-tokens", "12"]) == 0
+    make, _, tokenizer, template, _ = load(run)
+    assert template == "mistral"
+    ids = tokenizer.encode(f"[INST] {QUESTION} [/INST]9</s>[INST] Sure? [/INST]", add_special_tokens=False)
+    (tokens,) = generate(make(), [ids], max_new_tokens=12, end=tokenizer.eos_token_id)
+    assert capsys.readouterr().out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('[{"role": "assistant", "content": "a"}]', "whose last message is to be answered, not an assistant's"),
+        ('[{"role": "user"', "no JSON"),
+        ('"a"', "expected a list of messages, or an object that has it under messages, got 'a'"),
+        ('[{"role": "narrator", "content": "a"}]', "message 0: the role 'narrator' is unknown"),
+        ('[{"role": "user", "content": "\\ud800"}]', "half of a surrogate pair"),
+        (None, "No such file"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered(content, told, run, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    assert cli.main(["generate", str(run), "--messages", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"--messages {path}" in err and told in err and "Traceback" not in err
 
 
 def test_stop(run, expected, capsys):
