@@ -28,7 +28,7 @@ demo: $(STAMP) ## QLoRA fine-tuning of the bundled Mixtral on word problems, and
 
 test: lint $(VENV)/.profile $(VENV)/.eval $(AOT)/.installed ## ruff, mypy and the test suite
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
-	@MOEJAX_TEST_XLA=usual $(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q tests/training/test_gpu_compile.py
+	@MOEJAX_TEST_XLA=usual $(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 tests/training/test_gpu_compile.py
 
 # As a user compiles (without XLA's flags of tests/conftest.py), the tests marked `long` too; faults that the quick tests must notice.
 test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)

@@ -212,6 +212,7 @@ def test_the_page_is_that_of_the_docstrings():
     assert make_api.PAGE.read_text(encoding="utf-8") == make_api.page(), "run python docs/make_api.py"
 
 
+@pytest.mark.long  # .ci/run runs it by itself
 def test_the_notebook_runs(tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient

@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
     return go
 
 
-@pytest.mark.parametrize(("model", "more"), [("mixtral_8x7b", ["--trace"]), ("blackmamba_2.8b", [])])
+@pytest.mark.parametrize(("model", "more"), [pytest.param("mixtral_8x7b", ["--trace"], marks=pytest.mark.long), ("blackmamba_2.8b", [])])
 def test_step_of_a_tiny_model(model, more, run):
     tiny = f"model.preset={model.partition('_')[0]}-tiny"
     config = str(ROOT / "configs" / f"{model}_cs_sparse.yaml")
@@ -42,6 +42,7 @@ def test_scan_choice_tiny(run):
         assert case["largest_difference"] < 1e-4
 
 
+@pytest.mark.long
 def test_grouped_choice_tiny(run):
     report = run("grouped_choice", "--tiny")
     assert [c["storage"] for c in report["cases"]] == ["array", "nf4-double"]

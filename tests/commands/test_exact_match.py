@@ -61,6 +61,7 @@ def test_scores_and_predictions(run, capsys):
     assert len((folder / "predictions-first-2.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.long
 def test_a_run_that_trained_all_weights(run, tmp_path, capsys):
     """Its tuned model is the one in model/, not the base again. What is stored how is said where a run begins, not before answers."""
     folder, data = run

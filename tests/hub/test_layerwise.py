@@ -55,6 +55,7 @@ def test_a_checkpoint(name):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.long
 def test_several_stacks(tmp_path):
     """Each layer by its own stack's program, with its own adapter and its own tensors, and the hash that the whole has."""
     arguments = {"quantization": Quantization(), "adapter": LoRAConfig(2, 4.0, 0.0, LORA_TARGETS), "frozen_dtype": jnp.float32}

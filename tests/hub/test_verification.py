@@ -27,7 +27,7 @@ def written_in(dtype, model, folder):
     return Checkpoint(model.config, folder, (), {"param_dtype": dtype})
 
 
-@pytest.mark.parametrize("sizes", [SMALL, MAMBA], ids=["mixtral", "blackmamba"])
+@pytest.mark.parametrize("sizes", [pytest.param(SMALL, id="mixtral"), pytest.param(MAMBA, id="blackmamba", marks=pytest.mark.long)])
 def test_a_routing_tie_is_no_fault(sizes, tmp_path):
     """Two experts' scores differ by less than bf16 holds, in every layer: tokens go elsewhere, and the logits by themselves are far off."""
     model = build(sizes, key=jax.random.key(0), dtype=jnp.float32)

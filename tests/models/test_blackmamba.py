@@ -44,7 +44,7 @@ def test_logits(case, models_by_case, batch, blackmamba_vectors):
     np.testing.assert_allclose(np.asarray(logits)[real], blackmamba_vectors[f"{case}/logits"][real], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.long), "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradients_and_counts(case, remat, models_by_case, batch, blackmamba_vectors):
     loss, stats, gradients = loss_and_gradients(models_by_case[case], batch, remat=remat)

@@ -166,6 +166,7 @@ def test_a_signal_ends_an_evaluation_and_resuming_makes_it(make_experiment, monk
     assert [step for step, _ in evaluations(folder_of(experiment))] == [0, 3, 6]
 
 
+@pytest.mark.long
 def test_a_blackmamba_is_scored_and_its_best_model_kept(make_experiment):
     settings = BLACKMAMBA | {"training": {"steps": 2}, "eval": EVAL | {"limit": 2}}
     experiment = make_experiment(**settings)

@@ -77,7 +77,7 @@ BLACKMAMBA = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.long)])
 def test_a_blackmamba_trains_and_resumes_to_the_bit(optimizer, make_experiment, monkeypatch):
     """Full fine-tuning through the same loop: 8 steps equal 4 and resumed 4, in every loss and every byte of the model."""
     settings = BLACKMAMBA | {"training": BLACKMAMBA["training"] | {"optimizer": optimizer}}

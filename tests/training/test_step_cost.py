@@ -121,7 +121,7 @@ def recomputed(found):
     return by_phase["recompute"] / by_phase["forward"]
 
 
-@pytest.mark.parametrize("model", ["mixtral", "blackmamba"])
+@pytest.mark.parametrize("model", [pytest.param("mixtral", marks=pytest.mark.long), "blackmamba"])
 def test_dots_computes_no_large_product_twice(model, patched, monkeypatch):
     """What is left is elementwise, and the router's skinny adapter. A name that is no longer kept would be seen."""
     assert recomputed(counted(*once(model, 2, "loop", "dots"))) < 0.02

@@ -60,6 +60,7 @@ def study(tmp_path_factory, here):
     return folder / "out"
 
 
+@pytest.mark.long  # .ci/run runs a smaller study of two models, and looks at it
 def test_every_part_ran(study):
     found = results.read(study)
     assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
@@ -69,6 +70,7 @@ def test_every_part_ran(study):
     assert [p.trial for p in found.plan] == list(found.trials) and all(p.expected_seconds > 0 for p in found.plan)
 
 
+@pytest.mark.long
 def test_the_largest_batch_ran_and_one_above_was_refused(study):
     found = results.read(study)
     values = {r.metric: r for r in found.of("largest_batch")}
@@ -82,6 +84,7 @@ def test_the_largest_batch_ran_and_one_above_was_refused(study):
     assert refused["status"] == "out_of_memory"
 
 
+@pytest.mark.long
 def test_figures_are_consistent(study):
     found = results.read(study)
     for r in found.rows:
@@ -118,7 +121,7 @@ def test_a_model_that_cannot_fit(tmp_path, here, capsys):
 @pytest.mark.parametrize(
     ("preset", "method", "sections", "mixer"),
     [("blackmamba-tiny", "full", {"quantization": {"format": "none"}, "adapter": None}, "mamba"),
-     ("qwen3-moe-tiny", "qlora", {"adapter": {"rank": {"experts": 1, "attention": 2}}}, "attention")],
+     pytest.param("qwen3-moe-tiny", "qlora", {"adapter": {"rank": {"experts": 1, "attention": 2}}}, "attention", marks=pytest.mark.long)],
 )  # fmt: skip
 def test_another_family_dense(preset, method, sections, mixer, tmp_path, monkeypatch):
     """Through all experts: what is measured of it, here in one process."""
