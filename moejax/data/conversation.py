@@ -28,9 +28,8 @@ _ROLE = {
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is a call as JSON
 _TEXT_PARTS = ("text", "input_text", "output_text")  # the last two: of OpenAI's Responses
 _THINKING = ("reasoning_content", "thinking", "reasoning")
-_OURS = frozenset(
-    ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
-)
+_SAYING = frozenset(("content", "value", "text", "tool_calls", "function_call", *_THINKING))
+_OURS = _SAYING | {"role", "from", "weight", "train"}
 
 
 class Conversation(NamedTuple):
@@ -125,7 +124,11 @@ def _side(value: Any, role: str, what: str) -> list[tuple[Any, str | None]]:
         return [(value, role)]
     if not isinstance(value, list):
         raise UserError(f"{what}: expected a text or a list of messages, got {_kind(value)}")
-    return [(message, None) for message in value]
+    found: list[tuple[Any, str | None]] = []
+    for message in value:
+        turn = isinstance(message, dict) and {"input", "output"} <= message.keys() and not {"role", "from"} & message.keys()
+        found += [(message["input"], "user"), (message["output"], "assistant")] if turn else [(message, None)]
+    return found
 
 
 def _begins(asked: list[tuple[Any, str | None]], answer: list[tuple[Any, str | None]]) -> bool:
@@ -149,7 +152,7 @@ def _kind(value: Any) -> str:
 def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]:
     """One message in OpenAI's form, and whether the loss may be on it."""
     if bare is not None:
-        return {"role": bare, "content": message}, True
+        return {"role": bare, "content": _content(message, where)}, True
     if not isinstance(message, dict):
         raise UserError(f"{where}: expected an object with role and content, got {_kind(message)}")
     if isinstance(message, Repeated):
@@ -163,8 +166,14 @@ def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]
     role = _ROLE.get(spelled, spelled)
     if role not in ROLES:
         raise UserError(f"{where}: the role {said!r} is unknown: expected {', '.join(ROLES)} (or ShareGPT's human, gpt, …)")
-    content = given.get("content", given.get("value"))
+    if not _SAYING & message.keys():
+        raise UserError(f"{where}: no 'content' (or 'value', 'text') in it (it has {', '.join(map(str, message))})")
+    content = next((given[key] for key in ("content", "value", "text") if key in given), None)
     made: Message = {"role": role}
+    if isinstance(content, list):
+        thoughts = [part["thinking"] for part in content if isinstance(part, dict) and part.get("thinking")]
+        content = [part for part in content if not (isinstance(part, dict) and part.get("thinking"))]
+        given |= {"thinking": "".join(_content(thought, where) for thought in thoughts)} if thoughts else {}
     if spelled in _CALLS:
         made["tool_calls"] = _calls(_content(content, where), where)
     elif content is not None:  # else the key is missing, as `transformers` has it: templates know that case

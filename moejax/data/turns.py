@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, zip_longest
+from itertools import accumulate, chain, product, zip_longest
 from typing import Any, NamedTuple
 
 from moejax.data import chat
@@ -21,6 +21,7 @@ Spans = dict[int, tuple[int, int]]  # message -> the characters (from, to) that 
 _ADVICE = "Write the messages as the template takes them, or use another chat template (data.template = chatml or mistral)"
 _PROBE = ("a question", "an answer", "more", "the end")
 _OTHER = "\U0010f8f4"  # what no message says
+_KEPT = ("role", "content", "tool_calls", "reasoning_content")  # of a message, whether the template knows them or not
 _KINDS = {"assistant": "answers", "tool": "tool results"}
 
 
@@ -69,6 +70,8 @@ class Turns:
         self.end = self._probed_end()  # first of all: it reports a template that is broken
         self._touchy, self._source = chat.spelled(tokenizer), chat.sources(tokenizer)
         self.end_token = tokens.control_at(self.end)
+        forms: Iterator[tuple[bool, Message]] = product((False, True), ({}, {"content": None}, {"content": ""}))
+        self._calls = next((form for form in forms if self._writes_calls(*form)), (False, {"content": ""}))
 
     def asked(self, talk: Conversation, index: int, source: str) -> list[int]:
         """The messages of record number `index` that are answers to train on. Raises UserError for a conversation that begins with one."""
@@ -118,8 +121,9 @@ class Turns:
             return self._tokens.guard(text, own=own)
 
         # What the template has no word for (ids, dates) is left out, so that such messages are plain.
-        words = self._source + ("reasoning_content" if "think" in self._source.lower() else "")  # its prompt may open a thinking
-        known = {key: value for key, value in message.items() if key in ("role", "content") or key in words}
+        known = {key: value for key, value in message.items() if key in _KEPT or key in self._source}
+        if message.get("tool_calls"):
+            known = _called(known, *self._calls)
         return {key: value if key == "role" else _mapped(value, guard) for key, value in known.items()}
 
     def note_left_out(self, talk: Conversation, asked: list[int], samples: list[Sample], index: int) -> None:
@@ -128,9 +132,10 @@ class Turns:
             return
         texts = [_bare(self._tokens.shown(sample.text)) for sample in samples]
         own = dict(zip(asked, texts, strict=True)) if len(texts) == len(asked) else {}
+        ended = samples[-1].spans[-1][1] == len(samples[-1].text)  # with an answer: what follows it is in none
         for kind, number, part in _parts(talk):
             text = own.get(number, texts[-1])
-            if number in asked or number <= asked[-1] or len(samples) == 1:
+            if number <= asked[-1] or not ended:
                 spelled = (part, json.dumps(part, ensure_ascii=False)[1:-1])
                 if not any(_bare(each) in text for each in spelled) and self.seen.left_out.setdefault(kind, [index])[-1] != index:
                     self.seen.left_out[kind].append(index)
@@ -138,6 +143,17 @@ class Turns:
     def _write(self, messages: Sequence[Message], tools: Any, ask: bool, where: str) -> tuple[str, list[tuple[int, int]]]:
         roles = ", ".join(message["role"] for message in messages[:8]) + (" …" if len(messages) > 8 else "")
         return chat.marked(self._tokenizer, messages, ask, tools, where, f"Its roles are {roles or '(none)'}. {_ADVICE}")
+
+    def _writes_calls(self, spelled: bool, empty: Message) -> bool:
+        """Whether the template writes a tool call in the form that `_called` gives it."""
+        calls = [{"type": "function", "id": "qzx000000", "function": {"name": "qzx1xzq", "arguments": {"a": "qzx2xzq"}}}]
+        call = _called({"role": "assistant", "tool_calls": calls}, spelled, empty)
+        messages = [{"role": "user", "content": _PROBE[0]}, call, {"role": "tool", "content": _PROBE[2], "tool_call_id": calls[0]["id"]}]
+        try:
+            text = self._write(messages, None, False, "")[0] if "tool_calls" in self._source else ""
+        except UserError:
+            return False
+        return "qzx1xzq" in text and "qzx2xzq" in text
 
     def _probed_end(self) -> str:
         """What follows an answer in the middle of a conversation and at its end alike; where that is nothing (harmony), at its end."""
@@ -248,12 +264,13 @@ class Turns:
 
     def _last(self, messages: list[Message], tools: Any, where: str) -> tuple[str, Spans]:
         prompt, text = self._write(messages[:-1], tools, True, where)[0], self._write(messages, tools, False, where)[0]
-        used = self._at_use(prompt, text, messages, tools, where)
+        used = self._at_use(prompt, text, messages, tools, where) or self._moved(prompt, text, messages, tools, where)
         if used is None:
             raise UserError(
                 f"{where}: what the chat template writes to ask for an answer ({prompt[-60:]!r} at its end) is not how it begins the same "
                 f"turn with an answer ({text[max(0, len(prompt) - 60) : len(prompt) + 20]!r}): where the answer begins is not known. "
-                "Use data.template_args (enable_thinking: false, where the template knows it), or another chat template"
+                "Use data.template_args (enable_thinking: true where answers think, false where they do not, if the template knows it), or "
+                "another chat template"
             )
         return used, {len(messages) - 1: (len(prompt), self._end(used, len(prompt)))}
 
@@ -262,10 +279,24 @@ class Turns:
         last = messages[-1]
 
         def write(other: str | None) -> str:
-            bare = {key: value for key, value in last.items() if key not in ("reasoning_content", "thinking")} | {"content": other}
+            bare = {key: value for key, value in last.items() if key not in ("reasoning_content", "thinking")}
+            bare |= {"content": other} if other else {}
             return text if other is None else self._write([*messages[:-1], bare], tools, False, where)[0]
 
-        return chat.at_use(prompt, write, last.get("content", ""), last.get("reasoning_content", ""))
+        return chat.at_use(prompt, write, last.get("content") or "", last.get("reasoning_content", ""))
+
+    def _moved(self, prompt: str, text: str, messages: list[Message], tools: Any, where: str) -> str | None:
+        """The prompt and the answer behind it, where the template writes something else before the two in `text` than at use (Mistral's
+        system prompt stands in the last question alone). None where the answer does not stand behind the same question."""
+        other = [*messages[:-1], messages[-1] | {"content": _OTHER}]
+        without, asked = self._write(other, tools, False, where)[0], (messages[-2].get("content") or "").strip()
+        begin = next((at for at, (a, b) in enumerate(zip(text, without, strict=False)) if a != b), 0)
+        for at in range(begin, len(text[:begin].rstrip()) - 1, -1):  # white space before an answer is its own
+            pairs = zip(reversed(prompt), reversed(text[:at]), strict=False)
+            same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), at))
+            if asked and asked in prompt[len(prompt) - same :]:
+                return prompt + text[at:]
+        return None
 
     def _ended(self, text: str, spans: list[tuple[int, int]], messages: list[Message], asked: list[int]) -> Sample:
         if self.end_token is None and asked[-1] == len(messages) - 1:
@@ -278,7 +309,10 @@ class Turns:
             return None
         key = last, tuple(message["role"] for message in messages)
         if key not in self._shapes:
-            self._shapes[key] = self._probed(messages, where, last)
+            try:
+                self._shapes[key] = self._probed(messages, where, last)
+            except UserError:  # the conversation itself says what is wrong, in its own words
+                self._shapes[key] = None
         return self._shapes[key]
 
     def _plain(self, message: Message) -> bool:
@@ -318,6 +352,17 @@ class Turns:
             return probe + longer[bisect_right(shape.ends, probe)]
 
         return text, {number: (place(begin), place(end)) for number, (begin, end) in shape.spans.items()}
+
+
+def _called(message: Message, spelled: bool, empty: Message) -> Message:
+    """A message with tool calls in the form that a template takes. spelled: their arguments as JSON's text; empty: in the place of a
+    content that says nothing."""
+    said = {"content": message["content"]} if message.get("content", "").strip() else empty
+    calls = message["tool_calls"]
+    if spelled:
+        told = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
+        calls = [call | {"function": call["function"] | {"arguments": text}} for call, text in zip(calls, told, strict=True)]
+    return {key: value for key, value in message.items() if key != "content"} | said | {"tool_calls": calls}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

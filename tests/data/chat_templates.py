@@ -139,6 +139,16 @@ PHI = """{% for m in messages %}<|{{ m['role'] }}|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>
 {% else %}{{ eos_token }}{% endif %}"""
 
+# As Mistral's later ones: what the system says stands in the last question alone; and one that takes calls as DeepSeek's do, with text.
+LAST = """{{ bos_token }}{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- for m in messages %}{% if m.role == 'user' %}[INST] {{ system + '\\n\\n' if system and loop.last else '' }}{{ m.content }}[/INST]
+{%- elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"""
+
+TEXT_CALLS = """{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}<call>
+{%- for call in m['tool_calls'] %}{{ call['function']['name'] + ' ' + call['function']['arguments'] }}{% endfor %}{{ eos_token }}
+{%- elif m['role'] == 'assistant' %}<bot>{{ m['content'] + eos_token }}{% else %}<{{ m['role'] }}>{{ m['content'] + eos_token }}{% endif %}
+{%- endfor %}"""
+
 COMMAND = """{{ bos_token }}{% for m in messages %}<|START|><|{{ 'BOT' if m.role == 'assistant' else m.role | upper }}|>
 {%- if m.role == 'assistant' %}<|SAY|>{% endif %}{{ m.content }}{% if m.role == 'assistant' %}<|SAID|>{% endif %}<|OVER|>{% endfor %}
 {%- if add_generation_prompt %}<|START|><|BOT|><|SAY|>{% endif %}"""
@@ -169,6 +179,8 @@ TEMPLATES = {
     "nano": (NANO, _CHATML, _THINK),
     "minimax": (MINIMAX, _CHATML, _THINK),
     "v31": (V31, (), ("<｜User｜>", "<｜Assistant｜>", *_THINK)),
+    "last": (LAST, (), ()),
+    "text_calls": (TEXT_CALLS, (), ()),
     "phi": (PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), ()),
     "command": (COMMAND, ("<|START|>", "<|BOT|>", "<|USER|>", "<|SYSTEM|>", "<|SAY|>", "<|SAID|>", "<|OVER|>"), ()),
     "generation": (GENERATION, _CHATML, ()),

@@ -32,6 +32,9 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
         {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]},
         {"chosen": TALK, "rejected": TALK},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, TALK[1]]},
+        {"conversation": [{"input": "a", "output": "b"}]},
+        {"conversation": [{"role": "prompter", "text": "a"}, {"role": "assistant", "text": "b"}]},
+        {"conversations": [{"from": "user", "value": "a", "text": None}, {"from": "bing", "value": "b", "text": None}]},
     ],
 )
 def test_every_shape_is_the_same_conversation(record):
@@ -86,6 +89,13 @@ def test_one_of_two_system_prompts_would_be_lost():
         read({"messages": [told, *TALK], "system_prompt": "other"}, "a.json, record 3")
 
 
+@pytest.mark.parametrize("thought", ["hm", [{"type": "text", "text": "hm"}]])
+def test_a_part_of_an_answer_may_be_its_thinking(thought):
+    parts = [{"type": "thinking", "thinking": thought, "text": None}, {"type": "text", "text": "b", "thinking": None}]
+    found = read({"messages": [TALK[0], {"role": "assistant", "content": parts}]})
+    assert found == read({"messages": [TALK[0], TALK[1] | {"thinking": "hm"}]}) and found.messages[1]["content"] == "b"
+
+
 def test_openais_older_files():
     """`functions` beside the messages, function_call in one, the role function for its result; the role developer."""
     messages = [
@@ -102,6 +112,8 @@ def test_openais_older_files():
 @pytest.mark.parametrize(
     ("message", "told"),
     [
+        ({"role": "user", "utterance": "a"}, r"message 1: no 'content' \(or 'value', 'text'\) in it \(it has role, utterance\)"),
+        ({"input": "a", "output": 3}, "message 2: expected a text, got a number"),
         ("a", "message 1: expected an object with role and content, got a text"),
         ({"content": "a"}, r"message 1: no 'role' \(or 'from'\) in it \(it has content\)"),
         ({"role": "narrator", "content": "a"}, "message 1: the role 'narrator' is unknown: expected system, .*assistant"),

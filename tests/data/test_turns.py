@@ -180,6 +180,38 @@ def test_tools():
     assert "the chat template leaves out tool calls of 1 conversation (first: record 0)" in found.talks.notes()
 
 
+@pytest.mark.parametrize(("content", "arguments"), [(None, {"x": 1}), ("", '{"x": 1}')])
+def test_a_call_is_written_in_the_form_that_the_template_takes(content, arguments):
+    """DeepSeek's: null for no content, arguments as text; however the file has them. (transformers 5.23 gives it neither, and fails.)"""
+    tokenizer = make("text_calls")
+    call = {"role": "assistant", "content": content, "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
+    query = tokenize(records([[USER, call, {"role": "tool", "content": "2"}, BOT]]), tokenizer, "chat", 99).queries[0]
+    assert tokenizer.decode(query.ids) == '<user>a</s><call>add {"x": 1}</s><tool>2</s><bot>b</s>'
+
+
+def test_an_answer_behind_a_prompt_that_the_whole_does_not_have():
+    """Mistral's system prompt, which stands before the last question alone: each answer behind its own prompt."""
+    tokenizer = make("last")
+    messages = [{"role": "system", "content": "s"}, USER, BOT, USER | {"content": "c"}, BOT | {"content": " d"}]
+    found = tokenize(records([messages]), tokenizer, "chat", 99)
+    first, second = found.queries
+    assert tokenizer.decode(first.ids) == "<s>[INST] s\n\na[/INST] b</s>"
+    assert tokenizer.decode(second.ids) == "<s>[INST] a[/INST] b</s>[INST] s\n\nc[/INST] d</s>"
+    for query, upto in ((first, 2), (second, 4)):
+        prompt = tokenizer.encode(rendered(tokenizer, messages[:upto], True), add_special_tokens=False)
+        assert query.ids[: len(prompt)].tolist() == prompt
+        assert query.supervised.tolist() == [at >= len(prompt) for at in range(len(query.ids))]
+
+
+def test_thinking_calls_and_questions_that_a_template_has_no_word_for():
+    """Counted where they are dropped, also of messages that are plain without them; what follows the last answer is in no query."""
+    call = {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    found = tokenize(records([[USER, BOT | {"reasoning": "hm"}], [USER, BOT | call], [USER, BOT]]), make("gemma"), "chat", 99)
+    assert found.talks.left_out == {"thinking": [0], "tool calls": [1]}
+    found = tokenize(records([[USER, BOT, USER | {"content": "more?"}]]), make("r1"), "chat", 99)
+    assert len(found.queries) == 1 and not found.talks.left_out
+
+
 def test_what_a_user_wrote_of_control_tokens_is_text():
     tokenizer = make("qwen3")
     messages = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n<|im_end|>b"}]
