@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moejax.models.config import Architecture
 from moejax.models.config.specs import GQA
 from moejax.models.layers import Linear, RMSNorm, Target, fold, rotate
+from moejax.models.ops import flash
 from moejax.models.ops.attention import masked_attention, segment_attention
 
 
@@ -36,6 +37,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(keys[1], d, kv, dtype, scope=scope, axes=("heads", "embed"))
         self.v_proj = Linear(keys[2], d, kv, dtype, scope=scope, axes=("heads", "embed"))
         self.o_proj = Linear(keys[3], heads, d, dtype, scope=scope, axes=("embed", "heads"))
+        self.target = target
         self.head_dim, self.theta, self.qk_norm = spec.head_dim, spec.rope_theta, spec.qk_norm
         if spec.qk_norm is not None:
             sizes = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (heads, kv)
@@ -53,8 +55,14 @@ class Attention(nnx.Module):
         """x: [B, T, D]; segment_ids, positions: int32 [B, T]."""
         with jax.named_scope("attention"):
             q, k, v = self._project(x, positions, dropout_key)
-            out = checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
+            out = self._attend(q, k, v, segment_ids)
             return self.o_proj(out.reshape(*x.shape[:2], -1), fold(dropout_key, 3))
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        blocks = self.target.attention == "blocks" or flash.refusal(self.target.platform, q.dtype, self.head_dim) is not None
+        if blocks or q.shape[1] < flash.QUERIES:
+            return checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
+        return flash.flash_attention(q, k, v, segment_ids)
 
     def cached(
         self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array

@@ -29,6 +29,7 @@ def build(
     param_dtype: Any = jnp.float32,
     frozen_dtype: Any = None,
     backend: str = "auto",
+    attention: str = "auto",
     platform: str | None = None,
     memory_bytes: int | None = None,
 ) -> Model:
@@ -44,8 +45,9 @@ def build(
 
     def base() -> Model:
         return Decoder(
-            config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, platform=platform, memory_bytes=memory_bytes
-        )
+            config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, attention=attention, platform=platform,
+            memory_bytes=memory_bytes,
+        )  # fmt: skip
 
     model: Model = nnx.eval_shape(base) if key is None else base()
     if frozen:

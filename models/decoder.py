@@ -94,11 +94,12 @@ class Decoder(nnx.Module):
         dtype: Any,
         param_dtype: Any,
         backend: str = "auto",
+        attention: str = "auto",
         platform: str | None = None,
         memory_bytes: int | None = None,
     ):
         keys = jax.random.split(key, 3)
-        target = Target(backend, *((here(), memory_here()) if platform is None else (platform, memory_bytes)))
+        target = Target(backend, *((here(), memory_here()) if platform is None else (platform, memory_bytes)), attention)
         self.config, self.dtype, size = config, jnp.dtype(dtype), config.hidden_size
         self.embed = Embedding(keys[0], config.vocab_size, size, param_dtype)
         for number, stack in enumerate(config.stacks):

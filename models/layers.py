@@ -28,16 +28,19 @@ HALFWAY_NAMES = ("halfway", "attention_log_sums")
 """The stream between the two halves of a layer, and one number per query and head: each half is then recomputed by itself, and of
 the attention only q, k and v (its output and what follows are needed for nothing but the stream)."""
 
-DOT_NAMES = ("linear", "mixed", "scan_states", "hidden")
-"""What the products of a layer computed: of its linear layers, of the attention or the scan (and the scan's states), of the experts."""
+DOT_NAMES = ("linear", "mixed", "flash_log_sums", "scan_states", "hidden")
+"""What the products of a layer computed: of its linear layers, of the attention (and its softmax's sums) or the scan (and the scan's
+states), of the experts."""
 
 
 class Target(NamedTuple):
-    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape and memory), the platform and its memory."""
+    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape and memory), the platform and its memory, and
+    the attention ("auto": flash where it can run)."""
 
     backend: str
     platform: str
     memory_bytes: int | None = None
+    attention: str = "auto"
 
 
 class Frozen(nnx.Variable):

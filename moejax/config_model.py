@@ -23,6 +23,9 @@ class ModelConfig(Section):
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
     moe_backend: Literal["auto", "loop", "capacity"] = "auto"
+    attention: Literal["auto", "blocks", "flash"] = Field(
+        "auto", description="blocks of queries by XLA, or jax's flash attention for GPUs; auto: flash where it can run"
+    )
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
     ignored_settings: Names = Field((), description="keys of the source's config.json that are not computed here and may be passed over")
 

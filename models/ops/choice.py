@@ -23,6 +23,11 @@ MEMORY_SHARE = 24
 """`capacity` is chosen where a layer's dequantized experts take at most one part in so many of the device's memory."""
 CAPACITY_DEVIATIONS = 4
 """How far above the mean load `capacity`'s batch reaches, in standard deviations of a random routing: one has next to no row beyond."""
+RULE = {"cpu": (128, 32), "gpu": (4096, 128)}
+"""Rows of the largest tile and of a small one where nothing was measured. On a GPU a product of fewer rows than its matrix rate over its
+bandwidth (117 on an RTX 5090, 180 on an H200, 400 on an L4) waits for its matrix: a smaller tile takes as long."""
+ONE_TILE = 256
+"""A group of at most so many rows is one tile on a GPU."""
 CHUNKS = {"chunked": 16, "chunked_associative": 32}
 """Tokens of a chunk of either form of the scan where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low."""
 
@@ -82,27 +87,39 @@ def grouped(
 
     item: bytes of a number of the compute dtype; memory_bytes: of the device, None where unknown.
 
-    Without a measurement: the loop, with tiles of at most 512 rows (fewer launches than a CPU's 128); on a GPU `capacity` for many
-    experts with rows for each. Tiles are at most half the mean group if none larger was measured, and small ones take what is left of a
-    group, so that padding stays at a few percent. `capacity`, measured or not, only where a layer's three matrices an expert are a small
-    part of the memory.
+    Without a measurement: the loop; on a GPU `capacity` for many experts with rows for each. Tiles are at most half the mean group if none
+    larger was measured (on a GPU, where each is dozens of launches, at most the mean group, or one for all of a small group), and small
+    ones take what is left of a group, so that padding stays at a few percent. `capacity`, measured or not, only where a layer's three
+    matrices an expert are a small part of the memory.
     """
     load = tokens * experts_per_token / experts
     mean_group = max(1, int(load))
-    capacity = min(tokens, 8 * math.ceil((load + CAPACITY_DEVIATIONS * math.sqrt(load)) / 8))
+    most_rows = load + CAPACITY_DEVIATIONS * math.sqrt(load)
+    capacity = min(tokens, 8 * math.ceil(most_rows / 8))
     found = measured(platform, mean_group, hidden * intermediate, quantized)
     if found is None:
         many = platform != "cpu" and experts >= MANY_EXPERTS and load >= 1
-        found = dict(zip(("tile", "small_tile"), (128, 32) if platform == "cpu" else (512, 64), strict=True))
+        found = dict(zip(("tile", "small_tile"), RULE["cpu" if platform == "cpu" else "gpu"], strict=True))
         found["backend"] = "capacity" if many else "loop"
     if platform != "cpu" and 3 * experts * hidden * intermediate * item * MEMORY_SHARE > (memory_bytes or 0):
         found = found | {"backend": "loop"}
-    most = 1 << max(mean_group // 2, 1).bit_length() - 1  # the largest power of two that is in half of it
-    measured_for = found.get("rows_per_expert", math.inf)
-    if 2 * found["tile"] > measured_for:  # a tile for all of an expert's rows: as large a part of them
+    most = _power_of_two_in(mean_group / 2)
+    measured_for = found.get("rows_per_expert")
+    if measured_for is None and platform != "cpu":
+        most = _power_of_two_in(mean_group)
+        holds_a_group = 2 * _power_of_two_in(most_rows - 1)
+        if holds_a_group <= ONE_TILE:
+            most = min(max(holds_a_group, found["small_tile"]), -(-tokens * experts_per_token // 8) * 8)
+            found["small_tile"] = most
+    elif measured_for is not None and 2 * found["tile"] > measured_for:  # a tile for all of an expert's rows: as large a part of them
         most = found["tile"] * mean_group // measured_for // 8 * 8
     tile = min(found["tile"], max(8, most))
     return found["backend"], tile, min(tile, found["small_tile"]), capacity
+
+
+def _power_of_two_in(number: float) -> int:
+    """The largest that is not above it, at least 1."""
+    return 1 << max(int(number), 1).bit_length() - 1
 
 
 def scan(platform: str, rows: int, length: int, channels: int) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from moejax.models.config import specs
 from moejax.models.ops import choice
 
 ATTENTION_BLOCKS = (128, 512)  # smallest and largest, of models/ops/attention.py
+FLASH_HEADS, FLASH_QUERIES = (32, 64, 128), 128  # of models/ops/flash.py
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Step:
     trained: int | None  # bytes of a trained base weight; None: the base is frozen
     remat: bool
     quantized: bool  # experts are stored in 4 bits
+    flash: bool  # attention by jax's kernel, where it can run
 
     @property
     def tokens(self) -> int:
@@ -123,9 +125,8 @@ class Block:
         return self._dense() if self.moe.dense else self._sparse()
 
     def _sparse(self) -> int:
-        """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices and, on a GPU, one
-        of them once more with the adapter beside it (XLA joins products that share an operand); a tile's hidden rows. `capacity`: the
-        matrices of all, the rows of its batch too, and their hidden rows.
+        """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden
+        rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         s, n, item, e, f = self.step, self.step.tokens, self.step.item, self.moe.experts, self.moe.hidden
         backend, *_, capacity = self.grouped
@@ -134,7 +135,7 @@ class Block:
         hidden = 6 * item * together * f
         adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe)  # sums of gradients; scaled
         if s.trained is None:
-            matrices = (3 * at_once + 1) * item * self.matrix
+            matrices = 3 * at_once * item * self.matrix
             return rows + hidden + adapters + matrices + 2 * s.stream + self.mixer.kept
         layer = 3 * e * self.matrix * (4 + s.trained)
         one = 3 * self.matrix * (4 + item) + 2 * 4 * self.matrix
@@ -184,6 +185,8 @@ def _attention(step: Step, m: specs.GQA) -> _Attention:
 def attention(s: Step, m: specs.GQA, moe: specs.MoE, adapted: Adapted) -> Mixer:
     """Each half of the block is recomputed by itself."""
     a, n = _attention(s, m), s.tokens
+    if s.flash and m.head_dim in FLASH_HEADS and s.row_tokens >= FLASH_QUERIES:
+        return _flash(s, a)
     width = s.width + a.heads + 2 * a.kv
     return Mixer(
         streams=2 * s.stream + 4 * n * m.heads,  # the stream before each half, and one number a query and head
@@ -191,6 +194,18 @@ def attention(s: Step, m: specs.GQA, moe: specs.MoE, adapted: Adapted) -> Mixer:
         backward=_attention_backward(s, a, adapted),
         forward=5 * a.every,  # masks of all blocks
         forward_numbers=3 * n * (a.heads + a.kv),  # q, k and v as one product, q and k rotated, the attention's output
+    )
+
+
+def _flash(s: Step, a: _Attention) -> Mixer:
+    """No scores. Keys and values stand once for every head of queries; backward q, k, v, the output, and the gradients of all four."""
+    n, item = s.tokens, s.item
+    return Mixer(
+        streams=2 * s.stream,
+        saved=item * n * ((7 if s.trained else 5) * s.width + 4 * a.heads) + 4 * n * a.heads,
+        backward=item * n * (8 * a.heads + 3 * s.width),
+        forward=item * n * 2 * a.heads,
+        forward_numbers=3 * n * (a.heads + a.kv),
     )
 
 

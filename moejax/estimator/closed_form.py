@@ -103,11 +103,11 @@ def _scaled(trained: tuple[sizes.Stored, ...], experts: int, embed: int, dtype: 
 
     fp32: all of them scaled, beside the embedding's own; before Hopper the experts' two new moments, written beside the old ones, of which
     two thirds find the place of gradients that are done with: as much as the experts' and one matrix more. bf16 before Hopper: the experts'
-    scaled, on an A100 one of their three matrices at a time, in fp32.
+    scaled, one of their three matrices at a time, in fp32.
     """
     if dtype == "float32":
         return experts + experts // 3 if platform in ("sm80", "sm8") else sum(w.bytes for w in trained) + embed
-    return {"sm80": 2 * experts // 3, "sm8": experts}.get(platform, 0)
+    return 2 * experts // 3 if platform in ("sm80", "sm8") else 0
 
 
 def breakdown(
@@ -128,6 +128,7 @@ def breakdown(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
         experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.quantization.of_experts,
+        platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]

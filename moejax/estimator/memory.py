@@ -33,7 +33,7 @@ def relevant(experiment: Experiment) -> dict[str, Any]:
     """The part of a config that makes the compiled program; the model's sizes are given by its architecture, the rows by the caller."""
     whole = experiment.model_dump(mode="json")
     training = {k: v for k, v in whole["training"].items() if k not in _RUN_ONLY}
-    model = {k: whole["model"][k] for k in ("moe_backend", "aux_loss_coef")}
+    model = {k: whole["model"][k] for k in ("moe_backend", "attention", "aux_loss_coef")}
     return {"model": model, "quantization": whole["quantization"], "adapter": whole["adapter"], "training": training}
 
 

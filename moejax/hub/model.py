@@ -60,6 +60,7 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
         "dtype": jnp.dtype(t.compute_dtype),
         "param_dtype": jnp.dtype(t.stored_dtype),
         "backend": experiment.model.moe_backend,
+        "attention": experiment.model.attention,
     }
 
 

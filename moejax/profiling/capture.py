@@ -75,7 +75,7 @@ class Capture:
 def compile_profiled(lowering: Any, options: dict[str, str | bool] | None = None) -> Any:
     """Compile a program (`jax.jit(f).lower(…)`) so that a trace tells its parts. options: of the compiler, besides."""
     with whole_programs():
-        return lowering.compile(compiler_options=(compiler_options(jax.default_backend()) or {}) | (options or {}) or None)
+        return lowering.compile(compiler_options=(options or {}) | (compiler_options(jax.default_backend()) or {}) or None)
 
 
 def compiler_options(platform: str) -> dict[str, str | bool] | None:

@@ -39,6 +39,7 @@ _MOVES = frozenset(
 )  # fmt: skip
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 15: 8, 16: 2, 18: 16, 21: 0.5, 22: 0.5}
 """xla.PrimitiveType -> bytes of an element (4-bit types pack two); the 8-bit floats and unknown ones: 1."""
+BF16 = 16  # xla.PrimitiveType
 _NO_BYTES = {0, 14, 17}  # invalid, opaque, token
 
 
@@ -155,15 +156,15 @@ class Program:
         if i.opcode in _FREE or i.opcode in ("broadcast", "fusion", "iota", "reshape"):
             return 0.0
         if i.opcode in ("dot", "convolution"):
-            return max(self._flops(i), 1.0)
+            return max(self.flops_of(i), 1.0)
         if i.opcode in ("reduce", "sort", "reduce-window"):
             return float(sum(elements(o.shape) for o in self._operands(i)))
         return elements(i.shape) * (8.0 if i.opcode in _TRANSCENDENTAL else 1.0)
 
-    def _flops(self, i: Any) -> float:
+    def flops_of(self, i: Any) -> float:
         """Floating point operations of one execution, what it calls included if it is a fusion."""
         if i.opcode == "fusion":
-            return sum(self._flops(part) for part in self._fused(i) if part.opcode != "fusion")
+            return sum(self.flops_of(part) for part in self._fused(i) if part.opcode != "fusion")
         if i.opcode == "dot":
             lhs = self._by_id[i.operand_ids[0]].shape.dimensions
             return 2.0 * elements(i.shape) * math.prod(lhs[d] for d in i.dot_dimension_numbers.lhs_contracting_dimensions)
@@ -187,7 +188,7 @@ class Program:
         result = i.shape.tuple_shapes[0] if i.shape.tuple_shapes else i.shape
         return 2.0 * elements(result) * math.prod(lhs[d] for d in contracting)
 
-    def _bytes(self, i: Any) -> float:
+    def bytes_of(self, i: Any) -> float:
         """Bytes that one execution must read and write: of what is sliced, the slice; of what is updated in place, the update."""
         if i.opcode in _FREE or i.opcode in CONTAINERS:
             return 0.0
@@ -199,6 +200,39 @@ class Program:
             updates = self._by_id[i.operand_ids[1 if i.opcode == "dynamic-update-slice" else -1]]
             return 2 * size(updates.shape)
         return size(i.shape) + sum(size(o.shape) for o in self._operands(i))
+
+    def copies(self, i: Any, count: int, kind: int) -> bool:
+        """Whether it reads an array of so many elements of a type (xla.PrimitiveType) that its computation was given, writes at least as
+        much, and is no product."""
+        given = (o.shape for o in self._operands(i) if o.opcode == "get-tuple-element")
+        reads = any(not s.tuple_shapes and s.element_type == kind and math.prod(s.dimensions) == count for s in given)
+        return reads and not self.is_product(i) and self.written(i) >= count * _BYTES[kind]
+
+    def loops_of_data(self) -> set[int]:
+        """The computations that run as often as data say: bodies and conditions of loops whose trip count the compiler does not know,
+        and what they call."""
+        waiting = [i for i in self.instructions.values() if i.opcode == "while" and known_trips(i) is None]
+        found: set[int] = set()
+        while waiting:
+            for called in waiting.pop().called_computation_ids:
+                found.add(called)
+                waiting += [i for i in self.computations[called].instructions if i.opcode in CONTAINERS]
+        return found
+
+    def is_product(self, i: Any) -> bool:
+        """Whether it is a matrix product, a library's or one inside a fusion included."""
+        if i.opcode == "custom-call":
+            return self._library_flops(i) > 0
+        return i.opcode == "dot" or (i.opcode == "fusion" and any(self.is_product(part) for part in self._fused(i)))
+
+    def written(self, i: Any) -> float:
+        """Bytes that one execution writes; of an update in place, the update."""
+        if i.opcode in _FREE or i.opcode in CONTAINERS:
+            return 0.0
+        if i.opcode == "fusion":
+            body = self.computations[i.called_computation_ids[0]]
+            return self._written(self._by_id[body.root_id], self._by_id)
+        return size(self._by_id[i.operand_ids[1]].shape) if i.opcode == "dynamic-update-slice" else size(i.shape)
 
     def _fusion_bytes(self, fusion: Any) -> float:
         body = self.computations[fusion.called_computation_ids[0]]
@@ -256,7 +290,7 @@ class Program:
     ) -> float:
         if caller.opcode not in ("while", "conditional"):
             return outer
-        known = _known_trips(caller)
+        known = known_trips(caller)
         if caller.opcode == "while" and known is not None:
             return outer * known
         if caller.opcode == "while" and trips is not None:
@@ -279,13 +313,13 @@ class Program:
         total: dict[Place, Cost] = defaultdict(Cost)
         for computation, count in self.executions(events_per_run, trips).items():
             for i in self.computations[computation].instructions:
-                moved = self._bytes(i)
+                moved = self.bytes_of(i)
                 parts = list(self._fused(i)) if i.opcode == "fusion" else [i]
                 shares = self._shares_of(i) if moved or any(p.opcode not in _FREE for p in parts) else {}
                 for where, share in shares.items():
                     total[where] += Cost(0.0, moved * share * count)
                 for p in parts:
-                    flops = 0.0 if p.opcode == "fusion" else self._flops(p)
+                    flops = 0.0 if p.opcode == "fusion" else self.flops_of(p)
                     if flops:
                         path = p.metadata.op_name
                         for where, share in ({scopes.place(path): 1.0} if path else shares).items():
@@ -293,7 +327,8 @@ class Program:
         return dict(total)
 
 
-def _known_trips(loop: Any) -> float | None:
+def known_trips(loop: Any) -> float | None:
+    """How often a loop runs, where the compiler knows it."""
     try:
         return float(json.loads(loop.backend_config)["known_trip_count"]["n"])
     except (ValueError, KeyError, TypeError):

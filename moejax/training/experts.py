@@ -51,13 +51,20 @@ def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:
     return np.full(config.num_experts, tokens * config.experts_per_token // config.num_experts)
 
 
+def random_loads(config: Architecture, tokens: int, routings: int = 64) -> np.ndarray:
+    """Tokens of each expert as drawn routings have them, every expert as likely as any other: [routings, E]. Equal loads flatter tiles:
+    they leave nothing over."""
+    drawn = np.random.default_rng(0).multinomial(tokens * config.experts_per_token, [1 / config.num_experts] * config.num_experts, routings)
+    return np.asarray(drawn)
+
+
 def routed(plan: Plan, loads: np.ndarray) -> Trips:
     """How often what depends on the routing runs, for `loads` [..., E] (tokens of an expert): the mean over all routings in it.
 
     The loops over tiles: an expert's two, or of the backend `capacity` a layer's one. For anything else the answer raises ValueError.
     """
     loads = loads.reshape(-1, loads.shape[-1])
-    whole = (loads + plan.tile // 2) // plan.tile
+    whole = (loads + (plan.tile - 1 if plan.small_tile == plan.tile else plan.tile // 2)) // plan.tile
     small = -(-np.maximum(loads - whole * plan.tile, 0) // plan.small_tile)
     if plan.backend == "capacity":
         whole = np.sum(-(-np.maximum(loads - plan.capacity, 0) // plan.tile), axis=1)

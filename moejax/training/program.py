@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from moejax.gpus import GPU, GPUS
 from moejax.hub.model import model_arguments
 from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
+from moejax.models.ops import choice, flash
 from moejax.profiling.capture import compile_profiled
 from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.step import Loss, Objective, TrainState, make_eval_step, make_train_step
@@ -42,6 +44,15 @@ _WHAT_TO_TRY = (
 CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 """Options of the compiler for a program in which Triton finds no tiles for a product: cuBLAS makes them all. Where XLA cannot autotune (no
 card is there) it asks for tiles of 128 tokens on A100, A40 and L4, which a product over several rows of other lengths does not have."""
+GPU_OPTIONS: dict[str, str | bool] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": "1",
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
+"""Options of the compiler for a GPU. XLA's own kinds of what goes into CUDA graphs, and loops: else a loop whose trip count depends on data
+(the experts' tiles) asks the host before every iteration (a driver below 12.3 has no loops in graphs; XLA then leaves them out). One loop
+is enough for a graph. And no
+joining of products with one operand in common: of a matrix and its adapter it copies the whole dequantized matrix, in every tile."""
 _ELSE = "another number of rows (data.batch_rows) or another version of jax (pip install -U jax), and report the message"
 
 
@@ -70,18 +81,22 @@ NOTHING_OWN = Own()
 class TrainProgram:
     """An experiment's optimizer step. Its state and frozen weights are shapes until `load`; what is compiled stays, by rows and length.
 
-    gpu: one that is not there (None: this machine's device). traced: compiled so that a trace tells its parts.
+    gpu: one that is not there (None: this machine's device). traced: compiled so that a trace tells its parts. dump: a
+    folder for what XLA writes about the program.
     """
 
     def __init__(
-        self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False, own: Own = NOTHING_OWN
+        self, experiment: Experiment, config: Architecture, *, gpu: str | GPU | None = None, traced: bool = False, own: Own = NOTHING_OWN,
+        dump: Path | None = None,
     ):  # fmt: skip
-        self.experiment, self.config, self.traced = experiment, config, traced
+        self.experiment, self.config, self.traced, self._dump = experiment, config, traced, dump
         # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
         self._sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
         card = GPUS[gpu] if isinstance(gpu, str) else gpu
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
+        if experiment.model.attention == "flash":
+            _check_flash(config, self._device or choice.here(), experiment.training.compute_dtype)
         t = experiment.training
         schedule = make_schedule(t, t.steps or 1000) if own.optimizer is None else None
         self._optimizer = own.optimizer if schedule is None else make_optimizer(t, schedule)
@@ -115,11 +130,11 @@ class TrainProgram:
         try:
             lowering = jax.jit(self._step, donate_argnums=(0,)).lower(*given)
             try:
-                executable: Any = compile_profiled(lowering) if self.traced else lowering.compile()
+                executable = self._compiled(lowering, {})
             except jax.errors.JaxRuntimeError as error:
                 if "output tile sizes" not in str(error):
                     raise
-                executable = compile_profiled(lowering, CUBLAS) if self.traced else lowering.compile(compiler_options=CUBLAS)
+                executable = self._compiled(lowering, CUBLAS)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             what = f"the step of {self.experiment.name} ({'' if micro == 1 else f'{micro} x '}{counted(rows, 'row')} x {row_tokens} tokens)"
             on = self._device or jax.local_devices()[0].device_kind
@@ -128,6 +143,14 @@ class TrainProgram:
         compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds)
         self.compiled[rows, row_tokens] = compiled
         return compiled
+
+    def _compiled(self, lowering: Any, options: dict[str, str | bool]) -> Any:
+        if self._on_gpu:
+            options = GPU_OPTIONS | options
+        if self._dump is not None:
+            dump: dict[str, str | bool] = {"xla_dump_to": str(self._dump), "xla_dump_hlo_as_text": True}
+            options = dump | options
+        return compile_profiled(lowering, options) if self.traced else lowering.compile(compiler_options=options or None)
 
     def compile_within(self, rows: int, row_tokens: int, limit: int | None) -> Compiled:
         """`compile`. Raises UserError with the batch that would fit, where the peak exceeds `limit` bytes.
@@ -179,14 +202,27 @@ class TrainProgram:
         seconds = time.perf_counter() - start
         return seconds, jax.device_get(metrics)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device is not None or jax.default_backend() == "gpu"
+
     @cached_property
     def _evaluate(self) -> Any:
-        return jax.jit(make_eval_step(self.objective))
+        return jax.jit(make_eval_step(self.objective), compiler_options=GPU_OPTIONS if self._on_gpu else None)
 
     def evaluate(self, batch: Batch) -> tuple[float, float]:
         """Of a batch [rows, T]: summed cross-entropy without smoothing, and supervised tokens."""
         loss, tokens = self._evaluate(self.state.trainable, self.frozen, jax.device_put(batch))
         return float(loss), float(tokens)
+
+
+def _check_flash(config: Architecture, platform: str, dtype: str) -> None:
+    """Raises UserError where flash attention was asked for by name and cannot run."""
+    for stack in config.stacks:
+        head_dim = getattr(stack.block.mixer, "head_dim", None)  # of a mixer that attends
+        reason = None if head_dim is None else flash.refusal(platform, dtype, head_dim)
+        if reason is not None:
+            raise UserError(f"model.attention = flash: {reason}. Expected auto (flash where it can run) or blocks")
 
 
 def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:

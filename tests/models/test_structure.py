@@ -48,10 +48,10 @@ class TestDequantization:
         """read: bytes a weight that the fusion reads; before: what else writes as many elements."""
         program = Program(module(lambda t, e: part(t, e).dequantize(jnp.bfloat16), *self.arguments(sharding, double)))
         *first, fusion = writers(program, math.prod(self.shape))
-        assert tuple(i.opcode for i in first) == before and all(program._bytes(i) == 2 * math.prod(self.shape) for i in first)
-        assert fusion.opcode == "fusion" and program._bytes(fusion) >= (read + 2) * math.prod(self.shape)
+        assert tuple(i.opcode for i in first) == before and all(program.bytes_of(i) == 2 * math.prod(self.shape) for i in first)
+        assert fusion.opcode == "fusion" and program.bytes_of(fusion) >= (read + 2) * math.prod(self.shape)
         # The code in and two bytes out a weight; block scales in fp32 once more (1/16 byte), the table.
-        assert program._bytes(fusion) <= (read + 2.1) * math.prod(self.shape) + 4096
+        assert program.bytes_of(fusion) <= (read + 2.1) * math.prod(self.shape) + 4096
 
     @pytest.mark.parametrize("double", [False, True])
     def test_on_this_machine(self, double):

@@ -63,7 +63,7 @@ def test_dots_agree_with_the_text_of_the_module():
     program = Program(module(gradient, *arguments))
     runs = program.executions({})
     ours = sum(
-        program._flops(i) * runs.get(computation, runs.get(_home(program, computation), 0.0))
+        program.flops_of(i) * runs.get(computation, runs.get(_home(program, computation), 0.0))
         for computation, c in program.computations.items()
         for i in c.instructions
         if i.opcode == "dot"

@@ -1,6 +1,6 @@
 """The experts' backend: told at the start, refused where the compiler would make something else of it."""
 
-
+import numpy as np
 from support import ROOT
 
 from moejax import config
@@ -42,7 +42,7 @@ def test_the_nearest_measured_shape_decides(monkeypatch):
     def tile(tokens, quantized=False, kind="NVIDIA X"):
         return gm.choose("auto", kind, tokens, 8, 2, hidden=1024, intermediate=1024, quantized=quantized).tile
 
-    assert [tile(1200), tile(8192), tile(8192, quantized=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 512]
+    assert [tile(1200), tile(8192), tile(8192, quantized=True), tile(8192, kind="NVIDIA Y")] == [64, 256, 512, 2048]
 
 
 def test_many_experts_are_dequantized_at_once_where_a_layer_of_them_is_small():
@@ -74,4 +74,25 @@ def test_the_architecture_of_the_real_model_is_unmeasured_until_a_gpu_was_there(
     real = PRESETS["mixtral-8x7b"]
     sizes = {"hidden": 4096, "intermediate": 14336, "quantized": True}
     plan = gm.choose("auto", GPUS["H100"].cuda_name, 4096, real.num_experts, 2, **sizes)
-    assert plan.backend == "loop" and plan.tile == 512
+    assert (plan.backend, plan.tile, plan.small_tile) == ("loop", 1024, 128)
+
+
+def test_tiles_of_a_gpu_follow_the_roofline():
+    """A group that fits into what a product reads its matrix for is one tile; larger ones are few tiles, their rest small ones."""
+
+    def tiles(tokens, experts=8, k=2):
+        plan = gm.choose("auto", "gpu", tokens, experts, k, hidden=4096, intermediate=14336, quantized=True)
+        return plan.tile, plan.small_tile
+
+    assert [tiles(n) for n in (128, 512, 1024, 4096, 49152)] == [(128, 128), (256, 256), (256, 128), (1024, 128), (4096, 128)]
+    assert (tiles(1), tiles(16), tiles(2048, 128, 8)) == ((8, 8), (32, 32), (256, 256))  # no more than there are rows
+    plan = gm.choose("loop", "gpu", 512, 8, 2)
+    assert (plan.tile, plan.small_tile) == (256, 256)
+    trips = experts.routed(plan, np.array([0, 1, 256, 257, 128, 128, 128, 126]))
+    assert trips("moe/tiles/while", None) * 8 == 8 and trips("moe/small_tiles/while", None) == 0
+
+
+def test_drawn_routings_are_uneven():
+    sizes = PRESETS["mixtral-8x7b"]
+    drawn = experts.random_loads(sizes, 4096)
+    assert drawn.shape == (64, 8) and (drawn.sum(axis=1) == 8192).all() and 20 < drawn.std() < 40

@@ -29,13 +29,16 @@ def _over_tiles(plan: Plan, start: jax.Array, size: jax.Array, body: Callable[..
 
     `first`: the number of the group's rows before the tile. Large tiles read the weights less often, small ones pad less.
     """
-    whole = (size + plan.tile // 2) // plan.tile
+    one_size = plan.small_tile == plan.tile
+    whole = (size + (plan.tile - 1 if one_size else plan.tile // 2)) // plan.tile
 
     def tiles(count: int, offset: Any) -> Callable[..., Any]:
         return lambda i, state: body(start + offset + i * count, offset + i * count, count, state)
 
     with jax.named_scope("tiles"):
         state = jax.lax.fori_loop(0, whole, tiles(plan.tile, 0), state)
+    if one_size:
+        return state
     rest = jnp.maximum(size - whole * plan.tile, 0)
     with jax.named_scope("small_tiles"):
         return jax.lax.fori_loop(0, -(-rest // plan.small_tile), tiles(plan.small_tile, whole * plan.tile), state)

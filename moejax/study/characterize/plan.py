@@ -22,7 +22,7 @@ EXPERIMENT: dict[Kind, str] = {
     "expert_load": "expert_load", "fit": "fit_throughput", "cost": "cost",
 }  # fmt: skip
 # (seconds to start a process, seconds to compile a step, share of the matrix peak, share of the bandwidth): a CPU by cpu-demo on two cores,
-# a GPU's compiling by benchmarks/results/2026-11-25-aot-memory.json; the shares on a GPU are a guess on the careful side.
+# a GPU's compiling by benchmarks/results/2026-11-30-gpu-program.json; the shares on a GPU are a guess on the careful side.
 _PACE = {"cpu": (5.0, 5.0, 0.25, 0.1), "gpu": (12.0, 10.0, 0.25, 0.5)}
 _FILL_BYTES_PER_SECOND = 2e9  # random weights, or a file's
 
