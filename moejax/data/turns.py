@@ -287,14 +287,16 @@ class Turns:
 
     def _moved(self, prompt: str, text: str, messages: list[Message], tools: Any, where: str) -> str | None:
         """The prompt and the answer behind it, where the template writes something else before the two in `text` than at use (Mistral's
-        system prompt stands in the last question alone). None where the answer does not stand behind the same question."""
+        system prompt stands in the last question alone). None where it is not behind the same header, or without one the same question."""
         other = [*messages[:-1], messages[-1] | {"content": _OTHER}]
         without, asked = self._write(other, tools, False, where)[0], (messages[-2].get("content") or "").strip()
+        header = prompt.removeprefix(self._write(messages[:-1], tools, False, where)[0])
+        header = "" if header == prompt else header.strip()
         begin = next((at for at, (a, b) in enumerate(zip(text, without, strict=False)) if a != b), 0)
         for at in range(begin, len(text[:begin].rstrip()) - 1, -1):  # white space before an answer is its own
             pairs = zip(reversed(prompt), reversed(text[:at]), strict=False)
             same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prompt), at))
-            if asked and asked in prompt[len(prompt) - same :]:
+            if (header or asked) and (header or asked) in prompt[len(prompt) - same :]:
                 return prompt + text[at:]
         return None
 

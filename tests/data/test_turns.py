@@ -203,6 +203,19 @@ def test_an_answer_behind_a_prompt_that_the_whole_does_not_have():
         assert query.supervised.tolist() == [at >= len(prompt) for at in range(len(query.ids))]
 
 
+def test_an_answer_behind_a_prompt_that_ends_otherwise_in_the_whole():
+    """As in Hermes' tools: a line break where another turn follows, and none in the prompt."""
+    tokenizer = load_tokenizer(str(ROOT / "assets/tiny-mixtral"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '' if loop.last else '|' }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    first, second = tokenize(records([[USER, BOT] * 2]), tokenizer, "chat", 99).queries
+    assert tokenizer.decode(first.ids) == "<user>a</s><assistant>b</s>"
+    assert tokenizer.decode(second.ids) == "<user>a|</s><assistant>b|</s><user>a</s><assistant>b</s>"
+    assert tokenizer.decode(second.ids[second.supervised]) == tokenizer.decode(first.ids[first.supervised]) == "b</s>"
+
+
 def test_thinking_calls_and_questions_that_a_template_has_no_word_for():
     """Counted where they are dropped, also of messages that are plain without them; what follows the last answer is in no query."""
     call = {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
