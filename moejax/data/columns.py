@@ -98,8 +98,9 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
 
         if talk is not None and not texts("instruction", "output") and not (talk == "completion" and texts("prompt", "completion")):
             return _made(record, fields, messages=known(talk))
-        if listed and record[listed] is None and not any(known(question) and known(answer) for question, answer in PAIRS):
-            return _made(record, fields, messages=listed)  # whoever judges the record says that it is null
+        other = listed is not None and not isinstance(record[listed], str)
+        if other and not any(known(question) and known(answer) for question, answer in PAIRS):
+            return _made(record, fields, messages=listed)  # whoever judges the record says that it is null, or an object
         question, answer = _pair(where, record, known)
     context = fields.input or next((c for name in CONTEXTS if (c := known(name, in_any)) and c not in (question, answer)), None)
     return _made(record, fields, instruction=question, input=context, output=answer)

@@ -12,6 +12,7 @@ import numpy as np
 from moejax.data import chat
 from moejax.data.borders import Borders
 from moejax.data.conversation import Conversation
+from moejax.data.records import blank
 from moejax.data.templates import asked
 from moejax.data.text_tokens import TextTokens, text_tokens
 from moejax.data.turns import Sample, Turns
@@ -203,13 +204,13 @@ def _plain(numbered: Numbered, tokenizer: Any, template: str, source: str) -> tu
     for index, talk in numbered:
         prompts, answers, trained = list[str](), list[str](), list[bool]()
         for number, text, system in _turns_of(talk, template, f"{source}, record {index}"):
-            if not text.strip():
+            if blank(text):
                 talks.empty.append((index, number))
             if talk.messages[number]["role"] != "assistant":
                 prompts.append(asked(template, tokens.guard(text), tokens.guard(system), first=not prompts))
             else:
                 answers.append(tokens.guard(text))
-                trained.append(talk.trained[number] and bool(text.strip()))
+                trained.append(talk.trained[number] and not blank(text))
         if not any(trained):
             talks.unanswered.append(index)
             continue

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moejax.data import chat
 from moejax.data.conversation import Conversation, Message
-from moejax.data.records import texts_in
+from moejax.data.records import blank, texts_in
 from moejax.data.text_tokens import TextTokens
 from moejax.errors import UserError
 
@@ -84,7 +84,7 @@ class Turns:
         found = []
         for number, (message, trained) in enumerate(zip(talk.messages, talk.trained, strict=True)):
             calls = message.get("tool_calls") and "tool_calls" in self._source  # else the template writes an answer that says nothing
-            if not message.get("content", "").strip() and not calls and message["role"] != "tool":
+            if blank(message.get("content", "")) and not calls and message["role"] != "tool":
                 self.seen.empty.append((index, number))
             elif message["role"] in self._roles and trained:
                 found.append(number)

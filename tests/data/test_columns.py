@@ -154,6 +154,8 @@ def test_a_tables_nulls_are_no_schema(tmp_path):
         read(tmp_path, [records[0], nothing])
     with pytest.raises(UserError, match="record 0: no list of messages under 'messages', but null"):
         read(tmp_path, [{"messages": None}, {"messages": talk}])
+    with pytest.raises(UserError, match="record 0: no list of messages under 'messages', but an object"):
+        read(tmp_path, [{"messages": talk[0]}])
 
 
 def test_conversations_are_known_in_any_case_and_a_column_without_a_name_is_seen(tmp_path):

@@ -377,7 +377,7 @@ def test_keys_that_a_template_knows_reach_it():
 def test_what_is_dropped_is_counted():
     tokenizer = make("llama3")
     silent = BOT | {"content": " "}
-    found = tokenize(records([[USER, BOT], [USER], [USER, silent], [USER, BOT, USER, silent]]), tokenizer, "chat", 99)
+    found = tokenize(records([[USER, BOT], [USER], [USER, silent], [USER, BOT, USER, BOT | {"content": "\u200b"}]]), tokenizer, "chat", 99)
     assert (len(found.queries), found.dropped, found.talks.unanswered, found.talks.empty) == (2, 2, [1, 2], [(2, 1), (3, 3)])
     told = found.talks.notes()
     assert told[0].startswith("2 empty turns (first: record 2, message 1)") and "2 conversations have no answer" in told[1]
@@ -386,7 +386,7 @@ def test_what_is_dropped_is_counted():
         "1 conversation has no answer to train on: dropped (first: record 3)",
         "the chat template leaves out tools of 1 conversation (first: record 3)",
     ]
-    asked_nothing = tokenize(records([[USER | {"content": ""}, BOT]]), tokenizer, "mistral", 99)
+    asked_nothing = tokenize(records([[USER | {"content": "\u200b"}, BOT]]), tokenizer, "mistral", 99)
     assert asked_nothing.talks.empty == [(0, 0)] and len(asked_nothing.queries) == 1
     with pytest.raises(UserError, match="no query has a supervised token left: of 1 records 1 have no answer to train on"):
         tokenize(records([[USER]]), tokenizer, "chat", 99)
