@@ -45,10 +45,18 @@ def programs() -> dict[str, list[str]]:
     for name in sorted(loaded, key=lambda n: (not real(n), "dense" in n, -of[n].parameters[0], n)):
         experiment = loaded[name]
         part = memory.relevant(experiment)
+        part["training"] |= {"remat": "full"} if settled(name) else {}
         part["training"] = {k: v for k, v in part["training"].items() if k not in _NOT_IN_THE_PROGRAM}
         part["training"]["weight_decay"] = bool(part["training"]["weight_decay"])
         found.setdefault(json.dumps([part, repr(of[name])]), []).append(name)
     return {same[0]: same for same in found.values()}
+
+
+def settled(name: str) -> list[str]:
+    """`remat: auto` as what it comes down to on a full card."""
+    from moejax import config
+
+    return ["training.remat=full"] if config.load(ROOT / "configs" / f"{name}.yaml").training.remat == "auto" else []
 
 
 def real(name: str) -> bool:
@@ -84,7 +92,7 @@ def worker(name: str, gpu: str, asked: list[Cell]) -> None:
 
     for rows, row_tokens, layers in asked:
         print(json.dumps({"begins": [rows, row_tokens, layers]}), flush=True)
-        experiment = config.load(ROOT / "configs" / f"{name}.yaml", [f"model.overrides.num_layers={layers}"])
+        experiment = config.load(ROOT / "configs" / f"{name}.yaml", [f"model.overrides.num_layers={layers}", *settled(name)])
         start, outcome = time.perf_counter(), {}
         try:
             compiled = TrainProgram(experiment, sizes.architecture_of(experiment), gpu=gpu).compile(rows, row_tokens)

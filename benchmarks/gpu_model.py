@@ -179,6 +179,8 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
     from moejax.training import experts
     from moejax.training.program import TrainProgram
 
+    if experiment.training.remat == "auto":  # what it comes down to on a full card
+        experiment = experiment.changed("training", remat="full")
     sizes, tokens, card = architecture_of(experiment), rows * length, gpus.find(gpu)
     with tempfile.TemporaryDirectory() as folder:
         c = TrainProgram(experiment, sizes, gpu=gpu, dump=Path(folder)).compile(rows, length)

@@ -125,7 +125,7 @@ class Settings:
             return [*case.overrides, "training.steps=2"]
         length = [f"data.row_tokens={self.row_tokens}", f"data.max_length={self.row_tokens}"]
         tiny = (f"model.preset={TINY[case.config.split('_')[0]]}", *_TINY) if self.tiny else ()
-        return [*RANDOM, *length, *case.overrides, *tiny, f"data.batch_rows={rows}"]
+        return [*RANDOM, "training.remat=full", *length, *case.overrides, *tiny, f"data.batch_rows={rows}"]
 
     def experiment(self, case: Case, rows: int) -> Experiment:
         return configuration.load(ROOT / "configs" / f"{case.config}.yaml", self.overrides(case, rows))
