@@ -59,10 +59,9 @@ class Attention(nnx.Module):
             return self.o_proj(out.reshape(*x.shape[:2], -1), fold(dropout_key, 3))
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        blocks = self.target.attention == "blocks" or flash.refusal(self.target.platform, q.dtype, self.head_dim) is not None
-        if blocks or q.shape[1] < flash.QUERIES:
-            return checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
-        return flash.flash_attention(q, k, v, segment_ids)
+        if flash.why_blocks(self.target.attention, self.target.platform, q.dtype, self.head_dim, q.shape[1]) is None:
+            return flash.flash_attention(q, k, v, segment_ids)
+        return checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
 
     def cached(
         self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array

@@ -28,6 +28,15 @@ def refusal(platform: str, dtype: Any, head_dim: int) -> str | None:
     return None
 
 
+def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int) -> str | None:
+    """Why rows of so many tokens go by blocks of queries (`attention.segment_attention`), as asked ("auto", "blocks", "flash") or where
+    these kernels cannot run; None: by these kernels."""
+    if asked == "blocks":
+        return "model.attention"
+    short = f"rows of {length} tokens, flash attention begins at {QUERIES}" if length < QUERIES else None
+    return refusal(platform, dtype, head_dim) or short
+
+
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:
     """q: [B, T, H, C]; k, v: [B, T, G, C] (H a multiple of G); segment_ids: int32 [B, T]. Returns [B, T, H, C] in q's dtype.
 

@@ -1,5 +1,5 @@
-"""How a run's experts are multiplied: the backend and its tile for the run's batch, told at the start. And what a compiled step costs with
-a given routing: FLOPs and bytes, counted from its instructions; no clock, no trace, no device."""
+"""How a run's experts are multiplied, and by what it attends: said at its start. And what a compiled step costs with a given routing: FLOPs
+and bytes, counted from its instructions; no clock, no trace, no device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moejax.config import Experiment
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
+from moejax.models.ops import flash
 from moejax.models.ops.choice import here, measured, memory_here
 from moejax.models.ops.grouped.matmul import Plan, choose
 from moejax.profiling.program import Cost, Program, Trips, module_of
@@ -44,6 +45,17 @@ def announce(experiment: Experiment, config: Architecture) -> str:
         "capacity": f"{chosen.capacity} rows an expert in one batch, the rest in tiles of {chosen.tile}",
     }[chosen.backend]
     return f"experts: {chosen.backend}, {what} ({why})"
+
+
+def announce_attention(experiment: Experiment, config: Architecture, platform: str) -> list[str]:
+    """One line for the start of a run on a GPU (`choice.here`), none on a CPU and of a model that does not attend."""
+    mixers = (stack.block.mixer for stack in config.stacks)
+    heads: set[int] = {mixer.head_dim for mixer in mixers if hasattr(mixer, "head_dim")}
+    if platform == "cpu" or not heads:
+        return []
+    asked, dtype, length = experiment.model.attention, experiment.training.compute_dtype, experiment.data.longest_row
+    reasons = {flash.why_blocks(asked, platform, dtype, head_dim, length) for head_dim in heads} - {None}
+    return [f"attention: {f'blocks of queries ({reasons.pop()})' if reasons else 'flash, by the kernels of jax'}"]
 
 
 def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from moejax.hub.model import architecture, continue_adapter, create_model, model
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import Architecture
+from moejax.models.ops import choice
 from moejax.progress import say, waiting
 from moejax.runs import folders, pinning
 from moejax.training import experts, low_precision, remat, scoring
@@ -49,7 +50,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
-    say(experts.announce(experiment, config))
+    for line in (experts.announce(experiment, config), *experts.announce_attention(experiment, config, choice.here())):
+        say(line)
     abstract = build(config, **model_arguments(experiment))
     if source is not None and model_folder is not None and Path(source).is_dir():
         weights.check_files(abstract, model_folder)

@@ -31,6 +31,21 @@ def test_the_choice_is_told_with_its_reason(monkeypatch):
     assert experts.announce(*experiment("model.experts_per_token=8")).startswith("experts: dense")
 
 
+def test_a_gpu_says_by_what_it_attends():
+    """In the bench config's fp32, and in bf16; rows of 128 tokens; a CPU says nothing."""
+
+    def told(*overrides, platform="NVIDIA L4"):
+        return experts.announce_attention(*experiment(*overrides), platform)
+
+    fp32 = "attention: blocks of queries (jax's flash attention computes in bfloat16 here, and training.compute_dtype is float32)"
+    bf16 = "training.compute_dtype=bfloat16"
+    assert (told(), told(platform="cpu")) == ([fp32], [])
+    assert told(bf16) == ["attention: flash, by the kernels of jax"]
+    assert told(bf16, "model.attention=blocks") == ["attention: blocks of queries (model.attention)"]
+    short = told(bf16, "data.row_tokens=64", "data.max_length=64")
+    assert short == ["attention: blocks of queries (rows of 64 tokens, flash attention begins at 128)"]
+
+
 def test_the_nearest_measured_shape_decides(monkeypatch):
     def entry(rows, hidden, quantized, tile):
         shape = {"rows_per_expert": rows, "hidden": hidden, "intermediate": hidden, "quantized": quantized}
