@@ -210,9 +210,9 @@ def test_an_answer_behind_a_prompt_that_ends_otherwise_in_the_whole():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '' if loop.last else '|' }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    first, second = tokenize(records([[USER, BOT] * 2]), tokenizer, "chat", 99).queries
-    assert tokenizer.decode(first.ids) == "<user>a</s><assistant>b</s>"
-    assert tokenizer.decode(second.ids) == "<user>a|</s><assistant>b|</s><user>a</s><assistant>b</s>"
+    first, second = tokenize(records([[USER | {"content": "1 + 1"}, BOT] * 2]), tokenizer, "chat", 99).queries
+    assert tokenizer.decode(first.ids) == "<user>1 + 1</s><assistant>b</s>"
+    assert tokenizer.decode(second.ids) == "<user>1 + 1|</s><assistant>b|</s><user>1 + 1</s><assistant>b</s>"
     assert tokenizer.decode(second.ids[second.supervised]) == tokenizer.decode(first.ids[first.supervised]) == "b</s>"
 
 
@@ -313,6 +313,7 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ("gemma", "chat", [USER, USER, BOT], "a.json, record 1 could not be rendered.*must take turns.*roles are user, user, assistant"),
         ("gemma", "chat", [{"role": "system", "content": "s"}, USER, BOT], "record 1 could not be rendered.*no system role"),
         ("qwen3", "mistral", [USER, USER, BOT], "record 1, message 1: the role 'user', where data.template = mistral expects 'assistant'"),
+        ("qwen3", "chat", [USER, BOT, BOT], r"record 1: what .*nb<.im_end.>.n<.im_start.>assistant.n' at its end"),
         ("qwen3", "alpaca", [BOT], "record 1, message 0: the role 'assistant', where data.template = alpaca expects 'user'"),
         ("qwen3", "text", [USER, BOT], "record 0: a conversation, and data.template = text has no form for its turns"),
     ],
