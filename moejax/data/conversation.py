@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from moejax.data.parsing import Repeated
@@ -88,9 +89,9 @@ def read(record: dict[str, Any], where: str = "the record") -> Conversation | No
     system = "" if given is None else _content(record[given], f"{where}: {given!r}")
     first = messages[0] if messages and messages[0]["role"] in ("system", "developer") else None
     if first is not None and system.strip() not in ("", first.get("content", "").strip()):
+        both = [repr(shorten(text, 40, placeholder=" …")) for text in (system, first.get("content", ""))]
         raise UserError(
-            f"{where}: its {given!r} ({_cut(system)}) is another than what the system says in {key!r} ({_cut(first.get('content', ''))}): "
-            "only one can be read: remove the other"
+            f"{where}: its {given!r} ({both[0]}) is another than what the system says in {key!r} ({both[1]}): remove one of them"
         )
     if first is None and system.strip():
         messages.insert(0, {"role": "system", "content": system})
@@ -138,10 +139,6 @@ def _begins(asked: list[tuple[Any, str | None]], answer: list[tuple[Any, str | N
     texts = [[m if isinstance(m, str) else m.get("content", m.get("value")) if isinstance(m, dict) else None for m, _ in side]
              for side in (asked, answer)]  # fmt: skip
     return texts[1][: len(asked)] == texts[0]
-
-
-def _cut(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]} …")
 
 
 def _kind(value: Any) -> str:
