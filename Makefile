@@ -114,7 +114,7 @@ pretrain-tiny-qwen3-moe: $(STAMP) ## remake assets/tiny-qwen3-moe (some 20 minut
 	@cd runs/pretrain_tiny_qwen3_moe/model && cp config.json generation_config.json model.safetensors ../../../assets/tiny-qwen3-moe/
 
 reference4: .venv-reference4/.installed ## PyTorch's side: transformers 4.57.6, peft 0.18.1, bitsandbytes
-reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 0.21
+reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 0.21, trl 1.16
 
 .venv-reference%/.installed: tests/oracles/requirements-reference%.txt
 	@test -x .venv-reference$*/bin/python || $(PYTHON) -m venv .venv-reference$*
@@ -123,7 +123,7 @@ reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 
 
 vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@for script in mixtral lora nf4 blackmamba evaluation; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
-	@for script in lora_fused families; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
+	@for script in lora_fused families preferences; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
 
 clean: ## remove environments and generated text; runs/ stays
 	rm -rf $(VENV) $(AOT) .venv-reference4 .venv-reference5 assets/generated

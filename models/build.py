@@ -71,6 +71,14 @@ def freeze(model: Model, quantization: Quantization | None = None) -> None:
                 setattr(module, name, Frozen(value, axes=axes))
 
 
+def remove_lora(model: Model) -> None:
+    """Take the adapters off: what is left is the base. In place."""
+    for _, node in list(nnx.iter_modules(model)):
+        module: Any = node
+        if getattr(module, "lora", None) is not None:
+            module.lora = nnx.data(None)
+
+
 def _modules_of(model: Model, names: tuple[str, ...]) -> set[int]:
     groups = model.config.groups
     return {id(_at(model, path)) for name in names for path in groups.get(name, ())}

@@ -249,6 +249,8 @@ def train(
     same in every epoch, or by its number. Own functions are not kept with the run: give them again to resume. Raises UserError.
     """
     experiment, given = experiment_of(config, changes), None
+    if experiment.preference is not None and (loss is not None or batches is not None):
+        raise UserError("preference is a loss over pairs of the data section: leave loss and batches out, or set preference to null")
     if batches is not None:
         given = GivenBatches(batches)
         length = given.longest

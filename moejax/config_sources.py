@@ -18,6 +18,8 @@ class FieldNames(Section):
     output: str | None = Field(default=None, description="the answer, which is trained on")
     text: str | None = Field(default=None, description="the whole text, for template: text")
     messages: str | None = Field(default=None, description="a conversation")
+    chosen: str | None = Field(default=None, description="the better of two answers, for `preference`")
+    rejected: str | None = Field(default=None, description="the other")
 
 
 class WeightedSource(Section):

@@ -41,10 +41,25 @@ ENTROPY, LOOP, PEFT, MERGE = "models/ops/cross_entropy.py", "moejax/training/loo
 PACKED = "tests/data/test_batching.py"
 MIXTRAL, BLACKMAMBA, LORA, FAMILIES = (f"tests/models/test_{name}.py" for name in ("mixtral_parity", "blackmamba", "lora_parity", "families"))
 ONE_STEP, PRECISION, PIPELINE = "tests/training/test_step.py", "tests/models/test_precision.py", "tests/data/test_pipeline.py"
+PREFERENCE, PAIRS, TRL = "moejax/training/preference.py", "tests/data/test_preferences.py", "tests/training/test_preference.py"
 BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
 OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/runs/test_export.py", "tests/training/test_loop.py"
 
 FAULTS = [
+    fault("preference: the reference keeps its adapter", PREFERENCE, "    remove_lora(model)\n", "", TRL),
+    fault("preference: the reference keeps the router's adapter", "models/build.py", 'if getattr(module, "lora", None) is not None:',
+          'if getattr(module, "lora", None) is not None and not (isinstance(module, Linear) and module.weight.get_value().shape[-2] == 8):', TRL),
+    fault("preference: the prompt is counted", PREFERENCE, "batch.loss_mask.reshape(-1)", "(batch.segment_ids > 0).reshape(-1).astype(jnp.float32)",
+          TRL),
+    fault("preference: the sides are swapped", PREFERENCE, "(Side(*pairs[:, 0].T), Side(*pairs[:, 1].T))",
+          "(Side(*pairs[:, 1].T), Side(*pairs[:, 0].T))", TRL),
+    fault("preference: IPO divides both by the chosen side's tokens", PREFERENCE, "jnp.maximum(rejected.tokens, 1)", "jnp.maximum(chosen.tokens, 1)",
+          f"{TRL}::test_losses_and_gradients"),
+    fault("preference: a mean over places for pairs", PREFERENCE, "total(losses(chosen, rejected, settings))", "jnp.sum(losses(chosen, rejected, settings))",
+          f"{TRL}::test_what_a_step_minimizes"),
+    fault("preference: pairs are torn apart", BATCHING, "[n * int(order[i]) + side for i in row for side in range(n)]",
+          "[n * int(order[i]) + side for side in range(n) for i in row]", PAIRS),
+    fault("preference: the prompt's answers are trained on", "moejax/data/preferences.py", "on and n >= first", "on", PAIRS),
     fault("rotary: the sign of the second half", LAYERS, "second * cos + first * sin", "second * cos - first * sin", f"{MIXTRAL}::test_logits"),
     fault("rotary: turned the other way", LAYERS, "[first * cos - second * sin, second * cos + first * sin]",
           "[first * cos + second * sin, second * cos - first * sin]", f"{PRECISION}::test_rotary_angles_of_far_positions"),
@@ -66,8 +81,9 @@ FAULTS = [
           f"{BACKENDS}::test_one_a_for_both_inputs"),
     Fault("the loss is averaged by micro-batch", (
         (STEP, "return sums(objective, trainable, frozen, micro, key)",
-         "t, (c, s) = sums(objective, trainable, frozen, micro, key); n = jnp.maximum(jnp.sum(micro.loss_mask), 1); return t / n, (c / n, s)"),
-        (STEP, "supervised = jnp.sum(batch.loss_mask)", "supervised = jnp.float32(batch.tokens.shape[0])"),
+         "t, (c, s) = sums(objective, trainable, frozen, micro, key); n = jnp.maximum(jnp.sum(micro.loss_mask), 1)\n"
+         "            return t / n, ({name: value / n for name, value in c.items()}, s)"),
+        (STEP, "weight = weight_of(batch)\n", "weight = jnp.float32(batch.tokens.shape[0])\n"),
     ), (f"{ONE_STEP}::test_micro_batches_are_one_batch",)),
     fault("NF4: a tie is rounded upward", NF4, "[..., None] > middles", "[..., None] >= middles", "tests/models/test_nf4.py"),
     fault("NF4: double quantization without its offset", NF4, ".min) + offset", ".min) + 0 * offset",

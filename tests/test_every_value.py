@@ -80,6 +80,19 @@ RUNS = {
             "fields": {"text": "output", "instruction": "output", "input": "output", "output": "input", "messages": "input"},
         },
     },
+    "preferences, robust": {
+        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}, "holdout": 4},
+        "adapter": {"rank": 2, "alpha": 4.0}, "training": {"eval_every": 1},
+        "preference": {"loss": "robust", "beta": 0.5, "label_smoothing": 0.1},
+    },
+    "preferences, sigmoid": {
+        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}, "batching": "pad_longest"},
+        "adapter": {"rank": 2, "alpha": 4.0}, "preference": {"loss": "sigmoid", "label_smoothing": 0.1},
+    },
+    "preferences, ipo": {
+        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}},
+        "adapter": {"rank": 2, "alpha": 4.0}, "preference": {"loss": "ipo"},
+    },
     "conversations, whole": {
         **WHOLE, "data": {"source": "TALKS", "turns": "whole", "train_on": {"roles": ["assistant", "user"]}, "template_date": "2026-01-02"},
     },
@@ -189,10 +202,11 @@ def places(tmp_path_factory):
     says = ("user", "instruction"), ("assistant", "output")
     talks = [{"messages": [{"role": role, "content": r[key]} for r in records[at : at + 3] for role, key in says]} for at in range(9)]
     (folder / "talks.json").write_text(json.dumps(talks))
+    (folder / "pairs.json").write_text(json.dumps([r | {"worse": f"{r['answer']}?"} for r in records]))
     content = (folder / "records.json").read_bytes()
     return {
         "RECORDS": str(folder / "records.json"), "TALKS": str(folder / "talks.json"), "CHAT": str(chat), "NAMED": str(named),
-        "BLACKMAMBA": str(ROOT / "assets/tiny-blackmamba"),
+        "PAIRS": str(folder / "pairs.json"), "BLACKMAMBA": str(ROOT / "assets/tiny-blackmamba"),
         "PROBLEMS": str(ROOT / "assets/problems/test.json"), "ADAPTER": str(folder / "runs/adapter/adapter"),
         "CACHE": str(folder / "cache"), "SHA256": hashlib.sha256(content).hexdigest(), "BYTES": len(content), "runs": str(folder / "runs"),
     }  # fmt: skip

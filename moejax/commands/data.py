@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.json:
         dataset, tokenizer = _read(experiment)
-        shown = examples(dataset.train.queries, tokenizer)
+        shown = examples(dataset.train.queries, tokenizer, pairs=dataset.tokenized.pairs is not None)
         print_json(
             dataset.document()
             | {"examples": [{"title": e.title, "parts": [{"text": text, "trained": on} for text, on in e.parts]} for e in shown]}
@@ -52,4 +52,4 @@ def _read(experiment: Experiment) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(source, experiment.added_tokens)
     if model.preset is not None or Path(str(model.source)).is_dir():  # else its sizes are not known here
         check_vocabulary(tokenizer, architecture_of(experiment).vocab_size)
-    return pipeline.load(experiment.data, tokenizer, experiment.seed, 0), tokenizer
+    return pipeline.load(experiment.data, tokenizer, experiment.seed, 0, pairs=experiment.preference is not None), tokenizer

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{data}, record {unanswered} has no `answer` that is a number: exact match needs one")
     task = find("problems")
     examples = [example(task, data, i, r) for i, r in enumerate(records)]
-    known = [answer for r in load_records(experiment.data) if (answer := _answer(r)) is not None]
+    known = [answer for r in load_records(experiment.data, pairs=experiment.preference is not None) if (answer := _answer(r)) is not None]
     make, sizes, tokenizer, template, ends = load(folder, base=True)
     longest = task.max_new_tokens
     prompts_of(tokenizer, task, examples, template, longest, sizes.max_position_embeddings)

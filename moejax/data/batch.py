@@ -22,6 +22,19 @@ class Batch(NamedTuple):
     positions: Any
 
 
+class PairBatch(NamedTuple):
+    """Rows of the sides of preferences: as `Batch`, with `loss_mask` 1 where a token of an answer is predicted, and `sides`: int32, of the
+    micro-batch's pair p (from 0) 2p + 1 on the chosen side, 2p + 2 on the rejected one, 0 on padding. Both sides lie in one micro-batch.
+    """
+
+    tokens: Any
+    targets: Any
+    loss_mask: Any
+    segment_ids: Any
+    positions: Any
+    sides: Any
+
+
 def segment_lengths(segment_ids: np.ndarray) -> list[int]:
     """Tokens of every query in the rows [..., T]; 0 is padding."""
     lengths: list[int] = []

@@ -6,37 +6,43 @@ import bisect
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moejax.config import ROW_MULTIPLE, DataConfig, whole_row
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, PairBatch
 from moejax.data.tokenize import Query
 from moejax.errors import UserError
+
+AnyBatch = TypeVar("AnyBatch", Batch, PairBatch)
 
 
 class Batches:
     """All micro-batches of every epoch. What an epoch holds depends only on the queries, the config, the seed and its number.
 
-    weights: (how many of the queries, in order, are of a source, its weight); none: every query is seen once an epoch.
+    weights: (how many of the queries, in order, are of a source, its weight); none: every query is seen once an epoch. pairs: queries are
+    the sides of preferences in turn, chosen and rejected, which stay together: in a row of `pack`, else in two that follow each other.
     """
 
     def __init__(
         self, queries: Sequence[Query], config: DataConfig, seed: int, *, shuffle: bool | None = None,
-        weights: Sequence[tuple[int, float]] = (),
+        weights: Sequence[tuple[int, float]] = (), pairs: bool = False,
     ):  # fmt: skip
         self.queries, self.config, self.seed = queries, config, seed
-        self.weights = tuple(weights)
+        self.together = 2 if pairs else 1  # queries that stay together
+        self.weights = tuple((count // self.together, weight) for count, weight in weights)
         self.shuffle = config.shuffle if shuffle is None else shuffle
         self._rows = lru_cache(maxsize=2)(self._make_rows)
 
     def batches_per_epoch(self, epoch: int) -> int:
         return len(self._micro_batches(epoch))
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of an epoch from number `start`. A last one that is not full is filled up with empty rows."""
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The micro-batches (Batch, or PairBatch) of an epoch from number `start`. A last one that is not full has empty rows."""
         for rows in self._micro_batches(epoch)[start:]:
-            yield assemble([[self.queries[i] for i in row] for row in rows], self.config.batch_rows, self._row_tokens(rows))
+            batch = assemble([[self.queries[i] for i in row] for row in rows], self.config.batch_rows, self._row_tokens(rows))
+            yield batch if self.together == 1 else paired(batch)
 
     def row_tokens(self, epoch: int) -> list[int]:
         """Tokens of the rows of each micro-batch of an epoch."""
@@ -66,18 +72,19 @@ class Batches:
         random = np.random.default_rng([self.seed, epoch])
         if self.shuffle:
             random.shuffle(order)
+        n = self.together
         if self.config.batching != "pack":
-            return [[int(i)] for i in order]
-        packed = pack([len(self.queries[int(i)].ids) for i in order], self.config.row_tokens)
+            return [[n * int(i) + side] for i in order for side in range(n)]
+        packed = pack([sum(len(q.ids) for q in self.queries[n * i : n * i + n]) for i in map(int, order)], self.config.row_tokens)
         if self.shuffle:
             random.shuffle(packed)
-        return [[int(order[i]) for i in row] for row in packed]
+        return [[n * int(order[i]) + side for i in row for side in range(n)] for row in packed]
 
     def _seen(self, epoch: int) -> np.ndarray:
         """The queries of an epoch, in order. Those of a source stand in one shuffled circle, in which each epoch goes on where the last one
         ended: after any number of epochs every record has been seen equally often, but for one time."""
         if all(weight == 1 for _, weight in self.weights):
-            return np.arange(len(self.queries))
+            return np.arange(len(self.queries) // self.together)
         found, first = [], 0
         for number, (count, weight) in enumerate(self.weights):
             circle = np.random.default_rng([self.seed, number, count]).permutation(count)
@@ -254,7 +261,13 @@ def assemble(rows: Sequence[Sequence[Query]], row_count: int, row_tokens: int) -
     return Batch(tokens, targets, mask, segments, positions)
 
 
-def stack(micro: Sequence[Batch], count: int) -> Batch:
+def paired(batch: Batch) -> PairBatch:
+    """A micro-batch [rows, T] of the sides of preferences in turn, row by row, with which side each token is of."""
+    first = np.cumsum([0, *(row.max() for row in batch.segment_ids)])[:-1, None]  # sides in the rows before
+    return PairBatch(*batch, np.where(batch.segment_ids > 0, batch.segment_ids + first, 0).astype(np.int32))
+
+
+def stack(micro: Sequence[AnyBatch], count: int) -> AnyBatch:
     """Micro-batches [rows, T] to one batch [count, rows, T]: padded to the longest, and with empty ones where fewer came."""
     rows, longest = micro[0].tokens.shape[0], max(b.tokens.shape[1] for b in micro)
 
@@ -264,7 +277,7 @@ def stack(micro: Sequence[Batch], count: int) -> Batch:
             out[i, :, : a.shape[1]] = a
         return out
 
-    return Batch(*(join(list(arrays)) for arrays in zip(*micro, strict=True)))
+    return type(micro[0])(*(join(list(arrays)) for arrays in zip(*micro, strict=True)))
 
 
 def synthetic(config: DataConfig, vocab_size: int, seed: int, rows: int) -> list[Query]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from moejax.config_sources import FieldNames
@@ -14,6 +14,7 @@ PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"),
     ("query", "answer"), ("problem", "solution"), ("input", "output"),
 )  # fmt: skip
+PROMPTS = ("prompt", "question", "instruction", "query", "problem")  # what two answers of a preference answer
 CONTEXTS = ("input", "context")  # what a question is about: read beside it where it is there
 TEXTS = ("text", "content", "document")
 _ANSWERS = tuple(dict.fromkeys(answer for _, answer in PAIRS))
@@ -25,7 +26,8 @@ NAMED = (
 
 
 class Columns(NamedTuple):
-    """The names of a source's columns. Of three kinds one is there: text; messages; instruction and output, with input where there is one.
+    """The names of a source's columns. Of four kinds one is there: text; messages; instruction and output, with input where there is one;
+    chosen and rejected, with instruction (and input) or messages where they do not repeat their prompt.
 
     others: columns that are not read. named: by data.fields, and not found by their names.
     """
@@ -35,17 +37,22 @@ class Columns(NamedTuple):
     output: str | None = None
     text: str | None = None
     messages: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     others: tuple[str, ...] = ()
     named: bool = False
 
     @property
     def needed(self) -> tuple[str, ...]:
         """Those that every record has."""
-        return tuple(name for name in (self.instruction, self.output, self.text, self.messages) if name is not None)
+        several = (self.instruction, self.output, self.text, self.messages, self.chosen, self.rejected)
+        return tuple(name for name in several if name is not None)
 
     @property
     def kind(self) -> str:
         """What a record is."""
+        if self.chosen:
+            return "a preference"
         return "a conversation" if self.messages else "a whole text" if self.text else "a question and its answer"
 
     @property
@@ -67,15 +74,7 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
     """
     if not isinstance(record, dict):
         return Columns("instruction", None, "output", "text")  # whoever judges the record says what it is
-    in_first, in_any = _by_name(record), _by_name(keys)
-
-    def known(name: str, among: dict[str, list[str]] = in_first) -> str | None:
-        """The column of this name in the file."""
-        spelled = among.get(name, ())
-        if len(spelled) > 1 and name not in spelled:
-            raise UserError(f"{where}: {' and '.join(map(repr, spelled))} could each be its {name!r}: {NAMED}")
-        return None if not spelled else name if name in spelled else spelled[0]
-
+    known, known_in_any = _knower(where, record), _knower(where, keys)
     if template == "text":
         found = [fields.text] if fields.text else [column for name in TEXTS if (column := known(name))]
         if not found:
@@ -102,20 +101,46 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
         if other and not any(known(question) and known(answer) for question, answer in PAIRS):
             return _made(record, fields, messages=listed)  # whoever judges the record says that it is null, or an object
         question, answer = _pair(where, record, known)
-    context = fields.input or next((c for name in CONTEXTS if (c := known(name, in_any)) and c not in (question, answer)), None)
+    context = fields.input or next((c for name in CONTEXTS if (c := known_in_any(name)) and c not in (question, answer)), None)
     return _made(record, fields, instruction=question, input=context, output=answer)
 
 
-def _by_name(columns: Iterable[Any]) -> dict[str, list[str]]:
+def find_pairs(where: str, record: Any, keys: Iterable[Any], fields: FieldNames) -> Columns:
+    """The same of preferences: the columns of both answers, and of what they answer where it is apart from them."""
+    if not isinstance(record, dict):
+        return Columns(chosen="chosen", rejected="rejected")
+    known, known_in_any = _knower(where, record), _knower(where, keys)
+    chosen, rejected = fields.chosen or known("chosen"), fields.rejected or known("rejected")
+    lacking = [name for name, column in (("chosen", chosen), ("rejected", rejected)) if column not in record]
+    if lacking:
+        raise UserError(
+            f"{where}: `preference` trains on pairs of answers, and no column {lacking[0]!r} is there: it has {_listed(record)}; "
+            "data.fields='{chosen: COLUMN, rejected: COLUMN}' names others; without the section `preference` answers alone are trained on"
+        )
+    asked = fields.instruction or (None if fields.messages else next((c for name in PROMPTS if (c := known(name))), None))
+    talk = None if asked else fields.messages or next((c for name in conversation.LISTS if (c := known(name))), None)
+    context = fields.input or (next((c for name in CONTEXTS if (c := known_in_any(name))), None) if asked else None)
+    return _made(record, fields, instruction=asked, input=context, messages=talk, chosen=chosen, rejected=rejected)
+
+
+def _knower(where: str, columns: Iterable[Any]) -> Callable[[str], str | None]:
+    """A function from a known name to the column that is called so, in any case."""
     found: dict[str, list[str]] = {}
     for column in columns:
         found.setdefault(str(column).strip().lower(), []).append(str(column))
-    return found
+
+    def known(name: str) -> str | None:
+        spelled = found.get(name, ())
+        if len(spelled) > 1 and name not in spelled:
+            raise UserError(f"{where}: {' and '.join(map(repr, spelled))} could each be its {name!r}: {NAMED}")
+        return None if not spelled else name if name in spelled else spelled[0]
+
+    return known
 
 
 def _made(record: dict[str, Any], fields: FieldNames, **parts: str | None) -> Columns:
     named = any(value is not None for value in fields.model_dump().values())
-    along = conversation.ALONGSIDE if parts.get("messages") else ()
+    along = conversation.ALONGSIDE if parts.get("messages") or parts.get("chosen") else ()
     others = (name for name in map(str, record) if name not in parts.values() and name.strip().lower() not in along)
     return Columns(**parts, others=tuple(others), named=named)
 

@@ -146,6 +146,13 @@ def _kind(value: Any) -> str:
             dict: "an object"}.get(type(value), f"a {type(value).__name__}")  # fmt: skip
 
 
+def role_of(message: Message) -> Any:
+    """The role that it names, by OpenAI's words where it is one of others'."""
+    said = message.get("role") or message.get("from")
+    spelled = said.strip().lower() if isinstance(said, str) else said
+    return _ROLE.get(spelled, spelled) if isinstance(spelled, str) else spelled
+
+
 def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]:
     """One message in OpenAI's form, and whether the loss may be on it."""
     if bare is not None:

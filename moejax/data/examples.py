@@ -9,6 +9,7 @@ from typing import Any
 
 from moejax.data.batching import assemble
 from moejax.data.pipeline import Dataset
+from moejax.data.preferences import SIDES
 from moejax.data.tokenize import Query
 from moejax.progress import Marked, Table
 
@@ -19,18 +20,20 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u2
 
 def told(dataset: Dataset, tokenizer: Any) -> list[str | Table | Marked]:
     """What is shown before training: the counts, those of each source, what is to be known of them, and examples."""
-    shown = [] if tokenizer is None else examples(dataset.train.queries, tokenizer)
+    shown = [] if tokenizer is None else examples(dataset.train.queries, tokenizer, pairs=dataset.tokenized.pairs is not None)
     return [f"data: {dataset.source}", dataset.table(), *dataset.by_source(), *dataset.notes(), *shown]
 
 
-def examples(queries: Sequence[Query], tokenizer: Any) -> list[Marked]:
-    """The first query, one from the middle and the last."""
-    last = len(queries) - 1
-    chosen = sorted({0, last // 2, last})[:COUNT]
-    return [
-        Marked(f"query {number + 1:,} of {len(queries):,}, {len(queries[number].ids)} tokens", shown(queries[number], tokenizer))
-        for number in chosen
-    ]
+def examples(queries: Sequence[Query], tokenizer: Any, *, pairs: bool = False) -> list[Marked]:
+    """The first query, one from the middle and the last; or `pairs` of queries, chosen and rejected."""
+    what, sides = ("pair", [f", {side}" for side in SIDES]) if pairs else ("query", [""])
+    count = len(queries) // len(sides)
+    found = []
+    for number in sorted({0, (count - 1) // 2, count - 1})[:COUNT]:
+        for side, query in zip(sides, queries[number * len(sides) :], strict=False):
+            title = f"{what} {number + 1:,} of {count:,}{side}, {len(query.ids)} tokens"
+            found.append(Marked(title, shown(query, tokenizer)))
+    return found
 
 
 def shown(query: Query, tokenizer: Any) -> list[tuple[str, bool]]:

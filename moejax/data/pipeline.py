@@ -18,7 +18,7 @@ from moejax.data.records import Record
 from moejax.data.sources import Source, load_sources, parted
 from moejax.data.sums import added
 from moejax.data.supervision import TalkOptions
-from moejax.data.tokenize import Tokenized, check_left, tokenize
+from moejax.data.tokenize import Tokenized, check_left, tokenize, tokenize_pairs
 from moejax.errors import UserError
 from moejax.progress import Table
 
@@ -64,13 +64,14 @@ class Dataset:
             "dropped": self.tokenized.dropped,
             "  blank answers": self.tokenized.blank_answers,
             "  blank questions": self.tokenized.blank_questions,
-            **({"  without an answer": len(self.tokenized.talks.unanswered)} if self.tokenized.talks else {}),
+            **self._left_out(),
             "  answers cut off": self.tokenized.cut_off,
             "  too long": self.tokenized.too_long,
             "cut": self.tokenized.cut,
             "split": self.tokenized.split,
             "duplicate": sum(one.duplicates for one in self.sources),
             "with control tokens": self.tokenized.marked,
+            **({"pairs": len(lengths) // 2} if self.tokenized.pairs else {}),
             "queries": len(lengths),
             "tokens": int(lengths.sum()),
             "supervised tokens": int(sum(np.count_nonzero(q.supervised[1:]) for q in self.tokenized.queries)),
@@ -91,6 +92,17 @@ class Dataset:
         counts: dict[str, float] = {"  conversations": talks.conversations, "  answers trained on": talks.answers}
         return counts | ({"  a query an answer": talks.split, "  extra tokens": talks.extra_tokens} if talks.split else {})
 
+    def _held_out(self) -> tuple[str, int]:
+        queries = 0 if self.evaluation is None else len(self.evaluation.queries)
+        return ("held out pairs", queries // 2) if self.tokenized.pairs else ("held out queries", queries)
+
+    def _left_out(self) -> dict[str, float]:
+        """Of conversations, those without an answer; of preferences, those that say nothing."""
+        refused, talks = self.tokenized.pairs, self.tokenized.talks
+        if refused is not None:
+            return {"  equal sides": len(refused.equal), "  an empty side": len(refused.empty), "  a side cut off": len(refused.emptied)}
+        return {"  without an answer": len(talks.unanswered)} if talks else {}
+
     def table(self) -> Table:
         def text(name: str, value: float) -> str:
             return f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
@@ -99,7 +111,8 @@ class Dataset:
         rows = [(name, text(name, value)) for name, value in counts.items()]
         if self.evaluation is not None:
             dropped = f" ({self.held_out_dropped:,} dropped)" if self.held_out_dropped else ""
-            rows.append(("held out queries", f"{len(self.evaluation.queries):,}{dropped}"))
+            name, count = self._held_out()
+            rows.append((name, f"{count:,}{dropped}"))
         return Table(rows)
 
     def by_source(self) -> list[Table]:
@@ -113,10 +126,9 @@ class Dataset:
 
     def document(self) -> dict[str, Any]:
         """All of it for JSON."""
-        held_out = 0 if self.evaluation is None else len(self.evaluation.queries)
         return {
             "source": self.source,
-            "statistics": {name.strip(): value for name, value in self.statistics().items()} | {"held out queries": held_out},
+            "statistics": {name.strip(): value for name, value in [*self.statistics().items(), self._held_out()]},
             "sources": [one.counts() for one in self.sources],
             "notes": self.notes(),
         }
@@ -129,6 +141,7 @@ class Dataset:
         several = len(self.sources) > 1 or any(len(one.source.parts) > 1 for one in self.sources)
         files = {kind: f"{name}, " for kind, name in t.files.items()} if several else {}
         found += t.talks.notes(files) if t.talks else []
+        found += t.pairs.notes(files) if t.pairs else []
         if t.thoughtless:
             many = f"{len(t.thoughtless):,} answer{'s have' if len(t.thoughtless) > 1 else ' has'}"
             found.append(
@@ -155,32 +168,33 @@ class Dataset:
         return found
 
 
-def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int) -> Dataset:
-    """Read, tokenize and batch. `tokenizer` may be None for synthetic rows. Raises UserError for every fault of the data."""
+def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int, *, pairs: bool = False) -> Dataset:
+    """Read, tokenize and batch. `tokenizer` may be None for synthetic rows. pairs: both sides of preferences. Raises UserError for every
+    fault of the data."""
     if config.source is None:
         queries = synthetic(config, vocab_size, seed, max(SYNTHETIC_ROWS, config.batch_rows))
         return Dataset(Batches(queries, config, seed), None, Tokenized(queries, len(queries)), "random tokens")
-    everything = load_sources(config)
-    sources, held_out = _held_out(config, everything)
+    everything = load_sources(config, pairs=pairs)
+    sources, held_out = _held_out(config, everything, pairs)
     contents = {"data": _content(everything)}
     if config.eval_source is not None:
         contents["evaluation"] = _content(held_out)
     config = settled(config, [record for source in sources for record in source.records], tokenizer)
     seen: set[str] = set()
-    counted = [_counted(config, source, tokenizer, seen) for source in sources]
+    counted = [_counted(config, source, tokenizer, seen, pairs) for source in sources]
     tokenized = added([one.tokenized for one in counted])
     check_left(tokenized, config.named, config.max_length)
     weights = [(len(one.tokenized.queries), one.source.weight) for one in counted]
     for one in counted:
-        n = len(one.tokenized.queries)
+        n = len(one.tokenized.queries) // (2 if pairs else 1)
         if n and n * one.source.weight < 1:
             raise UserError(f"data.source: {one.source.name}: weight = {one.source.weight:g} of {n} records is less than one an epoch")
     evaluation, dropped = None, 0
     if held_out:
-        held = added([_tokenized(config, source, tokenizer) for source in held_out])
+        held = added([_tokenized(config, source, tokenizer, pairs) for source in held_out])
         check_left(held, "the held-out data", config.max_length)
-        evaluation, dropped = Batches(held.queries, config, seed, shuffle=False), held.dropped
-    train = Batches(tokenized.queries, config, seed, weights=weights)
+        evaluation, dropped = Batches(held.queries, config, seed, shuffle=False, pairs=pairs), held.dropped
+    train = Batches(tokenized.queries, config, seed, weights=weights, pairs=pairs)
     return Dataset(train, evaluation, tokenized, config.named, dropped, config, contents, tuple(counted))
 
 
@@ -196,14 +210,14 @@ def settled(config: DataConfig, records: Sequence[Record], tokenizer: Any) -> Da
     return config.model_copy(update={"template": template, "template_date": date})
 
 
-def read(config: DataConfig) -> tuple[list[Source], list[Source]]:
+def read(config: DataConfig, *, pairs: bool = False) -> tuple[list[Source], list[Source]]:
     """What is trained on, and what is held out. Raises UserError for what is wrong before records are tokenized."""
-    return _held_out(config, load_sources(config))
+    return _held_out(config, load_sources(config, pairs=pairs), pairs)
 
 
-def _held_out(config: DataConfig, everything: list[Source]) -> tuple[list[Source], list[Source]]:
+def _held_out(config: DataConfig, everything: list[Source], pairs: bool) -> tuple[list[Source], list[Source]]:
     if config.eval_source is not None:
-        return everything, load_sources(config, config.eval_source)
+        return everything, load_sources(config, config.eval_source, pairs=pairs)
     return parted(everything, config.holdout)
 
 
@@ -213,8 +227,8 @@ def _content(sources: Sequence[Source]) -> str:
     return records_content(chain.from_iterable([*one.records, *([] if plain else [["weight", one.weight]])] for one in sources))
 
 
-def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[str]) -> Counted:
-    tokenized = _tokenized(config, source, tokenizer)
+def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[str], pairs: bool) -> Counted:
+    tokenized = _tokenized(config, source, tokenizer, pairs)
     duplicates = 0
     for record in source.records:
         content = records_content([record])
@@ -223,17 +237,20 @@ def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[str])
     return Counted(source, tokenized, duplicates)
 
 
-def _tokenized(config: DataConfig, source: Source, tokenizer: Any) -> Tokenized:
+def _tokenized(config: DataConfig, source: Source, tokenizer: Any, pairs: bool) -> Tokenized:
     """A source's queries, file by file."""
-    done = [_of_records(config, part.records, tokenizer, part.name, part.first, whole=False) for part in source.parts]
+    done = [_of_records(config, part.records, tokenizer, part.name, part.first, whole=False, pairs=pairs) for part in source.parts]
     return added(done) if done else Tokenized()
 
 
 def _of_records(
-    config: DataConfig, records: Sequence[Record], tokenizer: Any, source: str, first: int = 0, *, whole: bool = True
-) -> Tokenized:
+    config: DataConfig, records: Sequence[Record], tokenizer: Any, source: str, first: int = 0, *, whole: bool = True,
+    pairs: bool = False,
+) -> Tokenized:  # fmt: skip
     options = TalkOptions(config.turns, config.train_on.last_turn, config.train_on.roles)
     template = config.template or "mistral"
+    if pairs:
+        return tokenize_pairs(records, tokenizer, template, _limit(config), source, first, options, too_long=config.too_long)
     return tokenize(records, tokenizer, template, _limit(config), source, first, options, whole=whole, too_long=config.too_long)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moejax.data.columns import NAMED, Columns
-from moejax.data.conversation import KEYS, LISTS, read
+from moejax.data.conversation import KEYS, LISTS, Conversation, read
 from moejax.data.parsing import Repeated, Unread
+from moejax.data.preferences import read_pair
 from moejax.errors import UserError
 
 Record = dict[str, Any]
@@ -21,7 +22,8 @@ _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a 
 
 
 def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
-    """Record number `index` (from 0) of the file `name` with the keys instruction, input, output and answer, or text, or conversation.
+    """Record number `index` (from 0) of the file `name` with the keys instruction, input, output and answer, or text, or conversation;
+    of a preference conversation (the chosen side) and rejected, another conversation.
 
     answer: as it stands, or None. Raises UserError that names file, record and field.
     """
@@ -29,6 +31,8 @@ def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
     if not isinstance(record, dict):
         hint = ': of a conversation\'s messages, write {"messages": […]}' if isinstance(record, list) else ""
         raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}{hint}")
+    if columns.chosen is not None:
+        return _preference(where, record, columns)
     if columns.messages is not None:
         return _talk(where, record, columns.messages)
     if columns.text is not None:
@@ -50,11 +54,26 @@ def _talk(where: str, record: Record, column: str) -> Record:
     talk = read(record if known else {**record, LISTS[0]: record[column]}, where)
     if talk is None:
         raise UserError(f"{where}: no list of messages under {column!r}, but {_kind(record[column])}{ADVICE}")
+    _whole_characters(where, talk)
+    return {"conversation": talk, "answer": record.get("answer")}
+
+
+def _preference(where: str, record: Record, columns: Columns) -> Record:
+    """Both sides of a pair."""
+    twice = isinstance(record, Repeated) and sorted({str(name) for name in columns[:7]} & set(record.keys_twice))
+    if twice:
+        raise UserError(f"{where}: {twice[0]!r} stands in it twice")
+    pair = read_pair(record, columns, where)
+    for side, talk in zip(("chosen", "rejected"), pair, strict=True):
+        _whole_characters(f"{where}, {side}", talk)
+    return {"conversation": pair.chosen, "rejected": pair.rejected, "answer": record.get("answer")}
+
+
+def _whole_characters(where: str, talk: Conversation) -> None:
     places = [(f"{where}, message {number}", message) for number, message in enumerate(talk.messages)]
     for place, value in [*places, (f"{where}: 'tools'", list(talk.tools or ()))]:
         for text in texts_in(value, 99, keys=True):
             unicode(place, text)
-    return {"conversation": talk, "answer": record.get("answer")}
 
 
 def text_of(where: str, record: Record, field: str, advice: str = "") -> str:

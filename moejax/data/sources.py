@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from moejax.config import DataConfig
 from moejax.config_sources import FieldNames, WeightedSource
 from moejax.data import places
-from moejax.data.columns import Columns, find
+from moejax.data.columns import Columns, find, find_pairs
 from moejax.data.records import Record, judged
 from moejax.errors import UserError
 
@@ -51,13 +51,13 @@ class Source:
         return tuple(replace(self, parts=parts) for parts in kept)  # type: ignore[return-value]
 
 
-def load_records(config: DataConfig, source: str | None = None) -> list[Record]:
+def load_records(config: DataConfig, source: str | None = None, *, pairs: bool = False) -> list[Record]:
     """The records of `load_sources` in one list."""
-    return list(chain.from_iterable(one.records for one in load_sources(config, source)))
+    return list(chain.from_iterable(one.records for one in load_sources(config, source, pairs=pairs)))
 
 
-def load_sources(config: DataConfig, source: str | None = None) -> list[Source]:
-    """The sources of the config, or `source` alone; each record with the keys instruction, input, output and answer, or text.
+def load_sources(config: DataConfig, source: str | None = None, *, pairs: bool = False) -> list[Source]:
+    """The sources of the config, or `source` alone; each record as `records.judged` has it. pairs: both sides of preferences are read.
 
     What a source names: `places`. Declared records, bytes and sha256 are checked for the config's own. Raises UserError naming the file
     and the line or record.
@@ -65,20 +65,20 @@ def load_sources(config: DataConfig, source: str | None = None) -> list[Source]:
     declared = source is None or source == config.source
     asked = config.sources if source is None or declared else (config.model_copy(update={"source": source}).sources)
     given = "data.source" if declared else "data.eval_source" if source == config.eval_source else "--data"
-    loaded = [_load(one, config, declared=declared, given=given) for one in asked]
+    loaded = [_load(one, config, declared=declared, given=given, pairs=pairs) for one in asked]
     count = sum(len(one.records) for one in loaded)
     if declared and config.records is not None and count != config.records:
         raise UserError(f"{config.named} holds {count} records, data.records declares {config.records}: another version of the data?")
     return loaded
 
 
-def _load(one: WeightedSource, config: DataConfig, *, declared: bool, given: str) -> Source:
+def _load(one: WeightedSource, config: DataConfig, *, declared: bool, given: str, pairs: bool) -> Source:
     def check(path: str, content: bytes) -> None:
         _check_identity(path, content, config)
 
     one_file = declared and (config.bytes is not None or config.sha256 is not None)
     parts, notes = places.read(one.source, one.config_name, one.split, given, check if one_file else None)
-    columns, made, others = _judged(parts, one.source, one.fields or config.fields, config.template)
+    columns, made, others = _judged(parts, one.source, one.fields or config.fields, config.template, pairs)
     return Source(one.source, one.weight, made, columns, (*notes, *others))
 
 
@@ -88,7 +88,7 @@ def of_records(records: Sequence[object], config: DataConfig, name: str = "recor
 
 
 def _judged(
-    parts: Sequence[places.Part], name: str, fields: FieldNames, template: str | None
+    parts: Sequence[places.Part], name: str, fields: FieldNames, template: str | None, pairs: bool = False
 ) -> tuple[Columns, tuple[Part, ...], list[str]]:
     """The columns of a source, and its records, each judged. A record with other columns that are known too is read by them; how many such
     there are, and where the first is, are the notes. Raises UserError, also for one of another kind than its file's first."""
@@ -96,16 +96,20 @@ def _judged(
     if first is None:
         raise UserError(f"{name} holds no records")
     keys = dict.fromkeys(key for part in parts for record in part.records if isinstance(record, dict) for key in record)
-    columns = find(f"{first.name}, record 0", first.records[0], keys, fields, template)
+
+    def columns_of(where: str, record: object, keys: Iterable[object]) -> Columns:
+        return find_pairs(where, record, keys, fields) if pairs else find(where, record, keys, fields, template)
+
+    columns = columns_of(f"{first.name}, record 0", first.records[0], keys)
     mixed: dict[Columns, list[str]] = {}
 
     def own(where: str, record: object) -> Columns:
         """The columns of a record."""
-        if not isinstance(record, dict) or any(record.get(name) is not None for name in columns.needed):
+        if not isinstance(record, dict) or (all if pairs else any)(record.get(name) is not None for name in columns.needed):
             return columns
         there = {key: value for key, value in record.items() if value is not None}  # a table fills other schemas' columns with null
         try:
-            other = find(where, there, there, fields, template)._replace(others=())
+            other = columns_of(where, there, there)._replace(others=())
         except UserError:
             return columns  # `judged` says what is missing
         if other.needed != columns.needed:

@@ -10,7 +10,9 @@ import numpy as np
 
 from moejax.data import chat
 from moejax.data.conversation import Conversation
+from moejax.data.preferences import SIDES, Refused
 from moejax.data.records import Record, blank, texts_in
+from moejax.data.sums import added
 from moejax.data.supervision import TalkOptions, Talks, encoded, prompt_of_talk
 from moejax.data.templates import prompt_of, render
 from moejax.data.text_tokens import TextTokens, text_tokens
@@ -36,13 +38,14 @@ class Query(NamedTuple):
 
 @dataclass
 class Tokenized:
-    """Queries that can be trained on, and what happened to the others.
+    """Queries that can be trained on, and what happened to the others. Of preferences (`pairs`) two queries a record, chosen and rejected.
 
     dropped = blank_answers + blank_questions (nothing is seen of them) + cut_off (nothing of the answer was left) + too_long (by
-    data.too_long = drop) + conversations without an answer. cut: shorter than they were; split: kept in several queries. marked: kept,
-    with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked: (record, mark). thoughtless: the
-    record of each answer without thinking whose prompt opens one. files: the file with the first of these, of the marked and of each kind
-    of talks. talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template `text`).
+    data.too_long = drop) + conversations without an answer + pairs that say nothing. cut: shorter than they were; split: kept in several
+    queries. marked: kept, with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked: (record,
+    mark). thoughtless: the record of each answer without thinking whose prompt opens one. files: the file with the first of these, of the
+    marked and of each kind of talks and pairs. talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text
+    are tokens (the template `text`).
     """
 
     queries: list[Query] = field(default_factory=list)
@@ -61,12 +64,25 @@ class Tokenized:
     end_of_sequence: str = ""
     as_written: bool = False
     talks: Talks | None = None
+    pairs: Refused | None = None
 
     @property
     def dropped(self) -> int:
         """Records of questions and answers, or conversations; of those whose answers are queries of their own, the answers."""
         seen = self.blank_answers + self.blank_questions + self.cut_off + self.too_long
-        return seen + (len(self.talks.unanswered) if self.talks else 0)
+        return seen + (len(self.talks.unanswered) if self.talks else 0) + (self.pairs.count if self.pairs else 0)
+
+    def note_files(self, source: str) -> None:
+        """All of what is noted is of this file."""
+        noted: dict[str, Any] = {"marked": self.first_marked, "thoughtless": self.thoughtless}
+        noted |= (self.talks.noted() if self.talks else {}) | (self.pairs.noted() if self.pairs else {})
+        self.files = {kind: source for kind, found in noted.items() if found}
+
+    def note_mark(self, index: int, mark: str | None) -> None:
+        """Count record number `index` where a mark was found in it."""
+        if mark is not None:
+            self.marked += 1
+            self.first_marked = self.first_marked or (index, mark)
 
     def add(self, query: Query, max_length: int, too_long: TooLong) -> None:
         """A record's query, cut, dropped or split where it is longer than `max_length`. Each part of a split one begins with the last token
@@ -114,26 +130,18 @@ def tokenize(
         talk = record.get("conversation")
         if talk is not None:
             talks.append((index, talk))
-            said = ((text, message["role"] == "assistant") for message in talk.messages for text in texts_in(message, 9))
-            mark = next((found for text, own in said if (found := _mark_of(text, tokens, marks, own))), None)
-            if mark is not None:
-                out.marked += 1
-                out.first_marked = out.first_marked or (index, mark)
+            out.note_mark(index, _mark_in_talk(talk, tokens, marks))
         elif blank(record["text" if template == "text" else "output"]):
             out.blank_answers += 1
         elif template != "text" and blank(record["instruction"] + record["input"]):
             out.blank_questions += 1
         else:
             kept.append((index, record))
-            mark = _mark_in(record, tokens, marks)
-            if mark is not None:
-                out.marked += 1
-                out.first_marked = out.first_marked or (index, mark)
+            out.note_mark(index, _mark_in(record, tokens, marks))
     numbered, out.talks, out.end, out.thoughtless = _queries(kept, talks, tokenizer, template, source, options or TalkOptions())
     for _, query in sorted(numbered, key=lambda each: each[0]):
         out.add(query, max_length, too_long)
-    noted = {"marked": out.first_marked, "thoughtless": out.thoughtless, **(out.talks.noted() if out.talks else {})}
-    out.files = {kind: source for kind, found in noted.items() if found}
+    out.note_files(source)
     if whole:
         check_left(out, source, max_length)
     return out
@@ -143,6 +151,13 @@ def check_left(out: Tokenized, source: str, max_length: int) -> None:
     """Raises UserError where nothing is left to train on."""
     if not out.queries:
         without = f"{len(out.talks.unanswered)} have no answer to train on, " if out.talks and out.talks.unanswered else ""
+        if out.pairs is not None:
+            refused = out.pairs
+            raise UserError(
+                f"{source}: no pair is left to train on: of {out.records} records {len(refused.equal)} have equal sides, "
+                f"{len(refused.empty)} a side without an answer, {out.too_long} are too long, and of {len(refused.emptied)} a side is cut "
+                f"off at data.max_length = {max_length}"
+            )
         raise UserError(
             f"{source}: no query has a supervised token left: of {out.records} records {without}{out.blank_answers} have a blank answer, "
             f"{out.blank_questions} a blank question, {out.too_long} are too long, and {out.cut_off} answers are cut off at "
@@ -166,13 +181,75 @@ def _queries(
         tokens, seen = encoded(talks, tokenizer, template, options, source)
         found = [(index, Query(np.array(ids, np.int32), supervised)) for index, (ids, supervised) in tokens]
         thoughtless += seen.thoughtless
-        end = f"{seen.end}{tokenizer.eos_token}" if seen.appended else text_tokens(tokenizer).control_at(seen.end) or end
+        end = _end_of_talks(seen, tokenizer)
     if records:
         pairs, end, bare = _pairs(records, tokenizer, template, source)
         thoughtless += bare
         made = (Query.after(len(prompt), np.array(prompt + answer, np.int32)) for prompt, answer in pairs)
         found += zip((index for index, _ in records), made, strict=True)
     return found, seen, end, thoughtless
+
+
+def _end_of_talks(talks: Talks, tokenizer: Any) -> str:
+    """What an answer ends with."""
+    return f"{talks.end}{tokenizer.eos_token}" if talks.appended else text_tokens(tokenizer).control_at(talks.end) or tokenizer.eos_token
+
+
+def tokenize_pairs(
+    records: Sequence[Record], tokenizer: Any, template: str, max_length: int, source: str = "the data", first: int = 0,
+    options: TalkOptions | None = None, *, too_long: TooLong = "cut",
+) -> Tokenized:  # fmt: skip
+    """Both sides of preferences, each as supervised training has it; supervised are the answers behind the prompt that they share.
+
+    A side longer than `max_length` is cut at its end (TRL's `keep_start`), or its pair left out. Pairs that say nothing are left out and
+    counted: equal sides, also after the cut, and a side without a supervised token. Otherwise as `tokenize`.
+    """
+    refused = Refused()
+    out = Tokenized(records=len(records), end_of_sequence=tokenizer.eos_token, pairs=refused)
+    tokens, marks = text_tokens(tokenizer), _marks(template, tokenizer)
+    kept = []
+    for index, record in enumerate(records, first):
+        if record["conversation"] == record["rejected"]:
+            refused.equal.append(index)
+            continue
+        kept.append((index, record))
+        out.note_mark(index, _mark_in_talk(record["conversation"], tokens, marks) or _mark_in_talk(record["rejected"], tokens, marks))
+    sides: list[dict[int, Query]] = []
+    for key, side in (("conversation", "chosen"), ("rejected", "rejected")):
+        talks = [(index, record[key]) for index, record in kept]
+        found, seen = encoded(talks, tokenizer, template, options or TalkOptions(), f"{source}, {side}") if talks else ([], Talks())
+        made: dict[int, Query] = {}
+        for index, (ids, supervised) in found:
+            if index in made:
+                raise UserError(
+                    f"{source}, record {index}, {side}: the chat template writes one of its several answers otherwise in the whole "
+                    "conversation than at use, and a side of a preference is one query: set data.turns to whole or last"
+                )
+            made[index] = Query(np.array(ids, np.int32), supervised)
+        sides.append(made)
+        if talks:
+            out.talks = added([out.talks, seen]) if out.talks else seen
+            out.end = _end_of_talks(seen, tokenizer)
+            out.thoughtless += seen.thoughtless
+    if out.talks:
+        out.talks.unanswered.clear()  # counted with their pairs
+    for index, _ in kept:
+        pair = [made[index] for made in sides if index in made]
+        whole = max((len(query.ids) for query in pair), default=0)
+        cut = [Query(query.ids[:max_length], query.supervised[:max_length]) for query in pair]
+        if len(pair) < len(SIDES):
+            refused.empty.append(index)
+        elif whole > max_length and too_long == "drop":
+            out.too_long += 1
+        elif not all(query.supervised[1:].any() for query in cut):
+            refused.emptied.append(index)
+        elif all(np.array_equal(a, b) for a, b in zip(*cut, strict=True)):
+            refused.equal.append(index)
+        else:
+            out.queries += cut
+            out.cut += whole > max_length
+    out.note_files(source)
+    return out
 
 
 def prompts(records: Sequence[Record], tokenizer: Any, template: str, source: str = "prompt") -> tuple[list[str], list[list[int]]]:
@@ -250,6 +327,11 @@ def _mark_in(record: Record, tokens: TextTokens, marks: tuple[str, ...]) -> str 
     """The first control token or mark in a record's texts."""
     texts = ((record.get(name), name == "output") for name in ("instruction", "input", "output", "text"))
     return next((found for text, own in texts if (found := _mark_of(text, tokens, marks, own))), None)
+
+
+def _mark_in_talk(talk: Conversation, tokens: TextTokens, marks: tuple[str, ...]) -> str | None:
+    said = ((text, message["role"] == "assistant") for message in talk.messages for text in texts_in(message, 9))
+    return next((found for text, own in said if (found := _mark_of(text, tokens, marks, own))), None)
 
 
 def _mark_of(text: str | None, tokens: TextTokens, marks: tuple[str, ...], own: bool) -> str | None:

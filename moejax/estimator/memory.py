@@ -34,7 +34,8 @@ def relevant(experiment: Experiment) -> dict[str, Any]:
     whole = experiment.model_dump(mode="json")
     training = {k: v for k, v in whole["training"].items() if k not in _RUN_ONLY}
     model = {k: whole["model"][k] for k in ("moe_backend", "attention", "aux_loss_coef")}
-    return {"model": model, "quantization": whole["quantization"], "adapter": whole["adapter"], "training": training}
+    sections = {name: whole[name] for name in ("quantization", "adapter", "preference")}
+    return {"model": model, **sections, "training": training}
 
 
 def digest(files: Iterable[Path]) -> str:

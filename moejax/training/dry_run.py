@@ -16,7 +16,7 @@ from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders
-from moejax.training import low_precision, scoring
+from moejax.training import low_precision, preference, scoring
 from moejax.training.run_steps import total_steps
 from moejax.training.start import read_data
 
@@ -72,6 +72,7 @@ def report(experiment: Experiment) -> None:
     else:
         experiment, told = _untokenized(experiment, unread)
     say(_schedule(experiment, steps))
+    say(*preference.told(experiment))
     say(*told, *asked, *missing(experiment), *_place(experiment))
 
 
@@ -84,7 +85,8 @@ def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, li
         data = data.model_copy(update={"eval_source": None})
     if data.source is None or not all(is_here(one.source) for one in data.sources):
         return experiment, [] if any(elsewhere in line for line in missing(experiment)) else [f"data not read, {why}"]
-    records, held_out = (sum(len(one.records) for one in sources) for sources in pipeline.read(data))
+    read = pipeline.read(data, pairs=experiment.preference is not None)
+    records, held_out = (sum(len(one.records) for one in sources) for sources in read)
     known = experiment.data.model_copy(update={"records": records + data.holdout})
     beside = f" and {held_out:,} to hold out" if held_out else ""
     told = f"data: {records:,} records to train on{beside}, each with its texts; how many tokens they are is not known, {why}"
@@ -141,7 +143,8 @@ def _schedule(experiment: Experiment, steps: int | None) -> str:
     if d.batching == "pack":
         return f"{shape}\nschedule: {epochs} of {d.records:,} records; packed, so steps follow from their lengths; {rate}"
     train = d.records - d.holdout
-    each = math.ceil(math.ceil(train / d.batch_rows) / t.gradient_accumulation)
+    of_record = 1 if experiment.preference is None else 2  # rows
+    each = math.ceil(math.ceil(of_record * train / d.batch_rows) / t.gradient_accumulation)
     return (
         f"{shape}\nschedule: {epochs} of {train:,} records: {counted(each, 'step')} each, {each * (t.epochs or 1):,} in all "
         f"(fewer if records are dropped); {rate}"

@@ -44,8 +44,8 @@ def _apart(half: specs.Mixer | specs.FeedForward) -> tuple[int, int]:
             assert_never(half)
 
 
-def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
-    """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one."""
+def count(config: Architecture, adapter: LoRAConfig | None, *, reference: bool = False) -> FlopCount:
+    """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one; reference: and its forward pass alone."""
     linears = config.linears
     base = config.vocab_size * config.hidden_size + sum(n * m.met * m.out * m.inner for m, n in linears.values())
     scores = 0
@@ -56,7 +56,7 @@ def count(config: Architecture, adapter: LoRAConfig | None) -> FlopCount:
         return FlopCount(6 * base, 3 * scores)
     adapted = [(linears[path], pair) for target, pair in adapter.of(config).items() for path in config.targets[target]]
     low_rank = sum(n * m.met * pair.weights(m) for (m, n), pair in adapted)
-    return FlopCount(4 * base + 6 * low_rank, 3 * scores)
+    return FlopCount((6 if reference else 4) * base + 6 * low_rank, (4 if reference else 3) * scores)
 
 
 def visible_pairs(lengths: list[int]) -> int:

@@ -91,7 +91,7 @@ class Trainer:
         self.last_saved = self.step if saved else None
         self.writer = MetricWriter(folder, self.step if resume else None)
         self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder)
-        self.flop_count = flops.count(self.config, adapter_config(experiment))
+        self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
         self.history: list[dict[str, Any]] = []
         p = experiment.profile
@@ -227,21 +227,28 @@ class Trainer:
         }  # fmt: skip
         return record | device.memory_bytes() | expert_load(values["expert_counts"], len(lengths))
 
-    def _mean_loss(self, batches: Batches) -> tuple[float, float]:
-        """Mean loss per supervised token, and how many there are."""
-        loss = tokens = 0.0
+    def _means(self, batches: Batches) -> tuple[dict[str, float], float]:
+        """Means over the supervised tokens, or pairs, by name: the loss and what else there is; and how many there are."""
+        sums: dict[str, float] = {}
+        weight = 0.0
         with waiting(f"evaluating after step {self.step}"):
             for batch in batches.iterate(0):
                 part, count = self.program.evaluate(batch)
-                loss, tokens = loss + part, tokens + count
-        return loss / max(tokens, 1.0), tokens
+                sums, weight = {name: sums.get(name, 0.0) + value for name, value in part.items()}, weight + count
+        return {name: value / max(weight, 1.0) for name, value in sums.items()}, weight
 
     def _evaluate(self) -> float:
         """Mean loss on the held-out part."""
         assert self.dataset.evaluation is not None
-        self.eval_loss, tokens = self._mean_loss(self.dataset.evaluation)
-        self.writer.write(self.step, {"eval_loss": self.eval_loss})
-        say(f"step {self.step}: evaluation loss {self.eval_loss:.4f} over {tokens:.0f} tokens")
+        means, weight = self._means(self.dataset.evaluation)
+        self.eval_loss = means["loss"]
+        self.writer.write(self.step, {f"eval_{name}": value for name, value in means.items()})
+        if "rewards/accuracies" in means:
+            right, margin = means["rewards/accuracies"], means["rewards/margins"]
+            what = f"{weight:.0f} pairs: chosen preferred in {100 * right:.1f} %, mean margin {margin:.4f}"
+        else:
+            what = f"{weight:.0f} tokens"
+        say(f"step {self.step}: evaluation loss {self.eval_loss:.4f} over {what}")
         self._finished_at = time.perf_counter()
         return self.eval_loss
 
@@ -251,7 +258,7 @@ class Trainer:
             return
         epoch = self.position.epoch
         part = self.position.step_in_epoch / steps_in(self.experiment, self.dataset, epoch)
-        record = self.scoring.measure(self.step, epoch + part, self.program.model(), self._mean_loss, lambda: self.stopped is not None)
+        record = self.scoring.measure(self.step, epoch + part, self.program.model(), self._means, lambda: self.stopped is not None)
         if record is not None:
             self.checkpoints.wait()  # what is told of a step must not be there before its checkpoint is
             if self.experiment.checkpoint.best and self.scoring.best() == self.step:

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moejax import installation
 from moejax.config import ROW_MULTIPLE, Experiment
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import GivenBatches
 from moejax.errors import UserError, first_line
 from moejax.estimator.targets import target_text
@@ -123,7 +123,9 @@ class TrainProgram:
         micro = self.experiment.training.gradient_accumulation
         shape = (micro, rows, row_tokens)
         integers, reals = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
-        batch = Batch(integers, integers, reals, integers, integers)
+        batch: Batch | PairBatch = Batch(integers, integers, reals, integers, integers)
+        if self.objective.preference is not None:
+            batch = PairBatch(integers, integers, reals, integers, integers, integers)
         operands = self.state, self.frozen, batch
         given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding), operands)
         start = time.perf_counter()
@@ -187,14 +189,14 @@ class TrainProgram:
         """The model as it stands."""
         return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
 
-    def step(self, batch: Batch) -> dict[str, jax.Array]:
+    def step(self, batch: Batch | PairBatch) -> dict[str, jax.Array]:
         """Send a batch [A, rows, T] and one step on it to the device. Returns its metrics, without waiting for them."""
         _, rows, row_tokens = batch.tokens.shape
         executable = self.compile(rows, row_tokens).executable
         self.state, metrics = executable(self.state, self.frozen, jax.device_put(batch))
         return metrics
 
-    def timed(self, batch: Batch) -> tuple[float, dict[str, Any]]:
+    def timed(self, batch: Batch | PairBatch) -> tuple[float, dict[str, Any]]:
         """Seconds of one step, from sending the batch to having its loss, and its metrics on the host."""
         start = time.perf_counter()
         metrics = self.step(batch)
@@ -210,10 +212,10 @@ class TrainProgram:
     def _evaluate(self) -> Any:
         return jax.jit(make_eval_step(self.objective), compiler_options=GPU_OPTIONS if self._on_gpu else None)
 
-    def evaluate(self, batch: Batch) -> tuple[float, float]:
-        """Of a batch [rows, T]: summed cross-entropy without smoothing, and supervised tokens."""
-        loss, tokens = self._evaluate(self.state.trainable, self.frozen, jax.device_put(batch))
-        return float(loss), float(tokens)
+    def evaluate(self, batch: Batch | PairBatch) -> tuple[dict[str, float], float]:
+        """Of a batch [rows, T]: sums by name, and what they are divided by, as `make_eval_step` has them."""
+        found, weight = self._evaluate(self.state.trainable, self.frozen, jax.device_put(batch))
+        return {name: float(value) for name, value in found.items()}, float(weight)
 
 
 def _check_flash(config: Architecture, platform: str, dtype: str) -> None:
@@ -240,6 +242,7 @@ def objective(experiment: Experiment, graphdef: Any) -> Objective:
     return Objective(
         graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
         aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk_tokens, stochastic=t.param_dtype == "bfloat16_stochastic",
+        preference=experiment.preference,
     )  # fmt: skip
 
 

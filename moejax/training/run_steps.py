@@ -7,7 +7,7 @@ from itertools import accumulate, count, takewhile
 from typing import NamedTuple
 
 from moejax.config import Experiment
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import Batches, stack
 from moejax.data.pipeline import Dataset
 from moejax.errors import UserError
@@ -18,7 +18,7 @@ from moejax.training.checkpoint import Position
 class Work(NamedTuple):
     """One optimizer step's input: micro-batches [A, rows, T], and where the data stands after it."""
 
-    batch: Batch
+    batch: Batch | PairBatch
     after: Position
 
 

@@ -117,7 +117,8 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
     data = experiment.data
     if e.allow_overlap:
         return
-    trained = [record for source in parted(load_sources(data), data.holdout)[0] for record in source.records]
+    sources = load_sources(data, pairs=experiment.preference is not None)
+    trained = [record for source in parted(sources, data.holdout)[0] for record in source.records]
     if data.template == "text":
         text = "\n".join(_plain(record["text"]) for record in trained)
         both = [i for i, example in enumerate(examples) if _question(example.record) in text]
@@ -168,11 +169,11 @@ class Scoring:
         return step in self.steps and step not in self.results
 
     def measure(
-        self, step: int, epoch: float, model: Model, mean_loss: Callable[[Batches], tuple[float, float]], stopped: Callable[[], bool]
+        self, step: int, epoch: float, model: Model, means: Callable[[Batches], tuple[dict[str, float], float]], stopped: Callable[[], bool]
     ) -> Record | None:
         """Evaluate, keep the predictions in RUN/eval/step-N. None if `stopped()` came true meanwhile. Raises UserError without memory.
 
-        mean_loss: (mean cross-entropy per supervised token, number of tokens).
+        means: ({"loss": mean cross-entropy per supervised token}, number of tokens).
         """
 
         def progress(done: int, count: int) -> None:
@@ -181,7 +182,7 @@ class Scoring:
 
         h = self.held_out
         try:
-            loss = {} if h.batches is None else {"eval/loss": mean_loss(h.batches)[0]}
+            loss = {} if h.batches is None else {"eval/loss": means(h.batches)[0]["loss"]}
             result = evaluate(
                 model, h.tokenizer, h.task, h.examples, template=h.template, ends=h.ends,
                 max_new_tokens=h.max_new_tokens, rows=h.settings.rows, progress=progress,

@@ -21,7 +21,7 @@ from moejax.models.config import Architecture
 from moejax.models.ops import choice
 from moejax.progress import say, waiting
 from moejax.runs import folders, pinning
-from moejax.training import experts, low_precision, remat, scoring
+from moejax.training import experts, low_precision, preference, remat, scoring
 from moejax.training.identity import Identity
 from moejax.training.program import NOTHING_OWN, Own, TrainProgram
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
@@ -50,7 +50,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = pinning.pinned(experiment, model_folder)
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
-    for line in (experts.announce(experiment, config), *experts.announce_attention(experiment, config, choice.here())):
+    attention = experts.announce_attention(experiment, config, choice.here())
+    for line in (experts.announce(experiment, config), *attention, *preference.told(experiment)):
         say(line)
     abstract = build(config, **model_arguments(experiment))
     if source is not None and model_folder is not None and Path(source).is_dir():
@@ -115,7 +116,8 @@ def read_data(
         tokenizer = load_tokenizer(experiment.tokenizer or str(model_folder), experiment.added_tokens)
         check_vocabulary(tokenizer, config.vocab_size)
     with waiting("reading the data"):
-        dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size)
+        pairs = experiment.preference is not None
+        dataset = load_data(experiment.data, tokenizer, experiment.seed, config.vocab_size, pairs=pairs)
         asked = scoring.prepare(as_read(experiment, dataset), tokenizer, config.max_position_embeddings)
     if own.batches is not None:
         contents = {"data": own.batches.content()}

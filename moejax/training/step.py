@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moejax.data.batch import Batch
+from moejax.config import PreferenceConfig
+from moejax.data.batch import Batch, PairBatch
 from moejax.models.decoder import load_balancing_loss
 from moejax.models.moe import RouterStats
 from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.training.low_precision import stored_like, widened
+from moejax.training.preference import pair_sums, pairs_in, sides_of
 
 Tree = Any
 
@@ -41,6 +43,7 @@ class Objective:
 
     loss = Σ cross-entropy over supervised tokens / their number in the whole optimizer step + aux_loss_coef · load balancing.
     stochastic: weights and the optimizer's state are bf16, computed in fp32 and rounded stochastically. loss: in the place of all this.
+    preference: of a batch of pairs, Σ of their losses / their number takes the place of cross-entropy.
     """
 
     graphdef: Any
@@ -52,27 +55,44 @@ class Objective:
     dropout: float = 0.0
     stochastic: bool = False
     loss: Loss | None = None
+    preference: PreferenceConfig | None = None
+
+
+def weight_of(batch: Batch | PairBatch) -> jax.Array:
+    """What the sums of a batch [..., rows, T] are divided by: supervised tokens, or pairs. fp32 scalar."""
+    return pairs_in(batch) if isinstance(batch, PairBatch) else jnp.sum(batch.loss_mask)
 
 
 def sums(
-    objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, dropout_key: jax.Array | None
-) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
-    """(what is differentiated, (summed cross-entropy, router stats)) of one micro-batch [rows, T], nothing divided yet."""
+    objective: Objective, trainable: Tree, frozen: Tree, batch: Batch | PairBatch, dropout_key: jax.Array | None
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], RouterStats]]:
+    """(what is differentiated, (sums by name, router stats)) of one micro-batch [rows, T], nothing divided yet: the loss, which is
+    cross-entropy, and of pairs what `pair_sums` has."""
     model = nnx.merge(objective.graphdef, trainable, frozen)
     if objective.loss is not None:
         total, stats = objective.loss(model, batch, remat=objective.remat, dropout_key=dropout_key)
-        return total, (total, stats)
+        return total, ({"loss": total}, stats)
+    if isinstance(batch, PairBatch):
+        assert objective.preference is not None
+        sides, stats = sides_of(model, batch, chunk_tokens=objective.chunk_tokens, remat=objective.remat, dropout_key=dropout_key)
+        found = pair_sums(objective.preference, *sides, batch)
+        return _balanced(objective, found["loss"], stats, batch), (found, stats)
     hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key)
     with jax.named_scope("loss"):
         cross_entropy = linear_cross_entropy(
             objective.chunk_tokens, objective.label_smoothing, objective.full, hidden.reshape(-1, hidden.shape[-1]),
             model.head_weight.get_value(), batch.targets.reshape(-1), batch.loss_mask.reshape(-1),
         )  # fmt: skip
-        total = cross_entropy
-        if objective.aux_loss_coef:
-            balance = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
-            total = total + objective.aux_loss_coef * balance * jnp.sum(batch.loss_mask)
-    return total, (cross_entropy, stats)
+        total = _balanced(objective, cross_entropy, stats, batch)
+    return total, ({"loss": cross_entropy}, stats)
+
+
+def _balanced(objective: Objective, total: jax.Array, stats: RouterStats, batch: Batch | PairBatch) -> jax.Array:
+    """With the load-balancing loss, where it is asked for."""
+    if objective.aux_loss_coef:
+        balance = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
+        total = total + objective.aux_loss_coef * balance * weight_of(batch)
+    return total
 
 
 def make_train_step(
@@ -80,13 +100,13 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, frozen, batch) -> (state, metrics). batch: leaves [A, rows, T], A micro-batches of one optimizer step.
 
-    Gradients of the micro-batches are added and divided once by the supervised tokens of all of them. Nothing but the batch has to
-    be sent to the device: the keys of dropout and rounding are folded from the seed and the step. update_norm is of the change in the
-    stored weights, after rounding. schedule: None where the optimizer is a caller's, whose learning rate is not known.
+    Gradients of the micro-batches are added and divided once by the supervised tokens (of preferences: the pairs) of all of them. Nothing
+    but the batch has to be sent to the device: the keys of dropout and rounding are folded from the seed and the step. update_norm is of
+    the change in the stored weights, after rounding. schedule: None where the optimizer is a caller's, whose learning rate is not known.
     """
 
     def gradients(trainable: Tree, frozen: Tree, micro: Batch, key: jax.Array | None) -> tuple[Any, Any]:
-        def total(trainable: Tree) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
+        def total(trainable: Tree) -> tuple[jax.Array, tuple[dict[str, jax.Array], RouterStats]]:
             return sums(objective, trainable, frozen, micro, key)
 
         return jax.grad(total, has_aux=True)(trainable)
@@ -113,22 +133,21 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             index = jnp.arange(batch.tokens.shape[0])
             (grads, extra), _ = jax.lax.scan(micro_step, zeros, (batch, index))
-        cross_entropy, stats = extra
+        found, stats = extra
         with jax.named_scope("optimizer"):
-            supervised = jnp.sum(batch.loss_mask)
+            weight = weight_of(batch)
             if objective.stochastic:
-                grads = _mean(widened(grads), supervised)
+                grads = _mean(widened(grads), weight)
                 wide, moments = widened((state.trainable, state.opt_state))
                 updates, moments = optimizer.update(grads, moments, wide)
                 changed = (optax.apply_updates(wide, updates), moments)
                 stored = (state.trainable, state.opt_state)
                 trainable, opt_state = stored_like(changed, stored, jax.random.fold_in(rounding_key, 0))
             else:
-                grads = _mean(grads, supervised)
+                grads = _mean(grads, weight)
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
                 trainable = optax.apply_updates(state.trainable, updates)
-            metrics = {
-                "loss": cross_entropy / jnp.maximum(supervised, 1),
+            metrics = {name: value / jnp.maximum(weight, 1) for name, value in found.items()} | {
                 "grad_norm": _norm(grads),
                 "update_norm": _norm(jax.tree.map(_change, trainable, state.trainable)),
                 "param_norm": _norm(trainable),
@@ -143,9 +162,9 @@ def make_train_step(
     return step
 
 
-def _mean(grads: Tree, supervised: jax.Array) -> Tree:
-    """Sums of gradients over the supervised tokens, by their number: divided in fp32, since bf16 cannot count beyond 256."""
-    return jax.tree.map(lambda g: (g.astype(jnp.float32) / jnp.maximum(supervised, 1)).astype(g.dtype), grads)
+def _mean(grads: Tree, weight: jax.Array) -> Tree:
+    """Sums of gradients over supervised tokens or pairs, by their number: divided in fp32, since bf16 cannot count beyond 256."""
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) / jnp.maximum(weight, 1)).astype(g.dtype), grads)
 
 
 def _norm(tree: Tree) -> jax.Array:
@@ -162,12 +181,13 @@ def _change(new: jax.Array, old: jax.Array) -> jax.Array:
     return wide - old.astype(jnp.float32)
 
 
-def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
-    """step(trainable, frozen, batch [rows, T]) -> (summed cross-entropy without smoothing, supervised tokens)."""
+def make_eval_step(objective: Objective) -> Callable[[Tree, Tree, Batch | PairBatch], tuple[dict[str, jax.Array], jax.Array]]:
+    """step(trainable, frozen, batch [rows, T]) -> (sums by name, what they are divided by): cross-entropy without smoothing and supervised
+    tokens; of preferences what they are trained on, and pairs."""
     plain = replace(objective, label_smoothing=0.0, aux_loss_coef=0.0, remat="none", loss=None)
 
-    def step(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, (cross_entropy, _) = sums(plain, trainable, frozen, batch, None)
-        return cross_entropy, jnp.sum(batch.loss_mask)
+    def step(trainable: Tree, frozen: Tree, batch: Batch | PairBatch) -> tuple[dict[str, jax.Array], jax.Array]:
+        _, (found, _) = sums(plain, trainable, frozen, batch, None)
+        return found, weight_of(batch)
 
     return step

@@ -130,4 +130,4 @@ def test_evaluation_is_plain(parts):
     total, tokens = jax.jit(make_eval_step(objective))(trainable, frozen, Batch(*map(jnp.asarray, batch)))
     assert int(tokens) == batch.loss_mask.sum() == 14 + 7
     expected = jax.jit(lambda t: sums(Objective(graphdef, full=False), t, frozen, batch, None)[0])(trainable)
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(total["loss"], expected, rtol=1e-6)

@@ -40,7 +40,7 @@ def test_it_is_shapes_until_weights_are_loaded_and_goes_on_from_its_own_state(ma
     assert tokens == micro.loss_mask.sum()
     losses = [float(step.step(stack([micro, micro], 2))["loss"]) for _ in range(3)]
     assert step.compile(4, 64) is compiled and int(step.state.step) == 3
-    assert losses[0] == pytest.approx(before / tokens, rel=1e-6) and losses[2] < losses[1] < losses[0]
+    assert losses[0] == pytest.approx(before["loss"] / tokens, rel=1e-6) and losses[2] < losses[1] < losses[0]
     again = TrainProgram(experiment, sizes)
     again.load(step.model())
     assert again.evaluate(micro) == step.evaluate(micro) != (before, tokens)
