@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: aot gpu-acceptance demo demo-blackmamba demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -88,6 +88,10 @@ demo-qwen3: $(STAMP) ## QLoRA fine-tuning of the bundled Qwen3-MoE on the same p
 	@rm -rf runs/demo_qwen3
 	@$(BIN)/python train.py --config configs/demo_qwen3.yaml
 	@$(BIN)/moejax exact-match runs/demo_qwen3 --data assets/problems/test.json
+
+demo-dpo: $(STAMP) ## preference training (DPO) of the bundled Mixtral on pairs of answers, and its accuracy before and after
+	@rm -rf runs/dpo_demo
+	@$(BIN)/python train.py --config configs/dpo_demo.yaml
 
 demo-sparse-vs-dense: $(STAMP) ## the demo's task for ten epochs with 2 of 8 experts and with all; accuracy by epoch beside the study's
 	@rm -rf runs/demo_sparse runs/demo_dense

@@ -84,6 +84,20 @@ def test_every_rationale_computes_what_its_question_asks(train, test):
         assert max(numbers(record["instruction"] + record["output"])) <= 99, record
 
 
+def test_of_a_pair_the_rejected_answer_reads_its_question_wrongly(train):
+    pairs = [json.loads(line) for line in (PROBLEMS / "pairs.jsonl").read_text().splitlines()]
+    assert [(p["prompt"], p["chosen"]) for p in pairs] == [(r["instruction"], r["output"]) for r in train[:1200]]
+    steps = []
+    for pair in pairs:
+        (left, sign, right, result), *others = EQUATION.findall(pair["chosen"])
+        found = EQUATION.findall(pair["rejected"])
+        assert all(OPERATIONS[s](int(a), int(b)) == int(c) for a, s, b, c in found) and found[0] == (left, sign, right, result)
+        assert pair["rejected"].endswith(f" {found[-1][3]}. The answer is {found[-1][3]}.") and found[-1][3] != others[0][3]
+        steps.append(len(found))
+        assert len(found) == 1 or {found[1][1], others[0][1]} == {"+", "-"}
+    assert 300 < sum(n == 2 for n in steps) < 600
+
+
 def test_a_question_asks_for_the_person_and_item_it_told_of(train, test):
     for record in train + test:
         story, question = re.fullmatch(r"(.*[.] )?(How many .*\?)", record["instruction"]).groups()
@@ -106,7 +120,7 @@ def test_held_out_problems_are_new(train, test):
 def test_the_command_remakes_the_committed_problems(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["problems", "task", str(tmp_path)])
     problems.main()
-    for name in ("train.json", "test.json"):
+    for name in ("train.json", "test.json", "pairs.jsonl"):
         assert (tmp_path / name).read_bytes() == (PROBLEMS / name).read_bytes(), name
     assert problems.make_task(20, 0, seed=1) != problems.make_task(20, 0)
 

@@ -1,6 +1,6 @@
 """The bundled task: two-step word problems, and the text that its base model is pre-trained on. All of it made here, from a seed.
 
-    python assets/problems/make.py task assets/problems            # train.json, test.json
+    python assets/problems/make.py task assets/problems            # train.json, test.json, pairs.jsonl
     python assets/problems/make.py pretrain assets/generated       # pretrain.jsonl
     python assets/problems/make.py tokenizer assets/tiny-mixtral   # tokenizer.json and its configs
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 NAMES = {"Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Max": "He", "Zoe": "She", "Sam": "He"}
 ITEMS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "cookies", "balls", "stones", "tickets")
 LARGEST = 99
+PAIRS = 1200  # of the first records of train.json
 
 
 class Words(NamedTuple):
@@ -118,6 +120,21 @@ def make_task(train: int, test: int, seed: int = 0) -> tuple[list[dict[str, str]
         output = f"First {equation(*first)} Then {equation(*second)} The answer is {answer}."
         records.append({"instruction": text, "input": "", "output": output, "answer": str(answer)})
     return records[:train], records[train:]
+
+
+def make_pairs(records: list[dict[str, str]], seed: int = 0) -> list[dict[str, str]]:
+    """Preferences (prompt, chosen, rejected) of records of `make_task`: the right answer, and one whose sums are right and which reads the
+    question wrongly: it stops after the first step, or its second step has the other sign (where that stays in 0..99)."""
+    rng = random.Random(f"pairs {seed}")
+    pairs = []
+    for record in records:
+        first, middle, sign, right = re.fullmatch(r"(First .* = (\d+)\.) Then \d+ (.) (\d+) = .*", record["output"]).groups()  # type: ignore[union-attr]
+        step = (int(middle), "-" if sign == "+" else "+", int(right))
+        wrong = f"{first} The answer is {middle}."
+        if rng.random() < 0.5 and 0 <= compute(*step) <= LARGEST:
+            wrong = f"{first} Then {equation(*step)} The answer is {compute(*step)}."
+        pairs.append({"prompt": record["instruction"], "chosen": record["output"], "rejected": wrong})
+    return pairs
 
 
 def make_pretraining(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -237,6 +254,12 @@ def dump_records(path: Path, records: list[dict[str, str]]) -> None:
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n", encoding="utf-8")
 
 
+def write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    """A record a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the bundled task and its base's text.")
     parser.add_argument("what", choices=("task", "pretrain", "tokenizer"))
@@ -247,12 +270,11 @@ def main() -> None:
         train, test = make_task(4000, 400)
         dump_records(options.folder / "train.json", train)
         dump_records(options.folder / "test.json", test)
+        write_lines(options.folder / "pairs.jsonl", make_pairs(train[:PAIRS]))
     elif options.what == "tokenizer":
         make_tokenizer(options.folder)
     else:
-        path = options.folder / "pretrain.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(r) + "\n" for r in make_pretraining(options.records)), encoding="utf-8")
+        write_lines(options.folder / "pretrain.jsonl", make_pretraining(options.records))
 
 
 if __name__ == "__main__":
