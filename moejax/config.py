@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moejax.config_file import apply, explain, put, read
 from moejax.config_model import AdapterConfig, ModelConfig, QuantizationConfig
+from moejax.config_preference import PreferenceConfig
 from moejax.config_sources import FieldNames, Sources, WeightedSource, named
 from moejax.config_values import Names, Place, Positive, Real, Section, as_tuple
 from moejax.contents import MadeOf, Part
@@ -231,26 +232,6 @@ class ProfileConfig(Section):
             )
 
 
-class PreferenceConfig(Section):
-    """Preference training (DPO, arXiv 2305.18290): of two answers to a prompt one is chosen, the other rejected. With ratios, the log of
-    what model and frozen base give an answer: loss of beta · (ratio of chosen - ratio of rejected), a mean over the pairs of a step."""
-
-    loss: Literal["sigmoid", "robust", "ipo"] = Field(
-        "sigmoid", description="sigmoid: DPO; robust: of labels that are wrong with the probability label_smoothing (arXiv 2403.00409); "
-        "ipo: of ratios per token of an answer, squared distance from 1/(2 beta) (arXiv 2310.12036)"
-    )  # fmt: skip
-    beta: Annotated[Real, Field(gt=0)] = 0.1
-    label_smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="with sigmoid: cDPO, the loss of a pair whose sides are swapped with this probability"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(f"label_smoothing = {self.label_smoothing} is of the losses sigmoid and robust: ipo has none: remove it")
-        return self
-
-
 class EvalConfig(Section):
     """Right answers counted on held-out problems while it trains.
 
@@ -299,7 +280,8 @@ class Experiment(Section):
             )
         if self.training.param_dtype == "bfloat16_stochastic" and self.adapter is not None:
             raise ValueError("training.param_dtype = bfloat16_stochastic is of a model that is trained whole: adapters are in fp32")
-        self._check_preference()
+        if self.preference is not None:
+            self.preference.check(self)
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
         if self.profile is not None and self.training.steps is not None:
@@ -312,32 +294,6 @@ class Experiment(Section):
             if self.adapter is not None and sizes.target_names:
                 self.adapter.lora.of(sizes)
         return self
-
-    def _check_preference(self) -> None:
-        d, t = self.data, self.training
-        if self.preference is None:
-            return
-        if self.adapter is None:
-            raise ValueError(
-                "preference needs an adapter: the reference is the frozen base without it, and a model that is trained whole would need "
-                "a second copy of itself in memory. Add adapter: {}"
-            )
-        if d.source is None:
-            raise ValueError("preference needs pairs of answers: give data.source")
-        if d.template == "text":
-            raise ValueError("preference trains on answers, and data.template = text knows none: use chat, chatml, mistral or alpaca")
-        if t.label_smoothing:
-            raise ValueError("training.label_smoothing is of cross-entropy, which preference does not train on: preference.label_smoothing")
-        if d.batching == "pack" and 2 * d.max_length > d.row_tokens:
-            raise ValueError(
-                f"data.row_tokens = {d.row_tokens}: both sides of a pair lie in one row, expected at least twice data.max_length = "
-                f"{d.max_length} (or data.batching = pad_longest with an even data.batch_rows: a side a row)"
-            )
-        if d.batching != "pack" and d.batch_rows % 2:
-            raise ValueError(
-                f"data.batch_rows = {d.batch_rows}: the sides of a pair are two rows of a micro-batch with data.batching = {d.batching}: "
-                "expected an even number"
-            )
 
     @property
     def method(self) -> Literal["full", "qlora", "lora"]:

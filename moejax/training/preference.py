@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.config import Experiment, PreferenceConfig
+from moejax.config import Experiment
+from moejax.config_preference import PreferenceConfig
 from moejax.data.batch import PairBatch
 from moejax.models.build import Model, remove_lora
 from moejax.models.moe import RouterStats

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moejax.config import PreferenceConfig
+from moejax.config_preference import PreferenceConfig
 from moejax.data.batch import Batch, PairBatch
 from moejax.models.decoder import load_balancing_loss
 from moejax.models.moe import RouterStats

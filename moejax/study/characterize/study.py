@@ -196,6 +196,7 @@ def _setting(experiment: Experiment, routing: str, pretrained: bool) -> Setting:
         "training": experiment.training.model_dump(mode="json") | {"gradient_accumulation": 1, "eval_every": None}
         | ({"remat": "full"} if experiment.training.remat == "auto" else {}),  # which the largest batch needs
         "profile": None,
+        "preference": None,  # supervised training, whose loss the study has
         "data": data.model_dump(mode="json") | {"holdout": 0, "eval_source": None},
     }
     experiment = Experiment.model_validate_json(json.dumps(experiment.model_dump(mode="json") | updates))
