@@ -87,15 +87,17 @@ def test_every_rationale_computes_what_its_question_asks(train, test):
 def test_of_a_pair_the_rejected_answer_reads_its_question_wrongly(train):
     pairs = [json.loads(line) for line in (PROBLEMS / "pairs.jsonl").read_text().splitlines()]
     assert [(p["prompt"], p["chosen"]) for p in pairs] == [(r["instruction"], r["output"]) for r in train[:1200]]
-    steps = []
+    kinds = []
     for pair in pairs:
         (left, sign, right, result), *others = EQUATION.findall(pair["chosen"])
         found = EQUATION.findall(pair["rejected"])
-        assert all(OPERATIONS[s](int(a), int(b)) == int(c) for a, s, b, c in found) and found[0] == (left, sign, right, result)
+        assert all(OPERATIONS[s](int(a), int(b)) == int(c) for a, s, b, c in found) and found[0][1:3] == (sign, right)
         assert pair["rejected"].endswith(f" {found[-1][3]}. The answer is {found[-1][3]}.") and found[-1][3] != others[0][3]
-        steps.append(len(found))
-        assert len(found) == 1 or {found[1][1], others[0][1]} == {"+", "-"}
-    assert 300 < sum(n == 2 for n in steps) < 600
+        misread = found[0] != (left, sign, right, result)
+        kinds.append("one step" if len(found) == 1 else "number" if misread else "sign")
+        if len(found) == 2:
+            assert (found[1][1] == others[0][1]) is misread and (found[1][2], found[1][0]) == (others[0][2], found[0][3])
+    assert kinds.count("number") == 400 and 250 < kinds.count("sign") <= 400
 
 
 def test_a_question_asks_for_the_person_and_item_it_told_of(train, test):

@@ -124,17 +124,31 @@ def make_task(train: int, test: int, seed: int = 0) -> tuple[list[dict[str, str]
 
 def make_pairs(records: list[dict[str, str]], seed: int = 0) -> list[dict[str, str]]:
     """Preferences (prompt, chosen, rejected) of records of `make_task`: the right answer, and one whose sums are right and which reads the
-    question wrongly: it stops after the first step, or its second step has the other sign (where that stays in 0..99)."""
+    question wrongly: it stops after the first step, its second step has the other sign, or its first number is another (in turn, where the
+    results stay in 0..99)."""
     rng = random.Random(f"pairs {seed}")
     pairs = []
-    for record in records:
-        first, middle, sign, right = re.fullmatch(r"(First .* = (\d+)\.) Then \d+ (.) (\d+) = .*", record["output"]).groups()  # type: ignore[union-attr]
-        step = (int(middle), "-" if sign == "+" else "+", int(right))
-        wrong = f"{first} The answer is {middle}."
-        if rng.random() < 0.5 and 0 <= compute(*step) <= LARGEST:
-            wrong = f"{first} Then {equation(*step)} The answer is {compute(*step)}."
+    for number, record in enumerate(records):
+        left, sign, right, middle, then, last = _STEPS.fullmatch(record["output"]).groups()  # type: ignore[union-attr]
+        a, b, c = int(left), int(right), int(last)
+        wrong = f"First {equation(a, sign, b)} The answer is {middle}."
+        others = [(a, "-" if then == "+" else "+")] if number % 3 == 1 else [(n, then) for n in range(2, LARGEST) if n != a]
+        possible = [two for two in others if all(0 <= result <= LARGEST for result in _results(two[0], sign, b, two[1], c))]
+        if number % 3 and possible:
+            a, then = rng.choice(possible)
+            half, whole = _results(a, sign, b, then, c)
+            wrong = f"First {equation(a, sign, b)} Then {equation(half, then, c)} The answer is {whole}."
         pairs.append({"prompt": record["instruction"], "chosen": record["output"], "rejected": wrong})
     return pairs
+
+
+_STEPS = re.compile(r"First (\d+) (.) (\d+) = (\d+)\. Then \d+ (.) (\d+) = .*")
+
+
+def _results(a: int, first: str, b: int, then: str, c: int) -> tuple[int, int]:
+    """Of both steps."""
+    half = compute(a, first, b)
+    return half, compute(half, then, c)
 
 
 def make_pretraining(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -244,8 +244,8 @@ class Trainer:
         self.eval_loss = means["loss"]
         self.writer.write(self.step, {f"eval_{name}": value for name, value in means.items()})
         if "rewards/accuracies" in means:
-            right, margin = means["rewards/accuracies"], means["rewards/margins"]
-            what = f"{weight:.0f} pairs: chosen preferred in {100 * right:.1f} %, mean margin {margin:.4f}"
+            likelier, larger = (100 * means[f"{kind}/accuracies"] for kind in ("logps", "rewards"))
+            what = f"{weight:.0f} pairs: the chosen side is likelier in {likelier:.1f} %, and has the larger reward in {larger:.1f} %"
         else:
             what = f"{weight:.0f} tokens"
         say(f"step {self.step}: evaluation loss {self.eval_loss:.4f} over {what}")

@@ -91,7 +91,8 @@ def sides_of(
 
 
 def pair_sums(settings: PreferenceConfig, chosen: Side, rejected: Side, batch: PairBatch) -> dict[str, jax.Array]:
-    """Sums over the pairs of a micro-batch, by TRL's names: the loss, rewards (beta · ratio) and log-probabilities."""
+    """Sums over the pairs of a micro-batch, by TRL's names: the loss, rewards (beta · ratio) and log-probabilities; and in how many pairs
+    the chosen side is the likelier, which is no metric of TRL's."""
     there = jnp.arange(chosen.logps.shape[0]) < pairs_in(batch)
 
     def total(of_pairs: jax.Array) -> jax.Array:
@@ -106,4 +107,5 @@ def pair_sums(settings: PreferenceConfig, chosen: Side, rejected: Side, batch: P
             "rewards/accuracies": total((chosen.ratios > rejected.ratios).astype(jnp.float32)),
             "logps/chosen": total(chosen.logps),
             "logps/rejected": total(rejected.logps),
+            "logps/accuracies": total((chosen.logps > rejected.logps).astype(jnp.float32)),
         }

@@ -177,6 +177,7 @@ def test_what_a_step_minimizes(name, case, more, models, vectors, tmp_path):
         np.testing.assert_allclose(found[f"rewards/{side}"] / 4, float(beta) / 0.1 * vectors[f"{name}/rewards/{side}"].mean(), rtol=1e-4)
     np.testing.assert_allclose(found["rewards/margins"], found["rewards/chosen"] - found["rewards/rejected"], rtol=1e-5)
     assert found["rewards/accuracies"] == vectors[f"{name}/rewards/accuracies"].sum()
+    assert found["logps/accuracies"] == (vectors[f"{name}/logps/chosen"] > vectors[f"{name}/logps/rejected"]).sum()
 
 
 def test_a_side_a_row_is_the_same_as_packed(models, vectors):
