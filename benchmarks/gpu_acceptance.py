@@ -46,6 +46,7 @@ def steps(tiny: bool) -> dict[str, tuple[list[str], float]]:
         "mixtral 1x128": (step("1x128:2", "mixtral_8x7b"), 120),
         "blackmamba 16x512": (step("16x512:2", "blackmamba_2.8b"), 180),
         "mixtral 8x512 traced": (step("8x512:2", "mixtral_8x7b", "--trace"), 240),
+        "mixtral 8x512 by blocks: an equal loss": (step("8x512:2", "mixtral_8x7b", "model.attention=blocks"), 180),
     }
 
 
