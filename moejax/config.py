@@ -22,8 +22,7 @@ from moejax.models.config import Architecture
 
 ROW_MULTIPLE = 16
 """Every batch has rows of a multiple of so many tokens. XLA's products for a GPU work in tiles of at least 16 tokens, and a tile may
-not cross from one row of the batch into the next: with two rows of 372 tokens the step compiles for no GPU
-(tests/training/test_gpu_compile.py)."""
+not cross from one row of the batch into the next: products of two rows of 372 tokens, joined by XLA, compiled for no GPU."""
 
 
 def whole_row(tokens: int) -> int:
