@@ -4,13 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from data.chat_templates import SPLIT, TEMPLATES, make, records, talks
 from pydantic import ValidationError
 from support import ROOT, read_vectors, tiny_experiments
 
 from moejax.config import DataConfig
 from moejax.data.batch import PairBatch
+from moejax.data.columns import Columns
 from moejax.data.pipeline import load
+from moejax.data.preferences import read_pair
 from moejax.data.sources import load_sources
+from moejax.data.supervision import TalkOptions
+from moejax.data.tokenize import tokenize, tokenize_pairs
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 
@@ -113,6 +118,34 @@ def test_tokens_are_trls(tokenizer, tmp_path):
             prompt = len(ids["prompt_ids"])
             assert query.ids.tolist() == ids["prompt_ids"] + ids[side]
             assert query.supervised.tolist() == [False] * prompt + [True] * len(ids[side])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_side_is_what_supervised_training_makes_of_it(name):
+    """For templates of every shape: tokens and mask of training on the last answer of each side's conversation."""
+    tokenizer = make(name)
+    chosen = talks(8, system=name != "gemma")
+    rejected = [[*talk[:-1], {"role": "assistant", "content": f"{number} is another answer"}] for number, talk in enumerate(chosen)]
+    columns = Columns(chosen="chosen", rejected="rejected")
+    pairs = [read_pair({"chosen": a, "rejected": b}, columns, "x") for a, b in zip(chosen, rejected, strict=True)]
+    found = tokenize_pairs([{"conversation": pair.chosen, "rejected": pair.rejected} for pair in pairs], tokenizer, "chat", 9999)
+    assert len(found.queries) == 16 and found.dropped == found.talks.split == 0
+    for side, conversations in enumerate((chosen, rejected)):
+        alone = tokenize(records(conversations), tokenizer, "chat", 9999, options=TalkOptions(last_turn=True))
+        for ours, supervised in zip(found.queries[side::2], alone.queries, strict=True):
+            assert ours.ids.tolist() == supervised.ids.tolist() and ours.supervised.tolist() == supervised.supervised.tolist()
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_side_of_several_answers_that_a_template_splits_is_refused(name):
+    user, answers = {"role": "user", "content": "a"}, [{"role": "assistant", "content": text, "reasoning_content": "hm"} for text in "bcd"]
+    record = {"prompt": [user], "chosen": [answers[0], user, answers[1]], "rejected": [answers[2], user, answers[1]]}
+    pair = read_pair(record, Columns(instruction="prompt", chosen="chosen", rejected="rejected"), "x")
+    made = [{"conversation": pair.chosen, "rejected": pair.rejected}]
+    with pytest.raises(UserError, match=r"x, record 0, chosen: .*a side of a preference is one query: set data.turns to whole or last"):
+        tokenize_pairs(made, make(name), "chat", 9999, "x")
+    last = tokenize_pairs(made, make(name), "chat", 9999, "x", options=TalkOptions("last"))
+    assert last.pairs.count == 0 and len(last.queries) == 2
 
 
 def test_what_says_nothing_is_counted_with_its_first_record(tokenizer, tmp_path):
