@@ -36,6 +36,8 @@ def announce(
     share = config.experts_per_token / config.num_experts
     gpu = gpus.gpu_name(device.name())
     time, why = _time(Path(experiment.runs_dir) / COEFFICIENTS, model, experiment.method, gpu, share)
+    if experiment.preference is not None:
+        time, why = None, "coefficients are of supervised training, and a step of preferences has a forward pass more"
     price = prices.cheapest(prices.load("2026", gpus.GPUS), gpu) if gpu in gpus.GPUS else None
     document = {
         "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": experiment.method, "share": share, "time": time,

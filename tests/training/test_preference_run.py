@@ -46,6 +46,7 @@ def test_a_run_prefers_what_was_chosen_and_resumes_to_the_bit(make_pairs, monkey
     straight, halves = (make_pairs(name, **settings) for name in ("straight", "halves"))
     assert loop.run(straight, resume=False) == 0
     told = capsys.readouterr().out
+    assert "no time: coefficients are of supervised training" in told
     before, after = lines(straight, "eval_loss")
     likelier = f"the chosen side is likelier in {100 * before['eval_logps/accuracies']:.1f} %, and has the larger reward in 0.0 %"
     assert f"step 0: evaluation loss 0.6931 over 8 pairs: {likelier}" in told
