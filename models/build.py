@@ -15,6 +15,7 @@ from moejax.models.decoder import Decoder
 from moejax.models.layers import ExpertLinear, Frozen, Linear
 from moejax.models.lora import LoRA
 from moejax.models.ops.quantized import abstract, is_quantized, quantize
+from moejax.models.token_rows import TokenRows
 
 Model = Decoder
 
@@ -72,7 +73,8 @@ def freeze(model: Model, quantization: Quantization | None = None) -> None:
 
 
 def remove_lora(model: Model) -> None:
-    """Take the adapters off: what is left is the base. In place."""
+    """Take the adapters off, and trained rows of tokens: what is left is the base. In place."""
+    model.embed_rows = model.head_rows = None
     for _, node in list(nnx.iter_modules(model)):
         module: Any = node
         if getattr(module, "lora", None) is not None:
@@ -89,7 +91,9 @@ def _at(model: Model, path: tuple[str, ...]) -> Any:
 
 
 def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
-    """Put an adapter on every layer that `config.targets` names. In place; abstract without a key."""
+    """Put an adapter on every layer that `config.targets` names, and rows of its tokens next to the tables. In place; abstract without a
+    key."""
+    _add_token_rows(model, config.token_rows)
     for index, (target, pair) in enumerate(sorted(config.of(model.config).items())):
         for number, path in enumerate(model.config.targets[target]):
             module: Linear | ExpertLinear = _at(model, path)
@@ -102,8 +106,18 @@ def add_lora(model: Model, config: LoRAConfig, key: jax.Array | None) -> None:
             module.lora = nnx.eval_shape(make, k) if key is None else make(k)
 
 
+def _add_token_rows(model: Model, ids: tuple[int, ...]) -> None:
+    """Rows of these tokens, as the tables have them now, next to embedding and head; one set for both where they are tied. In place."""
+    if ids:
+        model.embed_rows = TokenRows(ids, model.embed.weight.get_value())
+        model.head_rows = None if model.config.tie_word_embeddings else TokenRows(ids, model.head.weight.get_value())
+
+
 def materialize_lora(model: Model, key: jax.Array) -> Model:
-    """Draw the adapters of an abstract model as `build` draws them for the same key. In place; returns the model."""
+    """Draw the adapters of an abstract model as `build` draws them for the same key; rows of tokens begin as the tables have them. In
+    place; returns the model."""
+    if model.embed_rows is not None:
+        _add_token_rows(model, model.embed_rows.ids)
     lora_key = jax.random.split(key)[1]
     adapters = {target: _at(model, paths[0]).lora for target, paths in model.config.targets.items()}
     there = {target: lora for target, lora in adapters.items() if lora is not None}

@@ -25,6 +25,7 @@ from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
 from moejax.models.ops.choice import here, memory_here
+from moejax.models.token_rows import TokenRows
 
 
 def mixer_class(spec: specs.Mixer) -> type[Attention] | type[Mamba]:
@@ -113,6 +114,8 @@ class Decoder(nnx.Module):
         self.norm = norm(size, config.stream.norm_eps, param_dtype)
         if not config.tie_word_embeddings:
             self.head = Linear(keys[2], size, config.vocab_size, param_dtype, scope="head_dequant", axes=("vocab", "embed"))
+        self.embed_rows: TokenRows | None = nnx.data(None)
+        self.head_rows: TokenRows | None = nnx.data(None)
 
     def __call__(
         self,
@@ -128,7 +131,7 @@ class Decoder(nnx.Module):
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         positions = positions_of(segment_ids) if positions is None else positions
         self._check_padding(segment_ids > 0)
-        x, stats = self.embed(tokens, self.dtype).astype(self._stream_dtype), []
+        x, stats = self.embedded(tokens), []
         with jax.named_scope("layers"):
             for number, stack in enumerate(self.config.stacks):
                 state, layer_of = scannable(getattr(self, stack.name))
@@ -159,7 +162,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """The forward pass over a cache: what `moejax.models.cache` is made of. valid: bool [B, T]. Inference only."""
         self._check_padding(valid)
-        x, after = self.embed(tokens, self.dtype).astype(self._stream_dtype), []
+        x, after = self.embedded(tokens), []
         for stack, held in zip(self.config.stacks, cache, strict=True):
             graphdef, state = nnx.split(getattr(self, stack.name))
 
@@ -171,6 +174,16 @@ class Decoder(nnx.Module):
             after.append(new)
         return self.norm(x.astype(self.dtype)), tuple(after)
 
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """tokens: int32 [B, T] -> the stream [B, T, D] that the first layer reads."""
+        x = self.embed(tokens, self.dtype)
+        return (x if self.embed_rows is None else self.embed_rows.looked_up(tokens, x)).astype(self._stream_dtype)
+
+    @property
+    def output_rows(self) -> TokenRows | None:
+        """Rows that are trained next to `head_weight`: the embedding's if tied."""
+        return self.embed_rows if self.config.tie_word_embeddings else self.head_rows
+
     @property
     def head_weight(self) -> nnx.Variable:
         """The [V, D] variable that makes logits: the embedding's table if tied."""
@@ -179,7 +192,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] -> fp32 [..., V]."""
         weight = linear.dequantized(self.head_weight.get_value(), self.dtype, "head_dequant")
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return logits if self.output_rows is None else self.output_rows.scored(hidden, logits)
 
     @property
     def _stream_dtype(self) -> Any:

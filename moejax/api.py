@@ -32,13 +32,14 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
 from moejax.estimator import memory
-from moejax.estimator.sizes import architecture_of
+from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.evaluation.generate import Sampling, generate, said
 from moejax.evaluation.loglikelihood import encoded
 from moejax.hub import model as hub_model
 from moejax.hub import peft, weights
 from moejax.models.build import Model
 from moejax.runs import open as runs
+from moejax.runs import tokens
 from moejax.runtime import prepare_jax
 from moejax.training import loop
 from moejax.training.oracle import oracle
@@ -158,8 +159,11 @@ def load(
         content["adapter"] = {}  # frozen weights alone could not be trained, and a new adapter changes nothing
     experiment = experiments.of(content, f"load({str(source)!r})")
     folder = weights.resolve(name, experiment.model.revision)
+    experiment = hub_model.with_adapters_rows(experiment, weights.read_config(folder).vocab_size)
     experiment = experiment.with_defaults(hub_model.architecture(experiment, folder))
-    tokenizer = load_tokenizer(str(folder))
+    begun = None if experiment.adapter is None else experiment.adapter.init_from
+    beside = None if begun is None else weights.resolve(begun, field="adapter.init_from")  # with the tokens that were added
+    tokenizer = load_tokenizer(str(beside if beside is not None and (beside / "tokenizer.json").is_file() else folder))
     check_vocabulary(tokenizer, hub_model.architecture(experiment, folder).vocab_size)
     template = "chat" if getattr(tokenizer, "chat_template", None) else "mistral"
     return LanguageModel(hub_model.load(name, experiment), tokenizer, template, ends_of(tokenizer, template, folder), name)
@@ -291,6 +295,7 @@ def estimate_memory(
     experiment = experiment_of(config, changes)
     if experiment.training.remat == "auto":
         experiment = experiment.changed("training", remat="full")
+    experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
     sizes = architecture_of(experiment)
     row_tokens = whole_row(seq_len or experiment.data.longest_text)
     if row_tokens > sizes.max_position_embeddings:

@@ -30,6 +30,14 @@ def whole_row(tokens: int) -> int:
     return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+AUTO_TOKENS = ("auto",)
+"""`added_tokens: auto`."""
+
+
+def _tokens(value: Any) -> Any:
+    return AUTO_TOKENS if value == "auto" else as_tuple(value)
+
+
 _PADDED = f"padded up to a multiple of {ROW_MULTIPLE}"
 
 UNTRACED_STEPS = 5  # that `moejax profile` runs for the step's seconds, after the traced ones
@@ -259,8 +267,10 @@ class Experiment(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     adapter: AdapterConfig | None = None
     tokenizer: Place | None = Field(None, description="tokenizer.json, folder or Hub id; null: the model's")
-    added_tokens: Names = Field(
-        (), description="special tokens behind the tokenizer's own, in this order; </s> ends a sequence, [PAD] pads"
+    added_tokens: Annotated[Names, BeforeValidator(_tokens)] = Field(
+        (),
+        description="special tokens behind the tokenizer's own, in this order; </s> ends a sequence, [PAD] pads; next to an adapter their "
+        "rows of embedding and head are trained; auto: those of data.template=chatml that are lacking",
     )
     data: DataConfig
     training: TrainingConfig
@@ -283,6 +293,10 @@ class Experiment(Section):
             self.preference.check(self)
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
+        if self.added_tokens == AUTO_TOKENS and self.data.template != "chatml":
+            raise ValueError(
+                f"added_tokens = auto: data.template = {self.data.template or 'null'} needs no tokens by name, chatml does: name the tokens"
+            )
         if self.profile is not None and self.training.steps is not None:
             self.profile.check(self.training.steps)
         if self.model.preset is not None:

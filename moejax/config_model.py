@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from moejax.config_file import nearest
-from moejax.config_values import Names, Place, Positive, Real, Section, number
+from moejax.config_values import Names, Place, Positive, Real, Section, as_tuple, number
 from moejax.errors import UserError
 from moejax.models.config import FAMILIES, LORA_TARGETS, PRESETS, QUANTIZED_MODULES, Architecture, LoRAConfig, target_aliases
 
@@ -20,6 +20,9 @@ class ModelConfig(Section):
     preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
     overrides: dict[str, Annotated[int | float | bool | str, BeforeValidator(number)]] = Field(
         default_factory=dict, description="fields of the architecture by name"
+    )
+    vocabulary: Positive | None = Field(
+        None, description="rows of embedding and head, where they are more than the source's: written by a run with added_tokens"
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
     moe_backend: Literal["auto", "loop", "capacity"] = "auto"
@@ -36,7 +39,7 @@ class ModelConfig(Section):
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset!r} is unknown: {nearest(self.preset, PRESETS)}")
         families = FAMILIES.values() if self.preset is None else (type(PRESETS[self.preset]),)
-        fields = {name for family in families for name in family.fields()}
+        fields = {name for family in families for name in family.fields()} - {"new_rows"}
         for name in self.overrides:
             if name not in fields:
                 raise ValueError(f"overrides.{name} is no field of the architecture: {nearest(name, fields)}")
@@ -57,7 +60,13 @@ class ModelConfig(Section):
         if unknown:
             raise ValueError(f"overrides.{unknown[0]} is no field of a {base.title}")
         asked = {} if self.experts_per_token is None else {"experts_per_token": self.experts_per_token}
-        return base.replace(**(asked | self.overrides))  # at once: neither is judged by the sizes that the other changes
+        sizes = base.replace(**(asked | self.overrides))  # at once: neither is judged by the sizes that the other changes
+        if self.vocabulary is None:
+            return sizes
+        new = self.vocabulary - sizes.vocab_size
+        if new < 0:
+            raise ValueError(f"vocabulary = {self.vocabulary}: the embedding has {sizes.vocab_size} rows: expected as many, or more")
+        return sizes.replace(vocab_size=self.vocabulary, new_rows=new)
 
 
 class QuantizationConfig(Section):
@@ -107,6 +116,9 @@ class AdapterConfig(Section):
     share: Names | None = Field(
         None, description="[w1, w3]: one A for both, as PEFT 0.19 and later train fused experts; null: each its own, as PEFT 0.18"
     )
+    token_rows: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = Field(
+        None, description="ids of tokens whose rows of embedding and head are trained too: written by a run with added_tokens"
+    )
     init_from: Place | None = Field(
         None, description="an adapter in PEFT's format to continue from (folder or Hub id); null: a new one"
     )
@@ -124,4 +136,4 @@ class AdapterConfig(Section):
 
     @property
     def lora(self) -> LoRAConfig:
-        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.share)
+        return LoRAConfig(self.rank, self.alpha, self.dropout, self.targets, self.share, self.token_rows or ())

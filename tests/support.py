@@ -223,6 +223,8 @@ def _adapter(text):
     model = create_model(experiment, architecture(experiment, source), source)
     for index, lora in enumerate({id(lora): lora for _, lora in adapted(model).values()}.values()):
         lora.b.set_value(0.1 * jax.random.normal(jax.random.key(index), lora.b.get_value().shape))
+    for rows in filter(None, (model.embed_rows, model.head_rows)):
+        rows.rows.set_value(0.1 * jax.random.normal(jax.random.key(7), rows.rows.get_value().shape))
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, Path(folder) / "adapter", str(source))
         return {path.name: path.read_bytes() for path in (Path(folder) / "adapter").iterdir()}

@@ -38,7 +38,8 @@ class LoRAConfig:
 
     `rank`, `alpha`: one for all, or by target or group (attention, experts, router). `targets`: by our names or the family's, `gate` is
     the router; None: the family's default. `share`: targets that read one input and have one A for all of them (of each expert), as
-    PEFT from 0.19 on trains fused experts; None: each its own. Dropout acts on the input of A.
+    PEFT from 0.19 on trains fused experts; None: each its own. Dropout acts on the input of A. `token_rows`: ids of tokens whose rows of
+    embedding and head are trained too, increasing.
     """
 
     rank: int | Mapping[str, int] = 16
@@ -46,6 +47,7 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     share: tuple[str, ...] | None = None
+    token_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, several in (("rank", self.rank), ("alpha", self.alpha)):
@@ -57,14 +59,18 @@ class LoRAConfig:
             raise ValueError(f"LoRA dropout = {self.dropout}: expected 0 <= dropout < 1")
         if self.targets is not None and not self.targets:
             raise ValueError("LoRA targets [] match nothing: name some, or leave them out for the family's own")
+        if self.token_rows != tuple(sorted({id_ for id_ in self.token_rows if id_ >= 0})):
+            raise ValueError(f"LoRA token_rows {list(self.token_rows)}: expected ids of tokens, increasing")
 
     def of(self, sizes: Architecture) -> dict[str, Pair]:
         """Target, by our name -> its pair.
 
         Raises ValueError for targets as `Architecture.resolve_targets` does, for one that has no rank or alpha, for a rank or alpha of
-        what is not adapted, and for targets that cannot share an A.
+        what is not adapted, for targets that cannot share an A, and for rows that the vocabulary does not have.
         """
         targets = sizes.resolve_targets(self.targets)
+        if self.token_rows and self.token_rows[-1] >= sizes.vocab_size:
+            raise ValueError(f"LoRA token_rows has {self.token_rows[-1]}: the model's vocabulary has {sizes.vocab_size} rows")
         group_of = {path: group for group, paths in sizes.groups.items() for path in paths}
         names = {t: (t, sizes.target_names.get(t, t), group_of.get(sizes.targets[t][0], t)) for t in targets}
         ranks, alphas = (_by_target(what, given, names) for what, given in (("rank", self.rank), ("alpha", self.alpha)))

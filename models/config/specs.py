@@ -192,6 +192,8 @@ class Architecture(ABC):
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
+    new_rows: int = dataclasses.field(default=0, kw_only=True, repr=False)
+    """Of vocab_size, the last ones, which a checkpoint may lack: tokens that were added. They begin as the mean of its own."""
 
     model_type: ClassVar[str]
     """What config.json calls the family."""
@@ -207,7 +209,7 @@ class Architecture(ABC):
             types, expected = _TYPES.get(kind, ((), ""))
             if types and type(value) not in types:
                 raise ValueError(f"{field.name} = {value!r}: expected {expected}")
-            if kind == "int" and value < 1:
+            if kind == "int" and value < (field.name != "new_rows"):
                 raise ValueError(f"{field.name} = {value}: expected at least 1")
         if self.experts_per_token > self.num_experts:
             raise ValueError(

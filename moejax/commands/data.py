@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
 def _read(experiment: Experiment) -> tuple[Any, Any]:
     """The data as the run has them, and its tokenizer. Of a model that is not here only the small files are fetched."""
     from moejax.data import pipeline
+    from moejax.data.added_tokens import settled
     from moejax.data.tokenizer import check_vocabulary, load_tokenizer
     from moejax.estimator.sizes import architecture_of
     from moejax.hub import snapshot
@@ -51,5 +52,6 @@ def _read(experiment: Experiment) -> tuple[Any, Any]:
     source = experiment.tokenizer or str(snapshot.resolve(str(model.source), model.revision, weights=False))
     tokenizer = load_tokenizer(source, experiment.added_tokens)
     if model.preset is not None or Path(str(model.source)).is_dir():  # else its sizes are not known here
-        check_vocabulary(tokenizer, architecture_of(experiment).vocab_size)
+        own = architecture_of(experiment.changed("model", vocabulary=None)).vocab_size
+        check_vocabulary(tokenizer, architecture_of(settled(experiment, source, own)).vocab_size)
     return pipeline.load(experiment.data, tokenizer, experiment.seed, 0, pairs=experiment.preference is not None), tokenizer

@@ -15,7 +15,7 @@ from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
 from moejax.estimator import memory
-from moejax.estimator.sizes import architecture_of
+from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 from moejax.gpus import GPU
 from moejax.training.oracle import Oracle, oracle
@@ -48,6 +48,9 @@ def run(options: argparse.Namespace) -> int:
         experiment = config.load(options.config, [*options.overrides, "training.remat=full"])
         if not options.json:
             print("training.remat = auto: counted as full, which the largest batch needs; with room left a run recomputes less")
+    from moejax.runs import tokens  # jax comes with it
+
+    experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
     architecture = architecture_of(experiment)
     row_tokens = options.seq_len or experiment.data.longest_text
     if row_tokens > architecture.max_position_embeddings:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from moejax import installation
+from moejax.data.tokenizer import lacking
 from moejax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from moejax.data.chat_template import ChatTemplate
 
-_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -148,12 +148,12 @@ def settle(tokenizer: Any, template: str, variables: dict[str, Any], date: str |
     if unread:
         raise UserError(f"data.template_args: {unread[0]} does not stand in the tokenizer's chat template, and changes nothing: remove")
     if template == "chatml":
-        added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
-        lacking = [token for token in _CHATML_TOKENS if token not in added]
-        if lacking:
+        absent = lacking(tokenizer)
+        if absent:
             raise UserError(
-                f"data.template = chatml: this tokenizer has no token {' and no '.join(lacking)}, and spelt out as text they would be no "
-                "marks: use data.template = mistral, or the model's chat variant, whose tokenizer has a template of its own"
+                f"data.template = chatml: this tokenizer has no token {' and no '.join(absent)}, and spelt out as text they would be no "
+                "marks: added_tokens=auto adds them, with rows of the embedding that are trained; or use data.template = mistral, or the "
+                "model's chat variant, whose tokenizer has a template of its own"
             )
         tokenizer.chat_template = CHATML
     _SETTLED[tokenizer] = _Settled(variables, datetime.date.fromisoformat(date) if date else None)

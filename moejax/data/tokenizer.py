@@ -6,21 +6,24 @@ import codecs
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.config import AUTO_TOKENS
 from moejax.documents import read_json
 from moejax.errors import UserError, first_line
 from moejax.files import settle
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     """A fast tokenizer from a tokenizer.json, a folder that has one, or a Hub id.
 
-    added: special tokens that get the next free ids, in order. It has an end-of-sequence token, and a padding token (the end of
-    sequence where none is named). Raises UserError for a bare
-    sentencepiece file: transformers 5 converts Mixtral's wrongly (it splits double spaces), so we do not guess.
+    added: special tokens that get the next free ids, in order; `auto`: ChatML's, where it lacks them. It has an end-of-sequence token, and
+    a padding token (the end of sequence where none is named). Raises UserError for a bare sentencepiece file: transformers 5 converts
+    Mixtral's wrongly (it splits double spaces), so we do not guess.
     """
     # transformers advises on every import that PyTorch is missing; that is intended here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -54,6 +57,8 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     _beside(tokenizer, path)
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut without a word; what is cut here is counted
     tokenizer.backend_tokenizer.no_padding()
+    if tuple(added) == AUTO_TOKENS:
+        added = lacking(tokenizer)
     tokenizer.add_tokens(list(added), special_tokens=True)
     if "</s>" in added:
         tokenizer.eos_token = "</s>"
@@ -105,13 +110,24 @@ def _beside(tokenizer: Any, path: Path) -> None:
             raise UserError(f"{file}: not UTF-8 text: save it as UTF-8") from None
 
 
+def lacking(tokenizer: Any) -> list[str]:
+    """ChatML's tokens that the tokenizer does not have as tokens of their own."""
+    added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
+    return [token for token in CHATML_TOKENS if token not in added]
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Raises UserError where the tokenizer knows ids that the model has no row for."""
-    largest = max(tokenizer.get_vocab().values())
+    check_ids(tokenizer.get_vocab().values(), vocab_size)
+
+
+def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+    """Raises UserError where the model has no row for one of a tokenizer's ids."""
+    largest = max(ids)
     if largest >= vocab_size:
         raise UserError(
             f"the tokenizer's largest id is {largest}, the model's vocabulary has {vocab_size} rows: they do not belong together. "
-            "Choose the model's own tokenizer (tokenizer=…), or a model with a larger vocabulary"
+            "Choose the model's own tokenizer (tokenizer=…), or a model with a larger vocabulary; added_tokens get rows of their own"
         )
 
 

@@ -48,6 +48,12 @@ class Stored:
         return " ".join(dict.fromkeys(part.partition(" ")[0] for part in self.parts))
 
 
+def model_folder(experiment: Experiment) -> Path | None:
+    """Where the base lies, if it is a folder here."""
+    source = experiment.model.source
+    return Path(source) if source and Path(source).is_dir() else None
+
+
 def architecture_of(experiment: Experiment) -> Architecture:
     """The sizes of a config's model: of its folder where it is one, else of its preset; nothing is fetched."""
     source = experiment.model.source
@@ -82,7 +88,7 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
 
 
 def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
-    """LoRA pairs A [..., R, in], if it is not another's, and B [..., out, R], fp32."""
+    """LoRA pairs A [..., R, in], if it is not another's, and B [..., out, R], and trained rows of tokens, fp32."""
     if experiment.adapter is None:
         return ()
     shapes, found = config.weights, []
@@ -93,6 +99,10 @@ def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]
             for name, matrix in (*own_a, ("b", (out, pair.rank))):
                 shape = (*leading, *matrix)
                 found.append(Stored(path, name, shape, True, {"float32": 4 * math.prod(shape)}, adapter=True))
+    rows = (len(experiment.adapter.token_rows or ()), config.hidden_size)
+    if rows[0]:
+        tables = ("embed",) if config.tie_word_embeddings else ("embed", "head")
+        found += [Stored((table,), "rows", rows, True, {"float32": 4 * math.prod(rows)}, adapter=True) for table in tables]
     return tuple(found)
 
 

@@ -70,7 +70,8 @@ class Walk:
         self._files = stored.open_tensors(self.folder, stack, self.sizes)
         weights.check_names(self._files, whole, self.folder)
         self._fill(self._files, "embed")
-        self.streams = [self.part.embed(jnp.asarray(tokens)[None], jnp.float32)] * len(self._pairs)
+        row = jnp.asarray(tokens)[None]
+        self.streams = [self._with_rows(pairs, "embed_rows").embedded(row) for pairs in self._pairs]
 
     @property
     def layers(self) -> int:
@@ -119,7 +120,14 @@ class Walk:
 
     def logits(self, model: int) -> np.ndarray:
         """fp32 [T, V], after `end`."""
-        return np.asarray(self.part.logits(self.part.norm(self.streams[model]))[0])
+        part = self._with_rows(self._pairs[model], "embed_rows" if self.sizes.tie_word_embeddings else "head_rows")
+        return np.asarray(part.logits(part.norm(self.streams[model]))[0])
+
+    def _with_rows(self, pairs: dict[str, nnx.State] | None, name: str) -> Model:
+        """The part that is in memory, with the rows of tokens that a model trained."""
+        if pairs is not None and name in pairs:
+            nnx.update(getattr(self.part, name), pairs[name])
+        return self.part
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight that is in memory now, one layer's and one expert's at a time."""
@@ -130,10 +138,14 @@ class Walk:
             if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value)):
                 continue
             lora = getattr(module, "lora", None) if attr == "weight" else None
+            rows = getattr(self.part, f"{path[0]}_rows", None) if attr == "weight" else None
             for name, place in parts:
                 index = () if place.layer is None else index_of(place)
                 at = (self._at, *index[1:])
                 pairs = [None if lora is None or p is None else (*_taken(_pair(p, path, lora), at), lora.scale) for p in self._pairs]
+                if rows is not None:
+                    trained_rows = [p and p[f"{path[0]}_rows"]["rows"].get_value() for p in self._pairs]
+                    pairs = [None if r is None else _as_pair(rows.ids, r, value) for r in trained_rows]
                 yield Matrix(own.get(name, name), _taken(value, index), pairs)
 
     def _own_names(self) -> dict[str, str]:
@@ -155,10 +167,17 @@ def _one_of_each(sizes: Architecture) -> Architecture:
 
 
 def _pairs(whole: Model, adapter: Path) -> dict[str, nnx.State]:
-    """An adapter's A and B, stacked over all layers of each stack."""
+    """An adapter's A and B, stacked over all layers of each stack, and the rows of tokens that it trained."""
     peft.load_adapter(whole, adapter)
     # States of its own: `whole` may read another one.
-    return {s.name: jax.tree.map(jnp.asarray, nnx.state(getattr(whole, s.name), nnx.LoRAParam)) for s in whole.config.stacks}
+    names = [stack.name for stack in whole.config.stacks] + [n for n in ("embed_rows", "head_rows") if getattr(whole, n) is not None]
+    return {name: jax.tree.map(jnp.asarray, nnx.state(getattr(whole, name), nnx.LoRAParam)) for name in names}
+
+
+def _as_pair(ids: tuple[int, ...], rows: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+    """Trained rows as what is added to their table: (A, B, scale)."""
+    at = jnp.asarray(ids)
+    return rows - table[at].astype(jnp.float32), (jnp.arange(table.shape[0])[:, None] == at).astype(jnp.float32), 1.0
 
 
 def _pair(pairs: Any, path: tuple[str, ...], lora: LoRA) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.peft import variables
 from moejax.hub.save import write_model
 from moejax.hub.stored import open_tensors
-from moejax.hub.streaming import read_tensor, whole_shape
+from moejax.hub.streaming import read_tensor
 from moejax.models.build import Model
 from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode
 
@@ -43,7 +43,7 @@ def save_merged(
 def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) -> np.ndarray:
     """fp32: a tensor of the checkpoint as the trained model means it, adapter included."""
     places = tensors(model.config)[name]
-    raw = read_tensor(files, name, whole_shape(model, places), base)
+    raw = read_tensor(files, name, model, base)
     place = places[0]  # a tensor that holds two of our matrices is a BlackMamba's: neither quantized nor adapted
     module = attribute(model, place.path)
     held = getattr(module, place.attr).get_value()
@@ -52,6 +52,9 @@ def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) ->
     if isinstance(raw, Canonical):
         raw = raw.tensor().dequantize(jnp.float32)
     value = np.asarray(raw, np.float32)
+    rows = getattr(model, f"{place.path[0]}_rows", None) if place.layer is None else None
+    if rows is not None:
+        return rows.within(value)
     lora = getattr(module, "lora", None) if place.attr == "weight" else None
     if lora is None:
         return value

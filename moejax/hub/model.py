@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub import peft, weights
+from moejax.hub import peft, peft_rows, weights
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture, LoRAConfig, Quantization
@@ -90,14 +90,32 @@ def continue_adapter(experiment: Experiment, model: Model, source: str | None) -
         peft.continue_from(model, weights.resolve(a.init_from, field="adapter.init_from"), source)
 
 
+def with_adapters_rows(experiment: Experiment, vocab_size: int) -> Experiment:
+    """The experiment with the rows of tokens that the adapter of `adapter.init_from` trains, where it says none itself.
+
+    vocab_size: rows of the base's embedding.
+    """
+    a = experiment.adapter
+    if a is None or a.init_from is None or a.token_rows is not None:
+        return experiment
+    folder = weights.resolve(a.init_from, field="adapter.init_from")
+    several = peft_rows.ids_of(peft.read_adapter_config(folder), folder / "adapter_config.json").values()
+    ids = tuple(sorted({id_ for one in several for id_ in one}))
+    if not ids:
+        return experiment
+    return experiment.changed("adapter", token_rows=ids).changed("model", vocabulary=max(vocab_size, 1 + ids[-1]))
+
+
 def load(source: str, config: Experiment) -> Model:
     """The model of `source`, a local folder or a Hub id (`org/name`, `org/name@REVISION`), as `config` stores, computes and adapts it.
 
-    Its adapter is the one of `adapter.init_from` where that is set, else a new one. config: what `moejax.config.load(FILE)` gives; its own
+    Its adapter is the one of `adapter.init_from` where that is set, else a new one; rows of tokens that it trains are added to the tables.
+    config: what `moejax.config.load(FILE)` gives; its own
     `model.source` does not count, nor, for a local folder, its `model.revision`. Raises UserError naming file and tensor for whatever is
     wrong with the checkpoint or the adapter; an adapter that does not fit before weights are read.
     """
     folder = weights.resolve(source, config.model.revision)
+    config = with_adapters_rows(config, weights.read_config(folder, config.model.ignored_settings).vocab_size)
     sizes, name = architecture(config, folder), source if Path(source).is_dir() else source.partition("@")[0]
     continue_adapter(config, build(sizes, **model_arguments(config)), name)
     model = create_model(config, sizes, folder)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
+from moejax.hub import peft_rows
 from moejax.hub.fused import check_patterns, fuse, pair_of, patterns, unfuse
 from moejax.hub.names import Place, attribute, index_of, modules
 from moejax.hub.safetensors_file import write_file
@@ -81,6 +82,8 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
     else:
         # transformers 5 has the router as a parameter: gate.weight.
         config |= patterns(by_target, names | {"gate": rf"{names['gate']}(\.weight)?"})
+    of_rows, settings = peft_rows.of_model(model)
+    tensors, config = tensors | of_rows, config | settings
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
 
@@ -94,9 +97,11 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
 
 
 def load_adapter(model: Model, folder: Path) -> None:
-    """Read an adapter into the model's LoRA weights, exactly. Raises UserError where rank, targets or tensors disagree."""
+    """Read an adapter into the model's LoRA weights and trained rows, exactly. Raises UserError where rank, targets, rows or tensors
+    disagree."""
     config = read_adapter_config(folder)
     path, tensors = _read_tensors(folder)
+    rows = peft_rows.take(model, tensors, config, path)
     theirs: dict[str, Pair] = {}
     if config.get("target_parameters"):
         tensors, theirs = unfuse(tensors, config, model.config, path, _by_target(model))
@@ -127,7 +132,7 @@ def load_adapter(model: Model, folder: Path) -> None:
             buffer[index] = value
     if tensors:
         raise UserError(f"{path}: {len(tensors)} tensors have no place in this model's adapter, first {next(iter(tensors))!r}")
-    for variable, buffer in buffers.values():
+    for variable, buffer in (*buffers.values(), *rows):
         variable.set_value(jnp.asarray(buffer))
 
 
@@ -171,7 +176,7 @@ _LORA: dict[str, Any] = dict.fromkeys(
     (
         # What is read, judged by the tensors, or says what the adapter is and how it was trained …
         "r", "lora_alpha", "target_modules", "exclude_modules", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying", "rank_pattern", "alpha_pattern",
+        "revision", "inference_mode", "lora_dropout", "eva_config", "ensure_weight_tying", "rank_pattern", "alpha_pattern", peft_rows.KEY,
         # … and what has no effect without another setting, which is refused.
         "layers_pattern", "megatron_core", "qalora_group_size",
     ),

@@ -47,7 +47,7 @@ def fill(
     values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}
     staging = Staging()
     calls = (
-        partial(_read, files, name, place, tuple(values[target].shape[_leading(place) :]), folder, staging.lend)
+        partial(_read, files, name, place, tuple(values[target].shape[_leading(place) :]), folder, staging.lend, new_rows(model, place))
         for target, parts in targets.items()
         for name, place in parts
     )
@@ -106,32 +106,55 @@ def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
         raise _not_finite(name, files) from None
 
 
-def _read(files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path, lend: Callable[..., np.ndarray]) -> Any:
-    """A tensor in the host's memory, as stored."""
-    source = checked(files, name, stored_shape(place, shape), folder)
+def _read(
+    files: dict[str, Any], name: str, place: Place, shape: tuple[int, ...], folder: Path, lend: Callable[..., np.ndarray], new: int
+) -> Any:
+    """A tensor in the host's memory, as stored; of a table that lacks `new` rows, with those."""
+    source = checked(files, name, stored_shape(place, shape), folder, new)
     if not isinstance(source, Source):
         return source.read()
+    if source.shape[0] < shape[0]:
+        return _with_mean_rows(source, lend(shape, source.dtype))
     return (source if place.half is None else source.half(place.half)).read(lend).reshape(shape)
 
 
-def read_tensor(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
+def _with_mean_rows(source: Source, table: np.ndarray) -> np.ndarray:
+    """A checkpoint's rows, and behind them their mean, as often as the table has room for it: what transformers'
+    `resize_token_embeddings` begins new rows with, but for the noise that it adds."""
+    there = source.shape[0]
+    source.file.read(source.name, table[:there], source.first)
+    pieces = (table[i : min(i + 4096, there)].astype(np.float32).sum(axis=0, dtype=np.float64) for i in range(0, there, 4096))
+    table[there:] = (sum(pieces) / there).astype(np.float32).astype(table.dtype)
+    return table
+
+
+def read_tensor(files: dict[str, Any], name: str, model: Model, folder: Path) -> Any:
     """One tensor of a checkpoint, as stored: an array, or `Canonical` parts where bitsandbytes quantized it.
 
     Raises UserError where it is missing, of another shape or no number.
     """
-    raw = checked(files, name, shape, folder).read()
+    places = tensors(model.config)[name]
+    shape, new = whole_shape(model, places), new_rows(model, places[0])
+    source = checked(files, name, shape, folder, new)
+    raw = _with_mean_rows(source, np.empty(shape, source.dtype)) if new and source.shape[0] < shape[0] else source.read()
     if not isinstance(raw, Canonical):
         _check_finite(raw, name, files)
     return raw
 
 
-def checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> Any:
-    """The source of a tensor, which is of this shape and of a kind that is read."""
+def new_rows(model: Model, place: Place) -> int:
+    """Rows of a tensor that a checkpoint may lack: of the embedding and the head, those of added tokens."""
+    return model.config.new_rows if place.layer is None and place.path in (("embed",), ("head",)) else 0
+
+
+def checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Path, new: int = 0) -> Any:
+    """The source of a tensor, which is of this shape, or lacks the last `new` rows of it, and of a kind that is read."""
     if name not in files:
         raise UserError(f"{folder}: tensor {name!r} is missing: download the checkpoint again")
     source, where = files[name], f"{files[name].file.path}: tensor {files[name].name!r}"
-    if source.shape != shape:
-        raise UserError(f"{where} has shape {list(source.shape)}, expected {list(shape)} by its config.json")
+    whole = (shape[0] - new, *shape[1:])
+    if source.shape not in (shape, whole):
+        raise UserError(f"{where} has shape {list(source.shape)}, expected {list(whole)} by its config.json")
     if isinstance(source, Source) and source.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise UserError(f"{where} is {source.dtype}: expected bfloat16, float16 or float32")
     return source

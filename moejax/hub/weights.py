@@ -18,7 +18,7 @@ from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import AGAIN, open_tensors, weight_files
-from moejax.hub.streaming import by_variable, checked, fill, whole_shape
+from moejax.hub.streaming import by_variable, checked, fill, new_rows, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
 from moejax.models.ops.quantized import is_quantized, storage
@@ -88,7 +88,7 @@ def check_files(model: Model, folder: Path) -> None:
         files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
         for name, places in tensors(model.config).items():
-            checked(files, name, whole_shape(model, places), folder)
+            checked(files, name, whole_shape(model, places), folder, new_rows(model, places[0]))
 
 
 def files_of(folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moejax.config import Experiment
 from moejax.data.ends import ends_of
 from moejax.data.tokenizer import load_tokenizer, save_tokenizer
 from moejax.documents import read_json
@@ -36,6 +37,12 @@ def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> Non
     if ends != _named(config):
         content.pop("_from_model_config", None)  # by that transformers would take config.json for the truth
     write_json(path, content)
+
+
+def carry_added_tokens(folder: Path, experiment: Experiment, tokenizer: Any) -> None:
+    """Write the tokenizer next to an adapter in `folder`, where the run added tokens to it. Raises OSError where it cannot be written."""
+    if experiment.added_tokens and tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
 
 
 def _named(config: dict[str, Any]) -> list[int]:

@@ -57,6 +57,7 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
         if chosen != "merged":
             model = _abstract(experiment, sizes, folder)
             peft.save_adapter(model, aside, str(source), experiment.model.revision, fused=chosen == "fused")
+            beside.carry_added_tokens(aside, experiment, _tokenizer(experiment, base))
         else:
             _write_merged(experiment, sizes, folder, base, aside, total)
         if verify:
@@ -83,6 +84,8 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
         shutil.rmtree(aside, ignore_errors=True)
     what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
     say(f"{what}: {target}{'' if verify else ' (not verified)'}")
+    if sizes.new_rows and chosen != "merged":
+        say(f"its base lacks {sizes.new_rows} of the tokens: model.resize_token_embeddings({sizes.vocab_size}) before PEFT loads it")
 
 
 def _abstract(experiment: Experiment, sizes: Architecture, folder: Path) -> Model:

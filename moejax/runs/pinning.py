@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moejax.config import Experiment, load
+from moejax.config import AUTO_TOKENS, Experiment, load
 from moejax.hub import snapshot
 
 
@@ -43,6 +43,12 @@ def adopted(experiment: Experiment) -> Experiment:
         experiment = experiment.changed("adapter", init_from=theirs)
     if before.adapter is not None and experiment.adapter is not None and experiment.adapter.targets is None:
         experiment = experiment.changed("adapter", targets=before.adapter.targets)
+    if experiment.added_tokens in (AUTO_TOKENS, before.added_tokens):
+        experiment = experiment.model_copy(update={"added_tokens": before.added_tokens})
+        if experiment.model.vocabulary is None:
+            experiment = experiment.changed("model", vocabulary=before.model.vocabulary)
+        if before.adapter is not None and experiment.adapter is not None and experiment.adapter.token_rows is None:
+            experiment = experiment.changed("adapter", token_rows=before.adapter.token_rows)
     then_data = {key: getattr(before.data, key) for key in ("template", "template_date") if getattr(experiment.data, key) is None}
     experiment = experiment.changed("data", **then_data)
     if experiment.quantization.modules is None:

@@ -10,29 +10,26 @@ from moejax.config import Experiment
 from moejax.data import pipeline
 from moejax.data.places import is_file, is_here
 from moejax.estimator import memory
-from moejax.estimator.sizes import Stored, optimizer_bytes, stored
+from moejax.estimator.sizes import Stored, model_folder, optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
 from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.models.build import build
 from moejax.progress import Table, say
-from moejax.runs import folders
+from moejax.runs import folders, tokens
 from moejax.training import low_precision, preference, scoring
 from moejax.training.run_steps import total_steps
 from moejax.training.start import read_data
 
 
-def _folder(experiment: Experiment) -> Path | None:
-    source = experiment.model.source
-    return Path(source) if source and Path(source).is_dir() else None
-
-
 def report(experiment: Experiment) -> None:
     """Tell the tables."""
     asked = scoring.dry(experiment)
-    sizes = architecture(experiment, _folder(experiment))
+    experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
+    sizes = architecture(experiment, model_folder(experiment))
     groups: dict[str, list[Stored]] = {}
     for w in stored(experiment, sizes):
-        groups.setdefault(sizes.kind_of((*w.module, w.name)) + " LoRA" * w.adapter, []).append(w)
+        kind = sizes.kind_of((*w.module, w.name)) + (" LoRA" if w.name in ("a", "b") else "")
+        groups.setdefault(f"rows of tokens: {kind}" if w.name == "rows" else kind, []).append(w)
     begun = experiment.adapter and experiment.adapter.init_from
     if begun and Path(begun).is_dir():
         # refuses one that does not fit
@@ -68,7 +65,7 @@ def report(experiment: Experiment) -> None:
         # Problems of an eval: section that are not here are told of below.
         there = experiment.eval is not None and is_here(experiment.eval.data)
         known = experiment if there else experiment.model_copy(update={"eval": None})
-        steps = total_steps(experiment, read_data(known, sizes, _folder(experiment))[2])
+        steps = total_steps(experiment, read_data(known, sizes, model_folder(experiment))[2])
     else:
         experiment, told = _untokenized(experiment, unread)
     say(_schedule(experiment, steps))

@@ -279,6 +279,7 @@ class Trainer:
         folder, m = folder or self.folder, self.experiment.model
         if self.experiment.adapter is not None:
             peft.save_adapter(self.program.model(), folder / "adapter", m.source or "", m.revision)
+            beside.carry_added_tokens(folder / "adapter", self.experiment, self.tokenizer)
             return
         save.save_weights(self.program.model(), folder / "model")
         try:

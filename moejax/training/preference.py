@@ -75,7 +75,9 @@ def sides_of(
     def log_p(hidden: jax.Array) -> jax.Array:
         with jax.named_scope("loss"):
             rows = hidden.reshape(-1, hidden.shape[-1])
-            return token_log_probabilities(chunk_tokens, rows, model.head_weight.get_value(), targets, mask)
+            own = model.output_rows
+            trained = () if own is None else (own.ids, own.rows.get_value())
+            return token_log_probabilities(chunk_tokens, rows, model.head_weight.get_value(), targets, mask, *trained)
 
     hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, remat=remat, dropout_key=dropout_key)
     ours = log_p(hidden)

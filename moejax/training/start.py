@@ -20,7 +20,7 @@ from moejax.models.build import build
 from moejax.models.config import Architecture
 from moejax.models.ops import choice
 from moejax.progress import say, waiting
-from moejax.runs import folders, pinning
+from moejax.runs import folders, pinning, tokens
 from moejax.training import experts, low_precision, preference, remat, scoring
 from moejax.training.identity import Identity
 from moejax.training.program import NOTHING_OWN, Own, TrainProgram
@@ -47,7 +47,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     begun = folders.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
-    experiment = pinning.pinned(experiment, model_folder)
+    experiment = tokens.with_rows(pinning.pinned(experiment, model_folder), model_folder)
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
     attention = experts.announce_attention(experiment, config, choice.here())

@@ -79,9 +79,11 @@ def sums(
         return _balanced(objective, found["loss"], stats, batch), (found, stats)
     hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, remat=objective.remat, dropout_key=dropout_key)
     with jax.named_scope("loss"):
+        rows = model.output_rows
         cross_entropy = linear_cross_entropy(
             objective.chunk_tokens, objective.label_smoothing, objective.full, hidden.reshape(-1, hidden.shape[-1]),
             model.head_weight.get_value(), batch.targets.reshape(-1), batch.loss_mask.reshape(-1),
+            *(() if rows is None else (rows.ids, rows.rows.get_value())),
         )  # fmt: skip
         total = _balanced(objective, cross_entropy, stats, batch)
     return total, ({"loss": cross_entropy}, stats)

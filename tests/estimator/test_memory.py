@@ -62,6 +62,7 @@ def test_the_closed_form_adds_up_to_the_compiler(name):
         experiment("blackmamba-tiny", training={"optimizer": "adafactor"}),
         experiment("qwen3-moe-tiny", 4, quantization={"format": "nf4"}, adapter={"rank": {"experts": 4, "attention": 8}}),
         experiment("qwen3-moe-tiny", 4, quantization={"format": "nf4"}, adapter={"share": ["gate_proj", "up_proj"]}),
+        experiment("olmoe-tiny", 4, model={"preset": "olmoe-tiny", "vocabulary": 514}, adapter={"token_rows": [5, 512, 513]}),
         experiment("olmoe-tiny", 4, training={"gradient_accumulation": 2}),
     ],
 )

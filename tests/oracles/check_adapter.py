@@ -16,11 +16,15 @@ from transformers import AutoModelForCausalLM
 def main():
     folder = Path(sys.argv[1])
     with np.load(folder / "logits.npz") as file:
-        tokens, base_logits, logits = (file[name] for name in ("tokens", "base", "tuned"))
+        tokens, base_logits, logits, lacking = (file[name] for name in ("tokens", "base", "tuned", "lacking"))
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         ids = torch.from_numpy(tokens).long()
         base_difference = np.abs(base(ids).logits.numpy() - base_logits).max()
+        if lacking:  # as a base that never had the tokens, and was enlarged for them
+            rows = base.config.vocab_size
+            base.resize_token_embeddings(rows - int(lacking))
+            base.resize_token_embeddings(rows)
         tuned = PeftModel.from_pretrained(base, folder / "adapter")
         difference = np.abs(tuned(ids).logits.numpy() - logits).max()
         merged = np.abs(tuned.merge_and_unload()(ids).logits.numpy() - logits).max()

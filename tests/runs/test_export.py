@@ -15,9 +15,11 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT, VECTORS, finished_run, full_logits
 from transformers import PreTrainedTokenizerFast
 
+import moejax
 from moejax import cli
 from moejax.config import dump
 from moejax.contents import MadeOf
+from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import merge, peft, weights
 from moejax.hub.model import architecture, create_model
@@ -60,6 +62,22 @@ def test_one_a_for_two_matrices(format_, tmp_path, capsys):
     finished_run(tmp_path / "run", adapter={"rank": 2, "alpha": 4.0, "share": ["w1", "w3"]})
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", format_]) == 0
     assert ("verified on" if format_ == "merged" else "largest logit difference 0 ") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format_", ["peft", "merged"])
+def test_rows_of_added_tokens(format_, tmp_path, capsys):
+    """Two that the embedding has and two that it lacks: compared with what was trained, the tokenizer written with them."""
+    tokens = [f"<{n}>" for n in range(105)]  # behind the tokenizer's 409; the embedding has 512 rows
+    rows = {"rank": 2, "alpha": 4.0, "token_rows": [409, 410, 512, 513]}
+    model = {"source": str(ROOT / "assets/tiny-mixtral"), "vocabulary": 514}
+    finished_run(tmp_path / "run", model=model, adapter=rows, added_tokens=tokens)
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", format_]) == 0
+    out = capsys.readouterr().out
+    assert "verified on" in out and ("resize_token_embeddings(514)" in out) == (format_ == "peft")
+    assert load_tokenizer(str(tmp_path / "out")).convert_tokens_to_ids("<104>") == 513
+    if format_ == "merged":
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 514
+        assert moejax.load(tmp_path / "out").model.embed.weight.get_value().shape == (514, 128)
 
 
 def test_a_base_with_other_weights_is_refused(tmp_path):

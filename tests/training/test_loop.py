@@ -7,11 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moejax import config, device
+from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.hub.peft import load_adapter
+from moejax.runs import open as runs
 from moejax.training import dry_run, loop
 from moejax.training.loop import Trainer
 from moejax.training.program import TrainProgram
@@ -64,6 +67,32 @@ def test_20_steps_equal_10_and_resumed_10_to_the_bit(make_experiment, monkeypatc
     assert loop.run(config.load(folder_of(halves) / "config.yaml"), resume=True) == 0
     assert losses(folder_of(halves)) == losses(folder_of(straight))
     assert adapter(folder_of(halves)) == adapter(folder_of(straight))
+
+
+def test_rows_of_added_tokens_are_trained_kept_and_resumed_to_the_bit(make_experiment, monkeypatch, capsys):
+    """ChatML on a base whose embedding has one row left: two rows of both tables, counted, and in the adapter with the tokenizer."""
+    settings = {"model": {"overrides": TINY | {"vocab_size": 410}}, "data": {"template": "chatml"}, "training": {"steps": 4}}
+    straight, halves = (make_experiment(name, **settings).model_copy(update={"added_tokens": ("auto",)}) for name in ("straight", "halves"))
+    dry_run.report(straight)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "rows of tokens: embeddings" in line)
+    assert line.split("\u2502")[2].strip() == "64"  # two rows of 32
+    assert loop.run(straight, resume=False) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert loop.run(halves, resume=False) == 128 + signal.SIGTERM
+    assert loop.run(halves, resume=True) == 0
+    assert losses(folder_of(halves)) == losses(folder_of(straight))
+    assert adapter(folder_of(halves)) == adapter(folder_of(straight))
+    kept = config.load(folder_of(halves) / "config.yaml")
+    assert (kept.model.vocabulary, kept.adapter.token_rows, kept.added_tokens) == (411, (409, 410), ("<|im_start|>", "<|im_end|>"))
+    loaded = runs.load(folder_of(halves))
+    assert loaded.ends.ids[0] == 410 and loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") == 410
+    model = loaded.make()
+    for rows, table in ((model.embed_rows, model.embed.weight), (model.head_rows, model.head.weight)):
+        moved = np.abs(np.asarray(rows.rows.get_value()) - np.asarray(table.get_value())[[409, 410]]).max(axis=1)
+        assert (moved > 1e-3).all()
+    beside = load_tokenizer(str(folder_of(halves) / "adapter"))
+    assert beside.convert_tokens_to_ids("<|im_end|>") == 410 and "im_start" in beside.chat_template
 
 
 BLACKMAMBA = {
