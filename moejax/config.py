@@ -91,6 +91,9 @@ class DataConfig(Section):
     )
     batch_rows: Positive = Field(1, description="rows of one micro-batch")
     shuffle: bool = True
+    streaming: bool = Field(
+        False, description="for data larger than memory: files are read in windows, records and queries lie on disk (TMPDIR)"
+    )
     holdout: Annotated[int, Field(ge=0)] = Field(0, description="records taken from the end for the evaluation loss")
     eval_source: Place | None = Field(None, description="a file or name with held-out records, instead of holdout")
 

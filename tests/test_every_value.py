@@ -56,6 +56,7 @@ RUNS = {
         },
         "data": {
             "source": "NAMED", "config_name": "main", "split": "some", "template": "chat", "batching": "pad_bucket", "buckets": [128, 256],
+            "streaming": True,
         },
         "training": {
             "param_dtype": "bfloat16_stochastic", "remat": "none", "schedule": "constant", "steps": None, "epochs": 1, "clip_norm": None,

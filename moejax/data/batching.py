@@ -30,6 +30,7 @@ class Batches:
         weights: Sequence[tuple[int, float]] = (), pairs: bool = False,
     ):  # fmt: skip
         self.queries, self.config, self.seed = queries, config, seed
+        self.lengths = np.fromiter((len(query.ids) for query in queries), np.int32, len(queries))
         self.together = 2 if pairs else 1  # queries that stay together
         self.weights = tuple((count // self.together, weight) for count, weight in weights)
         self.shuffle = config.shuffle if shuffle is None else shuffle
@@ -52,7 +53,7 @@ class Batches:
         """Share of the computed tokens that is padding, in the first epoch."""
         micro = self._micro_batches(0)
         computed = sum(len(rows) * self._row_tokens(rows) for rows in micro)
-        return 1 - sum(len(self.queries[i].ids) for rows in micro for row in rows for i in row) / computed
+        return 1 - sum(int(self.lengths[row].sum()) for rows in micro for row in rows) / computed
 
     def longest_row(self) -> int:
         """Tokens of the longest row of any epoch."""
@@ -75,7 +76,7 @@ class Batches:
         n = self.together
         if self.config.batching != "pack":
             return [[n * int(i) + side] for i in order for side in range(n)]
-        packed = pack([sum(len(q.ids) for q in self.queries[n * i : n * i + n]) for i in map(int, order)], self.config.row_tokens)
+        packed = pack(self.lengths.reshape(-1, n)[order].sum(axis=1).tolist(), self.config.row_tokens)
         if self.shuffle:
             random.shuffle(packed)
         return [[n * int(order[i]) + side for i in row for side in range(n)] for row in packed]
@@ -97,7 +98,7 @@ class Batches:
         c = self.config
         if c.batching in ("pack", "fixed"):
             return c.longest_row
-        longest = max(len(self.queries[i].ids) for row in rows for i in row)
+        longest = max(int(self.lengths[row].max()) for row in rows)
         return whole_row(min(b for b in c.buckets if b >= longest) if c.batching == "pad_bucket" else longest)
 
 

@@ -51,6 +51,11 @@ def unpacked(path: str, content: bytes) -> bytes:
     return content
 
 
+def form_of(start: bytes) -> str | None:
+    """How a file that begins so is compressed; None: not at all."""
+    return next((form.name for form in _FORMATS if start.startswith(form.mark)), None)
+
+
 def bare(name: str) -> str:
     """A name without what says how it is compressed."""
     suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")

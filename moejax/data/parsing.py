@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moejax.data import compression
@@ -64,18 +65,29 @@ def parse(path: str, content: bytes) -> list[Any]:
     if start == len(text):
         raise UserError(f"{path} is empty")
     name = _named(path)
-    if name.endswith((".csv", ".tsv")) and not text.startswith(("{", "["), start):
+    if is_table(path, text[start : start + 1]):
         if text.startswith("<", start):
             raise UserError(f"{path} is no CSV: {_what(text, start)}")
-        return _table(path, text[start:])
+        return list(rows(path, io.StringIO(text[start:], newline="")))
     if name.endswith((".parquet", ".arrow")):
         raise UserError(f"{path} is no {'Arrow' if name.endswith('.arrow') else 'Parquet'} file: {_what(text, start)}")
     if text[start] == "[":
         return _one_list(path, text, start)
     if text[start] == "{":
-        return _objects(path, text, start)
+        return _objects(path, text, start, alone=name.endswith(".json"))
     what = _what(text, start)
     raise UserError(f"{path} {'holds no records' if what.startswith('it begins') else 'is no JSON'}: {what} (expected {EXPECTED})")
+
+
+def is_table(path: str, text: str) -> bool:
+    """Whether a file is a CSV, by its name and what its text begins with."""
+    return _named(path).endswith((".csv", ".tsv")) and not text.startswith(("{", "["))
+
+
+def objects(path: str, content: bytes, *, last: bool, count: int) -> list[Any]:
+    """The objects of a piece of a file that ends between two; the `last` piece, or one that more follow; count: of those before it."""
+    text = _decoded(path, content)
+    return _objects(path, text, _skip(text, 0), alone=last and not count and _named(path).endswith(".json"))
 
 
 def _named(path: str) -> str:
@@ -185,8 +197,8 @@ def _one_list(path: str, text: str, start: int) -> list[Any]:
     return records
 
 
-def _objects(path: str, text: str, start: int) -> list[Any]:
-    """One object a line, or objects over several lines behind one another."""
+def _objects(path: str, text: str, start: int, *, alone: bool) -> list[Any]:
+    """One object a line, or objects over several lines behind one another. alone: a single one is no file of records."""
     records: list[Any] = []
     at = start
     while at < len(text):
@@ -201,7 +213,7 @@ def _objects(path: str, text: str, start: int) -> list[Any]:
         record, end = _value(path, text, at)
         records.append(record)
         at = _skip(text, end)
-    if len(records) == 1 and _named(path).endswith(".json"):
+    if len(records) == 1 and alone:
         raise UserError(f"{path}: expected a JSON list of records, got one object{_inside(records[0])}")
     return records
 
@@ -239,13 +251,13 @@ def _what(text: str, start: int) -> str:
     return f"it begins with {head[:60]!r}"
 
 
-def _table(path: str, text: str) -> list[Any]:
+def rows(path: str, lines: Iterable[str]) -> Iterator[Any]:
     """A CSV file's rows. Every cell is text: nothing is taken for a number or for a missing value."""
-    header = text.split("\n", 1)[0]
+    lines = iter(lines)
+    header = next(lines, "")
     mark = "\t" if _named(path).endswith(".tsv") else max(",;\t", key=header.count)
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    rows: list[Any] = []
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=mark, strict=True)
     try:
         names = reader.fieldnames or []
         _check_names(path, names)
@@ -256,11 +268,10 @@ def _table(path: str, text: str) -> list[Any]:
                     f"{path}, line {reader.line_num}: the row has {more} cells than the {len(names)} columns: a text with a "
                     f"{'tab' if mark == chr(9) else mark!r} or a line break in it stands between double quotes"
                 )
-            rows.append(row)
+            yield row
     except csv.Error as error:
         why = "a double quote opens a text and none closes it" if "unexpected end" in str(error) else str(error)
         raise UserError(f"{path}, line {reader.line_num + 1}: broken CSV: {why}") from None
-    return rows
 
 
 def _parquet(path: str, content: bytes) -> list[Any]:
@@ -274,10 +285,16 @@ def _arrow(path: str, content: bytes) -> list[Any]:
     import pyarrow
 
     stream = content.startswith(_ARROW_STREAM)
-    if stream and not content.endswith(_ARROW_END):  # a stream may end between any two batches: Arrow would read it as whole
-        raise UserError(f"{path}: an Arrow stream without the mark of its end: cut off?")
+    if stream:
+        check_arrow_end(path, content[-len(_ARROW_END) :])
     opened = pyarrow.ipc.open_stream if stream else pyarrow.ipc.open_file
     return _columns(path, "an Arrow file", lambda source: opened(source).read_all(), content)
+
+
+def check_arrow_end(path: str, end: bytes) -> None:
+    """A stream may end between any two batches: Arrow would read it as whole."""
+    if not end.endswith(_ARROW_END):
+        raise UserError(f"{path}: an Arrow stream without the mark of its end: cut off?")
 
 
 def _columns(path: str, kind: str, read: Callable[[Any], Any], content: bytes) -> list[Any]:
@@ -285,13 +302,17 @@ def _columns(path: str, kind: str, read: Callable[[Any], Any], content: bytes) -
     import pyarrow
 
     try:
-        table = read(pyarrow.BufferReader(content))
-        table.validate()
-        _check_names(path, table.column_names)  # rows are objects: one of two would be lost
+        return table_rows(path, read(pyarrow.BufferReader(content)))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path}: {kind}, and damaged or cut off ({first_line(error)})") from error
+
+
+def table_rows(path: str, table: Any) -> list[Any]:
+    """Those of a table of Arrow's, as objects. Raises what Arrow does where it is not whole."""
+    table.validate()
+    _check_names(path, table.column_names)  # rows are objects: one of two would be lost
     cells = zip(*map(_cells, table.columns), strict=True)
     return [dict(zip(table.column_names, row, strict=True)) for row in cells]
 

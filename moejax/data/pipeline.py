@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ from moejax.config import DataConfig
 from moejax.contents import records_content
 from moejax.data import chat
 from moejax.data.batching import Batches, GivenBatches, synthetic
+from moejax.data.places import list_of
 from moejax.data.records import Record
 from moejax.data.sources import Source, load_sources, parted
 from moejax.data.sums import added
@@ -23,6 +24,8 @@ from moejax.errors import UserError
 from moejax.progress import Table
 
 SYNTHETIC_ROWS = 1000
+WINDOW = 4096
+"""Records that are tokenized at once with data.streaming."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,8 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int, *, pair
     contents = {"data": _content(everything)}
     if config.eval_source is not None:
         contents["evaluation"] = _content(held_out)
-    config = settled(config, [record for source in sources for record in source.records], tokenizer)
-    seen: set[str] = set()
+    config = settled(config, chain.from_iterable(source.records for source in sources), tokenizer)
+    seen: set[int] = set()
     counted = [_counted(config, source, tokenizer, seen, pairs) for source in sources]
     tokenized = added([one.tokenized for one in counted])
     check_left(tokenized, config.named, config.max_length)
@@ -198,7 +201,7 @@ def load(config: DataConfig, tokenizer: Any, seed: int, vocab_size: int, *, pair
     return Dataset(train, evaluation, tokenized, config.named, dropped, config, contents, tuple(counted))
 
 
-def settled(config: DataConfig, records: Sequence[Record], tokenizer: Any) -> DataConfig:
+def settled(config: DataConfig, records: Iterable[Record], tokenizer: Any) -> DataConfig:
     """The config with a template in the place of null, and the day where the chat template asks for it; the tokenizer's chat template is
     rendered with them from now on."""
     template = config.template or ("chat" if any("conversation" in record for record in records) else "mistral")
@@ -224,23 +227,33 @@ def _held_out(config: DataConfig, everything: list[Source], pairs: bool) -> tupl
 def _content(sources: Sequence[Source]) -> str:
     """Of records as they were read, in order; of several sources, or of one with a weight, with the weights."""
     plain = len(sources) == 1 and sources[0].weight == 1
-    return records_content(chain.from_iterable([*one.records, *([] if plain else [["weight", one.weight]])] for one in sources))
+    return records_content(chain.from_iterable(chain(one.records, [] if plain else [["weight", one.weight]]) for one in sources))
 
 
-def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[str], pairs: bool) -> Counted:
+def _counted(config: DataConfig, source: Source, tokenizer: Any, seen: set[int], pairs: bool) -> Counted:
     tokenized = _tokenized(config, source, tokenizer, pairs)
     duplicates = 0
     for record in source.records:
-        content = records_content([record])
+        content = int(records_content([record])[:16], 16)
         duplicates += content in seen
         seen.add(content)
     return Counted(source, tokenized, duplicates)
 
 
 def _tokenized(config: DataConfig, source: Source, tokenizer: Any, pairs: bool) -> Tokenized:
-    """A source's queries, file by file."""
-    done = [_of_records(config, part.records, tokenizer, part.name, part.first, whole=False, pairs=pairs) for part in source.parts]
-    return added(done) if done else Tokenized()
+    """A source's queries, file by file; with data.streaming a window of records after the other, and the queries on disk."""
+    done, queries = [], list_of(config.streaming)(())
+    for part in source.parts:
+        n = WINDOW if config.streaming else len(part.records)
+        for at in range(0, len(part.records), max(n, 1)):
+            records, first = list(part.records[at : at + n]), part.first + at
+            one = _of_records(config, records, tokenizer, part.name, first, whole=False, pairs=pairs)
+            queries.extend(one.queries)
+            one.queries = []
+            done.append(one)
+    tokenized = added(done) if done else Tokenized()
+    tokenized.queries = queries
+    return tokenized
 
 
 def _of_records(

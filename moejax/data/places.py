@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import glob
+import mmap
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.data import compression
 from moejax.data.parsing import EXPECTED, SUFFIXES, parse
+from moejax.data.shelf import Shelf
+from moejax.data.windows import windows
 from moejax.errors import UserError, first_line
 
 PLACES = f"{EXPECTED}, a folder or a glob of them, or a name for `datasets`"
@@ -23,7 +27,7 @@ class Part(NamedTuple):
     """A file with its records as they were read, or all that `datasets` gave."""
 
     name: str
-    records: list[Any]
+    records: Sequence[Any]
 
 
 class Found(NamedTuple):
@@ -56,19 +60,21 @@ def _matches(name: str) -> list[str]:
 
 
 def read(
-    name: str, configuration: str | None, split: str | None, given: str, check: Callable[[str, bytes], None] | None = None
-) -> Found:
+    name: str, configuration: str | None, split: str | None, given: str, check: Callable[[str, Any], None] | None = None, *,
+    streaming: bool = False,
+) -> Found:  # fmt: skip
     """The records of a source, in an order that depends on names alone. given: what named it, for messages; check: called with the
     name and content of the one file that it must be.
 
     split: of a name for `datasets`, and of a folder's files where their names have such words (as `datasets` has them). A URL is
-    downloaded once, into the cache of `datasets`. Raises UserError that names the source, or the file and the line.
+    downloaded once, into the cache of `datasets`. streaming: the records lie on disk, and no file is read whole. Raises UserError that
+    names the source, or the file and the line.
     """
     folder = Path(name)
     if not is_file(name) or (folder.is_dir() and _for_datasets(folder, configuration, split)):
-        return Found([Part(name, from_datasets(name, configuration, split, given))], [])
+        return Found([Part(name, from_datasets(name, configuration, split, given, streaming=streaming))], [])
     if folder.is_dir() and any((folder / file).is_file() for file in _OF_DATASETS):
-        return Found([Part(name, _from_disk(folder, split))], [])
+        return Found([Part(name, _from_disk(folder, split, list_of(streaming)))], [])
     notes: list[str] = []
     if is_url(name):
         files = [name]
@@ -87,7 +93,14 @@ def read(
         raise UserError(f"{name} holds {len(files)} files: data.bytes and data.sha256 are of one file; remove them")
     parts = []
     for file in files:
-        content = _content(file, given)
+        path = _here(file, given)
+        if streaming:
+            if check is not None:
+                with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                    check(file, mapped)
+            parts.append(Part(file, Shelf(chain.from_iterable(windows(str(path))))))
+            continue
+        content = path.read_bytes()
         if check is not None:
             check(file, content)
         parts.append(Part(file, parse(file, content)))
@@ -97,11 +110,16 @@ def read(
     return Found(parts, notes)
 
 
-def _content(name: str, given: str) -> bytes:
+def list_of(streaming: bool) -> type[list[Any]] | type[Shelf[Any]]:
+    """What holds records and queries: a list, or one on disk."""
+    return Shelf if streaming else list
+
+
+def _here(name: str, given: str) -> Path:
     path = _downloaded(name, given) if is_url(name) else Path(name)
     if not path.exists():
         raise UserError(f"data file {path} does not exist ({given}: {PLACES})")
-    return path.read_bytes()
+    return path
 
 
 def _downloaded(url: str, given: str) -> Path:
@@ -160,12 +178,12 @@ def _listed(files: Sequence[Path], folder: Path) -> str:
     return ", ".join(str(file.relative_to(folder)) for file in files[:_SHOWN]) + more
 
 
-def from_datasets(name: str, configuration: str | None, split: str | None, given: str) -> list[Any]:
+def from_datasets(name: str, configuration: str | None, split: str | None, given: str, *, streaming: bool = False) -> Sequence[Any]:
     """The records of a name for `datasets`. Raises UserError where it cannot be loaded."""
     import datasets
 
     try:
-        return list(datasets.load_dataset(name, configuration, split=split))
+        return list_of(streaming)(datasets.load_dataset(name, configuration, split=split))
     except Exception as error:
         raise UserError(
             f"{given} {name!r}: `datasets` could not load it ({type(error).__name__}: {first_line(error)}). "
@@ -173,16 +191,16 @@ def from_datasets(name: str, configuration: str | None, split: str | None, given
         ) from error
 
 
-def _from_disk(folder: Path, split: str | None) -> list[Any]:
+def _from_disk(folder: Path, split: str | None, made: Callable[[Iterable[Any]], Sequence[Any]]) -> Sequence[Any]:
     """What `save_to_disk` of `datasets` wrote: one data set, or one a split."""
     import datasets
 
     try:
         found = datasets.load_from_disk(str(folder))
         if isinstance(found, datasets.Dataset):
-            return list(found)
+            return made(found)
         if (split or "train") in found:
-            return list(found[split or "train"])
+            return made(found[split or "train"])
     except Exception as error:
         raise UserError(f"{folder}: a folder that `datasets` wrote, and damaged ({type(error).__name__}: {first_line(error)})") from error
     raise UserError(f"{folder} has the splits {', '.join(found)}, and no {split or 'train'!r}: choose one with data.split")

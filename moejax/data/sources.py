@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moejax.config import DataConfig
 from moejax.config_sources import FieldNames, WeightedSource
@@ -20,7 +20,7 @@ class Part(NamedTuple):
     """Records of one file. first: the number there of the first of them."""
 
     name: str
-    records: list[Record]
+    records: Sequence[Record]
     first: int = 0
 
 
@@ -35,12 +35,16 @@ class Source:
     notes: tuple[str, ...] = ()
 
     @property
-    def records(self) -> list[Record]:
-        return [record for part in self.parts for record in part.records]
+    def records(self) -> Iterator[Record]:
+        return chain.from_iterable(part.records for part in self.parts)
+
+    @property
+    def count(self) -> int:
+        return sum(len(part.records) for part in self.parts)
 
     def parted(self, held_out: int) -> tuple[Source, Source]:
         """All but the last so many records, and those."""
-        border = sum(len(part.records) for part in self.parts) - held_out
+        border = self.count - held_out
         before, after = [], []
         for part in self.parts:
             here = min(max(border, 0), len(part.records))
@@ -66,29 +70,31 @@ def load_sources(config: DataConfig, source: str | None = None, *, pairs: bool =
     asked = config.sources if source is None or declared else (config.model_copy(update={"source": source}).sources)
     given = "data.source" if declared else "data.eval_source" if source == config.eval_source else "--data"
     loaded = [_load(one, config, declared=declared, given=given, pairs=pairs) for one in asked]
-    count = sum(len(one.records) for one in loaded)
+    count = sum(one.count for one in loaded)
     if declared and config.records is not None and count != config.records:
         raise UserError(f"{config.named} holds {count} records, data.records declares {config.records}: another version of the data?")
     return loaded
 
 
 def _load(one: WeightedSource, config: DataConfig, *, declared: bool, given: str, pairs: bool) -> Source:
-    def check(path: str, content: bytes) -> None:
+    def check(path: str, content: Any) -> None:
         _check_identity(path, content, config)
 
     one_file = declared and (config.bytes is not None or config.sha256 is not None)
-    parts, notes = places.read(one.source, one.config_name, one.split, given, check if one_file else None)
-    columns, made, others = _judged(parts, one.source, one.fields or config.fields, config.template, pairs)
+    parts, notes = places.read(
+        one.source, one.config_name, one.split, given, check if one_file else None, streaming=config.streaming
+    )
+    columns, made, others = _judged(parts, one.source, one.fields or config.fields, config.template, pairs, streaming=config.streaming)
     return Source(one.source, one.weight, made, columns, (*notes, *others))
 
 
 def of_records(records: Sequence[object], config: DataConfig, name: str = "records") -> list[Record]:
     """Records that a caller has, as those of a source are read. name: for messages. Raises UserError as `load_sources` does."""
-    return _judged([places.Part(name, list(records))], name, config.fields, config.template)[1][0].records
+    return list(_judged([places.Part(name, list(records))], name, config.fields, config.template)[1][0].records)
 
 
 def _judged(
-    parts: Sequence[places.Part], name: str, fields: FieldNames, template: str | None, pairs: bool = False
+    parts: Sequence[places.Part], name: str, fields: FieldNames, template: str | None, pairs: bool = False, *, streaming: bool = False
 ) -> tuple[Columns, tuple[Part, ...], list[str]]:
     """The columns of a source, and its records, each judged. A record with other columns that are known too is read by them; how many such
     there are, and where the first is, are the notes. Raises UserError, also for one of another kind than its file's first."""
@@ -116,9 +122,8 @@ def _judged(
             mixed.setdefault(other, []).append(where)
         return other
 
-    made = []
-    for part in parts:
-        records, begun = [], columns
+    def of_part(part: places.Part) -> Iterator[Record]:
+        begun = columns
         for n, record in enumerate(part.records):
             found = own(f"{part.name}, record {n}", record)
             begun = begun if n else found
@@ -127,9 +132,10 @@ def _judged(
                     f"{part.name}, record {n}: {found.kind} ({found.read}), where record 0 is {begun.kind} ({begun.read}): put the two "
                     "into files of their own, and give both: data.source='[ONE, OTHER]'"
                 )
-            records.append(judged(part.name, n, record, found))
-        made.append(Part(part.name, records))
-    return columns, tuple(made), [
+            yield judged(part.name, n, record, found)
+
+    made = tuple(Part(part.name, places.list_of(streaming)(of_part(part))) for part in parts)
+    return columns, made, [
         f"mixed schemas: {len(where):,} of {sum(len(part.records) for part in parts):,} records with other columns, {other.told()}, first "
         f"{where[0]}"
         for other, where in mixed.items()
@@ -141,7 +147,7 @@ def parted(sources: Sequence[Source], held_out: int) -> tuple[list[Source], list
 
     Raises UserError where nothing is left to train on.
     """
-    counts = [len(source.records) for source in sources]
+    counts = [source.count for source in sources]
     total = sum(counts)
     if held_out >= total:
         raise UserError(f"data.holdout = {held_out} leaves nothing of {total} records to train on")
@@ -153,7 +159,7 @@ def parted(sources: Sequence[Source], held_out: int) -> tuple[list[Source], list
     return [before for before, _ in pairs], [after for _, after in pairs if after.parts]
 
 
-def _check_identity(path: str, content: bytes, config: DataConfig) -> None:
+def _check_identity(path: str, content: Any, config: DataConfig) -> None:
     if config.bytes is not None and len(content) != config.bytes:
         raise UserError(f"{path} has {len(content)} bytes, data.bytes declares {config.bytes}: an incomplete or another file")
     if config.sha256 is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any, TypeVar
+
+from moejax.data.shelf import Shelf
 
 T = TypeVar("T")
 
@@ -27,6 +30,8 @@ def _sum(values: Sequence[Any]) -> Any:
         return {key: _sum([value[key] for value in there if key in value]) for key in keys}
     if isinstance(first, list):
         return [item for value in there for item in value]
+    if isinstance(first, Shelf):
+        return first if len(there) == 1 else Shelf(chain.from_iterable(there))
     if isinstance(first, int) and not isinstance(first, bool):
         return sum(values)
     return first

@@ -12,6 +12,7 @@ from moejax.data import chat
 from moejax.data.conversation import Conversation
 from moejax.data.preferences import SIDES, Refused
 from moejax.data.records import Record, blank, texts_in
+from moejax.data.shelf import Shelf
 from moejax.data.sums import added
 from moejax.data.supervision import TalkOptions, Talks, encoded, prompt_of_talk
 from moejax.data.templates import prompt_of, render
@@ -48,7 +49,7 @@ class Tokenized:
     are tokens (the template `text`).
     """
 
-    queries: list[Query] = field(default_factory=list)
+    queries: list[Query] | Shelf[Query] = field(default_factory=list)
     records: int = 0
     cut: int = 0
     blank_answers: int = 0
@@ -99,7 +100,7 @@ class Tokenized:
         # The first token is never predicted: a query needs a supervised target after it.
         kept = [part for part in parts if part.supervised[1:].any()]
         self.cut_off += not kept
-        self.queries += kept
+        self.queries.extend(kept)
 
 
 def tokenize(
@@ -246,7 +247,7 @@ def tokenize_pairs(
         elif all(np.array_equal(a, b) for a, b in zip(*cut, strict=True)):
             refused.equal.append(index)
         else:
-            out.queries += cut
+            out.queries.extend(cut)
             out.cut += whole > max_length
     out.note_files(source)
     return out

@@ -83,7 +83,7 @@ def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, li
     if data.source is None or not all(is_here(one.source) for one in data.sources):
         return experiment, [] if any(elsewhere in line for line in missing(experiment)) else [f"data not read, {why}"]
     read = pipeline.read(data, pairs=experiment.preference is not None)
-    records, held_out = (sum(len(one.records) for one in sources) for sources in read)
+    records, held_out = (sum(one.count for one in sources) for sources in read)
     known = experiment.data.model_copy(update={"records": records + data.holdout})
     beside = f" and {held_out:,} to hold out" if held_out else ""
     told = f"data: {records:,} records to train on{beside}, each with its texts; how many tokens they are is not known, {why}"

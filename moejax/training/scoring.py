@@ -118,7 +118,7 @@ def _refuse_overlap(experiment: Experiment, e: EvalConfig, examples: list[Exampl
     if e.allow_overlap:
         return
     sources = load_sources(data, pairs=experiment.preference is not None)
-    trained = [record for source in parted(sources, data.holdout)[0] for record in source.records]
+    trained = (record for source in parted(sources, data.holdout)[0] for record in source.records)
     if data.template == "text":
         text = "\n".join(_plain(record["text"]) for record in trained)
         both = [i for i, example in enumerate(examples) if _question(example.record) in text]

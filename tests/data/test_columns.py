@@ -116,7 +116,7 @@ def test_records_of_another_kind_than_their_files_are_refused_by_number(tmp_path
     (tmp_path / "a.json").write_text(json.dumps([talk]))
     (tmp_path / "b.json").write_text(json.dumps([pair]))
     (source,) = load_sources(DataConfig(source=str(tmp_path)))
-    assert len(source.records) == 2 and "mixed schemas: 1 of 2 records with other columns, instruction: 'question'" in source.notes[0]
+    assert source.count == 2 and "mixed schemas: 1 of 2 records with other columns, instruction: 'question'" in source.notes[0]
 
 
 def test_messages_that_stand_for_records_are_known(tmp_path):

@@ -70,7 +70,7 @@ def test_context_system_and_named_columns(tmp_path):
     assert found["conversation"].trained == found["rejected"].trained == (False, False, True)
     fields = {"instruction": "q", "chosen": "good", "rejected": "bad"}
     source = read(tmp_path, [{"q": "a", "good": "b", "bad": "c", "prompt": "z"}], fields=fields)
-    assert source.records[0]["rejected"].messages == (USER, BAD)
+    assert next(source.records)["rejected"].messages == (USER, BAD)
     assert source.columns.told() == "instruction: 'q', chosen: 'good', rejected: 'bad' (data.fields)"
 
 

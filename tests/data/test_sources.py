@@ -85,8 +85,8 @@ def test_contents_are_of_all_sources_and_their_weights(files, tokenizer):
 
 def test_what_is_held_out_comes_from_each(files):
     train, held = parted(load_sources(section(list(files))), 7)
-    assert [[len(one.records) for one in sources] for sources in (train, held)] == [[5, 2], [5, 2]]
-    assert held[0].records[0]["instruction"] == "a5" and held[0].parts[0].first == 5
+    assert [[one.count for one in sources] for sources in (train, held)] == [[5, 2], [5, 2]]
+    assert held[0].parts[0].records[0]["instruction"] == "a5" and held[0].parts[0].first == 5
 
 
 def test_a_config_with_several_is_written_as_it_is_read(files, tmp_path):

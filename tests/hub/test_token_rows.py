@@ -20,7 +20,11 @@ from moejax.hub.weights import read_config
 from moejax.models.build import build
 from moejax.models.config import from_hub_config
 
-CASES = [(file, case) for file in ("token_rows", "token_rows_5") for case in ("enlarged", "tied", "tied, enlarged", "embedding alone")]
+QUICK = ("enlarged", "tied")
+CASES = [
+    pytest.param(file, case, marks=[] if case in QUICK else pytest.mark.long)
+    for file in ("token_rows", "token_rows_5") for case in (*QUICK, "tied, enlarged", "embedding alone")
+]  # fmt: skip
 
 
 def of_case(file, case):

@@ -64,7 +64,7 @@ def test_one_a_for_two_matrices(format_, tmp_path, capsys):
     assert ("verified on" if format_ == "merged" else "largest logit difference 0 ") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("format_", ["peft", "merged"])
+@pytest.mark.parametrize("format_", ["merged", pytest.param("peft", marks=pytest.mark.long)])
 def test_rows_of_added_tokens(format_, tmp_path, capsys):
     """Two that the embedding has and two that it lacks: compared with what was trained, the tokenizer written with them."""
     tokens = [f"<{n}>" for n in range(105)]  # behind the tokenizer's 409; the embedding has 512 rows

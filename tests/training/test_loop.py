@@ -69,13 +69,36 @@ def test_20_steps_equal_10_and_resumed_10_to_the_bit(make_experiment, monkeypatc
     assert adapter(folder_of(halves)) == adapter(folder_of(straight))
 
 
-def test_rows_of_added_tokens_are_trained_kept_and_resumed_to_the_bit(make_experiment, monkeypatch, capsys):
-    """ChatML on a base whose embedding has one row left: two rows of both tables, counted, and in the adapter with the tokenizer."""
-    settings = {"model": {"overrides": TINY | {"vocab_size": 410}}, "data": {"template": "chatml"}, "training": {"steps": 4}}
-    straight, halves = (make_experiment(name, **settings).model_copy(update={"added_tokens": ("auto",)}) for name in ("straight", "halves"))
-    dry_run.report(straight)
+CHATML = {"model": {"overrides": TINY | {"vocab_size": 410}}, "data": {"template": "chatml"}, "training": {"steps": 3}}
+"""On a base whose embedding has one row left."""
+
+
+def test_rows_of_added_tokens_are_trained_and_kept(make_experiment, capsys):
+    """Two rows of both tables, counted, and in the adapter with the tokenizer."""
+    experiment = make_experiment(**CHATML).model_copy(update={"added_tokens": ("auto",)})
+    dry_run.report(experiment)
     line = next(line for line in capsys.readouterr().out.splitlines() if "rows of tokens: embeddings" in line)
     assert line.split("\u2502")[2].strip() == "64"  # two rows of 32
+    assert loop.run(experiment, resume=False) == 0
+    kept = config.load(folder_of(experiment) / "config.yaml")
+    assert (kept.model.vocabulary, kept.adapter.token_rows, kept.added_tokens) == (411, (409, 410), ("<|im_start|>", "<|im_end|>"))
+    loaded = runs.load(folder_of(experiment))
+    assert loaded.ends.ids[0] == 410 and loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") == 410
+    model = loaded.make()
+    for rows, table in ((model.embed_rows, model.embed.weight), (model.head_rows, model.head.weight)):
+        moved = np.abs(np.asarray(rows.rows.get_value()) - np.asarray(table.get_value())[[409, 410]]).max(axis=1)
+        assert (moved > 1e-3).all()
+    beside = load_tokenizer(str(folder_of(experiment) / "adapter"))
+    assert beside.convert_tokens_to_ids("<|im_end|>") == 410 and "im_start" in beside.chat_template
+
+
+@pytest.mark.long
+def test_a_streamed_run_with_added_tokens_resumes_to_the_bit(make_experiment, monkeypatch):
+    """As one that reads its file whole and is not stopped."""
+    straight, halves = (make_experiment(name, **CHATML).model_copy(update={"added_tokens": ("auto",)}) for name in ("straight", "halves"))
+    lines = Path(straight.data.source).with_suffix(".jsonl")
+    lines.write_text("".join(json.dumps(record) + "\n" for record in json.loads(Path(straight.data.source).read_text())))
+    halves = halves.changed("data", source=str(lines), streaming=True)
     assert loop.run(straight, resume=False) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -83,16 +106,6 @@ def test_rows_of_added_tokens_are_trained_kept_and_resumed_to_the_bit(make_exper
     assert loop.run(halves, resume=True) == 0
     assert losses(folder_of(halves)) == losses(folder_of(straight))
     assert adapter(folder_of(halves)) == adapter(folder_of(straight))
-    kept = config.load(folder_of(halves) / "config.yaml")
-    assert (kept.model.vocabulary, kept.adapter.token_rows, kept.added_tokens) == (411, (409, 410), ("<|im_start|>", "<|im_end|>"))
-    loaded = runs.load(folder_of(halves))
-    assert loaded.ends.ids[0] == 410 and loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") == 410
-    model = loaded.make()
-    for rows, table in ((model.embed_rows, model.embed.weight), (model.head_rows, model.head.weight)):
-        moved = np.abs(np.asarray(rows.rows.get_value()) - np.asarray(table.get_value())[[409, 410]]).max(axis=1)
-        assert (moved > 1e-3).all()
-    beside = load_tokenizer(str(folder_of(halves) / "adapter"))
-    assert beside.convert_tokens_to_ids("<|im_end|>") == 410 and "im_start" in beside.chat_template
 
 
 BLACKMAMBA = {

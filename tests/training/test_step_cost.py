@@ -184,3 +184,19 @@ def test_what_nobody_knows_is_an_error():
         trips("jit/while", None)
     with pytest.raises(ValueError, match="moe/cond: how often this conditional runs is not known"):
         trips("moe/cond", 0)
+
+
+def test_rows_of_tokens_make_no_second_table():
+    """What a step holds besides its arguments: with rows of three tokens some rows more, and no embedding [V, D]."""
+    sizes = {"vocab_size": 20_000, "hidden_size": 32, "num_layers": 1, "num_experts": 2, "intermediate_size": 16}
+
+    def held(rows):
+        content = {
+            "name": "x", "model": {"preset": "mixtral-tiny", "overrides": sizes}, "adapter": {"rank": 2, "token_rows": rows},
+            "data": {"batching": "fixed", "row_tokens": 16, "max_length": 16},
+            "training": {"steps": 1, "compute_dtype": "float32", "loss_chunk_tokens": 16},
+        }  # fmt: skip
+        experiment = config.Experiment.model_validate(content)
+        return TrainProgram(experiment, experiment.model.architecture(None)).compile(1, 16).temporary_bytes
+
+    assert held([5, 70, 19_999]) - held(None) < 20_000 * 32 * 4 / 20

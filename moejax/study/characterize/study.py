@@ -83,7 +83,7 @@ class Setting:
         if not self.random_data:
             source = e.tokenizer or str(e.model.source)
             tokenizer = None if e.data.source is None else load_tokenizer(source, e.added_tokens)
-            return pipeline.load(e.data, tokenizer, e.seed, vocabulary).tokenized.queries
+            return list(pipeline.load(e.data, tokenizer, e.seed, vocabulary).tokenized.queries)
         known = lengths.of_study(DATASETS[self.data])
         random = np.random.default_rng(e.seed)
         drawn = random.choice(known.tokens, at_least, p=known.counts / known.counts.sum())

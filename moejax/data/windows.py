@@ -1,0 +1,164 @@
+"""A file's records a window at a time, for files larger than memory."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import itertools
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from moejax.data import compression, parsing
+from moejax.errors import UserError, first_line
+
+BYTES = 1 << 24
+"""Of a text file that are read at once."""
+ROWS = 4096
+"""Of a table."""
+_TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
+
+
+def windows(path: str) -> Iterator[list[Any]]:
+    """The records of a file, as `parsing.parse` reads them, in order, a list for each window. Raises UserError as it does, and for a file
+    that can only be read whole: a JSON list, UTF-16, a table that is compressed."""
+    with Path(path).open("rb") as raw:
+        start = raw.read(16)
+        form = compression.form_of(start)
+        raw.seek(0)
+        if form is None and start.startswith(_TABLES):
+            yield from _of_table(path, start)
+            return
+        opened = raw if form is None else cast(BinaryIO, _OPENED[form](raw))
+        try:
+            yield from _of_text(path, opened)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            if form is None:
+                raise
+            raise UserError(f"{path}: compressed with {form}, and damaged or cut off ({first_line(error)})") from None
+
+
+def _zstd(raw: BinaryIO) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(raw, compression="zstd")
+
+
+def _gzip(raw: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=raw)
+
+
+_OPENED: dict[str, Any] = {"gzip": _gzip, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile, "zstd": _zstd}
+
+
+def _of_text(path: str, file: BinaryIO) -> Iterator[list[Any]]:
+    head = _filled(file, b"")
+    if head.startswith(_TABLES) or compression.form_of(head):
+        raise UserError(f"{path}: data.streaming reads no table and no archive inside of a compressed file: unpack it")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head[:2].count(0) == 1:
+        raise UserError(f"{path} is UTF-16, which data.streaming does not read: save it as UTF-8")
+    text = head[:4096].decode("utf-8-sig", "ignore").lstrip(" \t\r\n\f\v\ufeff")
+    if parsing.is_table(path, text):
+        yield from _rows(path, head, file)
+    elif text.startswith("{"):
+        yield from _objects(path, head, file)
+    else:
+        if text.startswith("["):
+            raise UserError(
+                f"{path} is one JSON list, which can only be read whole: write an object a line (.jsonl), or leave data.streaming out"
+            )
+        parsing.parse(path, head)  # which says what it is
+        raise UserError(f"{path}: expected an object a line, a table, Parquet or Arrow")
+
+
+def _filled(file: BinaryIO, before: bytes) -> bytes:
+    """What was left before, and a window more: less of it at the end of the file alone."""
+    parts, size = [before], 0
+    while size < BYTES and (piece := file.read(BYTES - size)):
+        parts.append(bytes(piece))
+        size += len(piece)
+    return b"".join(parts)
+
+
+def _objects(path: str, window: bytes, file: BinaryIO) -> Iterator[list[Any]]:
+    """Windows that end before a line that begins with an object: no object is cut there."""
+    line, count = 0, 0
+    while True:
+        more = file.read(1)
+        cut = len(window) if not more else window.rfind(b"\n{") + 1
+        if cut:
+            try:
+                records = parsing.objects(path, window[:cut], last=not more, count=count)
+            except UserError as error:
+                raise _further(error, line) from None
+            count += len(records)
+            yield records
+            line += window.count(b"\n", 0, cut)
+        if not more:
+            return
+        window = _filled(file, window[cut:] + more)
+
+
+def _further(error: UserError, lines: int) -> UserError:
+    """The same of a piece of a file behind so many lines."""
+    return UserError(re.sub(r"(?<=, line )\d+", lambda found: str(int(found[0]) + lines), str(error), count=1))
+
+
+def _rows(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
+    text = io.TextIOWrapper(io.BufferedReader(_Behind(head, file)), encoding="utf-8-sig", newline="")
+    lines = itertools.dropwhile(lambda line: not line.strip(" \t\r\n\f\v\ufeff"), text)
+    try:
+        rows = parsing.rows(path, lines)
+        while window := list(itertools.islice(rows, ROWS)):
+            yield window
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}): iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW, if it is of Windows") from None
+
+
+class _Behind(io.RawIOBase):
+    """Bytes, and a file behind them."""
+
+    def __init__(self, head: bytes, file: BinaryIO):
+        self._head, self._file = memoryview(head), file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._head[: len(buffer)] if self._head else self._file.read(len(buffer))
+        self._head = self._head[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _of_table(path: str, start: bytes) -> Iterator[list[Any]]:
+    """Of Parquet and Arrow, batch by batch."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = "a Parquet file" if start.startswith(b"PAR1") else "an Arrow file"
+    try:
+        if kind == "a Parquet file":
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS)
+        else:
+            mapped = pyarrow.memory_map(path)
+            if start.startswith(b"ARROW1"):
+                opened = pyarrow.ipc.open_file(mapped)
+                batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            else:
+                mapped.seek(max(0, mapped.size() - 8))
+                parsing.check_arrow_end(path, mapped.read(8))
+                mapped.seek(0)
+                batches = iter(pyarrow.ipc.open_stream(mapped))
+        for batch in batches:
+            table = pyarrow.Table.from_batches([batch])
+            for first in range(0, len(table), ROWS):
+                yield parsing.table_rows(path, table.slice(first, ROWS))
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {kind}, and damaged or cut off ({first_line(error)})") from error
