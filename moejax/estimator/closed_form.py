@@ -98,16 +98,10 @@ def _loss(step: Step, vocabulary: int, chunk: int) -> int:
     return min(chunk, step.tokens) * vocabulary * (4 + gradient) + 3 * step.tokens * step.width * step.item + head
 
 
-def _scaled(trained: tuple[sizes.Stored, ...], experts: int, embed: int, dtype: str, platform: Platform) -> int:
-    """What the optimizer holds beside the gradients of a full fine-tuning (none of bf16 on Hopper, whose clipping is done in place).
-
-    fp32: all of them scaled, beside the embedding's own; before Hopper the experts' two new moments, written beside the old ones, of which
-    two thirds find the place of gradients that are done with: as much as the experts' and one matrix more. bf16 before Hopper: the experts'
-    scaled, one of their three matrices at a time, in fp32.
-    """
-    if dtype == "float32":
-        return experts + experts // 3 if platform in ("sm80", "sm8") else sum(w.bytes for w in trained) + embed
-    return 2 * experts // 3 if platform in ("sm80", "sm8") else 0
+def _scaled(experts: int, dtype: str, platform: Platform) -> int:
+    """What the optimizer holds beside the gradients of a full fine-tuning: nothing of fp32, nor on Hopper, where they are clipped in place;
+    of bf16 before Hopper the experts' scaled, one of their three matrices at a time, in fp32."""
+    return 2 * experts // 3 if dtype != "float32" and platform in ("sm80", "sm8") else 0
 
 
 def breakdown(
@@ -140,8 +134,7 @@ def breakdown(
     dense = all(block.moe.dense for block in blocks)
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and dense else 0
     experts = sum(w.bytes for w in trained if w.module in config.groups["experts"])
-    embed = sum(w.bytes for w in trained if w.module == ("embed",))
-    scaled = 0 if adapter else _scaled(trained, experts, embed, t.stored_dtype, platform)
+    scaled = 0 if adapter else _scaled(experts, t.stored_dtype, platform)
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
     moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
