@@ -296,6 +296,8 @@ class Experiment(Section):
             self.preference.check(self)
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
+        if not all(token.strip() for token in self.added_tokens):
+            raise ValueError(f"added_tokens = {list(self.added_tokens)}: expected tokens of more than white space")
         if self.added_tokens == AUTO_TOKENS and self.data.template != "chatml":
             raise ValueError(
                 f"added_tokens = auto: data.template = {self.data.template or 'null'} needs no tokens by name, chatml does: name the tokens"

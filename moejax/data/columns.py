@@ -111,7 +111,7 @@ def find_pairs(where: str, record: Any, keys: Iterable[Any], fields: FieldNames)
         return Columns(chosen="chosen", rejected="rejected")
     known, known_in_any = _knower(where, record), _knower(where, keys)
     chosen, rejected = fields.chosen or known("chosen"), fields.rejected or known("rejected")
-    lacking = [name for name, column in (("chosen", chosen), ("rejected", rejected)) if column not in record]
+    lacking = [column or name for name, column in (("chosen", chosen), ("rejected", rejected)) if column not in record]
     if lacking:
         raise UserError(
             f"{where}: `preference` trains on pairs of answers, and no column {lacking[0]!r} is there: it has {_listed(record)}; "

@@ -91,10 +91,24 @@ def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
         given = {"prompt": prompt, "chosen": value, "system": system, "tools": alongside.get("tools")}
         talk = conversation.read(given, f"{where}, {side}")
         assert talk is not None
-        sides.append(talk)
         begins.append(_length(prompt, talk))
+        if not _answers(asked, talk, begins[-1]):
+            raise UserError(
+                f"{where}: {column!r} is a conversation that asks something else than the record's prompt: expected an answer alone, or a "
+                "conversation that begins with the prompt"
+            )
+        sides.append(talk)
     first = min(*begins, _shared(sides[0].messages, sides[1].messages, where))
     return Pair(*(talk._replace(trained=tuple(on and n >= first for n, on in enumerate(talk.trained))) for talk in sides))
+
+
+def _answers(asked: Any, talk: Conversation, length: int) -> bool:
+    """Whether a side goes on from its prompt of `length` messages. A whole conversation has a prompt that is a text in one of its
+    messages, or one of them in the text."""
+    if isinstance(asked, str):
+        others = [message.get("content", "").strip() for message in talk.messages if message["role"] != "assistant"]
+        return not asked.strip() or any(text in asked or asked.strip() in text for text in others if text)
+    return length >= len(talk.messages) or [message["role"] for message in talk.messages[length - 1 : length + 1]] != ["user", "user"]
 
 
 def _length(prompt: Any, talk: Conversation) -> int:

@@ -1,6 +1,7 @@
 """Tokens behind a tokenizer's own (the study's behind GPT-NeoX's: rows that BlackMamba's padded vocabulary has), and their rows."""
 
 import pytest
+from pydantic import ValidationError
 from support import ROOT, SHARED, tiny_experiments
 
 from moejax.config import Experiment
@@ -67,6 +68,12 @@ def test_a_tokenizer_of_another_model_and_other_rows_are_refused(tmp_path):
         settled(experiment, TINY, 400)
     with pytest.raises(UserError, match=r"adapter\.token_rows = \[5\]: those of added_tokens are \[409\]"):
         settled(experiment.changed("adapter", token_rows=(5,)), TINY, 512)
+
+
+def test_a_token_of_white_space_is_refused(tmp_path):
+    content = tiny_experiments(tmp_path)().model_dump(mode="json") | {"added_tokens": ["<a>", " "]}
+    with pytest.raises(ValidationError, match=r"added_tokens = .*: expected tokens of more than white space"):
+        Experiment.model_validate(content)
 
 
 def test_chatml_says_what_adds_its_tokens_and_auto_adds_them():

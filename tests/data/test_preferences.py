@@ -64,6 +64,13 @@ def test_every_shape_is_the_same_pair(record, tmp_path):
         assert found[side] == ((USER, answer), None, (False, True))
 
 
+def test_a_prompt_is_repeated_by_a_message_that_holds_it_or_that_it_holds(tmp_path):
+    for prompt in ("a", " a\n", "Human: a\n\nAssistant:", "b?", ""):
+        talk = [SYSTEM, USER, GOOD, USER | {"content": "So, b?"}]
+        (found,) = read(tmp_path, [{"prompt": prompt, "chosen": [*talk, GOOD], "rejected": [*talk, BAD]}]).records
+        assert found["rejected"].messages == (*talk, BAD)
+
+
 def test_context_system_and_named_columns(tmp_path):
     (found,) = read(tmp_path, [{"instruction": "a", "input": "x", "system": "s", "chosen": "b", "rejected": "c"}]).records
     assert found["conversation"].messages == (SYSTEM, USER | {"content": "a\nx"}, GOOD)
@@ -95,6 +102,9 @@ def test_the_prompt_is_what_both_begin_with_or_what_is_given_as_it(tmp_path):
         ({"prompt": None, "chosen": "b", "rejected": "c"}, "record 1: no prompt .*names the prompt's column"),
         ({"chosen": [USER, GOOD], "rejected": [USER | {"content": "z"}, BAD]}, "record 1: chosen and rejected differ first at message 0, "
          "in chosen of the role 'user': a preference is between two answers to the same prompt"),
+        ({"prompt": "z", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "record 1: 'chosen' is a conversation that asks something else "
+         "than the record's prompt: expected an answer alone"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER | {"content": "z"}, BAD]}, "record 1: 'rejected' is a conv"),
         ({"prompt": "a", "chosen": [{"role": "x", "content": "b"}], "rejected": [BAD]}, "record 1, chosen, message 0: the role 'x' is unk"),
         ({"prompt": "a", "chosen": "b", "rejected": "\ud800"}, "record 1, rejected, message 1 holds half of a surrogate pair"),
     ],
@@ -107,6 +117,8 @@ def test_a_pair_that_is_none_is_named(record, told, tmp_path):
 def test_a_file_without_pairs(tmp_path):
     with pytest.raises(UserError, match=r"record 0: .*pairs of answers, and no column 'rejected' is there: it has prompt"):
         read(tmp_path, [{"prompt": "a", "chosen": "b"}])
+    with pytest.raises(UserError, match=r"no column 'good' is there: it has prompt, chosen, rejected"):
+        read(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}], fields={"chosen": "good"})
 
 
 def test_tokens_are_trls(tokenizer, tmp_path):
