@@ -36,6 +36,11 @@ class Query(NamedTuple):
         """A query whose first `prompt` tokens are only read, and all others supervised."""
         return cls(ids, np.arange(len(ids)) >= prompt)
 
+    @property
+    def prompt(self) -> int:
+        """Tokens before the first that the loss is on."""
+        return int(np.argmax(self.supervised)) if self.supervised.any() else len(self.ids)
+
 
 @dataclass
 class Tokenized:

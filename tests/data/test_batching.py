@@ -10,6 +10,7 @@ from moejax.data.tokenize import Query
 def test_a_packed_row_to_the_number():
     """Every query begins at position 0 in a segment of its own, and its last token predicts nothing, the next query least of all."""
     first, second = Query.after(2, np.array([11, 12, 13, 14], np.int32)), Query.after(0, np.array([21, 22, 23], np.int32))
+    assert (first.prompt, second.prompt, Query(first.ids, first.supervised & False).prompt) == (2, 0, 4)
     row = assemble([[first, second]], 1, 8)
     assert row.tokens.tolist() == [[11, 12, 13, 14, 21, 22, 23, 0]]
     assert row.targets.tolist() == [[12, 13, 14, 0, 22, 23, 0, 0]]
