@@ -200,6 +200,8 @@ def test_an_adapter_on_a_blackmamba_is_refused(capsys):
     config = str(ROOT / "configs/blackmamba_2.8b_cs_sparse.yaml")
     assert cli.train_main(["--config", config, "--dry-run", "adapter={targets: [q_proj, w1]}"]) == 2
     assert "a BlackMamba is trained whole here (it has no q_proj): remove the adapter" in capsys.readouterr().err
+    assert cli.train_main(["--config", config, "--dry-run", "adapter={}", "preference={}", "training.label_smoothing=0"]) == 2
+    assert "remove the adapter and quantization sections, and preference, which needs an adapter" in capsys.readouterr().err
 
 
 def test_jax_is_set_up_before_it_is_imported(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moejax.data import compression
 from moejax.data.parsing import EXPECTED, SUFFIXES, parse
-from moejax.data.shelf import Shelf
+from moejax.data.shelf import Shelf, held
 from moejax.data.windows import windows
 from moejax.errors import UserError, first_line
 
@@ -91,19 +91,20 @@ def read(
         notes.append(f"{name}: no folder, so its split {split!r} chooses nothing: all is read")
     if check is not None and len(files) > 1:
         raise UserError(f"{name} holds {len(files)} files: data.bytes and data.sha256 are of one file; remove them")
-    parts = []
-    for file in files:
+
+    def records_of(file: str) -> Iterable[Any]:
         path = _here(file, given)
-        if streaming:
+        if not streaming:
+            content = path.read_bytes()
             if check is not None:
-                with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                    check(file, mapped)
-            parts.append(Part(file, Shelf(chain.from_iterable(windows(str(path))))))
-            continue
-        content = path.read_bytes()
+                check(file, content)
+            return parse(file, content)
         if check is not None:
-            check(file, content)
-        parts.append(Part(file, parse(file, content)))
+            with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                check(file, mapped)
+        return chain.from_iterable(windows(str(path)))
+
+    parts = [Part(*each) for each in zip(files, held(map(records_of, files), streaming=streaming), strict=True)]
     silent = [part.name for part in parts if not part.records]
     if silent and len(silent) < len(parts):
         notes.append(f"{name}: {len(silent):,} of {len(parts):,} files without a record, first {silent[0]}")

@@ -85,3 +85,14 @@ class Shelf(Sequence[T]):
         cuts = [place - begin for place in self._places[first : last + 1]]
         items: list[Any] = [pickle.loads(content[a:b]) for a, b in pairwise(cuts)]
         return items
+
+
+def held(parts: Iterable[Iterable[T]], *, streaming: bool) -> list[Sequence[T]]:
+    """Each part in a list; with data.streaming all of them on one shelf, which is one open file, and each a slice of it."""
+    if not streaming:
+        return [list(part) for part in parts]
+    shelf, ends = Shelf[T](), [0]
+    for part in parts:
+        shelf.extend(part)
+        ends.append(len(shelf))
+    return [shelf[begin:end] for begin, end in pairwise(ends)]

@@ -13,6 +13,7 @@ from moejax.config_sources import FieldNames, WeightedSource
 from moejax.data import places
 from moejax.data.columns import Columns, find, find_pairs
 from moejax.data.records import Record, judged
+from moejax.data.shelf import held
 from moejax.errors import UserError
 
 
@@ -134,7 +135,8 @@ def _judged(
                 )
             yield judged(part.name, n, record, found)
 
-    made = tuple(Part(part.name, places.list_of(streaming)(of_part(part))) for part in parts)
+    judged_parts = held(map(of_part, parts), streaming=streaming)
+    made = tuple(Part(part.name, records) for part, records in zip(parts, judged_parts, strict=True))
     return columns, made, [
         f"mixed schemas: {len(where):,} of {sum(len(part.records) for part in parts):,} records with other columns, {other.told()}, first "
         f"{where[0]}"

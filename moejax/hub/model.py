@@ -33,7 +33,8 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
     if experiment.adapter is not None and not config.target_names:
         missing = [name for name in experiment.adapter.targets or () if name not in config.targets]
         why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
-        raise UserError(f"adapter: a {config.title} is trained whole here ({why}): remove the adapter and quantization sections")
+        of_pairs = "" if experiment.preference is None else ", and preference, which needs an adapter"
+        raise UserError(f"adapter: a {config.title} is trained whole here ({why}): remove the adapter and quantization sections{of_pairs}")
     if experiment.adapter is not None:
         try:
             experiment.adapter.lora.of(config)

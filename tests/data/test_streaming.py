@@ -17,6 +17,7 @@ from support import ROOT
 from moejax.config import DataConfig
 from moejax.data import parsing, pipeline, windows
 from moejax.data.shelf import Shelf
+from moejax.data.sources import load_sources
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 
@@ -110,6 +111,16 @@ def test_a_shelf_is_a_list():
     assert list(shelf[20:90]) == items[20:90] and list(shelf[50:60][2:4]) == items[52:54] and list(shelf[5:2]) == []
     with pytest.raises(IndexError):
         shelf[200]
+
+
+def test_a_folder_of_many_files_takes_few_open_ones(tmp_path):
+    for number in range(80):
+        (tmp_path / f"{number:03}.jsonl").write_text(json.dumps(RECORDS[number % 60]))
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    config = DataConfig(source=str(tmp_path), template="mistral", streaming=True)
+    found = load_sources(config)
+    assert len(list(Path("/proc/self/fd").iterdir())) < open_files + 10
+    assert list(found[0].records) == list(load_sources(config.model_copy(update={"streaming": False}))[0].records)
 
 
 def test_a_full_disk_is_told():
