@@ -298,6 +298,8 @@ class Experiment(Section):
             raise ValueError("tokenizer is missing: a model with random weights brings none")
         if not all(token.strip() for token in self.added_tokens):
             raise ValueError(f"added_tokens = {list(self.added_tokens)}: expected tokens of more than white space")
+        if set(AUTO_TOKENS) < set(self.added_tokens):
+            raise ValueError(f"added_tokens = {list(self.added_tokens)}: auto stands alone: name ChatML's two, <|im_start|> and <|im_end|>")
         if self.added_tokens == AUTO_TOKENS and self.data.template != "chatml":
             raise ValueError(
                 f"added_tokens = auto: data.template = {self.data.template or 'null'} needs no tokens by name, chatml does: name the tokens"

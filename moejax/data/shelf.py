@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from moejax.errors import UserError
@@ -19,10 +21,13 @@ class Shelf(Sequence[T]):
     """Items behind one another in a file without a name, in the folder for temporary files (TMPDIR), which goes with the process. In
     memory are 8 bytes an item.
 
-    A slice is a shelf over the same file, to be read alone. Raises UserError where the disk is full.
+    A slice is a shelf over the same file, to be read alone. Raises UserError where the disk is full, or TMPDIR no folder.
     """
 
     def __init__(self, items: Iterable[T] = ()):
+        folder = os.environ.get("TMPDIR")
+        if folder and not Path(folder).is_dir():  # `tempfile` would take another, which may lie in memory
+            raise UserError(f"TMPDIR = {folder} is no folder, and data.streaming keeps records there: make it, or name another")
         self._file = tempfile.TemporaryFile(prefix="moejax-")  # noqa: SIM115 (closed with the last shelf over it)
         self._places, self._waiting, self._size = array("q", [0]), bytearray(), 0
         self.extend(items)

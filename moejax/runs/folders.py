@@ -66,8 +66,8 @@ def _with_our_names(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-_FREE = ("device", "runs_dir", "made_of", "checkpoint.resume_with_changed")
-"""What may differ in a resumed run: where it computes and where it lies, not what."""
+_FREE = ("device", "runs_dir", "made_of", "checkpoint.resume_with_changed", "data.streaming")
+"""What may differ in a resumed run: where it computes, where it and its data lie, not what."""
 
 
 _OLDER_FIELDS = FieldNames(instruction="instruction", input="input", output="output", text="text")

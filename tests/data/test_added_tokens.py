@@ -70,9 +70,12 @@ def test_a_tokenizer_of_another_model_and_other_rows_are_refused(tmp_path):
         settled(experiment.changed("adapter", token_rows=(5,)), TINY, 512)
 
 
-def test_a_token_of_white_space_is_refused(tmp_path):
-    content = tiny_experiments(tmp_path)().model_dump(mode="json") | {"added_tokens": ["<a>", " "]}
-    with pytest.raises(ValidationError, match=r"added_tokens = .*: expected tokens of more than white space"):
+@pytest.mark.parametrize(
+    ("tokens", "told"), [(["<a>", " "], "expected tokens of more than white space"), (["auto", "<a>"], "auto stands alone")]
+)
+def test_tokens_that_are_none_are_refused(tokens, told, tmp_path):
+    content = tiny_experiments(tmp_path)().model_dump(mode="json") | {"added_tokens": tokens}
+    with pytest.raises(ValidationError, match=rf"added_tokens = \[.*\]: {told}"):
         Experiment.model_validate(content)
 
 

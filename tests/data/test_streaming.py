@@ -133,6 +133,12 @@ def test_a_full_disk_is_told():
             list(shelf)
 
 
+def test_a_folder_for_records_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    with pytest.raises(UserError, match="TMPDIR = /nowhere is no folder"):
+        Shelf()
+
+
 CHILD = """
 import resource, sys
 from moejax.config import DataConfig

@@ -24,6 +24,7 @@ def test_what_may_differ_when_a_run_is_continued(make_experiment):
     config.write_text(yaml.safe_dump(older))
     assert folders.prepare(experiment, resume=True) is None
     folders.prepare(experiment.model_copy(update={"device": DeviceConfig(memory_fraction=0.5)}), resume=True)
+    folders.prepare(changed(experiment, "data", streaming=True), resume=True)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         folders.prepare(experiment.model_copy(update={"seed": 1}), resume=True)
     with pytest.raises(UserError, match=r"adapter\.share: None -> \['w1', 'w3'\]"):
