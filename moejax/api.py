@@ -165,7 +165,7 @@ def load(
     beside = None if begun is None else weights.resolve(begun, field="adapter.init_from")  # with the tokens that were added
     tokenizer = load_tokenizer(str(beside if beside is not None and (beside / "tokenizer.json").is_file() else folder))
     check_vocabulary(tokenizer, hub_model.architecture(experiment, folder).vocab_size)
-    template = "chat" if getattr(tokenizer, "chat_template", None) else "mistral"
+    template = runs.own_template(tokenizer)
     return LanguageModel(hub_model.load(name, experiment), tokenizer, template, ends_of(tokenizer, template, folder), name)
 
 

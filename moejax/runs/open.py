@@ -81,7 +81,7 @@ def load(folder: Path, base: bool = False) -> Loaded:
     """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer, template and ends.
 
     base: the model that the run began with, as it was then (in 4 bits where the run has it so). A model's folder in Hub layout is loaded
-    in bf16 (on a CPU in fp32), and asked in the template `mistral`. Raises UserError where there is nothing of the kind.
+    in bf16 (on a CPU in fp32), and asked by `own_template`. Raises UserError where there is nothing of the kind.
     """
     if not (folder / "config.yaml").exists() and (folder / "config.json").is_file():
         return _load_model(folder, base)
@@ -129,4 +129,10 @@ def _load_model(folder: Path, base: bool) -> Loaded:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         return weights.load_weights(build(sizes, dtype=dtype, param_dtype=dtype), folder, jax.random.key(0))
 
-    return Loaded(make, sizes, tokenizer, "mistral", ends_of(tokenizer, "mistral", folder))
+    template = own_template(tokenizer)
+    return Loaded(make, sizes, tokenizer, template, ends_of(tokenizer, template, folder))
+
+
+def own_template(tokenizer: Any) -> str:
+    """In which a model that no run says it of is asked: its tokenizer's chat template, else `mistral`."""
+    return "chat" if getattr(tokenizer, "chat_template", None) else "mistral"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def test_a_conversation_is_asked_as_training_renders_it(run, expected, tmp_path,
     ids = tokenizer.encode(f"[INST] {QUESTION} [/INST]9</s>[INST] Sure? [/INST]", add_special_tokens=False)
     (tokens,) = generate(make(), [ids], max_new_tokens=12, end=tokenizer.eos_token_id)
     assert capsys.readouterr().out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+
+def test_a_models_folder_is_asked_by_its_chat_template(tmp_path):
+    folder = tmp_path / "merged"
+    shutil.copytree(ROOT / "assets/tiny-mixtral", folder)
+    assert load(folder).template == "mistral"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    turns = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": turns}))
+    assert load(folder).template == "chat"
 
 
 @pytest.mark.parametrize(
