@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     missing = "" if Path(options.data).exists() else ", which is not there yet"
     print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
     for command, what in (
+        (f"moejax data {file}", "columns, counts, three records with what is trained on marked"),
         (f"moejax train {file} --dry-run", "parameters, memory, schedule; loads nothing"),
         (f"moejax estimate memory {file}", "the largest batch on which GPU"),
         (f"moejax train {file}", ""),
@@ -55,8 +56,8 @@ def written(file: Path, model: str, data: str) -> str:
     if text is None and "/" not in model and not Path(model).is_dir():
         near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(model.replace("-", "_"), shipped, n=1))
         raise UserError(f"--model {model}: expected a Hub id (with a /), a folder that exists, or one of {', '.join(shipped)}{near}")
-    if text is None:  # another model's sizes are in its config.json, and its adapter has its family's targets
-        text = re.sub(r"\n  targets: [^\n]*", "", shipped[_MODEL].partition("\n")[2])
+    if text is None:  # another model's sizes are in its config.json, its adapter has its family's targets, its tokenizer its template
+        text = re.sub(r"\n  (targets|template): [^\n]*", "", shipped[_MODEL].partition("\n")[2])
         text = re.sub(r"\n  source: [^\n]*\n  preset: [^\n]*", lambda _: f"\n  source: {_scalar(model)}", text, count=1)
         text = f"# QLoRA fine-tuning of {model}.\n{text}"
     name = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem).lstrip(".-") or "run"

@@ -119,8 +119,8 @@ def _named(tokenizer: Any, where: str) -> str:
 
 
 _NONE = (
-    "data.template = chat: this tokenizer has no chat template: use data.template = mistral, alpaca or "
-    "chatml (a tokenizer that has its tokens), or another tokenizer"
+    "data.template = chat (what conversations are rendered by where nothing is set): this tokenizer has no chat template: use "
+    "data.template = mistral, alpaca or chatml (with added_tokens=auto where the tokenizer has not its tokens), or another tokenizer"
 )
 _ONE = (
     "It must take a user's message, and an assistant's after it; use data.template = mistral or alpaca, or another chat template"

@@ -16,7 +16,7 @@ def test_a_config_that_comes_with_moejax_with_the_users_file_in_it(starter, tmp_
     monkeypatch.chdir(tmp_path)
     data, file = "my: records #1.jsonl", "folder/my run.yaml"
     assert cli.main(["init", file, "--model", starter.stem.replace("_", "-"), "--data", data]) == 0
-    assert f"{data}, which is not there yet; look" in capsys.readouterr().out
+    assert f"{data}, which is not there yet; look" in (printed := capsys.readouterr().out) and f"moejax data {file}" in printed
     written, shipped = config.load(file), config.load(starter)
     assert (written.name, written.data.source) == ("my_run", data)
     if (tmp_path / "folder/tokenizer.json").exists():
@@ -35,7 +35,7 @@ def test_another_model_brings_its_sizes(tmp_path, monkeypatch):
         assert cli.main(["init", file, "--model", model]) == 0
         written = config.load(file)
         assert (written.model.source, written.model.preset, written.quantization.format) == (model, None, "nf4")
-        assert written.adapter == config.AdapterConfig()  # its family's targets
+        assert written.adapter == config.AdapterConfig() and written.data.template is None  # its family's targets, its tokenizer's template
     assert cli.main(["init"]) == 0 and config.load("finetune.yaml").model.preset == "mixtral-8x7b"
 
 
