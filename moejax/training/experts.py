@@ -49,13 +49,18 @@ def announce(experiment: Experiment, config: Architecture) -> str:
 
 def announce_attention(experiment: Experiment, config: Architecture, platform: str) -> list[str]:
     """One line for the start of a run on a GPU (`choice.here`), none on a CPU and of a model that does not attend."""
-    mixers = (stack.block.mixer for stack in config.stacks)
-    heads: set[int] = {mixer.head_dim for mixer in mixers if hasattr(mixer, "head_dim")}
+    heads = head_sizes(config)
     if platform == "cpu" or not heads:
         return []
     asked, dtype, length = experiment.model.attention, experiment.training.compute_dtype, experiment.data.longest_row
     reasons = {flash.why_blocks(asked, platform, dtype, head_dim, length) for head_dim in heads} - {None}
     return [f"attention: {f'blocks of queries ({reasons.pop()})' if reasons else 'flash, by the kernels of jax'}"]
+
+
+def head_sizes(config: Architecture) -> set[int]:
+    """Numbers of a head of the mixers that attend; empty where none does."""
+    mixers = (stack.block.mixer for stack in config.stacks)
+    return {mixer.head_dim for mixer in mixers if hasattr(mixer, "head_dim")}
 
 
 def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:

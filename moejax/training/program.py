@@ -31,6 +31,7 @@ from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
 from moejax.models.ops import choice, flash
 from moejax.profiling.capture import compile_profiled
+from moejax.training import experts
 from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.step import Loss, Objective, TrainState, make_eval_step, make_train_step
 
@@ -51,8 +52,8 @@ GPU_OPTIONS: dict[str, str | bool] = {
 }
 """Options of the compiler for a GPU. XLA's own kinds of what goes into CUDA graphs, and loops: else a loop whose trip count depends on data
 (the experts' tiles) asks the host before every iteration (a driver below 12.3 has no loops in graphs; XLA then leaves them out). One loop
-is enough for a graph. And no
-joining of products with one operand in common: of a matrix and its adapter it copies the whole dequantized matrix, in every tile."""
+is enough for a graph. And no joining of products with one operand in common: of a matrix and its adapter XLA copies the whole dequantized
+matrix for it, in every tile."""
 _ELSE = "another number of rows (data.batch_rows) or another version of jax (pip install -U jax), and report the message"
 
 
@@ -81,8 +82,8 @@ NOTHING_OWN = Own()
 class TrainProgram:
     """An experiment's optimizer step. Its state and frozen weights are shapes until `load`; what is compiled stays, by rows and length.
 
-    gpu: one that is not there (None: this machine's device). traced: compiled so that a trace tells its parts. dump: a
-    folder for what XLA writes about the program.
+    gpu: one that is not there (None: this machine's device). traced: compiled so that a trace tells its parts.
+    dump: a folder for what XLA writes about the program.
     """
 
     def __init__(
@@ -220,9 +221,8 @@ class TrainProgram:
 
 def _check_flash(config: Architecture, platform: str, dtype: str) -> None:
     """Raises UserError where flash attention was asked for by name and cannot run."""
-    for stack in config.stacks:
-        head_dim = getattr(stack.block.mixer, "head_dim", None)  # of a mixer that attends
-        reason = None if head_dim is None else flash.refusal(platform, dtype, head_dim)
+    for head_dim in experts.head_sizes(config):
+        reason = flash.refusal(platform, dtype, head_dim)
         if reason is not None:
             raise UserError(f"model.attention = flash: {reason}. Expected auto (flash where it can run) or blocks")
 
