@@ -29,7 +29,7 @@ from moejax.data.ends import Ends, ends_of
 from moejax.data.sources import of_records
 from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
-from moejax.device import HERE, this_machine
+from moejax.device import HERE, jit, this_machine
 from moejax.errors import UserError
 from moejax.estimator import memory
 from moejax.estimator.sizes import architecture_of, model_folder
@@ -182,7 +182,7 @@ def _batch(given: Batch | Any) -> Batch:
     return Batch(tokens.astype(np.int32), np.roll(tokens, -1, 1).astype(np.int32), mask, np.ones(tokens.shape, np.int32), positions)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jit, static_argnums=(0, 4))
 def _mean(objective: Objective, trainable: Any, frozen: Any, batch: Batch, grads: bool) -> Any:
     def mean(trainable: Any) -> jax.Array:
         return sums(objective, trainable, frozen, batch, None)[0] / jnp.maximum(jnp.sum(batch.loss_mask), 1)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moejax.data.batching import Batches
+from moejax.device import jit
 from moejax.files import replacing, save_figure
 from moejax.models.build import Model
 
@@ -22,7 +23,7 @@ def count(model: Model, batches: Batches) -> np.ndarray:
     """int64 [L, E]: how often each layer's experts were chosen, by real tokens only."""
     graphdef, state = nnx.split(model)
 
-    @jax.jit
+    @jit
     def choices(state: Any, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(tokens, segment_ids, positions)[1].counts
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from moejax.data.ends import Ends
+from moejax.device import jit
 from moejax.errors import UserError
 from moejax.models.build import Model
 from moejax.models.cache import Cache, decode_step, init_cache, prefill
@@ -80,7 +81,7 @@ def _choose(logits: jax.Array, step: jax.Array | int, draw: Draw | None) -> jax.
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
+@partial(jit, static_argnums=(0, 5, 6))
 def _begin(
     graphdef: Any,
     state: nnx.State,
@@ -97,7 +98,7 @@ def _begin(
     return jnp.full((tokens.shape[0], steps), end[0]).at[:, 0].set(_choose(logits, 0, draw)), cache
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@partial(jit, static_argnums=0, donate_argnums=(2, 3))
 def _go_on(
     graphdef: Any,
     state: nnx.State,

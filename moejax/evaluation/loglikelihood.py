@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.device import jit
 from moejax.errors import UserError
 from moejax.evaluation.generate import bucket, in_groups
 from moejax.models.build import Model
@@ -27,7 +28,7 @@ class Score(NamedTuple):
     greedy: bool
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+@partial(jit, static_argnums=(0, 6))
 def _score(
     graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, starts: jax.Array, targets: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -22,6 +22,7 @@ from moejax import installation
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import GivenBatches
+from moejax.device import GPU_OPTIONS, jit
 from moejax.errors import UserError, first_line
 from moejax.estimator.targets import target_text
 from moejax.estimator.units import counted
@@ -45,15 +46,6 @@ _WHAT_TO_TRY = (
 CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 """Options of the compiler for a program in which Triton finds no tiles for a product: cuBLAS makes them all. Where XLA cannot autotune (no
 card is there) it asks for tiles of 128 tokens on A100, A40 and L4, which a product over several rows of other lengths does not have."""
-GPU_OPTIONS: dict[str, str | bool] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": "1",
-    "xla_gpu_dot_merger_threshold_mb": "0",
-}
-"""Options of the compiler for a GPU. XLA's own kinds of what goes into CUDA graphs, and loops: else a loop whose trip count depends on data
-(the experts' tiles) asks the host before every iteration (a driver below 12.3 has no loops in graphs; XLA then leaves them out). One loop
-is enough for a graph. And no joining of products with one operand in common: of a matrix and its adapter XLA copies the whole dequantized
-matrix for it, in every tile."""
 _ELSE = "another number of rows (data.batch_rows) or another version of jax (pip install -U jax), and report the message"
 
 
@@ -211,7 +203,7 @@ class TrainProgram:
 
     @cached_property
     def _evaluate(self) -> Any:
-        return jax.jit(make_eval_step(self.objective), compiler_options=GPU_OPTIONS if self._on_gpu else None)
+        return jit(make_eval_step(self.objective))
 
     def evaluate(self, batch: Batch | PairBatch) -> tuple[dict[str, float], float]:
         """Of a batch [rows, T]: sums by name, and what they are divided by, as `make_eval_step` has them."""

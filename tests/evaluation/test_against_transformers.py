@@ -65,9 +65,9 @@ def test_batch_and_chunk_do_not_matter(case, vectors, pairs, rows, chunk, monkey
 def test_one_program_per_bucket(case, pairs):
     model = case[1]
     loglikelihoods(model, [([1] * 5, [2] * 3)], rows=3)
-    compiled = _score._cache_size()
+    compiled = _score.jitted()._cache_size()
     loglikelihoods(model, [([1] * 3, [2] * 13), ([1] * 10, [2]), ([4], [2])], rows=3)
-    assert _score._cache_size() == compiled
+    assert _score.jitted()._cache_size() == compiled
 
 
 def test_greedy_decoding(case, vectors):

@@ -157,12 +157,12 @@ def test_a_last_batch_that_is_not_full_ends_with_its_rows(model, steps):
 
 def test_one_compile_per_bucket(model):
     generate(model, [[1] * 3], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
-    compiled = _go_on._cache_size()
+    compiled = _go_on.jitted()._cache_size()
     for length, settings in ((16, Sampling(2.0, 0.5, 3, 9)), (9, Sampling(0.1))):
         generate(model, [[1] * length], max_new_tokens=6, end=7, sampling=settings)
-    assert _go_on._cache_size() == compiled
+    assert _go_on.jitted()._cache_size() == compiled
     generate(model, [[1] * 17], max_new_tokens=6, end=-1, sampling=Sampling(1.0))
-    assert _go_on._cache_size() == compiled + 1
+    assert _go_on.jitted()._cache_size() == compiled + 1
 
 
 def test_candidates_and_their_frequencies():

@@ -47,9 +47,9 @@ def test_when_it_comes_and_what_it_leaves(make_experiment, monkeypatch, capsys):
     monkeypatch.setattr(scoring, "evaluate", and_wait)
     monkeypatch.setattr(time, "perf_counter", lambda: now() + later[0])
     experiment = make_experiment(data={"holdout": 0}, training={"steps": 12}, eval=EVAL | {"every_steps": 4, "metric": "loss"})
-    before = generate._go_on._cache_size()
+    before = generate._go_on.jitted()._cache_size()
     assert loop.run(experiment, resume=False) == 0
-    assert generate._go_on._cache_size() == before + 1
+    assert generate._go_on.jitted()._cache_size() == before + 1
     folder = folder_of(experiment)
     found = evaluations(folder)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
