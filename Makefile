@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: aot gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -37,6 +37,25 @@ test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval ## every test, faults put in 
 	@rm -rf runs/characterize-demo
 	@$(MAKE) --no-print-directory characterize-demo
 	@$(BIN)/python tests/check_study.py runs/characterize-demo
+	@$(MAKE) --no-print-directory test-jax12
+
+# jax 0.11 and 0.12 need Python 3.12; constraints.txt holds the versions of 3.11. In environments of its own.
+JAX12 := .venv-jax12
+test-jax12: ## the tests of models, GPU programs and steps on jax 0.12: make test-jax12 PYTHON=python3.12 (skipped by an older Python)
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then $(MAKE) --no-print-directory $(JAX12)/.tested; \
+	  else echo "test-jax12: skipped: jax 0.12 needs Python 3.12, and this is $$($(PYTHON) --version); make test-jax12 PYTHON=python3.12"; fi
+
+$(JAX12)/.installed: pyproject.toml
+	@test -x $(JAX12)/bin/python || $(PYTHON) -m venv $(JAX12)
+	@$(JAX12)/bin/python -m pip install $(PIP_FLAGS) -e '.[test]' 'jax>=0.12,<0.13'
+	@$(JAX12)/bin/python -m pip install $(PIP_FLAGS) --no-deps --target $(JAX12)/aot nvidia-cuda-nvcc-cu12 \
+	  $$($(JAX12)/bin/python -c 'import jaxlib; print(*(f"jax-cuda12-{name}=={jaxlib.__version__}" for name in ("plugin", "pjrt")))')
+	@touch $@
+
+.PHONY: $(JAX12)/.tested
+$(JAX12)/.tested: $(JAX12)/.installed
+	@$(JAX12)/bin/python -m pytest -q -n 2 --dist worksteal tests/models tests/training
+	@MOEJAX_TEST_XLA=usual PYTHONPATH=$(JAX12)/aot JAX_PLATFORMS=cpu $(JAX12)/bin/python -m pytest -q -n 2 tests/training/test_gpu_compile.py
 
 # For compiling for a GPU that is not there: 230 MB of wheels.
 $(AOT)/.installed: $(STAMP)
@@ -130,4 +149,4 @@ vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@for script in lora_fused families preferences token_rows; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
 
 clean: ## remove environments and generated text; runs/ stays
-	rm -rf $(VENV) $(AOT) .venv-reference4 .venv-reference5 assets/generated
+	rm -rf $(VENV) $(AOT) $(JAX12) .venv-reference4 .venv-reference5 assets/generated
