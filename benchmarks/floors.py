@@ -3,8 +3,9 @@
     python benchmarks/floors.py [--config configs/mixtral_8x7b_cs_sparse.yaml] [--shapes 1x128,8x512,32x512,24x2048]
                                 [--tflops 780 --gb-per-second 4300] [--json]
 
-What is counted: `moejax/estimator/floors.py`. The default rates were measured by others on one H200: an 8192-cubed bf16 product, and a copy.
-The sum of the stages is a floor of this program, kernel after kernel, not of the task. What a profiled run took by stage: `moejax breakdown`.
+What is counted: `moejax/estimator/floors.py`. The default rates were measured by others on one H200: an 8192-cubed bf16 product and a
+copy.
+The sum of the stages is a floor of this program, kernel after kernel, not of the task. What a profiled run took: `moejax breakdown`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""The least a step can take, stage by stage: FLOPs over the matrix rate, bytes over the bandwidth, whichever is longer. No jax.
+
+What is counted is what the program of this repository does (full rematerialization, frozen weights dequantized once a pass): each operand
+read once and each result written once, tiles and padding left out. Printed by `benchmarks/floors.py`; `estimate plan CONFIG` orders by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+from moejax.estimator import sizes
+from moejax.estimator.roofline import QLORA_BYTES
+from moejax.models.config import Architecture, specs
+from moejax.models.config.adapters import Pair
+
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+
+FP32 = 4
+SIZES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """FLOPs and bytes of a step."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> tuple[float, str]:
+        """The floor, and which of the two it is."""
+        computing, moving = self.flops / flops_per_second, self.bytes / bytes_per_second
+        return max((computing, "compute"), (moving, "bandwidth"))
+
+
+def product(
+    item: int, tokens: float, inputs: float, outputs: float, passes: float, matrices: float = 1, rows: float | None = None
+) -> Stage:
+    """`passes` products of [tokens, inputs] with [outputs, inputs], `matrices` of which are read; rows: where they differ. item: bytes of
+    a number that is computed with."""
+    n = tokens if rows is None else rows
+    moved = item * (matrices * inputs * outputs + n * (inputs + outputs))
+    return Stage("", passes * 2 * n * inputs * outputs, passes * moved)
+
+
+def merged(name: str, *stages: Stage) -> Stage:
+    return Stage(name, sum(s.flops for s in stages), sum(s.bytes for s in stages))
+
+
+def dequantization(item: int, weights: float, passes: float) -> Stage:
+    """Codes and scales read, numbers of `item` bytes written."""
+    return Stage("", 2 * weights * passes, weights * passes * (QLORA_BYTES + item))
+
+
+def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantized: bool, pairs: list[Pair]) -> list[Stage]:
+    """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too.
+    pairs: the adapters on the three."""
+    f, e, k = spec.hidden, spec.experts, spec.experts_per_token
+    passes = (3 + trained) + (3 + trained) + (2 + trained)
+    out = [merged("moe/w1, w3, w2", product(item, n, d, f, passes, e, n * k))]
+    if quantized:
+        out.append(merged("moe: dequantization", dequantization(item, 3 * e * d * f, 2)))
+    if pairs:  # forward, again, and a product each for the gradients of A, B and what goes in; a shared A (its input has d numbers) once
+        sides = [(d + f if pair.shares is None else f, pair.rank) for pair in pairs]
+        out.append(merged("moe/lora", *(product(item, n, side, rank, 4, e, n * k) for side, rank in sides)))
+    moved = 0.0 if spec.dense else 8 * item * n * k * d
+    out.append(Stage("moe/dispatch, combine", 0, moved))
+    # Forward (read two, write one), and backward (read three, write three); recomputed rows stay where they are.
+    out.append(Stage("moe/act", 10 * n * k * f, 9 * item * n * k * f))
+    return out
+
+
+def attention(item: int, d: int, spec: specs.GQA, rows: int, length: int, trained: bool, quantized: bool) -> list[Stage]:
+    n, q, kv = rows * length, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    pairs = rows * length * (length + 1) / 2
+    out = [merged("attention: projections", product(item, n, d, q + 2 * kv, 3 + trained), product(item, n, q, d, 2 + trained))]
+    if quantized:
+        out.append(merged("attention: dequantization", dequantization(item, d * (q + 2 * kv), 3), dequantization(item, q * d, 2)))
+    # Scores and weighted values; backward the scores again, and the gradients of weights, values, queries and keys. Nothing is written.
+    return [*out, Stage("attention: scores", 14 * pairs * q, 3 * item * n * (2 * q + 2 * kv))]
+
+
+def mamba(item: int, d: int, spec: specs.Mamba, n: float, trained: bool) -> list[Stage]:
+    i, s, r = spec.inner, spec.state, spec.rank
+    again = [product(item, n, into, out, 3 + trained) for into, out in ((d, 2 * i), (i, r + 2 * s), (r, i))]
+    return [
+        merged("mamba: projections", *again, product(item, n, i, d, 2 + trained)),
+        # u, dt in fp32, y out, forward and again; backward reads them and dy, and writes du and ddt. States never leave the registers.
+        Stage("mamba/scan", 3 * 9 * n * i * s, FP32 * n * i * (3 + 3 + 5)),
+        Stage("mamba/conv, gate", 3 * 2 * spec.conv * n * i, item * n * i * 14),
+    ]
+
+
+def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, param_bytes: int) -> list[Stage]:
+    """The loss in chunks of 1024 tokens, which read the head anew; Adam: weight, two moments, read and written, and the gradient twice."""
+    chunks = -(-n // 1024)
+    head = product(item, n, c.hidden_size, c.vocab_size, 2 + trained, chunks)
+    return [Stage("loss", head.flops, head.bytes), Stage("optimizer", 14 * weights, weights * param_bytes * 8)]
+
+
+def floors(experiment: Experiment, config: Architecture, rows: int, length: int) -> list[Stage]:
+    """All stages of one optimizer step with one micro-batch of rows x length tokens."""
+    t, adapter, q = experiment.training, experiment.adapter, experiment.quantization
+    item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
+    quantized = set(config.resolve_groups(q.modules)) if q.kind else set()
+    weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
+    found: dict[str, Stage] = {}
+    for stack in config.stacks:
+        mixer, moe = stack.block.halves
+        match mixer:
+            case specs.GQA():
+                stages = attention(item, d, mixer, rows, length, full, "attention" in quantized)
+            case specs.Mamba():
+                stages = mamba(item, d, mixer, n, full)
+            case _:
+                assert_never(mixer)
+        pairs = adapter.lora.of(config) if adapter else {}
+        on_experts = [pair for target, pair in pairs.items() if target in moe.groups["experts"]]
+        stages += experts(item, d, moe, n, full, "experts" in quantized, on_experts)
+        stages.append(Stage("norms, stream", 0, 2 * 8 * (FP32 if config.stream.fp32 else item) * n * d))
+        for stage in stages:
+            found[stage.name] = merged(stage.name, found.get(stage.name, Stage("", 0, 0)), *[stage] * stack.repeats)
+    return [*found.values(), *ends(item, config, n, full, weights, SIZES[t.stored_dtype] if full else FP32)]
