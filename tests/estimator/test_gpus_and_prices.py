@@ -58,7 +58,7 @@ def test_a_device_of_a_like_name_is_no_card_of_the_table(kind):
 
 def test_every_gpu_is_plausible():
     for gpu in gpus.GPUS.values():
-        assert 10 < gpu.memory_gb < 200 and 250e9 < gpu.bytes_per_second < 1e13 and 3e13 < gpu.flops_per_second < 3e15
+        assert 6 < gpu.memory_gb < 200 and 250e9 < gpu.bytes_per_second < 1e13 and 3e13 < gpu.flops_per_second < 3e15
         if gpu.device_bytes:
             assert gpu.device_bytes == pytest.approx(gpu.memory_gb * 1e9, rel=0.08)
     names = [gpus._plain(n) for g in gpus.GPUS.values() for n in (g.name, *g.aliases)]
