@@ -20,6 +20,7 @@ from flax import nnx
 
 from moejax import config as experiments
 from moejax import gpus
+from moejax.compiler_options import jit
 from moejax.config import DataConfig, Experiment, whole_row
 from moejax.config_file import read
 from moejax.data import conversation
@@ -29,7 +30,7 @@ from moejax.data.ends import Ends, ends_of
 from moejax.data.sources import of_records
 from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
-from moejax.device import HERE, jit, this_machine
+from moejax.device import HERE, this_machine
 from moejax.errors import UserError
 from moejax.estimator import memory
 from moejax.estimator.sizes import architecture_of, model_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import platform
@@ -11,7 +10,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moejax.errors import UserError
 from moejax.gpus import GPU, GPUS, gpu_name, of_device_kind, platform_of_capability
@@ -22,15 +21,6 @@ if TYPE_CHECKING:
     import jax
 
 HERE = "here"  # --gpu: this machine's own
-GPU_OPTIONS: dict[str, str | bool] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": "1",
-    "xla_gpu_dot_merger_threshold_mb": "0",
-}
-"""Options of the compiler for a GPU. XLA's own kinds of what goes into CUDA graphs, and loops: else a loop whose trip count depends on data
-(the experts' tiles) asks the host before every iteration (a driver below 12.3 has no loops in graphs; XLA then leaves them out). One loop
-is enough for a graph. And no joining of products with one operand in common: of a matrix and its adapter XLA copies the whole dequantized
-matrix for it, in every tile."""
 
 
 def cpu_name() -> str:
@@ -174,21 +164,3 @@ def this_machine_timed(own: bool) -> GPU:
         return gpu
     (peak, _), (rate, _) = peak_flops("float32" if gpu.platform == "cpu" else "bfloat16"), peak_bytes_per_second()
     return dataclasses.replace(gpu, flops_per_second=peak, bytes_per_second=rate, source="measured here")
-
-
-def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit(function, **options)` of a program with a model in it: on a GPU with `GPU_OPTIONS`. What it runs on is asked at its first
-    call; `jitted` makes the function of jax."""
-
-    @functools.cache
-    def jitted() -> Any:
-        import jax
-
-        return jax.jit(function, compiler_options=GPU_OPTIONS if jax.default_backend() == "gpu" else None, **options)
-
-    @functools.wraps(function)
-    def call(*operands: Any) -> Any:
-        return jitted()(*operands)
-
-    call.jitted = jitted  # type: ignore[attr-defined]
-    return call

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from moejax import compiler_options
 from moejax.config import DeviceConfig, load
 from moejax.errors import UserError
 
@@ -55,6 +56,7 @@ def prepare_jax(device: DeviceConfig) -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         replace_unreadable(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    compiler_options.settle()
 
 
 def prepare_jax_for(run: str) -> None:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moejax.compiler_options import jit
 from moejax.data.batching import Batches
-from moejax.device import jit
 from moejax.files import replacing, save_figure
 from moejax.models.build import Model
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.compiler_options import jit
 from moejax.data.ends import Ends
-from moejax.device import jit
 from moejax.errors import UserError
 from moejax.models.build import Model
 from moejax.models.cache import Cache, decode_step, init_cache, prefill

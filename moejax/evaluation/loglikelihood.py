@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.device import jit
+from moejax.compiler_options import jit
 from moejax.errors import UserError
 from moejax.evaluation.generate import bucket, in_groups
 from moejax.models.build import Model

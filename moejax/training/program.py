@@ -19,10 +19,10 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from moejax import installation
+from moejax.compiler_options import GPU_OPTIONS, gpu_options, jit
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import GivenBatches
-from moejax.device import GPU_OPTIONS, jit
 from moejax.errors import UserError, first_line
 from moejax.estimator.targets import target_text
 from moejax.estimator.units import counted
@@ -141,7 +141,7 @@ class TrainProgram:
 
     def _compiled(self, lowering: Any, options: dict[str, str | bool]) -> Any:
         if self._on_gpu:
-            options = GPU_OPTIONS | options
+            options = (gpu_options() if self._device is None else GPU_OPTIONS) | options
         if self._dump is not None:
             dump: dict[str, str | bool] = {"xla_dump_to": str(self._dump), "xla_dump_hlo_as_text": True}
             options = dump | options
