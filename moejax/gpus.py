@@ -51,6 +51,8 @@ class GPU:
     usable_bytes: int | None = None  # of this machine's own: what jax may take of it
     platform: Platform | None = None  # the kind of program that XLA makes for it; None: by its chip
     compiler: CompilerFigures | None = None
+    pcie: int = 4  # generation of its link to the host
+    pcie_lanes: int = 16
 
     @property
     def memory_bytes(self) -> int:
@@ -83,6 +85,7 @@ def _gpu(name: str, figures: dict[str, Any], source: str = DATA_SHEET) -> GPU:
         figures.get("device_kind") or (_plain_device(cuda_name) if cuda_name else None), figures.get("device_bytes"), source,
         bf16=figures.get("bf16", compiler is None or float(compiler.compute_capability) >= 8),
         platform=None if compiler is None else platform_of_capability(compiler.compute_capability), compiler=compiler,
+        pcie=int(figures.get("pcie", 4)), pcie_lanes=int(figures.get("pcie_lanes", 16)),
     )  # fmt: skip
 
 
@@ -119,13 +122,15 @@ def of_device_kind(device_kind: str, table: dict[str, GPU] | None = None) -> GPU
 
 _NEEDED = ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops")
 _NUMBERS = (*_NEEDED, *_COMPILER_KEYS[1:])
-_YAML_KEYS = {*_NUMBERS, "watts", "chip", "source", "bf16", *_COMPILER_KEYS}
+_LINK = {"pcie": (3, 4, 5), "pcie_lanes": (1, 2, 4, 8, 16)}
+_YAML_KEYS = {*_NUMBERS, "watts", "chip", "source", "bf16", *_COMPILER_KEYS, *_LINK}
 
 
 def from_yaml(path: str | Path) -> dict[str, GPU]:
     """The table with a user's own GPUs: `NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}`.
 
-    `chip`, `source` and `bf16` (false: it has none, as below compute capability 8) are optional, `watts` is not used; with
+    `chip`, `source`, `bf16` (false: it has none, as below compute capability 8), `pcie` (generation, 4) and `pcie_lanes` (16) are optional,
+    `watts` is not used; with
     `compute_capability: 8.6, multiprocessors: 84, l2_mb: 6, clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table,
     however it is written, replaces that GPU. Raises UserError for a file, key or value that cannot be meant.
     """
@@ -148,6 +153,9 @@ def from_yaml(path: str | Path) -> dict[str, GPU]:
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0.001 <= value <= 1e9
             if not number and (value is not None or key in _NEEDED):
                 raise UserError(f"--gpu-file {path}: {name}.{key} = {repr(value)[:40]}: expected a number above 0, as on its data sheet")
+        for key, several in _LINK.items():
+            if figures.get(key, several[-1]) not in several:
+                raise UserError(f"--gpu-file {path}: {name}.{key} = {figures[key]!r}: expected one of {', '.join(map(str, several))}")
         if not isinstance(figures.get("bf16", True), bool):
             raise UserError(f"--gpu-file {path}: {name}.bf16 = {figures['bf16']!r}: expected true or false")
         given = figures | _compiler_figures(f"--gpu-file {path}: {name}", figures)
