@@ -99,7 +99,7 @@ def test_a_users_own_gpu(tmp_path):
      ("X: {memory_gb: .inf, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = inf"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, bf16: none}", "bf16 = 'none': expected true or false"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, flops: 2}", "unknown flops"),
-     (f"{CARD}, pcie: 2}}", "X.pcie = 2: expected one of 3, 4, 5"), (f"{CARD}, pcie_lanes: 12}}", "X.pcie_lanes = 12: expected one of 1, 2"),
+     (f"{CARD}, pcie: 2}}", "X.pcie = 2: expected one of 3, 4, 5"), (f"{CARD}, pcie_lanes: 12}}", "X.pcie_lanes = 12: expected one"),
      (f"{CARD}, compute_capability: 8.6, l2_mb: 6}}", "X has compute_capability, l2_mb, but no multiprocessors, clock_ghz: to compile"),
      (f"{CARD}, compute_capability: sm_86, l2_mb: 6, multiprocessors: 84, clock_ghz: 1}}", "X.compute_capability = .sm_86.: expected"),
      (f"{CARD}, compute_capability: 8.6, l2_mb: 6, multiprocessors: 8.5, clock_ghz: 1.7}}", "X.multiprocessors = 8.5: expected a whole"),
