@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.attention import Attention
 from moejax.models.config import Architecture, specs
+from moejax.models.gradient_sums import GradientSums, added, without_gradients
 from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, rematerialized, scannable, stack_layers
 from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
@@ -116,6 +117,7 @@ class Decoder(nnx.Module):
             self.head = Linear(keys[2], size, config.vocab_size, param_dtype, scope="head_dequant", axes=("vocab", "embed"))
         self.embed_rows: TokenRows | None = nnx.data(None)
         self.head_rows: TokenRows | None = nnx.data(None)
+        self.gradient_sums: GradientSums | None = None
 
     def __call__(
         self,
@@ -138,14 +140,24 @@ class Decoder(nnx.Module):
                 stack_key = dropout_key if dropout_key is None or number == 0 else jax.random.fold_in(dropout_key, 2**16 + number)
 
                 def body(
-                    x: jax.Array, layer: tuple[nnx.State, jax.Array], layer_of: Any = layer_of, dropout_key: Any = stack_key
+                    x: jax.Array, weights: nnx.State, index: jax.Array, layer_of: Any = layer_of, dropout_key: Any = stack_key
                 ) -> tuple[jax.Array, RouterStats]:
-                    weights, index = layer
                     key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
                     out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat != "full")
                     return out
 
-                x, of_stack = jax.lax.scan(rematerialized(body, remat), x, (state, jnp.arange(stack.repeats)))
+                run = rematerialized(body, remat)
+
+                def step(carry: Any, layer: tuple[nnx.State, jax.Array], body: Any = run) -> Any:
+                    (x, sums), (weights, index) = carry, layer
+                    weights, sums = added(weights, sums, index)
+                    x, of_layer = body(x, weights, index)
+                    return (x, sums), of_layer
+
+                sums = {} if self.gradient_sums is None else self.gradient_sums.of(stack.name, state)
+                (x, sums), of_stack = jax.lax.scan(step, (x, sums), (without_gradients(state, sums), jnp.arange(stack.repeats)))
+                if self.gradient_sums is not None:
+                    self.gradient_sums.put(stack.name, sums)
                 stats.append(of_stack)
         return self.norm(x.astype(self.dtype)), jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *stats)
 

@@ -130,7 +130,10 @@ def breakdown(
     for w in weights:
         by_dtype.update({} if w.adapter else w.parts)
     gradients = sum(w.bytes for w in trained)
-    carried = gradients if t.gradient_accumulation > 1 else 0
+    # Those of layers are added to the sums in place; what stands in no stack, and all that is rounded stochastically, has its own beside.
+    stacks = {stack.name for stack in config.stacks} if t.param_dtype != "bfloat16_stochastic" else set()
+    in_stacks = sum(w.bytes for w in trained if w.module[0] in stacks)
+    carried, beside = (gradients, gradients - in_stacks) if t.gradient_accumulation > 1 else (0, gradients)
     dense = all(block.moe.dense for block in blocks)
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and dense else 0
     experts = sum(w.bytes for w in trained if w.module in config.groups["experts"])
@@ -139,8 +142,8 @@ def breakdown(
     moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
         for part, temporaries in (("experts, backward", block.experts()), ("mixer, backward", block.mixer.backward)):
-            moments.append((part, carried + gradients, sum(held[:number]), temporaries + head))
-    moments.append(("optimizer", carried + gradients, 0, scaled))
+            moments.append((part, carried + beside, sum(held[:number]), temporaries + head))
+    moments.append(("optimizer", gradients, 0, scaled))
     if not step.remat:
         moments.append(("last layer, forward", carried, sum(held), blocks[-1].forward()))
     moment, g, s, temporaries = max(moments, key=lambda m: sum(m[1:]))

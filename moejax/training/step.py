@@ -15,6 +15,7 @@ from flax import nnx
 from moejax.config_preference import PreferenceConfig
 from moejax.data.batch import Batch, PairBatch
 from moejax.models.decoder import load_balancing_loss
+from moejax.models.gradient_sums import GradientSums
 from moejax.models.moe import RouterStats
 from moejax.models.ops.cross_entropy import linear_cross_entropy
 from moejax.training.low_precision import stored_like, widened
@@ -64,11 +65,13 @@ def weight_of(batch: Batch | PairBatch) -> jax.Array:
 
 
 def sums(
-    objective: Objective, trainable: Tree, frozen: Tree, batch: Batch | PairBatch, dropout_key: jax.Array | None
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], RouterStats]]:
+    objective: Objective, trainable: Tree, frozen: Tree, batch: Batch | PairBatch, dropout_key: jax.Array | None,
+    gradient_sums: GradientSums | None = None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], RouterStats]]:  # fmt: skip
     """(what is differentiated, (sums by name, router stats)) of one micro-batch [rows, T], nothing divided yet: the loss, which is
     cross-entropy, and of pairs what `pair_sums` has."""
     model = nnx.merge(objective.graphdef, trainable, frozen)
+    model.gradient_sums = gradient_sums
     if objective.loss is not None:
         total, stats = objective.loss(model, batch, remat=objective.remat, dropout_key=dropout_key)
         return total, ({"loss": total}, stats)
@@ -113,6 +116,18 @@ def make_train_step(
 
         return jax.grad(total, has_aux=True)(trainable)
 
+    def with_gradients(grads: Tree, trainable: Tree, frozen: Tree, micro: Batch, key: jax.Array | None) -> tuple[Tree, Any]:
+        """`grads` and those of a micro-batch, layer by layer in the same place."""
+
+        def total(trainable: Tree, through: Tree) -> Any:
+            gradient_sums = GradientSums(through)
+            total, extra = sums(objective, trainable, frozen, micro, key, gradient_sums)
+            return (total, gradient_sums.tree), extra
+
+        (of_loss, _), pull, extra = jax.vjp(total, trainable, grads, has_aux=True)
+        others, grads = pull((jnp.ones_like(of_loss), grads))  # of what stands in no stack; zeros for what does
+        return jax.tree.map(jnp.add, grads, others), extra
+
     def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step) if objective.dropout else None
         rounding_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ROUNDING), state.step)
@@ -123,11 +138,12 @@ def make_train_step(
             def micro_step(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
                 micro, index = xs
                 micro_key = None if key is None else jax.random.fold_in(key, index)
-                part = gradients(state.trainable, frozen, micro, micro_key)
                 if objective.stochastic:
+                    part = gradients(state.trainable, frozen, micro, micro_key)
                     total = jax.tree.map(jnp.add, widened(carry), widened(part))
                     return stored_like(total, carry, jax.random.fold_in(rounding_key, 1 + index)), None
-                return jax.tree.map(jnp.add, carry, part), None
+                grads, extra = with_gradients(carry[0], state.trainable, frozen, micro, micro_key)
+                return (grads, jax.tree.map(jnp.add, carry[1], extra)), None
 
             # Traced without the backward pass, which takes a start most of its tracing: a gradient has its weight's shape.
             first = jax.tree.map(lambda a: a[0], batch)

@@ -56,6 +56,17 @@ def test_the_step_compiles_and_wastes_nothing(name, gpu, rows, longest, most_pea
 
 
 @needs_aot
+def test_micro_batches_hold_no_second_gradients():
+    """Of rank 64 on seven matrices: layers add theirs to the sums in place."""
+    targets = "adapter.targets=[q_proj,k_proj,v_proj,o_proj,w1,w2,w3]"
+    one, two = (experiment("mixtral_8x7b_cs_sparse", targets, "adapter.rank=64", f"training.gradient_accumulation={n}") for n in (1, 2))
+    architecture = sizes.architecture_of(one)
+    gradients = sum(w.bytes for w in sizes.adapters(one, architecture))
+    peaks = [TrainProgram(e, architecture, gpu="H100").compile(2, 704).peak_bytes for e in (one, two)]
+    assert gradients > 2e8 and peaks[1] - peaks[0] < 0.1 * gradients
+
+
+@needs_aot
 def test_waste_would_be_seen(monkeypatch):
     """As XLA compiles it by itself: it joins products, and copies matrices for it; its loops ask the host."""
     monkeypatch.setattr(program, "GPU_OPTIONS", {})

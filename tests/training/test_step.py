@@ -69,6 +69,43 @@ def test_micro_batches_are_one_batch(clip_norm, parts):
         assert_close_to_largest(ours - before, np.asarray(theirs - before), 1e-4, "update")
 
 
+def _once(model, batch, **passed):
+    hidden, stats = model(batch.tokens, batch.segment_ids, batch.positions, **passed)
+    return jnp.sum(jnp.square(hidden) * batch.loss_mask[..., None]), stats
+
+
+def _twice(model, batch, **passed):
+    (first, _), (second, stats) = (_once(model, batch, **passed) for _ in range(2))
+    return first * second**0.5, stats
+
+
+def _inside(model, batch, **passed):
+    return jax.checkpoint(lambda batch: _once(model, batch, **passed))(batch)
+
+
+def _of_a_copy(model, batch, **passed):
+    return _once(nnx.merge(*nnx.split(model)), batch, **passed)
+
+
+@pytest.mark.parametrize("loss", [_once, _twice, _inside, _of_a_copy])
+def test_gradients_add_up_whatever_a_loss_does_with_the_model(loss, parts):
+    """A pass in which layers add their gradients to the sums of the step, two of them, none."""
+    run = stepper(parts, optax.sgd(RATE), loss=loss)
+    first, second = (assemble([[query]], 1, 16) for query in queries(16, 9))
+    whole = stepper(parts, optax.sgd(RATE), loss=lambda model, batch, **passed: _sum_of(loss, model, batch, **passed))
+    apart, metrics = run(stack([first, second], 2))
+    together, expected = whole(stack([assemble([[query] for query in queries(16, 9)], 2, 16)], 1))
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    for before, ours, theirs in zip(*map(jax.tree.leaves, (parts[1], apart, together)), strict=True):
+        assert_close_to_largest(ours - before, np.asarray(theirs - before), 1e-4, "update")
+
+
+def _sum_of(loss, model, batch, **passed):
+    """Of every row by itself."""
+    found = [loss(model, jax.tree.map(lambda a, i=i: a[i : i + 1], batch), **passed) for i in range(2)]
+    return found[0][0] + found[1][0], jax.tree.map(jnp.add, found[0][1], found[1][1])
+
+
 def test_an_empty_micro_batch_changes_nothing(parts):
     """An epoch's last step is filled up with some."""
     micro = assemble([[query] for query in queries(16, 9)], 2, 16)
