@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,19 @@ from typing import Any
 from moejax.models.ops import choice
 
 ROOT = Path(__file__).parent.parent
+
+
+def parsed(parser: argparse.ArgumentParser, dtype: str) -> argparse.Namespace:
+    """The command line, with what every measurement takes. dtype: where it says none."""
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="a small shape, in seconds")
+    parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.update and options.out is None:
+        parser.error("--update needs --out: the table names the file with the seconds")
+    return options
 
 
 def update(operation: str, kind: str, entries: list[dict[str, Any]], source: Path) -> None:

@@ -241,6 +241,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     drawing.savefig(path, dpi=130)
 
 
+@kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
@@ -250,18 +251,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-curves.json")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        pythons = torch_run.references(options, {CASES[name][1] for name in options.only})
-        results = json.loads(options.out.read_text())["cases"] if options.out.exists() else {}
-        for name in options.only:
-            results[name] = run_case(name, options.steps, pythons[CASES[name][1]], options.runs)
-            print(say(name, results[name]), flush=True)
-            ordered = {name: results[name] for name in CASES if name in results}
-            report = kept.about("make curves", device=cpu_name(), tolerance=TOLERANCE, cases=ordered)
-            options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    pythons = torch_run.references(options, {CASES[name][1] for name in options.only})
+    results = json.loads(options.out.read_text())["cases"] if options.out.exists() else {}
+    for name in options.only:
+        results[name] = run_case(name, options.steps, pythons[CASES[name][1]], options.runs)
+        print(say(name, results[name]), flush=True)
+        ordered = {name: results[name] for name in CASES if name in results}
+        report = kept.about("make curves", device=cpu_name(), tolerance=TOLERANCE, cases=ordered)
+        options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
     figure(results, ROOT / "docs" / "frameworks" / "curves.png")
     between(ROOT / "docs" / "frameworks.md", "curves", table(results))
     # What parts although PyTorch stays beside itself is no rounding.

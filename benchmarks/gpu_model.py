@@ -216,6 +216,7 @@ def shape(text: str, experiment: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+@kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=["configs/mixtral_8x7b_cs_sparse.yaml"])
@@ -229,24 +230,20 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_intermixed_args()
     report = kept.about(versions=installation.versions(), steps=[])
-    try:
-        for path, gpu in itertools.product(options.config, options.gpu.split(",")):
-            for remat in options.remat.split(",") if options.remat else [None]:
-                chosen = [] if remat is None else [f"training.remat={remat}"]
-                experiment = config.load(path, [*options.overrides, *chosen])
-                for text in options.shapes.split(","):
-                    told, counts, executable = compiled(experiment, gpu, *shape(text, experiment), options.even)
-                    print(json.dumps(told), flush=True)
-                    if options.stages:
-                        for name, seconds in sorted(counts.stages.items(), key=lambda item: -item[1])[:25]:
-                            print(f"  {1e3 * seconds:9.2f} ms  {name}")
-                    report["steps"].append(told)
-                    kept.write(options.out, report)
-        if options.dump:
-            options.dump.write_text(executable.as_text())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for path, gpu in itertools.product(options.config, options.gpu.split(",")):
+        for remat in options.remat.split(",") if options.remat else [None]:
+            chosen = [] if remat is None else [f"training.remat={remat}"]
+            experiment = config.load(path, [*options.overrides, *chosen])
+            for text in options.shapes.split(","):
+                told, counts, executable = compiled(experiment, gpu, *shape(text, experiment), options.even)
+                print(json.dumps(told), flush=True)
+                if options.stages:
+                    for name, seconds in sorted(counts.stages.items(), key=lambda item: -item[1])[:25]:
+                        print(f"  {1e3 * seconds:9.2f} ms  {name}")
+                report["steps"].append(told)
+                kept.write(options.out, report)
+    if options.dump:
+        options.dump.write_text(executable.as_text())
     return 0
 
 

@@ -24,11 +24,11 @@ os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import choices
 import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
-from choices import update
 from clock import difference, in_turn
 
 from moejax.models.moe import GATED
@@ -176,14 +176,7 @@ def main() -> int:
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     parser.add_argument("--shapes", default=SHAPES[platform], help="comma-separated TOKENSxHIDDENxINTERMEDIATE[xEXPERTSxK]")
     parser.add_argument("--storage", default="array,nf4-double", help="comma-separated: array, nf4, nf4-double")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32" if platform == "cpu" else "bfloat16")
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
-    parser.add_argument("--out", type=Path)
-    o = parser.parse_args()
-    if o.update and o.out is None:
-        parser.error("--update needs --out: the table names the file with the seconds")
+    o = choices.parsed(parser, "float32" if platform == "cpu" else "bfloat16")
     kind = choice.here()
     result = kept.about(device=kind, cores=os.cpu_count(), cases=[])
     for storage in o.storage.split(","):
@@ -196,7 +189,7 @@ def main() -> int:
                 print(f"  {name:<24} {1e3 * median:9.3f} ms, {case['of_dense'][name]:5.2f} of dense, {rate:8.1f} GFLOP/s", flush=True)
             kept.write(o.out, result)
     if o.update:
-        update("grouped", kind, [c["entry"] for c in result["cases"]], o.out)
+        choices.update("grouped", kind, [c["entry"] for c in result["cases"]], o.out)
     return 0
 
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from moejax.errors import UserError
 from moejax.files import replace_text
+
+
+def refusing(main: Callable[[], int]) -> Callable[[], int]:
+    """`main`, with a mistake of the user's told in one message: exit code 2."""
+
+    @functools.wraps(main)
+    def guarded() -> int:
+        try:
+            return main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return guarded
 
 
 def about(command: str | None = None, **more: Any) -> dict[str, Any]:

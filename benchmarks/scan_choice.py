@@ -22,10 +22,10 @@ from typing import Any
 os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import choices
 import jax
 import jax.numpy as jnp
 import kept
-from choices import update
 from clock import copy_rate, difference, in_turn
 
 from moejax.models.ops import choice
@@ -105,14 +105,7 @@ def main() -> int:
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     parser.add_argument("--cases", default=CASES[platform], help="comma-separated ROWSxLENGTHxCHANNELS")
     parser.add_argument("--chunks", default=CHUNKS[platform])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="a small layer, for a CPU")
-    parser.add_argument("--update", action="store_true", help="write the winners into the table; needs --out")
-    parser.add_argument("--out", type=Path)
-    o = parser.parse_args()
-    if o.update and o.out is None:
-        parser.error("--update needs --out: the table names the file with the seconds")
+    o = choices.parsed(parser, "float32")
     cases, chunks = ("2x64x32", "16") if o.tiny else (o.cases, o.chunks)
     rate = copy_rate(1 << 22 if o.tiny else 1 << 30)
     report = kept.about(device=choice.here(), cores=os.cpu_count(), copy_bytes_per_second=rate, cases=[], entries=[])
@@ -126,7 +119,7 @@ def main() -> int:
             print(f"  {row['form']:<20} {row['chunk'] or '':>4} {cost}", flush=True)
         kept.write(o.out, report)
     if o.update:
-        update("scan", report["device"], report["entries"], o.out)
+        choices.update("scan", report["device"], report["entries"], o.out)
     return 0
 
 

@@ -30,7 +30,6 @@ from curves import between
 from moejax import config as configuration
 from moejax.commands import breakdown
 from moejax.device import cpu_name
-from moejax.errors import UserError
 from moejax.profiling import schema
 from moejax.profiling.bars import Bars, draw, study, takeaways
 from moejax.profiling.scopes import OUTSIDE
@@ -117,6 +116,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, *ratios(results)]) + "\n"
 
 
+@kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="these runs; none named: the table again")
@@ -125,21 +125,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{time.strftime('%Y-%m-%d')}-side-by-side.json")
     options = parser.parse_args()
     results = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.exists() else {}
-    try:
-        pythons = torch_run.references(options, {RUNS[n][1] for n in options.only})
-        for name in options.only:
-            folders = profile(name, pythons, options.runs)
-            ours, theirs = (breakdown.load(folder) for folder in folders)
-            results[name] = {"moejax": described(folders[0], ours.bars), "pytorch": described(folders[1], theirs.bars)}
-            draw([ours.bars, theirs.bars, *beside(name)], options.runs / "figures" / name)
-            if name == "mixtral-sparse":
-                shutil.copy(options.runs / "figures" / name / "moe_kernels.png", ROOT / "docs" / "frameworks")
-            print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)
-            results = {n: results[n] for n in RUNS if n in results}
-            kept.write(options.out, kept.about("make frameworks", device=cpu_name(), runs=results))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    pythons = torch_run.references(options, {RUNS[n][1] for n in options.only})
+    for name in options.only:
+        folders = profile(name, pythons, options.runs)
+        ours, theirs = (breakdown.load(folder) for folder in folders)
+        results[name] = {"moejax": described(folders[0], ours.bars), "pytorch": described(folders[1], theirs.bars)}
+        draw([ours.bars, theirs.bars, *beside(name)], options.runs / "figures" / name)
+        if name == "mixtral-sparse":
+            shutil.copy(options.runs / "figures" / name / "moe_kernels.png", ROOT / "docs" / "frameworks")
+        print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)
+        results = {n: results[n] for n in RUNS if n in results}
+        kept.write(options.out, kept.about("make frameworks", device=cpu_name(), runs=results))
     between(ROOT / "docs" / "frameworks.md", "shares", table(results))
     return 0
 

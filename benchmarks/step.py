@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,14 @@ from floors import model_flops
 from moejax import config as configuration
 from moejax import device as machine
 from moejax.config import Experiment
-from moejax.data.batch import Batch, segment_lengths
+from moejax.data.batch import segment_lengths
 from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import weights
 from moejax.hub.model import architecture, create_model
-from moejax.profiling import breakdown, xplane
+from moejax.profiling.capture import broken_down
 from moejax.training.program import TrainProgram
 
 RANDOM = [
@@ -91,19 +90,6 @@ def rates(dtype: str) -> dict[str, Any]:
     return {"device": device.device_kind, "platform": device.platform} | reached
 
 
-def traced(program: TrainProgram, batch: Batch) -> breakdown.Breakdown:
-    """The breakdown of one step."""
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level, options.python_tracer_level = 1, 0
-    with tempfile.TemporaryDirectory() as folder:
-        with (
-            jax.profiler.trace(folder, profiler_options=options),
-            jax.profiler.StepTraceAnnotation("train", step_num=1),
-        ):
-            jax.block_until_ready((program.step(batch), program.state))
-        return breakdown.analyze(xplane.read(xplane.find(Path(folder))))
-
-
 def run_case(experiment: Experiment, steps: int, trace: bool) -> dict[str, Any]:
     """Compile, run and time one case; with `trace`, where the time of one more step goes, in seconds."""
     server = Server(experiment, random=True, traced=trace)
@@ -114,7 +100,8 @@ def run_case(experiment: Experiment, steps: int, trace: bool) -> dict[str, Any]:
     result["peak_flops"] = {"value": peak, "source": source}
     result["model_flop_utilization"] = model_flops(experiment) / result["median"] / peak
     if trace:
-        b = traced(server.program, jax.device_put(server.batch))
+        batch = jax.device_put(server.batch)
+        b = broken_down(1, lambda _: jax.block_until_ready((server.program.step(batch), server.program.state)))
         result["trace"] = {
             "step_seconds": b.step_seconds, "busy_seconds": b.busy_seconds, "attributed": b.attributed, "phases": b.phases,
             "stages": b.sums("stage"), "unnamed": b.unnamed[:5],

@@ -281,6 +281,7 @@ def measure(name: str, settings: Settings, gpu: gpus.GPU | None, begin: Callable
     return result | {"times_as_fast": times_as_fast(result)}
 
 
+@kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="; ".join([*CPU_CASES, *CASES]))
@@ -296,27 +297,23 @@ def main() -> int:
     options = parser.parse_args()
     known, on_cpu = CPU_CASES if options.cpu else CASES, options.cpu or options.tiny
     names = options.cases or list(known)
-    try:
-        if strange := [name for name in names if name not in known]:
-            raise UserError(f"--cases {strange[0]!r}: with{'' if options.cpu else 'out'} --cpu expected {'; '.join(known)}")
-        if options.most_rows < options.rows:
-            raise UserError(f"--most-rows {options.most_rows}: expected at least --rows ({options.rows})")
-        pythons = torch_run.references(options, {known[name].stack for name in names})
-        kind = cpu_name() if on_cpu else device()
-        gpu = None if on_cpu else gpus.of_device_kind(kind)
-        arguments = ["--scan", options.scan, "--device", "cpu" if on_cpu else "cuda"]
-        settings = Settings(
-            on_cpu, options.tiny, options.steps, options.seq_len, options.rows, options.most_rows, pythons, arguments
-        )
-        report = kept.about(device=kind, formula=FORMULA, cases={})
-        for name in names:
-            found = report["cases"][name] = measure(name, settings, gpu)
-            ratios = (f"moejax is {times:.2f} times as fast ({batch})" for batch, times in found["times_as_fast"].items())
-            print(f"{name}: {', '.join(ratios) or 'not compared'}", flush=True)
-            kept.write(options.out, report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if strange := [name for name in names if name not in known]:
+        raise UserError(f"--cases {strange[0]!r}: with{'' if options.cpu else 'out'} --cpu expected {'; '.join(known)}")
+    if options.most_rows < options.rows:
+        raise UserError(f"--most-rows {options.most_rows}: expected at least --rows ({options.rows})")
+    pythons = torch_run.references(options, {known[name].stack for name in names})
+    kind = cpu_name() if on_cpu else device()
+    gpu = None if on_cpu else gpus.of_device_kind(kind)
+    arguments = ["--scan", options.scan, "--device", "cpu" if on_cpu else "cuda"]
+    settings = Settings(
+        on_cpu, options.tiny, options.steps, options.seq_len, options.rows, options.most_rows, pythons, arguments
+    )
+    report = kept.about(device=kind, formula=FORMULA, cases={})
+    for name in names:
+        found = report["cases"][name] = measure(name, settings, gpu)
+        ratios = (f"moejax is {times:.2f} times as fast ({batch})" for batch, times in found["times_as_fast"].items())
+        print(f"{name}: {', '.join(ratios) or 'not compared'}", flush=True)
+        kept.write(options.out, report)
     print(f"\n{table(report)}\n\n{FORMULA}.")
     return int(options.cpu and any("error" in cell for case in report["cases"].values() for cell in case["same batch"].values()))
 

@@ -18,9 +18,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "pytorch")]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "pytorch")]
 
 import contract
+import kept
 
 from moejax import config as configuration
 from moejax.config import Experiment
@@ -87,6 +88,7 @@ def train(handover: Path, stack: str, folder: Path, python: Path, arguments: Seq
         schema.read(folder)  # it must hold to the contract
 
 
+@kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="experiment in YAML (see configs/)")
@@ -100,15 +102,11 @@ def main() -> int:
     arguments = ["--base", options.base]
     arguments += ["--profile"] if options.profile else []
     arguments += ["--device", options.device] if options.device else []
-    try:
-        load = configuration.load_profiled if options.profile else configuration.load
-        experiment = load(options.config, options.overrides)
-        folder = Path(experiment.runs_dir) / f"{experiment.name}-{options.stack}"
-        python = references(options, [options.stack])[options.stack]
-        run(experiment, options.stack, folder, python, arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    load = configuration.load_profiled if options.profile else configuration.load
+    experiment = load(options.config, options.overrides)
+    folder = Path(experiment.runs_dir) / f"{experiment.name}-{options.stack}"
+    python = references(options, [options.stack])[options.stack]
+    run(experiment, options.stack, folder, python, arguments)
     print(f"everything is in {folder}")
     return 0
 

@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-
+from moejax.config_values import Names, Section
 from moejax.errors import UserError
 
 Part = Literal["data", "evaluation", "questions", "tokenizer", "adapter", "base", "steps"]
@@ -19,11 +18,7 @@ _TOKENIZER_FILES = (
 _OF_BASE = {"base_config": "config.json and generation_config.json", "base_files": "names, sizes and index of its files"}
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class MadeOf(BaseModel):
+class MadeOf(Section):
     """SHA-256 of contents, in hexadecimal; null: there is none, or it is not known. Written by the run, in its config.yaml.
 
     data, evaluation: the records as they were read, in order; questions: those of `eval.data`; tokenizer, adapter: their files;
@@ -31,8 +26,6 @@ class MadeOf(BaseModel):
     weights as they are stored in memory, on `platform`. steps: of the whole run. changed: what a resumed run went on with instead, where
     it was asked to.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     data: str | None = None
     evaluation: str | None = None
@@ -44,7 +37,7 @@ class MadeOf(BaseModel):
     base: str | None = None
     platform: str | None = None
     steps: int | None = None
-    changed: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = Field(default=())
+    changed: Names = ()
 
     def differences(self, now: MadeOf) -> dict[str, str]:
         """Part -> both contents, of those that are known on both sides and differ."""

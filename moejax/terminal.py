@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import rich.console
@@ -14,11 +16,13 @@ class Console(rich.console.Console):
     """rich's console for texts, names and paths that others wrote: `[/b]` or `:apple:` in one of them is no markup, in tables neither.
 
     What is to be coloured is a `rich.text.Text`: rich's search for numbers and names takes hours in a text of a million letters.
-    A reader that goes away (`| head`) ends nothing: the rest is done and not shown.
+    A reader that goes away (`| head`) ends nothing: the rest is done and not shown. wide: characters of a line where standard output is no
+    terminal, and COLUMNS does not say.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**({"markup": False, "emoji": False, "highlight": False} | settings))
+    def __init__(self, wide: int | None = None, **settings: Any) -> None:
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else wide
+        super().__init__(**({"markup": False, "emoji": False, "highlight": False, "width": width} | settings))
 
     def on_broken_pipe(self) -> None:
         silence()

@@ -30,6 +30,11 @@ from moejax.training.step import Objective, sums
 ROOT = Path(__file__).parent.parent
 VECTORS = ROOT / "tests" / "vectors"
 SHARED = ROOT.parent / "shared"
+EXPERIMENTS = (
+    "largest_batch", "stages", "layers", "kernels", "throughput", "utilization", "expert_load", "length", "fit_batch", "fit_throughput",
+    "cost",
+)  # fmt: skip
+"""Of a whole study: a section of its page each."""
 
 
 def read_vectors(name):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         json.dump([as_dict(r) for r in loaded], sys.stdout, indent=1)
         print()
         return 0
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    console = Console(WIDE)
     for r in loaded:
         _print(r, console)
     console.print(_takeaways(bars))

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     given = shared.asked(options)
-    made = plan.plan(
-        *given, budget_usd=options.budget, deadline_hours=options.deadline, spot=options.spot, room=shared.room_of(options)
-    )
+    made = plan.plan(given, budget_usd=options.budget, deadline_hours=options.deadline)
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
     if options.budget is not None:
         answers[f"fastest under {options.budget:,.10g} USD"] = made.fastest_under_budget

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from moejax import gpus
 from moejax.commands.arguments import add_old, check_counts, names_of
@@ -15,7 +15,7 @@ from moejax.errors import UserError
 from moejax.estimator import coefficients, lengths, plan, prices, published, roofline, room
 from moejax.estimator.coefficients import Entry
 from moejax.estimator.job import Job
-from moejax.estimator.plan import Prediction
+from moejax.estimator.plan import Asked, Prediction
 from moejax.estimator.prices import Price
 from moejax.estimator.room import Room
 from moejax.estimator.units import counted
@@ -26,16 +26,6 @@ EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
 
-class Asked(NamedTuple):
-    """What is predicted: in the order in which `plan.plan` and `plan.predict_all` take it."""
-
-    job: Job
-    gpus: list[GPU]
-    entries: tuple[Entry, ...]  # of the software whose times are predicted
-    offers: tuple[Price, ...]
-    table: dict[str, GPU]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_arguments(parser)
     parser.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help=f"GPUs by name, e.g. A40,A100-80,H100, or `{HERE}`")
@@ -44,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     given = asked(options)
-    found, left_out = plan.predict_all(*given, batch=options.batch, spot=options.spot, room=room_of(options))
+    found, left_out = plan.predict_all(given, options.batch)
     if options.json:
         print_json(facts(options, given) | {
             "predictions": [dataclasses.asdict(p) for p in found], "left_out": {gpu: str(why) for gpu, why in left_out.items()},
@@ -87,7 +77,7 @@ def asked(options: argparse.Namespace) -> Asked:
     offers = prices.load(options.prices, table)
     if options.spot and not any(price.spot for price in offers):
         raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
-    return Asked(job, gpus_of(options, table), entries, offers, table)
+    return Asked(job, gpus_of(options, table), entries, offers, table, options.spot, room_of(options))
 
 
 def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moejax.commands.arguments import check_counts
-from moejax.errors import UserError
+from moejax.errors import UserError, out_of_memory
 from moejax.runtime import prepare_jax_for
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints accuracy, interval and speed; writes predictions.jsonl and result.json to --out or RUN/eval/TASK (see `larger`)."""
     prepare_jax_for(options.run)
-    import jax
     from rich.progress import Progress
 
     from moejax.evaluation.evaluate import evaluate, prompts_of, write
@@ -53,19 +52,13 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: the answers could not be kept there") from None
     model = make()
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    full = out_of_memory(lambda why: f"out of memory: {why}. Lower --rows ({options.rows}) or --max-new-tokens ({new})")
+    with Progress(console=Console(stderr=True), transient=True) as bars, full:
         bar = bars.add_task(task.name, total=len(examples))
-        try:
-            result = evaluate(
-                model, tokenizer, task, examples, max_new_tokens=new, rows=options.rows, template=template, ends=ends,
-                progress=lambda done, total: bars.update(bar, completed=done, total=total),
-            )  # fmt: skip
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"out of memory: {str(error).splitlines()[0]}. Lower --rows ({options.rows}) or --max-new-tokens ({new})"
-            ) from error
+        result = evaluate(
+            model, tokenizer, task, examples, max_new_tokens=new, rows=options.rows, template=template, ends=ends,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )  # fmt: skip
     try:
         write(result, out)
     finally:  # a disk that is full does not cost the result

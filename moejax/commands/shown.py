@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ class Shown(Listener):
     def out(self) -> Any:
         from moejax.terminal import Console
 
-        return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+        return Console(WIDE)
 
     @cached_property
     def beside(self) -> Any:

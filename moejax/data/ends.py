@@ -37,14 +37,13 @@ def ends_of(tokenizer: Any, template: str, folder: Path | None = None) -> Ends:
         elif template in ("chat", "chatml"):
             text = end
     for name in ("generation_config.json", "config.json"):
-        ids += _named(folder / name) if folder is not None else []
+        if folder is not None and (folder / name).is_file():
+            ids += named(read_json(folder / name))
     return Ends(tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None)), text)
 
 
-def _named(path: Path) -> list[int]:
-    """eos_token_id of a config: a number, or several."""
-    if not path.is_file():
-        return []
-    found = read_json(path).get("eos_token_id")
+def named(config: dict[str, Any]) -> list[int]:
+    """eos_token_id of a config: none, a number, or several."""
+    found = config.get("eos_token_id")
     several = found if isinstance(found, list) else [found]
     return [id_ for id_ in several if isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0]

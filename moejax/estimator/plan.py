@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,23 +119,27 @@ def predict(
     )
 
 
-def predict_all(
-    job: Job,
-    gpus: Sequence[GPU],
-    entries: Sequence[Entry],
-    prices: Sequence[Price],
-    table: dict[str, GPU],
-    *,
-    batch: int | None = None,
-    spot: bool = False,
-    room: Room = EQUATION_1,
-) -> tuple[list[Prediction], dict[str, DoesNotFit]]:
+class Asked(NamedTuple):
+    """A job on each of these GPUs. entries: of the software whose times are predicted; offers: prices, of which those on demand count, or
+    the `spot` ones; table: GPUs that may be named where one does not do."""
+
+    job: Job
+    gpus: Sequence[GPU]
+    entries: Sequence[Entry]
+    offers: Sequence[Price]
+    table: dict[str, GPU]
+    spot: bool = False
+    room: Room = EQUATION_1
+
+
+def predict_all(asked: Asked, batch: int | None = None) -> tuple[list[Prediction], dict[str, DoesNotFit]]:
     """(each GPU at its lowest price, the GPUs that do not do and why). Raises UserError where none does."""
     found: list[Prediction] = []
     left_out: dict[str, DoesNotFit] = {}
+    job, gpus, entries, offers, table, spot, room = asked
     for gpu in gpus:
         try:
-            price = cheapest(prices, gpu.name, spot=spot)
+            price = cheapest(offers, gpu.name, spot=spot)
             found.append(predict(job, gpu, entries, table, batch=batch, price=price, room=room))
         except DoesNotFit as error:
             left_out[gpu.name] = error
@@ -157,23 +162,12 @@ class Plan:
     cheapest_by_deadline: Prediction | None
 
 
-def plan(
-    job: Job,
-    gpus: Sequence[GPU],
-    entries: Sequence[Entry],
-    prices: Sequence[Price],
-    table: dict[str, GPU],
-    *,
-    budget_usd: float | None = None,
-    deadline_hours: float | None = None,
-    spot: bool = False,
-    room: Room = EQUATION_1,
-) -> Plan:
+def plan(asked: Asked, *, budget_usd: float | None = None, deadline_hours: float | None = None) -> Plan:
     """Every GPU at its fastest batch and lowest price. Raises UserError for a budget or deadline that is not positive."""
     for name, value in (("budget", budget_usd), ("deadline", deadline_hours)):
         if value is not None and not value > 0:
             raise UserError(f"{name} = {value:g}: expected more than 0")
-    options, left_out = predict_all(job, gpus, entries, prices, table, spot=spot, room=room)
+    options, left_out = predict_all(asked)
 
     def dollars(p: Prediction) -> float:
         return math.inf if p.usd is None else p.usd

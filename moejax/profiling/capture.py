@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from moejax import installation
 from moejax.errors import UserError, first_line
+from moejax.profiling import xplane
+from moejax.profiling.breakdown import Breakdown, analyze
 
 STEP_NAME = "train"  # TensorBoard's name for the step markers
 
@@ -70,6 +73,16 @@ class Capture:
         options.python_tracer_level = 0  # every Python call: large files, and nothing that is asked here
         jax.profiler.start_trace(str(self.folder), profiler_options=options)
         self._tracing = True
+
+
+def broken_down(steps: int, run: Callable[[int], object]) -> Breakdown:
+    """The breakdown of so many steps, of a program that was compiled for a trace. run: makes a step and waits for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        capture = Capture(Path(folder), 1, steps, after=-1)
+        for number in range(steps):
+            with capture.step(number + 1):
+                run(number)
+        return analyze(xplane.read(xplane.find(Path(folder))))
 
 
 def compile_profiled(lowering: Any, options: dict[str, str | bool] | None = None) -> Any:

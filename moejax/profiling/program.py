@@ -24,7 +24,7 @@ from moejax.profiling.xplane import MESSAGES
 
 CONTAINERS = frozenset({"while", "call", "conditional", "async-start", "async-done", "async-update"})
 """What only runs other instructions: no work of their own."""
-_FREE = frozenset(
+FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id", "replica-id"}
 )
 _HEAVY = frozenset({"dot", "convolution", "custom-call", "sort", "scatter", "reduce-window", "select-and-scatter", "fft"})
@@ -134,7 +134,7 @@ class Program:
                 frontier = [n for i in frontier for n in neighbours(i) if n.id not in seen]
                 seen.update(i.id for i in frontier)
                 for found in frontier:
-                    own = self._own(found) if found.opcode not in _FREE else {}
+                    own = self._own(found) if found.opcode not in FREE else {}
                     if own:
                         return own
         caller = self._callers.get(self._home[instruction.id])
@@ -153,7 +153,7 @@ class Program:
 
     def _weight(self, i: Any) -> float:
         """Share of a fusion's time that an instruction in it takes, in elements."""
-        if i.opcode in _FREE or i.opcode in ("broadcast", "fusion", "iota", "reshape"):
+        if i.opcode in FREE or i.opcode in ("broadcast", "fusion", "iota", "reshape"):
             return 0.0
         if i.opcode in ("dot", "convolution"):
             return max(self.flops_of(i), 1.0)
@@ -172,7 +172,7 @@ class Program:
             return self._library_flops(i)
         if i.opcode in ("reduce", "reduce-window"):
             return float(sum(elements(o.shape) for o in self._operands(i)) / 2)
-        if i.opcode in _FREE or i.opcode in _MOVES or i.opcode in CONTAINERS or i.opcode in ("convert", "compare", "select", "sort"):
+        if i.opcode in FREE or i.opcode in _MOVES or i.opcode in CONTAINERS or i.opcode in ("convert", "compare", "select", "sort"):
             return 0.0
         return float(elements(i.shape))
 
@@ -190,7 +190,7 @@ class Program:
 
     def bytes_of(self, i: Any) -> float:
         """Bytes that one execution must read and write: of what is sliced, the slice; of what is updated in place, the update."""
-        if i.opcode in _FREE or i.opcode in CONTAINERS:
+        if i.opcode in FREE or i.opcode in CONTAINERS:
             return 0.0
         if i.opcode == "fusion":
             return self._fusion_bytes(i)
@@ -227,7 +227,7 @@ class Program:
 
     def written(self, i: Any) -> float:
         """Bytes that one execution writes; of an update in place, the update."""
-        if i.opcode in _FREE or i.opcode in CONTAINERS:
+        if i.opcode in FREE or i.opcode in CONTAINERS:
             return 0.0
         if i.opcode == "fusion":
             body = self.computations[i.called_computation_ids[0]]
@@ -297,16 +297,9 @@ class Program:
             return outer * trips(caller.metadata.op_name, None)
         if caller.opcode == "conditional" and trips is not None:
             return outer * trips(caller.metadata.op_name, list(caller.called_computation_ids).index(called))
-        body = [i for i in self.computations[called].instructions if i.opcode not in _FREE]
+        body = [i for i in self.computations[called].instructions if i.opcode not in FREE]
         seen = [events_per_run[i.name] for i in body if i.name in events_per_run]
         return statistics.median(seen) if seen else 0.0
-
-    def launches(self, trips: Trips | None = None) -> float:
-        """Instructions that a device is given in one run of the program: kernels, library calls, copies."""
-        return sum(
-            count * sum(i.opcode not in CONTAINERS | _FREE for i in self.computations[computation].instructions)
-            for computation, count in self.executions({}, trips).items()
-        )
 
     def costs(self, events_per_run: Mapping[str, float], trips: Trips | None = None) -> dict[Place, Cost]:
         """FLOPs and bytes of one run of the program, by place; a fusion's are split as its time is, its FLOPs where they arise."""
@@ -315,7 +308,7 @@ class Program:
             for i in self.computations[computation].instructions:
                 moved = self.bytes_of(i)
                 parts = list(self._fused(i)) if i.opcode == "fusion" else [i]
-                shares = self._shares_of(i) if moved or any(p.opcode not in _FREE for p in parts) else {}
+                shares = self._shares_of(i) if moved or any(p.opcode not in FREE for p in parts) else {}
                 for where, share in shares.items():
                     total[where] += Cost(0.0, moved * share * count)
                 for p in parts:

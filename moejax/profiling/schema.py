@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from moejax.config_values import Section
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.files import replace_text
@@ -22,11 +23,7 @@ Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Device(_Section):
+class Device(Section):
     """peaks_measured: the two peaks were measured by a matmul and a copy on this machine (else they are the data sheet's)."""
 
     name: str
@@ -36,7 +33,7 @@ class Device(_Section):
     peaks_measured: bool | None
 
 
-class ModelCounts(_Section):
+class ModelCounts(Section):
     """Parameters. total and active (met by one token) without adapters; trainable: what the optimizer changes."""
 
     name: str
@@ -45,7 +42,7 @@ class ModelCounts(_Section):
     params_trainable: Count | None
 
 
-class Moe(_Section):
+class Moe(Section):
     """backend: how the experts' matmuls are done ("loop", "dense", …)."""
 
     experts: Count
@@ -53,7 +50,7 @@ class Moe(_Section):
     backend: str | None
 
 
-class Batch(_Section):
+class Batch(Section):
     """One optimizer step, all micro-batches together; means over the traced steps. tokens: computed ones, padding included."""
 
     batching: Literal["pad_longest", "pad_bucket", "pack", "fixed"]
@@ -65,7 +62,7 @@ class Batch(_Section):
     supervised_tokens: Amount | None
 
 
-class StepSeconds(_Section):
+class StepSeconds(Section):
     """Of n steps that were not traced."""
 
     median: Amount | None
@@ -74,7 +71,7 @@ class StepSeconds(_Section):
     n: Count
 
 
-class Memory(_Section):
+class Memory(Section):
     """compiler_peak: of the compiled step, arguments included. measured_peak: the allocator's, or a CPU process's resident memory."""
 
     compiler_peak_bytes: Count | None
@@ -83,7 +80,7 @@ class Memory(_Section):
     temporaries_bytes: Count | None
 
 
-class Phases(_Section):
+class Phases(Section):
     """Seconds per step."""
 
     forward: Amount | None
@@ -94,14 +91,14 @@ class Phases(_Section):
     idle: Amount | None
 
 
-class Cost(_Section):
+class Cost(Section):
     """What a scope's instructions do in one step."""
 
     flops: Amount | None
     bytes: Amount | None
 
 
-class StepProfile(_Section):
+class StepProfile(Section):
     """The contract. layers, moe_kernels: seconds per step by scope; expert_load: tokens per expert by layer."""
 
     schema_version: Literal[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Experiment
-from moejax.data.ends import ends_of
+from moejax.data.ends import ends_of, named
 from moejax.data.tokenizer import load_tokenizer, save_tokenizer
 from moejax.documents import read_json
 from moejax.hub.save import write_json
@@ -24,7 +24,7 @@ def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> Non
     ours, config = read_json(path, remedy=AGAIN), read_json(folder / "config.json", remedy=AGAIN)
     carried = None if base is None else base / path.name
     theirs = read_json(carried, remedy=AGAIN) if carried is not None and carried.is_file() else {}
-    ids = dict.fromkeys([*_named(config), *_named(theirs)])
+    ids = dict.fromkeys([*named(config), *named(theirs)])
     if tokenizer is not None:
         if not tokenizer.chat_template and base is not None and (base / "tokenizer.json").is_file():
             other = load_tokenizer(str(base))
@@ -32,9 +32,9 @@ def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> Non
                 tokenizer.chat_template = other.chat_template
         save_tokenizer(tokenizer, folder)
         ids = dict.fromkeys([*ends_of(tokenizer, template).ids, *ids])
-    ends = list(ids) or _named(ours)
+    ends = list(ids) or named(ours)
     content = ours | theirs | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-    if ends != _named(config):
+    if ends != named(config):
         content.pop("_from_model_config", None)  # by that transformers would take config.json for the truth
     write_json(path, content)
 
@@ -43,9 +43,3 @@ def carry_added_tokens(folder: Path, experiment: Experiment, tokenizer: Any) -> 
     """Write the tokenizer next to an adapter in `folder`, where the run added tokens to it. Raises OSError where it cannot be written."""
     if experiment.added_tokens and tokenizer is not None:
         save_tokenizer(tokenizer, folder)
-
-
-def _named(config: dict[str, Any]) -> list[int]:
-    """eos_token_id of a config: none, a number, or several."""
-    found = config.get("eos_token_id")
-    return [] if found is None else found if isinstance(found, list) else [found]

@@ -1,9 +1,7 @@
-"""How a run's experts are multiplied, and by what it attends: said at its start. And what a compiled step costs with a given routing: FLOPs
-and bytes, counted from its instructions; no clock, no trace, no device."""
+"""How a run's experts are multiplied, and by what it attends: said at its start. And how often a compiled step's loops over them run with a
+given routing."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +12,7 @@ from moejax.models.config import Architecture
 from moejax.models.ops import flash
 from moejax.models.ops.choice import here, measured, memory_here
 from moejax.models.ops.grouped.matmul import Plan, choose
-from moejax.profiling.program import Cost, Program, Trips, module_of
-from moejax.profiling.scopes import Place
+from moejax.profiling.program import Trips
 
 
 def plan(experiment: Experiment, config: Architecture, tokens: int, card: GPU | None = None) -> Plan | None:
@@ -93,19 +90,3 @@ def routed(plan: Plan, loads: np.ndarray) -> Trips:
         raise ValueError(f"{path or f'a {what} without a path'}: how often this {what} runs is not known")
 
     return trips
-
-
-def costs(compiled: Any, plan: Plan | None, loads: np.ndarray) -> dict[Place, Cost]:
-    """FLOPs and bytes of one run of a train step, by phase and stage. plan: of its grouped products, None for a dense step; loads: see
-    `routed`."""
-    return Program(module_of(compiled)).costs({}, None if plan is None else routed(plan, loads))
-
-
-def launches(compiled: Any, plan: Plan | None, loads: np.ndarray) -> float:
-    """Kernels, library calls and copies of one run of a train step; `costs` says of what."""
-    return Program(module_of(compiled)).launches(None if plan is None else routed(plan, loads))
-
-
-def total(found: dict[Place, Cost]) -> Cost:
-    """The sum over all places."""
-    return sum(found.values(), Cost())

@@ -18,7 +18,7 @@ from moejax import device, progress
 from moejax.config import Experiment
 from moejax.data.batch import segment_lengths
 from moejax.data.batching import Batches
-from moejax.errors import UserError
+from moejax.errors import UserError, out_of_memory
 from moejax.estimator.units import counted
 from moejax.hub import peft, save, weights
 from moejax.hub.model import adapter_config
@@ -106,16 +106,8 @@ class Trainer:
         """Run to the last step, or to a signal (`stopped`). Saves, exports, prints the summary."""
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with progress.steps(self.total_steps, self.step) as self._show:
+            with progress.steps(self.total_steps, self.step) as self._show, out_of_memory(self._full):
                 self._loop()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"out of memory at step {self.step + 1}: {str(error).splitlines()[0]}. The compiler had asked for "
-                f"{self.program.peak_bytes / 1e9:.2f} GB; another process may hold memory. Lower data.batch_rows and raise "
-                "training.gradient_accumulation"
-            ) from error
         finally:
             with ExitStack() as closing:  # each, whatever another cannot write
                 closing.callback(self.writer.close)
@@ -137,6 +129,12 @@ class Trainer:
                 self._export()
         self._summary()
         self._report_profile()
+
+    def _full(self, why: str) -> str:
+        return (
+            f"out of memory at step {self.step + 1}: {why}. The compiler had asked for {self.program.peak_bytes / 1e9:.2f} GB; another "
+            "process may hold memory. Lower data.batch_rows and raise training.gradient_accumulation"
+        )
 
     def _loop(self) -> None:
         t, c = self.experiment.training, self.experiment.checkpoint

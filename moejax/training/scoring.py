@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from moejax.config import EvalConfig, Experiment
 from moejax.data.batching import Batches
 from moejax.data.ends import Ends, ends_of
@@ -17,7 +15,7 @@ from moejax.data.pipeline import in_order
 from moejax.data.places import is_file, is_here, is_url
 from moejax.data.records import blank
 from moejax.data.sources import load_sources, parted
-from moejax.errors import UserError
+from moejax.errors import UserError, out_of_memory
 from moejax.evaluation import tasks
 from moejax.evaluation.evaluate import evaluate, prompts_of, write
 from moejax.evaluation.recorded import Record, percent, recorded
@@ -181,21 +179,16 @@ class Scoring:
                 raise Stopped
 
         h = self.held_out
+        lower = f"Lower eval.rows ({h.settings.rows}) or eval.max_new_tokens ({h.max_new_tokens})"
         try:
-            loss = {} if h.batches is None else {"eval/loss": means(h.batches)[0]["loss"]}
-            result = evaluate(
-                model, h.tokenizer, h.task, h.examples, template=h.template, ends=h.ends,
-                max_new_tokens=h.max_new_tokens, rows=h.settings.rows, progress=progress,
-            )  # fmt: skip
+            with out_of_memory(lambda why: f"out of memory in the evaluation after step {step}: {why}. {lower}"):
+                loss = {} if h.batches is None else {"eval/loss": means(h.batches)[0]["loss"]}
+                result = evaluate(
+                    model, h.tokenizer, h.task, h.examples, template=h.template, ends=h.ends,
+                    max_new_tokens=h.max_new_tokens, rows=h.settings.rows, progress=progress,
+                )  # fmt: skip
         except Stopped:
             return None
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"out of memory in the evaluation after step {step}: {str(error).splitlines()[0]}. Lower eval.rows "
-                f"({h.settings.rows}) or eval.max_new_tokens ({h.max_new_tokens})"
-            ) from error
         write(result, self.folder / "eval" / f"step-{step}")
         self.results[step] = {
             "eval/epoch": epoch, "eval/accuracy": result.accuracy, "eval/accuracy_low": result.low, "eval/accuracy_high": result.high,

@@ -10,6 +10,7 @@ from moejax import gpus
 from moejax.errors import UserError
 from moejax.estimator import coefficients, lengths, memory, plan, prices, room
 from moejax.estimator.job import Job
+from moejax.estimator.plan import Asked
 from moejax.gpus import GPUS
 
 STUDY = coefficients.study()
@@ -104,7 +105,7 @@ def test_a_batch_beyond_the_memory_is_told():
 
 def test_plan():
     chosen = list(GPUS.values())
-    made = plan.plan(MATH, chosen, STUDY, prices.DATED, GPUS, budget_usd=40, deadline_hours=10)
+    made = plan.plan(Asked(MATH, chosen, STUDY, prices.DATED, GPUS), budget_usd=40, deadline_hours=10)
     priced = [p for p in made.options if p.usd is not None]
     assert [p.usd for p in priced] == sorted(p.usd for p in priced) and made.cheapest is priced[0]
     unpriced = made.options[len(priced) :]  # shown for their time, behind those with a price; no answer
@@ -115,14 +116,14 @@ def test_plan():
     assert made.cheapest_by_deadline.usd == min(p.usd for p in in_time) and made.cheapest not in in_time
     assert "4.8 GB more" in str(made.left_out["A10G"]) and "would do" not in made.left_out["A10G"].brief
     assert all(gpu not in made.left_out for gpu in ("A40", "GH200")) and "has no bf16" in str(made.left_out["T4"])
-    nothing = plan.plan(MATH, chosen, STUDY, prices.DATED, GPUS, budget_usd=0.01, deadline_hours=0.01)
+    nothing = plan.plan(Asked(MATH, chosen, STUDY, prices.DATED, GPUS), budget_usd=0.01, deadline_hours=0.01)
     assert nothing.fastest_under_budget is None and nothing.cheapest_by_deadline is None
     with pytest.raises(UserError, match="budget = -5"):
-        plan.plan(MATH, chosen, STUDY, prices.DATED, GPUS, budget_usd=-5)
-    none = plan.plan(MATH, chosen, STUDY, prices.DATED, GPUS, spot=True, budget_usd=1e6)
+        plan.plan(Asked(MATH, chosen, STUDY, prices.DATED, GPUS), budget_usd=-5)
+    none = plan.plan(Asked(MATH, chosen, STUDY, prices.DATED, GPUS, spot=True), budget_usd=1e6)
     assert none.cheapest is None and none.fastest_under_budget is None and len(none.options) == len(made.options)
     with pytest.raises(UserError, match=r"the A10G's 24 GB, .*the L4's 24 GB \(3 of 13,921 queries are longer"):
-        plan.plan(MATH, [GPUS["A10G"], GPUS["L4"]], STUDY, prices.DATED, GPUS)
+        plan.plan(Asked(MATH, [GPUS["A10G"], GPUS["L4"]], STUDY, prices.DATED, GPUS))
 
 
 def test_coefficients_file(tmp_path):

@@ -19,6 +19,7 @@ from moejax.models import layers
 from moejax.models.ops import linear
 from moejax.models.ops.grouped import dot
 from moejax.models.ops.grouped import matmul as gm
+from moejax.profiling.program import CONTAINERS, FREE, Cost, Program, module_of
 from moejax.training import experts, step
 from moejax.training.program import TrainProgram
 
@@ -60,7 +61,21 @@ def patched():
 
 def counted(experiment, sizes, compiled_step, loads=None):
     plan = experts.plan(experiment, sizes, ROWS * TOKENS)
-    return experts.costs(compiled_step.executable, plan, experts.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads)
+    loads = experts.uniform_loads(sizes, ROWS * TOKENS) if loads is None else loads
+    return Program(module_of(compiled_step.executable)).costs({}, None if plan is None else experts.routed(plan, loads))
+
+
+def total(found):
+    return sum(found.values(), Cost())
+
+
+def launches(compiled_step, plan, loads):
+    """Kernels, library calls and copies of one run."""
+    program = Program(module_of(compiled_step.executable))
+    return sum(
+        count * sum(i.opcode not in CONTAINERS | FREE for i in program.computations[computation].instructions)
+        for computation, count in program.executions({}, experts.routed(plan, loads)).items()
+    )
 
 
 def compiled(model, k, backend="loop", make=once):
@@ -70,7 +85,7 @@ def compiled(model, k, backend="loop", make=once):
 
 
 def flops_share(found, stages):
-    return experts.total(found).flops / sum(stage.flops for stage in stages)
+    return total(found).flops / sum(stage.flops for stage in stages)
 
 
 def dequantized_bytes(found, sizes):
@@ -88,7 +103,7 @@ def dequantized_bytes(found, sizes):
 def test_the_step_takes_what_the_arithmetic_says(model, k, most_flops, most_bytes):
     found, stages, sizes = compiled(model, k)
     assert 0.98 <= flops_share(found, stages) <= most_flops
-    assert experts.total(found).bytes <= most_bytes
+    assert total(found).bytes <= most_bytes
     if model == "mixtral":
         assert 4 + INDEX_OF_A_WEIGHT <= dequantized_bytes(found, sizes) <= MOST_OF_A_WEIGHT
 
@@ -112,7 +127,7 @@ def test_one_more_copy_of_the_experts_would_be_seen(patched, monkeypatch):
     monkeypatch.setattr(dot, "dequantized", copied)
     found, _, sizes = compiled("mixtral", 2, make=patched)
     assert dequantized_bytes(found, sizes) > 5.0 + MOST_OF_A_WEIGHT
-    assert experts.total(found).bytes > MIXTRAL_BYTES
+    assert total(found).bytes > MIXTRAL_BYTES
 
 
 def recomputed(found):
@@ -164,7 +179,7 @@ def test_launches_follow_the_tiles():
     for backend in ("loop", "capacity"):
         experiment, sizes, compiled_step = once("mixtral", 2, backend)
         plan = experts.plan(experiment, sizes, ROWS * TOKENS)
-        launched[backend] = [experts.launches(compiled_step.executable, plan, loads) for loads in (even // 2, even)]
+        launched[backend] = [launches(compiled_step, plan, loads) for loads in (even // 2, even)]
     assert launched["capacity"][0] == launched["capacity"][1] < launched["loop"][0] < launched["loop"][1]
 
 

@@ -32,10 +32,6 @@ class Runner:
     lock: int | None = None
     start: tuple[str, ...] = (sys.executable, "-m", MODULE)
 
-    def told(self, trial: str, rows: int | None = None) -> str:
-        """The command as the results show it."""
-        return trials.told(self.folder, trial, rows)
-
     def run(self, trial: str, rows: int | None = None, *, attempt: bool = False) -> Result:
         """A trial's result: kept, or of a child process that runs it now. attempt: one of several with other rows."""
         path = path_of(self.folder, trial, rows if attempt else None)
@@ -49,7 +45,8 @@ class Runner:
         command = [*self.start, *trials.arguments(self.folder, trial, rows), "--parent", str(os.getpid())]
         code = self._wait(command, log)
         # The whole process counts: starting and compiling too.
-        result = replace(read(path) or _ended(code, log), seconds=time.perf_counter() - begin, command=self.told(trial, rows))
+        took, told = time.perf_counter() - begin, trials.told(self.folder, trial, rows)
+        result = replace(read(path) or _ended(code, log), seconds=took, command=told)
         keep(path, result)
         return result
 

@@ -60,10 +60,7 @@ def run(task: Task, study: Study, found: results.Study, folder: Path) -> Result:
 
 
 def _row(task: Task, s: Setting, experiment: str, metric: str, value: float, unit: str, **columns: Any) -> Row:
-    empty: dict[str, Any] = {"routing": None, "data": s.data, "batching": None, "seq_len": None, "batch": None, "scope": ""}
-    plain = value if isinstance(value, int) else float(value)
-    return Row(trial=task.name, experiment=experiment, model=s.model, method=s.method, metric=metric, value=plain, unit=unit,
-               **(empty | columns))  # fmt: skip
+    return Row.of(task.name, experiment, s.model, s.method, metric, value, unit, **({"data": s.data} | columns))
 
 
 _UNITS = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,9 +10,8 @@ from moejax import hub
 from moejax.data.batch import Batch
 from moejax.data.batching import assemble, stack
 from moejax.data.tokenize import Query
-from moejax.profiling import xplane
-from moejax.profiling.breakdown import Breakdown, analyze
-from moejax.profiling.capture import Capture
+from moejax.profiling.breakdown import Breakdown
+from moejax.profiling.capture import broken_down
 from moejax.study.characterize.study import Setting
 from moejax.training.program import Compiled, TrainProgram
 
@@ -73,16 +70,9 @@ class Session:
             raise FloatingPointError(f"loss = {metrics['loss']}")
         return seconds
 
-    def trace(self, batches: Iterable[Batch]) -> Breakdown:
+    def trace(self, batches: Sequence[Batch]) -> Breakdown:
         """The breakdown of these steps, of a session that is `traced`."""
-        batches = list(batches)
-        with tempfile.TemporaryDirectory() as folder:
-            capture = Capture(Path(folder), 1, len(batches), after=-1)
-            for number, batch in enumerate(batches, 1):
-                with capture.step(number):
-                    self.step(batch)
-            capture.close()
-            return analyze(xplane.read(xplane.find(Path(folder))))
+        return broken_down(len(batches), lambda number: self.step(batches[number]))
 
 
 def random_rows(setting: Setting, rows: int, row_tokens: int, seed: int = 0) -> Batch:

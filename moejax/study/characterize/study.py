@@ -99,9 +99,6 @@ class Study:
     sizes: Sizes
     memory_limit: int | None
 
-    def setting(self, key: str) -> Setting:
-        return next(s for s in self.settings if s.key == key)
-
     def first_data(self) -> tuple[Setting, ...]:
         """Of each model and routing the setting with its first data set: for what does not depend on the data."""
         found: dict[tuple[str, str], Setting] = {}

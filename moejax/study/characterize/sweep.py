@@ -23,6 +23,7 @@ from moejax.study.characterize.plan import Task
 from moejax.study.characterize.presets import queries_of
 from moejax.study.characterize.result import Result
 from moejax.study.characterize.study import Study
+from moejax.study.characterize.trial import told
 from moejax.study.report import results
 from moejax.study.report.results import Environment, MemoryLimit, Planned, Row, Trial
 
@@ -69,34 +70,25 @@ class Sweep:
         lock = _lock(folder)
         try:
             _check(folder, config, env)  # another may have begun there before the lock was had
-            runner = Runner(folder, lock, **({"start": start} if start else {}))
-            return cls._opened(study, runner, preset, command, env, limit, config)
+            tasks, created = plan.tasks(study), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            planned = [
+                Planned(t.name, plan.EXPERIMENT[t.kind], round(plan.expected(t, study, env, limit.bytes or 0), 1), told(folder, t.name))
+                for t in tasks
+            ]
+            if (folder / results.STUDY_FILE).exists():
+                before = results.read_plan(folder)
+                created, env = before.created, before.environment  # one measurement of the peaks for all trials
+            content = results.Study(
+                1, preset, command, created, config, results.digest(config), study.models(), env, limit, planned, {}, False
+            )
+            read = {task.name: result.read(result.path_of(folder, task.name)) for task in tasks}
+            done = {name: kept for name, kept in read.items() if kept is not None}
+            sweep = cls(study, content, Runner(folder, lock, **({"start": start} if start else {})), tasks, done)
+            sweep.write()
+            return sweep
         except BaseException:
             os.close(lock)
             raise
-
-    @classmethod
-    def _opened(cls, study: Study, runner: Runner, preset: str | None, command: str, env: Environment, limit: MemoryLimit,
-                config: dict[str, Any]) -> Sweep:  # fmt: skip
-        folder, tasks = runner.folder, plan.tasks(study)
-        planned = [
-            Planned(t.name, plan.EXPERIMENT[t.kind], round(plan.expected(t, study, env, limit.bytes or 0), 1), runner.told(t.name))
-            for t in tasks
-        ]
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        if (folder / results.STUDY_FILE).exists():
-            before = results.read_plan(folder)
-            created, env = before.created, before.environment  # one measurement of the peaks for all trials
-        content = results.Study(
-            1, preset, command, created, config, results.digest(config), study.models(), env, limit, planned, {}, False
-        )
-        sweep = cls(study, content, runner, tasks)
-        for task in tasks:
-            kept = result.read(result.path_of(folder, task.name))
-            if kept is not None:
-                sweep.done[task.name] = kept
-        sweep.write()
-        return sweep
 
     def write(self) -> None:
         """The three files, from what is there of every trial."""
@@ -106,9 +98,9 @@ class Sweep:
         for task in self.tasks:
             r = self.done.get(task.name)
             if r is None:
-                trials[task.name] = Trial("pending", None, None, self.runner.told(task.name))
+                trials[task.name] = Trial("pending", None, None, told(self.runner.folder, task.name))
                 continue
-            trials[task.name] = Trial(r.status, r.seconds, r.message, r.command or self.runner.told(task.name))
+            trials[task.name] = Trial(r.status, r.seconds, r.message, r.command or told(self.runner.folder, task.name))
             rows += r.rows
             prices |= r.facts.get("prices", {})
         finished = all(t.status != "pending" for t in trials.values())
@@ -132,17 +124,17 @@ class Sweep:
         pace = [r.seconds / expected[name] for name, r in self.done.items() if r.status == "done" and r.seconds and r.seconds > 1]
         return (median(pace) if pace else 1.0) * sum(expected[t.name] for t in waiting)
 
-    def run(self, told: Callable[[Task, Result | None, float], None]) -> None:
-        """Every waiting trial in turn. told(task, None, seconds left) before one, told(task, result, seconds left) after it."""
+    def run(self, tell: Callable[[Task, Result | None, float], None]) -> None:
+        """Every waiting trial in turn. tell(task, None, seconds left) before one, tell(task, result, seconds left) after it."""
         waiting = self.waiting
         for task in waiting:
             if task.kind in ("fit", "cost"):
                 result.path_of(self.runner.folder, task.name).unlink(missing_ok=True)
         for index, task in enumerate(waiting):
-            told(task, None, self.left_seconds(waiting[index:]))
+            tell(task, None, self.left_seconds(waiting[index:]))
             self.done[task.name] = self._run(task)
             self.write()
-            told(task, self.done[task.name], self.left_seconds(waiting[index + 1 :]))
+            tell(task, self.done[task.name], self.left_seconds(waiting[index + 1 :]))
 
     def _run(self, task: Task) -> Result:
         if task.kind == "prove":
@@ -173,7 +165,7 @@ class Sweep:
         return None
 
     def _kept(self, task: Task, made: Result) -> Result:
-        made.command = made.command or self.runner.told(task.name)
+        made.command = made.command or told(self.runner.folder, task.name)
         result.keep(result.path_of(self.runner.folder, task.name), made)
         return made
 
@@ -203,7 +195,7 @@ class Sweep:
         rows = [
             Row(task.name, "largest_batch", s.model, s.method, s.routing, s.data, "fixed", s.longest, low, "", *value) for value in values
         ]
-        return Result("done", message, _sum(attempts), self.runner.told(task.name, low), rows, facts | {"rows": low})
+        return Result("done", message, _sum(attempts), told(self.runner.folder, task.name, low), rows, facts | {"rows": low})
 
 
 class _Failed(Exception):

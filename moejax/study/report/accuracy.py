@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     runs = [open_scored(Path(folder)) for folder in options.runs]
     _check_same(runs)
     path = None if options.plot is None else _check_plot(Path(options.plot))
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    console = Console(WIDE)
     console.print(table(runs))
     for line in pairs(runs):
         console.print(line, soft_wrap=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from moejax.estimator.roofline import STUDY_MODELS
 from moejax.profiling import bars
 from moejax.study import reference
 from moejax.study.cost import paper
@@ -37,9 +38,7 @@ def _rows() -> tuple[Row, ...]:
 
 
 def _row(experiment: str, model: str, metric: str, value: float, unit: str, whose: str = "study", **columns: Any) -> Row:
-    empty: dict[str, Any] = dict.fromkeys(("routing", "data", "batching", "seq_len", "batch")) | {"scope": ""}
-    method: Any = {"mixtral": "qlora", "blackmamba": "full"}[model]
-    return Row(trial=whose, experiment=experiment, model=model, method=method, metric=metric, value=value, unit=unit, **(empty | columns))
+    return Row.of(whose, experiment, model, STUDY_MODELS[model][1], metric, value, unit, **columns)
 
 
 def _batches() -> Iterator[Row]:

@@ -45,18 +45,16 @@ from moejax.files import replace_text
 
 VERSION = 1
 STUDY_FILE, CSV_FILE, JSON_FILE = "characterize.json", "results.csv", "results.json"
-EXPERIMENTS = (
-    "largest_batch", "stages", "layers", "kernels", "throughput", "utilization", "expert_load", "length", "fit_batch", "fit_throughput",
-    "cost",
-)  # fmt: skip
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(_Strict):
     """One value. model: a name of `Study.models`. seq_len in tokens, batch in queries; None: does not apply."""
 
-    __pydantic_config__ = _STRICT
     trial: str
     experiment: str
     model: str
@@ -71,15 +69,21 @@ class Row:
     value: int | float
     unit: str
 
+    @classmethod
+    def of(cls, trial: str, experiment: str, model: str, method: Any, metric: str, value: float, unit: str, **columns: Any) -> Row:
+        """With what applies of the other columns."""
+        others = {"routing": None, "data": None, "batching": None, "seq_len": None, "batch": None, "scope": ""} | columns
+        plain = value if isinstance(value, int) else float(value)
+        return cls(trial=trial, experiment=experiment, model=model, method=method, metric=metric, value=plain, unit=unit, **others)
+
 
 COLUMNS = tuple(f.name for f in fields(Row))
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(_Strict):
     """What was trained. family: whose figures of the study it stands beside, if any; weights: "random", or where they came from."""
 
-    __pydantic_config__ = _STRICT
     name: str
     family: Literal["mixtral", "blackmamba"] | None
     method: Literal["qlora", "lora", "full"]
@@ -88,10 +92,9 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(_Strict):
     """A line of the plan, as it was made before anything ran. command: what runs this trial alone."""
 
-    __pydantic_config__ = _STRICT
     trial: str
     experiment: str
     expected_seconds: float
@@ -99,10 +102,9 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(_Strict):
     """What became of a trial. seconds None: it has not run."""
 
-    __pydantic_config__ = _STRICT
     status: Literal["done", "failed", "out_of_memory", "pending"]
     seconds: float | None
     message: str | None
@@ -110,22 +112,20 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class MemoryLimit:
+class MemoryLimit(_Strict):
     """What a step may take, in bytes (None: the device does not say). artificial: set by --memory-limit, not by the device."""
 
-    __pydantic_config__ = _STRICT
     bytes: int | None
     artificial: bool
 
 
 @dataclass(frozen=True)
-class Environment:
+class Environment(_Strict):
     """Where it ran. Peaks in FLOP/s and bytes/s: "measured" here by a matmul and a copy, or "tabled": the data sheet's.
 
     fingerprint: hash of all fields but the peaks, which a measurement moves.
     """
 
-    __pydantic_config__ = _STRICT
     device: str
     platform: Literal["cpu", "gpu"]
     memory_bytes: int | None
@@ -139,14 +139,13 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(_Strict):
     """A folder's content. config: every setting of the sweep, experiments resolved; created: UTC, ISO 8601.
 
     rows_hash: of results.csv as it was written with this (`write` sets it; None: by a moejax that did not). prices: GPU -> seller and day
     of its price an hour.
     """
 
-    __pydantic_config__ = _STRICT
     schema_version: Literal[1]
     preset: str | None
     command: str

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from small_study import ENVIRONMENT, SIZES, write_config
+from support import EXPERIMENTS
 
 from moejax import cli, runtime
 from moejax.errors import UserError
@@ -64,7 +65,7 @@ def study(tmp_path_factory, here):
 def test_every_part_ran(study):
     found = results.read(study)
     assert {name: (t.status, t.message) for name, t in found.trials.items() if t.status != "done"} == {}
-    assert found.finished and {r.experiment for r in found.rows} == set(results.EXPERIMENTS)
+    assert found.finished and {r.experiment for r in found.rows} == set(EXPERIMENTS)
     assert found.memory_limit == results.MemoryLimit(1_000_000, True)
     assert found.environment.platform == "cpu" and found.environment.peaks == "measured" and "jax" in found.environment.versions
     assert [p.trial for p in found.plan] == list(found.trials) and all(p.expected_seconds > 0 for p in found.plan)
@@ -197,12 +198,10 @@ def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_commands_are_what_a_shell_takes(tmp_path, capsys):
-    from moejax.study.characterize import console
-
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     typed = ["--config", "my config.yaml", "--out", "a b", "sweep.lengths=[64, 256]", "name=it's"]
-    told = shlex.split(console._command(parser.parse_args(typed)))
+    told = shlex.split(command._command(parser.parse_args(typed)))
     assert told[:2] == ["moejax", "characterize"] and told[2:] == typed
     assert shlex.split(trial.told(tmp_path / "a b; rm", "stages/x", 3))[3:] == [str(tmp_path / "a b; rm"), "stages/x", "--rows", "3"]
 

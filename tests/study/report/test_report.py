@@ -8,14 +8,14 @@ from dataclasses import replace
 import made
 import pages
 import pytest
-from support import ROOT
+from support import EXPERIMENTS, ROOT
 
 from moejax import cli
 from moejax.study import reference
 from moejax.study.report import compare, document, grid, results
 from moejax.study.report.page import Number
 
-SECTIONS = [e.replace("_", "-") for e in results.EXPERIMENTS]
+SECTIONS = [e.replace("_", "-") for e in EXPERIMENTS]
 
 
 def report(tmp_path, *studies, names=()):

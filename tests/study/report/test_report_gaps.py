@@ -7,6 +7,7 @@ from dataclasses import replace
 import made
 import pages
 import pytest
+from support import EXPERIMENTS
 from test_report import shown
 
 from moejax import cli
@@ -61,11 +62,11 @@ def test_nothing_has_run_yet(tmp_path, capsys):
     study = made.study(finished=False)
     trials = {k: Trial("pending", None, None, t.command) for k, t in study.trials.items()}
     page, content = written(tmp_path, replace(study, trials=trials, rows=[]), capsys)
-    assert page.text.count("Nothing was measured: its trials have no result, or none was planned.") == len(results.EXPERIMENTS)
+    assert page.text.count("Nothing was measured: its trials have no result, or none was planned.") == len(EXPERIMENTS)
     assert not page.cells and "0 of 136 trials gave a result" in content
 
 
-@pytest.mark.parametrize("experiment", results.EXPERIMENTS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_any_experiment_may_be_missing_or_alone(experiment, tmp_path, capsys):
     study = made.study(largest={"sparse": 2})
     alone = [r for r in study.rows if r.experiment == experiment]

@@ -5,7 +5,7 @@ import time
 
 import made
 import pytest
-from support import ROOT
+from support import EXPERIMENTS, ROOT
 
 from docs.make_screenshots import Browser
 from moejax import cli
@@ -64,7 +64,7 @@ def test_an_error_would_be_heard(opened):
 
 def test_links_arrive(opened):
     links = opened.run("document.querySelectorAll('nav a').length")
-    assert links == len(results.EXPERIMENTS) + 1
+    assert links == len(EXPERIMENTS) + 1
     for i in range(links):
         opened.run(f"document.querySelectorAll('nav a')[{i}].click()")
         target, top = opened.run(
