@@ -4,56 +4,65 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple
 
 from moejax.errors import UserError, first_line
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 
 
-class _Format(NamedTuple):
+class Format(NamedTuple):
+    """How a file may be compressed. mark: at its beginning; open: reads a file that is."""
+
     name: str
-    mark: bytes  # at the beginning of the file
-    unpack: Callable[[bytes], bytes]
+    mark: bytes
+    open: Callable[[BinaryIO], Any]
+
+    @contextmanager
+    def unpacking(self, path: str) -> Iterator[None]:
+        """Around what reads it: a file that is damaged is a UserError."""
+        try:
+            yield
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            raise UserError(f"{path}: compressed with {self.name}, and damaged or cut off ({first_line(error)})") from None
 
 
-def _zstd(content: bytes) -> bytes:
+def _zstd(file: BinaryIO) -> Any:
     import pyarrow  # reads it, several frames too; Python does from 3.14
 
-    return bytes(pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd").read())
+    return pyarrow.input_stream(file, compression="zstd")
 
 
 _FORMATS = (
-    _Format("gzip", b"\x1f\x8b", gzip.decompress),
-    _Format("bzip2", b"BZh", bz2.decompress),
-    _Format("xz", b"\xfd7zXZ\0", lzma.decompress),
-    _Format("zstd", b"\x28\xb5\x2f\xfd", _zstd),
+    Format("gzip", b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    Format("bzip2", b"BZh", bz2.BZ2File),
+    Format("xz", b"\xfd7zXZ\0", lzma.LZMAFile),
+    Format("zstd", b"\x28\xb5\x2f\xfd", _zstd),
 )
 
 
 def unpacked(path: str, content: bytes) -> bytes:
     """The content, decompressed where it is compressed. Raises UserError where that fails, or nothing is in it."""
-    for form in _FORMATS:
-        if content.startswith(form.mark):
-            try:
-                content = form.unpack(content)
-            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-                raise UserError(f"{path}: compressed with {form.name}, and damaged or cut off ({first_line(error)})") from None
-            if not content:
-                raise UserError(f"{path} is empty, once it is unpacked ({form.name})")
-            inner = next((other.name for other in _FORMATS if content.startswith(other.mark)), None)
-            if inner is not None:
-                raise UserError(f"{path} is compressed twice ({inner} in {form.name}): unpack it once")
-            break
+    form = form_of(content)
+    if form is None:
+        return content
+    with form.unpacking(path):
+        content = bytes(form.open(io.BytesIO(content)).read())
+    if not content:
+        raise UserError(f"{path} is empty, once it is unpacked ({form.name})")
+    if inner := form_of(content):
+        raise UserError(f"{path} is compressed twice ({inner.name} in {form.name}): unpack it once")
     return content
 
 
-def form_of(start: bytes) -> str | None:
+def form_of(start: bytes) -> Format | None:
     """How a file that begins so is compressed; None: not at all."""
-    return next((form.name for form in _FORMATS if start.startswith(form.mark)), None)
+    return next((form for form in _FORMATS if start.startswith(form.mark)), None)
 
 
 def bare(name: str) -> str:

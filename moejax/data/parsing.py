@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moejax.data import compression
@@ -30,7 +30,9 @@ _OTHERS = (
     *((bytes((0x80, protocol)), "a pickle, which is not read here: write it as JSON Lines") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer, not the data itself: fetch it with git lfs pull"),
 )  # fmt: skip
-_ARROW_FILE, _ARROW_STREAM, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
+TABLES = _PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+ROWS = 4096  # of a table that are read at once
 _SPACE = re.compile(r"[\s\ufeff]*")
 
 
@@ -51,10 +53,10 @@ def parse(path: str, content: bytes) -> list[Any]:
     if not content:
         raise UserError(f"{path} is empty")
     content = compression.unpacked(path, content)
-    if content.startswith(b"PAR1"):
-        return _parquet(path, content)
-    if content.startswith((_ARROW_FILE, _ARROW_STREAM)):
-        return _arrow(path, content)
+    if content.startswith(TABLES):
+        import pyarrow
+
+        return list(itertools.chain.from_iterable(tables(path, pyarrow.BufferReader(content), content[:8])))
     if content[257:262] == b"ustar":
         raise UserError(f"{path} is a tar archive: unpack it and give the folder, or the file in it (expected {EXPECTED})")
     for mark, what in _OTHERS:
@@ -274,43 +276,37 @@ def rows(path: str, lines: Iterable[str]) -> Iterator[Any]:
         raise UserError(f"{path}, line {reader.line_num + 1}: broken CSV: {why}") from None
 
 
-def _parquet(path: str, content: bytes) -> list[Any]:
+def tables(path: str, source: Any, start: bytes) -> Iterator[list[Any]]:
+    """The rows of a file that begins so: Parquet, or Arrow's IPC, as a file or as a stream (as `datasets` writes its own); batch by batch.
+    source: pyarrow's, of the file. Raises UserError."""
+    import pyarrow
     import pyarrow.parquet
 
-    return _columns(path, "a Parquet file", lambda source: pyarrow.parquet.ParquetFile(source).read(), content)
-
-
-def _arrow(path: str, content: bytes) -> list[Any]:
-    """Arrow's IPC, as a file or as a stream (as `datasets` writes its own)."""
-    import pyarrow
-
-    stream = content.startswith(_ARROW_STREAM)
-    if stream:
-        check_arrow_end(path, content[-len(_ARROW_END) :])
-    opened = pyarrow.ipc.open_stream if stream else pyarrow.ipc.open_file
-    return _columns(path, "an Arrow file", lambda source: opened(source).read_all(), content)
-
-
-def check_arrow_end(path: str, end: bytes) -> None:
-    """A stream may end between any two batches: Arrow would read it as whole."""
-    if not end.endswith(_ARROW_END):
-        raise UserError(f"{path}: an Arrow stream without the mark of its end: cut off?")
-
-
-def _columns(path: str, kind: str, read: Callable[[Any], Any], content: bytes) -> list[Any]:
-    """The rows of a table of Arrow's, once its buffers are known to be whole."""
-    import pyarrow
-
+    kind = "a Parquet file" if start.startswith(_PARQUET) else "an Arrow file"
     try:
-        return table_rows(path, read(pyarrow.BufferReader(content)))
-    except UserError:
+        if start.startswith(_PARQUET):
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=ROWS)
+        elif start.startswith(_ARROW_FILE):
+            opened = pyarrow.ipc.open_file(source)
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        else:
+            source.seek(max(0, source.size() - len(_ARROW_END)))
+            if source.read() != _ARROW_END:  # a stream may end between any two batches: Arrow would read it as whole
+                raise UserError(f"{path}: an Arrow stream without the mark of its end: cut off?")
+            source.seek(0)
+            batches = iter(pyarrow.ipc.open_stream(source))
+        for batch in batches:
+            table = pyarrow.Table.from_batches([batch])
+            for first in range(0, len(table), ROWS):
+                yield _objects_of(path, table.slice(first, ROWS))
+    except (UserError, GeneratorExit):
         raise
     except Exception as error:
         raise UserError(f"{path}: {kind}, and damaged or cut off ({first_line(error)})") from error
 
 
-def table_rows(path: str, table: Any) -> list[Any]:
-    """Those of a table of Arrow's, as objects. Raises what Arrow does where it is not whole."""
+def _objects_of(path: str, table: Any) -> list[Any]:
+    """The rows of a table of Arrow's. Raises what Arrow does where it is not whole."""
     table.validate()
     _check_names(path, table.column_names)  # rows are objects: one of two would be lost
     cells = zip(*map(_cells, table.columns), strict=True)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import io
 import itertools
-import lzma
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from moejax.data import compression, parsing
-from moejax.errors import UserError, first_line
+from moejax.errors import UserError
 
 BYTES = 1 << 24
 """Of a text file that are read at once."""
-ROWS = 4096
-"""Of a table."""
-_TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 
 
 def windows(path: str) -> Iterator[list[Any]]:
@@ -30,34 +24,20 @@ def windows(path: str) -> Iterator[list[Any]]:
         start = raw.read(16)
         form = compression.form_of(start)
         raw.seek(0)
-        if form is None and start.startswith(_TABLES):
-            yield from _of_table(path, start)
-            return
-        opened = raw if form is None else cast(BinaryIO, _OPENED[form](raw))
-        try:
-            yield from _of_text(path, opened)
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            if form is None:
-                raise
-            raise UserError(f"{path}: compressed with {form}, and damaged or cut off ({first_line(error)})") from None
+        if form is None and start.startswith(parsing.TABLES):
+            import pyarrow
 
-
-def _zstd(raw: BinaryIO) -> Any:
-    import pyarrow
-
-    return pyarrow.input_stream(raw, compression="zstd")
-
-
-def _gzip(raw: BinaryIO) -> Any:
-    return gzip.GzipFile(fileobj=raw)
-
-
-_OPENED: dict[str, Any] = {"gzip": _gzip, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile, "zstd": _zstd}
+            yield from parsing.tables(path, pyarrow.memory_map(path), start)
+        elif form is None:
+            yield from _of_text(path, raw)
+        else:
+            with form.unpacking(path):
+                yield from _of_text(path, form.open(raw))
 
 
 def _of_text(path: str, file: BinaryIO) -> Iterator[list[Any]]:
     head = _filled(file, b"")
-    if head.startswith(_TABLES) or compression.form_of(head):
+    if head.startswith(parsing.TABLES) or compression.form_of(head):
         raise UserError(f"{path}: data.streaming reads no table and no archive inside of a compressed file: unpack it")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head[:2].count(0) == 1:
         raise UserError(f"{path} is UTF-16, which data.streaming does not read: save it as UTF-8")
@@ -113,7 +93,7 @@ def _rows(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
     lines = itertools.dropwhile(lambda line: not line.strip(" \t\r\n\f\v\ufeff"), text)
     try:
         rows = parsing.rows(path, lines)
-        while window := list(itertools.islice(rows, ROWS)):
+        while window := list(itertools.islice(rows, parsing.ROWS)):
             yield window
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}): iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW, if it is of Windows") from None
@@ -133,32 +113,3 @@ class _Behind(io.RawIOBase):
         self._head = self._head[len(piece) :]
         buffer[: len(piece)] = piece
         return len(piece)
-
-
-def _of_table(path: str, start: bytes) -> Iterator[list[Any]]:
-    """Of Parquet and Arrow, batch by batch."""
-    import pyarrow
-    import pyarrow.parquet
-
-    kind = "a Parquet file" if start.startswith(b"PAR1") else "an Arrow file"
-    try:
-        if kind == "a Parquet file":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS)
-        else:
-            mapped = pyarrow.memory_map(path)
-            if start.startswith(b"ARROW1"):
-                opened = pyarrow.ipc.open_file(mapped)
-                batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-            else:
-                mapped.seek(max(0, mapped.size() - 8))
-                parsing.check_arrow_end(path, mapped.read(8))
-                mapped.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(mapped))
-        for batch in batches:
-            table = pyarrow.Table.from_batches([batch])
-            for first in range(0, len(table), ROWS):
-                yield parsing.table_rows(path, table.slice(first, ROWS))
-    except (UserError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: {kind}, and damaged or cut off ({first_line(error)})") from error

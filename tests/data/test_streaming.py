@@ -28,7 +28,7 @@ TEXT = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECOR
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(windows, "BYTES", 700)
-    monkeypatch.setattr(windows, "ROWS", 7)
+    monkeypatch.setattr(parsing, "ROWS", 7)
     monkeypatch.setattr(pipeline, "WINDOW", 5)
 
 
