@@ -105,15 +105,13 @@ def _explain_one(e: Any, root: type[BaseModel]) -> str:
 
 
 def section_class(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
+    """None where the annotation is of a value."""
+    return next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def _fields(annotation: Any) -> Any:
     """Names in a section; none where the annotation is of a value."""
-    sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return sections[0].model_fields if sections else ()
+    return getattr(section_class(annotation), "model_fields", ())
 
 
 def suggestion(name: str, root: type[BaseModel], section: type[BaseModel] | None = None) -> str | None:

@@ -7,16 +7,15 @@ import os
 import platform
 import time
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 import tracing
 from torch.profiler import ProfilerActivity, profile
 
 from moejax.device import cpu_name
 from moejax.profiling import torch_trace
+from moejax.profiling import traced as of_steps
 
 TRACE = "trace.json.gz"
 
@@ -40,11 +39,9 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
     """out/step_profile.json of the traced steps `first` to `last`."""
     found = torch_trace.analyze(torch_trace.read(out / TRACE))
     content, e = trainer.content, trainer.content["experiment"]
-    traced = [r for r in records if first <= r["step"] <= last]
+    traced = [r | {"shape": trainer.batch(r["step"] - 1)["tokens"].shape} for r in records if first <= r["step"] <= last]
     # The first step warms up, and the one after the trace waits for its file.
     free = [r["step_seconds"] for r in records[1:] if not first <= r["step"] <= last + 1]
-    p10, median, p90 = (float(p) for p in np.percentile(free, (10, 50, 90))) if free else (None, None, None)
-    shapes = [trainer.batch(r["step"] - 1)["tokens"].shape for r in traced]
     model = content["model"]
     adapter, quantized = e["adapter"] is not None, e["quantization"]["format"] != "none"
     peak, bandwidth = peaks(trainer.options.device, e["training"]["compute_dtype"])
@@ -66,21 +63,8 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
         "precision": e["training"]["compute_dtype"],
         "remat": e["training"]["remat"],
         "moe": {"experts": model["experts"], "top_k": model["experts_per_token"], "backend": trainer.side.backend},
-        "batch": {
-            "batching": e["data"]["batching"],
-            "rows": fmean(a * rows for a, rows, _ in shapes),
-            "row_tokens": fmean(tokens for _, _, tokens in shapes),
-        }
-        | {
-            name: fmean(r[source] for r in traced)
-            for name, source in (
-                ("queries", "queries"),
-                ("tokens", "padded_tokens"),
-                ("real_tokens", "real_tokens"),
-                ("supervised_tokens",) * 2,
-            )
-        },
-        "step_seconds": {"median": median, "p10": p10, "p90": p90, "n": len(free)},
+        "batch": of_steps.batch(e["data"]["batching"], traced),
+        "step_seconds": of_steps.step_seconds(free),
         "compile_seconds": None,
         "memory": {
             "compiler_peak_bytes": None,
@@ -92,10 +76,7 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
         "layers": found.layers,
         "moe_kernels": found.moe_kernels,
         "cost": None,
-        "expert_load": {
-            str(layer): [float(c) for c in row]
-            for layer, row in enumerate(np.mean([r["expert_counts"] for r in traced], axis=0))
-        },
+        "expert_load": of_steps.expert_load(traced),
     }
     (out / "step_profile.json").write_text(json.dumps(profile_, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"{100 * found.attributed:.1f} % of a traced step is under a named stage")

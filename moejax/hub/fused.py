@@ -164,8 +164,9 @@ def unfuse(
             put(module, pair, tensors[name_a], tensors[name_b])
             continue
         count, columns, rows = shapes[kind]
-        a = _checked(tensors[name_a], name_a, (count * pair.rank, columns), path)
-        b = _checked(tensors[name_b], name_b, (rows, pair.rank * count), path)
+        why = "another base model or rank, or PEFT 0.18's fused format, which had in and out swapped"
+        a = checked(tensors[name_a], name_a, (count * pair.rank, columns), path, why)
+        b = checked(tensors[name_b], name_b, (rows, pair.rank * count), path, why)
         layer = int(match[1])
         if layer >= sizes.blocks:
             raise UserError(f"{path}: tensor {name!r} has no place in a model of {sizes.blocks} layers: another base model?")
@@ -231,12 +232,10 @@ def _settings(path: Path) -> Path:
     return path.with_name("adapter_config.json")
 
 
-def _checked(value: np.ndarray, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+def checked(value: np.ndarray, name: str, shape: tuple[int, ...], path: Path, why: str) -> np.ndarray:
+    """A tensor of this shape, of finite numbers. why: what another shape may mean. Raises UserError."""
     if value.shape != shape:
-        raise UserError(
-            f"{path}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}: another base model or rank, or PEFT 0.18's "
-            "fused format, which had in and out swapped"
-        )
+        raise UserError(f"{path}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}: {why}")
     if not np.isfinite(value.astype(np.float32)).all():
         raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")
     return value

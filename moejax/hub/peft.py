@@ -16,7 +16,7 @@ from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
 from moejax.hub import peft_rows
-from moejax.hub.fused import check_patterns, fuse, pair_of, patterns, unfuse
+from moejax.hub.fused import check_patterns, checked, fuse, pair_of, patterns, unfuse
 from moejax.hub.names import Place, attribute, index_of, modules
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import AGAIN
@@ -247,9 +247,4 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
     if name not in tensors:
         raise UserError(f"{path}: tensor {name!r} is missing: the adapter has other targets than the model's")
-    value = tensors.pop(name)
-    if value.shape != shape:
-        raise UserError(f"{path}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}: another base model?")
-    if not np.isfinite(value.astype(np.float32)).all():
-        raise UserError(f"{path}: tensor {name!r} holds numbers that are not finite")
-    return value
+    return checked(tensors.pop(name), name, shape, path, "another base model?")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from moejax import __version__
 from moejax import device as machine
@@ -16,6 +13,7 @@ from moejax.errors import UserError
 from moejax.estimator.sizes import stored
 from moejax.estimator.units import counted
 from moejax.profiling import breakdown, roofline, schema, xplane
+from moejax.profiling import traced as of_steps
 from moejax.profiling.capture import Capture, plugin_hint
 from moejax.profiling.label import label
 from moejax.progress import say
@@ -83,15 +81,15 @@ def assemble(
         precision=experiment.training.compute_dtype,
         remat=experiment.training.remat,
         moe=schema.Moe(experts=config.num_experts, top_k=config.experts_per_token, backend="dense" if plan is None else plan.backend),
-        batch=_batch(experiment.data.batching, traced),
-        step_seconds=_step_seconds(seconds),
+        batch=schema.Batch(**of_steps.batch(experiment.data.batching, traced)),
+        step_seconds=schema.StepSeconds(**of_steps.step_seconds(seconds)),
         compile_seconds=program.compile_seconds,
         memory=_memory([program.compile(*record["shape"][1:]) for record in traced]),
         phases=schema.Phases(**found.phases),
         layers=dict(found.layers),
         moe_kernels=dict(found.moe_kernels),
         cost={scope: schema.Cost(flops=cost.flops, bytes=cost.bytes) for scope, cost in found.cost.items()},
-        expert_load=_expert_load(traced),
+        expert_load=of_steps.expert_load(traced),
     )  # fmt: skip
 
 
@@ -111,25 +109,6 @@ def _device(peak_at_start: float, dtype: str, reached: float) -> schema.Device:
     )  # fmt: skip
 
 
-def _batch(batching: Any, traced: list[dict[str, Any]]) -> schema.Batch:
-    def mean(name: str) -> float:
-        return fmean(record[name] for record in traced)
-
-    shapes = [record["shape"] for record in traced]  # [A, rows, T]
-    return schema.Batch(
-        batching=batching, rows=fmean(a * rows for a, rows, _ in shapes), row_tokens=fmean(tokens for _, _, tokens in shapes),
-        queries=mean("queries"), tokens=mean("padded_tokens"), real_tokens=mean("real_tokens"),
-        supervised_tokens=mean("supervised_tokens"),
-    )  # fmt: skip
-
-
-def _step_seconds(seconds: list[float]) -> schema.StepSeconds:
-    if not seconds:
-        return schema.StepSeconds(median=None, p10=None, p90=None, n=0)
-    p10, median, p90 = (float(p) for p in np.percentile(seconds, (10, 50, 90)))
-    return schema.StepSeconds(median=median, p10=p10, p90=p90, n=len(seconds))
-
-
 def _memory(compiled: list[Compiled]) -> schema.Memory:
     """Of the traced program (of several batch shapes: the largest)."""
     largest = max(compiled, key=lambda c: c.peak_bytes)
@@ -139,9 +118,3 @@ def _memory(compiled: list[Compiled]) -> schema.Memory:
         arguments_bytes=largest.argument_bytes,
         temporaries_bytes=largest.temporary_bytes,
     )
-
-
-def _expert_load(traced: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Layer -> tokens per expert, mean over the traced steps."""
-    counts = np.mean([record["expert_counts"] for record in traced], axis=0)
-    return {str(layer): [float(c) for c in row] for layer, row in enumerate(counts)}
