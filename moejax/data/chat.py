@@ -100,7 +100,7 @@ def rendered(tokenizer: Any, question: str, answer: str | None = None, where: st
             "turn with an answer: where the answer begins is not known. Use data.template = mistral or alpaca, or another chat template"
         )
     turn, opens = Turn(prompt, whole[len(prompt) :]), opened(prompt)
-    if _bare(answer).removeprefix(opens.opener if opens else "") not in _bare(turn.answer):
+    if bare(answer).removeprefix(opens.opener if opens else "") not in bare(turn.answer):
         raise UserError(
             f"{_named(tokenizer, where)} does not write this answer as it stands: a part of it would not be learned. "
             "Use data.template = mistral or alpaca, or another chat template"
@@ -108,7 +108,7 @@ def rendered(tokenizer: Any, question: str, answer: str | None = None, where: st
     return turn
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
     """Without white space, which many templates trim."""
     return "".join(text.split())
 
@@ -235,7 +235,7 @@ def end_of_turn(tokenizer: Any) -> str:
     """What the template writes behind an answer, without the white space around it, nor the end of sequence behind something else. Raises
     UserError as `rendered` does."""
     prompt, answer = rendered(tokenizer, _QUESTION, _ANSWER)
-    if _bare(_QUESTION) not in _bare(prompt):
+    if bare(_QUESTION) not in bare(prompt):
         raise UserError(
             f"{_named(tokenizer, '')} does not write a user's message (it asks for an answer with {prompt[-60:]!r}). "
             "Use data.template = mistral or alpaca, or another chat template"

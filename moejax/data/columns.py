@@ -62,7 +62,7 @@ class Columns(NamedTuple):
 
     def told(self) -> str:
         """The same for a note, with those that are not read."""
-        rest = f"; not read: {', '.join(map(_shown, self.others[:6]))}{' …' * (len(self.others) > 6)}" if self.others else ""
+        rest = f"; not read: {', '.join(map(shown, self.others[:6]))}{' …' * (len(self.others) > 6)}" if self.others else ""
         return f"{self.read} ({'data.fields' if self.named else 'by name; data.fields names others'}){rest}"
 
 
@@ -184,8 +184,8 @@ def _other_half(where: str, record: dict[str, Any], fields: FieldNames, known: A
 
 
 def _listed(record: dict[str, Any]) -> str:
-    return ", ".join(map(_shown, record)) or "no columns"
+    return ", ".join(map(shown, record)) or "no columns"
 
 
-def _shown(key: Any) -> str:
+def shown(key: Any) -> str:
     return str(key) if str(key) and str(key) == str(key).strip() else repr(key)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from moejax.data.parsing import Repeated
+from moejax.data.parsing import Repeated, Unread
 from moejax.errors import UserError
 
 Message = dict[str, Any]
@@ -29,6 +29,7 @@ _ROLE = {
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is a call as JSON
 _TEXT_PARTS = ("text", "input_text", "output_text")  # the last two: of OpenAI's Responses
 _THINKING = ("reasoning_content", "thinking", "reasoning")
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
 _SAYING = frozenset(("content", "value", "text", "tool_calls", "function_call", *_THINKING))
 _OURS = _SAYING | {"role", "from", "weight", "train"}
 
@@ -124,7 +125,7 @@ def _side(value: Any, role: str, what: str) -> list[tuple[Any, str | None]]:
     if isinstance(value, str):
         return [(value, role)]
     if not isinstance(value, list):
-        raise UserError(f"{what}: expected a text or a list of messages, got {_kind(value)}")
+        raise UserError(f"{what}: expected a text or a list of messages, got {kind(value)}")
     found: list[tuple[Any, str | None]] = []
     for message in value:
         turn = isinstance(message, dict) and {"input", "output"} <= message.keys() and not {"role", "from"} & message.keys()
@@ -141,9 +142,11 @@ def _begins(asked: list[tuple[Any, str | None]], answer: list[tuple[Any, str | N
     return texts[1][: len(asked)] == texts[0]
 
 
-def _kind(value: Any) -> str:
-    return {type(None): "null", str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list",
-            dict: "an object"}.get(type(value), f"a {type(value).__name__}")  # fmt: skip
+def kind(value: Any) -> str:
+    """What a value is, for a message that expected another."""
+    if isinstance(value, Unread):
+        return f"cells without a value ({value.why})"
+    return "a text" if isinstance(value, str) else "NaN" if value != value else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def role_of(message: Message) -> Any:
@@ -158,7 +161,7 @@ def _message(message: Any, bare: str | None, where: str) -> tuple[Message, bool]
     if bare is not None:
         return {"role": bare, "content": _content(message, where)}, True
     if not isinstance(message, dict):
-        raise UserError(f"{where}: expected an object with role and content, got {_kind(message)}")
+        raise UserError(f"{where}: expected an object with role and content, got {kind(message)}")
     if isinstance(message, Repeated):
         raise UserError(f"{where}: {min(message.keys_twice)!r} stands in it twice")
     given = {key: value for key, value in message.items() if value is not None}
@@ -198,7 +201,7 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise UserError(f"{where}: expected a text, got {_kind(value)}")
+        raise UserError(f"{where}: expected a text, got {kind(value)}")
     texts = []
     for part in value:
         if isinstance(part, str):
@@ -206,8 +209,8 @@ def _content(value: Any, where: str) -> str:
         elif isinstance(part, dict) and (part.get("type") or "text") in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise UserError(f"{where}: a part of it is no text but {kind!r}: only text is trained on; leave the record or the part out")
+            got = part.get("type") if isinstance(part, dict) else kind(part)
+            raise UserError(f"{where}: a part of it is no text but {got!r}: only text is trained on; leave the record or the part out")
     return "".join(texts)
 
 
@@ -246,12 +249,12 @@ def _tools(value: Any, where: str) -> tuple[Any, ...] | None:
     if not value:
         return None
     if not isinstance(value, list):
-        raise UserError(f"{where}: 'tools': expected a list, or one as JSON, got {_kind(value)}")
+        raise UserError(f"{where}: 'tools': expected a list, or one as JSON, got {kind(value)}")
     tools = []
     for tool in value:
         tool = _json(tool, f"{where}: 'tools'") if isinstance(tool, str) else tool
         if not isinstance(tool, dict):
-            raise UserError(f"{where}: 'tools': expected objects, got {_kind(tool)}")
+            raise UserError(f"{where}: 'tools': expected objects, got {kind(tool)}")
         tool = _without_nulls(tool)
         tools.append(tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool})
     return tuple(tools)

@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from moejax.data.columns import NAMED, Columns
-from moejax.data.conversation import KEYS, LISTS, Conversation, read
-from moejax.data.parsing import Repeated, Unread
+from moejax.data.columns import NAMED, Columns, shown
+from moejax.data.conversation import KEYS, LISTS, Conversation, kind, read
+from moejax.data.parsing import Repeated
 from moejax.data.preferences import read_pair
 from moejax.errors import UserError
 
@@ -18,7 +18,6 @@ ADVICE = f"; {NAMED}"
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))  # control and format characters (zero-width ones), spaces
 # Of no such category, and nothing is seen of them either: fillers, joiners, variation selectors.
 _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u3164\uffa0") | {chr(c) for c in range(0xFE00, 0xFE10)}
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
 
 
 def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
@@ -30,7 +29,7 @@ def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
     where = f"{name}, record {index}"
     if not isinstance(record, dict):
         hint = ': of a conversation\'s messages, write {"messages": […]}' if isinstance(record, list) else ""
-        raise UserError(f"{where}: expected an object, got {_KINDS.get(type(record), 'a text')}{hint}")
+        raise UserError(f"{where}: expected an object, got {kind(record)}{hint}")
     if columns.chosen is not None:
         return _preference(where, record, columns)
     if columns.messages is not None:
@@ -49,11 +48,11 @@ def judged(name: str, index: int, record: Any, columns: Columns) -> Record:
 def _talk(where: str, record: Record, column: str) -> Record:
     """A conversation in `column`, which may be a name of the user's."""
     if column not in record:
-        raise UserError(f"{where}: no conversation under {column!r} (it has {', '.join(map(_shown, record)) or 'no keys'}){ADVICE}")
+        raise UserError(f"{where}: no conversation under {column!r} (it has {', '.join(map(shown, record)) or 'no keys'}){ADVICE}")
     known = column.strip().lower() in KEYS
     talk = read(record if known else {**record, LISTS[0]: record[column]}, where)
     if talk is None:
-        raise UserError(f"{where}: no list of messages under {column!r}, but {_kind(record[column])}{ADVICE}")
+        raise UserError(f"{where}: no list of messages under {column!r}, but {kind(record[column])}{ADVICE}")
     _whole_characters(where, talk)
     return {"conversation": talk, "answer": record.get("answer")}
 
@@ -81,21 +80,11 @@ def text_of(where: str, record: Record, field: str, advice: str = "") -> str:
     if isinstance(record, Repeated) and field in record.keys_twice:
         raise UserError(f"{where}: {field!r} stands in it twice")
     if field not in record:
-        raise UserError(f"{where}: no text under {field!r} (it has {', '.join(map(_shown, record)) or 'no keys'}){advice}")
+        raise UserError(f"{where}: no text under {field!r} (it has {', '.join(map(shown, record)) or 'no keys'}){advice}")
     value = record[field]
     if not isinstance(value, str):
-        raise UserError(f"{where}: no text under {field!r}, but {_kind(value)}{advice}")
+        raise UserError(f"{where}: no text under {field!r}, but {kind(value)}{advice}")
     return unicode(f"{where}: {field!r}", value)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Unread):
-        return f"cells without a value ({value.why})"
-    return "a text" if isinstance(value, str) else "NaN" if value != value else _KINDS.get(type(value), f"a {type(value).__name__}")
-
-
-def _shown(key: Any) -> str:
-    return str(key) if str(key) == str(key).strip() else repr(key)
 
 
 def unicode(what: str, text: str) -> str:

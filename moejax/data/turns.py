@@ -130,14 +130,14 @@ class Turns:
         """Count what of a conversation stands in none of its samples: a part that the template leaves out without a word."""
         if all(sample.complete for sample in samples):
             return
-        texts = [_bare(self._tokens.shown(sample.text)) for sample in samples]
+        texts = [chat.bare(self._tokens.shown(sample.text)) for sample in samples]
         own = dict(zip(asked, texts, strict=True)) if len(texts) == len(asked) else {}
         ended = samples[-1].spans[-1][1] == len(samples[-1].text)  # with an answer: what follows it is in none
         for kind, number, part in _parts(talk):
             text = own.get(number, texts[-1])
             if number <= asked[-1] or not ended:
                 spelled = (part, json.dumps(part, ensure_ascii=False)[1:-1])
-                if not any(_bare(each) in text for each in spelled) and self.seen.left_out.setdefault(kind, [index])[-1] != index:
+                if not any(chat.bare(each) in text for each in spelled) and self.seen.left_out.setdefault(kind, [index])[-1] != index:
                     self.seen.left_out[kind].append(index)
 
     def _write(self, messages: Sequence[Message], tools: Any, ask: bool, where: str) -> tuple[str, list[tuple[int, int]]]:
@@ -374,10 +374,6 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {change(key): _mapped(inner, change) for key, inner in value.items()}
     return [_mapped(inner, change) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _bare(text: str) -> str:
-    return "".join(text.split())
 
 
 def _parts(talk: Conversation) -> list[tuple[str, int, str]]:
