@@ -156,7 +156,12 @@ class TrainingConfig(Section):
     epochs: Positive | None = None
     steps: Positive | None = None
     gradient_accumulation: Positive = Field(1, description="micro-batches per optimizer step, one global token mean")
-    optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="adafactor: little memory for its state, other steps")
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion"] = Field(
+        "adamw", description="adamw_8bit: as bitsandbytes', 2 bytes of moments a weight, not 8; lion: 4; adafactor: hardly any; other steps"
+    )
+    moments_dtype: Literal["bfloat16"] | None = Field(
+        None, description="of adamw and lion; null: as the weights'; bfloat16: rounded stochastically"
+    )
     learning_rate: Annotated[Real, Field(gt=0)] = 5e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -181,6 +186,11 @@ class TrainingConfig(Section):
         return self.param_dtype.removesuffix("_stochastic")
 
     @property
+    def rounds_stochastically(self) -> bool:
+        """Whether what is stored in bf16, weights or moments, is computed in fp32 and rounded so."""
+        return self.param_dtype == "bfloat16_stochastic" or self.moments_dtype is not None
+
+    @property
     def asks_bf16(self) -> bool:
         return "bfloat16" in (self.compute_dtype, self.stored_dtype)
 
@@ -190,6 +200,11 @@ class TrainingConfig(Section):
             raise ValueError("set training.epochs or training.steps")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
+        if self.moments_dtype is not None:
+            if self.optimizer not in ("adamw", "lion"):
+                raise ValueError(f"moments_dtype = {self.moments_dtype} is of adamw and lion, not of {self.optimizer}: leave it out")
+            if self.stored_dtype != "float32":
+                raise ValueError(f"moments_dtype: with param_dtype = {self.param_dtype} the moments are in bf16 already: leave it out")
         return self
 
 

@@ -44,8 +44,16 @@ ONE_STEP, PRECISION, PIPELINE = "tests/training/test_step.py", "tests/models/tes
 PREFERENCE, PAIRS, TRL = "moejax/training/preference.py", "tests/data/test_preferences.py", "tests/training/test_preference.py"
 BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
 OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/runs/test_export.py", "tests/training/test_loop.py"
+ADAM8, EIGHT_BITS = "moejax/training/adam8.py", "tests/training/test_adam8.py"
 
 FAULTS = [
+    fault("8 bits: blocks run over the matrices of a stack", ADAM8, "return math.prod(shape[:stacked])", "return 1", EIGHT_BITS),
+    fault("8 bits: between two the odd code", ADAM8, "np.where(np.arange(255) % 2,", "np.where(np.arange(255) % 2 == 0,", EIGHT_BITS),
+    fault("8 bits: a small negative moment becomes zero", ADAM8, "_ZERO - 1, code) if signed", "_ZERO, code) if signed", EIGHT_BITS),
+    fault("8 bits: what fills the last block counts", ADAM8, "numbers = _blocks(jnp.asarray(_map(signed)).at[codes.astype(jnp.int32)]",
+          "numbers = (jnp.asarray(_map(signed)).at[_blocks(codes).astype(jnp.int32)]", EIGHT_BITS),
+    fault("moments in bf16 are rounded to the nearest", "moejax/config.py", ' or self.moments_dtype is not None', "",
+          "tests/training/test_low_precision.py"),
     fault("preference: the reference keeps its adapter", PREFERENCE, "    remove_lora(model)\n", "", TRL),
     fault("preference: the reference keeps the router's adapter", "models/build.py", 'if getattr(module, "lora", None) is not None:',
           'if getattr(module, "lora", None) is not None and not (isinstance(module, Linear) and module.weight.get_value().shape[-2] == 8):', TRL),

@@ -32,7 +32,8 @@ RUNS = {
         "quantization": {"format": "nf4", "cache": None},
         "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": list(LORA_TARGETS), "share": ["w1", "w3"]},
         "data": {"template": "mistral", "batching": "pack", "holdout": 4, "records": 24, "bytes": "BYTES", "sha256": "SHA256"},
-        "training": {"remat": "full", "gradient_accumulation": 2, "label_smoothing": 0.1, "eval_every": 1, "loss_chunk_tokens": 32},
+        "training": {"remat": "full", "gradient_accumulation": 2, "label_smoothing": 0.1, "eval_every": 1, "loss_chunk_tokens": 32,
+                     "optimizer": "adamw_8bit"},
         "eval": {**EVAL, "each_epoch": True, "every_steps": 1, "max_new_tokens": 3},
         "checkpoint": {"every": 1, "keep": 1},
         "device": {"memory_fraction": 0.5},
@@ -71,7 +72,7 @@ RUNS = {
         "quantization": {"format": "nf4", "double": False, "modules": ["experts"]},
         "adapter": {"token_rows": [5, 7]},
         "data": {"source": None, "batching": "fixed"},
-        "training": {"remat": "auto", "steps": 4},
+        "training": {"remat": "auto", "steps": 4, "optimizer": "lion", "moments_dtype": "bfloat16"},
         "profile": {"start_step": 2, "steps": 1},
     },
     "text, continued": {

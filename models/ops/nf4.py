@@ -29,13 +29,14 @@ CODEBOOK = np.array(
 )  # fmt: skip
 
 
-def _dynamic_map() -> np.ndarray:
-    """The 256 codes of the signed 8-bit dynamic map: seven decades of linearly spaced midpoints, and 0 and 1."""
+def dynamic_map(signed: bool) -> np.ndarray:
+    """The 256 codes of the 8-bit dynamic map, fp32 ascending: seven decades of linearly spaced midpoints, twice as many in each where there
+    is no sign, and 0 and 1."""
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = _linspace(2**decade + 1)
+        edges = _linspace(2 ** (decade + (not signed)) + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
-        values += [*means.tolist(), *(-means).tolist()]
+        values += [*means.tolist(), *(-means).tolist()] if signed else means.tolist()
     return np.sort(np.array(values, np.float32))
 
 
@@ -59,7 +60,7 @@ def _nearest_table(codes: np.ndarray) -> np.ndarray:
     return np.searchsorted(middles, grid, side="left").astype(np.uint8)
 
 
-DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP = dynamic_map(signed=True)
 _DYNAMIC_TABLE = _nearest_table(DYNAMIC_MAP)
 
 

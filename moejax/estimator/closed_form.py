@@ -138,6 +138,8 @@ def breakdown(
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and dense else 0
     experts = sum(w.bytes for w in trained if w.module in config.groups["experts"])
     scaled = 0 if adapter else _scaled(experts, t.stored_dtype, platform)
+    if t.optimizer == "adamw_8bit":  # both moments of what is changed at once, in fp32
+        scaled = max(scaled, *(8 * w.size // sizes.pieces(w.shape, w.parameters) for w in trained))
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
     moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
@@ -150,7 +152,7 @@ def breakdown(
     return Breakdown(
         dict(by_dtype),
         sum(w.bytes for w in weights if w.adapter),
-        sizes.optimizer_bytes(t.optimizer, trained),
+        sizes.optimizer_bytes(t, trained),
         sizes.batch_bytes(config, t.gradient_accumulation, rows, row_tokens),
         g,
         s,

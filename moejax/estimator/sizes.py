@@ -16,16 +16,20 @@ from moejax.models.config import Architecture, from_hub_config, specs
 from moejax.models.ops.quantized import KINDS
 
 if TYPE_CHECKING:
-    from moejax.config import Experiment
+    from moejax.config import Experiment, TrainingConfig
 
 ITEM = {"float32": 4, "bfloat16": 2}
+BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
+"""Of moments in 8 bits: numbers of a block; of the smallest parameter that has any."""
+AT_ONCE = 2**23
+"""Numbers of a weight with moments in 8 bits that are changed at once: both are then in fp32."""
 Shape = specs.Shape
 
 
 @dataclass(frozen=True)
 class Stored:
     """A weight or an adapter as it lies in memory. name: of the variable in its module. `parts`: dtype -> bytes; one in 4 bits has
-    codes and scales."""
+    codes and scales. parameters: how many of PyTorch's it holds, one a layer and expert."""
 
     module: specs.Path
     name: str
@@ -33,6 +37,7 @@ class Stored:
     trained: bool
     parts: dict[str, int]
     adapter: bool = False
+    parameters: int = 1
 
     @property
     def size(self) -> int:
@@ -78,12 +83,15 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     frozen = experiment.adapter is not None
     dtype = t.compute_dtype if frozen else t.stored_dtype
     quantized = {path for module in config.resolve_groups(q.modules) for path in config.groups.get(module, ())}
+    stacks = {stack.name for stack in config.stacks}
     found = []
     for (*module, name), shape in config.weights.items():
         path, parts = tuple(module), {dtype: math.prod(shape) * ITEM[dtype]}
         if q.kind and path in quantized and name == "weight":
             parts = quantized_parts(q.kind, shape)
-        found.append(Stored(path, name, shape, not frozen, parts))
+        matrix, _ = config.linears.get(path, (None, 0))
+        stacked = 0 if path[0] not in stacks else 2 if matrix and matrix.copies else 1
+        found.append(Stored(path, name, shape, not frozen, parts, parameters=math.prod(shape[:stacked])))
     return (*found, *adapters(experiment, config))
 
 
@@ -98,7 +106,8 @@ def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]
             own_a = [("a", (pair.rank, inner))] if pair.shares is None else []
             for name, matrix in (*own_a, ("b", (out, pair.rank))):
                 shape = (*leading, *matrix)
-                found.append(Stored(path, name, shape, True, {"float32": 4 * math.prod(shape)}, adapter=True))
+                parts, parameters = {"float32": 4 * math.prod(shape)}, math.prod(leading)
+                found.append(Stored(path, name, shape, True, parts, adapter=True, parameters=parameters))
     rows = (len(experiment.adapter.token_rows or ()), config.hidden_size)
     if rows[0]:
         tables = ("embed",) if config.tie_word_embeddings else ("embed", "head")
@@ -106,13 +115,29 @@ def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]
     return tuple(found)
 
 
-def optimizer_bytes(optimizer: str, trained: tuple[Stored, ...]) -> int:
-    """AdamW: two moments in the weights' dtype. Adafactor (optax): a row and a column of the two largest axes where both reach 128.
+def in_8_bits(size: int, parameters: int) -> bool:
+    """Whether a weight of so many numbers has moments in 8 bits."""
+    return size // parameters >= SMALLEST_8BIT
+
+
+def pieces(shape: Shape, parameters: int) -> int:
+    """In how many a weight with moments in 8 bits is changed, one after the other: some layers at a time, or rows that are whole blocks."""
+    size, most = math.prod(shape), min(shape[0], 128)
+    found = [n for n in range(1, most + 1) if shape[0] % n == 0 and (n == 1 or parameters > 1 or size // n % BLOCK_8BIT == 0)]
+    return next((n for n in found if size // n <= AT_ONCE), found[-1])
+
+
+def optimizer_bytes(training: TrainingConfig, trained: tuple[Stored, ...]) -> int:
+    """AdamW: two moments in the weights' dtype or in `moments_dtype`; Lion: one. In 8 bits: a byte each, and an fp32 number a block, of
+    small parameters fp32. Adafactor (optax): a row and a column of the two largest axes where both reach 128.
 
     Each has its int32 counts of steps; the step itself is counted with the batch.
     """
-    if optimizer == "adamw":
-        return sum(2 * s.bytes for s in trained) + 2 * 4
+    if training.optimizer in ("adamw", "lion"):
+        moments = 2 if training.optimizer == "adamw" else 1
+        return sum(moments * (ITEM[training.moments_dtype] * s.size if training.moments_dtype else s.bytes) for s in trained) + 2 * 4
+    if training.optimizer == "adamw_8bit":
+        return sum(2 * _moment_8bit(s.size, s.parameters) for s in trained) + 4
     total = 2 * 4
     for s in trained:
         item = s.bytes // s.size
@@ -122,6 +147,11 @@ def optimizer_bytes(optimizer: str, trained: tuple[Stored, ...]) -> int:
         else:
             total += item * (s.size + 2)
     return total
+
+
+def _moment_8bit(size: int, parameters: int) -> int:
+    """Bytes of one moment of a weight."""
+    return size + 4 * parameters * -(-size // parameters // BLOCK_8BIT) if in_8_bits(size, parameters) else 4 * size
 
 
 def batch_bytes(config: Architecture, accumulation: int, rows: int, row_tokens: int) -> int:

@@ -17,6 +17,7 @@ from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders, tokens
 from moejax.training import low_precision, preference, scoring
+from moejax.training.optimizer import kept_wide
 from moejax.training.run_steps import total_steps
 from moejax.training.start import read_data
 
@@ -42,19 +43,20 @@ def report(experiment: Experiment) -> None:
     every = [w for ws in groups.values() for w in ws]
     trained = tuple(w for w in every if w.trained)
     weights, gradients = sum(w.bytes for w in every), sum(w.bytes for w in trained)
-    optimizer = optimizer_bytes(experiment.training.optimizer, trained)
+    state_in = "8 bits" if experiment.training.optimizer == "adamw_8bit" else experiment.training.moments_dtype or trained[0].storage
+    optimizer = optimizer_bytes(experiment.training, trained)
     sums = [
         ("base model", f"{base:,}", "", "", ""),
         (f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", ""),
         ("trained", f"{sum(w.size for w in trained):,}", trained[0].storage, f"{gigabytes(gradients)}", ""),
         ("weights in memory", "", "", f"{gigabytes(weights)}", ""),
-        (f"{experiment.training.optimizer} state", "", trained[0].storage, f"{gigabytes(optimizer)}", ""),
+        (f"{experiment.training.optimizer} state", "", state_in, f"{gigabytes(optimizer)}", ""),
         ("gradients", "", trained[0].storage, f"{gigabytes(gradients)}", ""),
     ]
     total = ("before activations", "", "", f"{gigabytes(weights + optimizer + gradients)}", "")
     columns = ("group", "parameters", "stored as", "GB", "trained")
     say(Table([*rows, None, *sums, None, total], columns, (1, 3), f"parameters of {experiment.name}"))
-    say(*memory.cards(experiment, sizes), *low_precision.warnings(experiment))
+    say(*memory.cards(experiment, sizes), *kept_wide(experiment, sizes), *low_precision.warnings(experiment))
     away = not_here(experiment)
     told: list[str] = []
     steps: int | None = None

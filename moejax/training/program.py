@@ -233,7 +233,7 @@ def objective(experiment: Experiment, graphdef: Any) -> Objective:
     dropout = 0.0 if experiment.adapter is None else experiment.adapter.dropout
     return Objective(
         graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
-        aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk_tokens, stochastic=t.param_dtype == "bfloat16_stochastic",
+        aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk_tokens, stochastic=t.rounds_stochastically,
         preference=experiment.preference,
     )  # fmt: skip
 

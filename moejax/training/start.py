@@ -23,6 +23,7 @@ from moejax.progress import say, waiting
 from moejax.runs import folders, pinning, tokens
 from moejax.training import experts, low_precision, preference, remat, scoring
 from moejax.training.identity import Identity
+from moejax.training.optimizer import kept_wide
 from moejax.training.program import NOTHING_OWN, Own, TrainProgram
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
 
@@ -51,7 +52,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
     attention = experts.announce_attention(experiment, config, choice.here())
-    for line in (experts.announce(experiment, config), *attention, *preference.told(experiment)):
+    wide = kept_wide(experiment, config) if own.optimizer is None else []
+    for line in (experts.announce(experiment, config), *attention, *preference.told(experiment), *wide):
         say(line)
     abstract = build(config, **model_arguments(experiment))
     if source is not None and model_folder is not None and Path(source).is_dir():

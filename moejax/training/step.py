@@ -43,7 +43,8 @@ class Objective:
     """What is minimized, and how it is computed.
 
     loss = Σ cross-entropy over supervised tokens / their number in the whole optimizer step + aux_loss_coef · load balancing.
-    stochastic: weights and the optimizer's state are bf16, computed in fp32 and rounded stochastically. loss: in the place of all this.
+    stochastic: what is bf16 of the weights and the optimizer's state is computed in fp32 and rounded stochastically. loss: in the place
+    of all this.
     preference: of a batch of pairs, Σ of their losses / their number takes the place of cross-entropy.
     """
 

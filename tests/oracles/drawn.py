@@ -9,3 +9,16 @@ def weight(name, shape):
     """Drawn wide, so that neither routing nor attention is near uniform; norms around 1."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
     return 1 + np.float32(0.2) * noise if "norm" in name else np.float32(0.3) * noise
+
+
+GRADIENT_STEPS = 25
+
+
+def gradient(name, step, shape):
+    """Of a weight at a step: magnitudes over two decades, part of it the same at every step; a row of zeros; all of it at step 3."""
+    draw = np.random.default_rng([zlib.crc32(name.encode()), step])
+    of_weight = np.random.default_rng(zlib.crc32(name.encode()))
+    scale, mean = 10.0 ** of_weight.uniform(-4, -2, shape), of_weight.normal(size=shape)
+    found = (scale * (mean + draw.normal(size=shape))).astype(np.float32)
+    found[0] = 0
+    return found * np.float32(step != 3)

@@ -119,10 +119,17 @@ BLACKMAMBA = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"optimizer": "adamw"}, {"optimizer": "adamw_8bit"}, pytest.param({"optimizer": "adafactor"}, marks=pytest.mark.long),
+        pytest.param({"optimizer": "lion", "moments_dtype": "bfloat16"}, marks=pytest.mark.long),
+    ],
+    ids=lambda settings: settings["optimizer"],
+)  # fmt: skip
 def test_a_blackmamba_trains_and_resumes_to_the_bit(optimizer, make_experiment, monkeypatch):
     """Full fine-tuning through the same loop: 8 steps equal 4 and resumed 4, in every loss and every byte of the model."""
-    settings = BLACKMAMBA | {"training": BLACKMAMBA["training"] | {"optimizer": optimizer}}
+    settings = BLACKMAMBA | {"training": BLACKMAMBA["training"] | optimizer}
     straight, halves = make_experiment("straight", **settings), make_experiment("halves", **settings)
     assert loop.run(straight, resume=False) == 0
     with monkeypatch.context() as patch:

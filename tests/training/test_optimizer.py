@@ -48,7 +48,7 @@ def after(optimizer, weights):
     return by_name(weights)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adafactor"])
+@pytest.mark.parametrize("rule", ["adamw", "adamw_8bit", "adafactor", "lion"])
 @pytest.mark.parametrize("on", ["matrices", "all"])
 @pytest.mark.parametrize("family", MODELS)
 def test_decay(family, on, rule):
@@ -82,6 +82,7 @@ def test_the_names_agree_with_the_axes(family):
     ("rule", "reference"),
     [
         ("adamw", optax.adamw(RATE, 0.9, 0.999, 1e-8, weight_decay=0.0)),
+        ("lion", optax.lion(RATE, 0.9, 0.999, weight_decay=0.0)),
         ("adafactor", optax.adafactor(RATE, multiply_by_parameter_scale=False)),
     ],
 )
@@ -104,7 +105,7 @@ def test_it_is_the_rule_of_optax(rule, reference):
     assert moments(found).keys() == moments(expected).keys()
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adafactor"])
+@pytest.mark.parametrize("rule", ["adamw", "adamw_8bit", "adafactor", "lion"])
 def test_a_gradient_is_clipped_by_the_norm_of_all_its_parts(rule):
     """Before the rule sees it: which would hardly show in one step, but does in its moments."""
     optimizer, plain = (
