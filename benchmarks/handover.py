@@ -28,7 +28,7 @@ from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, save, streaming, weights
-from moejax.hub.model import architecture, create_model, model_arguments
+from moejax.hub.model import architecture, base_folder, create_model, model_arguments
 from moejax.hub.names import tensors
 from moejax.models.build import Model, build, materialize_lora
 from moejax.models.config import Architecture
@@ -44,7 +44,7 @@ def write(experiment: Experiment, folder: Path, *, stack_name: str) -> dict[str,
     """Write the folder; returns experiment.json's content. Raises UserError for what the config gets wrong, and for what `stack_name`
     (one of contract.STACKS) cannot express."""
     source = experiment.model.source
-    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    model_folder = base_folder(experiment)
     config = architecture(experiment, model_folder)
     content = _begin(experiment, config, stack_name)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,7 @@ from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
-from moejax.hub import weights
-from moejax.hub.model import architecture, create_model
+from moejax.hub.model import architecture, base_folder, create_model
 from moejax.profiling.capture import broken_down
 from moejax.training.program import TrainProgram
 
@@ -51,8 +50,7 @@ class Server:
     """A compiled step, its state and one batch. random: weights made on the device; traced: compiled so that a trace tells its parts."""
 
     def __init__(self, experiment: Experiment, *, random: bool = False, traced: bool = False):
-        source = experiment.model.source
-        folder = None if source is None else weights.resolve(source, experiment.model.revision)
+        folder = base_folder(experiment)
         config = architecture(experiment, folder)
         tokenizer = (
             load_tokenizer(experiment.tokenizer or str(folder), experiment.added_tokens) if experiment.data.source else None

@@ -128,13 +128,13 @@ def has_adapter(model: Model) -> bool:
 
 def load(
     source: str | Path, *, base: bool = False, quantization: str | None = None, adapter: Mapping[str, Any] | None = None,
-    dtype: str | None = None, seed: int = 0,
+    dtype: str | None = None, seed: int = 0, download: str = "whole",
 ) -> LanguageModel:  # fmt: skip
     """A finished run's folder (its tuned model; base: what it began with), a model's folder in Hub layout, or a Hub id, `org/name@REV`.
 
     Of a model: quantization "nf4" stores its weights in 4 bits; adapter: keys of the config's adapter section, {} for its defaults, gives
     it a new LoRA adapter from `seed`, or with "init_from" a saved one; dtype "bfloat16" or "float32" (default: bfloat16, on a CPU
-    float32) is what it computes in. Raises UserError for what is wrong with the files.
+    float32) is what it computes in; download "stream": the config's model.download. Raises UserError for what is wrong with the files.
     """
     path = Path(source)
     if (path / "config.yaml").exists():
@@ -151,7 +151,7 @@ def load(
     compute = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     name, _, revision = str(source).partition("@") if not path.is_dir() else (str(source), "", "")
     content = {
-        "name": "loaded", "seed": seed, "model": {"source": name, "revision": revision or None},
+        "name": "loaded", "seed": seed, "model": {"source": name, "revision": revision or None, "download": download},
         "quantization": {"format": quantization or "none"}, "adapter": None if adapter is None else dict(adapter),
         "data": {"batching": "fixed", "row_tokens": 16, "max_length": 16},
         "training": {"steps": 1, "compute_dtype": compute, "param_dtype": compute},
@@ -159,7 +159,8 @@ def load(
     if quantization is not None and adapter is None:
         content["adapter"] = {}  # frozen weights alone could not be trained, and a new adapter changes nothing
     experiment = experiments.of(content, f"load({str(source)!r})")
-    folder = weights.resolve(name, experiment.model.revision)
+    folder = hub_model.base_folder(experiment)
+    assert folder is not None
     experiment = hub_model.with_adapters_rows(experiment, weights.read_config(folder).vocab_size)
     experiment = experiment.with_defaults(hub_model.architecture(experiment, folder))
     begun = None if experiment.adapter is None else experiment.adapter.init_from

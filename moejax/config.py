@@ -305,6 +305,12 @@ class Experiment(Section):
             raise ValueError(
                 "quantization freezes the weights and there is no adapter: nothing would be trained. Add adapter: {}"
             )
+        if self.model.download == "stream" and (self.quantization.format == "none" or self.quantization.cache is None):
+            raise ValueError(
+                f"model.download = stream keeps what it quantized, and quantization.format = {self.quantization.format}, "
+                f"quantization.cache = {self.quantization.cache or 'null'}: expected nf4 and a folder, or model.download=whole (weights "
+                "that are not quantized take as much disk as the shards)"
+            )
         if self.training.param_dtype == "bfloat16_stochastic" and self.adapter is not None:
             raise ValueError("training.param_dtype = bfloat16_stochastic is of a model that is trained whole: adapters are in fp32")
         if self.preference is not None:

@@ -17,6 +17,9 @@ class ModelConfig(Section):
 
     source: Place | None = None
     revision: str | None = None
+    download: Literal["whole", "stream"] = Field(
+        "whole", description="of a Hub id; stream: a shard at a time is fetched, quantized into quantization.cache, and deleted"
+    )
     preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
     overrides: dict[str, Annotated[int | float | bool | str, BeforeValidator(number)]] = Field(
         default_factory=dict, description="fields of the architecture by name"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,13 +111,6 @@ def files_content(files: Iterable[Path]) -> str:
     return hashed.hexdigest()
 
 
-def sizes_content(files: Iterable[Path], indices: Iterable[Path]) -> str | None:
-    """Of names and sizes of files, and of their indices: at once, also of 90 GB. None where a file is not there, or there are none."""
-    sizes = []
-    for path in files:
-        if not path.is_file():
-            return None
-        sizes.append([path.name, path.stat().st_size])
-    if not sizes:
-        return None
-    return hashlib.sha256(json.dumps([sorted(sizes), files_content(indices)]).encode()).hexdigest()
+def sizes_content(sizes: Mapping[str, int], indices: Iterable[Path]) -> str:
+    """Of names and sizes of files, and of their indices: at once, also of 90 GB."""
+    return hashlib.sha256(json.dumps([sorted(map(list, sizes.items())), files_content(indices)]).encode()).hexdigest()

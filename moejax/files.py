@@ -62,6 +62,14 @@ def replace_text(path: Path, text: str, *, newline: str | None = None) -> None:
         new.write_text(text, encoding="utf-8", newline=newline)
 
 
+def nearest(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
 def save_figure(figure: Any, path: Path, **how: Any) -> None:
     """Draw a figure of matplotlib's into a .png, .svg or .pdf, in place of what was there. Raises OSError as `replacing` does."""
     with replacing(path) as new:

@@ -70,6 +70,7 @@ RUNS = {
     "random rows": {
         "tokenizer": None,
         "quantization": {"format": "nf4", "double": False, "modules": ["experts"]},
+        "model": {"download": "stream"},
         "adapter": {"token_rows": [5, 7]},
         "data": {"source": None, "batching": "fixed"},
         "training": {"remat": "auto", "steps": 4, "optimizer": "lion", "moments_dtype": "bfloat16"},

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from moejax import __version__, installation
 from moejax.device import host_bytes
+from moejax.files import nearest
 from moejax.installation import version
 from moejax.terminal import Console
 
@@ -141,15 +142,14 @@ def caches() -> Iterable[Finding]:
 
 def folder_finding(what: str, folder: Path, remedy: str) -> Finding:
     """Whether `folder`, or the nearest folder above it that exists, can be written to, and its free space."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
+    there = nearest(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         return Finding(what, "error", f"{folder}: {there} cannot be written to", f"choose another folder: {remedy}")
     free = shutil.disk_usage(there).free
     text = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {free / 1e9:.0f} GB free"
     low = free < LOW_DISK_BYTES
-    return Finding(what, "note" if low else "ok", text, f"little room (Mixtral-8x7B is 93 GB): {remedy} on another disk" if low else "")
+    advice = f"little room (Mixtral-8x7B is 93 GB, with model.download=stream 30): {remedy} on another disk" if low else ""
+    return Finding(what, "note" if low else "ok", text, advice)
 
 
 def hub() -> Finding:

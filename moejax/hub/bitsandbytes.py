@@ -15,10 +15,11 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.models.ops import nf4
-from moejax.models.ops.quantized import Canonical, QuantizedTensor
+from moejax.models.ops.quantized import KINDS, Canonical, QuantizedTensor
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_STATE = ".quant_state.bitsandbytes__"
+STATE = ".quant_state.bitsandbytes__"
+_STATE_BYTES = 256  # as written here: JSON, and behind it white space
 READ_HERE = f"read here are nf4 codes in blocks of {nf4.BLOCK}, their scales in fp32 or in 8 bits in blocks of {nf4.NESTED_BLOCK}"
 _ORIGINAL = "Give the original model (bf16, fp16 or fp32)"
 
@@ -62,7 +63,7 @@ class Quantized:
         return Canonical("nf4-double", shape, parts)
 
     def _state(self) -> dict[str, Any]:
-        name = next(part for part in self._parts if part.startswith(_STATE))
+        name = next(part for part in self._parts if part.startswith(STATE))
         try:
             state = json.loads(self._parts[name].read().tobytes())
         except ValueError as error:
@@ -99,7 +100,7 @@ class Quantized:
 
 def gather(found: Mapping[str, Any]) -> dict[str, Any]:
     """Sources by name, with every quantized matrix and what lies beside it as one `Quantized`. Raises UserError for fp4 and int8."""
-    states = {name.partition(_STATE)[0]: name for name in found if _STATE in name}
+    states = {name.partition(STATE)[0]: name for name in found if STATE in name}
     for name in found:
         if name.endswith(".SCB"):
             weight = name.removesuffix("SCB") + "weight"
@@ -107,14 +108,14 @@ def gather(found: Mapping[str, Any]) -> dict[str, Any]:
         owner = next((name.removesuffix(part) for part in _PARTS if name.endswith(part)), None)
         if owner is not None and owner not in states:
             raise UserError(
-                f"{found[name].file.path}: tensor {name!r} belongs to a quantized matrix, and {owner + _STATE + 'nf4'!r} is missing: "
+                f"{found[name].file.path}: tensor {name!r} belongs to a quantized matrix, and {owner + STATE + 'nf4'!r} is missing: "
                 "download the checkpoint again"
             )
     beside = {name + part for name in states for part in _PARTS} | set(states.values())
     out: dict[str, Any] = {}
     for name, source in found.items():
         if name in states:
-            kind = states[name].partition(_STATE)[2]
+            kind = states[name].partition(STATE)[2]
             if kind != "nf4":
                 raise UserError(f"{source.file.path}: tensor {name!r} is {kind}, quantized by bitsandbytes: {READ_HERE}. {_ORIGINAL}")
             parts = {key[len(name) :]: found[key] for key in (states[name], *(name + part for part in _PARTS)) if key in found}
@@ -125,6 +126,24 @@ def gather(found: Mapping[str, Any]) -> dict[str, Any]:
     if lost:
         raise UserError(f"{found[states[lost[0]]].file.path}: tensor {lost[0]!r} is missing, its quant_state is there")
     return out
+
+
+def as_stored(name: str, matrix: Canonical, dtype: Any) -> dict[str, np.ndarray]:
+    """A matrix as bitsandbytes saves it: what `gather` reads. dtype: that it was quantized from."""
+    parts, double = matrix.parts, "nested_absmax" in matrix.parts
+    state = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "dtype": np.dtype(dtype).name, "shape": list(matrix.shape)}
+    out = {name: np.asarray(parts["codes"]).reshape(-1, 1), name + ".absmax": parts["absmax"], name + ".quant_map": nf4.CODEBOOK}
+    if double:
+        state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(parts["offset"])}
+        out |= {name + ".nested_absmax": parts["nested_absmax"], name + ".nested_quant_map": nf4.DYNAMIC_MAP}
+    text = json.dumps(state).encode().ljust(_STATE_BYTES)
+    return {part: np.asarray(value) for part, value in out.items()} | {f"{name}{STATE}nf4": np.frombuffer(text, np.uint8)}
+
+
+def stored_shapes(name: str, kind: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shapes and dtypes of what `as_stored` gives for a matrix [out, in] of this kind."""
+    parts = {part: np.broadcast_to(np.zeros((), dtype), at) for part, (at, dtype) in KINDS[kind].parts(shape, canonical=True).items()}
+    return {part: (value.shape, value.dtype) for part, value in as_stored(name, Canonical(kind, shape, parts), np.float32).items()}
 
 
 def check(files: Mapping[str, Any], wanted: Iterable[tuple[str, Any, str | None]]) -> None:

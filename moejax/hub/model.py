@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.hub import peft, peft_rows, weights
-from moejax.hub.quantized_cache import Content
+from moejax.hub import disk, peft, peft_rows, shards, snapshot, weights
+from moejax.hub.disk import Need
+from moejax.hub.quantized_cache import Content, leaves_of
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture, LoRAConfig, Quantization
+from moejax.progress import say
 
 CACHED_FROM_BYTES = 1_000_000_000
 
@@ -63,6 +65,72 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
         "backend": experiment.model.moe_backend,
         "attention": experiment.model.attention,
     }
+
+
+def base_folder(experiment: Experiment) -> Path | None:
+    """The folder that the weights of `model.source` are read from, fetched as `model.download` says; None without a source.
+
+    Raises UserError as `check_disk`, `weights.resolve` and `shards.fetch` do.
+    """
+    m = experiment.model
+    if m.source is None:
+        return None
+    small = weights.resolve(m.source, m.revision, weights=False)
+    if m.download == "stream" and _is_here(experiment, small):
+        return small
+    say(*check_disk(experiment, small))
+    if m.download == "whole" or Path(m.source).is_dir():
+        return weights.resolve(m.source, m.revision)
+    model, folder = _to_stream(experiment, small)
+    if not shards.is_whole(folder):
+        shards.fetch(m.source, small, folder, shards.shards_of(small, snapshot.weight_sizes(m.source, small.name)), model)
+    return folder
+
+
+def check_disk(experiment: Experiment, small: Path) -> list[str]:
+    """A line with what the weights that are still to be fetched take of which disk.
+
+    small: the folder of `model.source` without them (`weights.resolve(…, weights=False)`). Raises UserError where they do not fit.
+    """
+    m, q = experiment.model, experiment.quantization
+    if _is_here(experiment, small):
+        return []
+    if m.download == "stream":
+        model, folder = _to_stream(experiment, small)
+        if shards.is_whole(folder):
+            return []
+        sizes = shards.shards_of(small, snapshot.weight_sizes(str(m.source), small.name))
+        fetched = (size for name, size in shards.lacking(folder, sizes).items() if not (small / name).is_file())
+        kept = shards.kept_bytes(model, sum(sizes.values())) - shards.written_bytes(folder, sizes)
+        elsewhere = "quantization.cache=DIR"
+        return [disk.told([Need("one shard", max(fetched, default=0), folder, elsewhere), Need("4-bit weights", kept, folder, elsewhere)])]
+    try:
+        sizes = snapshot.weight_sizes(str(m.source), small.name)
+    except UserError:  # `weights.resolve` finds what it can without the Hub, or says what is wrong
+        return []
+    streamed = ", model.download=stream (a shard at a time)" if q.format != "none" else ""
+    missing = sum(size for name, size in sizes.items() if not (small / name).is_file())
+    if not missing:
+        return []
+    needs = [Need("weights", missing, snapshot.hub_cache(), f"HF_HOME=DIR{streamed}")]
+    if q.format != "none" and q.cache is not None and sum(sizes.values()) >= CACHED_FROM_BYTES:
+        model = build(architecture(experiment, small), **model_arguments(experiment))
+        leaves = leaves_of({name: variable.get_value() for name, variable in weights.base_variables(model)}).values()
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        needs.append(Need("4-bit weights", kept, Path(q.cache).expanduser(), "quantization.cache=DIR (null: nowhere)"))
+    return [disk.told(needs)]
+
+
+def _is_here(experiment: Experiment, small: Path) -> bool:
+    """Whether there is nothing to be fetched, because a user's folder or the Hub's cache holds all weights."""
+    return Path(str(experiment.model.source)).is_dir() or weights.files_of(small) is not None
+
+
+def _to_stream(experiment: Experiment, small: Path) -> tuple[Model, Path]:
+    """The base, abstract, and the folder that it is streamed into."""
+    m, cache = experiment.model, Path(str(experiment.quantization.cache)).expanduser()
+    model = build(architecture(experiment, small), quantization=quantization_config(experiment))
+    return model, shards.place(cache, str(m.source), small.name, model)
 
 
 def create_model(experiment: Experiment, config: Architecture, folder: Path | None, content: Content | None = None) -> Model:
@@ -115,7 +183,9 @@ def load(source: str, config: Experiment) -> Model:
     `model.source` does not count, nor, for a local folder, its `model.revision`. Raises UserError naming file and tensor for whatever is
     wrong with the checkpoint or the adapter; an adapter that does not fit before weights are read.
     """
-    folder = weights.resolve(source, config.model.revision)
+    config = config.changed("model", source=source)
+    folder = base_folder(config)
+    assert folder is not None
     config = with_adapters_rows(config, weights.read_config(folder, config.model.ignored_settings).vocab_size)
     sizes, name = architecture(config, folder), source if Path(source).is_dir() else source.partition("@")[0]
     continue_adapter(config, build(sizes, **model_arguments(config)), name)

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -65,7 +66,12 @@ class Reader:
             raise UserError(f"{path} {what}") from None
         length = int.from_bytes(self._file.read(8), "little")
         self._start = 8 + length
-        self._entries: dict[str, Any] = {k: v for k, v in json.loads(self._file.read(length)).items() if k != "__metadata__"}
+        self._entries: dict[str, Any] = json.loads(self._file.read(length))
+        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
+
+    def close(self) -> None:
+        """Of a file that is deleted: what it takes is free only then."""
+        self._file.close()
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -96,6 +102,30 @@ class Reader:
                 rest, offset = rest[count:], offset + count
         except OSError as error:
             raise UserError(f"{self.path}: tensor {name!r} cannot be read ({error}): download it again") from None
+        return array
+
+
+SUMS = "crc32"
+
+
+class Summed(Reader):
+    """A file whose tensor SUMS holds the CRC-32 of all others, in their order, where its metadata say so (`sums: crc32`); else any file.
+
+    Reading a tensor whole raises UserError where it is not what was written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._sums: dict[str, int] = {}
+        if self.metadata.get("sums") == SUMS and SUMS in self._entries:
+            values = super().read(SUMS).tolist()
+            del self._entries[SUMS]
+            self._sums = dict(zip(self._entries, values, strict=True))
+
+    def read(self, name: str, into: np.ndarray | None = None, first: int = 0) -> np.ndarray:
+        array = super().read(name, into, first)
+        whole = array.size == math.prod(self.shape(name))
+        if whole and name in self._sums and zlib.crc32(array.reshape(-1).view(np.uint8).data) != self._sums[name]:
+            raise UserError(f"{self.path}: tensor {name!r} is not what was written there: remove this file, and start again")
         return array
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from moejax.errors import UserError
@@ -27,6 +30,8 @@ def resolve(source: str, revision: str | None = None, field: str = "model.source
         raise UserError(
             f"{field} = {source!r}: no such folder{_looked_from(source)} (expected a folder in Hub layout, or a Hub id like org/name)"
         )
+    # Else what is fetched in chunks is kept a second time, up to 10 GB of it. Read when the first file is fetched.
+    os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
     from huggingface_hub import snapshot_download
 
     try:
@@ -38,6 +43,53 @@ def resolve(source: str, revision: str | None = None, field: str = "model.source
         return folder
     except Exception as error:
         raise UserError(_why(error, f"{field} = {source!r}", at or revision, _looked_from(source))) from error
+
+
+def weight_sizes(source: str, commit: str) -> dict[str, int]:
+    """Name -> bytes of the files with weights that `resolve` would download of a Hub id. Raises UserError where the Hub does not say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = list(HfApi().list_repo_tree(source.partition("@")[0], revision=commit, recursive=True))
+    except Exception as error:
+        raise UserError(_why(error, f"model.source = {source!r}", commit, _looked_from(source))) from error
+    sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    found = _matching(sizes, ["*.safetensors"])
+    return {path: sizes[path] for path in found or _matching(sizes, _PYTORCH)}
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Configuration and tokenizer of a folder."""
+    names = _matching((path.name for path in folder.iterdir() if path.is_file()), _SMALL)
+    return [folder / name for name in names if not name.endswith(".index.json")]
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what `resolve` downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def fetch_file(source: str, commit: str, file: str, folder: Path) -> Path:
+    """One file of a Hub id, in `folder` and not in the Hub's cache: the caller may delete it. Raises UserError, OSError for a full disk."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source.partition("@")[0], file, revision=commit, local_dir=folder))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{file} of {source} at {commit} could not be fetched ({type(error).__name__}: {reason}): check the network and start again; "
+            "what is there already is not fetched again"
+        ) from error
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def commit(source: str, folder: Path) -> str | None:

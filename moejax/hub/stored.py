@@ -14,11 +14,14 @@ from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes
 from moejax.hub.names import renamed, stacked
-from moejax.hub.safetensors_file import Reader, aligned
+from moejax.hub.safetensors_file import Summed, aligned
 from moejax.hub.torch_file import TorchFile
 from moejax.models.config import Architecture
 
 AGAIN = "download it again, or copy it"
+INDEX = "model.safetensors.index.json"
+MADE_FROM = "made_from.json"
+"""Of a folder that `hub.shards` made: base_files is what `weights.files_of` says of the shards that it was made from."""
 
 
 class Source(NamedTuple):
@@ -63,7 +66,7 @@ def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[s
     for path in files:
         if not path.is_file():
             raise UserError(f"{folder} lacks {path.name}, which its index names: download it again")
-        file = Reader(path) if path.suffix == ".safetensors" else stack.enter_context(TorchFile(path))
+        file = Summed(path) if path.suffix == ".safetensors" else stack.enter_context(TorchFile(path))
         held |= {name: Source(file, name, file.shape(name)) for name in file.names() if where.get(name, path.name) == path.name}
     lost = sorted(where.keys() - held.keys())
     if lost:
@@ -72,12 +75,12 @@ def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[s
         )
     found: dict[str, Any] = {}
     for name, source in bitsandbytes.gather(held).items():
-        found |= _expanded(source.file, name, config) if isinstance(source, Source) else {name: source}
+        found |= expanded(source.file, name, config) if isinstance(source, Source) else {name: source}
     return found
 
 
-def _expanded(file: Any, name: str, config: Architecture) -> dict[str, Source]:
-    """The tensors of one expert each that a file's tensor holds; itself where it is of no expert or of one."""
+def expanded(file: Any, name: str, config: Architecture) -> dict[str, Source]:
+    """By the checkpoint's own names: the tensors of one expert each that a file's tensor holds; itself where it is of one or none."""
     parts = stacked(config).get(name)
     if parts is None:
         return {renamed(config).get(name, name): Source(file, name, file.shape(name))}
@@ -96,7 +99,7 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")  # each may lie in shards wi
 def _layout(folder: Path) -> tuple[dict[str, str], list[Path]]:
     """Tensor name -> file, as the index has it (empty without one), and the weight files of a folder, which may be missing."""
     for whole in _WHOLE:
-        where = _weight_map(folder / f"{whole}.index.json", Path(whole).suffix)
+        where = weight_map(folder / f"{whole}.index.json", Path(whole).suffix)
         if where:
             return where, [folder / name for name in sorted(set(where.values()))]
         if (folder / whole).is_file():
@@ -104,7 +107,8 @@ def _layout(folder: Path) -> tuple[dict[str, str], list[Path]]:
     return {}, []
 
 
-def _weight_map(index: Path, suffix: str) -> dict[str, str]:
+def weight_map(index: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Tensor name -> file, by an index; empty where there is none. Raises UserError for files elsewhere."""
     if not index.is_file():
         return {}
     where = read_json(index, remedy=AGAIN).get("weight_map")

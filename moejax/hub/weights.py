@@ -17,7 +17,7 @@ from moejax.hub import bitsandbytes, quantized_cache
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
-from moejax.hub.stored import AGAIN, open_tensors, weight_files
+from moejax.hub.stored import AGAIN, MADE_FROM, open_tensors, weight_files
 from moejax.hub.streaming import by_variable, checked, fill, new_rows, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
@@ -92,8 +92,15 @@ def check_files(model: Model, folder: Path) -> None:
 
 
 def files_of(folder: Path) -> str | None:
-    """Hash of the names, sizes and index of a folder's weight files; None where one is not there."""
-    return sizes_content(weight_files(folder), sorted(folder.glob("*.index.json")))
+    """Hash of the names, sizes and index of a folder's weight files; None where one is not there. Of those that it was made from, where
+    `hub.shards` made it."""
+    made_from, files = folder / MADE_FROM, weight_files(folder)
+    if not files or not all(path.is_file() for path in files):
+        return None
+    if made_from.is_file():
+        known: str | None = read_json(made_from, remedy=AGAIN).get("base_files")
+        return known
+    return sizes_content({path.name: path.stat().st_size for path in files}, sorted(folder.glob("*.index.json")))
 
 
 def stored_bytes(folder: Path) -> int:

@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.estimator.units import told
 from moejax.hub import merge, peft, verification, weights
 from moejax.hub.layerwise import Checkpoint
-from moejax.hub.model import adapter_config, architecture, quantization_config
+from moejax.hub.model import adapter_config, architecture, base_folder, quantization_config
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
@@ -46,7 +46,8 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
     source = experiment.model.source
     if trained and source is None:
         raise UserError(f"{folder}: its base has random weights (model.preset), which nobody else has: nothing to put an adapter on")
-    base = weights.resolve(str(source), experiment.model.revision) if trained else folder / "model"
+    base = base_folder(experiment) if trained else folder / "model"
+    assert base is not None  # there is a source
     sizes = architecture(experiment, base)
     if trained:
         check_made_of(folder, experiment, base, _tokenizer(experiment, base))

@@ -17,7 +17,7 @@ from moejax.data.ends import Ends, ends_of
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.hub import peft, weights
-from moejax.hub.model import architecture, create_model
+from moejax.hub.model import architecture, base_folder, create_model
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
@@ -86,8 +86,7 @@ def load(folder: Path, base: bool = False) -> Loaded:
     if not (folder / "config.yaml").exists() and (folder / "config.json").is_file():
         return _load_model(folder, base)
     experiment = open_run(folder)
-    source = experiment.model.source
-    model_folder = None if source is None else weights.resolve(source, experiment.model.revision)
+    model_folder = base_folder(experiment)
     if experiment.tokenizer is None and model_folder is None:
         raise UserError(f"{folder}: its config names no tokenizer, so a prompt cannot become tokens")
     if base and model_folder is None and experiment.adapter is None:

@@ -14,7 +14,7 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.hub import weights
-from moejax.hub.model import architecture, continue_adapter, create_model, model_arguments
+from moejax.hub.model import architecture, base_folder, check_disk, continue_adapter, create_model, model_arguments
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import Architecture
@@ -58,6 +58,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     abstract = build(config, **model_arguments(experiment))
     if source is not None and model_folder is not None and Path(source).is_dir():
         weights.check_files(abstract, model_folder)
+    elif model_folder is not None:
+        check_disk(experiment, model_folder)
     continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is told before data and weights are read
     tokenizer, asked, dataset = read_data(experiment, config, model_folder, own)
     experiment = as_read(experiment, dataset)
@@ -70,8 +72,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     fit(program, experiment.data.batch_rows, longest_row(experiment, dataset))
     if model_folder is not None:
         with waiting(f"weights of {experiment.model.source}"):
-            model_folder = weights.resolve(str(experiment.model.source), experiment.model.revision)
-        say(*identity.compare(base_files=weights.files_of(model_folder)))
+            model_folder = base_folder(experiment)
+        say(*identity.compare(base_files=None if model_folder is None else weights.files_of(model_folder)))
     content = Content()
     with waiting("loading the model"):
         model = create_model(experiment, config, model_folder, content)
