@@ -44,7 +44,7 @@ PRODUCTS, EFFICIENCY, BANDWIDTH, OTHERS = 790e12, 0.85, 4.3e12, 60e12
 """Of one H200: FLOP/s of a large bf16 product, what of it products of a step reach, bytes/s of a copy, FLOP/s outside of products."""
 IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
-GROUPED, FLASH_FORWARD, FLASH_BACKWARD = 600e12, 375e12, 275e12
+FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
 """FLOP/s of kernels of Pallas, which nobody has timed here."""
 SHEET = 989e12, 4.8e12
 """The data sheet's figures of the same card: another card's constants are in proportion to its own."""

@@ -140,9 +140,6 @@ def serve(options: argparse.Namespace) -> int:
         for line in sys.stdin:
             known = line.strip() == "step"
             say(server.step() if known else {"error": f'unknown command {line.strip()!r}: expected "step"'})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -151,6 +148,7 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
+@kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
