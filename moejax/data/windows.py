@@ -64,23 +64,29 @@ def _filled(file: BinaryIO, before: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _objects(path: str, window: bytes, file: BinaryIO) -> Iterator[list[Any]]:
-    """Windows that end before a line that begins with an object: no object is cut there."""
-    line, count = 0, 0
+def _pieces(window: bytes, file: BinaryIO, border: bytes) -> Iterator[tuple[bytes, bool]]:
+    """What was read and the rest, in pieces that end behind a line break with which a `border` begins; whether each is the last."""
     while True:
         more = file.read(1)
-        cut = len(window) if not more else window.rfind(b"\n{") + 1
+        cut = len(window) if not more else window.rfind(border) + 1
         if cut:
-            try:
-                records = parsing.objects(path, window[:cut], last=not more, count=count)
-            except UserError as error:
-                raise _further(error, line) from None
-            count += len(records)
-            yield records
-            line += window.count(b"\n", 0, cut)
+            yield window[:cut], not more
         if not more:
             return
         window = _filled(file, window[cut:] + more)
+
+
+def _objects(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
+    """Pieces that end before a line that begins with an object: no object is cut there."""
+    line, count = 0, 0
+    for piece, last in _pieces(head, file, b"\n{"):
+        try:
+            records = parsing.objects(path, piece, last=last, count=count)
+        except UserError as error:
+            raise _further(error, line) from None
+        count += len(records)
+        yield records
+        line += piece.count(b"\n")
 
 
 def _further(error: UserError, lines: int) -> UserError:
@@ -89,7 +95,8 @@ def _further(error: UserError, lines: int) -> UserError:
 
 
 def _rows(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
-    text = io.TextIOWrapper(io.BufferedReader(_Behind(head, file)), encoding="utf-8-sig", newline="")
+    pieces = _pieces(head.removeprefix(codecs.BOM_UTF8), file, b"\n")
+    text = itertools.chain.from_iterable(io.StringIO(piece.decode(), newline="") for piece, _ in pieces)
     lines = itertools.dropwhile(lambda line: not line.strip(" \t\r\n\f\v\ufeff"), text)
     try:
         rows = parsing.rows(path, lines)
@@ -97,19 +104,3 @@ def _rows(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
             yield window
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}): iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW, if it is of Windows") from None
-
-
-class _Behind(io.RawIOBase):
-    """Bytes, and a file behind them."""
-
-    def __init__(self, head: bytes, file: BinaryIO):
-        self._head, self._file = memoryview(head), file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._head[: len(buffer)] if self._head else self._file.read(len(buffer))
-        self._head = self._head[len(piece) :]
-        buffer[: len(piece)] = piece
-        return len(piece)
