@@ -138,8 +138,9 @@ def load(
     """
     path = Path(source)
     if (path / "config.yaml").exists():
-        if quantization is not None or adapter is not None or dtype is not None:
-            raise UserError(f"{source} is a run, which says itself how its model is stored: leave quantization, adapter and dtype out")
+        if quantization is not None or adapter is not None or dtype is not None or download != "whole":
+            own = "quantization, adapter, dtype and download"
+            raise UserError(f"{source} is a run, which says itself how its model is stored: leave {own} out")
         opened = runs.load(path, base)
         return LanguageModel(opened.make(), opened.tokenizer, opened.template, opened.ends, runs.open_run(path).model.source or "")
     if base:

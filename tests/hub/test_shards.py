@@ -1,5 +1,7 @@
 """model.download=stream: a shard at a time, with the values of whole files, cut anywhere; what a disk must hold is told first."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -36,6 +39,7 @@ from moejax.training import loop
 SHA, ID = "a" * 40, "org/name"
 KEY = jax.random.key(0)
 INDEX = "model.safetensors.index.json"
+FETCH_FILE = snapshot.fetch_file
 
 
 def saved(folder, shard_bytes=16_000):
@@ -295,6 +299,47 @@ def test_a_bad_number_names_its_tensor(hub, tmp_path):
         hub_model.base_folder(experiment(tmp_path))
     (folder,) = (tmp_path / "cache").iterdir()
     assert not (folder / shard.name).exists() and not list(folder.glob("*.tmp"))
+
+
+def test_a_disk_that_fills_up_and_a_network_that_ends(hub, tmp_path, monkeypatch):
+    saved(hub.repository)
+    hub.publish()
+    fetch, names = snapshot.fetch_file, sorted(snapshot.weight_sizes())
+
+    def third(source, commit, file, folder):
+        if file == names[2]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / file))
+        return fetch(source, commit, file, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "fetch_file", third)
+        with pytest.raises(UserError, match=rf"{names[2]} cannot be written \(No space left on device\): make room there"):
+            hub_model.base_folder(experiment(tmp_path))
+        patch.setattr(snapshot, "fetch_file", FETCH_FILE)
+        with pytest.raises(UserError, match=rf"{names[2]} of org/name at a+ could not be fetched .*check the network and start again"):
+            hub_model.base_folder(experiment(tmp_path))
+    folder = hub_model.base_folder(experiment(tmp_path))
+    assert hub.fetched == names and sorted(path.name for path in folder.glob("*.safetensors")) == names
+
+
+def test_another_process_that_fetches_is_waited_for(hub, tmp_path, monkeypatch):
+    told = threading.Event()
+    monkeypatch.setattr(shards, "note", lambda text: told.set())
+    saved(hub.repository)
+    hub.publish()
+    asked = experiment(tmp_path)
+    folder = hub_model.base_folder(asked)
+    done = len(hub.fetched)
+    (folder / INDEX).rename(tmp_path / INDEX)
+    (folder / hub.fetched[0]).rename(tmp_path / "first")
+    with (folder / "lock").open("w") as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = pool.submit(hub_model.base_folder, asked)
+        assert told.wait(timeout=60)
+        (tmp_path / "first").rename(folder / hub.fetched[0])  # what the other one did meanwhile
+        (tmp_path / INDEX).rename(folder / INDEX)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        assert waiting.result(timeout=60) == folder and len(hub.fetched) == done
 
 
 @pytest.mark.parametrize(
