@@ -40,6 +40,10 @@ class PreferenceConfig(Section):
             raise ValueError("preference needs pairs of answers: give data.source")
         if d.template == "text":
             raise ValueError("preference trains on answers, and data.template = text knows none: use chat, chatml, mistral or alpaca")
+        for source in d.sources:
+            unused = [name for name in ("output", "text") if getattr(source.fields, name) is not None]
+            if unused:
+                raise ValueError(f"data.fields.{unused[0]}: preference reads the answers of a pair, from fields.chosen and fields.rejected")
         if experiment.training.label_smoothing:
             raise ValueError("training.label_smoothing is of cross-entropy, which preference does not train on: preference.label_smoothing")
         if d.batching == "pack" and 2 * d.max_length > d.row_tokens:

@@ -220,6 +220,7 @@ def test_a_weight_counts_pairs(tokenizer, tmp_path):
         ({"data": {"template": "text"}}, "preference trains on answers, and data.template = text knows none"),
         ({"data": {"source": None, "batching": "fixed"}}, "preference needs pairs of answers: give data.source"),
         ({"training": {"label_smoothing": 0.1}}, "training.label_smoothing is of cross-entropy"),
+        ({"data": {"fields": {"output": "answer"}}}, "data.fields.output: preference reads the answers of a pair"),
         ({"preference": {"loss": "ipo", "label_smoothing": 0.1}}, "is of the losses sigmoid and robust: ipo has none"),
     ],
 )
