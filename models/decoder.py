@@ -1,7 +1,7 @@
 """The architecture on one page.
 
     x = embed(tokens)
-    for every block:  x += mixer(norm(x));  x += feed_forward(norm(x))
+    for every block:  x += mixer(norm(x));  x += feed_forward(norm(x))        (or, as the block says, norm(mixer(x)) …)
     logits = head(norm(x))
 
 What a block is, the architecture's specs say (`moejax.models.config.specs`). Equal blocks are one module whose weights are stacked
@@ -40,7 +40,10 @@ def mixer_class(spec: specs.Mixer) -> type[Attention] | type[Mamba]:
 
 
 class Layer(nnx.Module):
-    """x += mixer(norm(x)); x += moe(norm(x)). x: [B, T, D], rounded to `compute` before each norm where the stream is fp32."""
+    """x += mixer(norm(x)); x += moe(norm(x)); or with the norms after: x += norm(mixer(x)); x += norm(moe(x)).
+
+    x: [B, T, D], rounded to `compute` before each half where the stream is fp32.
+    """
 
     def __init__(self, key: jax.Array, block: specs.Block, config: Architecture, dtype: Any, compute: Any, target: Target):
         keys = jax.random.split(key)
@@ -51,32 +54,39 @@ class Layer(nnx.Module):
         setattr(self, self.mixer, mixer(keys[0], block.mixer, config, dtype, target))
         self.moe_norm = RMSNorm(size, eps, dtype)
         self.moe = MoE(keys[1], block.feed_forward, config, dtype, target)
-        self.compute = compute
+        self.compute, self.norm_after = compute, block.norm == "after"
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, keep: bool
     ) -> tuple[jax.Array, RouterStats]:
         mixer = getattr(self, self.mixer)
-        x = x + mixer(self._normed(x), segment_ids, positions, dropout_key).astype(x.dtype)
-        if mixer.splits_recomputation:
+        x = self._added(x, mixer(self._read(x, self.mixer), segment_ids, positions, dropout_key), self.mixer)
+        if mixer.splits_recomputation and not self.norm_after:
             x = checkpoint_name(x, "halfway")
         return self._experts(x, segment_ids > 0, dropout_key, keep)
 
     def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array) -> tuple[jax.Array, Any]:
         """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
-        out, cache = getattr(self, self.mixer).cached(self._normed(x), valid, positions, cache, number)
-        return self._experts(x + out.astype(x.dtype), valid, None, False)[0], cache
+        out, cache = getattr(self, self.mixer).cached(self._read(x, self.mixer), valid, positions, cache, number)
+        return self._experts(self._added(x, out, self.mixer), valid, None, False)[0], cache
 
-    def _normed(self, x: jax.Array) -> jax.Array:
-        norm: RMSNorm = getattr(self, f"{self.mixer}_norm")
-        return norm(x.astype(self.compute))
+    def _read(self, x: jax.Array, half: str) -> jax.Array:
+        """What a half is given of the stream."""
+        norm: RMSNorm = getattr(self, f"{half}_norm")
+        return x.astype(self.compute) if self.norm_after else norm(x.astype(self.compute))
+
+    def _added(self, x: jax.Array, out: jax.Array, half: str) -> jax.Array:
+        """The stream with what a half computed. A norm of that needs it in the backward pass: it is kept, so that neither the attention
+        nor w2 has to be done again for it."""
+        norm: RMSNorm = getattr(self, f"{half}_norm")
+        return x + (norm(checkpoint_name(out, "halfway")) if self.norm_after else out).astype(x.dtype)
 
     def _experts(
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> tuple[jax.Array, RouterStats]:
-        rows = self.moe_norm(x.astype(self.compute)).reshape(-1, x.shape[-1])
+        rows = self._read(x, "moe").reshape(-1, x.shape[-1])
         out, stats = self.moe(rows, valid.reshape(-1), dropout_key, keep=keep)
-        return x + out.reshape(x.shape).astype(x.dtype), stats
+        return self._added(x, out.reshape(x.shape), "moe"), stats
 
 
 class Decoder(nnx.Module):

@@ -157,6 +157,9 @@ FAULTS = [
           'q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)\n            return self.q_norm(q), self.k_norm(k), v\n'
           '        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v', FAMILIES),
     fault("OLMoE's norms are of each head", "models/families/olmoe.py", '= "all"', '= "head"', FAMILIES),
+    fault("FlexOlmo's norms stand before", "models/decoder.py", 'compute, block.norm == "after"', "compute, False", FAMILIES),
+    fault("what a norm behind reads is computed again", "models/decoder.py", 'norm(checkpoint_name(out, "halfway"))', "norm(out)",
+          "tests/models/test_structure.py::test_w2_is_not_done_again"),
     fault("gate_proj and up_proj swapped", "models/families/attention_moe.py", '("gate_proj", "down_proj", "up_proj")',
           '("up_proj", "down_proj", "gate_proj")', FAMILIES),
     fault("padding is counted as routed", MOE, "jnp.sum(chosen & valid[:, None, None]", "jnp.sum(chosen",

@@ -84,8 +84,8 @@ class Transformers(Side):
         assert isinstance(self.sizes, AttentionMoEConfig)  # contract.check
         self.training, self.device = e["training"], torch.device(options.device)
         self.dtype = getattr(torch, self.training["compute_dtype"])
-        # An embedding of padding would have no gradient.
-        config = transformers.AutoConfig.for_model(**content["hub_config"], use_cache=False, pad_token_id=None)
+        # It has no token for padding: the embedding of one would have no gradient.
+        config = transformers.AutoConfig.for_model(**content["hub_config"], use_cache=False)
         self.how = {"dtype": self.dtype, "attn_implementation": "sdpa"} | self.experts
         self.codes: dict[str, str] = {}
         self.full = e["adapter"] is None

@@ -34,8 +34,8 @@ def wrap(module: torch.nn.Module, name: str) -> None:
 
 
 _LAST = {
-    "embed_tokens": "embed", "input_layernorm": "norm", "post_attention_layernorm": "norm", "norm": "norm", "self_attn": "attention",
-    "q_norm": "attention/norm", "k_norm": "attention/norm", "act_fn": "moe/act",
+    "embed_tokens": "embed", "norm": "norm", "self_attn": "attention", "q_norm": "attention/norm", "k_norm": "attention/norm",
+    "act_fn": "moe/act",
 }  # fmt: skip
 
 
@@ -65,3 +65,5 @@ def name_scopes(model: torch.nn.Module, moe: str, names: Mapping[str, str]) -> N
             wrap(module, "moe")
         elif last in _LAST:
             wrap(module, _LAST[last])
+        elif last.endswith("layernorm"):  # before a half or behind it: input_, post_attention_, post_feedforward_
+            wrap(module, "norm")

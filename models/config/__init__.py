@@ -11,6 +11,7 @@ from typing import Any
 from moejax.models.config.adapters import LORA_TARGETS, QUANTIZED_MODULES, LoRAConfig, Quantization
 from moejax.models.config.specs import Architecture
 from moejax.models.families.blackmamba import BlackMambaConfig
+from moejax.models.families.flex_olmo import FlexOlmoConfig
 from moejax.models.families.mixtral import MixtralConfig
 from moejax.models.families.olmoe import OlmoeConfig
 from moejax.models.families.qwen3_moe import Qwen3MoeConfig
@@ -42,7 +43,7 @@ def target_aliases() -> dict[str, str]:
     return {theirs: ours for preset in PRESETS.values() for ours, theirs in preset.target_names.items()}
 
 
-for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig):
+for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig, FlexOlmoConfig):
     register(_family)
 
 _NOT_YET = {

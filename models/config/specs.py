@@ -17,6 +17,7 @@ from moejax.models.config.tensor_names import TensorNames
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
+BlockNorm = Literal["before", "after"]
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ HALVES: tuple[type[Mixer | FeedForward], ...] = (GQA, Mamba, MoE)
 
 @dataclass(frozen=True)
 class Block:
-    """x += mixer(norm(x)); x += feed_forward(norm(x))."""
+    """x += mixer(norm(x)); x += feed_forward(norm(x)). norm: before each half, or "after" it: x += norm(mixer(x)); …"""
 
     mixer: Mixer
     feed_forward: FeedForward
+    norm: BlockNorm = "before"
 
     @property
     def halves(self) -> tuple[Mixer, FeedForward]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from moejax.models import foreign_settings as foreign
-from moejax.models.config.specs import GQA, Architecture, Block, MoE, Router, Stack, Stream
+from moejax.models.config.specs import GQA, Architecture, Block, BlockNorm, MoE, Router, Stack, Stream
 from moejax.models.config.tensor_names import BlockNames, TensorNames
 
 SIZES = {
@@ -48,6 +48,7 @@ class AttentionMoEConfig(Architecture, ABC):
     matrices: ClassVar[tuple[str, str, str]] = ("gate_proj", "down_proj", "up_proj")
     """and w1, w2, w3."""
     qk_norm: ClassVar[Literal["head", "all"] | None] = None
+    block_norm: ClassVar[BlockNorm] = "before"
     missing: ClassVar[Mapping[str, Any]] = {}
     """transformers' values of what a config.json leaves out, where the class has others."""
     known: ClassVar[Mapping[str, Any]] = {}
@@ -75,7 +76,7 @@ class AttentionMoEConfig(Architecture, ABC):
         attention = GQA(self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.qk_norm)
         router = Router("softmax", self.renormalizes)
         experts = MoE(self.num_experts, self.experts_per_token, self.intermediate_size, "silu", router)
-        return (Stack(Block(attention, experts), self.num_layers),)
+        return (Stack(Block(attention, experts, self.block_norm), self.num_layers),)
 
     @property
     def stream(self) -> Stream:
@@ -85,8 +86,8 @@ class AttentionMoEConfig(Architecture, ABC):
     def names(self) -> TensorNames:
         layer = "model.layers.{0}"
         norms = () if self.qk_norm is None else ("q_norm", "k_norm")
-        weights = {f"{layer}.input_layernorm.weight": "attention_norm.weight"}
-        weights[f"{layer}.post_attention_layernorm.weight"] = "moe_norm.weight"
+        first, second = {"before": ("input", "post_attention"), "after": ("post_attention", "post_feedforward")}[self.block_norm]
+        weights = {f"{layer}.{first}_layernorm.weight": "attention_norm.weight", f"{layer}.{second}_layernorm.weight": "moe_norm.weight"}
         attention = ("q_proj", "k_proj", "v_proj", "o_proj", *norms)
         weights |= {f"{layer}.self_attn.{name}.weight": f"attention.{name}.weight" for name in attention}
         weights[f"{layer}.{self.module}.gate.weight"] = "moe.router.weight"
@@ -152,7 +153,8 @@ class AttentionMoEConfig(Architecture, ABC):
         )
 
     def to_hub_config(self) -> dict[str, Any]:
-        """The `config.json` that transformers 4 and 5 both read."""
+        """The `config.json` that transformers 4 and 5 both read. Without a token for padding some classes take one of their own, which a
+        small vocabulary does not have."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -160,6 +162,7 @@ class AttentionMoEConfig(Architecture, ABC):
             **{name: getattr(self, name) for name in SAME},
             "num_key_value_heads": self.num_kv_heads,
             "num_local_experts": self.num_experts,
+            "pad_token_id": None,
             "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "hidden_act": "silu",
             "attention_dropout": 0.0,

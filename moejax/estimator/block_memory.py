@@ -257,9 +257,11 @@ def block_of(step: Step, spec: specs.Block, adapted: Adapted) -> Block:
     """The terms of a block of this kind."""
     match spec.mixer:
         case specs.GQA():
-            mixer = attention(step, spec.mixer, spec.feed_forward, adapted)
+            mixer, between = attention(step, spec.mixer, spec.feed_forward, adapted), step.stream
         case specs.Mamba():
-            mixer = mamba(step, spec.mixer, spec.feed_forward)
+            mixer, between = mamba(step, spec.mixer, spec.feed_forward), 0
         case _:
             assert_never(spec.mixer)
+    if spec.norm == "after":  # kept for the norms: what each half computed, in the place of the stream between them
+        mixer = mixer._replace(streams=mixer.streams - between + 2 * step.item * step.tokens * step.width)
     return Block(step, adapted, mixer, spec.feed_forward)

@@ -83,6 +83,23 @@ def test_arguments_to_the_byte(case):
     assert made.batch == 4 + 4 * (4 if "mamba" in case.model.preset else 5) * case.training.gradient_accumulation * 2 * 64
 
 
+class Behind(MixtralConfig):
+    """A Mixtral with its norms behind attention and experts."""
+
+    block_norm = "after"
+
+
+def test_a_norm_behind_keeps_what_each_half_computed():
+    """In the place of the stream between them: one [tokens, width] more a layer, by the compiler and the closed form."""
+    before, case = PRESETS["mixtral-tiny"], experiment(**LORA, training={"remat": "full"})
+    both = (before, Behind(**{name: getattr(before, name) for name in before.fields()}))
+    compiled = [TrainProgram(case, sizes).compile(16, 256).temporary_bytes for sizes in both]
+    saved = [closed_form.breakdown(case, sizes, rows=16, row_tokens=256, platform="cpu").saved for sizes in both]
+    stream, layers = 4 * 16 * 256 * 128, before.num_layers
+    assert saved[1] - saved[0] == layers * stream
+    assert layers - 0.05 < (compiled[1] - compiled[0]) / stream < layers + 1.05  # one of them is made while the last layer's is there
+
+
 class Hybrid(MixtralConfig):
     """Two stacks: an attention model's blocks, and BlackMamba's behind them."""
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE and OLMoE in fp32 against transformers 5.24 (tests/oracles/families.py), and what their files say."""
+"""Qwen3-MoE, OLMoE and FlexOlmo in fp32 against transformers 5.24 (tests/oracles/families.py), and what their files say."""
 
 import dataclasses
 import json
@@ -34,9 +34,9 @@ from moejax.models.config import FAMILIES, PRESETS, LoRAConfig, Quantization, fr
 from moejax.models.families.qwen3_moe import Qwen3MoeConfig
 from moejax.models.ops.quantized import QuantizedTensor, quantize
 
-CASES = ("qwen3_moe", "qwen3_moe_dense", "qwen3_moe_raw_tied", "olmoe", "olmoe_summed")
-BOTH = ("qwen3_moe", "olmoe")
-SMALL = (("qwen3-moe-tiny", 24), ("olmoe-tiny",))  # heads that are not D/H wide; D/H
+CASES = ("qwen3_moe", "qwen3_moe_dense", "qwen3_moe_raw_tied", "olmoe", "olmoe_summed", "flex_olmo", "flex_olmo_dense")
+EACH = ("qwen3_moe", "olmoe", "flex_olmo")
+SMALL = (("qwen3-moe-tiny", 24), ("olmoe-tiny",), ("flex-olmo-tiny",))  # heads that are not D/H wide; D/H
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_logits_loss_gradients_and_counts(case, models, batch, vectors):
         assert_close_to_largest(hub_tensor(gradients, place), vectors[f"{case}/grad/{name}.weight"], 2e-5, name)
 
 
-@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("case", EACH)
 def test_cache_and_packed_rows_equal_the_full_pass(case, models, batch):
     model, tokens = models[case], batch.tokens[:2]
     alone = full_logits(model, tokens, batch.segment_ids[:2], batch.positions[:2])
@@ -105,18 +105,20 @@ def test_cache_and_packed_rows_equal_the_full_pass(case, models, batch):
 
 
 @pytest.mark.parametrize(
-    ("preset", "total"), [("qwen3-30b-a3b", 30_532_122_624), ("olmoe-1b-7b", 6_919_161_856), ("qwen3-235b-a22b", 235_093_634_560)]
-)
+    ("preset", "total"),
+    [("qwen3-30b-a3b", 30_532_122_624), ("qwen3-235b-a22b", 235_093_634_560), ("olmoe-1b-7b", 6_919_161_856),
+     ("flex-olmo-7x7b", 33_270_665_216), ("flex-olmo-2x7b", 11_627_401_216)],
+)  # fmt: skip
 def test_counts_to_the_digit(preset, total):
     assert sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(build(PRESETS[preset])))) == total
 
 
-@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("case", EACH)
 def test_what_transformers_writes_is_read(case, vectors):
     """The family's default settings in 5.24, in full; and what this writes, by either name of the number of experts."""
     default = from_hub_config(json.loads(str(vectors[f"{case}/settings"])))
     found = default.num_experts, default.experts_per_token, default.norm_topk_prob
-    assert found == {"qwen3_moe": (128, 8, False), "olmoe": (64, 8, False)}[case]
+    assert found == {"qwen3_moe": (128, 8, False), "olmoe": (64, 8, False), "flex_olmo": (7, 5, False)}[case]
     for preset in PRESETS.values():
         if preset.model_type == case:
             written = preset.to_hub_config()
@@ -145,6 +147,7 @@ REFUSED = {
         ({"attention_bias": True}, "attention_bias = true"),
         ({"sliding_window": 64}, "sliding_window = 64"),
     ],
+    "flex-olmo-tiny": [({"clip_qkv": 8.0}, r"clip_qkv = 8\.0"), ({"sliding_window": 64}, "sliding_window = 64")],
 }  # fmt: skip
 
 
@@ -362,7 +365,7 @@ def write_pefts_own(case, vectors, folder):
     (folder / "adapter_model.safetensors").write_bytes(vectors[f"{case}/peft/adapter_model"].tobytes())
 
 
-@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("case", EACH)
 def test_an_adapter_of_pefts_own(case, folders, batch, vectors, tmp_path):
     """PEFT 0.21's pair over all experts, read here: the logits that PEFT computes."""
     write_pefts_own(case, vectors, tmp_path)
@@ -373,7 +376,7 @@ def test_an_adapter_of_pefts_own(case, folders, batch, vectors, tmp_path):
     np.testing.assert_allclose(logits[real], vectors[f"{case}/peft/logits"][real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", pytest.param("qwen3_moe_dense", marks=pytest.mark.long), "olmoe"])
+@pytest.mark.parametrize("case", ["qwen3_moe", pytest.param("qwen3_moe_dense", marks=pytest.mark.long), "olmoe", "flex_olmo"])
 def test_one_a_for_both_is_trained_as_by_peft(case, folders, batch, vectors, tmp_path):
     """PEFT 0.21's adapter over fused experts, with share: its logits, loss, and every gradient in its layout."""
     write_pefts_own(case.removesuffix("_dense"), vectors, tmp_path)

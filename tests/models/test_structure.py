@@ -63,10 +63,8 @@ class TestDequantization:
         self.check(jax.sharding.SingleDeviceSharding(device(gpu)), True)
 
 
-@pytest.fixture(scope="module")
-def sparse_step():
-    """The gradient of a small QLoRA Mixtral, all layers recomputed."""
-    config = PRESETS["mixtral-tiny"].replace(num_layers=2)
+def gradient(config):
+    """Of a small QLoRA model, all layers recomputed."""
     model = build(
         config, key=jax.random.key(0), quantization=Quantization(), adapter=LoRAConfig(4, 8.0, 0.0, ("w1", "w2", "w3", "gate")),
         dtype=jnp.float32, backend="loop",
@@ -81,6 +79,11 @@ def sparse_step():
     return Program(module(jax.grad(loss), trained, frozen))
 
 
+@pytest.fixture(scope="module")
+def sparse_step():
+    return gradient(PRESETS["mixtral-tiny"].replace(num_layers=2))
+
+
 def placed(program):
     """(instruction, its place, the last part of its path), of all instructions that have a path."""
     for i in program.instructions.values():
@@ -88,7 +91,10 @@ def placed(program):
             yield i, place(i.metadata.op_name), i.metadata.op_name.rpartition("/")[2]
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("mixtral-tiny", {"norm"}), ("qwen3-moe-tiny", {"norm", "attention/norm"})])
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("mixtral-tiny", {"norm"}), ("qwen3-moe-tiny", {"norm", "attention/norm"}), ("flex-olmo-tiny", {"norm", "attention/norm"})],
+)
 def test_norms_of_q_and_k_are_the_attentions(preset, expected):
     """Norms have the only reciprocal square roots."""
     config = PRESETS[preset].replace(vocab_size=64, num_layers=1, num_experts=4, experts_per_token=2)
@@ -109,6 +115,14 @@ def test_one_permutation_serves_all_projections(sparse_step):
     assert sorts == [("forward", "moe/dispatch")]
     again = {p.phase for i, p, name in placed(sparse_step) if p.stage == "moe/topk" and (i.opcode == "sort" or "top_k" in name)}
     assert again <= {"forward"}
+
+
+@pytest.mark.parametrize("preset", ["mixtral-tiny", "flex-olmo-tiny"])
+def test_w2_is_not_done_again(preset, request):
+    """Nor for a norm behind it: what that reads is kept."""
+    program = request.getfixturevalue("sparse_step") if preset == "mixtral-tiny" else gradient(PRESETS[preset].replace(num_layers=2))
+    again = {p.stage for i, p, _ in placed(program) if i.opcode == "dot" and p.phase == "recompute"}
+    assert "moe/w1" in again and "moe/w2" not in again
 
 
 def test_w1_and_w3_run_in_one_pass(sparse_step):

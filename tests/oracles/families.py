@@ -1,4 +1,7 @@
-"""Families of attention and experts in transformers 5 (fp32, eager): tests/vectors/families.npz. Run: make vectors."""
+"""Families of attention and experts in transformers 5 (fp32, eager): tests/vectors/families.npz. Run: make vectors.
+
+families.py CASE …: those alone; what the file has of others stays as it is (another CPU would sum them in another order).
+"""
 
 import json
 import sys
@@ -21,11 +24,14 @@ SIZES = dict(
 )  # fmt: skip
 QWEN3 = dict(SIZES, head_dim=8, moe_intermediate_size=12, intermediate_size=40, num_experts=6, rms_norm_eps=1e-6)
 OLMOE = dict(SIZES, intermediate_size=12, num_experts=6, rms_norm_eps=1e-5)
+FLEX = dict(OLMOE, rms_norm_eps=1e-6)
 CASES = {
     "qwen3_moe": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False)),
     "qwen3_moe_dense": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False, num_experts_per_tok=6)),
     "qwen3_moe_raw_tied": ("qwen3_moe", dict(QWEN3, norm_topk_prob=False, tie_word_embeddings=True)),
     "olmoe": ("olmoe", dict(OLMOE, norm_topk_prob=False, tie_word_embeddings=False)),
+    "flex_olmo": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False)),
+    "flex_olmo_dense": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False, num_experts_per_tok=6)),
     "olmoe_summed": ("olmoe", dict(OLMOE, norm_topk_prob=True, tie_word_embeddings=False, num_key_value_heads=4)),
 }
 LENGTHS, PROMPTS = (13, 9, 5), (4, 2, 1)
@@ -74,12 +80,24 @@ def versions():
     return json.dumps(made_by | {"python": sys.version.split()[0]})
 
 
+def kept(path, asked):
+    """What a file of vectors has of cases that are not asked for; of none where all are made. Same versions, or it is no one file."""
+    if not asked:
+        return {}
+    with np.load(path) as file:
+        if str(file["versions"]) != versions():
+            raise SystemExit(f"{path} was made by {file['versions']}, this is {versions()}: make all cases (no arguments)")
+        return {name: file[name] for name in file.files if name.partition("/")[0] not in asked}
+
+
 def main():
+    asked = sys.argv[1:]
     arrays = make_batch()
     ids, mask, labels = (torch.from_numpy(a) for a in arrays)
-    out = dict(zip(("ids", "mask", "labels"), arrays, strict=True))
+    out = kept(OUT / "families.npz", asked) | dict(zip(("ids", "mask", "labels"), arrays, strict=True))
     out["versions"] = versions()
-    for case, (kind, settings) in CASES.items():
+    for case in asked or CASES:
+        kind, settings = CASES[case]
         with tempfile.TemporaryDirectory() as folder:
             model, config = make_model(kind, settings, folder)
             result = model(input_ids=ids, attention_mask=mask, labels=labels)
@@ -91,7 +109,7 @@ def main():
             out[f"{case}/counts"] = counts(routed.router_logits, mask, settings["num_experts_per_tok"], settings["num_experts"])
             for name, parameter in model.named_parameters():
                 out |= {f"{case}/grad/{part}": value for part, value in per_expert(name, parameter.grad.numpy())}
-            if case in ("qwen3_moe", "olmoe"):
+            if case == kind:  # the first of each family
                 out[f"{case}/settings"] = type(model.config)().to_json_string(use_diff=False)
                 out |= {f"{case}/{key}": value for key, value in adapter(model, ids, mask, folder).items()}
     np.savez_compressed(OUT / "families.npz", **out)

@@ -1,6 +1,10 @@
-"""Fused adapters by PEFT >= 0.19 (transformers 5): tests/vectors/peft_fused/, and lora_fused.npz with gradients. Run: make vectors."""
+"""Fused adapters by PEFT >= 0.19 (transformers 5): tests/vectors/peft_fused/, and lora_fused.npz with gradients. Run: make vectors.
+
+lora_fused.py CASE …: those of lora_fused.npz alone.
+"""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -56,7 +60,11 @@ def trained(model, ids, mask, labels):
     return out | {"losses": np.array(losses)}
 
 
-def main():
+CASES = ("mixtral", "mixtral_dense", "qwen3_moe", "qwen3_moe_dense", "olmoe", "flex_olmo")
+
+
+def write_folder():
+    """peft_fused/: PEFT's own files and the logits."""
     with tempfile.TemporaryDirectory() as base:
         model, ids, mask, _ = mixtral(base, dense=False)
     out = VECTORS / "peft_fused"
@@ -69,13 +77,19 @@ def main():
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     with torch.no_grad():
         np.savez_compressed(out / "logits.npz", logits=model(input_ids=ids, attention_mask=mask).logits.numpy())
-    arrays = {}
-    for case in ("mixtral", "mixtral_dense", "qwen3_moe", "qwen3_moe_dense", "olmoe"):
+
+
+def main():
+    asked = sys.argv[1:]
+    if not asked:
+        write_folder()
+    arrays = families.kept(VECTORS / "lora_fused.npz", asked) | {"versions": families.versions()}
+    for case in asked or CASES:
         with tempfile.TemporaryDirectory() as folder:
             of_mixtral = case.startswith("mixtral")
             made = mixtral(folder, case.endswith("dense")) if of_mixtral else family(case, folder)
             arrays |= {f"{case}/{name}": value for name, value in trained(*made).items()}
-    np.savez_compressed(VECTORS / "lora_fused.npz", versions=families.versions(), **arrays)
+    np.savez_compressed(VECTORS / "lora_fused.npz", **arrays)
 
 
 if __name__ == "__main__":
