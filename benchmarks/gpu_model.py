@@ -1,5 +1,5 @@
 """What a config's step is on a GPU that is not there, read from the program that XLA compiles for it: bytes, FLOPs, kernels, launches,
-memory. Nothing runs; milliseconds are derived.
+memory of the device (and, with `placement`, of the host). Nothing runs; milliseconds are derived.
 
     python benchmarks/gpu_model.py --config configs/mixtral_8x7b_cs_sparse.yaml --gpu H100 --shapes 1x128,8x512,24x2048 [--stages]
     python benchmarks/gpu_model.py --config configs/*.yaml --gpu H100,A100-80,A40 --shapes own,8xown --remat none,full --out FILE
@@ -197,7 +197,7 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
     return {
         "config": experiment.name, "gpu": gpu, "rows": rows, "row_tokens": length, "remat": experiment.training.remat,
         "backend": "dense" if plan is None else plan.backend, "tile": None if plan is None else [plan.tile, plan.small_tile],
-        "peak_gb": round(c.peak_bytes / 1e9, 3), "arguments_gb": round(c.argument_bytes / 1e9, 3),
+        "peak_gb": round(c.peak_bytes / 1e9, 3), "host_gb": round(c.host_bytes / 1e9, 3), "arguments_gb": round(c.argument_bytes / 1e9, 3),
         "closed_form_error": None if closed is None else round(closed / c.peak_bytes - 1, 4),
         "tflop": round(s.flops / 1e12, 2), "moved_gb": round(s.bytes / 1e9, 1), "kernels": round(s.kernels),
         "outside": round(s.outside), "graphs": round(s.graphs), "syncs": round(s.syncs), "copies": round(s.copies),

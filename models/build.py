@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moejax.models.config import Architecture, LoRAConfig, Quantization
 from moejax.models.config.adapters import Pair
 from moejax.models.decoder import Decoder
-from moejax.models.layers import ExpertLinear, Frozen, Linear
+from moejax.models.layers import ON_THE_DEVICE, ExpertLinear, Frozen, Linear, Placement, of_experts
 from moejax.models.lora import LoRA
+from moejax.models.ops import host
 from moejax.models.ops.quantized import abstract, is_quantized, quantize
 from moejax.models.token_rows import TokenRows
 
@@ -33,12 +35,14 @@ def build(
     attention: str = "auto",
     platform: str | None = None,
     memory_bytes: int | None = None,
+    placement: Placement = ON_THE_DEVICE,
 ) -> Model:
     """A model with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
 
     With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in 4 bits where
     `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
     platform, memory_bytes: of the device that it is for, as `choice.here` and `choice.memory_here` say them; None: this one.
+    placement: of frozen weights. Raises ValueError where the device has no such memory.
     """
     frozen = adapter is not None or quantization is not None
     base_dtype = (frozen_dtype or dtype) if frozen else param_dtype
@@ -47,12 +51,13 @@ def build(
     def base() -> Model:
         return Decoder(
             config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, attention=attention, platform=platform,
-            memory_bytes=memory_bytes,
+            memory_bytes=memory_bytes, prefetch=placement.prefetch,
         )  # fmt: skip
 
     model: Model = nnx.eval_shape(base) if key is None else base()
     if frozen:
         freeze(model, quantization)
+        place(model, placement)
     if adapter is not None:
         add_lora(model, adapter, None if key is None else lora_key)
     return model
@@ -70,6 +75,19 @@ def freeze(model: Model, quantization: Quantization | None = None) -> None:
                     kind = quantization.kind
                     value = abstract(kind, value.shape) if isinstance(value, jax.ShapeDtypeStruct) else quantize(kind, value)
                 setattr(module, name, Frozen(value, axes=axes))
+
+
+def place(model: Model, placement: Placement) -> None:
+    """Put frozen weights where `placement` has them. In place; of an abstract model the shapes say where the weights are to lie."""
+    for _, node in nnx.iter_modules(model):
+        for variable in vars(node).values():
+            if not isinstance(variable, Frozen):
+                continue
+            value, table = variable.get_value(), variable.get_metadata("axes") == ("vocab", "embed")
+            if (placement.tables if table else placement.experts if of_experts(variable) else "device") == "host":
+                # The scales of scales are one part in two thousand, and as many fetches again.
+                parts = {n: host.put(a) for n, a in value.parts().items() if n in ("codes", "absmax")} if is_quantized(value) else None
+                variable.set_value(host.put(value) if parts is None else value.with_parts(value.parts() | parts))
 
 
 def remove_lora(model: Model) -> None:
@@ -137,6 +155,7 @@ def random_weights(model: Model, key: jax.Array) -> Model:
     """
     graphdef, state = nnx.split(model)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
+    keys = jax.random.split(key, len(leaves))
 
     def fill(path: Any, leaf: Any, k: jax.Array) -> Any:
         if is_quantized(leaf):
@@ -146,8 +165,28 @@ def random_weights(model: Model, key: jax.Array) -> Model:
             return jnp.full(leaf.shape, "norm" in name, leaf.dtype)
         return (0.02 * jax.random.normal(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
-    def make(key: jax.Array) -> list[Any]:
-        keys = jax.random.split(key, len(leaves))
-        return [fill(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
+    def make(keys: jax.Array) -> list[Any]:
+        return [None if host.nbytes(leaf) else fill(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
 
-    return nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, jax.jit(make)(key)))
+    made = zip(leaves, jax.jit(make)(keys), keys, strict=True)
+    values = [_random_in_host(leaf, k) if value is None else value for (_, leaf), value, k in made]
+    return nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, values))
+
+
+def _random_in_host(leaf: Any, key: jax.Array) -> Any:
+    """The same for what is to lie in the host's memory: of a stack, one layer at a time is on the device."""
+
+    def draw(shape: tuple[int, ...], k: jax.Array) -> Any:
+        if is_quantized(leaf):
+            return abstract(leaf.kind, shape).random(k)
+        return (0.02 * jax.random.normal(k, shape, jnp.float32)).astype(leaf.dtype)
+
+    if leaf.ndim == 2:
+        return host.put(draw(leaf.shape, key))
+    parts, treedef = jax.tree.flatten(leaf)
+    places = [host.empty(p.shape, p.dtype) if host.is_host(p) else (None, np.empty(p.shape, p.dtype)) for p in parts]
+    of_layer = jax.jit(partial(draw, leaf.shape[1:]))
+    for layer, k in enumerate(jax.random.split(key, leaf.shape[0])):
+        for (_, view), part in zip(places, jax.tree.leaves(of_layer(k)), strict=True):
+            view[layer] = np.asarray(part)
+    return jax.tree.unflatten(treedef, [jnp.asarray(view) if array is None else array for array, view in places])

@@ -109,9 +109,10 @@ class Decoder(nnx.Module):
         attention: str = "auto",
         platform: str | None = None,
         memory_bytes: int | None = None,
+        prefetch: str = "auto",
     ):
         keys = jax.random.split(key, 3)
-        target = Target(backend, *((here(), memory_here()) if platform is None else (platform, memory_bytes)), attention)
+        target = Target(backend, *((here(), memory_here()) if platform is None else (platform, memory_bytes)), attention, prefetch)
         self.config, self.dtype, size = config, jnp.dtype(dtype), config.hidden_size
         self.embed = Embedding(keys[0], config.vocab_size, size, param_dtype)
         for number, stack in enumerate(config.stacks):
@@ -186,11 +187,11 @@ class Decoder(nnx.Module):
         self._check_padding(valid)
         x, after = self.embedded(tokens), []
         for stack, held in zip(self.config.stacks, cache, strict=True):
-            graphdef, state = nnx.split(getattr(self, stack.name))
+            state, layer_of = scannable(getattr(self, stack.name))
 
-            def body(carry: tuple[jax.Array, Any], layer: Any, graphdef: Any = graphdef) -> tuple[tuple[jax.Array, Any], None]:
+            def body(carry: tuple[jax.Array, Any], layer: Any, layer_of: Any = layer_of) -> tuple[tuple[jax.Array, Any], None]:
                 (x, held), (weights, number) = carry, layer
-                return nnx.merge(graphdef, weights).cached(x, valid, positions, held, number), None
+                return layer_of(weights, number).cached(x, valid, positions, held, number), None
 
             (x, new), _ = jax.lax.scan(body, (x, held), (state, jnp.arange(stack.repeats)))
             after.append(new)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.lora import LoRA
-from moejax.models.ops import linear
+from moejax.models.ops import host, linear
 from moejax.models.ops.grouped.matmul import Projection
 from moejax.models.ops.linear import OfLayer
 
@@ -34,13 +34,29 @@ states), of the experts."""
 
 
 class Target(NamedTuple):
-    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape and memory), the platform and its memory, and
-    the attention ("auto": flash where it can run)."""
+    """What a model is compiled for: the grouped products' backend ("auto": chosen by shape and memory), the platform and its memory, the
+    attention ("auto": flash where it can run), and by what experts in the host's memory are fetched (see `Placement`)."""
 
     backend: str
     platform: str
     memory_bytes: int | None = None
     attention: str = "auto"
+    prefetch: str = "auto"
+
+
+class Placement(NamedTuple):
+    """Where frozen weights lie: "device", or "host" (its pinned memory).
+
+    experts: their matrices and block scales; tables: embedding and head; prefetch: experts come to the device by the "layer", or one by
+    one ("experts") ahead of their products; "auto": as the grouped products' backend takes them.
+    """
+
+    experts: str = "device"
+    tables: str = "device"
+    prefetch: str = "auto"
+
+
+ON_THE_DEVICE = Placement()
 
 
 class Frozen(nnx.Variable):
@@ -123,7 +139,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         with jax.named_scope("embed"):
-            return jnp.take(self.weight.get_value(), tokens, axis=0).astype(dtype)
+            return host.rows(self.weight.get_value(), tokens).astype(dtype)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -166,7 +182,7 @@ def scannable(stacked: nnx.Module) -> tuple[nnx.State, Callable[[nnx.State, jax.
     """
     graphdef, state = nnx.split(stacked)
     flat = nnx.to_flat_state(state)
-    whole = {path: v for path, v in flat if isinstance(v, Frozen) and _of_experts(v)}
+    whole = {path: v for path, v in flat if isinstance(v, Frozen) and of_experts(v)}
 
     def layer(slice_: nnx.State, index: jax.Array) -> Any:
         experts = [(path, v.replace(OfLayer(v.get_value(), index))) for path, v in whole.items()]
@@ -175,7 +191,7 @@ def scannable(stacked: nnx.Module) -> tuple[nnx.State, Callable[[nnx.State, jax.
     return nnx.from_flat_state([(p, v) for p, v in flat if p not in whole]), layer
 
 
-def _of_experts(variable: nnx.Variable) -> bool:
+def of_experts(variable: nnx.Variable) -> bool:
     """Whether it is a stack of expert matrices: [layers, experts, out, in]."""
     axes = variable.get_metadata("axes")
     return axes[:2] == ("layers", "experts") and len(axes) == 4

@@ -77,12 +77,18 @@ class MoE(nnx.Module):
     def _sparse(
         self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> jax.Array:
-        weight = self.w1.weight.get_value()
+        weight, prefetch = self.w1.weight.get_value(), self.target.prefetch
+        # One by one is how the loop takes them: `capacity` multiplies a layer at once.
+        backend = "loop" if prefetch == "experts" and linear.in_host(weight) else self.target.backend
+        if prefetch == "auto":  # a CPU has one memory: nothing to wait for
+            prefetch = "" if self.target.platform == "cpu" else "experts"
         plan = gm.choose(
-            self.target.backend, self.target.platform, x.shape[0], self.experts, self.k,
+            backend, self.target.platform, x.shape[0], self.experts, self.k,
             hidden=x.shape[1], intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight), item=x.dtype.itemsize,
             memory_bytes=self.target.memory_bytes,
-        )._replace(activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout)  # fmt: skip
+        )._replace(
+            activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout, prefetch=prefetch
+        )  # fmt: skip
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, self.experts, plan.tile)
             groups = gm.Groups(*(checkpoint_name(a, "dispatch") for a in groups))

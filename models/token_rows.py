@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.models.ops import host
 from moejax.models.ops.cross_entropy import replaced
 
 
@@ -23,7 +24,8 @@ class TokenRows(nnx.Module):
         shape = (len(ids), table.shape[-1])
         rows: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
         if not isinstance(table, jax.ShapeDtypeStruct):
-            rows = table[jnp.asarray(ids)].astype(jnp.float32)
+            rows = jnp.asarray(np.asarray(table)[list(ids)]) if host.is_host(table) else table[jnp.asarray(ids)]
+            rows = rows.astype(jnp.float32)
         self.rows = nnx.LoRAParam(rows, axes=("tokens", "embed"))
 
     def looked_up(self, tokens: jax.Array, x: jax.Array) -> jax.Array:

@@ -26,6 +26,11 @@ GPU_OPTIONS: dict[str, str | bool] = {
 (the experts' tiles) asks the host before every iteration (a driver below 12.3 has no loops in graphs; XLA then leaves them out). One loop
 is enough for a graph. And no joining of products with one operand in common: of a matrix and its adapter XLA copies the whole dequantized
 matrix for it, in every tile."""
+HOST_OPTIONS: dict[str, str | bool] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_experimental_parallel_async_compute_limit": "64",
+}  # fmt: skip
+"""And with weights in the host's memory: the scheduler that starts a fetch before what does not need it (XLA's own choice before Hopper
+is another), and as many at once as an expert has arrays: by XLA's own limit of two, products would wait for all fetches but the last."""
 VARIABLE = "MOEJAX_GRAPH_LOOPS"
 """In the environment: 1 or 0, whether loops go into graphs; this process's answer, or the user's."""
 SECONDS = 180.0  # jax's start on a cold disk, and two small programs compiled
@@ -40,18 +45,21 @@ def gpu_options() -> dict[str, str | bool]:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit(function, **options)` of a program with a model in it: on a GPU with `gpu_options`. What it runs on is asked at its first
-    call; `jitted` makes the function of jax."""
+    """`jax.jit(function, **options)` of a program with a model in it: on a GPU with `gpu_options`, and `HOST_OPTIONS` where weights lie in
+    the host's memory. What it runs on is asked at its first call; `jitted` makes the function of jax."""
 
     @functools.cache
-    def jitted() -> Any:
+    def jitted(in_host: bool = False) -> Any:
         import jax
 
-        return jax.jit(function, compiler_options=gpu_options() if jax.default_backend() == "gpu" else None, **options)
+        chosen = gpu_options() | (HOST_OPTIONS if in_host else {}) if jax.default_backend() == "gpu" else None
+        return jax.jit(function, compiler_options=chosen, **options)
 
     @functools.wraps(function)
     def call(*operands: Any) -> Any:
-        return jitted()(*operands)
+        from moejax.models.ops import host
+
+        return (jitted(in_host=True) if host.nbytes(operands) else jitted())(*operands)
 
     call.jitted = jitted  # type: ignore[attr-defined]
     return call

@@ -230,6 +230,24 @@ class DeviceConfig(Section):
     compilation_cache: str | None = "~/.cache/moejax/xla"
 
 
+class PlacementConfig(Section):
+    """Where frozen weights lie. host: in its pinned memory, from where they come to the device as they are used.
+
+    experts: their matrices (in 4 bits: codes and block scales); auto: on the device, if the step fits there. tables: embedding and head.
+    """
+
+    experts: Literal["device", "host", "auto"] = "device"
+    tables: Literal["device", "host"] = "device"
+    prefetch: Literal["layer", "experts", "auto"] = Field(
+        default="auto",
+        description="experts come by the layer, or one by one ahead of their products; auto: as model.moe_backend multiplies them",
+    )
+
+    @property
+    def uses_host(self) -> bool:
+        return "host" in (self.experts, self.tables)
+
+
 class ProfileConfig(Section):
     """Trace `steps` optimizer steps from `start_step` on (counted from 1). Step 1 compiles and is never traced."""
 
@@ -295,6 +313,7 @@ class Experiment(Section):
     preference: PreferenceConfig | None = Field(None, description="train on preferences (DPO); null: on answers")
     eval: EvalConfig | None = Field(None, description="null: no answers are counted while training")
     checkpoint: CheckpointConfig = CheckpointConfig()
+    placement: PlacementConfig = PlacementConfig()
     device: DeviceConfig = DeviceConfig()
     profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
     made_of: MadeOf | None = Field(None, description="written by the run: hashes of the contents that it was made of")
@@ -313,6 +332,16 @@ class Experiment(Section):
             )
         if self.training.param_dtype == "bfloat16_stochastic" and self.adapter is not None:
             raise ValueError("training.param_dtype = bfloat16_stochastic is of a model that is trained whole: adapters are in fp32")
+        for what in ("experts", "tables"):
+            if self.adapter is None and getattr(self.placement, what) != "device":
+                raise ValueError(
+                    f"placement.{what} = {getattr(self.placement, what)}: only frozen weights can lie in the host's memory, and without an "
+                    "adapter all are trained. Add adapter: {}, or set it to device"
+                )
+        if self.placement.prefetch == "experts" and self.model.moe_backend == "capacity":
+            raise ValueError(
+                "placement.prefetch = experts: model.moe_backend = capacity multiplies a layer at once: set prefetch=layer, or that to loop"
+            )
         if self.preference is not None:
             self.preference.check(self)
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:

@@ -7,6 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from moejax.models.ops import host
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 7))
 def linear_cross_entropy(
@@ -45,7 +47,7 @@ def token_log_probabilities(
 def _scan_tokens(chunk, gradients, hidden, weight, targets, mask, ids, rows):  # type: ignore[no-untyped-def]
     """(mask · log p [N], its gradients by hidden [N, D] or None, and by the logits of the tokens `ids` [N, n] or None)."""
     n = hidden.shape[0]
-    w = weight.astype(hidden.dtype)
+    w = host.fetched(weight).astype(hidden.dtype)
 
     def body(carry, part):  # type: ignore[no-untyped-def]
         h, target, m = part
@@ -90,7 +92,7 @@ def _in_chunks(chunk, *arrays):  # type: ignore[no-untyped-def]
 def _scan_chunks(chunk, smoothing, gradients, hidden, weight, targets, mask, ids, rows):  # type: ignore[no-untyped-def]
     """(loss, (dW or None, drows or None), dhidden or None); `gradients`: None, "hidden" or "both"."""
     n, d = hidden.shape
-    w = weight.astype(hidden.dtype)
+    w = host.fetched(weight).astype(hidden.dtype)
     parts = _in_chunks(chunk, hidden, targets, mask)
 
     def body(carry, part):  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.models.ops import host
 from moejax.models.ops.quantized import QuantizedTensor
 
 
@@ -25,11 +26,15 @@ Weight = jax.Array | QuantizedTensor | OfLayer
 
 
 def part(weight: Weight, index: jax.Array | None = None) -> jax.Array | QuantizedTensor:
-    """The weight itself, or entry `index` of its first axis (of the first after layers)."""
+    """The weight itself, or entry `index` of its first axis (of the first after layers); fetched, where it lies in the host's memory."""
     if isinstance(weight, OfLayer):
         where = weight.layer if index is None else (weight.layer, index)
-        return jax.tree.map(lambda a: a[where], weight.stacked)
-    return weight if index is None else jax.tree.map(lambda a: a[index], weight)
+        return jax.tree.map(lambda a: host.entry(a, where), weight.stacked)
+    return jax.tree.map(host.fetched if index is None else lambda a: host.entry(a, index), weight)
+
+
+def in_host(weight: Weight) -> bool:
+    return any(host.is_host(a) for a in jax.tree.leaves(weight))
 
 
 def out_size(weight: Weight) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -14,10 +15,11 @@ from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
-from moejax.estimator import memory
+from moejax.estimator import bus, memory
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 from moejax.gpus import GPU
+from moejax.training import flops
 from moejax.training.oracle import Oracle, oracle
 
 
@@ -27,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
     parser.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
+    parser.add_argument(
+        "--placements", action="store_true", help="experts, and tables too, in the host's memory: what fits, and what the bus costs a step"
+    )
     parser.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
     parser.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without CONFIG)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -62,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     for card in asked:
         gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
         found.append(oracle(experiment, architecture, gpu, row_tokens, options.closed_form))
+    if options.placements:
+        return show_placements(found, options)
     padded = options.seq_len is not None or experiment.data.batching != "pack"
     return show(found, cards, queries_per_row(experiment, row_tokens, padded), options)
 
@@ -104,10 +111,51 @@ def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, 
     parts = [(name, *(Gigabytes(line["parts_gb"].get(name, 0.0)) for line in lines)) for name in names]
     parts.append(("peak", *(line["peak_gb"] for line in lines)))
     notes = sorted({f"temporaries: {line['moment']}" for line in lines})
+    if lines[0]["host_gb"]:
+        notes.append(f"beside it in the host's pinned memory: {lines[0]['host_gb']} GB of weights (--placements: what the bus costs)")
     if any(line["reason"] is None for line in lines):
         notes.append("rest: what the closed form does not account for of the compiler's peak; negative where it is too high")
     heads = (f"{line['gpu']}, {counted(line['shown'], 'row')}" for line in lines)
     show_table("what the peak is made of, GB", ("part", *heads), parts, notes)
+    return 0
+
+
+def show_placements(asked: Sequence[Oracle], options: argparse.Namespace) -> int:
+    """Print a line for each GPU and placement, with the config's rows or --rows."""
+    first = asked[0]
+    experiment, config_of = first.experiment, first.config
+    if experiment.adapter is None:
+        raise UserError("--placements: only frozen weights can lie in the host's memory, and without an adapter all are trained")
+    rows = options.rows or experiment.data.batch_rows
+    per_token = flops.count(config_of, experiment.adapter.lora).per_token
+    products = experiment.training.gradient_accumulation * rows * first.row_tokens * per_token
+    lines = []
+    for peaks, (experts, tables) in itertools.product(asked, bus.PLACEMENTS):
+        placed = experiment.changed("placement", experts=experts, tables=tables)
+        there = oracle(placed, config_of, peaks.gpu, first.row_tokens, options.closed_form)
+        limit = memory.usable_bytes(peaks.gpu, experiment.device.memory_fraction)
+        sure, possible = memory.by_closed_form(limit) if there.reason else (limit, limit)
+        peak, moved = there.peak_bytes(rows), bus.step_bytes(placed, config_of, rows, first.row_tokens)
+        least = products / peaks.gpu.flops_per_second
+        lines.append({
+            "gpu": peaks.gpu.name, "experts": experts, "tables": tables, "device_gb": gigabytes(peak), "usable_gb": gigabytes(limit),
+            "host_gb": gigabytes(there.breakdown(rows).host), "fits": "yes" if peak <= sure else "compile" if peak <= possible else "no",
+            "bus_gb": gigabytes(moved), **{f"PCIe {generation}, s": moved / rate for generation, rate in bus.PCIE.items()},
+            "own, s": moved / bus.rate(peaks.gpu), "products, s": least,
+            "hidden": "-" if not moved else "yes" if moved / bus.rate(peaks.gpu) <= least else "no",
+        })  # fmt: skip
+    if options.json:
+        print_json({"config": experiment.name, "rows": rows, "row_tokens": first.row_tokens, "placements": lines})
+        return 0
+    columns = tuple(name.replace("_gb", " GB").replace("usable", "of") for name in lines[0])
+    notes = [
+        f"bus: of a step of {counted(experiment.training.gradient_accumulation, 'micro-batch', 'micro-batches')}; PCIe: 16 lanes at 80 %; "
+        "own: the card's own link",
+        "products: at the data sheet's rate, the least that a step takes; hidden: its own link takes no longer than that",
+        *dict.fromkeys(f"by the closed form, not by the compiler: {peaks.reason}" for peaks in asked if peaks.reason),
+    ]
+    title = f"{experiment.name}: {counted(rows, 'row')} of {first.row_tokens} tokens"
+    show_table(title, columns, [tuple(line.values()) for line in lines], notes)
     return 0
 
 
@@ -151,7 +199,7 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
         "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
         "free_gb": gigabytes(limit - peak),
         "by": "closed form" if closed else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)", "reason": peaks.reason,
-        "problem": problem, "close": close, "moment": made.moment, "closed_form_gb": made.total / 1e9,
+        "host_gb": gigabytes(made.host), "problem": problem, "close": close, "moment": made.moment, "closed_form_gb": made.total / 1e9,
         "parts_gb": {name: size / 1e9 for name, size in parts.items()},
     }  # fmt: skip
 

@@ -35,6 +35,8 @@ class Step:
     remat: bool
     quantized: bool  # experts are stored in 4 bits
     flash: bool  # attention by jax's kernel, where it can run
+    fetched: float = 0  # bytes of an expert's weight that come from the host's memory
+    prefetch: str = "auto"  # by what
 
     @property
     def tokens(self) -> int:
@@ -93,7 +95,8 @@ class Block:
             s.device, s.tokens, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
             item=s.item, memory_bytes=s.memory_bytes,
         )  # fmt: skip
-        return found if s.backend == "auto" else s.backend, tile, small_tile, capacity
+        backend = "loop" if s.fetched and s.prefetch == "experts" else found if s.backend == "auto" else s.backend
+        return backend, tile, small_tile, capacity
 
     @property
     def tile(self) -> int:
@@ -122,7 +125,12 @@ class Block:
 
     def experts(self) -> int:
         """The experts in the backward pass."""
-        return self._dense() if self.moe.dense else self._sparse()
+        return (self._dense() if self.moe.dense else self._sparse()) + self._in_flight()
+
+    def _in_flight(self) -> int:
+        """What was fetched from the host's memory: an expert's matrices and the next one's, or a layer's."""
+        by_layer = self.moe.dense or self.grouped[0] == "capacity" or self.step.prefetch == "layer"
+        return int(3 * self.matrix * self.step.fetched * (self.moe.experts if by_layer else 2))
 
     def _sparse(self) -> int:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden

@@ -40,6 +40,7 @@ class Breakdown:
     saved: int
     temporaries: int
     moment: str
+    host: int = 0  # in the host's memory, beside all this
 
     @property
     def arguments(self) -> int:
@@ -104,6 +105,12 @@ def _scaled(experts: int, dtype: str, platform: Platform) -> int:
     return 2 * experts // 3 if dtype != "float32" and platform in ("sm80", "sm8") else 0
 
 
+def _fetched(config: Architecture, weights: tuple[sizes.Stored, ...]) -> float:
+    """Bytes of an expert's weight that lie in the host's memory."""
+    experts = [w for w in weights if w.module in config.groups["experts"] and not w.adapter]
+    return sum(sum(w.host.values()) for w in experts) / max(1, sum(w.size for w in experts))
+
+
 def breakdown(
     experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None,
     memory_bytes: int | None = None,
@@ -123,12 +130,13 @@ def breakdown(
         experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.quantization.of_experts,
         platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
+        _fetched(config, weights), experiment.placement.prefetch,
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
     by_dtype: Counter[str] = Counter()
     for w in weights:
-        by_dtype.update({} if w.adapter else w.parts)
+        by_dtype.update({} if w.adapter else w.on_device)
     gradients = sum(w.bytes for w in trained)
     # Those of layers are added to the sums in place; what stands in no stack, and all that is rounded stochastically, has its own beside.
     stacks = {stack.name for stack in config.stacks} if t.param_dtype != "bfloat16_stochastic" else set()
@@ -141,7 +149,8 @@ def breakdown(
     if t.optimizer == "adamw_8bit":  # both moments of what is changed at once, in fp32
         scaled = max(scaled, *(8 * w.size // sizes.pieces(w.shape, w.parameters) for w in trained))
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
-    moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens))]
+    table = config.vocab_size * config.hidden_size * step.item if experiment.placement.tables == "host" else 0
+    moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens) + table)]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
         for part, temporaries in (("experts, backward", block.experts()), ("mixer, backward", block.mixer.backward)):
             moments.append((part, carried + beside, sum(held[:number]), temporaries + head))
@@ -158,4 +167,5 @@ def breakdown(
         s,
         temporaries,
         moment,
+        sum(sum(w.host.values()) for w in weights),
     )

@@ -34,7 +34,7 @@ def relevant(experiment: Experiment) -> dict[str, Any]:
     whole = experiment.model_dump(mode="json")
     training = {k: v for k, v in whole["training"].items() if k not in _RUN_ONLY}
     model = {k: whole["model"][k] for k in ("moe_backend", "attention", "aux_loss_coef")}
-    sections = {name: whole[name] for name in ("quantization", "adapter", "preference")}
+    sections = {name: whole[name] for name in ("quantization", "adapter", "preference", "placement")}
     return {"model": model, **sections, "training": training}
 
 

@@ -6,7 +6,8 @@ The compiler's `argument_size_in_bytes` is their sum, to the byte (tests/estimat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ Shape = specs.Shape
 @dataclass(frozen=True)
 class Stored:
     """A weight or an adapter as it lies in memory. name: of the variable in its module. `parts`: dtype -> bytes; one in 4 bits has
-    codes and scales. parameters: how many of PyTorch's it holds, one a layer and expert."""
+    codes and scales. parameters: how many of PyTorch's it holds, one a layer and expert. host: bytes of the parts that lie in the host's
+    memory."""
 
     module: specs.Path
     name: str
@@ -38,6 +40,13 @@ class Stored:
     parts: dict[str, int]
     adapter: bool = False
     parameters: int = 1
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def on_device(self) -> dict[str, int]:
+        """`parts` without what the host holds."""
+        left = {name: size - self.host.get(name, 0) for name, size in self.parts.items()}
+        return {name: size for name, size in left.items() if size}
 
     @property
     def size(self) -> int:
@@ -77,6 +86,14 @@ def quantized_parts(kind: str, shape: Shape) -> dict[str, int]:
     return {f"{name} codes": parts.pop("codes"), f"{name} scales": sum(parts.values())}
 
 
+def _in_host(kind: str | None, shape: Shape, parts: dict[str, int]) -> dict[str, int]:
+    """What of a weight goes to the host's memory: all of it, but the scales of scales (`moejax.models.build.place`)."""
+    if kind is None:
+        return parts
+    names = quantized_parts(kind, shape)
+    return dict(zip(names, (KINDS[kind].nbytes(shape)[part] for part in ("codes", "absmax")), strict=True))
+
+
 def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     """All weights and adapters, stacked over layers as the step gets them."""
     t, q = experiment.training, experiment.quantization
@@ -84,14 +101,17 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     dtype = t.compute_dtype if frozen else t.stored_dtype
     quantized = {path for module in config.resolve_groups(q.modules) for path in config.groups.get(module, ())}
     stacks = {stack.name for stack in config.stacks}
-    found = []
+    p, found = experiment.placement, []
+    placed = {*(config.groups["experts"] if p.experts == "host" else ()), *((("embed",), ("head",)) if p.tables == "host" else ())}
     for (*module, name), shape in config.weights.items():
         path, parts = tuple(module), {dtype: math.prod(shape) * ITEM[dtype]}
-        if q.kind and path in quantized and name == "weight":
-            parts = quantized_parts(q.kind, shape)
+        kind = q.kind if q.kind and path in quantized and name == "weight" else None
+        if kind is not None:
+            parts = quantized_parts(kind, shape)
         matrix, _ = config.linears.get(path, (None, 0))
         stacked = 0 if path[0] not in stacks else 2 if matrix and matrix.copies else 1
-        found.append(Stored(path, name, shape, not frozen, parts, parameters=math.prod(shape[:stacked])))
+        in_host = _in_host(kind, shape, parts) if path in placed else {}
+        found.append(Stored(path, name, shape, not frozen, parts, parameters=math.prod(shape[:stacked]), host=in_host))
     return (*found, *adapters(experiment, config))
 
 

@@ -15,6 +15,8 @@ from moejax.hub.disk import Need
 from moejax.hub.quantized_cache import Content, leaves_of
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture, LoRAConfig, Quantization
+from moejax.models.layers import Placement
+from moejax.models.ops import host
 from moejax.progress import say
 
 CACHED_FROM_BYTES = 1_000_000_000
@@ -55,8 +57,14 @@ def quantization_config(experiment: Experiment) -> Quantization | None:
 
 
 def model_arguments(experiment: Experiment) -> dict[str, Any]:
-    """Keyword arguments of `moejax.models.build.build` that the experiment fixes."""
-    t = experiment.training
+    """Keyword arguments of `moejax.models.build.build` that the experiment fixes. Raises UserError for a placement that is not possible
+    here."""
+    t, p = experiment.training, experiment.placement
+    if p.uses_host:
+        try:
+            host.sharding()
+        except ValueError as error:
+            raise UserError(f"placement.experts = {p.experts}, placement.tables = {p.tables}: {error}: set both to device") from None
     return {
         "quantization": quantization_config(experiment),
         "adapter": adapter_config(experiment),
@@ -64,6 +72,7 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
         "param_dtype": jnp.dtype(t.stored_dtype),
         "backend": experiment.model.moe_backend,
         "attention": experiment.model.attention,
+        "placement": Placement(p.experts, p.tables, p.prefetch),
     }
 
 

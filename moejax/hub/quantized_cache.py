@@ -24,6 +24,7 @@ import numpy as np
 from moejax import __version__
 from moejax.errors import UserError
 from moejax.hub.safetensors_file import Reader, Staging, Writer, aligned
+from moejax.models.ops import host
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
 from moejax.progress import note
 
@@ -139,7 +140,8 @@ def _held(reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolE
     stored, held = stored_parts(variable)[part], variable.parts()[part] if part else variable
     shape, dtype = stored.shape or (1,), np.dtype(stored.dtype)
     row_bytes, limit = math.prod(shape[1:]) * dtype.itemsize, _at_once_bytes()
-    whole = aligned(shape, dtype) if shape[0] * row_bytes <= limit or len(shape) == 1 else None
+    pinned, view = host.empty(held.shape, dtype) if host.is_host(held) else (None, None)
+    whole = aligned(shape, dtype) if pinned is None and (shape[0] * row_bytes <= limit or len(shape) == 1) else None
     in_place = part != "codes" or variable.matrix[1] % 4 == 0
     step = max(1, int(min(limit, _PIECE_BYTES) // max(1, row_bytes))) if in_place or whole is None else shape[0]
     places = range(0, shape[0], step)
@@ -151,11 +153,13 @@ def _held(reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolE
 
     sum_ = 0
     packed: Any = None
-    buffer: Any = jnp.zeros(held.shape, held.dtype) if whole is None else None
+    buffer: Any = jnp.zeros(held.shape, held.dtype) if whole is None and view is None else pinned
     for at, piece in zip(places, ahead(pool, map(reading, places)), strict=True):
         sum_ = zlib.crc32(_bytes(piece), sum_)
         packed = variable.pack(part, piece, in_place=True) if part else piece
-        if whole is None:
+        if view is not None:
+            view[at : at + len(packed)] = packed
+        elif whole is None:
             buffer = jax.block_until_ready(put(buffer, jax.device_put(packed), (jnp.int32(at),)))
     if whole is not None:
         buffer = jax.block_until_ready(jax.device_put((whole if in_place else packed).reshape(held.shape)))

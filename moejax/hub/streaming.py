@@ -18,6 +18,7 @@ from moejax.hub.quantized_cache import ahead, part_name, put
 from moejax.hub.safetensors_file import Staging
 from moejax.hub.stored import Source
 from moejax.models.build import Model
+from moejax.models.ops import host
 from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode, stored_parts
 
 
@@ -72,7 +73,9 @@ def _value(
 ) -> Any:
     """The stacked value [L, (E,) …] of one variable."""
     flat, treedef = jax.tree.flatten(abstract)
-    buffers: list[Any] = [None if parts[0][1].layer is None else jnp.zeros(leaf.shape, leaf.dtype) for leaf in flat]
+    stacked = parts[0][1].layer is not None
+    pinned = {i: host.empty(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat) if host.is_host(leaf)}
+    buffers: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) if stacked and i not in pinned else None for i, leaf in enumerate(flat)]
     for name, place in parts:
         stored = _stored(next(read), abstract, name, files)
         index = tuple(i for i in (place.layer, place.expert) if i is not None)
@@ -82,6 +85,10 @@ def _value(
                 keep.put(part_name(variable, part), array, index)
         held = stored.tensor() if isinstance(stored, Canonical) else stored
         for i, leaf in enumerate(jax.tree.leaves(held)):
+            if i in pinned:
+                buffers[i], view = pinned[i]
+                view[index or ...] = np.asarray(leaf)
+                continue
             # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
             buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
         # What was read must be done with before its memory is lent again, and before more is queued than memory holds.

@@ -66,7 +66,10 @@ def _with_our_names(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-_FREE = ("device", "runs_dir", "made_of", "checkpoint.resume_with_changed", "data.streaming", "model.download")
+_FREE = (
+    "device", "runs_dir", "made_of", "checkpoint.resume_with_changed", "data.streaming", "model.download", "placement.experts",
+    "placement.tables",
+)  # fmt: skip
 """What may differ in a resumed run: where it computes, where it and its data lie, not what."""
 
 

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax import installation
-from moejax.compiler_options import GPU_OPTIONS, gpu_options, jit
+from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import GivenBatches
@@ -30,7 +31,7 @@ from moejax.gpus import GPU, GPUS
 from moejax.hub.model import model_arguments
 from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
-from moejax.models.ops import choice, flash
+from moejax.models.ops import choice, flash, host
 from moejax.profiling.capture import compile_profiled
 from moejax.training import experts
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -51,13 +52,15 @@ _ELSE = "another number of rows (data.batch_rows) or another version of jax (pip
 
 @dataclass(frozen=True)
 class Compiled:
-    """A step for batches of one shape: `executable(state, frozen, batch)`. Bytes by the compiler, of the peak arguments included."""
+    """A step for batches of one shape: `executable(state, frozen, batch)`. Bytes by the compiler, of the peak arguments included; of the
+    device, but for `host_bytes`, in the host's pinned memory. A CPU has one memory: there they are part of the others."""
 
     executable: Any
     peak_bytes: int
     argument_bytes: int
     temporary_bytes: int
     seconds: float
+    host_bytes: int = 0
 
 
 class Own(NamedTuple):
@@ -84,8 +87,10 @@ class TrainProgram:
     ):  # fmt: skip
         self.experiment, self.config, self.traced, self._dump = experiment, config, traced, dump
         # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
-        self._sharding = None if gpu is None else SingleDeviceSharding(device(gpu))
+        there = None if gpu is None else device(gpu)
+        self._sharding = None if there is None else SingleDeviceSharding(there)
         card = GPUS[gpu] if isinstance(gpu, str) else gpu
+        self._pinned = None if there is None else _Pinned(Mesh(np.array([there]), ("device",)), PartitionSpec())
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
         if experiment.model.attention == "flash":
@@ -120,7 +125,7 @@ class TrainProgram:
         if self.objective.preference is not None:
             batch = PairBatch(integers, integers, reals, integers, integers, integers)
         operands = self.state, self.frozen, batch
-        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding), operands)
+        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._place(a)), operands)
         start = time.perf_counter()
         try:
             lowering = jax.jit(self._step, donate_argnums=(0,)).lower(*given)
@@ -135,13 +140,21 @@ class TrainProgram:
             on = self._device or jax.local_devices()[0].device_kind
             raise UserError(f"{what} does not compile for {on}: {first_line(error)}. Try {advice(error)}") from error
         seconds, m = time.perf_counter() - start, executable.memory_analysis()
-        compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds)
+        in_host = host.nbytes(self.frozen) + m.host_temp_size_in_bytes
+        compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds, in_host)
         self.compiled[rows, row_tokens] = compiled
         return compiled
 
+    def _place(self, array: Any) -> Any:
+        """Where an operand lies: of this machine what is on the device needs no word."""
+        if host.is_host(array):
+            return self._pinned or host.sharding()
+        return self._sharding
+
     def _compiled(self, lowering: Any, options: dict[str, str | bool]) -> Any:
         if self._on_gpu:
-            options = (gpu_options() if self._device is None else GPU_OPTIONS) | options
+            chosen = gpu_options() if self._device is None else GPU_OPTIONS
+            options = chosen | (HOST_OPTIONS if host.nbytes(self.frozen) else {}) | options
         if self._dump is not None:
             dump: dict[str, str | bool] = {"xla_dump_to": str(self._dump), "xla_dump_hlo_as_text": True}
             options = dump | options
@@ -211,6 +224,15 @@ class TrainProgram:
         return {name: float(value) for name, value in found.items()}, float(weight)
 
 
+class _Pinned(NamedSharding):
+    """Pinned host memory beside a device that is not there. Such a device names no memories, and jax then forgets the kind that a sharding
+    is given: this one says it whenever jax asks, and the program is lowered as on a machine that has the device."""
+
+    @property
+    def memory_kind(self) -> str:
+        return host.KIND
+
+
 def _check_flash(config: Architecture, platform: str, dtype: str) -> None:
     """Raises UserError where flash attention was asked for by name and cannot run."""
     for head_dim in experts.head_sizes(config):
@@ -246,7 +268,7 @@ def _peak_bytes(executable: Any) -> int:
     """Peak memory, arguments included. The GPU compiler gives it; the CPU one leaves temporaries out of its peak: there it is added up."""
     m = executable.memory_analysis()
     if {d.platform for s in jax.tree.leaves(executable.input_shardings) for d in s.device_set} != {"cpu"}:
-        return int(m.peak_memory_in_bytes)
+        return int(m.peak_memory_in_bytes) - int(m.host_argument_size_in_bytes)  # it counts the host's arguments too
     total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     return max(total, int(getattr(m, "peak_memory_in_bytes", 0) or 0))
 

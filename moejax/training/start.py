@@ -21,7 +21,7 @@ from moejax.models.config import Architecture
 from moejax.models.ops import choice
 from moejax.progress import say, waiting
 from moejax.runs import folders, pinning, tokens
-from moejax.training import experts, low_precision, preference, remat, scoring
+from moejax.training import experts, low_precision, placement, preference, remat, scoring
 from moejax.training.identity import Identity
 from moejax.training.optimizer import kept_wide
 from moejax.training.program import NOTHING_OWN, Own, TrainProgram
@@ -56,6 +56,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     for line in (experts.announce(experiment, config), *attention, *preference.told(experiment), *wide):
         say(line)
     abstract = build(config, **model_arguments(experiment))
+    say(*placement.check(abstract))
     if source is not None and model_folder is not None and Path(source).is_dir():
         weights.check_files(abstract, model_folder)
     elif model_folder is not None:
@@ -66,6 +67,9 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)
     say(*identity.of_data(tokenizer, asked, dataset, model_folder))
     steps = total_steps(experiment, dataset)
+    if experiment.placement.experts == "auto":
+        experiment = placement.resolve(experiment, config, steps)
+        say(*placement.check(build(config, **model_arguments(experiment))))
     experiment = remat.resolve(experiment, config, steps)
     # The steps of the whole run stand in the program: in its schedule.
     program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None, own=own)

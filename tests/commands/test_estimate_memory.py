@@ -36,9 +36,32 @@ def test_the_command(capsys):
     assert code == 0 and " MB" in out and " 0.000" not in out
     code, _, err = run(capsys, *tiny, "--gpu", "T4", "training.compute_dtype=bfloat16")
     assert code == 2 and "T4 has no bf16" in err
-    assert "training.compute_dtype=float32 training.param_dtype=float32 would run; RTX-A2000-12, " in err
+    assert "training.compute_dtype=float32 training.param_dtype=float32 would run; RTX-4060, " in err
     code, out, _ = run(capsys, *SPARSE, "--gpu", "A40", "--rows", "3", "--json")
     assert json.loads(out)["gpus"][0]["rows"] == 3
+
+
+def test_placements(capsys):
+    """Less of the device and more of the host from line to line; what crosses the bus, and where it takes no longer than the products."""
+    overrides = ("training.gradient_accumulation=2", "adapter.targets=[w1,w2,w3]")
+    code, out, _ = run(capsys, *SPARSE, *overrides, "--gpu", "RTX-4090", "--rows", "1", "--seq-len", "512", "--placements", "--json")
+    lines = json.loads(out)["placements"]
+    assert code == 0 and [line["fits"] for line in lines] == ["no", "yes", "yes"]
+    device, experts, tables = lines
+    assert device["host_gb"] == device["bus_gb"] == 0 and device["hidden"] == "-"
+    assert device["device_gb"] > experts["device_gb"] > tables["device_gb"] and 23 < experts["host_gb"] < tables["host_gb"] < 24
+    assert experts["bus_gb"] == pytest.approx(4 * experts["host_gb"])  # forward and backward, of two micro-batches
+    assert experts["PCIe 4, s"] == experts["own, s"] == pytest.approx(experts["bus_gb"] / 25.2) and experts["hidden"] == "no"
+    # The head once a micro-batch, and of the embedding 512 rows.
+    assert tables["bus_gb"] - experts["bus_gb"] == pytest.approx(2 * 2 * 4096 * (32000 + 512) / 1e9)
+    code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-4090", "--rows", "8", "--placements", "--json")
+    assert json.loads(out)["placements"][1]["hidden"] == "yes"
+    code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-4090", "--placements")
+    assert code == 0 and "by the closed form, not by the compiler" in out
+    code, out, _ = run(capsys, *SPARSE, "--gpu", "H100", "placement.experts=host", "--rows", "1")
+    assert "beside it in the host's pinned memory: 23.253 GB of weights" in out
+    code, _, err = run(capsys, *SPARSE, "--placements", "adapter=null", "quantization.format=none", "--gpu", "H100")
+    assert code == 2 and "only frozen weights can lie in the host's memory" in err
 
 
 def test_the_closed_form_leaves_room_for_its_error(capsys):

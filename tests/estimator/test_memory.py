@@ -37,6 +37,9 @@ CASES = {
     "lora, dense": experiment(k=8, **LORA),
     "one A for w1 and w3, dense": experiment(k=8, quantization={"format": "nf4"}, adapter={"targets": TARGETS, "share": ["w1", "w3"]}),
     "full, dense": experiment(k=8),
+    "experts and tables in the host's memory": experiment(
+        quantization={"format": "nf4"}, adapter={}, placement={"experts": "host", "tables": "host"}
+    ),
     "qwen3, sparse": experiment("qwen3-moe-tiny", k=4, quantization={"format": "nf4"}, adapter={"rank": 16}),
     "blackmamba, sparse": experiment("blackmamba-tiny"),
     "blackmamba, dense": experiment("blackmamba-tiny", k=8),
@@ -45,12 +48,12 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_closed_form_adds_up_to_the_compiler(name):
-    """Arguments to the byte, and a breakdown whose parts are the compiler's figure."""
+    """Arguments to the byte (a CPU's in one memory), and a breakdown whose parts are the compiler's figure."""
     case = CASES[name]
     architecture = case.model.architecture(None)
     compiled = TrainProgram(case, architecture).compile(16, 256)
     made = closed_form.breakdown(case, architecture, rows=16, row_tokens=256, platform="cpu")
-    assert made.arguments == compiled.argument_bytes
+    assert made.arguments + made.host == compiled.argument_bytes and made.host == compiled.host_bytes
     assert sum(made.parts(compiled.peak_bytes).values()) == compiled.peak_bytes
 
 

@@ -2,18 +2,19 @@
 extra `aot` (`make test` gives it this file in an environment of its own)."""
 
 import importlib.util
+import re
 import sys
 
 import numpy as np
 import pytest
 from support import ROOT
 
-from moejax import config
+from moejax import config, gpus
 from moejax.data.batching import Batches
 from moejax.data.tokenize import Query
 from moejax.errors import UserError
 from moejax.estimator import sizes
-from moejax.training import program
+from moejax.training import experts, program
 from moejax.training.program import TrainProgram
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
@@ -64,6 +65,39 @@ def test_micro_batches_hold_no_second_gradients():
     gradients = sum(w.bytes for w in sizes.adapters(one, architecture))
     peaks = [TrainProgram(e, architecture, gpu="H100").compile(2, 704).peak_bytes for e in (one, two)]
     assert gradients > 2e8 and peaks[1] - peaks[0] < 0.1 * gradients
+
+
+@needs_aot
+def test_experts_in_the_hosts_memory_come_ahead_of_their_products(tmp_path):
+    """On the device is neither the stack nor a copy of it, no loop asks the host, and every fetch of an expert begins before the products
+    of the one before it and is awaited behind them."""
+    e = experiment("mixtral_8x7b_cs_sparse", "placement.experts=host", "placement.tables=host")
+    architecture, card = sizes.architecture_of(e), gpus.find("L4")
+    compiled = TrainProgram(e, architecture, gpu="L4", dump=tmp_path).compile(1, 112)
+    assert compiled.host_bytes == sum(sum(w.host.values()) for w in sizes.stored(e, architecture)) > 1.7e9
+    assert compiled.argument_bytes < compiled.peak_bytes < 1.1e9
+    routed = experts.routed(experts.plan(e, architecture, 112, card), experts.random_loads(architecture, 112))
+    assert gpu_model.step(compiled.executable, gpu_model.thunks(tmp_path), routed, gpu_model.Rates.of(card)).syncs == 0
+    (module,) = (path for path in tmp_path.glob("*after_optimizations.txt"))
+    loops = 0
+    for lines in scheduled(module.read_text()):
+        starts = {name: at for at, name in named(lines, r"%(dynamic-slice-start[\w.]*) = \(\(u8\[2,8,\d+,(?:2048|7168)\]\S+S\(5\)")}
+        ends = {name.replace("done", "start"): at for at, name in named(lines, r"%(dynamic-slice-done[\w.]*) = ")}
+        products = [at for at, _ in named(lines, r"%(while[\w.]*) = ")]
+        # The loops over experts hold one loop over tiles, the layers' hold others: codes of three matrices.
+        if len(starts) == 3 and len(products) == 1:
+            loops += all(starts[name] < products[0] < ends[name] for name in starts)
+    assert loops == 2  # forward and backward
+
+
+def scheduled(text):
+    """The lines of each computation, in the order in which the device gets them."""
+    return [block.splitlines() for block in text.split("\n\n") if "S(5)" in block]
+
+
+def named(lines, pattern):
+    """(line, name) of the instructions that match."""
+    return [(at, match[1]) for at, line in enumerate(lines) if (match := re.search(pattern, line))]
 
 
 @needs_aot

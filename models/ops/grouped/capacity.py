@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of
+from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of, weights_of
 
 
 class _Places:
@@ -70,7 +70,7 @@ def forward(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
     places = _Places(plan, sizes, x.shape[0])
-    experts = (matrices(plan, inputs, output, x.dtype), pairs_of(inputs, output))
+    experts = (matrices(plan, weights_of(inputs, output), x.dtype), pairs_of(inputs, output))
 
     def through(expert: Any, rows: jax.Array, p: jax.Array, row: jax.Array) -> list[jax.Array]:
         weights, pairs = expert
@@ -92,7 +92,7 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
     """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
     x, p, sizes, inputs, output, key = operands
     places = _Places(plan, sizes, x.shape[0])
-    experts = (matrices(plan, inputs, output, x.dtype), pairs_of(inputs, output))
+    experts = (matrices(plan, weights_of(inputs, output), x.dtype), pairs_of(inputs, output))
 
     def through(expert: Any, read: Callable[[jax.Array], jax.Array], live: jax.Array, row: jax.Array) -> Any:
         dy_rows = jnp.where(live[:, None], read(dy), jnp.zeros((), dy.dtype))

@@ -21,7 +21,8 @@ class Plan(NamedTuple):
     backend, tile, small_tile: `loop`'s products have so many rows, and those for what is left of a group; capacity: rows of each
     expert in `capacity`'s batch; activation: the hidden row from the rows of the input projections;
     names: the profile's scopes of the projections, output last; trainable: the weights want gradients too; keep: hidden rows are
-    saved for the backward pass, not computed again; dropout: of the adapters' inputs, active with a key.
+    saved for the backward pass, not computed again; dropout: of the adapters' inputs, active with a key; prefetch: weights in the host's
+    memory come by the "layer", an expert ahead of its products ("experts"), or as they are used ("").
     """
 
     backend: str
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     keep: bool = False
     dropout: float = 0.0
     capacity: int = 0
+    prefetch: str = ""
 
 
 class LoRAWeights(NamedTuple):
@@ -209,9 +211,11 @@ class Expert:
         return Gradients(dws, [*self.adapters.zeros(), *self.adapters_out.zeros()])
 
 
-def matrices(
-    plan: Plan, inputs: Sequence[Projection], output: Projection, dtype: Any, e: jax.Array | None = None
-) -> list[jax.Array]:
-    """Expert e's matrices (None: all experts', [E, O, I]) in `dtype`, output last; the dequantization under its scope."""
-    projections = (*inputs, output)
-    return [dot.operand(p.weight, e, dtype, f"{name}_dequant") for name, p in zip(plan.names, projections, strict=True)]
+def weights_of(inputs: Sequence[Projection], output: Projection) -> list[Weight]:
+    """The weights of all projections, output last."""
+    return [p.weight for p in (*inputs, output)]
+
+
+def matrices(plan: Plan, weights: Sequence[Weight], dtype: Any, e: jax.Array | None = None) -> list[jax.Array]:
+    """Expert e's matrices (None: all experts', [E, O, I]) of `weights_of` in `dtype`; the dequantization under its scope."""
+    return [dot.operand(w, e, dtype, f"{name}_dequant") for name, w in zip(plan.names, weights, strict=True)]

@@ -2,6 +2,8 @@
 
 The hidden activations [M, F] never exist as a whole. Rows are sorted, so a tile that runs over the end of its group only writes rows that
 the next group overwrites: no mask, no copy, no token dropped for any routing; the price is the padding of each group's last tile.
+
+Weights in the host's memory come one expert ahead: the codes of the next one are on the bus while this one's rows are multiplied.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of
-from moejax.models.ops.linear import out_size
+from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of, weights_of
+from moejax.models.ops.linear import in_host, out_size, part
 
 
 def _rows(array: jax.Array, row: jax.Array, count: int) -> jax.Array:
@@ -52,18 +54,34 @@ def _over_experts(
 
     most: no more experts than so many can have rows, and no more are visited.
     """
-    inputs, output = projections
+    weights, pairs = weights_of(*projections), pairs_of(*projections)
+    if plan.prefetch == "layer" and any(map(in_host, weights)):
+        weights = [part(w) for w in weights]
 
-    def step(state: Any, xs: Any) -> Any:
+    def one(state: Any, xs: Any, held: Any = None) -> Any:
         e, start, size, pairs = xs
-        return body(state, Expert(plan, matrices(plan, inputs, output, dtype, e), pairs, key, dtype), start, size)
+        found = matrices(plan, weights, dtype, e) if held is None else matrices(plan, held, dtype)
+        return body(state, Expert(plan, found, pairs, key, dtype), start, size)
 
-    xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs_of(inputs, output))
+    xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs)
     if most is not None and most < sizes.shape[0]:
         # In their order: a tile may write over the rows behind its group, which later experts write again.
         visited = jnp.sort(jax.lax.top_k(sizes, most)[1])
         xs = jax.tree.map(lambda a: a[visited], xs)
-    return jax.lax.scan(step, state, xs)
+    if plan.prefetch != "experts" or not any(map(in_host, weights)):
+        return jax.lax.scan(one, state, xs)
+
+    def ahead(carry: Any, xs: Any) -> Any:
+        (state, held), (own, following) = carry, xs
+        coming = [part(w, following) for w in weights]
+        state, out = one(state, own, held)
+        return (state, coming), out
+
+    # The last one stands outside: in the loop it would fetch an expert that nobody uses.
+    but_last, last = jax.tree.map(lambda a: a[:-1], xs), jax.tree.map(lambda a: a[-1], xs)
+    (state, held), outs = jax.lax.scan(ahead, (state, [part(w, xs[0][0]) for w in weights]), (but_last, xs[0][1:]))
+    state, out = one(state, last, held)
+    return state, jax.tree.map(lambda several, one: jnp.concatenate([several, one[None]]), outs, out)
 
 
 def forward(

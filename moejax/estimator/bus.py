@@ -1,0 +1,38 @@
+"""What weights in the host's memory cost a step on the bus, by arithmetic. No jax."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moejax.estimator import sizes
+from moejax.estimator.sizes import ITEM
+from moejax.gpus import GPU
+from moejax.models.config import Architecture
+
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+
+PLACEMENTS = (("device", "device"), ("host", "device"), ("host", "host"))
+"""Of experts and tables, from what is fastest to what takes least of the device."""
+PCIE = {3: 12.6e9, 4: 25.2e9, 5: 50.4e9}
+"""Generation -> bytes/s of a copy out of pinned memory over 16 lanes: 80 % of what 8, 16 and 32 GT/s (PCI-SIG, 128 bits in 130) carry."""
+ROW_BYTES = 1 << 18  # of models/ops/host.py
+
+
+def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_tokens: int) -> int:
+    """Over the bus in one optimizer step: a micro-batch fetches every expert forward and backward, the head once, and the embedding or its
+    tokens' rows once (`moejax.models.ops.host`)."""
+    held = {False: 0, True: 0}
+    for w in sizes.stored(experiment, config):
+        held[w.module in config.groups["experts"]] += sum(w.host.values())
+    micro, tables = experiment.training.gradient_accumulation, held[False]
+    if tables and not config.tie_word_embeddings:
+        table, tokens = tables // 2, rows * row_tokens
+        looked_up = table if tokens * ROW_BYTES > table else tokens * config.hidden_size * ITEM[experiment.training.compute_dtype]
+        tables = table + looked_up
+    return micro * (2 * held[True] + tables)
+
+
+def rate(gpu: GPU) -> float:
+    """Bytes/s over a card's own link."""
+    return PCIE[gpu.pcie] * gpu.pcie_lanes / 16
