@@ -200,6 +200,11 @@ class TrainingConfig(Section):
             raise ValueError("set training.epochs or training.steps")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
+        if self.optimizer == "adamw_8bit" and self.param_dtype == "bfloat16_stochastic":
+            raise ValueError(
+                "optimizer = adamw_8bit with param_dtype = bfloat16_stochastic would hold all weights and gradients in fp32 besides: "
+                "expected bfloat16 or float32, or adamw or adafactor"
+            )
         if self.moments_dtype is not None:
             if self.optimizer not in ("adamw", "lion"):
                 raise ValueError(f"moments_dtype = {self.moments_dtype} is of adamw and lion, not of {self.optimizer}: leave it out")

@@ -96,6 +96,7 @@ def test_a_leading_tilde_is_the_home_folder(load, monkeypatch):
         (["training.optimizer=adamw_torch_fused"], r"did you mean adamw\?"),
         (["training.optimizer=paged_adamw_8bit"], r"did you mean adamw_8bit\?"),
         (["training.moments_dtype=bfloat16", "training.optimizer=adamw_8bit"], "= bfloat16 is of adamw and lion, not of adamw_8bit"),
+        (["training.optimizer=adamw_8bit", "training.param_dtype=bfloat16_stochastic"], "would hold all weights and gradients in fp32"),
         (["training.moments_dtype=bfloat16", "training.param_dtype=bfloat16"], "= bfloat16 the moments are in bf16 already"),
         (["quantization.format=4bit"], r"did you mean nf4\?"),
         (["data.batching=longest"], r"did you mean pad_longest\?"),

@@ -111,6 +111,12 @@ def _fetched(config: Architecture, weights: tuple[sizes.Stored, ...]) -> float:
     return sum(sum(w.host.values()) for w in experts) / max(1, sum(w.size for w in experts))
 
 
+def _in_8_bits(w: sizes.Stored) -> int:
+    """A weight's clipped gradient, in whose place it is changed piece after piece, and both moments of a piece in fp32."""
+    pieces = sizes.pieces(w.shape, w.parameters)
+    return (w.bytes if pieces > 1 else 0) + 8 * w.size // pieces
+
+
 def breakdown(
     experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None,
     memory_bytes: int | None = None,
@@ -146,8 +152,8 @@ def breakdown(
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and dense else 0
     experts = sum(w.bytes for w in trained if w.module in config.groups["experts"])
     scaled = 0 if adapter else _scaled(experts, t.stored_dtype, platform)
-    if t.optimizer == "adamw_8bit":  # both moments of what is changed at once, in fp32
-        scaled = max(scaled, *(8 * w.size // sizes.pieces(w.shape, w.parameters) for w in trained))
+    if t.optimizer == "adamw_8bit":
+        scaled = max(scaled, *(_in_8_bits(w) for w in trained))
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
     table = config.vocab_size * config.hidden_size * step.item if experiment.placement.tables == "host" else 0
     moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens) + table)]

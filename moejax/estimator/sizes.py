@@ -141,9 +141,9 @@ def in_8_bits(size: int, parameters: int) -> bool:
 
 
 def pieces(shape: Shape, parameters: int) -> int:
-    """In how many a weight with moments in 8 bits is changed, one after the other: some layers at a time, or rows that are whole blocks."""
-    size, most = math.prod(shape), min(shape[0], 128)
-    found = [n for n in range(1, most + 1) if shape[0] % n == 0 and (n == 1 or parameters > 1 or size // n % BLOCK_8BIT == 0)]
+    """In how many a weight with moments in 8 bits is changed, one after another: some matrices at a time, or rows that are whole blocks."""
+    size, units = math.prod(shape), parameters if parameters > 1 else shape[0]
+    found = [n for n in range(1, min(units, 4096) + 1) if units % n == 0 and (n == 1 or parameters > 1 or size // n % BLOCK_8BIT == 0)]
     return next((n for n in found if size // n <= AT_ONCE), found[-1])
 
 

@@ -35,7 +35,7 @@ _ZERO = 127  # the signed map's code of 0
 
 
 class Moments(NamedTuple):
-    """Of one kind. codes: uint8, of the weight's shape; largest: fp32 [parameters, blocks]."""
+    """Of one kind. codes: uint8, of the weight's shape; largest: fp32 [parameters, blocks], 1 where all of a block are zero."""
 
     codes: jax.Array
     largest: jax.Array
@@ -54,29 +54,29 @@ _map = cache(dynamic_map)
 
 @cache
 def _thresholds(signed: bool) -> np.ndarray:
-    """fp32 [257]: code k is of numbers above the k-th and not above the next. Of two codes at the same distance the even one is taken, so
-    that the middle itself is above the threshold of an even code."""
+    """fp32 [256]: the k-th code begins above the k-th. Of two codes at the same distance the even one is taken, so that the middle itself
+    is above the threshold of an even code."""
     numbers = _map(signed)
     middles = (numbers[1:] + numbers[:-1]) * np.float32(0.5)
     middles = np.where(np.arange(255) % 2, np.nextafter(middles, np.float32(-2)), middles)
-    return np.concatenate([[-np.inf], middles, [np.inf]]).astype(np.float32)
+    return np.concatenate([[-np.inf], middles]).astype(np.float32)
 
 
 def nearest(x: jax.Array, signed: bool) -> jax.Array:
     """int32 codes of numbers between -1 and 1.
 
-    A decade is a line of evenly spaced codes, the next one a fifth as steep: the lowest of the seven lines gives the place but for one,
-    and the thresholds decide. (A search by halves is eight look-ups, one of another: XLA would neither fuse nor soon compile them.)
+    A decade is a line of evenly spaced codes, the next one a fifth as steep: the lowest of the seven lines tells which threshold is near,
+    to a quarter of the way to the next, and the threshold decides. (A search by halves is eight look-ups, one of another: XLA would
+    neither fuse nor soon compile them.)
     """
     lines = []
     for decade in range(7):
         count = 2 ** (decade + (not signed))  # of codes in it, from a tenth of its end to its end; before it are count - 1, or - 2
         lines.append(jnp.abs(x) * np.float32(count * 10.0 ** (6 - decade) / 0.9) + np.float32(count - (1 if signed else 2) - count / 9))
-    place = jnp.floor(reduce(jnp.minimum, lines)).astype(jnp.int32)
-    code = jnp.clip(jnp.where(x < 0, _ZERO - 1 - place, _ZERO + 1 + place) if signed else 1 + place, 0, 255)
-    thresholds = jnp.asarray(_thresholds(signed))
-    low, high = (thresholds.at[code + i].get(mode="promise_in_bounds") for i in range(2))
-    code = jnp.where(x > high, code + 1, jnp.where(x <= low, code - 1, code))
+    place = jnp.clip(jnp.round(reduce(jnp.minimum, lines)).astype(jnp.int32), 0, _ZERO if signed else 254)
+    above = jnp.where(x < 0, _ZERO - place, _ZERO + 1 + place) if signed else 1 + place
+    begins = jnp.asarray(_thresholds(signed)).at[above].get(mode="promise_in_bounds")
+    code = jnp.where(x > begins, above, above - 1)
     return jnp.where((code == _ZERO) & jnp.signbit(x), _ZERO - 1, code) if signed else code
 
 
@@ -89,7 +89,8 @@ def quantized(x: jax.Array, signed: bool) -> Moments:
     """x: fp32 [parameters, numbers]."""
     blocks = _blocks(x)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
-    codes = nearest(blocks / jnp.where(largest > 0, largest, 1)[..., None], signed)
+    largest = jnp.where(largest > 0, largest, 1)
+    codes = nearest(blocks / largest[..., None], signed)
     return Moments(codes.astype(jnp.uint8).reshape(len(x), -1)[:, : x.shape[1]], largest)
 
 
@@ -160,7 +161,7 @@ def _in_8_bits(changed: Callable[..., Any], w: jax.Array, g: jax.Array, m: Momen
 
 
 def _in_pieces(changed: Callable[..., Any], parameters: int, w: jax.Array, g: jax.Array, m: Moments, v: Moments) -> Any:
-    """`changed` of a weight, some layers after others where it is large, in the gradient's and the moments' own places: XLA holds both
+    """`changed` of a weight, some matrices after others where it is large, in the gradient's and the moments' own places: XLA holds both
     moments of what is changed at once in fp32."""
     count = pieces(w.shape, parameters)
 

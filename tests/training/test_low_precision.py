@@ -10,7 +10,6 @@ from support import TINY
 
 from moejax.config import TrainingConfig
 from moejax.data.batch import Batch
-from moejax.estimator import sizes
 from moejax.models.build import build
 from moejax.models.config import PRESETS
 from moejax.training import low_precision
@@ -133,15 +132,6 @@ def test_moments_in_bf16_are_those_of_fp32_on_average(run, optimizer):
         after = run("float32", 1, narrow[-1]._replace(opt_state=ones), optimizer=optimizer, moments_dtype="bfloat16")[0][-1].opt_state
         left = [np.asarray(a.astype(jnp.float32)).ravel() for path, a in jax.tree_util.tree_leaves_with_path(after) if second(path)]
         assert abs(np.concatenate(left).mean() - 0.999) < 2e-4
-
-
-def test_moments_in_8_bits_beside_weights_rounded_stochastically(run, monkeypatch):
-    """The weights are bf16, codes and their scales what they always are; they go the way of fp32 weights."""
-    monkeypatch.setattr(sizes, "SMALLEST_8BIT", 256)
-    wide, narrow = (run(dtype, 12, optimizer="adamw_8bit")[0] for dtype in ("float32", "bfloat16_stochastic"))
-    assert {str(a.dtype) for a in jax.tree.leaves(narrow[-1].opt_state)} == {"int32", "uint8", "float32"}
-    whole, part = (change(states[-1].trainable, states[0].trainable) for states in (wide, narrow))
-    assert 0.9 < part @ whole / (whole @ whole) < 1.1
 
 
 def test_stochastic_rounding_resumes_to_the_bit(run, tmp_path):
