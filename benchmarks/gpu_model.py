@@ -182,13 +182,14 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
     if experiment.training.remat == "auto":  # what it comes down to on a full card
         experiment = experiment.changed("training", remat="full")
     sizes, tokens, card = architecture_of(experiment), rows * length, gpus.find(gpu)
+    together = experiment.training.together
     with tempfile.TemporaryDirectory() as folder:
         c = TrainProgram(experiment, sizes, gpu=gpu, dump=Path(folder)).compile(rows, length)
         host = thunks(Path(folder))
     plan, closed = experts.plan(experiment, sizes, tokens, card), None
     if experiment.training.remat in ("none", "full"):  # what the closed form knows
         closed = closed_form.on(card, experiment, sizes, rows, length).total
-    loads = (experts.uniform_loads if even else experts.random_loads)(sizes, tokens)
+    loads = (experts.uniform_loads if even else experts.random_loads)(sizes, together * tokens)
     rates = Rates.of(card)
     matrix = sizes.hidden_size * sizes.intermediate_size
     s = step(c.executable, host, None if plan is None else experts.routed(plan, loads), rates, matrix)

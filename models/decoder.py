@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moejax.models.attention import Attention
 from moejax.models.config import Architecture, specs
 from moejax.models.gradient_sums import GradientSums, added, without_gradients
-from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, rematerialized, scannable, stack_layers
+from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, fold, rematerialized, scannable, stack_layers
 from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
@@ -43,6 +43,9 @@ class Layer(nnx.Module):
     """x += mixer(norm(x)); x += moe(norm(x)); or with the norms after: x += norm(mixer(x)); x += norm(moe(x)).
 
     x: [B, T, D], rounded to `compute` before each half where the stream is fp32.
+
+    Of A micro-batches at once, [A, B, T, D], with as many dropout keys: the mixer takes one after the other, so that it needs no more
+    memory than for one, the experts all rows together, so that each of their matrices is dequantized once.
     """
 
     def __init__(self, key: jax.Array, block: specs.Block, config: Architecture, dtype: Any, compute: Any, target: Target):
@@ -57,13 +60,22 @@ class Layer(nnx.Module):
         self.compute, self.norm_after = compute, block.norm == "after"
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, keep: bool
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, remat: str
     ) -> tuple[jax.Array, RouterStats]:
         mixer = getattr(self, self.mixer)
-        x = self._added(x, mixer(self._read(x, self.mixer), segment_ids, positions, dropout_key), self.mixer)
-        if mixer.splits_recomputation and not self.norm_after:
+
+        def mixed(x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
+            return self._added(x, mixer(self._read(x, self.mixer), segment_ids, positions, dropout_key), self.mixer)
+
+        of_many = x.ndim == 4
+        if of_many:
+            one = rematerialized(mixed, remat)
+            x = jax.lax.map(lambda micro: one(*micro), (x, segment_ids, positions, dropout_key))
+        else:
+            x = mixed(x, segment_ids, positions, dropout_key)
+        if (of_many or mixer.splits_recomputation) and not self.norm_after:
             x = checkpoint_name(x, "halfway")
-        return self._experts(x, segment_ids > 0, dropout_key, keep)
+        return self._experts(x, segment_ids > 0, dropout_key, remat != "full")
 
     def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array) -> tuple[jax.Array, Any]:
         """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
@@ -85,7 +97,8 @@ class Layer(nnx.Module):
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
     ) -> tuple[jax.Array, RouterStats]:
         rows = self._read(x, "moe").reshape(-1, x.shape[-1])
-        out, stats = self.moe(rows, valid.reshape(-1), dropout_key, keep=keep)
+        micro_batches = x.shape[0] if x.ndim == 4 else None
+        out, stats = self.moe(rows, valid.reshape(-1), dropout_key, keep=keep, micro_batches=micro_batches)
         return self._added(x, out.reshape(x.shape), "moe"), stats
 
 
@@ -140,21 +153,24 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """tokens, segment_ids (0 = padding; None: no padding, one sequence a row), positions (None: from 0 in each
-        sequence): int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …]."""
+        sequence): int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …].
+
+        Of A micro-batches that pass each layer together: [A, B, T], dropout keys [A], hidden states [A, B, T, D], stats [L, A, …]."""
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        positions = positions_of(segment_ids) if positions is None else positions
-        self._check_padding(segment_ids > 0)
+        if positions is None:
+            positions = positions_of(segment_ids.reshape(-1, segment_ids.shape[-1])).reshape(segment_ids.shape)
+        self._check_padding((segment_ids > 0).reshape(-1, segment_ids.shape[-1]))
         x, stats = self.embedded(tokens), []
         with jax.named_scope("layers"):
             for number, stack in enumerate(self.config.stacks):
                 state, layer_of = scannable(getattr(self, stack.name))
-                stack_key = dropout_key if dropout_key is None or number == 0 else jax.random.fold_in(dropout_key, 2**16 + number)
+                stack_key = dropout_key if number == 0 else fold(dropout_key, 2**16 + number)
 
                 def body(
                     x: jax.Array, weights: nnx.State, index: jax.Array, layer_of: Any = layer_of, dropout_key: Any = stack_key
                 ) -> tuple[jax.Array, RouterStats]:
-                    key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-                    out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat != "full")
+                    key = fold(dropout_key, index)
+                    out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat)
                     return out
 
                 run = rematerialized(body, remat)
@@ -198,7 +214,7 @@ class Decoder(nnx.Module):
         return self.norm(x.astype(self.dtype)), tuple(after)
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
-        """tokens: int32 [B, T] -> the stream [B, T, D] that the first layer reads."""
+        """tokens: int32 [..., T] -> the stream [..., T, D] that the first layer reads."""
         x = self.embed(tokens, self.dtype)
         return (x if self.embed_rows is None else self.embed_rows.looked_up(tokens, x)).astype(self._stream_dtype)
 

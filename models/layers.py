@@ -147,8 +147,10 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def fold(key: jax.Array | None, index: int | jax.Array) -> jax.Array | None:
-    """A key of its own for each index, or none of none."""
-    return None if key is None else jax.random.fold_in(key, index)
+    """A key of its own for each index, or none of none; of keys [A] of as many micro-batches, as many."""
+    if key is None:
+        return None
+    return jax.vmap(jax.random.fold_in, (0, None))(key, index) if key.ndim else jax.random.fold_in(key, index)
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:

@@ -47,9 +47,15 @@ class LoRA(nnx.Module):
         """Where the module is whose adapter has the A of this one, an adapter on the module at `path`."""
         return path if self.shares is None else (*path[:-1], self.shares)
 
-    def dropped(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """x after dropout; without a key (evaluation) or with probability zero, x itself."""
+    def dropped(self, x: jax.Array, dropout_key: jax.Array | None, axis: int = 0) -> jax.Array:
+        """x after dropout; without a key (evaluation) or with probability zero, x itself. Keys [A]: of as many micro-batches that stand
+        one after the other on `axis`, each with the mask that it would have alone."""
         if dropout_key is None or self.dropout == 0.0:
             return x
-        keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
+        if dropout_key.ndim:
+            each = (*x.shape[:axis], x.shape[axis] // dropout_key.shape[0], *x.shape[axis + 1 :])
+            masks = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.dropout, each))(dropout_key)
+            keep = jnp.moveaxis(masks, 0, axis).reshape(x.shape)
+        else:
+            keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
         return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))

@@ -42,23 +42,26 @@ class MoE(nnx.Module):
         self.target = target
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None, *, keep: bool = False
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None, *, keep: bool = False, micro_batches: int | None = None
     ) -> tuple[jax.Array, RouterStats]:
-        """x: [N, D]; valid: bool [N], false for padding, which visits no expert; keep: save hidden rows for the backward pass."""
+        """x: [N, D]; valid: bool [N], false for padding, which visits no expert; keep: save hidden rows for the backward pass.
+        micro_batches: the tokens are of so many, one after the other, with a key each; stats are then [A, E]."""
         with jax.named_scope("moe"):
-            indices, weights, stats = self._route(x, valid, dropout_key)
+            indices, weights, stats = self._route(x, valid, dropout_key, () if micro_batches is None else (micro_batches,))
             if self.k == self.experts:
                 return self._dense(x, weights, dropout_key), stats
             return self._sparse(x, indices, weights, valid, dropout_key, keep), stats
 
-    def _route(self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array, RouterStats]:
+    def _route(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, parts: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """indices: int32 [N, K]; weights: fp32 [N, K], with a softmax router of sum one."""
         with jax.named_scope("router"):
             logits = self.router(x.astype(jnp.float32), fold(dropout_key, 10))  # [N, E], fp32
             probabilities = self.scores(logits)
-        sums = jnp.sum(probabilities * valid[:, None], axis=0)
+        sums = jnp.sum((probabilities * valid[:, None]).reshape(*parts, -1, self.experts), axis=-2)
         if self.k == self.experts:
-            counts = jnp.full(self.experts, jnp.sum(valid, dtype=jnp.int32))
+            counts = jnp.broadcast_to(jnp.sum(valid.reshape(*parts, -1, 1), axis=-2, dtype=jnp.int32), sums.shape)
             return jnp.zeros((x.shape[0], 0), jnp.int32), probabilities, RouterStats(counts, sums)
         with jax.named_scope("topk"):
             indices = checkpoint_name(self.choose(probabilities), "router_indices")
@@ -67,7 +70,7 @@ class MoE(nnx.Module):
             picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
             weights = picked / jnp.sum(picked, axis=-1, keepdims=True) if self.renormalize else picked
             weights = checkpoint_name(weights, "router_weights")
-            counts = jnp.sum(chosen & valid[:, None, None], axis=(0, 1), dtype=jnp.int32)
+            counts = jnp.sum((chosen & valid[:, None, None]).reshape(*parts, -1, self.experts), axis=-2, dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
 
     def choose(self, probabilities: jax.Array) -> jax.Array:
@@ -95,7 +98,8 @@ class MoE(nnx.Module):
             rows = gm.dispatch(x, groups)  # [M, D]
             row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]
         up, gate, output = (m.projection() for m in (self.w1, self.w3, self.w2))
-        out = gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output, fold(dropout_key, 11))
+        keys = gm.row_keys(fold(dropout_key, 11), groups) if self._dropout else None
+        out = gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output, keys)
         with jax.named_scope("combine"):
             return gm.combine(out, groups)
 
@@ -125,7 +129,8 @@ class MoE(nnx.Module):
                 inputs, output = product.split("->")
                 x_axes, w_axes = inputs.split(",")
                 if a is not None:
-                    low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", module.lora.dropped(x, dropout_key), a.astype(x.dtype))
+                    dropped = module.lora.dropped(x, dropout_key, x_axes.index("n"))
+                    low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", dropped, a.astype(x.dtype))
                 return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b.astype(x.dtype)), low
 
 

@@ -156,6 +156,9 @@ class TrainingConfig(Section):
     epochs: Positive | None = None
     steps: Positive | None = None
     gradient_accumulation: Positive = Field(1, description="micro-batches per optimizer step, one global token mean")
+    accumulation: Literal["micro_batch_major", "layer_major", "auto"] = Field(
+        "micro_batch_major", description="layer_major: all micro-batches pass a layer together; auto: where that dequantizes less and fits"
+    )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion"] = Field(
         "adamw", description="adamw_8bit: as bitsandbytes', 2 bytes of moments a weight, not 8; lion: 4; adafactor: hardly any; other steps"
     )
@@ -179,6 +182,11 @@ class TrainingConfig(Section):
     remat: Literal["none", "dots", "full", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
     loss_chunk_tokens: Positive = 1024
     eval_every: Positive | None = None
+
+    @property
+    def together(self) -> int:
+        """Micro-batches that pass a layer at once. `auto` counts as one until a run has settled it."""
+        return self.gradient_accumulation if self.accumulation == "layer_major" else 1
 
     @property
     def stored_dtype(self) -> str:
@@ -349,6 +357,9 @@ class Experiment(Section):
             )
         if self.preference is not None:
             self.preference.check(self)
+            if self.training.accumulation == "layer_major":
+                raise ValueError("training.accumulation = layer_major: the pairs of a micro-batch are compared with each other: expected "
+                                 "micro_batch_major or auto with preference")
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
         if not all(token.strip() for token in self.added_tokens):

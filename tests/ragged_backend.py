@@ -25,7 +25,8 @@ def _mlp(plan: Plan, x: jax.Array, p: jax.Array, sizes: jax.Array, ws: list[jax.
 
     def low_rank(i: int, rows: jax.Array) -> jax.Array:
         if plan.dropout and key is not None:
-            keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - plan.dropout, rows.shape)
+            own = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(key), i)
+            keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - plan.dropout, rows.shape[1:]))(own)
             rows = jnp.where(keep, rows / (1 - plan.dropout), jnp.zeros((), rows.dtype))
         return ragged_dot(rows, pairs[i].a.astype(x.dtype), sizes)
 

@@ -32,7 +32,8 @@ RUNS = {
         "quantization": {"format": "nf4", "cache": None},
         "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": list(LORA_TARGETS), "share": ["w1", "w3"]},
         "data": {"template": "mistral", "batching": "pack", "holdout": 4, "records": 24, "bytes": "BYTES", "sha256": "SHA256"},
-        "training": {"remat": "full", "gradient_accumulation": 2, "label_smoothing": 0.1, "eval_every": 1, "loss_chunk_tokens": 32,
+        "training": {"remat": "full", "gradient_accumulation": 2, "accumulation": "layer_major", "label_smoothing": 0.1, "eval_every": 1,
+                     "loss_chunk_tokens": 32,
                      "optimizer": "adamw_8bit"},
         "eval": {**EVAL, "each_epoch": True, "every_steps": 1, "max_new_tokens": 3},
         "checkpoint": {"every": 1, "keep": 1},
@@ -46,6 +47,7 @@ RUNS = {
         "data": {"template": "alpaca", "batching": "pad_longest", "too_long": "drop", "shuffle": False, "eval_source": "RECORDS"},
         "training": {
             "compute_dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "dots", "optimizer": "adafactor", "schedule": "linear",
+            "accumulation": "auto",
             "min_learning_rate_ratio": 0.1, "weight_decay": 0.01, "weight_decay_on": "all", "learning_rate": 1e-3, "warmup_steps": 1,
         },
     },

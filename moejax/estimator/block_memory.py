@@ -37,14 +37,20 @@ class Step:
     flash: bool  # attention by jax's kernel, where it can run
     fetched: float = 0  # bytes of an expert's weight that come from the host's memory
     prefetch: str = "auto"  # by what
+    together: int = 1  # micro-batches that pass a layer at once: the mixer takes one after the other, the experts all
 
     @property
     def tokens(self) -> int:
+        """Of a micro-batch."""
         return self.rows * self.row_tokens
 
     @property
+    def tokens_together(self) -> int:
+        return self.together * self.tokens
+
+    @property
     def stream(self) -> int:
-        """Bytes of the residual stream."""
+        """Bytes of a micro-batch's residual stream."""
         return self.tokens * self.width * self.stream_item
 
 
@@ -92,7 +98,7 @@ class Block:
         """Backend, tiles and capacity of the grouped products, as the step takes them."""
         s, moe = self.step, self.moe
         found, tile, small_tile, capacity = choice.grouped(
-            s.device, s.tokens, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
+            s.device, s.tokens_together, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
             item=s.item, memory_bytes=s.memory_bytes,
         )  # fmt: skip
         backend = "loop" if s.fetched and s.prefetch == "experts" else found if s.backend == "auto" else s.backend
@@ -106,22 +112,22 @@ class Block:
     @property
     def sorted_rows(self) -> int:
         """M."""
-        return self.step.tokens * self.moe.experts_per_token + self.tile
+        return self.step.tokens_together * self.moe.experts_per_token + self.tile
 
     def routing(self) -> int:
         """Saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
         if self.moe.dense:
             return 0
-        return 4 * (3 * self.step.tokens * self.moe.experts_per_token + self.sorted_rows + 2 * self.moe.experts)
+        return 4 * (3 * self.step.tokens_together * self.moe.experts_per_token + self.sorted_rows + 2 * self.moe.experts)
 
     def saved(self, layers: int) -> int:
         """For the backward pass, of so many. `full`: the stream before each part that is recomputed by itself, and the routing. `none`:
         every operand of a product or activation."""
-        s, n, e, f = self.step, self.step.tokens, self.moe.experts, self.moe.hidden
+        s, n, e, f = self.step, self.step.tokens_together, self.moe.experts, self.moe.hidden
         if s.remat:
-            return layers * (self.mixer.streams + self.routing())
+            return layers * (s.together * self.mixer.streams + self.routing())
         experts = 6 * s.item * e * n * f if self.moe.dense else s.item * self.sorted_rows * (s.width + 2 * f) + self.routing()
-        return layers * (self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n)
+        return layers * (s.together * self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n)
 
     def experts(self) -> int:
         """The experts in the backward pass."""
@@ -136,7 +142,7 @@ class Block:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden
         rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
-        s, n, item, e, f = self.step, self.step.tokens, self.step.item, self.moe.experts, self.moe.hidden
+        s, n, item, e, f = self.step, self.step.tokens_together, self.step.item, self.moe.experts, self.moe.hidden
         backend, *_, capacity = self.grouped
         at_once, together = (e, e * capacity) if backend == "capacity" else (1, self.tile)
         rows = 3 * item * (self.sorted_rows + (together if at_once > 1 else 0)) * s.width
@@ -144,32 +150,32 @@ class Block:
         adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe)  # sums of gradients; scaled
         if s.trained is None:
             matrices = 3 * at_once * item * self.matrix
-            return rows + hidden + adapters + matrices + 2 * s.stream + self.mixer.kept
+            return rows + hidden + adapters + matrices + 2 * s.together * s.stream + self.mixer.kept
         layer = 3 * e * self.matrix * (4 + s.trained)
         one = 3 * self.matrix * (4 + item) + 2 * 4 * self.matrix
-        return rows + hidden + layer + one + 3 * item * n * s.width + s.stream + self.mixer.kept
+        return rows + hidden + layer + one + 3 * item * n * s.width + s.together * s.stream + self.mixer.kept
 
     def _dense(self) -> int:
         """[E, N, F] several times: projections, adapters' parts, activation, gradients; two of the layer's matrices as they are used."""
         s, e = self.step, self.moe.experts
-        wide = s.item * e * s.tokens * self.moe.hidden
+        wide = s.item * e * s.tokens_together * self.moe.hidden
         if s.trained is not None:
             count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
             count = 10 if s.platform in ("sm80", "sm8") else 6
         matrices = 2 * e * self.matrix * (s.item if s.trained is None else s.trained)
-        return count * wide + matrices + 2 * s.stream + self.mixer.kept
+        return count * wide + matrices + 2 * s.together * s.stream + self.mixer.kept
 
     def forward(self) -> int:
         """Without rematerialization: the last layer's forward pass, its operands not yet among the stacked ones: the mixer's; the stream
         before and after; sorted rows and hidden rows."""
-        s, n, f = self.step, self.step.tokens, self.moe.hidden
+        s, n, f = self.step, self.step.tokens_together, self.moe.hidden
         mixer = self.mixer.forward
         if self.moe.dense:
-            return mixer + 3 * s.item * self.moe.experts * n * f + 3 * s.stream
+            return mixer + 3 * s.item * self.moe.experts * n * f + 3 * s.together * s.stream
         rows = 2 * self.sorted_rows * (s.width + f)
         numbers = rows + self.mixer.forward_numbers + self.adapted.low_rank * n
-        return mixer + s.item * numbers + 2 * s.stream
+        return mixer + s.item * numbers + 2 * s.together * s.stream
 
 
 class _Attention(NamedTuple):
@@ -229,17 +235,17 @@ def _attention_backward(s: Step, a: _Attention, adapted: Adapted) -> int:
 
 
 def mamba(s: Step, m: specs.Mamba, moe: specs.MoE) -> Mixer:
-    """The block is recomputed as a whole."""
+    """The block is recomputed as a whole; where micro-batches pass it together, each half by itself."""
     n, inner = s.tokens, m.inner
     chunk = choice.scan(s.device, s.rows, s.row_tokens, inner)[1]  # tokens of a chunk of the scan
     unit = 4 * n * inner  # fp32 [N, I]
     states = unit * m.state // chunk  # what the scan keeps of every chunk
     of_chunk = 4 * chunk * s.rows * m.state * inner  # a chunk's states, [chunk, rows, states, I]
     return Mixer(
-        streams=s.stream,
+        streams=s.stream * (1 if s.together == 1 else 2),
         saved=17 * s.item * n * inner + states + 6 * 4 * n * s.width,
         # in_proj's output, seven of fp32, three of the compute dtype
-        kept=unit * 7 + 5 * s.item * n * inner + states + 2 * 4 * n * s.width,
+        kept=unit * 7 + 5 * s.item * n * inner + states + 2 * 4 * n * s.width if s.together == 1 else 0,
         backward=_mamba_backward(s, m, moe, chunk, unit, of_chunk) + states,
         forward=n * m.state * inner + of_chunk + 9 * s.item * n * inner,
         forward_numbers=2 * n * s.width,

@@ -96,7 +96,7 @@ def _loss(step: Step, vocabulary: int, chunk: int) -> int:
     the head's gradient in fp32 where it is trained."""
     gradient = 0 if step.item == 4 else step.item
     head = 4 * vocabulary * step.width if step.trained else 0
-    return min(chunk, step.tokens) * vocabulary * (4 + gradient) + 3 * step.tokens * step.width * step.item + head
+    return min(chunk, step.tokens_together) * vocabulary * (4 + gradient) + 3 * step.tokens_together * step.width * step.item + head
 
 
 def _scaled(experts: int, dtype: str, platform: Platform) -> int:
@@ -136,7 +136,7 @@ def breakdown(
         experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.quantization.of_experts,
         platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
-        _fetched(config, weights), experiment.placement.prefetch,
+        _fetched(config, weights), experiment.placement.prefetch, t.together,
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
@@ -147,7 +147,8 @@ def breakdown(
     # Those of layers are added to the sums in place; what stands in no stack, and all that is rounded stochastically, has its own beside.
     stacks = {stack.name for stack in config.stacks} if t.param_dtype != "bfloat16_stochastic" else set()
     in_stacks = sum(w.bytes for w in trained if w.module[0] in stacks)
-    carried, beside = (gradients, gradients - in_stacks) if t.gradient_accumulation > 1 else (0, gradients)
+    several = t.gradient_accumulation > t.together
+    carried, beside = (gradients, gradients - in_stacks) if several else (0, gradients)
     dense = all(block.moe.dense for block in blocks)
     head = 4 * config.vocab_size * config.hidden_size if not adapter and config.tie_word_embeddings and dense else 0
     experts = sum(w.bytes for w in trained if w.module in config.groups["experts"])

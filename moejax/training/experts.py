@@ -16,7 +16,9 @@ from moejax.profiling.program import Trips
 
 
 def plan(experiment: Experiment, config: Architecture, tokens: int, card: GPU | None = None) -> Plan | None:
-    """What `moejax.models.moe` will choose for so many tokens, on this card or here; None where all experts see all tokens."""
+    """What `moejax.models.moe` will choose for micro-batches of so many tokens, on this card or here; None where all experts see all
+    tokens."""
+    tokens *= experiment.training.together
     if config.experts_per_token == config.num_experts:
         return None
     device, memory_bytes = (here(), memory_here()) if card is None else (card.cuda_name, card.memory_bytes)
@@ -33,7 +35,7 @@ def announce(experiment: Experiment, config: Architecture) -> str:
     chosen = plan(experiment, config, tokens)
     if chosen is None:
         return "experts: dense, every token through every expert in batched products"
-    rows = tokens * config.experts_per_token // config.num_experts
+    rows = tokens * experiment.training.together * config.experts_per_token // config.num_experts
     entry = measured(here(), rows, config.hidden_size * config.intermediate_size, experiment.quantization.of_experts)
     source = f"not measured on {here()}" if entry is None else f"measured: {entry['measured']}"
     why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"

@@ -101,6 +101,11 @@ class TrainProgram:
         model = build(config, **model_arguments(experiment), platform=self._device, memory_bytes=memory_bytes)
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
         self.objective = replace(objective(experiment, graphdef), loss=own.loss)
+        if own.loss is not None and self.objective.layer_major:
+            raise UserError(
+                "training.accumulation = layer_major with a loss of your own, which is given one micro-batch at a time: expected "
+                "micro_batch_major or auto"
+            )
         self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed)
         self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
         self.compiled: dict[tuple[int, int], Compiled] = {}
@@ -256,7 +261,7 @@ def objective(experiment: Experiment, graphdef: Any) -> Objective:
     return Objective(
         graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
         aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk_tokens, stochastic=t.rounds_stochastically,
-        preference=experiment.preference,
+        preference=experiment.preference, layer_major=t.together > 1,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from moejax.models.config import Architecture
 from moejax.models.ops import choice
 from moejax.progress import say, waiting
 from moejax.runs import folders, pinning, tokens
-from moejax.training import experts, low_precision, placement, preference, remat, scoring
+from moejax.training import accumulation, experts, low_precision, placement, preference, remat, scoring
 from moejax.training.identity import Identity
 from moejax.training.optimizer import kept_wide
 from moejax.training.program import NOTHING_OWN, Own, TrainProgram
@@ -44,7 +44,7 @@ class Started(NamedTuple):
 def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTHING_OWN) -> Started:
     """Read, check and load, in a folder that is this process's alone. Raises UserError."""
     if resume:
-        experiment = pinning.adopted(remat.of_run(experiment))
+        experiment = pinning.adopted(accumulation.of_run(remat.of_run(experiment)))
     begun = folders.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
@@ -53,7 +53,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = experiment.with_defaults(config)
     attention = experts.announce_attention(experiment, config, choice.here())
     wide = kept_wide(experiment, config) if own.optimizer is None else []
-    for line in (experts.announce(experiment, config), *attention, *preference.told(experiment), *wide):
+    for line in (*attention, *preference.told(experiment), *wide):
         say(line)
     abstract = build(config, **model_arguments(experiment))
     say(*placement.check(abstract))
@@ -70,7 +70,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     if experiment.placement.experts == "auto":
         experiment = placement.resolve(experiment, config, steps)
         say(*placement.check(build(config, **model_arguments(experiment))))
-    experiment = remat.resolve(experiment, config, steps)
+    experiment = remat.resolve(accumulation.resolve(experiment, config, steps, own), config, steps)
+    say(experts.announce(experiment, config))
     # The steps of the whole run stand in the program: in its schedule.
     program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None, own=own)
     fit(program, experiment.data.batch_rows, longest_row(experiment, dataset))

@@ -45,6 +45,7 @@ class Objective:
     loss = Σ cross-entropy over supervised tokens / their number in the whole optimizer step + aux_loss_coef · load balancing.
     stochastic: what is bf16 of the weights and the optimizer's state is computed in fp32 and rounded stochastically. loss: in the place
     of all this.
+    layer_major: the micro-batches of a step pass each layer together.
     preference: of a batch of pairs, Σ of their losses / their number takes the place of cross-entropy.
     """
 
@@ -58,6 +59,7 @@ class Objective:
     stochastic: bool = False
     loss: Loss | None = None
     preference: PreferenceConfig | None = None
+    layer_major: bool = False
 
 
 def weight_of(batch: Batch | PairBatch) -> jax.Array:
@@ -70,7 +72,7 @@ def sums(
     gradient_sums: GradientSums | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], RouterStats]]:  # fmt: skip
     """(what is differentiated, (sums by name, router stats)) of one micro-batch [rows, T], nothing divided yet: the loss, which is
-    cross-entropy, and of pairs what `pair_sums` has."""
+    cross-entropy, and of pairs what `pair_sums` has. Of micro-batches that pass each layer together, [A, rows, T] with keys [A]: of all."""
     model = nnx.merge(objective.graphdef, trainable, frozen)
     model.gradient_sums = gradient_sums
     if objective.loss is not None:
@@ -90,14 +92,20 @@ def sums(
             *(() if rows is None else (rows.ids, rows.rows.get_value())),
         )  # fmt: skip
         total = _balanced(objective, cross_entropy, stats, batch)
+    if batch.tokens.ndim == 3:
+        stats = jax.tree.map(lambda a: jnp.sum(a, axis=1), stats)  # [L, A, E]
     return total, ({"loss": cross_entropy}, stats)
 
 
 def _balanced(objective: Objective, total: jax.Array, stats: RouterStats, batch: Batch | PairBatch) -> jax.Array:
-    """With the load-balancing loss, where it is asked for."""
+    """With the load-balancing loss of each micro-batch, where it is asked for."""
+
+    def balance(stats: RouterStats, batch: Batch | PairBatch) -> jax.Array:
+        return load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0)) * weight_of(batch)
+
     if objective.aux_loss_coef:
-        balance = load_balancing_loss(stats, jnp.sum(batch.segment_ids > 0))
-        total = total + objective.aux_loss_coef * balance * weight_of(batch)
+        of_all = balance(stats, batch) if batch.tokens.ndim == 2 else jnp.sum(jax.vmap(balance, (1, 0))(stats, batch))
+        total = total + objective.aux_loss_coef * of_all
     return total
 
 
@@ -134,12 +142,15 @@ def make_train_step(
         rounding_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ROUNDING), state.step)
         if batch.tokens.shape[0] == 1:
             grads, extra = gradients(state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
+        elif objective.layer_major:
+            keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch.tokens.shape[0]))
+            grads, extra = gradients(state.trainable, frozen, batch, keys)
         else:
 
             def micro_step(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
                 micro, index = xs
                 micro_key = None if key is None else jax.random.fold_in(key, index)
-                if objective.stochastic:
+                if objective.stochastic and any(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(state.trainable)):
                     part = gradients(state.trainable, frozen, micro, micro_key)
                     total = jax.tree.map(jnp.add, widened(carry), widened(part))
                     return stored_like(total, carry, jax.random.fold_in(rounding_key, 1 + index)), None

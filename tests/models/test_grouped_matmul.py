@@ -56,8 +56,9 @@ def gated(up, gate):
 def ours(x, weights, inputs, output, experts, valid, plan, key=None):
     groups = gm.group(experts, valid, E, plan.tile)
     y = gm.grouped_mlp(
-        plan, gm.dispatch(x, groups), gm.sort_weights(weights, groups).astype(x.dtype), groups.sizes, inputs, output, key
-    )
+        plan, gm.dispatch(x, groups), gm.sort_weights(weights, groups).astype(x.dtype), groups.sizes, inputs, output,
+        gm.row_keys(key, groups),
+    )  # fmt: skip
     return gm.combine(y, groups)
 
 

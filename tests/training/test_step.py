@@ -168,3 +168,34 @@ def test_evaluation_is_plain(parts):
     assert int(tokens) == batch.loss_mask.sum() == 14 + 7
     expected = jax.jit(lambda t: sums(Objective(graphdef, full=False), t, frozen, batch, None)[0])(trainable)
     np.testing.assert_allclose(total["loss"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "k", "targets", "remat"),
+    [
+        ("mixtral-tiny", 2, ("q_proj", "w1", "w2", "w3", "gate"), "full"),
+        ("mixtral-tiny", 8, ("q_proj", "w1", "w2"), "dots"),
+        ("blackmamba-tiny", 2, None, "full"),
+        pytest.param("mixtral-tiny", 2, ("q_proj", "w2"), "none", marks=pytest.mark.long),
+        pytest.param("qwen3-moe-tiny", 4, ("q_proj", "w2"), "dots", marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_layers_take_all_micro_batches_together(preset, k, targets, remat):
+    """The same loss, metrics and gradients as one micro-batch after the other: its own dropout, its own balance, its own padding."""
+    adapter = None if targets is None else LoRAConfig(2, 4.0, 0.5, targets)
+    sizes = PRESETS[preset].replace(num_layers=2, vocab_size=64, experts_per_token=k)
+    graphdef, trainable, frozen = split(build(sizes, key=jax.random.key(0), adapter=adapter, dtype=jnp.float32), full=adapter is None)
+    rng = np.random.default_rng(1)
+    if adapter is not None:
+        trainable = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), trainable)
+    micro = [assemble([[query] for query in queries(*lengths)], 2, 16) for lengths in ((16, 9), (3, 12), (5,))]
+    settings = {"remat": remat, "aux_loss_coef": 0.5, "dropout": 0.5 if adapter else 0.0}
+    ours, expected = (
+        stepper((graphdef, trainable, frozen), optax.sgd(RATE), layer_major=together, **settings)(stack(micro, 3))
+        for together in (True, False)
+    )
+    np.testing.assert_array_equal(ours[1].pop("expert_counts"), expected[1].pop("expert_counts"))
+    for name in expected[1]:
+        np.testing.assert_allclose(ours[1][name], expected[1][name], rtol=2e-5, err_msg=name)
+    for before, one, other in zip(*map(jax.tree.leaves, (trainable, ours[0], expected[0])), strict=True):
+        assert_close_to_largest(one - before, np.asarray(other - before), 2e-4, "update")

@@ -50,13 +50,13 @@ class _Places:
             return jax.lax.fori_loop(0, ends[-1], step, state)
 
 
-def _spread(x: jax.Array, row: jax.Array) -> jax.Array:
-    """Sorted rows x [M, …] -> an expert's rows [C, …]; row: int32 [C]."""
-    return jnp.take(x, row, axis=0, mode="clip")
+def _spread(x: Any, row: jax.Array) -> Any:
+    """Sorted rows x [M, …] -> an expert's rows [C, …], or none of none; row: int32 [C]."""
+    return None if x is None else jnp.take(x, row, axis=0, mode="clip")
 
 
-def _rows(array: jax.Array, row: jax.Array, live: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, row, live.shape[0])
+def _rows(array: Any, row: jax.Array, live: jax.Array) -> Any:
+    return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, live.shape[0])
 
 
 def _put(array: jax.Array, rows: jax.Array, row: jax.Array, live: jax.Array) -> jax.Array:
@@ -66,49 +66,49 @@ def _put(array: jax.Array, rows: jax.Array, row: jax.Array, live: jax.Array) -> 
 
 
 def forward(
-    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
+    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, keys: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
     places = _Places(plan, sizes, x.shape[0])
     experts = (matrices(plan, weights_of(inputs, output), x.dtype), pairs_of(inputs, output))
 
-    def through(expert: Any, rows: jax.Array, p: jax.Array, row: jax.Array) -> list[jax.Array]:
+    def through(expert: Any, rows: jax.Array, p: jax.Array, of_rows: Any) -> list[jax.Array]:
         weights, pairs = expert
-        y, hidden = Expert(plan, weights, pairs, key, x.dtype).forward(rows, p, row)
+        y, hidden = Expert(plan, weights, pairs, x.dtype).forward(rows, p, of_rows)
         return [y, *hidden] if keep else [y]
 
-    def batch(expert: Any, row: jax.Array, start: jax.Array) -> list[jax.Array]:
-        return through(expert, _spread(x, row), _spread(p, row), start)
+    def batch(expert: Any, row: jax.Array) -> list[jax.Array]:
+        return through(expert, _spread(x, row), _spread(p, row), _spread(keys, row))
 
     def tile(e: jax.Array, row: jax.Array, live: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
-        parts = through(jax.tree.map(lambda a: a[e], experts), _rows(x, row, live), _rows(p, row, live), row)
+        parts = through(jax.tree.map(lambda a: a[e], experts), _rows(x, row, live), _rows(p, row, live), _rows(keys, row, live))
         return [_put(rows, part, row, live) for rows, part in zip(found, parts, strict=True)]
 
-    y, *hidden = places.rest(tile, [places.gather(rows) for rows in jax.vmap(batch)(experts, places.row, places.start)])
+    y, *hidden = places.rest(tile, [places.gather(rows) for rows in jax.vmap(batch)(experts, places.row)])
     return y, hidden
 
 
 def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
     """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
-    x, p, sizes, inputs, output, key = operands
+    x, p, sizes, inputs, output, keys = operands
     places = _Places(plan, sizes, x.shape[0])
     experts = (matrices(plan, weights_of(inputs, output), x.dtype), pairs_of(inputs, output))
 
-    def through(expert: Any, read: Callable[[jax.Array], jax.Array], live: jax.Array, row: jax.Array) -> Any:
+    def through(expert: Any, read: Callable[[Any], Any], live: jax.Array) -> Any:
         dy_rows = jnp.where(live[:, None], read(dy), jnp.zeros((), dy.dtype))
         hidden = [read(k) for k in kept] if plan.keep else None
         weights, pairs = expert
-        return Expert(plan, weights, pairs, key, x.dtype).backward(read(x), read(p), dy_rows, row, hidden)
+        return Expert(plan, weights, pairs, x.dtype).backward(read(x), read(p), dy_rows, read(keys), hidden)
 
-    def batch(expert: Any, row: jax.Array, live: jax.Array, start: jax.Array) -> Any:
-        return through(expert, lambda array: _spread(array, row), live, start)
+    def batch(expert: Any, row: jax.Array, live: jax.Array) -> Any:
+        return through(expert, lambda array: _spread(array, row), live)
 
     def tile(e: jax.Array, row: jax.Array, live: jax.Array, state: Any) -> Any:
         dx, dp, sums = state
         expert = jax.tree.map(lambda a: a[e], experts)
-        dx_rows, dp_rows, parts = through(expert, lambda array: _rows(array, row, live), live, row)
+        dx_rows, dp_rows, parts = through(expert, lambda array: _rows(array, row, live), live)
         return _put(dx, dx_rows, row, live), _put(dp, dp_rows, row, live), jax.tree.map(lambda s, g: s.at[e].add(g), sums, parts)
 
-    dx, dp, sums = jax.vmap(batch)(experts, places.row, places.inside, places.start)
+    dx, dp, sums = jax.vmap(batch)(experts, places.row, places.inside)
     result: tuple[jax.Array, jax.Array, Gradients] = places.rest(tile, (places.gather(dx), places.gather(dp), sums))
     return result

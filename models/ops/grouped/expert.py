@@ -70,10 +70,10 @@ def pairs_of(inputs: Sequence[Projection], output: Projection) -> Pairs:
 class Adapters:
     """One expert's adapters on projections that read the same rows. Without dropout one product serves them all: `A` side by side.
 
-    a: by the projection that has it; b: by projection; users: of each A.
+    a: by the projection that has it; b: by projection; users: of each A. first: the number of the first projection, for dropout's masks.
     """
 
-    def __init__(self, plan: Plan, pairs: Pairs, key: jax.Array | None, dtype: Any):
+    def __init__(self, plan: Plan, pairs: Pairs, dtype: Any, first: int = 0):
         self.a: dict[int, jax.Array] = {}
         self.b: dict[int, jax.Array] = {}
         self.users: dict[int, list[int]] = {}
@@ -85,8 +85,8 @@ class Adapters:
                 owner, self.a[i] = i, pair.a.astype(dtype)
             self.users.setdefault(owner, []).append(i)
         self.count = len(pairs)
-        self.keep, self.key = 1.0 - plan.dropout, key if plan.dropout else None
-        self.groups = [[i] for i in self.a] if self.key is not None else [list(self.a)] * bool(self.a)
+        self.keep, self.first = 1.0 - plan.dropout, first
+        self.groups = [[i] for i in self.a] if plan.dropout else [list(self.a)] * bool(self.a)
 
     def _joined(self, members: list[int]) -> jax.Array:
         return jnp.concatenate([self.a[i] for i in members])  # [ΣR, I]
@@ -94,19 +94,23 @@ class Adapters:
     def _split(self, x: jax.Array, members: list[int], axis: int) -> list[jax.Array]:
         return jnp.split(x, np.cumsum([self.a[i].shape[0] for i in members])[:-1].tolist(), axis=axis)
 
-    def _dropped(self, x: jax.Array, member: int, row: jax.Array) -> jax.Array:
-        """The same mask for the same rows in the forward and the backward pass: `row` is the first one's number."""
-        if self.key is None:
+    def _dropped(self, x: jax.Array, member: int, keys: jax.Array | None) -> jax.Array:
+        """A row's mask is of its own key: the same in both passes, in any tile and order."""
+        if keys is None:
             return x
-        keep = jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(self.key, member), row), self.keep, x.shape)
+
+        def mask(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, self.first + member), self.keep, x.shape[1:])
+
+        keep = jax.vmap(mask)(jax.random.wrap_key_data(keys))
         return jnp.where(keep, x / self.keep, jnp.zeros((), x.dtype))
 
-    def down(self, x: jax.Array, row: jax.Array) -> dict[int, jax.Array]:
+    def down(self, x: jax.Array, keys: jax.Array | None) -> dict[int, jax.Array]:
         """A dropout(x) of each adapter: [t, I] -> {projection: [t, R]}."""
         low: dict[int, jax.Array] = {}
         with jax.named_scope("lora"):
             for members in self.groups:
-                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], row), self._joined(members))
+                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], keys), self._joined(members))
                 for owner, rows in zip(members, self._split(product, members, 1), strict=True):
                     low |= dict.fromkeys(self.users[owner], rows)
         return low
@@ -127,14 +131,14 @@ class Adapters:
         return sums
 
     def backward(
-        self, x: jax.Array, low: dict[int, jax.Array], dys: Sequence[jax.Array], row: jax.Array
+        self, x: jax.Array, low: dict[int, jax.Array], dys: Sequence[jax.Array], keys: jax.Array | None
     ) -> tuple[jax.Array, list[LoRAWeights | None]]:
         """dx, and dA = dLᵀ dropout(x), dB = dYᵀ L as `zeros` has them, where dL = dY B, summed over the projections that use the A."""
         dx = jnp.zeros((), x.dtype)
         gradients: list[LoRAWeights | None] = [None] * self.count
         with jax.named_scope("lora"):
             for members in self.groups:
-                dropped, a = self._dropped(x, members[0], row), self._joined(members)
+                dropped, a = self._dropped(x, members[0], keys), self._joined(members)
                 through = [[jnp.einsum("to,or->tr", dys[i], self.b[i]) for i in self.users[owner]] for owner in members]
                 dlow = jnp.concatenate([reduce(jnp.add, parts) for parts in through], axis=1)
                 das = self._split(jnp.einsum("tr,ti->ri", dlow, dropped, preferred_element_type=jnp.float32), members, 0)
@@ -142,25 +146,24 @@ class Adapters:
                     for i in self.users[owner]:
                         db = jnp.einsum("tr,to->ro", low[i], dys[i], preferred_element_type=jnp.float32)
                         gradients[i] = LoRAWeights(da if i == owner else None, db)
-                dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], row)
+                dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], keys)
         return dx, gradients
 
 
 class Expert:
     """One expert's matrices (`ws`, `w_out`, in the dtype of the rows) and adapters, and what they do to a tile of rows [t, I].
 
-    `row` in the methods: the number of the tile's first row, for dropout's masks; `p`: the rows' routing weights [t].
+    `keys` in the methods: of the rows, for dropout's masks, [t, …] (None: nothing is dropped); `p`: the rows' routing weights [t].
     """
 
-    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], pairs: Pairs, key: jax.Array | None, dtype: Any):
+    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], pairs: Pairs, dtype: Any):
         *self.ws, self.w_out = matrices
-        key_out = None if key is None else jax.random.fold_in(key, len(plan.names))
         self.plan = plan
-        self.adapters, self.adapters_out = Adapters(plan, pairs[:-1], key, dtype), Adapters(plan, pairs[-1:], key_out, dtype)
+        self.adapters, self.adapters_out = Adapters(plan, pairs[:-1], dtype), Adapters(plan, pairs[-1:], dtype, len(self.ws))
 
-    def _hidden(self, rows: jax.Array, row: jax.Array) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+    def _hidden(self, rows: jax.Array, keys: jax.Array | None) -> tuple[list[jax.Array], dict[int, jax.Array]]:
         """The input projections of a tile, and the low-rank rows on the way."""
-        low = self.adapters.down(rows, row)
+        low = self.adapters.down(rows, keys)
         hidden = []
         for i, w in enumerate(self.ws):
             with jax.named_scope(self.plan.names[i]):
@@ -171,30 +174,30 @@ class Expert:
         with jax.named_scope("act"):
             return self.plan.activation(*hidden) * p[:, None]
 
-    def forward(self, rows: jax.Array, p: jax.Array, row: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def forward(self, rows: jax.Array, p: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
         """The output rows [t, O], and the hidden rows, one array for each input projection."""
-        hidden, _ = self._hidden(rows, row)
+        hidden, _ = self._hidden(rows, keys)
         act = self._activated(hidden, p)
         with jax.named_scope(self.plan.names[-1]):
-            y = self.adapters_out.up(dot.forward(act, self.w_out), self.adapters_out.down(act, row), 0)
+            y = self.adapters_out.up(dot.forward(act, self.w_out), self.adapters_out.down(act, keys), 0)
         return y, hidden
 
     def backward(
-        self, rows: jax.Array, p: jax.Array, dy: jax.Array, row: jax.Array, hidden: list[jax.Array] | None
+        self, rows: jax.Array, p: jax.Array, dy: jax.Array, keys: jax.Array | None, hidden: list[jax.Array] | None
     ) -> tuple[jax.Array, jax.Array, Gradients]:
         """dx = dH W of every projection, dp, and the sums. dy: zero on rows that are not the expert's; hidden: None computes them again."""
         names = self.plan.names
         if hidden is not None:
-            low = self.adapters.down(rows, row)
+            low = self.adapters.down(rows, keys)
         else:
             with jax.named_scope("rematted_computation"):
-                hidden, low = self._hidden(rows, row)
+                hidden, low = self._hidden(rows, keys)
         act, pull = jax.vjp(self._activated, hidden, p)
         with jax.named_scope(names[-1]):
             dact = dot.backward(dy, self.w_out)
-            through, out_gradients = self.adapters_out.backward(act, self.adapters_out.down(act, row), [dy], row)
+            through, out_gradients = self.adapters_out.backward(act, self.adapters_out.down(act, keys), [dy], keys)
         dhidden, dp = pull(dact + through)
-        dx, gradients = self.adapters.backward(rows, low, dhidden, row)
+        dx, gradients = self.adapters.backward(rows, low, dhidden, keys)
         for i, (w, dh) in enumerate(zip(self.ws, dhidden, strict=True)):
             with jax.named_scope(names[i]):
                 dx = dx + dot.backward(dh, w)

@@ -18,8 +18,9 @@ from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection
 from moejax.models.ops.linear import in_host, out_size, part
 
 
-def _rows(array: jax.Array, row: jax.Array, count: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, row, count)
+def _rows(array: Any, row: jax.Array, count: int) -> Any:
+    """Of an array, or of none."""
+    return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, count)
 
 
 def _put(array: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
@@ -47,7 +48,7 @@ def _over_tiles(plan: Plan, start: jax.Array, size: jax.Array, body: Callable[..
 
 
 def _over_experts(
-    plan: Plan, body: Callable[..., Any], state: Any, sizes: jax.Array, projections: tuple[Any, Any], key: Any, dtype: Any,
+    plan: Plan, body: Callable[..., Any], state: Any, sizes: jax.Array, projections: tuple[Any, Any], dtype: Any,
     most: int | None = None,
 ) -> Any:  # fmt: skip
     """Scan `body(state, expert, first row, rows)`. Weights are sliced and dequantized inside, where they are used.
@@ -61,7 +62,7 @@ def _over_experts(
     def one(state: Any, xs: Any, held: Any = None) -> Any:
         e, start, size, pairs = xs
         found = matrices(plan, weights, dtype, e) if held is None else matrices(plan, held, dtype)
-        return body(state, Expert(plan, found, pairs, key, dtype), start, size)
+        return body(state, Expert(plan, found, pairs, dtype), start, size)
 
     xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs)
     if most is not None and most < sizes.shape[0]:
@@ -85,14 +86,14 @@ def _over_experts(
 
 
 def forward(
-    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
+    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, keys: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
 
     def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
         def tile(row: jax.Array, _: Any, count: int, state: Any) -> Any:
             y, kept = state
-            part, hidden = expert.forward(_rows(x, row, count), _rows(p, row, count), row)
+            part, hidden = expert.forward(_rows(x, row, count), _rows(p, row, count), _rows(keys, row, count))
             return _put(y, part, row), [_put(k, h, row) for k, h in zip(kept, hidden, strict=True)] if keep else kept
 
         return _over_tiles(plan, start, size, tile, state), None
@@ -103,13 +104,13 @@ def forward(
     state = (empty(output), [empty(p) for p in inputs] if keep else [])
     # While decoding there may be fewer rows than experts: the weights of the others are not touched.
     most = x.shape[0] - plan.tile
-    result: tuple[jax.Array, list[jax.Array]] = _over_experts(plan, expert, state, sizes, (inputs, output), key, x.dtype, most)[0]
+    result: tuple[jax.Array, list[jax.Array]] = _over_experts(plan, expert, state, sizes, (inputs, output), x.dtype, most)[0]
     return result
 
 
 def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
     """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
-    x, p, sizes, inputs, output, key = operands
+    x, p, sizes, inputs, output, keys = operands
 
     def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
         def tile(row: jax.Array, first: jax.Array, count: int, state: Any) -> Any:
@@ -117,11 +118,12 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
             inside = (first + jnp.arange(count) < size)[:, None]
             dy_rows = jnp.where(inside, _rows(dy, row, count), jnp.zeros((), dy.dtype))
             hidden = [_rows(k, row, count) for k in kept] if plan.keep else None
-            dx_rows, dp_rows, parts = expert.backward(_rows(x, row, count), _rows(p, row, count), dy_rows, row, hidden)
+            x_rows, p_rows, of_rows = (_rows(array, row, count) for array in (x, p, keys))
+            dx_rows, dp_rows, parts = expert.backward(x_rows, p_rows, dy_rows, of_rows, hidden)
             return (_put(dx, dx_rows, row), _put(dp, dp_rows, row)), jax.tree.map(jnp.add, sums, parts)
 
         return _over_tiles(plan, start, size, tile, (state, expert.zeros()))
 
     zeros = (jnp.zeros_like(x), jnp.zeros_like(p))
-    (dx, dp), gradients = _over_experts(plan, expert, zeros, sizes, (inputs, output), key, x.dtype)
+    (dx, dp), gradients = _over_experts(plan, expert, zeros, sizes, (inputs, output), x.dtype)
     return dx, dp, gradients

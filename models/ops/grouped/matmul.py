@@ -22,7 +22,7 @@ from moejax.models.ops.linear import Weight, dequantized, with_frozen
 
 __all__ = [
     "BACKENDS", "Groups", "LoRAWeights", "Plan", "Projection", "choose", "combine", "dense_matmul", "dispatch", "group", "grouped_mlp",
-    "sort_weights",
+    "row_keys", "sort_weights",
 ]  # fmt: skip
 
 _BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity}
@@ -115,6 +115,16 @@ def _sort_weights_backward(groups: Groups, g: jax.Array) -> tuple[jax.Array, Non
 sort_weights.defvjp(lambda weights, groups: (sort_weights(weights, groups), groups), _sort_weights_backward)
 
 
+def row_keys(key: jax.Array | None, groups: Groups) -> jax.Array | None:
+    """Of the dropout of each sorted row: uint32 [M, …], or none of none. key: one, or [A], of as many micro-batches that the tokens are of,
+    one after the other. A choice has the key of its micro-batch and its own number in it, whatever stands beside it."""
+    if key is None:
+        return None
+    of_micro_batch = groups.position.size // key.size
+    micro = jnp.minimum(groups.choice // of_micro_batch, key.size - 1)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in)(key.reshape(-1)[micro], groups.choice % of_micro_batch))
+
+
 def grouped_mlp(
     plan: Plan,
     x: jax.Array,
@@ -122,16 +132,15 @@ def grouped_mlp(
     sizes: jax.Array,
     inputs: tuple[Projection, ...],
     output: Projection,
-    key: jax.Array | None = None,
+    keys: jax.Array | None = None,
 ) -> jax.Array:
     """y[m] = W_out (p[m] · activation(W_1 x[m], …)), every W that of row m's expert: W x = weight x + B (A dropout(x)).
 
-    x: [M, I] as `dispatch` sorts it; row_weights p: [M]; sizes: int32 [E]; key: of the adapters' dropout. Returns [M, O] in x's
-    dtype. Gradients: x, row_weights, the adapters, and the weights if `plan.trainable`; a frozen weight is saved as the codes it
-    is, and dequantized again in the backward pass. The weight p multiplies before W_out: the same sum, and its gradient needs no
-    output row.
+    x: [M, I] as `dispatch` sorts it; row_weights p: [M]; sizes: int32 [E]; keys: of the adapters' dropout, by `row_keys`. Returns [M, O] in
+    x's dtype. Gradients: x, row_weights, the adapters, and the weights if `plan.trainable`; a frozen weight is saved as the codes it is,
+    and dequantized again in the backward pass. The weight p multiplies before W_out: the same sum, and its gradient needs no output row.
     """
-    return _mlp(plan, x, row_weights, sizes, inputs, output, key)
+    return _mlp(plan if keys is not None else plan._replace(dropout=0.0), x, row_weights, sizes, inputs, output, keys)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
