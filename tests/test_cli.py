@@ -56,7 +56,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["estimate", "predit"], "'predit' is no command of moejax estimate: did you mean predict?"),
         (["predict"], "'predict' is no command of moejax: did you mean estimate predict?"),
         (["--verbose", "train"], "--verbose is no option of moejax: expected a command first"),
-        (["estimate", "plan", CONFIG], "too many for moejax estimate plan, which takes no config: see"),
+        (["estimate", "predict", "--gpu", "A40", CONFIG], "too many for moejax estimate predict, which takes no config: see"),
         (["doctor", "now"], "'now' is one argument too many for moejax doctor"),
     ],
 )

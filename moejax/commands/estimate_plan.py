@@ -1,4 +1,4 @@
-"""`moejax estimate plan`: which GPU is cheapest, fastest under a budget, cheapest by a deadline."""
+"""`moejax estimate plan`: which GPU is cheapest, fastest under a budget, cheapest in time; with a CONFIG, how it fits on a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from moejax.commands import estimate_predict as shared
+from moejax.commands import plan_config
+from moejax.commands.arguments import add_config, settle_config
 from moejax.commands.tables import draw, print_json
 from moejax.device import HERE
 from moejax.estimator import memory, plan
@@ -14,6 +16,7 @@ from moejax.estimator.plan import Prediction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
     shared.add_job_arguments(parser)
     parser.add_argument("--gpu", metavar="NAME[,NAME]", help=f"only these (or `{HERE}`); by default all of the table")
     parser.add_argument("--budget", type=float, metavar="USD", help="the fastest for at most so many dollars")
@@ -22,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.config is not None or options.file is not None:
+        settle_config(options)
+        return plan_config.run(options)
     given = shared.asked(options)
     made = plan.plan(given, budget_usd=options.budget, deadline_hours=options.deadline)
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}

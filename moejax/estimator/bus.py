@@ -20,17 +20,18 @@ ROW_BYTES = 1 << 18  # of models/ops/host.py
 
 
 def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_tokens: int) -> int:
-    """Over the bus in one optimizer step: a micro-batch fetches every expert forward and backward, the head once, and the embedding or its
-    tokens' rows once (`moejax.models.ops.host`)."""
+    """Over the bus in one optimizer step: every expert forward and backward, for a micro-batch or all that pass a layer together; for each
+    micro-batch the head once, and the embedding or its tokens' rows once (`moejax.models.ops.host`)."""
     held = {False: 0, True: 0}
     for w in sizes.stored(experiment, config):
         held[w.module in config.groups["experts"]] += sum(w.host.values())
     micro, tables = experiment.training.gradient_accumulation, held[False]
+    passes = micro // experiment.training.together
     if tables and not config.tie_word_embeddings:
         table, tokens = tables // 2, rows * row_tokens
         looked_up = table if tokens * ROW_BYTES > table else tokens * config.hidden_size * ITEM[experiment.training.compute_dtype]
         tables = table + looked_up
-    return micro * (2 * held[True] + tables)
+    return 2 * passes * held[True] + micro * tables
 
 
 def rate(gpu: GPU) -> float:

@@ -205,3 +205,23 @@ def test_the_script(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: unknown GPU 'V999'")
+
+
+def test_plan_of_a_config(capsys):
+    config = str(ROOT / "configs/mixtral_8x7b.yaml")
+    code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090,H100", "training.gradient_accumulation=4")
+    assert code == 0 and "mixtral_8x7b on RTX-4090: 4 rows of 2048 tokens a step" in out and "placement.experts=host would fit" in out
+    assert f"first: moejax train {config} placement.experts=host" in " ".join(out.split()) and f"first: moejax train {config}" in out
+    code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090", "--seq-len", "1024", "--json")
+    found = json.loads(out)
+    ways = found["gpus"]["RTX-4090"]
+    assert found["row_tokens"] == 1024 and ways[0]["changes"] == {"placement.experts": "host"} and ways[0]["refused"] is None
+    assert ways[0]["bus_seconds"] > 1 and ways[0]["host_gb"] > 20 and ways[-1]["refused"]
+    for arguments, message in (
+        ((config,), "--gpu is missing: on which GPU?"),
+        ((config, "--gpu", "H100", "--budget", "3"), "--budget: of a plan in hours and dollars, without CONFIG"),
+        ((config, "--gpu", "T4"), "T4 has no bf16, which the training section asks for"),
+        ((config, "--gpu", "RTX-9999"), "unknown GPU 'RTX-9999'"),
+    ):
+        code, _, err = run(capsys, "plan", *arguments)
+        assert code == 2 and message in err

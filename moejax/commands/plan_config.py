@@ -1,0 +1,84 @@
+"""`moejax estimate plan CONFIG`: the ways to train it on a GPU; what fits, what each other lacks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from moejax import config, gpus
+from moejax.commands.arguments import check_counts, names_of
+from moejax.commands.tables import print_json, show_table
+from moejax.device import HERE, this_machine
+from moejax.errors import UserError
+from moejax.estimator.sizes import architecture_of, model_folder
+from moejax.estimator.units import counted, gigabytes
+from moejax.estimator.ways import Asked, Way, ways, written
+
+_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "coefficients", "memory", "method")
+
+
+def run(options: argparse.Namespace) -> int:
+    given = [f"--{name}" for name in _OF_A_JOB if getattr(options, name) is not None]
+    if given:
+        raise UserError(f"{', '.join(given)}: of a plan in hours and dollars, without CONFIG; with one: --gpu, --seq-len, --json")
+    if options.gpu is None:
+        raise UserError("--gpu is missing: on which GPU? Name one or several, e.g. --gpu RTX-4090,L4")
+    check_counts(options, "seq_len")
+    experiment = config.load(options.config, options.overrides)
+    from moejax.runs import tokens  # jax comes with it
+
+    experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
+    sizes = architecture_of(experiment)
+    experiment = experiment.with_defaults(sizes)
+    row_tokens = config.whole_row(options.seq_len or experiment.data.longest_text)
+    table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    others = tuple(gpu for gpu in table.values() if gpu.bf16)
+    found = {}
+    for name in names_of(options.gpu):
+        card = this_machine(experiment.device.memory_fraction) if name == HERE else gpus.find(name, table)
+        if not card.bf16 and experiment.training.asks_bf16:
+            raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
+        found[card.name] = ways(Asked(experiment, sizes, card, row_tokens, others))
+    if options.json:
+        facts = {gpu: [_facts(way) for way in several] for gpu, several in found.items()}
+        print_json({"config": experiment.name, "row_tokens": row_tokens, "gpus": facts})
+        return 0
+    for gpu, several in found.items():
+        _show(experiment.name, gpu, several, options.config)
+    return 0
+
+
+def _facts(way: Way) -> dict[str, Any]:
+    return {
+        "changes": dict(way.changes), "rows": way.rows, "accumulation": way.experiment.training.gradient_accumulation,
+        "device_gb": way.peak_bytes / 1e9, "host_gb": way.host_bytes / 1e9, "least_seconds": way.seconds,
+        "compute_seconds": way.compute_seconds, "bus_seconds": way.bus_seconds, "refused": way.refused,
+    }  # fmt: skip
+
+
+def _show(name: str, gpu: str, several: Sequence[Way], path: str) -> None:
+    fitting = [way for way in several if way.refused is None]
+    first = several[0]
+    total = first.rows * first.experiment.training.gradient_accumulation
+    cells = [
+        (*_settings(way), f"{way.rows} x {way.experiment.training.gradient_accumulation}", gigabytes(way.peak_bytes),
+         gigabytes(way.host_bytes), way.seconds, way.bus_seconds, round(way.tokens_per_second))
+        for way in fitting
+    ]  # fmt: skip
+    notes = [f"does not fit: experts {', '.join(_settings(way))}: {way.refused}" for way in several if way.refused is not None]
+    notes.append("bytes by the closed form (`moejax estimate memory` compiles); seconds: a floor by data sheet and bus, for the order only")
+    if fitting:
+        notes.append(" ".join(["first:", "moejax train", path, written(fitting[0].changes)]).rstrip())
+    columns = ("experts", "optimizer", "rank", "keeps", "rows", "GB on the device", "in the host", "s a step, at least", "bus, s",
+               "tokens/s, at most")  # fmt: skip
+    show_table(f"{name} on {gpu}: {counted(total, 'row')} of {first.row_tokens} tokens a step", columns, cells, notes)
+
+
+def _settings(way: Way) -> tuple[str, ...]:
+    """Where experts lie, by which optimizer, rank and mode."""
+    e = way.experiment
+    rank = "all weights" if e.adapter is None else f"rank {e.adapter.rank}".replace("'", "")
+    mode = e.training.remat + (", layer by layer" if e.training.together > 1 else "")
+    where = "on the device" if e.placement.experts == "device" else "in the host"
+    return where, e.training.optimizer, rank, mode

@@ -1,0 +1,189 @@
+"""The ways to train a config on one GPU: where its experts lie, which optimizer, rank and rows; what fits, what each other lacks. No jax.
+
+Every way does the same optimizer step: the config's rows in all, in as few micro-batches as fit. Bytes are the closed form's, its error
+allowed for (`memory.by_closed_form`). Seconds are a floor, by the data sheet's peaks and the bus: an order, not a forecast.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from moejax.estimator import bus, closed_form, memory
+from moejax.estimator.floors import floors
+from moejax.estimator.units import told
+
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+    from moejax.gpus import GPU
+    from moejax.models.config import Architecture
+
+LEAST_RANK = 4
+SHORTEST_ROW = 128
+MODES = (
+    {"training.remat": "full", "training.accumulation": "layer_major"},
+    {"training.remat": "full", "training.accumulation": "micro_batch_major"},
+)
+"""How a step keeps and orders its work: the first of the fastest is taken. Policies that recompute less are a run's own choice (auto)."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way. changes: what differs from the config, key -> value; rows, row_tokens: of a micro-batch. Bytes on the device and in the
+    host's memory with these rows (of what is refused, with one); seconds of an optimizer step on the device and on the bus. refused: by how
+    much it does not fit, and the smallest change with which it would; None where it fits."""
+
+    changes: Mapping[str, Any]
+    experiment: Experiment
+    rows: int
+    row_tokens: int
+    peak_bytes: int
+    host_bytes: int
+    compute_seconds: float
+    bus_seconds: float
+    refused: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What is fetched ahead hides behind what is computed, or the other way round."""
+        return max(self.compute_seconds, self.bus_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.rows * self.experiment.training.gradient_accumulation * self.row_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is planned: a config, its sizes and rows, and the GPU. others: which may be named where this one does not do."""
+
+    experiment: Experiment
+    config: Architecture
+    gpu: GPU
+    row_tokens: int
+    others: tuple[GPU, ...] = ()
+
+    def peak(self, experiment: Experiment, rows: int, row_tokens: int | None = None, gpu: GPU | None = None) -> closed_form.Breakdown:
+        return closed_form.on(gpu or self.gpu, experiment, self.config, rows, row_tokens or self.row_tokens)
+
+    def limit(self, gpu: GPU | None = None) -> float:
+        """Bytes up to which the closed form is sure."""
+        return memory.by_closed_form(memory.usable_bytes(gpu or self.gpu, self.experiment.device.memory_fraction))[0]
+
+
+def ways(asked: Asked) -> list[Way]:
+    """Of every placement and optimizer its fastest mode, and where not one row fits the highest lower rank with which one does. What fits,
+    fastest first, the config's own rank before lower ones, which train another adapter; then what does not, by what it lacks."""
+    found = []
+    for changes in _settings(asked.experiment):
+        for rank in _ranks(asked.experiment):
+            tried = [_tried(asked, {**changes, **rank, **mode}) for mode in _modes(asked.experiment)]
+            fitting = [way for way in tried if way.refused is None]
+            if fitting:
+                found.append(min(fitting, key=lambda w: w.seconds))
+                break
+            if not rank:
+                found.append(_mended(asked, min(tried, key=lambda w: w.peak_bytes)))
+    return sorted(found, key=_order)
+
+
+def _order(way: Way) -> tuple[bool, bool, float]:
+    fits = way.refused is None
+    return not fits, "adapter.rank" in way.changes, way.seconds if fits else way.peak_bytes
+
+
+def _modes(experiment: Experiment) -> Iterable[Mapping[str, Any]]:
+    """Without what the config excludes: micro-batches of pairs pass one by one, trained weights' streams too stay."""
+    if experiment.preference is not None:
+        return [mode for mode in MODES if mode["training.accumulation"] != "layer_major"]
+    return MODES
+
+
+def _settings(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    """Placement and optimizer."""
+    t, p = experiment.training, experiment.placement
+    optimizers = (t.optimizer, "adamw_8bit") if t.optimizer == "adamw" and t.moments_dtype is None else (t.optimizer,)
+    placements = ("device", "host") if experiment.adapter is not None else (p.experts,)
+    for placement, optimizer in itertools.product(placements, optimizers):
+        yield {"placement.experts": placement, "training.optimizer": optimizer}
+
+
+def _ranks(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    """The config's own (no change), then halves of it, down to `LEAST_RANK`."""
+    yield {}
+    if experiment.adapter is None:
+        return
+    rank = experiment.adapter.rank
+    by_name = dict(rank) if isinstance(rank, Mapping) else {"": rank}
+    while max(by_name.values()) > LEAST_RANK:
+        by_name = {name: max(min(LEAST_RANK, value), value // 2) for name, value in by_name.items()}
+        yield {"adapter.rank": by_name.get("", by_name)}
+
+
+def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """The experiment with `section.key` -> value."""
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        experiment = experiment.changed(section, **{key: value})
+    return experiment
+
+
+def _tried(asked: Asked, changes: Mapping[str, Any]) -> Way:
+    """With as many rows a micro-batch as fit and divide the step's; refused with one."""
+    own, gpu = asked.experiment, asked.gpu
+    total = own.data.batch_rows * own.training.gradient_accumulation
+    # What a run's own choice comes down to on a full card is no change.
+    chosen_by_auto = [("training.remat", "full")] if own.training.remat == "auto" else []
+    for rows in (n for n in range(total, 0, -1) if total % n == 0):
+        settings = {**changes, "data.batch_rows": rows, "training.gradient_accumulation": total // rows}
+        if rows == total:
+            settings["training.accumulation"] = "micro_batch_major"  # there is one
+        step = changed(own, settings)
+        made = asked.peak(step, rows)
+        if made.total <= asked.limit():
+            break
+    shown = {name: value for name, value in settings.items() if value != _at(own, name) and (name, value) not in chosen_by_auto}
+    of_micro = floors(step, asked.config, rows, asked.row_tokens)
+    compute = sum(s.seconds(gpu.flops_per_second, gpu.bytes_per_second)[0] for s in of_micro) * (total // rows)
+    link = bus.step_bytes(step, asked.config, rows, asked.row_tokens) / bus.rate(gpu)
+    lacks = made.total - asked.limit()
+    refused = None if lacks <= 0 else f"{told(made.total)} with one row, {told(lacks)} too much"
+    return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, link, refused)
+
+
+def _at(experiment: Experiment, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(getattr(experiment, section), key)
+
+
+def _mended(asked: Asked, way: Way) -> Way:
+    """A refused way with the smallest change that makes it fit: another optimizer, a lower rank, shorter rows, the host, a larger card."""
+
+    def fits(changes: Mapping[str, Any], row_tokens: int | None = None) -> bool:
+        return asked.peak(changed(way.experiment, changes), 1, row_tokens).total <= asked.limit()
+
+    t = way.experiment.training
+    single: list[dict[str, Any]] = [{"training.optimizer": "adamw_8bit"}] if t.optimizer == "adamw" and t.moments_dtype is None else []
+    single += [rank for rank in _ranks(way.experiment) if rank]
+    for changes in single:
+        if fits(changes):
+            return replace(way, refused=f"{way.refused}; {written(changes)} would fit")
+    for length in range(asked.row_tokens // 2 // 16 * 16, SHORTEST_ROW - 1, -16):
+        if fits({}, length):
+            return replace(way, refused=f"{way.refused}; rows of {length} tokens would fit")
+    if way.experiment.adapter is not None and way.experiment.placement.experts == "device" and fits({"placement.experts": "host"}):
+        return replace(way, refused=f"{way.refused}; placement.experts=host would fit")
+    larger = [g for g in asked.others if asked.peak(way.experiment, 1, gpu=g).total <= asked.limit(g)]
+    return replace(way, refused=f"{way.refused}; {memory.would_do(sorted(larger, key=lambda g: g.memory_gb)[:1])}")
+
+
+def written(changes: Mapping[str, Any]) -> str:
+    """As a command line takes them."""
+    texts = []
+    for name, value in changes.items():
+        several = isinstance(value, Mapping)
+        of_several = ", ".join(f"{key}: {one}" for key, one in value.items()) if several else ""
+        texts.append(f"'{name}={{{of_several}}}'" if several else f"{name}={value}")
+    return " ".join(texts)
