@@ -128,18 +128,19 @@ def has_adapter(model: Model) -> bool:
 
 def load(
     source: str | Path, *, base: bool = False, quantization: str | None = None, adapter: Mapping[str, Any] | None = None,
-    dtype: str | None = None, seed: int = 0, download: str = "whole",
+    dtype: str | None = None, seed: int = 0, download: str = "whole", placement: Mapping[str, Any] | None = None,
 ) -> LanguageModel:  # fmt: skip
     """A finished run's folder (its tuned model; base: what it began with), a model's folder in Hub layout, or a Hub id, `org/name@REV`.
 
     Of a model: quantization "nf4" stores its weights in 4 bits; adapter: keys of the config's adapter section, {} for its defaults, gives
     it a new LoRA adapter from `seed`, or with "init_from" a saved one; dtype "bfloat16" or "float32" (default: bfloat16, on a CPU
-    float32) is what it computes in; download "stream": the config's model.download. Raises UserError for what is wrong with the files.
+    float32) is what it computes in; download "stream": the config's model.download; placement: keys of its placement section. Raises
+    UserError for what is wrong with the files.
     """
     path = Path(source)
     if (path / "config.yaml").exists():
-        if quantization is not None or adapter is not None or dtype is not None or download != "whole":
-            own = "quantization, adapter, dtype and download"
+        if quantization is not None or adapter is not None or dtype is not None or download != "whole" or placement is not None:
+            own = "quantization, adapter, dtype, download and placement"
             raise UserError(f"{source} is a run, which says itself how its model is stored: leave {own} out")
         opened = runs.load(path, base)
         return LanguageModel(opened.make(), opened.tokenizer, opened.template, opened.ends, runs.open_run(path).model.source or "")
@@ -155,9 +156,9 @@ def load(
         "name": "loaded", "seed": seed, "model": {"source": name, "revision": revision or None, "download": download},
         "quantization": {"format": quantization or "none"}, "adapter": None if adapter is None else dict(adapter),
         "data": {"batching": "fixed", "row_tokens": 16, "max_length": 16},
-        "training": {"steps": 1, "compute_dtype": compute, "param_dtype": compute},
+        "training": {"steps": 1, "compute_dtype": compute, "param_dtype": compute}, "placement": dict(placement or {}),
     }  # fmt: skip
-    if quantization is not None and adapter is None:
+    if (quantization is not None or placement is not None) and adapter is None:
         content["adapter"] = {}  # frozen weights alone could not be trained, and a new adapter changes nothing
     experiment = experiments.of(content, f"load({str(source)!r})")
     folder = hub_model.base_folder(experiment)

@@ -16,6 +16,7 @@ from typing import Any
 
 from moejax import compiler_options
 from moejax.config import DeviceConfig, load
+from moejax.device import host_bytes
 from moejax.errors import UserError
 
 _UNWRITABLE = "Error writing persistent compilation cache entry"
@@ -50,6 +51,8 @@ def replace_unreadable(folder: Path) -> None:
 def prepare_jax(device: DeviceConfig) -> None:
     """jax's settings, which it reads when it is imported. What the environment sets wins."""
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(device.memory_fraction))
+    if (memory := host_bytes()) is not None:  # of pinned memory a GPU's client would take 64 GB at most, whatever there is
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory[0] // 2**30))
     if device.compilation_cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(device.compilation_cache).expanduser()))
         # jax leaves out what compiles in less than a second: most of what a start compiles, but for the step.

@@ -166,7 +166,7 @@ def test_files(tmp_path):
 
 def test_the_study(load):
     """The study's Mixtral experiments: rank 16 on experts and router, NF4, 10 epochs at 5e-5, cosine; k = 2 and 8."""
-    for path in (ROOT / "configs").glob("mixtral_8x7b_*.yaml"):
+    for path in (ROOT / "configs").glob("mixtral_8x7b_*_*.yaml"):
         e = config.load(path)
         assert e.adapter.rank == 16 and e.adapter.alpha == 32 and set(e.adapter.targets) == {"w1", "w2", "w3", "gate"}
         assert e.quantization.format == "nf4" and e.quantization.double

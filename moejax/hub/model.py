@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from moejax import device
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import disk, peft, peft_rows, shards, snapshot, weights
@@ -152,10 +154,27 @@ def create_model(experiment: Experiment, config: Architecture, folder: Path | No
     if folder is None:
         return build(config, key=key, **arguments)
     model = build(config, **arguments)
+    check_host_memory(model)
     cache = experiment.quantization.cache
     # What a small model would save is not worth a file.
     kept = None if cache is None or weights.stored_bytes(folder) < CACHED_FROM_BYTES else Path(cache).expanduser()
     return weights.load_weights(model, folder, key, cache=kept, content=content)
+
+
+def check_host_memory(model: Model) -> list[str]:
+    """A line on what an abstract model is to hold in the host's memory, where it is to hold anything. Raises UserError where the system has
+    not so much available."""
+    need, there = host.nbytes(nnx.state(model)), device.host_bytes()
+    if not need:
+        return []
+    if there is not None and need > there[1]:
+        raise UserError(
+            f"placement: {need / 1e9:.2f} GB of weights are to lie in the host's memory, and the system has {there[1] / 1e9:.2f} GB of "
+            f"{there[0] / 1e9:.2f} available: end other processes, set placement.experts=device placement.tables=device, or take a smaller "
+            "model"
+        )
+    of = "" if there is None else f" of {there[1] / 1e9:.2f} available"
+    return [f"placement: {need / 1e9:.2f} GB{of} in the host's pinned memory"]
 
 
 def continue_adapter(experiment: Experiment, model: Model, source: str | None) -> None:

@@ -1,16 +1,12 @@
-"""`placement`: what lies in the host's memory is told and checked before anything is loaded, and `auto` is resolved by the compiler."""
+"""`placement.experts: auto`: on the device, if the compiled step fits there. Resolved once, as `training.remat: auto` is."""
 
 from __future__ import annotations
 
 import jax
-from flax import nnx
 
 from moejax import device
 from moejax.config import Experiment
-from moejax.errors import UserError
-from moejax.models.build import Model
 from moejax.models.config import Architecture
-from moejax.models.ops import host
 from moejax.progress import say, waiting
 from moejax.training import oracle
 from moejax.training.remat import RESERVE
@@ -35,19 +31,3 @@ def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experim
         why = f"on the device: {peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     say(f"placement.experts: {chosen} ({why})")
     return experiment.changed("placement", experts=chosen)
-
-
-def check(model: Model) -> list[str]:
-    """A line on what an abstract model is to hold in the host's memory, where it is to hold anything. Raises UserError where the system has
-    not so much available."""
-    need, there = host.nbytes(nnx.state(model)), device.host_bytes()
-    if not need:
-        return []
-    if there is not None and need > there[1]:
-        raise UserError(
-            f"placement: {need / 1e9:.2f} GB of weights are to lie in the host's memory, and the system has {there[1] / 1e9:.2f} GB of "
-            f"{there[0] / 1e9:.2f} available: end other processes, set placement.experts=device placement.tables=device, or take a smaller "
-            "model"
-        )
-    of = "" if there is None else f" of {there[1] / 1e9:.2f} available"
-    return [f"placement: {need / 1e9:.2f} GB{of} in the host's pinned memory"]

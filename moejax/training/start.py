@@ -14,7 +14,15 @@ from moejax.data.tokenizer import check_vocabulary, load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.hub import weights
-from moejax.hub.model import architecture, base_folder, check_disk, continue_adapter, create_model, model_arguments
+from moejax.hub.model import (
+    architecture,
+    base_folder,
+    check_disk,
+    check_host_memory,
+    continue_adapter,
+    create_model,
+    model_arguments,
+)  # fmt: skip
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import Architecture
@@ -56,7 +64,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     for line in (*attention, *preference.told(experiment), *wide):
         say(line)
     abstract = build(config, **model_arguments(experiment))
-    say(*placement.check(abstract))
+    say(*check_host_memory(abstract))
     if source is not None and model_folder is not None and Path(source).is_dir():
         weights.check_files(abstract, model_folder)
     elif model_folder is not None:
@@ -69,7 +77,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     steps = total_steps(experiment, dataset)
     if experiment.placement.experts == "auto":
         experiment = placement.resolve(experiment, config, steps)
-        say(*placement.check(build(config, **model_arguments(experiment))))
+        say(*check_host_memory(build(config, **model_arguments(experiment))))
     experiment = remat.resolve(accumulation.resolve(experiment, config, steps, own), config, steps)
     say(experts.announce(experiment, config))
     # The steps of the whole run stand in the program: in its schedule.

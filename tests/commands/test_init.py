@@ -44,7 +44,7 @@ def test_another_model_brings_its_sizes(tmp_path, monkeypatch):
     [
         (["there.yaml"], "there.yaml is there already"),
         (["new.yaml", "--model", "mixtral_tiny"], "tokenizer.json is there already"),
-        (["new.yaml", "--model", "acme"], "a Hub id (with a /), a folder that exists, or one of blackmamba_2.8b, mixtral_8x7b"),
+        (["new.yaml", "--model", "acme"], "a Hub id (with a /), a folder that exists, or one of blackmamba_2.8b, flex_olmo_7x7b"),
         (["new.yaml", "--model", "qwen3-30b-a3b"], "; did you mean qwen3_30b_a3b_"),
     ],
 )

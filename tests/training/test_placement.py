@@ -2,6 +2,7 @@
 
 import re
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,18 +13,19 @@ from pydantic import ValidationError
 from support import ROOT, TINY
 from test_loop import adapter, folder_of, losses, stop_at
 
+import moejax
 from moejax import device
 from moejax.data.batching import assemble, stack, synthetic
 from moejax.errors import UserError
 from moejax.evaluation.generate import generate
-from moejax.hub import quantized_cache
+from moejax.hub import quantized_cache, weights
 from moejax.hub.model import create_model, model_arguments
 from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build, random_weights
 from moejax.models.config import Quantization
 from moejax.models.layers import Placement
 from moejax.models.ops import host
-from moejax.training import loop, start
+from moejax.training import loop, oracle, placement, start
 from moejax.training.program import Own, TrainProgram
 
 HOST = {"experts": "host", "tables": "host"}
@@ -109,6 +111,31 @@ def test_weights_are_read_straight_into_the_hosts_memory(quantization, tmp_path,
         for (path, ours), (_, theirs) in zip(found, expected, strict=True):
             jax.tree.map(np.testing.assert_array_equal, ours.get_value(), theirs.get_value())
             assert bool(host.nbytes(ours.get_value())) == (path[0] in ("embed", "head") or path[-2] in ("w1", "w2", "w3"))
+
+
+def test_moejax_load(monkeypatch):
+    """A model that is asked, wherever it lies; more of it than the system has is refused before it is read."""
+    models = [moejax.load(ROOT / "assets/tiny-mixtral", quantization="nf4", placement=p) for p in (None, HOST)]
+    assert [host.nbytes(nnx.state(m.model)) > 0 for m in models] == [False, True]
+    there, here = (m.generate("Tom has 3 apples.", max_new_tokens=4) for m in models)
+    assert here == there
+    monkeypatch.setattr(device, "host_bytes", lambda: (2_000, 1_000))
+    monkeypatch.setattr(weights, "load_weights", None)
+    with pytest.raises(UserError, match="are to lie in the host's memory"):
+        moejax.load(ROOT / "assets/tiny-mixtral", placement=HOST)
+
+
+def test_auto_is_the_device_where_the_step_fits(make_experiment, monkeypatch, capsys):
+    experiment = make_experiment(placement={"experts": "auto"})
+    sizes = experiment.model.architecture(None)
+    assert placement.resolve(experiment, sizes, 3).placement.experts == "device"  # a CPU has one memory
+    monkeypatch.setattr(device, "usable_bytes", lambda: 1_000)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(device, "this_machine", lambda fraction: None)
+    for peak, chosen in ((970, "device"), (971, "host")):  # 3 % stay free, as of `training.remat: auto`
+        monkeypatch.setattr(oracle.Oracle, "peak_bytes", lambda self, rows, peak=peak: peak)
+        assert placement.resolve(experiment, sizes, 3).placement.experts == chosen
+        assert f"placement.experts: {chosen} (on the device: 0.0 of 0.0 GB)" in capsys.readouterr().out
 
 
 def test_random_weights_lie_where_they_are_to_lie(make_experiment):
