@@ -46,8 +46,11 @@ def choose(experiment: Experiment, config: Architecture, own: Own) -> tuple[str,
         return PLAIN, "one micro-batch"
     if experiment.preference is not None or own.loss is not None:
         return PLAIN, "a loss of pairs" if own.loss is None else "a loss of your own"
-    if config.experts_per_token == config.num_experts or not experiment.quantization.of_experts:
-        return PLAIN, "experts are dense" if experiment.quantization.of_experts else "experts are not in 4 bits: nothing is dequantized"
+    fetched = experiment.placement.experts == "host"
+    if config.experts_per_token == config.num_experts:
+        return PLAIN, "experts are dense"
+    if not experiment.quantization.of_experts and not fetched:
+        return PLAIN, "experts are not in 4 bits: nothing is dequantized"
     limit = device.usable_bytes()
     if limit is None:
         return PLAIN, "how much memory there is is not known here"
@@ -62,4 +65,5 @@ def choose(experiment: Experiment, config: Architecture, own: Own) -> tuple[str,
     told = f"layer_major: {peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     if not fits:
         return PLAIN, told
-    return "layer_major", f"each expert's matrices are dequantized once for {t.gradient_accumulation} micro-batches; {told}"
+    once = f"each expert's matrices are {'fetched' if fetched else 'dequantized'} once for {t.gradient_accumulation} micro-batches"
+    return "layer_major", f"{once}; {told}"

@@ -52,6 +52,8 @@ def test_placements(capsys):
     assert device["device_gb"] > experts["device_gb"] > tables["device_gb"] and 23 < experts["host_gb"] < tables["host_gb"] < 24
     assert experts["bus_gb"] == pytest.approx(4 * experts["host_gb"])  # forward and backward, of two micro-batches
     assert experts["PCIe 4, s"] == experts["own, s"] == pytest.approx(experts["bus_gb"] / 25.2) and experts["hidden"] == "no"
+    code, out, _ = run(capsys, *SPARSE, *overrides, "training.accumulation=layer_major", "--gpu", "RTX-4090", "--placements", "--json")
+    assert json.loads(out)["placements"][1]["bus_gb"] == pytest.approx(2 * experts["host_gb"])  # of both together
     # The head once a micro-batch, and of the embedding 512 rows.
     assert tables["bus_gb"] - experts["bus_gb"] == pytest.approx(2 * 2 * 4096 * (32000 + 512) / 1e9)
     code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-4090", "--rows", "8", "--placements", "--json")

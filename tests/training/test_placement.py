@@ -56,8 +56,9 @@ MANY = TINY | {"num_experts": 16, "experts_per_token": 4}
     "sections",
     [{"model": {"moe_backend": "loop"}}, {"model": {"moe_backend": "capacity", "overrides": MANY}},
      pytest.param({"quantization": {"format": "none"}, "training": {"remat": "none"}}, marks=pytest.mark.long),
-     pytest.param({"model": {"experts_per_token": 4}}, marks=pytest.mark.long)],
-    ids=["loop", "capacity", "not quantized", "dense"],
+     pytest.param({"model": {"experts_per_token": 4}}, marks=pytest.mark.long),
+     pytest.param({"training": {"accumulation": "layer_major"}}, marks=pytest.mark.long)],
+    ids=["loop", "capacity", "not quantized", "dense", "layer_major"],
 )  # fmt: skip
 def test_the_numbers_are_the_same_to_the_bit(sections, make_experiment, monkeypatch):
     def compiled(self, lowering, options):
