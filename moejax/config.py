@@ -20,6 +20,8 @@ from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.models.config import Architecture
 
+LOGITS = 1 << 26
+"""Logits of a chunk of the loss, at most: in fp32, and in the compute dtype for their gradient."""
 ROW_MULTIPLE = 16
 """Every batch has rows of a multiple of so many tokens. XLA's products for a GPU work in tiles of at least 16 tokens, and a tile may
 not cross from one row of the batch into the next: products of two rows of 372 tokens, joined by XLA, compiled for no GPU."""
@@ -180,13 +182,19 @@ class TrainingConfig(Section):
         "float32", description="of trained weights and moments; bfloat16_stochastic: what is too small for bf16 is kept on average"
     )
     remat: Literal["none", "dots", "full", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
-    loss_chunk_tokens: Positive = 1024
+    loss_chunk_tokens: Positive | None = Field(
+        None, description="tokens whose logits are in memory at a time; null: 1024, fewer of a vocabulary beyond 65536"
+    )
     eval_every: Positive | None = None
 
     @property
     def together(self) -> int:
         """Micro-batches that pass a layer at once. `auto` counts as one until a run has settled it."""
         return self.gradient_accumulation if self.accumulation == "layer_major" else 1
+
+    def loss_chunk(self, vocabulary: int) -> int:
+        """Tokens whose logits are in memory at a time: as many as `LOGITS` numbers hold, a power of two, where nothing is set."""
+        return self.loss_chunk_tokens or min(1024, 1 << max(1, LOGITS // vocabulary).bit_length() - 1)
 
     @property
     def stored_dtype(self) -> str:

@@ -188,3 +188,12 @@ def test_a_value_of_two_forms_is_judged_by_the_form_it_has(override, said):
     with pytest.raises(UserError) as caught:
         config.load(ROOT / "configs/demo.yaml", [override])
     assert str(caught.value).endswith(f"demo.yaml: {said}")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens"), [(256, 1024), (32_000, 1024), (65_536, 1024), (65_537, 512), (151_936, 256), (1 << 30, 1)]
+)
+def test_a_large_vocabulary_has_small_chunks_of_logits(vocabulary, tokens):
+    training = config.TrainingConfig(steps=1)
+    assert training.loss_chunk(vocabulary) == tokens and tokens * vocabulary <= max(config.LOGITS, vocabulary)
+    assert config.TrainingConfig(steps=1, loss_chunk_tokens=77).loss_chunk(vocabulary) == 77

@@ -157,7 +157,7 @@ def breakdown(
         scaled = max(scaled, *(_in_8_bits(w) for w in trained))
     held = [block.saved(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)]
     table = config.vocab_size * config.hidden_size * step.item if experiment.placement.tables == "host" else 0
-    moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk_tokens) + table)]
+    moments = [("loss", carried, sum(held), _loss(step, config.vocab_size, t.loss_chunk(config.vocab_size)) + table)]
     for number, block in enumerate(blocks, 1):  # backwards: what later stacks held is free
         for part, temporaries in (("experts, backward", block.experts()), ("mixer, backward", block.mixer.backward)):
             moments.append((part, carried + beside, sum(held[:number]), temporaries + head))

@@ -100,7 +100,7 @@ class TrainProgram:
         self._optimizer = own.optimizer if schedule is None else make_optimizer(t, schedule)
         model = build(config, **model_arguments(experiment), platform=self._device, memory_bytes=memory_bytes)
         graphdef, trainable, self.frozen = split(model, full=experiment.adapter is None)
-        self.objective = replace(objective(experiment, graphdef), loss=own.loss)
+        self.objective = replace(objective(experiment, config, graphdef), loss=own.loss)
         if own.loss is not None and self.objective.layer_major:
             raise UserError(
                 "training.accumulation = layer_major with a loss of your own, which is given one micro-batch at a time: expected "
@@ -253,14 +253,14 @@ def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:
     return graphdef, trainable, frozen
 
 
-def objective(experiment: Experiment, graphdef: Any) -> Objective:
+def objective(experiment: Experiment, config: Architecture, graphdef: Any) -> Objective:
     t = experiment.training
     if t.remat == "auto":
         raise UserError("training.remat = auto is resolved by a training run only: set none, dots or full here")
     dropout = 0.0 if experiment.adapter is None else experiment.adapter.dropout
     return Objective(
         graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
-        aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk_tokens, stochastic=t.rounds_stochastically,
+        aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk(config.vocab_size), stochastic=t.rounds_stochastically,
         preference=experiment.preference, layer_major=t.together > 1,
     )  # fmt: skip
 
