@@ -54,7 +54,8 @@ MANY = TINY | {"num_experts": 16, "experts_per_token": 4}
 
 @pytest.mark.parametrize(
     "sections",
-    [{"model": {"moe_backend": "loop"}}, {"model": {"moe_backend": "capacity", "overrides": MANY}},
+    [{"model": {"moe_backend": "loop"}},
+     pytest.param({"model": {"moe_backend": "capacity", "overrides": MANY}}, marks=pytest.mark.long),
      pytest.param({"quantization": {"format": "none"}, "training": {"remat": "none"}}, marks=pytest.mark.long),
      pytest.param({"model": {"experts_per_token": 4}}, marks=pytest.mark.long),
      pytest.param({"training": {"accumulation": "layer_major"}}, marks=pytest.mark.long)],
