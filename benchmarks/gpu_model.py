@@ -187,7 +187,7 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
         c = TrainProgram(experiment, sizes, gpu=gpu, dump=Path(folder)).compile(rows, length)
         host = thunks(Path(folder))
     plan, closed = experts.plan(experiment, sizes, tokens, card), None
-    if experiment.training.remat in ("none", "full"):  # what the closed form knows
+    if experiment.training.remat in closed_form.KNOWN:
         closed = closed_form.on(card, experiment, sizes, rows, length).total
     loads = (experts.uniform_loads if even else experts.random_loads)(sizes, together * tokens)
     rates = Rates.of(card)

@@ -21,7 +21,18 @@ from jax.ad_checkpoint import checkpoint_name
 from moejax.models.attention import Attention
 from moejax.models.config import Architecture, specs
 from moejax.models.gradient_sums import GradientSums, added, without_gradients
-from moejax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, Target, fold, rematerialized, scannable, stack_layers
+from moejax.models.layers import (
+    STREAM_NAME,
+    Embedding,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Target,
+    fold,
+    rematerialized,
+    scannable,
+    stack_layers,
+)
 from moejax.models.mamba import Mamba
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
@@ -75,7 +86,7 @@ class Layer(nnx.Module):
             x = mixed(x, segment_ids, positions, dropout_key)
         if (of_many or mixer.splits_recomputation) and not self.norm_after:
             x = checkpoint_name(x, "halfway")
-        return self._experts(x, segment_ids > 0, dropout_key, remat != "full")
+        return self._experts(x, segment_ids > 0, dropout_key, remat in ("none", "dots"))
 
     def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array) -> tuple[jax.Array, Any]:
         """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
@@ -169,7 +180,7 @@ class Decoder(nnx.Module):
                 def body(
                     x: jax.Array, weights: nnx.State, index: jax.Array, layer_of: Any = layer_of, dropout_key: Any = stack_key
                 ) -> tuple[jax.Array, RouterStats]:
-                    key = fold(dropout_key, index)
+                    x, key = checkpoint_name(x, STREAM_NAME), fold(dropout_key, index)
                     out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat)
                     return out
 

@@ -20,10 +20,11 @@ from moejax.models.ops.grouped.matmul import Projection
 from moejax.models.ops.linear import OfLayer
 
 INIT_STD = 0.02
-REMAT_POLICIES = ("none", "dots", "full")
-"""From the one that recomputes nothing to the one that keeps least."""
+REMAT_POLICIES = ("none", "dots", "full", "offload")
+"""From the one that recomputes nothing to the one that keeps least on the device."""
 ROUTING_NAMES = ("router_indices", "router_weights", "dispatch")
 """What every rematerialization policy keeps: recomputation must never change an expert choice."""
+STREAM_NAME = "layer_input"
 HALFWAY_NAMES = ("halfway", "attention_log_sums")
 """The stream between the two halves of a layer, and one number per query and head: each half is then recomputed by itself, and of
 the attention only q, k and v (its output and what follows are needed for nothing but the stream)."""
@@ -201,10 +202,18 @@ def of_experts(variable: nnx.Variable) -> bool:
 
 def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """`none` keeps what autodiff keeps; `dots` the stream before each half of a layer, the routing, and what products computed (norms,
-    activations and dequantization are done again); `full` the stream and the routing. Raises ValueError for another name."""
+    activations and dequantization are done again); `full` the stream and the routing; `offload` the same, the stream in the host's memory,
+    where the body names it. Raises ValueError for another name."""
     if remat == "none":
         return body
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[*ROUTING_NAMES, *HALFWAY_NAMES[1:]], names_which_can_be_offloaded=[STREAM_NAME, HALFWAY_NAMES[0]],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
     kept = {"dots": (*ROUTING_NAMES, *HALFWAY_NAMES, *DOT_NAMES), "full": (*ROUTING_NAMES, *HALFWAY_NAMES)}
     if remat not in kept:
         raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")
-    return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*kept[remat]), prevent_cse=False)
+    return jax.checkpoint(body, policy=policies.save_only_these_names(*kept[remat]), prevent_cse=False)

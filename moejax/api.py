@@ -212,7 +212,8 @@ def loss_and_grads(model: Model, batch: Batch | Any, *, remat: str = "full", own
     """`loss` and its gradients by the adapter (nnx.LoRAParam), or, of a model without one, by every weight (nnx.Param).
 
     The gradients are a state as `nnx.Optimizer(model, …, wrt=nnx.LoRAParam).update(model, gradients)` takes it. Compiled once for each
-    shape of batch. remat: "none", "dots" or "full" (recompute every layer in the backward pass).
+    shape of batch. remat: "none", "dots", "full" (recompute every layer in the backward pass) or "offload" (the same, with the stream
+    between layers in the host's memory).
     """
     return _mean(*_asked(model, batch, remat, own), True)  # type: ignore[no-any-return]
 

@@ -181,7 +181,7 @@ class TrainingConfig(Section):
     param_dtype: Literal["float32", "bfloat16", "bfloat16_stochastic"] = Field(
         "float32", description="of trained weights and moments; bfloat16_stochastic: what is too small for bf16 is kept on average"
     )
-    remat: Literal["none", "dots", "full", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
+    remat: Literal["none", "dots", "full", "offload", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
     loss_chunk_tokens: Positive | None = Field(
         None, description="tokens whose logits are in memory at a time; null: 1024, fewer of a vocabulary beyond 65536"
     )

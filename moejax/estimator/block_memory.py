@@ -37,6 +37,7 @@ class Step:
     flash: bool  # attention by jax's kernel, where it can run
     fetched: float = 0  # bytes of an expert's weight that come from the host's memory
     prefetch: str = "auto"  # by what
+    offloads: bool = False  # the saved streams lie in the host's memory
     together: int = 1  # micro-batches that pass a layer at once: the mixer takes one after the other, the experts all
 
     @property
@@ -71,11 +72,12 @@ class Adapted:
 class Mixer(NamedTuple):
     """What a block's mixer adds to it, in bytes."""
 
-    streams: int  # saved for the backward pass with rematerialization, beside the routing
+    streams: int  # of the residual stream, saved for the backward pass with rematerialization
     saved: int  # without
     backward: int
     forward: int  # of the last layer's forward pass, without rematerialization …
     forward_numbers: int  # … and numbers of the compute dtype where experts are sparse
+    beside: int = 0  # … and beside them and the routing
     kept: int = 0  # what the expert half finds of the mixer's recomputation
 
 
@@ -125,9 +127,14 @@ class Block:
         every operand of a product or activation."""
         s, n, e, f = self.step, self.step.tokens_together, self.moe.experts, self.moe.hidden
         if s.remat:
-            return layers * (s.together * self.mixer.streams + self.routing())
+            streams = 0 if s.offloads else self.mixer.streams
+            return layers * (s.together * (streams + self.mixer.beside) + self.routing())
         experts = 6 * s.item * e * n * f if self.moe.dense else s.item * self.sorted_rows * (s.width + 2 * f) + self.routing()
         return layers * (s.together * self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n)
+
+    def in_host(self, layers: int) -> int:
+        """Saved in the host's memory, of so many."""
+        return layers * self.step.together * self.mixer.streams if self.step.offloads else 0
 
     def experts(self) -> int:
         """The experts in the backward pass."""
@@ -203,7 +210,8 @@ def attention(s: Step, m: specs.GQA, moe: specs.MoE, adapted: Adapted) -> Mixer:
         return _flash(s, a)
     width = s.width + a.heads + 2 * a.kv
     return Mixer(
-        streams=2 * s.stream + 4 * n * m.heads,  # the stream before each half, and one number a query and head
+        streams=2 * s.stream,  # before each half
+        beside=4 * n * m.heads,  # a number a query and head
         saved=s.item * n * ((6 if s.trained else 4) * s.width + width) + 4 * n * m.heads,
         backward=_attention_backward(s, a, adapted),
         forward=5 * a.every,  # masks of all blocks

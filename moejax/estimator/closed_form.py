@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from moejax.gpus import GPU
 
 
+KNOWN = ("none", "full", "offload")
+"""Rematerialization policies."""
+
+
 @dataclass(frozen=True)
 class Breakdown:
     """Bytes by what they are for. `moment`: when the peak is reached; `saved` holds what the backward pass waits for."""
@@ -126,17 +130,17 @@ def breakdown(
     device, memory_bytes: see `choice.grouped`; None: a CPU, or a GPU on which nothing was measured, of unknown memory.
     """
     t, adapter = experiment.training, experiment.adapter
-    if t.remat not in ("none", "full"):
-        raise UserError(f"training.remat = {t.remat}: the closed form knows none and full")
+    if t.remat not in KNOWN:
+        raise UserError(f"training.remat = {t.remat}: the closed form knows {', '.join(KNOWN[:-1])} and {KNOWN[-1]}")
     weights = sizes.stored(experiment, config)
     trained = tuple(w for w in weights if w.trained)
     device = device or ("cpu" if platform == "cpu" else "gpu")
     step = Step(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
         experiment.model.moe_backend, rows, row_tokens,
-        ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat == "full", experiment.quantization.of_experts,
+        ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", experiment.quantization.of_experts,
         platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
-        _fetched(config, weights), experiment.placement.prefetch, t.together,
+        _fetched(config, weights), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
@@ -174,5 +178,6 @@ def breakdown(
         s,
         temporaries,
         moment,
-        sum(sum(w.host.values()) for w in weights),
+        sum(sum(w.host.values()) for w in weights)
+        + sum(block.in_host(stack.repeats) for stack, block in zip(config.stacks, blocks, strict=True)),
     )

@@ -256,7 +256,7 @@ def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:
 def objective(experiment: Experiment, config: Architecture, graphdef: Any) -> Objective:
     t = experiment.training
     if t.remat == "auto":
-        raise UserError("training.remat = auto is resolved by a training run only: set none, dots or full here")
+        raise UserError("training.remat = auto is resolved by a training run only: set none, dots, full or offload here")
     dropout = 0.0 if experiment.adapter is None else experiment.adapter.dropout
     return Objective(
         graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
@@ -270,11 +270,13 @@ def initial_state(trainable: nnx.State, optimizer: optax.GradientTransformation)
 
 
 def _peak_bytes(executable: Any) -> int:
-    """Peak memory, arguments included. The GPU compiler gives it; the CPU one leaves temporaries out of its peak: there it is added up."""
+    """Peak memory, arguments included. The GPU compiler gives it, of the memory with most temporaries: where that may be the host's, and on
+    a CPU, whose peak leaves them out, it is added up."""
     m = executable.memory_analysis()
-    if {d.platform for s in jax.tree.leaves(executable.input_shardings) for d in s.device_set} != {"cpu"}:
-        return int(m.peak_memory_in_bytes) - int(m.host_argument_size_in_bytes)  # it counts the host's arguments too
     total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    if {d.platform for s in jax.tree.leaves(executable.input_shardings) for d in s.device_set} != {"cpu"}:
+        peak = int(m.peak_memory_in_bytes) - int(m.host_argument_size_in_bytes)  # it counts the host's arguments too
+        return min(peak, int(total)) if m.host_temp_size_in_bytes else peak
     return max(total, int(getattr(m, "peak_memory_in_bytes", 0) or 0))
 
 

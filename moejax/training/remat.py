@@ -13,6 +13,7 @@ from moejax import device
 from moejax.config import Experiment, load
 from moejax.models.config import Architecture
 from moejax.models.layers import REMAT_POLICIES
+from moejax.models.ops import host
 from moejax.progress import say, waiting
 from moejax.training import oracle
 
@@ -49,12 +50,13 @@ def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experim
 
 
 def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[str, list[str]]:
-    """(policy, what each one tried takes) within `limit` bytes. `full` is taken unseen: if it does not fit either, the check of the
+    """(policy, what each one tried takes) within `limit` bytes. The last one is taken unseen: if it does not fit either, the check of the
     compiled step says so. Figures that were compiled before, by the same versions for the same device, come from the cache on disk."""
     told = []
     rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
     here = device.this_machine(experiment.device.memory_fraction)
-    for policy in REMAT_POLICIES[:-1]:
+    *others, last = policies()
+    for policy in others:
         asked = oracle.Oracle(experiment.changed("training", remat=policy), config, here, row_tokens, None)
         estimated = asked.breakdown(rows).total if policy == "none" else 0
         if estimated > HOPELESS * limit:
@@ -65,4 +67,11 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
         told.append(f"{policy}: {peak / 1e9:.1f}")
         if peak <= (1 - RESERVE) * limit:
             return policy, told
-    return REMAT_POLICIES[-1], told
+    return last, told
+
+
+def policies() -> tuple[str, ...]:
+    """Those that `auto` tries: `offload` too, where the host's pinned memory is another one than the device's."""
+    here = jax.local_devices()[0]
+    apart = here.platform != "cpu" and host.KIND in {memory.kind for memory in here.addressable_memories()}
+    return REMAT_POLICIES if apart else REMAT_POLICIES[:-1]

@@ -26,7 +26,7 @@ from moejax.hub.model import (
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import build
 from moejax.models.config import Architecture
-from moejax.models.ops import choice
+from moejax.models.ops import choice, host
 from moejax.progress import say, waiting
 from moejax.runs import folders, pinning, tokens
 from moejax.training import accumulation, experts, low_precision, placement, preference, remat, scoring
@@ -120,7 +120,15 @@ def check_device(experiment: Experiment, device: Any) -> None:
 def fit(program: TrainProgram, rows: int, row_tokens: int) -> None:
     """Compile the step for a batch. Raises UserError, with the batch that would fit, where it takes more memory than there is."""
     with waiting(f"compiling the step for {counted(rows, 'row')} of {row_tokens} tokens"):
-        program.compile_within(rows, row_tokens, device.usable_bytes())
+        compiled = program.compile_within(rows, row_tokens, device.usable_bytes())
+    need, there = compiled.host_bytes, device.host_bytes()
+    if there is not None and need > there[1]:
+        raise UserError(
+            f"the step keeps {need / 1e9:.2f} GB in the host's memory, and the system has {there[1] / 1e9:.2f} GB of {there[0] / 1e9:.2f} "
+            "available: end other processes, take fewer rows (data.batch_rows) or training.remat=full"
+        )
+    if streams := need - host.nbytes(program.frozen):
+        say(f"saved streams: {streams / 1e9:.2f} GB in the host's pinned memory")
 
 
 def read_data(

@@ -101,6 +101,16 @@ def named(lines, pattern):
 
 
 @needs_aot
+def test_offloaded_streams_leave_the_device():
+    """Those of two layers, 2 x 704 tokens: both halves' are counted with the host's bytes, and none stands on the device."""
+    e = experiment("mixtral_8x7b_cs_sparse", "training.remat=offload")
+    compiled = TrainProgram(e, sizes.architecture_of(e), gpu="H100").compile(2, 704)
+    text = compiled.executable.as_text()
+    assert compiled.host_bytes == pytest.approx(2 * 2 * 2 * 704 * 4096 * 2, rel=0.01)
+    assert "bf16[2,2,704,4096]{3,2,1,0:S(5)}" in text and "bf16[2,2,704,4096]{3,2,1,0} " not in text
+
+
+@needs_aot
 def test_waste_would_be_seen(monkeypatch):
     """As XLA compiles it by itself: it joins products, and copies matrices for it; its loops ask the host."""
     monkeypatch.setattr(program, "GPU_OPTIONS", {})

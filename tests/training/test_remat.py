@@ -12,8 +12,9 @@ from moejax.errors import UserError
 from moejax.estimator import closed_form
 from moejax.models.build import build
 from moejax.models.config import PRESETS
+from moejax.models.layers import REMAT_POLICIES
 from moejax.training import loop, oracle, remat
-from moejax.training.program import TrainProgram
+from moejax.training.program import TrainProgram, split
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
 
@@ -112,11 +113,11 @@ def test_the_program_asked_about_is_the_one_that_runs(make_experiment, tmp_path,
 
 def test_others_refuse_auto(make_experiment, tmp_path):
     experiment = make_experiment(training={"remat": "auto"}, model={"aux_loss_coef": 0.0})
-    with pytest.raises(UserError, match=r"training\.remat = auto is resolved by a training run only: set none, dots or full"):
+    with pytest.raises(UserError, match=r"training\.remat = auto is resolved by a training run only: set none, dots, full or offload"):
         TrainProgram(experiment, SIZES).compile(1, 8)
     for policy in ("auto", "dots"):
         other = experiment.changed("training", remat=policy)
-        with pytest.raises(UserError, match=f"remat = {policy}: the closed form knows none and full"):
+        with pytest.raises(UserError, match=f"remat = {policy}: the closed form knows none, full and offload"):
             closed_form.breakdown(other, SIZES, rows=1, row_tokens=8, platform="cpu")
         with pytest.raises(UserError, match=f"remat = {policy}: PyTorch's side cannot express it"):
             handover.write_random(other, tmp_path, stack_name="study")
@@ -126,12 +127,43 @@ def test_others_refuse_auto(make_experiment, tmp_path):
 
 
 def test_policies_agree(reference_batch, reference_config):
-    """Loss and gradients under `dots` are those under `none`: what is computed again is computed alike."""
+    """Loss and gradients under `dots` are those under `none`: what is computed again is computed alike. `offload` is `full` to the bit."""
     import jax
     import numpy as np
 
     model = build(reference_config, key=jax.random.key(0), dtype="float32")
-    results = [loss_and_gradients(model, reference_batch, remat=policy) for policy in ("none", "dots")]
-    for a, b in zip(*(jax.tree.leaves(r[2]) for r in results), strict=True):
+    results = [loss_and_gradients(model, reference_batch, remat=policy) for policy in ("none", "dots", "full", "offload")]
+    for a, b in zip(*(jax.tree.leaves(r[2]) for r in results[:2]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
     assert np.isclose(results[0][0], results[1][0], rtol=1e-6)
+    for a, b in zip(*(jax.tree.leaves(r) for r in results[2:]), strict=True):  # the same program, but for where streams wait
+        np.testing.assert_array_equal(a, b)
+
+
+def test_offload_keeps_no_stream_on_the_device(reference_batch, reference_config):
+    """What the backward pass waits for, [L, tokens, D], is in the host's memory: of the traced program, since a CPU's memories are one."""
+    import jax
+    from flax import nnx
+
+    graphdef, trainable, frozen = split(build(reference_config, dtype="float32"), full=True)
+
+    def streams(remat):
+        """(on the device, in the host's memory)"""
+        def loss(trainable):
+            return jax.numpy.sum(nnx.merge(graphdef, trainable, frozen)(reference_batch.tokens, remat=remat)[0])
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(trainable))
+        layers, rows, tokens = reference_config.num_layers, *reference_batch.tokens.shape
+        (scan,) = {line for line in text.splitlines() if re.search(r"= scan\[", line) and "<host>" in line} or {text}
+        shape = re.escape(f"[{layers},{rows},{tokens},{reference_config.hidden_size}]")
+        return len(re.findall(rf"f32{shape}", scan)), len(re.findall(rf"f32<host>{shape}", scan))
+
+    assert streams("offload")[1] == 2 and streams("offload")[0] == 0 < streams("full")[0] and streams("full")[1] == 0
+
+
+def test_auto_ends_with_the_host_where_a_device_has_two_memories(peaks, make_experiment, monkeypatch, capsys):
+    seen = peaks({"dots": 50e9, "full": 40e9}, 30e9, closed=80e9)
+    monkeypatch.setattr(remat, "policies", lambda: REMAT_POLICIES)
+    experiment = make_experiment(training={"remat": "auto"})
+    assert remat.resolve(experiment, SIZES, 20).training.remat == "offload" and seen == ["dots", "full"]
+    assert "training.remat: offload (none: about 80.0 by arithmetic, dots: 50.0, full: 40.0 of 30.0 GB" in capsys.readouterr().out
