@@ -22,7 +22,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import kept
 
 from moejax import config, gpus
-from moejax.errors import UserError
 from moejax.estimator import closed_form, memory, sizes
 
 ROOT = Path(__file__).parent.parent
@@ -52,10 +51,10 @@ def cell(name: str, card: gpus.GPU) -> dict[str, Any]:
     from moejax.training.program import TrainProgram
 
     for changes in CHANGES:
-        try:
-            experiment = config.load(ROOT / "configs" / f"{name}.yaml", [*ONE_ROW, *changes])
-        except UserError:  # no frozen weights to place
-            continue
+        experiment = config.load(ROOT / "configs" / f"{name}.yaml", ONE_ROW)
+        if experiment.adapter is None and any(not change.startswith("training.") for change in changes):
+            continue  # nothing is frozen
+        experiment = config.load(ROOT / "configs" / f"{name}.yaml", [*ONE_ROW, *changes])
         architecture = sizes.architecture_of(experiment)
         experiment = experiment.with_defaults(architecture)
         limit = memory.usable_bytes(card, experiment.device.memory_fraction)

@@ -19,9 +19,10 @@ PCIE = {3: 12.6e9, 4: 25.2e9, 5: 50.4e9}
 ROW_BYTES = 1 << 18  # of models/ops/host.py
 
 
-def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_tokens: int) -> int:
+def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_tokens: int, in_host: int = 0) -> int:
     """Over the bus in one optimizer step: every expert forward and backward, for a micro-batch or all that pass a layer together; for each
-    micro-batch the head once, and the embedding or its tokens' rows once (`moejax.models.ops.host`)."""
+    micro-batch the head once, and the embedding or its tokens' rows once (`moejax.models.ops.host`). in_host: all bytes that lie there in a
+    pass; those that are no weights are streams, out and back."""
     held = {False: 0, True: 0}
     for w in sizes.stored(experiment, config):
         held[w.module in config.groups["experts"]] += sum(w.host.values())
@@ -31,7 +32,8 @@ def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_toke
         table, tokens = tables // 2, rows * row_tokens
         looked_up = table if tokens * ROW_BYTES > table else tokens * config.hidden_size * ITEM[experiment.training.compute_dtype]
         tables = table + looked_up
-    return 2 * passes * held[True] + micro * tables
+    streams = max(0, in_host - held[True] - held[False])
+    return 2 * passes * (held[True] + streams) + micro * tables
 
 
 def rate(gpu: GPU) -> float:

@@ -25,6 +25,8 @@ SHORTEST_ROW = 128
 MODES = (
     {"training.remat": "full", "training.accumulation": "layer_major"},
     {"training.remat": "full", "training.accumulation": "micro_batch_major"},
+    {"training.remat": "offload", "training.accumulation": "layer_major"},
+    {"training.remat": "offload", "training.accumulation": "micro_batch_major"},
 )
 """How a step keeps and orders its work: the first of the fastest is taken. Policies that recompute less are a run's own choice (auto)."""
 
@@ -95,7 +97,7 @@ def _order(way: Way) -> tuple[bool, bool, float]:
 
 
 def _modes(experiment: Experiment) -> Iterable[Mapping[str, Any]]:
-    """Without what the config excludes: micro-batches of pairs pass one by one, trained weights' streams too stay."""
+    """Without what the config excludes: the micro-batches of pairs pass one by one."""
     if experiment.preference is not None:
         return [mode for mode in MODES if mode["training.accumulation"] != "layer_major"]
     return MODES
@@ -147,7 +149,7 @@ def _tried(asked: Asked, changes: Mapping[str, Any]) -> Way:
     shown = {name: value for name, value in settings.items() if value != _at(own, name) and (name, value) not in chosen_by_auto}
     of_micro = floors(step, asked.config, rows, asked.row_tokens)
     compute = sum(s.seconds(gpu.flops_per_second, gpu.bytes_per_second)[0] for s in of_micro) * (total // rows)
-    link = bus.step_bytes(step, asked.config, rows, asked.row_tokens) / bus.rate(gpu)
+    link = bus.step_bytes(step, asked.config, rows, asked.row_tokens, made.host) / bus.rate(gpu)
     lacks = made.total - asked.limit()
     refused = None if lacks <= 0 else f"{told(made.total)} with one row, {told(lacks)} too much"
     return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, link, refused)
