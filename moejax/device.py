@@ -160,6 +160,11 @@ def this_machine_timed(own: bool) -> GPU:
             f"--gpu {HERE}: this machine has a CPU only ({gpu.name}), and the study's times are of GPUs: profile your own runs here "
             "(moejax profile CONFIG, moejax estimate fit RUN…, then --coefficients FILE), or name a GPU; `memory --gpu here` says what fits"
         )
+    return with_peaks(gpu)
+
+
+def with_peaks(gpu: GPU) -> GPU:
+    """This machine's device as `this_machine` has it; the peaks of one of no table are measured."""
     if gpu.source != "this machine":
         return gpu
     (peak, _), (rate, _) = peak_flops("float32" if gpu.platform == "cpu" else "bfloat16"), peak_bytes_per_second()

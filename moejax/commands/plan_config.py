@@ -9,11 +9,12 @@ from typing import Any
 from moejax import config, gpus
 from moejax.commands.arguments import check_counts, names_of
 from moejax.commands.tables import print_json, show_table
-from moejax.device import HERE, this_machine
+from moejax.device import HERE, this_machine, with_peaks
 from moejax.errors import UserError
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import counted, gigabytes
 from moejax.estimator.ways import Asked, Way, ways, written
+from moejax.gpus import GPU
 
 _OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "coefficients", "memory", "method")
 
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     others = tuple(gpu for gpu in table.values() if gpu.bf16)
     found = {}
     for name in names_of(options.gpu):
-        card = this_machine(experiment.device.memory_fraction) if name == HERE else gpus.find(name, table)
+        card = _here(experiment) if name == HERE else gpus.find(name, table)
         if not card.bf16 and experiment.training.asks_bf16:
             raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
         found[card.name] = ways(Asked(experiment, sizes, card, row_tokens, others))
@@ -47,6 +48,16 @@ def run(options: argparse.Namespace) -> int:
     for gpu, several in found.items():
         _show(experiment.name, gpu, several, options.config)
     return 0
+
+
+def _here(experiment: config.Experiment) -> GPU:
+    card = this_machine(experiment.device.memory_fraction)
+    if card.platform == "cpu":
+        raise UserError(
+            f"--gpu {HERE}: this machine has a CPU only ({card.name}), with one memory and no bus: name a GPU, e.g. --gpu RTX-4090; "
+            f"`memory --gpu {HERE}` says what fits"
+        )
+    return with_peaks(card)
 
 
 def _facts(way: Way) -> dict[str, Any]:

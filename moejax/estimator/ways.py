@@ -6,7 +6,9 @@ allowed for (`memory.by_closed_form`). Seconds are a floor, by the data sheet's 
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from moejax.estimator.floors import floors
 from moejax.estimator.units import told
 
 if TYPE_CHECKING:
-    from moejax.config import Experiment
+    from moejax.config import Experiment, TrainingConfig
     from moejax.gpus import GPU
     from moejax.models.config import Architecture
 
@@ -106,10 +108,15 @@ def _modes(experiment: Experiment) -> Iterable[Mapping[str, Any]]:
 def _settings(experiment: Experiment) -> Iterator[dict[str, Any]]:
     """Placement and optimizer."""
     t, p = experiment.training, experiment.placement
-    optimizers = (t.optimizer, "adamw_8bit") if t.optimizer == "adamw" and t.moments_dtype is None else (t.optimizer,)
+    optimizers = (t.optimizer, "adamw_8bit") if _may_be_8bit(t) else (t.optimizer,)
     placements = ("device", "host") if experiment.adapter is not None else (p.experts,)
     for placement, optimizer in itertools.product(placements, optimizers):
         yield {"placement.experts": placement, "training.optimizer": optimizer}
+
+
+def _may_be_8bit(t: TrainingConfig) -> bool:
+    """Whether adamw's moments may be in 8 bits with the rest of the section: what a config may not say is no way."""
+    return t.optimizer == "adamw" and not t.rounds_stochastically
 
 
 def _ranks(experiment: Experiment) -> Iterator[dict[str, Any]]:
@@ -138,7 +145,7 @@ def _tried(asked: Asked, changes: Mapping[str, Any]) -> Way:
     total = own.data.batch_rows * own.training.gradient_accumulation
     # What a run's own choice comes down to on a full card is no change.
     chosen_by_auto = [("training.remat", "full")] if own.training.remat == "auto" else []
-    for rows in (n for n in range(total, 0, -1) if total % n == 0):
+    for rows in _divisors(total):
         settings = {**changes, "data.batch_rows": rows, "training.gradient_accumulation": total // rows}
         if rows == total:
             settings["training.accumulation"] = "micro_batch_major"  # there is one
@@ -155,6 +162,12 @@ def _tried(asked: Asked, changes: Mapping[str, Any]) -> Way:
     return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, link, refused)
 
 
+def _divisors(number: int) -> list[int]:
+    """Largest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)}, reverse=True)
+
+
 def _at(experiment: Experiment, name: str) -> Any:
     section, _, key = name.partition(".")
     return getattr(getattr(experiment, section), key)
@@ -166,15 +179,15 @@ def _mended(asked: Asked, way: Way) -> Way:
     def fits(changes: Mapping[str, Any], row_tokens: int | None = None) -> bool:
         return asked.peak(changed(way.experiment, changes), 1, row_tokens).total <= asked.limit()
 
-    t = way.experiment.training
-    single: list[dict[str, Any]] = [{"training.optimizer": "adamw_8bit"}] if t.optimizer == "adamw" and t.moments_dtype is None else []
+    single: list[dict[str, Any]] = [{"training.optimizer": "adamw_8bit"}] if _may_be_8bit(way.experiment.training) else []
     single += [rank for rank in _ranks(way.experiment) if rank]
     for changes in single:
         if fits(changes):
             return replace(way, refused=f"{way.refused}; {written(changes)} would fit")
-    for length in range(asked.row_tokens // 2 // 16 * 16, SHORTEST_ROW - 1, -16):
-        if fits({}, length):
-            return replace(way, refused=f"{way.refused}; rows of {length} tokens would fit")
+    lengths = range(SHORTEST_ROW, asked.row_tokens // 2 + 1, 16)
+    fitting = bisect.bisect(lengths, False, key=lambda length: not fits({}, length))  # a longer row takes more
+    if fitting:
+        return replace(way, refused=f"{way.refused}; rows of {lengths[fitting - 1]} tokens would fit")
     if way.experiment.adapter is not None and way.experiment.placement.experts == "device" and fits({"placement.experts": "host"}):
         return replace(way, refused=f"{way.refused}; placement.experts=host would fit")
     larger = [g for g in asked.others if asked.peak(way.experiment, 1, gpu=g).total <= asked.limit(g)]

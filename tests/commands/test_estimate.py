@@ -222,6 +222,7 @@ def test_plan_of_a_config(capsys):
         ((config, "--gpu", "H100", "--budget", "3"), "--budget: of a plan in hours and dollars, without CONFIG"),
         ((config, "--gpu", "T4"), "T4 has no bf16, which the training section asks for"),
         ((config, "--gpu", "RTX-9999"), "unknown GPU 'RTX-9999'"),
+        ((config, "--gpu", "here"), "this machine has a CPU only"),
     ):
         code, _, err = run(capsys, "plan", *arguments)
         assert code == 2 and message in err
