@@ -10,6 +10,7 @@ What a block is, the architecture's specs say (`moejax.models.config.specs`). Eq
 
 from __future__ import annotations
 
+import math
 from typing import Any, assert_never
 
 import jax
@@ -168,9 +169,9 @@ class Decoder(nnx.Module):
 
         Of A micro-batches that pass each layer together: [A, B, T], dropout keys [A], hidden states [A, B, T, D], stats [L, A, …]."""
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        if positions is None:
-            positions = positions_of(segment_ids.reshape(-1, segment_ids.shape[-1])).reshape(segment_ids.shape)
-        self._check_padding((segment_ids > 0).reshape(-1, segment_ids.shape[-1]))
+        rows = segment_ids.reshape(math.prod(segment_ids.shape[:-1]), segment_ids.shape[-1])
+        self._check_padding(rows > 0)
+        positions = positions_of(rows).reshape(segment_ids.shape) if positions is None else positions
         x, stats = self.embedded(tokens), []
         with jax.named_scope("layers"):
             for number, stack in enumerate(self.config.stacks):

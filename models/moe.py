@@ -53,7 +53,7 @@ class MoE(nnx.Module):
             return self._sparse(x, indices, weights, valid, dropout_key, keep), stats
 
     def _route(
-        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, parts: tuple[int, ...]
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, parts: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """indices: int32 [N, K]; weights: fp32 [N, K], with a softmax router of sum one."""
         with jax.named_scope("router"):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.grouped.expert import Gradients, LoRAWeights, Plan, Projection, matrices, pairs_of
+from moejax.models.ops.grouped.expert import Gradients, LoRAWeights, Plan, Projection, matrices, pairs_of, weights_of
 
 _DIMENSIONS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
@@ -52,13 +52,13 @@ def forward(
     plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O]. Hidden rows are never kept: the backward pass computes them again."""
-    return _mlp(plan, x, p, sizes, matrices(plan, inputs, output, x.dtype), pairs_of(inputs, output), key), []
+    return _mlp(plan, x, p, sizes, matrices(plan, weights_of(inputs, output), x.dtype), pairs_of(inputs, output), key), []
 
 
 def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
     """dx, dp, and the gradients of weights and adapters, [E, …]; sums over rows in XLA's accumulator, rounded to the compute dtype."""
     x, p, sizes, inputs, output, key = operands
-    ws = matrices(plan, inputs, output, x.dtype)
+    ws = matrices(plan, weights_of(inputs, output), x.dtype)
 
     def of(x: jax.Array, p: jax.Array, pairs: Any, trained: Any) -> jax.Array:
         return _mlp(plan, x, p, sizes, ws if trained is None else trained, pairs, key)

@@ -80,6 +80,7 @@ RUNS = {
     },
     "text, continued": {
         "adapter": {"rank": 2, "alpha": 4.0, "targets": list(LORA_TARGETS), "init_from": "ADAPTER"},
+        "placement": {"experts": "host", "tables": "host", "prefetch": "experts"},
         "data": {
             "template": "text", "max_length": 32, "too_long": "split",
             "fields": {"text": "output", "instruction": "output", "input": "output", "output": "input", "messages": "input"},
@@ -88,6 +89,7 @@ RUNS = {
     "preferences, robust": {
         "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}, "holdout": 4},
         "adapter": {"rank": 2, "alpha": 4.0}, "training": {"eval_every": 1},
+        "placement": {"experts": "auto", "prefetch": "layer"},
         "preference": {"loss": "robust", "beta": 0.5, "label_smoothing": 0.1},
     },
     "preferences, sigmoid": {

@@ -32,7 +32,10 @@ def run(options: argparse.Namespace) -> int:
     experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
     sizes = architecture_of(experiment)
     experiment = experiment.with_defaults(sizes)
-    row_tokens = config.whole_row(options.seq_len or experiment.data.longest_text)
+    row_tokens = options.seq_len or experiment.data.longest_text
+    if row_tokens > sizes.max_position_embeddings:
+        raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {sizes.max_position_embeddings}")
+    row_tokens = config.whole_row(row_tokens)
     table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
     others = tuple(gpu for gpu in table.values() if gpu.bf16)
     found = {}

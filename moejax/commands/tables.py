@@ -27,7 +27,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
     from moejax.terminal import Console
 
-    console = Console(150)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     table = Table(title=title, title_justify="left")
     numbers = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
     for place, (column, number) in enumerate(zip(columns, numbers, strict=True)):

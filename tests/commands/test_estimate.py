@@ -220,6 +220,7 @@ def test_plan_of_a_config(capsys):
     for arguments, message in (
         ((config,), "--gpu is missing: on which GPU?"),
         ((config, "--gpu", "H100", "--budget", "3"), "--budget: of a plan in hours and dollars, without CONFIG"),
+        ((config, "--gpu", "H100", "--seq-len", "100000000"), "rows of 100000000 tokens exceed the model's max_position_embeddings"),
         ((config, "--gpu", "T4"), "T4 has no bf16, which the training section asks for"),
         ((config, "--gpu", "RTX-9999"), "unknown GPU 'RTX-9999'"),
         ((config, "--gpu", "here"), "this machine has a CPU only"),

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
     options.config = [*options.config, *(text for text in options.overrides if "=" not in text)]
     options.overrides = [text for text in options.overrides if "=" in text]
-    console = Console(150)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     limit = parse_bytes(options.memory_limit) if options.memory_limit else None
     wanted = study.resolve(options.preset, options.config, options.overrides, limit, options.pretrained)
     env, memory = environment(wanted)
