@@ -394,6 +394,7 @@ def test_the_disk_of_a_large_model():
     assert expected < kept < 1.001 * expected and 24.4e9 < kept < 24.5e9
 
 
+@pytest.mark.long
 def test_a_run_its_resumption_and_its_merged_model_are_those_of_whole_files(hub, tmp_path):
     for path in (ROOT / "assets/tiny-mixtral").iterdir():
         shutil.copy(path, hub.repository)

@@ -123,7 +123,8 @@ BLACKMAMBA = {
 @pytest.mark.parametrize(
     "optimizer",
     [
-        {"optimizer": "adamw"}, {"optimizer": "adamw_8bit"}, pytest.param({"optimizer": "adafactor"}, marks=pytest.mark.long),
+        pytest.param({"optimizer": "adamw"}, marks=pytest.mark.long), {"optimizer": "adamw_8bit"},
+        pytest.param({"optimizer": "adafactor"}, marks=pytest.mark.long),
         pytest.param({"optimizer": "lion", "moments_dtype": "bfloat16"}, marks=pytest.mark.long),
     ],
     ids=lambda settings: settings["optimizer"],

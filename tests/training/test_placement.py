@@ -54,7 +54,7 @@ MANY = TINY | {"num_experts": 16, "experts_per_token": 4}
 
 @pytest.mark.parametrize(
     "sections",
-    [{"model": {"moe_backend": "loop"}},
+    [pytest.param({"model": {"moe_backend": "loop"}}, marks=pytest.mark.long),
      pytest.param({"model": {"moe_backend": "capacity", "overrides": MANY}}, marks=pytest.mark.long),
      pytest.param({"quantization": {"format": "none"}, "training": {"remat": "none"}}, marks=pytest.mark.long),
      pytest.param({"model": {"experts_per_token": 4}}, marks=pytest.mark.long),
@@ -72,7 +72,7 @@ def test_the_numbers_are_the_same_to_the_bit(sections, make_experiment, monkeypa
     jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
-@pytest.mark.parametrize("prefetch", ["experts", "layer"])
+@pytest.mark.parametrize("prefetch", ["experts", pytest.param("layer", marks=pytest.mark.long)])
 def test_what_comes_ahead_is_what_is_used(prefetch, make_experiment):
     """As on a GPU. It is another program: a CPU's compiler may sum up in another order."""
     loop_of = RANDOM | {"model": {"moe_backend": "loop"}}
