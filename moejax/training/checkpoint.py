@@ -36,6 +36,10 @@ class Position:
     step_in_epoch: int
 
 
+class OtherState(UserError):
+    """A whole checkpoint of a run that holds other arrays: its settings were changed."""
+
+
 class Checkpoints:
     """Asynchronous checkpoints of a run: the last `keep`, and the best by evaluation loss if `best`."""
 
@@ -78,6 +82,8 @@ class Checkpoints:
         for step in steps:
             try:
                 found = self.restore(state, step)
+            except OtherState:
+                raise
             except UserError as error:
                 refused[step] = str(error)
                 continue
@@ -121,7 +127,13 @@ class Checkpoints:
         except Exception as error:
             if isinstance(error, UserError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise UserError(f"{what} cannot be read into this run: {first_line(error) or type(error).__name__}") from error
+            why = first_line(error) or type(error).__name__
+            if "tree structures do not match" in why:
+                raise OtherState(
+                    f"{what} holds other arrays than this run has: it is of another training.optimizer, training.moments_dtype, adapter or "
+                    "model. Put back what was changed, or start a new run under another name=…"
+                ) from error
+            raise UserError(f"{what} cannot be read into this run: {why}") from error
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError where it cannot be."""

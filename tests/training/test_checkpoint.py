@@ -95,6 +95,14 @@ def no_metadata(folder):
         path.write_text("{")
 
 
+def test_a_state_of_other_settings_is_not_damaged(three):
+    """As where training.optimizer was changed. Nothing is set aside, and the message names what to put back."""
+    other_state = STATE._replace(opt_state={"moments": jnp.zeros(3)})
+    with pytest.raises(UserError, match=r"checkpoint 3 in .* holds other arrays than this run has: it is of another training\.optimizer"):
+        Checkpoints(three, 3, best=False).newest(other_state)
+    assert not (three.parent / "damaged").exists()
+
+
 @pytest.mark.parametrize("damage", [cut, zeros, flip, other, position, no_metadata, lambda f: shutil.rmtree(f / "state")])
 def test_the_newest_whole_one_is_taken(damage, three, capsys):
     damage(three / "3")
