@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moejax.files import replace_text
+from moejax.files import cache_folder, replace_text
 
 GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
@@ -70,7 +70,7 @@ def settle() -> None:
     platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
     if VARIABLE in os.environ or not _DRIVER.is_file() or not {"", "cuda", "gpu"} & set(platforms):
         return
-    fine, why = answer(_key(), _verdict_file(), [sys.executable, "-m", "moejax.compiler_options"])
+    fine, why = answer(_key(), cache_folder() / "graph_loops.json", [sys.executable, "-m", "moejax.compiler_options"])
     if not fine:
         print(f"loops stay on the host, which is slower: in a CUDA graph a loop {why} ({VARIABLE}=1 insists)", file=sys.stderr)
     os.environ[VARIABLE] = str(int(fine))
@@ -105,10 +105,6 @@ def _key() -> str:
     from importlib.metadata import version
 
     return f"{_DRIVER.read_text(encoding='utf-8', errors='replace').splitlines()[0]}, jaxlib {version('jaxlib')}"
-
-
-def _verdict_file() -> Path:
-    return Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax") / "compiler_options.json"
 
 
 def difference(options: dict[str, Any]) -> float:

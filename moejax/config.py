@@ -15,13 +15,12 @@ from moejax.config_file import apply, explain, put, read
 from moejax.config_model import AdapterConfig, ModelConfig, QuantizationConfig
 from moejax.config_preference import PreferenceConfig
 from moejax.config_sources import FieldNames, Sources, WeightedSource, named
+from moejax.config_training import PlacementConfig, TrainingConfig
 from moejax.config_values import Names, Place, Positive, Real, Section, as_tuple
 from moejax.contents import MadeOf, Part
 from moejax.errors import UserError
 from moejax.models.config import Architecture
 
-LOGITS = 1 << 26
-"""Logits of a chunk of the loss, at most: in fp32, and in the compute dtype for their gradient."""
 ROW_MULTIPLE = 16
 """Every batch has rows of a multiple of so many tokens. XLA's products for a GPU work in tiles of at least 16 tokens, and a tile may
 not cross from one row of the batch into the next: products of two rows of 372 tokens, joined by XLA, compiled for no GPU."""
@@ -152,83 +151,6 @@ class DataConfig(Section):
         return whole_row(self.longest_text)
 
 
-class TrainingConfig(Section):
-    """Optimizer, schedule, precision. `steps` wins over `epochs`."""
-
-    epochs: Positive | None = None
-    steps: Positive | None = None
-    gradient_accumulation: Positive = Field(1, description="micro-batches per optimizer step, one global token mean")
-    accumulation: Literal["micro_batch_major", "layer_major", "auto"] = Field(
-        "micro_batch_major", description="layer_major: all micro-batches pass a layer together; auto: where that dequantizes less and fits"
-    )
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion"] = Field(
-        "adamw", description="adamw_8bit: as bitsandbytes', 2 bytes of moments a weight, not 8; lion: 4; adafactor: hardly any; other steps"
-    )
-    moments_dtype: Literal["bfloat16"] | None = Field(
-        None, description="of adamw and lion; null: as the weights'; bfloat16: rounded stochastically"
-    )
-    learning_rate: Annotated[Real, Field(gt=0)] = 5e-5
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_learning_rate_ratio: Annotated[Real, Field(ge=0, le=1)] = 0.0
-    betas: Annotated[tuple[Real, Real], BeforeValidator(as_tuple)] = (0.9, 0.999)
-    eps: Annotated[Real, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    weight_decay_on: Literal["matrices", "all"] = Field("matrices", description="all: norms, biases, Mamba's A_log and D too")
-    clip_norm: Annotated[Real, Field(gt=0)] | None = 1.0
-    label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16", "bfloat16_stochastic"] = Field(
-        "float32", description="of trained weights and moments; bfloat16_stochastic: what is too small for bf16 is kept on average"
-    )
-    remat: Literal["none", "dots", "full", "offload", "auto"] = Field("full", description="auto: the cheapest that the compiler says fits")
-    loss_chunk_tokens: Positive | None = Field(
-        None, description="tokens whose logits are in memory at a time; null: 1024, fewer of a vocabulary beyond 65536"
-    )
-    eval_every: Positive | None = None
-
-    @property
-    def together(self) -> int:
-        """Micro-batches that pass a layer at once. `auto` counts as one until a run has settled it."""
-        return self.gradient_accumulation if self.accumulation == "layer_major" else 1
-
-    def loss_chunk(self, vocabulary: int) -> int:
-        """Tokens whose logits are in memory at a time: as many as `LOGITS` numbers hold, a power of two, where nothing is set."""
-        return self.loss_chunk_tokens or min(1024, 1 << max(1, LOGITS // vocabulary).bit_length() - 1)
-
-    @property
-    def stored_dtype(self) -> str:
-        """In which trained weights are stored."""
-        return self.param_dtype.removesuffix("_stochastic")
-
-    @property
-    def rounds_stochastically(self) -> bool:
-        """Whether what is stored in bf16, weights or moments, is computed in fp32 and rounded so."""
-        return self.param_dtype == "bfloat16_stochastic" or self.moments_dtype is not None
-
-    @property
-    def asks_bf16(self) -> bool:
-        return "bfloat16" in (self.compute_dtype, self.stored_dtype)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.epochs is None and self.steps is None:
-            raise ValueError("set training.epochs or training.steps")
-        if self.steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
-        if self.optimizer == "adamw_8bit" and self.param_dtype == "bfloat16_stochastic":
-            raise ValueError(
-                "optimizer = adamw_8bit with param_dtype = bfloat16_stochastic would hold all weights and gradients in fp32 besides: "
-                "expected bfloat16 or float32, or adamw or adafactor"
-            )
-        if self.moments_dtype is not None:
-            if self.optimizer not in ("adamw", "lion"):
-                raise ValueError(f"moments_dtype = {self.moments_dtype} is of adamw and lion, not of {self.optimizer}: leave it out")
-            if self.stored_dtype != "float32":
-                raise ValueError(f"moments_dtype: with param_dtype = {self.param_dtype} the moments are in bf16 already: leave it out")
-        return self
-
-
 class CheckpointConfig(Section):
     """Checkpoints: every n steps, the last `keep` of them, and the best by evaluation loss. The last step is always saved."""
 
@@ -249,24 +171,6 @@ class DeviceConfig(Section):
 
     memory_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.92
     compilation_cache: str | None = "~/.cache/moejax/xla"
-
-
-class PlacementConfig(Section):
-    """Where frozen weights lie. host: in its pinned memory, from where they come to the device as they are used.
-
-    experts: their matrices (in 4 bits: codes and block scales); auto: on the device, if the step fits there. tables: embedding and head.
-    """
-
-    experts: Literal["device", "host", "auto"] = "device"
-    tables: Literal["device", "host"] = "device"
-    prefetch: Literal["layer", "experts", "auto"] = Field(
-        default="auto",
-        description="experts come by the layer, or one by one ahead of their products; auto: as model.moe_backend multiplies them",
-    )
-
-    @property
-    def uses_host(self) -> bool:
-        return "host" in (self.experts, self.tables)
 
 
 class ProfileConfig(Section):

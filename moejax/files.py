@@ -15,6 +15,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+
+def cache_folder() -> Path:
+    """Where what was compiled or tried is remembered: $MOEJAX_CACHE, or ~/.cache/moejax."""
+    return Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax")
+
+
 _NUMBERS = count()  # next() is atomic: two threads get two
 
 

@@ -51,7 +51,7 @@ FAULTS = [
     fault("8 bits: blocks run over the matrices of a stack", ADAM8, "return math.prod(shape[:stacked])", "return 1", EIGHT_BITS),
     fault("8 bits: between two the odd code", ADAM8, "np.where(np.arange(255) % 2,", "np.where(np.arange(255) % 2 == 0,", EIGHT_BITS),
     fault("8 bits: a small negative moment becomes zero", ADAM8, "_ZERO - 1, code) if signed", "_ZERO, code) if signed", EIGHT_BITS),
-    fault("moments in bf16 are rounded to the nearest", "moejax/config.py", ' or self.moments_dtype is not None', "",
+    fault("moments in bf16 are rounded to the nearest", "moejax/config_training.py", ' or self.moments_dtype is not None', "",
           "tests/training/test_low_precision.py"),
     fault("stream: a shard stays on the disk", SHARDS, "                fetched.unlink()\n", "", STREAMED),
     fault("stream: what was written before is not checked", SHARDS, "            _remove_damaged(folder, shards)\n", "", STREAMED),

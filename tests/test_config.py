@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support import ROOT
 
-from moejax import config, config_file, config_model, other_tools
+from moejax import config, config_file, config_model, config_training, other_tools
 from moejax.errors import UserError
 
 MINIMAL = {
@@ -195,5 +195,5 @@ def test_a_value_of_two_forms_is_judged_by_the_form_it_has(override, said):
 )
 def test_a_large_vocabulary_has_small_chunks_of_logits(vocabulary, tokens):
     training = config.TrainingConfig(steps=1)
-    assert training.loss_chunk(vocabulary) == tokens and tokens * vocabulary <= max(config.LOGITS, vocabulary)
+    assert training.loss_chunk(vocabulary) == tokens and tokens * vocabulary <= max(config_training.LOGITS, vocabulary)
     assert config.TrainingConfig(steps=1, loss_chunk_tokens=77).loss_chunk(vocabulary) == 77

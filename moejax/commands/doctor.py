@@ -18,7 +18,7 @@ from rich.text import Text
 
 from moejax import __version__, installation
 from moejax.device import host_bytes
-from moejax.files import nearest
+from moejax.files import cache_folder, nearest
 from moejax.installation import version
 from moejax.terminal import Console
 
@@ -133,7 +133,7 @@ def caches() -> Iterable[Finding]:
     for what, name, remedy in (
         ("compiled programs", os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/moejax/xla", "device.compilation_cache=DIR"),
         ("quantized weights", "~/.cache/moejax/quantized", "quantization.cache=DIR"),
-        ("compiled memory figures", os.environ.get("MOEJAX_CACHE") or "~/.cache/moejax", "MOEJAX_CACHE=DIR"),
+        ("compiled memory figures", str(cache_folder()), "MOEJAX_CACHE=DIR"),
         ("Hub downloads", os.environ.get("HF_HUB_CACHE") or f"{hub_home}/hub", "HF_HOME=DIR"),
         ("runs", "runs", "runs_dir=DIR"),
     ):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moejax.errors import UserError
 from moejax.estimator import closed_form
 from moejax.estimator.units import counted
-from moejax.files import replace_text
+from moejax.files import cache_folder, replace_text
 from moejax.gpus import GPU, GPUS
 
 if TYPE_CHECKING:
@@ -47,10 +46,10 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def cached(key: dict[str, Any], compile_it: Callable[[], int], *, folder: Path | None = None) -> tuple[int, bool]:
-    """(the compiler's peak in bytes, whether it was there already), kept in $MOEJAX_CACHE, or ~/.cache/moejax. A file that is not whole is
+    """(the compiler's peak in bytes, whether it was there already), kept in `cache_folder`. A file that is not whole is
     made again; a folder that cannot be written is done without."""
     text = json.dumps(key, sort_keys=True)
-    folder = folder or Path(os.environ.get("MOEJAX_CACHE") or Path.home() / ".cache" / "moejax")
+    folder = folder or cache_folder()
     path = folder / "peaks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
