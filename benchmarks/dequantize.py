@@ -1,6 +1,7 @@
 """Seconds to dequantize one NF4 matrix on this CPU: ours in either layout, and bitsandbytes' own kernel in its environment, in turn.
 
     python benchmarks/dequantize.py [--shape 14336x4096] [--repeat 9] [--threads 2] [--out FILE]      # needs `make reference4`
+    python benchmarks/dequantize.py --step configs/bench_mixtral_tiny.yaml [--repeat 25]   # a whole step in either layout, in turn
 
 Ratios are of medians, ours over bitsandbytes'. Block scales are fp32 on both sides (no double quantization).
 """
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import kept
-from turns import Side
+from turns import Side, alternate, summary
 
 ROOT = Path(__file__).parent.parent
 DTYPES = ("bfloat16", "float32")
@@ -35,6 +36,29 @@ for line in sys.stdin:
         seconds[dtype] = time.perf_counter() - start
     print(json.dumps(seconds), flush=True)
 """
+
+
+_STEP = """
+import runpy, sys
+layout, script, sys.argv[1:] = sys.argv[1], sys.argv[2], sys.argv[3:]
+sys.path.insert(0, script.rpartition("/")[0])
+from moejax.models.ops import quantized
+quantized.layout = lambda: layout
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def steps(config: str, repeat: int) -> None:
+    """Print the seconds of a config's step with random weights in both layouts."""
+    script, own = str(ROOT / "benchmarks/step.py"), {"JAX_PLATFORMS": "cpu"}
+    arguments = ["--config", config, "--serve", "--random"]
+    with (
+        Side([sys.executable, "-c", _STEP, "halves", script, *arguments], own) as halves,
+        Side([sys.executable, "-c", _STEP, "pairs", script, *arguments], own) as pairs,
+    ):
+        rounds = alternate({"halves": halves, "pairs": pairs}, repeat)
+    medians = {name: summary(of_side)["median"] for name, of_side in rounds.items()}
+    print(f"step: halves {medians['halves']:.3f} s, pairs {medians['pairs']:.3f} s, ratio {medians['pairs'] / medians['halves']:.2f}")
 
 
 def ours(out: int, inner: int) -> None:
@@ -68,10 +92,14 @@ def main() -> None:
     parser.add_argument("--shape", default="14336x4096", metavar="OUTxIN")
     parser.add_argument("--repeat", type=int, default=9, metavar="N")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch; jax takes every core it may use")
+    parser.add_argument("--step", metavar="CONFIG", help="a whole step instead")
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     out, inner = map(int, options.shape.split("x"))
+    if options.step:
+        steps(options.step, options.repeat)
+        return
     if options.serve:
         ours(out, inner)
         return
