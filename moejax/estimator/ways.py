@@ -145,7 +145,8 @@ def _tried(asked: Asked, changes: Mapping[str, Any]) -> Way:
     total = own.data.batch_rows * own.training.gradient_accumulation
     # What a run's own choice comes down to on a full card is no change.
     chosen_by_auto = [("training.remat", "full")] if own.training.remat == "auto" else []
-    for rows in _divisors(total):
+    sides_apart = own.preference is not None and own.data.batching != "pack"  # a pair's sides are two rows of a micro-batch
+    for rows in (n for n in _divisors(total) if not (sides_apart and n % 2)):
         settings = {**changes, "data.batch_rows": rows, "training.gradient_accumulation": total // rows}
         if rows == total:
             settings["training.accumulation"] = "micro_batch_major"  # there is one

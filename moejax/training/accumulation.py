@@ -6,10 +6,8 @@ Together each matrix of the experts is dequantized once for all of them; the str
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moejax import device
-from moejax.config import Experiment, load
+from moejax.config import Experiment
 from moejax.models.config import Architecture
 from moejax.progress import say, waiting
 from moejax.training import oracle
@@ -17,14 +15,6 @@ from moejax.training.program import NOTHING_OWN, Own
 from moejax.training.remat import HOPELESS, RESERVE
 
 PLAIN = "micro_batch_major"
-
-
-def of_run(experiment: Experiment) -> Experiment:
-    """`auto` of a run that is resumed: what the run chose when it began."""
-    config = Path(experiment.runs_dir) / experiment.name / "config.yaml"
-    if experiment.training.accumulation != "auto" or not config.is_file():
-        return experiment
-    return experiment.changed("training", accumulation=load(config).training.accumulation)
 
 
 def resolve(experiment: Experiment, config: Architecture, steps: int, own: Own = NOTHING_OWN) -> Experiment:

@@ -24,11 +24,14 @@ HOPELESS = 1.2
 
 
 def of_run(experiment: Experiment) -> Experiment:
-    """`auto` of a run that is resumed: what the run chose when it began, so that it goes on with the same program."""
+    """`auto` of `training.remat` and `training.accumulation` of a run that is resumed: what the run chose when it began, so that it goes on
+    with the same program."""
     config = Path(experiment.runs_dir) / experiment.name / "config.yaml"
-    if experiment.training.remat != "auto" or not config.is_file():
+    choices = [name for name in ("remat", "accumulation") if getattr(experiment.training, name) == "auto"]
+    if not choices or not config.is_file():
         return experiment
-    return experiment.changed("training", remat=load(config).training.remat)
+    began = load(config).training
+    return experiment.changed("training", **{name: getattr(began, name) for name in choices})
 
 
 def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experiment:

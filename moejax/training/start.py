@@ -52,7 +52,7 @@ class Started(NamedTuple):
 def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTHING_OWN) -> Started:
     """Read, check and load, in a folder that is this process's alone. Raises UserError."""
     if resume:
-        experiment = pinning.adopted(accumulation.of_run(remat.of_run(experiment)))
+        experiment = pinning.adopted(remat.of_run(experiment))
     begun = folders.prepare(experiment, resume=resume)
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
