@@ -38,7 +38,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(keys[2], d, kv, dtype, scope=scope, axes=("heads", "embed"))
         self.o_proj = Linear(keys[3], heads, d, dtype, scope=scope, axes=("embed", "heads"))
         self.target = target
-        self.head_dim, self.theta, self.qk_norm = spec.head_dim, spec.rope_theta, spec.qk_norm
+        self.head_dim, self.rope, self.qk_norm = spec.head_dim, spec.rope, spec.qk_norm
         if spec.qk_norm is not None:
             sizes = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (heads, kv)
             self.q_norm, self.k_norm = (RMSNorm(size, config.stream.norm_eps, dtype, axis="heads") for size in sizes)
@@ -88,4 +88,4 @@ class Attention(nnx.Module):
         q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v
+        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v

@@ -99,7 +99,6 @@ _METADATA = (
 HARMLESS: dict[str, Any] = dict.fromkeys((*_TOKENS, *_GENERATION, *_METADATA), ANY)
 """What transformers writes into any config.json that changes nothing of a forward pass: it may have any value."""
 
-ROPE: Table = {"rope_theta": ANY, "rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
 BITSANDBYTES: Table = {
     "quant_method": ("bitsandbytes",), "load_in_4bit": (True,), "_load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",),
     "bnb_4bit_use_double_quant": ANY, "bnb_4bit_compute_dtype": ANY, "bnb_4bit_quant_storage": ANY, "llm_int8_threshold": ANY,

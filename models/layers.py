@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax.models.config.rope import Rope
 from moejax.models.lora import LoRA
 from moejax.models.ops import host, linear
 from moejax.models.ops.grouped.matmul import Projection
@@ -154,15 +155,17 @@ def fold(key: jax.Array | None, index: int | jax.Array) -> jax.Array | None:
     return jax.vmap(jax.random.fold_in, (0, None))(key, index) if key.ndim else jax.random.fold_in(key, index)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     """Rotary positions, the halves of a head turned against each other as in Llama and Mixtral on the Hub.
 
     x: [B, T, H, C]; positions: int32 [B, T]. Angles in fp32.
     """
     c = x.shape[-1]
-    frequency = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
+    own = rope.scaling is None
+    frequency = rope.theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c) if own else jnp.asarray(rope.frequencies(c))
     angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, C/2]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    cos, sin = (cos, sin) if own else (cos * rope.scale, sin * rope.scale)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

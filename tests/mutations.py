@@ -155,9 +155,9 @@ FAULTS = [
           f"{MIXTRAL}::test_logits"),
     fault("BlackMamba's weights are renormalized", MOE, "keepdims=True) if self.renormalize else picked", "keepdims=True)", f"{BLACKMAMBA}::test_logits"),
     fault("Qwen3-MoE's heads are normed after they are turned", "models/attention.py",
-          'q, k = self.q_norm(q), self.k_norm(k)\n        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v',
-          'q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)\n            return self.q_norm(q), self.k_norm(k), v\n'
-          '        return rotate(q, positions, self.theta), rotate(k, positions, self.theta), v', FAMILIES),
+          'q, k = self.q_norm(q), self.k_norm(k)\n        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v',
+          'q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)\n            return self.q_norm(q), self.k_norm(k), v\n'
+          '        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v', FAMILIES),
     fault("OLMoE's norms are of each head", "models/families/olmoe.py", '= "all"', '= "head"', FAMILIES),
     fault("FlexOlmo's norms stand before", "models/decoder.py", 'compute, block.norm == "after"', "compute, False", FAMILIES),
     fault("what a norm behind reads is computed again", "models/decoder.py", 'norm(checkpoint_name(out, "halfway"))', "norm(out)",

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from moejax.models.config.rope import Rope
 from moejax.models.config.tensor_names import TensorNames
 
 Path = tuple[str, ...]
@@ -41,7 +42,7 @@ class GQA:
     heads: int
     kv_heads: int
     head_dim: int
-    rope_theta: float
+    rope: Rope
     qk_norm: Literal["head", "all"] | None = None
     module: ClassVar[str] = "attention"
     scopes: ClassVar[tuple[str, ...]] = ("dequant", "norm", "lora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC
 from collections.abc import Collection, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from moejax.models import foreign_settings as foreign
+from moejax.models.config import rope
 from moejax.models.config.specs import GQA, Architecture, Block, BlockNorm, MoE, Router, Stack, Stream
 from moejax.models.config.tensor_names import BlockNames, TensorNames
 
@@ -25,9 +27,10 @@ DEFAULTED = {name: name for name in ("rope_theta", "rms_norm_eps", "max_position
 """What a config.json may leave out."""
 KNOWN: dict[str, Any] = foreign.HARMLESS | dict.fromkeys((*SIZES, *DEFAULTED, "head_dim", "num_local_experts", "output_router_logits")) | {
     "hidden_act": ("silu", "swish"), "attention_dropout": (0,), "tie_word_embeddings": (False, True), "partial_rotary_factor": (1,),
-    "pretraining_tp": (1,), "rope_parameters": foreign.ROPE, "rope_scaling": foreign.ROPE, "quantization_config": foreign.BITSANDBYTES,
+    "pretraining_tp": (1,), "quantization_config": foreign.BITSANDBYTES,
 }  # fmt: skip
-"""What such a config.json may say. `sliding_window` and `layer_types` are judged by the number of positions and of layers."""
+"""What such a config.json may say. `sliding_window` and `layer_types` are judged by the number of positions and of layers, rotary
+positions by their kind."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class AttentionMoEConfig(Architecture, ABC):
     rope_theta: float
     rms_norm_eps: float
     router_aux_loss_coef: float
+    rope_scaling: rope.Yarn | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     architecture: ClassVar[str]
     """transformers' class."""
@@ -65,6 +69,8 @@ class AttentionMoEConfig(Architecture, ABC):
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a number above 0")
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"router_aux_loss_coef = {self.router_aux_loss_coef}: expected 0 or a number above it")
+        if not isinstance(self.rope_scaling, rope.Yarn | None):
+            raise ValueError(f"rope_scaling = {self.rope_scaling!r}: it is read from the config.json of model.source, and has no override")
 
     @property
     def renormalizes(self) -> bool:
@@ -73,7 +79,7 @@ class AttentionMoEConfig(Architecture, ABC):
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        attention = GQA(self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta, self.qk_norm)
+        attention = GQA(self.num_heads, self.num_kv_heads, self.head_dim, rope.Rope(self.rope_theta, self.rope_scaling), self.qk_norm)
         router = Router("softmax", self.renormalizes)
         experts = MoE(self.num_experts, self.experts_per_token, self.intermediate_size, "silu", router)
         return (Stack(Block(attention, experts, self.block_norm), self.num_layers),)
@@ -130,11 +136,13 @@ class AttentionMoEConfig(Architecture, ABC):
         judged = {
             "sliding_window": (None, config.get("sliding_window")) if whole else (None,),
             "layer_types": (None, types) if everywhere else (None,),
+            **{name: rope.known(config.get(name)) for name in ("rope_parameters", "rope_scaling")},
         }
         foreign.check(config, KNOWN | dict(cls.known) | judged, ignored)
         ropes = {"": config} | {f"{name}.": config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
-        thetas = {f"{where}rope_theta": rope.get("rope_theta") for where, rope in ropes.items() if isinstance(rope, Mapping)}
+        thetas = {f"{where}rope_theta": each.get("rope_theta") for where, each in ropes.items() if isinstance(each, Mapping)}
         theta = foreign.same(thetas)
+        theta = float(foreign.number(missing if theta is None else {"rope_theta": theta}, "rope_theta"))
         kv_heads = config.get("num_key_value_heads", missing["num_key_value_heads"])
         experts = foreign.same({name: config.get(name) for name in ("num_local_experts", "num_experts")})
         eos = config.get("eos_token_id")
@@ -145,7 +153,8 @@ class AttentionMoEConfig(Architecture, ABC):
             num_kv_heads=heads if kv_heads is None else size("num_key_value_heads"),
             head_dim=sizes["hidden_size"] // heads if config.get("head_dim") is None else size("head_dim"),
             num_experts=foreign.whole_number(missing if experts is None else {"num_experts": experts}, "num_experts"),
-            rope_theta=float(foreign.number(missing if theta is None else {"rope_theta": theta}, "rope_theta")),
+            rope_theta=theta,
+            rope_scaling=rope.of_hub({k: v for k, v in config.items() if k not in ignored}, positions, theta).scaling,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             bos_token_id=config.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
@@ -166,4 +175,5 @@ class AttentionMoEConfig(Architecture, ABC):
             "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
+            **({} if self.rope_scaling is None else {"rope_scaling": self.rope_scaling.to_hub()}),
         }

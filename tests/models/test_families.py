@@ -34,7 +34,7 @@ from moejax.models.config import FAMILIES, PRESETS, LoRAConfig, Quantization, fr
 from moejax.models.families.qwen3_moe import Qwen3MoeConfig
 from moejax.models.ops.quantized import QuantizedTensor, quantize
 
-CASES = ("qwen3_moe", "qwen3_moe_dense", "qwen3_moe_raw_tied", "olmoe", "olmoe_summed", "flex_olmo", "flex_olmo_dense")
+CASES = ("qwen3_moe", "qwen3_moe_dense", "qwen3_moe_raw_tied", "qwen3_moe_yarn", "olmoe", "olmoe_summed", "flex_olmo", "flex_olmo_dense")
 EACH = ("qwen3_moe", "olmoe", "flex_olmo")
 SMALL = (("qwen3-moe-tiny", 24), ("olmoe-tiny",), ("flex-olmo-tiny",))  # heads that are not D/H wide; D/H
 
@@ -129,7 +129,7 @@ def test_what_transformers_writes_is_read(case, vectors):
 
 REFUSED = {
     "qwen3-moe-tiny": [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r'rope_scaling.rope_type = "yarn" \(expected "default"\)'),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, r'rope_scaling.rope_type = "dynamic" \(expected "default" or "yarn"\)'),
         ({"use_sliding_window": True, "sliding_window": 512}, "sliding_window = 512"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 \(expected 1\)"),

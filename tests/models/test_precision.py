@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.models.config import PRESETS
+from moejax.models.config.rope import Rope
 from moejax.models.layers import RMSNorm, Target, rotate
 from moejax.models.moe import MoE
 from moejax.models.ops import attention
@@ -54,7 +55,7 @@ def test_rotary_angles_of_far_positions():
     angle = 3001 * 1e6 ** (-np.arange(0, 8, 2) / 8)
     first, second = np.split(x64[0, 0, 0], 2)
     expected = np.concatenate([first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)])
-    found = np.asarray(rotate(x, jnp.full((1, 1), 3001), 1e6), np.float64)[0, 0, 0]
+    found = np.asarray(rotate(x, jnp.full((1, 1), 3001), Rope(1e6)), np.float64)[0, 0, 0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
 
 

@@ -25,10 +25,12 @@ SIZES = dict(
 QWEN3 = dict(SIZES, head_dim=8, moe_intermediate_size=12, intermediate_size=40, num_experts=6, rms_norm_eps=1e-6)
 OLMOE = dict(SIZES, intermediate_size=12, num_experts=6, rms_norm_eps=1e-5)
 FLEX = dict(OLMOE, rms_norm_eps=1e-6)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 2.0, "original_max_position_embeddings": 16}
 CASES = {
     "qwen3_moe": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False)),
     "qwen3_moe_dense": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False, num_experts_per_tok=6)),
     "qwen3_moe_raw_tied": ("qwen3_moe", dict(QWEN3, norm_topk_prob=False, tie_word_embeddings=True)),
+    "qwen3_moe_yarn": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False, rope_parameters=YARN)),
     "olmoe": ("olmoe", dict(OLMOE, norm_topk_prob=False, tie_word_embeddings=False)),
     "flex_olmo": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False)),
     "flex_olmo_dense": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False, num_experts_per_tok=6)),
