@@ -16,9 +16,7 @@ _OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all
 PLAIN: foreign.Table = {
     "rope_theta": foreign.ANY, "rope_type": ("default", "yarn"), "type": ("default", "yarn"), "partial_rotary_factor": (1,),
 }  # fmt: skip
-YARN: foreign.Table = PLAIN | dict.fromkeys(
-    ("factor", *_NAMES, *_OPTIONAL), foreign.ANY
-) | {"truncate": (False, True)}  # fmt: skip
+YARN: foreign.Table = {**PLAIN, **dict.fromkeys(("factor", *_NAMES, *_OPTIONAL), foreign.ANY), "truncate": (False, True)}
 
 
 def mscale(factor: float, by: float = 1.0) -> float:
