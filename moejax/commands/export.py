@@ -5,24 +5,42 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moejax.errors import UserError
+from moejax.progress import say, waiting
 from moejax.runtime import prepare_jax_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    servers = ("peft", "vllm", "sglang")
+    kind.add_argument("--for", dest="server", choices=servers, help="an adapter as this loads it; refused where it cannot")
+    kind.add_argument(
         "--format", choices=("peft", "fused", "merged"), default=None, help="default: the adapter if one was trained, else the model; "
         "fused: an adapter for transformers 5 with PEFT 0.19 or later"
     )
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="reload what was written, compare its logits")
     parser.add_argument("--tolerance", type=float, metavar="SHARE", help="largest logit difference, as a share of the "
         "largest logit (default: 0.05 of a merged model, 0.00001 of an adapter)")  # fmt: skip
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload what was written to the Hub, as a private repository")
+    parser.add_argument("--public", action="store_true", help="with --push: as one that everybody sees")
 
 
 def run(options: argparse.Namespace) -> int:
+    from moejax.hub.push import check_name, push
+
+    if options.public and options.push is None:
+        raise UserError("--public says how to upload, and nothing is uploaded: add --push OWNER/NAME, or leave it out")
+    if options.push is not None:
+        check_name(options.push)
     prepare_jax_for(options.run)
     from moejax.runs.export import export
 
-    export(Path(options.run), Path(options.out), options.format, options.verify, options.tolerance)
+    out = Path(options.out)
+    export(Path(options.run), out, options.format, options.verify, options.tolerance, options.server)
+    if options.push is not None:
+        with waiting(f"uploading {out}"):
+            address = push(out, options.push, public=options.public)
+        say(f"uploaded: {address}")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moejax.errors import UserError
 
-_SMALL = ("*.json", "tokenizer*", "*.jinja")
+_SMALL = ("*.json", "tokenizer*", "*.jinja", "README.md")
 _DOWNLOAD = (*_SMALL, "*.safetensors")
 _PYTORCH = ("pytorch_model*.bin", "adapter_model.bin")
 
@@ -60,7 +60,7 @@ def weight_sizes(source: str, commit: str) -> dict[str, int]:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Configuration and tokenizer of a folder."""
+    """Configuration, tokenizer and card of a folder."""
     names = _matching((path.name for path in folder.iterdir() if path.is_file()), _SMALL)
     return [folder / name for name in names if not name.endswith(".index.json")]
 

@@ -15,14 +15,15 @@ from moejax.data import chat
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
 from moejax.estimator.units import told
-from moejax.hub import merge, peft, verification, weights
+from moejax.hub import merge, peft, servers, verification, weights
 from moejax.hub.layerwise import Checkpoint
 from moejax.hub.model import adapter_config, architecture, base_folder, quantization_config
 from moejax.hub.quantized_cache import Content
+from moejax.hub.servers import SERVERS
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture
 from moejax.progress import bar, say
-from moejax.runs import beside
+from moejax.runs import beside, card
 from moejax.runs.open import check_base, check_made_of, open_run
 
 PROMPT = (
@@ -34,11 +35,15 @@ TOLERANCE = {"peft": 1e-5, "fused": 1e-5, "merged": 0.05}
 rounded to bf16."""
 
 
-def export(folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None) -> None:
-    """Write DIR whole or not at all. Raises UserError for a mistake, a full disk, and a model that reloads differently."""
+def export(
+    folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None, for_: str | None = None
+) -> None:  # fmt: skip
+    """Write DIR whole or not at all. for_: what is to load an adapter, "peft" or a name of SERVERS. Raises UserError for a mistake, a full
+    disk, an adapter that the server cannot hold, and a model that reloads differently."""
     experiment = open_run(folder)
     trained = experiment.adapter is not None
-    chosen = format_ or ("peft" if trained else "merged")
+    server = SERVERS.get(for_ or "")
+    chosen = format_ or ("peft" if trained or for_ else "merged")
     if chosen != "merged" and not trained:
         raise UserError(f"{folder} trained the whole model, so there is no adapter to export: use --format merged")
     if target.exists():
@@ -51,6 +56,14 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
     sizes = architecture(experiment, base)
     if trained:
         check_made_of(folder, experiment, base, _tokenizer(experiment, base))
+    pairs = {} if experiment.adapter is None else experiment.adapter.lora.of(sizes)
+    if server is not None and experiment.adapter is not None:
+        servers.check(server, sizes, pairs, experiment.adapter.lora.token_rows)
+    k = sizes.experts_per_token if chosen != "merged" and sizes.experts_per_token != _own(experiment, base).experts_per_token else None
+
+    def served(base: str, place: str) -> str | None:
+        return None if server is None else servers.started(server, base, place, pairs, k)
+
     total = 2 * sizes.parameters[0]  # the whole model in bf16
     aside = files.aside(target)
     try:
@@ -59,8 +72,12 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
             model = _abstract(experiment, sizes, folder)
             peft.save_adapter(model, aside, str(source), experiment.model.revision, fused=chosen == "fused")
             beside.carry_added_tokens(aside, experiment, _tokenizer(experiment, base))
+            if server is not None and server.names:
+                servers.rename_targets(server, aside)
         else:
             _write_merged(experiment, sizes, folder, base, aside, total)
+        use = card.use(chosen, sizes, card.place_name(str(source)), target.name, k, served(card.place_name(str(source)), target.name))
+        card.write(aside, use, folder, experiment, sizes, base if trained else Path(str(source)))
         if verify:
             limit = TOLERANCE[chosen] if tolerance is None else tolerance
             try:
@@ -85,8 +102,15 @@ def export(folder: Path, target: Path, format_: str | None, verify: bool, tolera
         shutil.rmtree(aside, ignore_errors=True)
     what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
     say(f"{what}: {target}{'' if verify else ' (not verified)'}")
+    if server is not None:
+        say(f"as {server.title} {server.version} loads it (read {server.read}): {served(str(source), str(target))}")
     if sizes.new_rows and chosen != "merged":
         say(f"its base lacks {sizes.new_rows} of the tokens: model.resize_token_embeddings({sizes.vocab_size}) before PEFT loads it")
+
+
+def _own(experiment: Experiment, base: Path) -> Architecture:
+    """The base as its own config.json has it."""
+    return weights.read_config(base, experiment.model.ignored_settings)
 
 
 def _abstract(experiment: Experiment, sizes: Architecture, folder: Path) -> Model:

@@ -24,6 +24,7 @@ from moejax.errors import UserError
 from moejax.hub import merge, peft, weights
 from moejax.hub.model import architecture, create_model
 from moejax.hub.quantized_cache import Content
+from moejax.hub.servers import SERVERS
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig
 from moejax.runs import export
@@ -48,7 +49,7 @@ def test_a_merged_model_computes_what_was_trained(run_folder, tmp_path, capsys):
     assert cli.main(["export", str(run_folder), "--out", str(out), "--format", "merged"]) == 0
     assert "verified on" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     assert {v.dtype for v in load_file(str(out / "model.safetensors")).values()} == {jnp.dtype(jnp.bfloat16)}
@@ -201,7 +202,7 @@ def test_two_exports_to_one_place(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_compare", and_another)
     with pytest.raises(UserError, match=r"m has been written meanwhile, by another export"):
         export.export(run_folder, tmp_path / "m", "peft", True, None)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["adapter_config.json", "adapter_model.safetensors", "m"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "m"]
 
 
 def test_a_full_disk_at_the_tokenizer(run_folder, tmp_path, monkeypatch):
@@ -246,3 +247,42 @@ def test_what_cannot_be_exported(run_folder, tmp_path, capsys):
     finished_run(tmp_path / "random", model={"preset": "mixtral-tiny"}, tokenizer=str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
     assert "its base has random weights" in refused(tmp_path / "random", "--out", tmp_path / "m")
     assert not (tmp_path / "m").exists()
+    # Of an adapter on everything, in a server's format.
+    assert "SGLang 0.5.23 cannot hold adapters on gate (the router" in refused(run_folder, "--out", tmp_path / "m", "--for", "sglang")
+    assert "--push x: no name of a repository" in refused(run_folder, "--out", tmp_path / "m", "--push", "x")
+    assert "--public says how to upload" in refused(run_folder, "--out", tmp_path / "m", "--public")
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run_folder), "--out", str(tmp_path / "m"), "--for", "tgi"])
+    assert "invalid choice: 'tgi'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("server", "targets", "named"),
+    [
+        ("vllm", ["o_proj", "gate", "w1", "w2", "w3"], ["gate", "o_proj", "w1", "w2", "w3"]),
+        pytest.param("sglang", ["o_proj", "w1", "w2", "w3"], ["down_proj", "gate_proj", "o_proj", "up_proj"], marks=pytest.mark.long),
+    ],
+)
+def test_an_adapter_for_a_server(server, targets, named, tmp_path, capsys):
+    """The tensors that were trained, under the names that its loader looks for; verified as written, and said how it is served."""
+    finished_run(tmp_path / "run", adapter={"rank": 2, "alpha": 4.0, "targets": targets}, model={
+        "source": str(ROOT / "assets/tiny-mixtral"), "experts_per_token": 8})  # fmt: skip
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "a"), "--for", server]) == 0
+    out, written = capsys.readouterr().out, tmp_path / "a"
+    assert "largest logit difference 0 " in out and f"{SERVERS[server].title} {SERVERS[server].version} loads it" in out
+    assert """'{"num_experts_per_tok": 8}'""" in out and f"a={written}" in out
+    assert json.loads((written / "adapter_config.json").read_text())["target_modules"] == named
+    name = "adapter_model.safetensors"
+    assert (written / name).read_bytes() == (tmp_path / "run/adapter" / name).read_bytes()
+    card = (written / "README.md").read_text()
+    assert "--lora-modules a=a" in card or "--lora-paths a=a" in card
+
+
+def test_a_push_follows_what_is_written_and_compared(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("moejax.hub.push.push", lambda folder, name, public: f"{name} of {sorted(p.name for p in folder.iterdir())}")
+    given = ["export", str(run_folder), "--out", str(tmp_path / "a"), "--push", "me/tuned"]
+    assert cli.main(given) == 0
+    out = capsys.readouterr().out
+    files = "['README.md', 'adapter_config.json', 'adapter_model.safetensors']"
+    assert out.index("verified on") < out.index(f"uploaded: me/tuned of {files}")
