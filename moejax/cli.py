@@ -42,6 +42,7 @@ GROUPS = {
         "export": Command("a run's adapter or merged model for PyTorch; reloaded, compared", "moejax.commands.export"),
     },
     "ask the model": {
+        "chat": Command("a conversation with a finished run's model", "moejax.commands.chat"),
         "generate": Command("what a finished run's model answers to a prompt", "moejax.commands.generate"),
         "eval": Command("accuracy of a run or model on a task (gsm8k, piqa-generated, …)", "moejax.commands.eval"),
         "exact-match": Command("answers of the base and of the tuned model on held-out problems", "moejax.commands.exact_match"),
@@ -63,7 +64,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 _TABLE_3 = "moejax.study.cost.table_3"  # what `estimate memory --study` runs
 _OTHER_WORDS = {"init": "new create start", "data": "dataset preview inspect",
                 "train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval",
-                "generate": "chat infer inference", "estimate": "memory fit", "export": "merge save convert",
+                "generate": "infer inference", "chat": "talk converse repl", "estimate": "memory fit", "export": "merge save convert",
                 "doctor": "info env check"}  # fmt: skip
 
 

@@ -81,20 +81,21 @@ def _choose(logits: jax.Array, step: jax.Array | int, draw: Draw | None) -> jax.
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
-@partial(jit, static_argnums=(0, 5, 6))
+@partial(jit, static_argnums=(0, 6), donate_argnums=4)
 def _begin(
     graphdef: Any,
     state: nnx.State,
     tokens: jax.Array,
     lengths: jax.Array,
+    cache: Cache,
     draw: Draw | None,
     steps: int,
-    capacity: int,
     end: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Answers int32 [B, steps]: the first tokens, then the first of the end tokens [M]; and a cache of `capacity` places."""
+    """Answers int32 [B, steps] to prompts of which the cache holds all before `tokens`: the first tokens, then the first of the end
+    tokens [M]; and the cache."""
     model: Model = nnx.merge(graphdef, state)
-    logits, cache = prefill(model, tokens, lengths, init_cache(model, tokens.shape[0], capacity))
+    logits, cache = prefill(model, tokens, lengths, cache)
     return jnp.full((tokens.shape[0], steps), end[0]).at[:, 0].set(_choose(logits, 0, draw)), cache
 
 
@@ -155,14 +156,14 @@ def in_groups(keys: Sequence[Any], rows: int) -> list[list[int]]:
     return [group[at : at + rows] for _, group in sorted(groups.items(), reverse=True) for at in range(0, len(group), rows)]
 
 
-def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return tokens, np.array([len(p) for p in prompts], np.int32)
 
 
-def _names(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+def names_of(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     """uint32 [B, 2]: a checksum of each prompt, and how many equal ones stand before it.
 
     Keys come from these and not from the row's number: a prompt's answer is the same whatever shares its batch, and the copies of
@@ -176,7 +177,7 @@ def _names(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     return names
 
 
-def _draw(model: Model, sampling: Sampling, names: np.ndarray) -> Draw | None:
+def draw_of(model: Model, sampling: Sampling, names: np.ndarray) -> Draw | None:
     if sampling.temperature == 0:
         return None
     key = jax.random.key(sampling.seed)
@@ -204,12 +205,12 @@ def generate(
     positions.
     """
     padded_length(model.config, prompts, max_new_tokens)
-    names, size, done = _names(prompts), min(batch_size, len(prompts)), 0
+    names, size, done = names_of(prompts), min(batch_size, len(prompts)), 0
     answers: list[list[int]] = [[] for _ in prompts]
     piece = max_new_tokens if stopped is None else CHECKED
     for chosen in in_groups([bucket(len(p)) for p in prompts], batch_size):
         rows = chosen + [chosen[-1]] * (size - len(chosen))  # one program for a bucket; the copies end when their row does
-        draw = _draw(model, sampling, names[rows])
+        draw = draw_of(model, sampling, names[rows])
         unfinished = set(chosen)
         for out in _decode(model, [prompts[i] for i in rows], bucket(len(prompts[chosen[0]])), draw, max_new_tokens, end, piece):
             for index, row in zip(chosen, out, strict=False):
@@ -234,7 +235,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` as they come, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
     token, only that token. Everything is compiled before the first piece. Raises UserError as `generate` does."""
-    length, draw = padded_length(model.config, prompts, max_new_tokens), _draw(model, sampling, _names(prompts))
+    length, draw = padded_length(model.config, prompts, max_new_tokens), draw_of(model, sampling, names_of(prompts))
     shown = 0
     for out in _decode(model, prompts, length, draw, max_new_tokens, end, piece):
         yield out[:, shown:]
@@ -245,16 +246,32 @@ def _decode(
     model: Model, prompts: Sequence[Sequence[int]], length: int, draw: Draw | None, steps: int, end: End, piece: int
 ) -> Iterator[np.ndarray]:
     """All tokens so far, after the first one and then after every `piece` more: int32 [B, 1 …]. Ends when all rows have."""
-    graphdef, state = nnx.split(model)
-    tokens, lengths = _padded(prompts, length)
+    tokens, lengths = padded(prompts, length)
+    cache = init_cache(model, len(prompts), length + steps)
+    for so_far, _ in decoded(nnx.split(model), tokens, lengths, cache, draw, steps, end, piece):
+        yield so_far
+
+
+def decoded(
+    model: tuple[Any, nnx.State],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    cache: Cache,
+    draw: Draw | None,
+    steps: int,
+    end: End,
+    piece: int,
+) -> Iterator[tuple[np.ndarray, Cache]]:
+    """The same, of prompts that go on behind what the cache holds; and the cache, which the next piece takes away. It holds the prompts
+    and their answers but for each last token. model: as nnx.split has it; tokens int32 [B, T], right-padded; lengths int32 [B]."""
     ends = np.atleast_1d(np.asarray(end, np.int32))
-    out, cache = _begin(graphdef, state, tokens, lengths, draw, steps, length + steps, ends)
+    out, cache = _begin(*model, tokens, lengths, cache, draw, steps, ends)
     step, until = jnp.int32(1), 1
     while True:
         if steps > 1:  # the first call decodes nothing: it compiles what the later ones run
-            out, cache, step = _go_on(graphdef, state, out, cache, step, jnp.int32(until), draw, ends)
+            out, cache, step = _go_on(*model, out, cache, step, jnp.int32(until), draw, ends)
         so_far = np.asarray(out)[:, :until]
-        yield so_far
+        yield so_far, cache
         if until == steps or np.isin(so_far, ends).any(axis=1).all():
             return
         until = min(until + piece, steps)
