@@ -146,7 +146,7 @@ reference5: .venv-reference5/.installed ## PyTorch's side: transformers 5, peft 
 
 vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@for script in mixtral lora nf4 adam8 blackmamba evaluation token_rows; do OMP_NUM_THREADS=1 .venv-reference4/bin/python tests/oracles/$$script.py; done
-	@for script in lora_fused families rope preferences token_rows; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
+	@for script in lora_fused mxfp4 families rope preferences token_rows; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
 
 clean: ## remove environments and generated text; runs/ stays
 	rm -rf $(VENV) $(AOT) $(JAX12) .venv-reference4 .venv-reference5 assets/generated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial, reduce
 from typing import Any
 
@@ -16,7 +17,7 @@ from moejax.models.decoder import Decoder
 from moejax.models.layers import ON_THE_DEVICE, ExpertLinear, Frozen, Linear, Placement, of_experts
 from moejax.models.lora import LoRA
 from moejax.models.ops import host
-from moejax.models.ops.quantized import abstract, is_quantized, quantize
+from moejax.models.ops.quantized import KINDS, abstract, is_quantized, quantize
 from moejax.models.token_rows import TokenRows
 
 Model = Decoder
@@ -40,7 +41,8 @@ def build(
     """A model with random weights from `key`; without a key an abstract one (every weight a `jax.ShapeDtypeStruct`).
 
     With an adapter or a quantization the base is frozen: stored in `frozen_dtype` (default: `dtype`), or in 4 bits where
-    `quantization.modules` says so, and only the adapter (fp32) is trainable. Otherwise every weight is, in `param_dtype`.
+    `quantization.modules` says so or its checkpoint's experts are, and only the adapter (fp32) is trainable. Otherwise every weight is,
+    in `param_dtype`.
     platform, memory_bytes: of the device that it is for, as `choice.here` and `choice.memory_here` say them; None: this one.
     placement: of frozen weights. Raises ValueError where the device has no such memory.
     """
@@ -64,15 +66,16 @@ def build(
 
 
 def freeze(model: Model, quantization: Quantization | None = None) -> None:
-    """Make every weight `Frozen`, and 4 bits where asked. In place; works on abstract models too."""
-    modules = _modules_of(model, model.config.resolve_groups(quantization.modules) if quantization else ())
+    """Make every weight `Frozen`, and 4 bits where asked, or where its checkpoint has it so. In place; works on abstract models too."""
+    kinds = model.config.kinds(*(quantization.kind, quantization.modules) if quantization else (None,))
+    modules = _modules_of(model, kinds)
     for _, node in nnx.iter_modules(model):
         module: Any = node
         for name, variable in list(vars(module).items()):
             if isinstance(variable, nnx.Param):
                 value, axes = variable.get_value(), variable.get_metadata("axes")
-                if quantization and name == "weight" and id(module) in modules:
-                    kind = quantization.kind
+                if name == "weight" and id(module) in modules:
+                    kind = modules[id(module)]
                     value = abstract(kind, value.shape) if isinstance(value, jax.ShapeDtypeStruct) else quantize(kind, value)
                 setattr(module, name, Frozen(value, axes=axes))
 
@@ -86,7 +89,8 @@ def place(model: Model, placement: Placement) -> None:
             value, table = variable.get_value(), variable.get_metadata("axes") == ("vocab", "embed")
             if (placement.tables if table else placement.experts if of_experts(variable) else "device") == "host":
                 # The scales of scales are one part in two thousand, and as many fetches again.
-                parts = {n: host.put(a) for n, a in value.parts().items() if n in ("codes", "absmax")} if is_quantized(value) else None
+                large = KINDS[value.kind].large if is_quantized(value) else None
+                parts = {n: host.put(a) for n, a in value.parts().items() if n in large} if large else None
                 variable.set_value(host.put(value) if parts is None else value.with_parts(value.parts() | parts))
 
 
@@ -99,9 +103,10 @@ def remove_lora(model: Model) -> None:
             module.lora = nnx.data(None)
 
 
-def _modules_of(model: Model, names: tuple[str, ...]) -> set[int]:
+def _modules_of(model: Model, kinds: Mapping[str, str]) -> dict[int, str]:
+    """By the module's identity: how it is stored. kinds: by group."""
     groups = model.config.groups
-    return {id(_at(model, path)) for name in names for path in groups.get(name, ())}
+    return {id(_at(model, path)): kind for name, kind in kinds.items() for path in groups.get(name, ())}
 
 
 def _at(model: Model, path: tuple[str, ...]) -> Any:

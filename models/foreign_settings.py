@@ -104,3 +104,5 @@ BITSANDBYTES: Table = {
     "bnb_4bit_use_double_quant": ANY, "bnb_4bit_compute_dtype": ANY, "bnb_4bit_quant_storage": ANY, "llm_int8_threshold": ANY,
     "llm_int8_skip_modules": ANY, "llm_int8_enable_fp32_cpu_offload": ANY, "llm_int8_has_fp16_weight": ANY,
 }  # fmt: skip
+MXFP4: Table = {"quant_method": ("mxfp4",), "modules_to_not_convert": ANY, "dequantize": ANY}
+"""What `quantization_config` says of a family whose experts may come in MXFP4 (`Architecture.expert_format`)."""

@@ -289,6 +289,7 @@ class Experiment(Section):
             limit = sizes.max_position_embeddings
             if self.data.longest_text > limit:
                 raise ValueError(f"rows of {self.data.longest_text} tokens exceed the model's max_position_embeddings = {limit}")
+            self.kinds(sizes)
             if self.adapter is not None and sizes.target_names:
                 self.adapter.lora.of(sizes)
         return self
@@ -308,8 +309,14 @@ class Experiment(Section):
         if self.adapter is not None and self.adapter.targets is None:
             settled = settled.changed("adapter", targets=sizes.default_targets)
         if self.quantization.modules is None:
-            settled = settled.changed("quantization", modules=sizes.default_quantized)
+            settled = settled.changed("quantization", modules=sizes.resolve_groups(None))
         return settled
+
+    def kinds(self, sizes: Architecture) -> dict[str, str]:
+        """Group of weights (attention, experts, router) -> how it is stored in 4 bits, of `moejax.models.ops.quantized.KINDS`. Raises
+        ValueError for experts that the config quantizes and the model's files have in 4 bits already."""
+        found = sizes.kinds(self.quantization.kind, self.quantization.modules)
+        return {} if self.adapter is None else found
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -42,7 +42,7 @@ class ModelConfig(Section):
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset!r} is unknown: {nearest(self.preset, PRESETS)}")
         families = FAMILIES.values() if self.preset is None else (type(PRESETS[self.preset]),)
-        fields = {name for family in families for name in family.fields()} - {"new_rows"}
+        fields = {name for family in families for name in family.sizes()}
         for name in self.overrides:
             if name not in fields:
                 raise ValueError(f"overrides.{name} is no field of the architecture: {nearest(name, fields)}")
@@ -59,7 +59,7 @@ class ModelConfig(Section):
                     f"add model.preset (one of {', '.join(PRESETS)}), or give the folder of a downloaded copy"
                 )
             base = PRESETS[self.preset]
-        unknown = sorted(set(self.overrides) - set(base.fields()))
+        unknown = sorted(set(self.overrides) - set(base.sizes()))
         if unknown:
             raise ValueError(f"overrides.{unknown[0]} is no field of a {base.title}")
         asked = {} if self.experts_per_token is None else {"experts_per_token": self.experts_per_token}
@@ -73,7 +73,8 @@ class ModelConfig(Section):
 
 
 class QuantizationConfig(Section):
-    """Storage of frozen weights. nf4: 4 bits, bit-identical to bitsandbytes; `double`: block scales in 8 bits too.
+    """Storage of frozen weights. nf4: 4 bits, bit-identical to bitsandbytes; `double`: block scales in 8 bits too. Experts that a model's
+    files have in MXFP4 stay in it, whatever `format` is.
 
     cache: where quantized weights are kept for the next start (of checkpoints of 1 GB or more); null: nowhere.
     """
@@ -81,7 +82,9 @@ class QuantizationConfig(Section):
     format: Literal["none", "nf4"] = "none"
     double: bool = True
     modules: Names | None = Field(
-        default=None, description="some of attention, experts, router; null: attention and experts, of a Mixtral the router as well"
+        default=None,
+        description="some of attention, experts, router; null: attention and experts that are not in 4 bits already, of a Mixtral the "
+        "router as well",
     )
     cache: str | None = "~/.cache/moejax/quantized"
 
@@ -89,11 +92,6 @@ class QuantizationConfig(Section):
     def kind(self) -> str | None:
         """One of `moejax.models.ops.quantized.KINDS`; None: nothing is quantized."""
         return None if self.format == "none" else self.format + "-double" * self.double
-
-    @property
-    def of_experts(self) -> bool:
-        """Whether experts are stored in 4 bits."""
-        return self.format != "none" and (self.modules is None or "experts" in self.modules)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -61,7 +61,10 @@ def from_hub_config(config: Mapping[str, Any], ignored: Collection[str] = ()) ->
     """
     for family in FAMILIES.values():
         if family.recognizes(config):
-            return family.from_hub(config, ignored)
+            found = family.from_hub(config, ignored)
+            stored = config.get("quantization_config")
+            in_mxfp4 = isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
+            return found.replace(expert_format="mxfp4") if in_mxfp4 else found
     model_type = config.get("model_type")
     not_yet = _NOT_YET.get(str(model_type))
     there = ", ".join(f"{name} ({family.title})" for name, family in FAMILIES.items())

@@ -197,6 +197,8 @@ class Architecture(ABC):
     eos_token_id: int | tuple[int, ...] | None
     new_rows: int = dataclasses.field(default=0, kw_only=True, repr=False)
     """Of vocab_size, the last ones, which a checkpoint may lack: tokens that were added. They begin as the mean of its own."""
+    expert_format: str | None = dataclasses.field(default=None, kw_only=True)
+    """How its checkpoint stores the experts, where that is in 4 bits of its own ("mxfp4"): frozen they stay so. None: as numbers."""
 
     model_type: ClassVar[str]
     """What config.json calls the family."""
@@ -278,6 +280,11 @@ class Architecture(ABC):
     def fields(cls) -> tuple[str, ...]:
         """The names that `replace` takes."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+
+    @classmethod
+    def sizes(cls) -> tuple[str, ...]:
+        """Those that a user may change: the others follow from files."""
+        return tuple(name for name in cls.fields() if name not in ("new_rows", "expert_format"))
 
     @property
     def weights(self) -> dict[Path, Shape]:
@@ -386,5 +393,18 @@ class Architecture(ABC):
         return tuple(ours[name] for name in given)
 
     def resolve_groups(self, names: Iterable[str] | None) -> tuple[str, ...]:
-        """What is quantized; None: the family's default."""
-        return self.default_quantized if names is None else tuple(names)
+        """What is quantized; None: the family's default, but for experts that are in 4 bits already. Raises ValueError where those are
+        named."""
+        if self.expert_format is None:
+            return self.default_quantized if names is None else tuple(names)
+        if names is not None and "experts" in names:
+            raise ValueError(
+                f"modules {list(names)}: the checkpoint's experts are in {self.expert_format.upper()}, and stay so: leave experts out"
+            )
+        return tuple(name for name in (self.default_quantized if names is None else names) if name != "experts")
+
+    def kinds(self, kind: str | None, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Group of frozen weights -> how it is stored in 4 bits (of `quantized.KINDS`): as asked (None: nothing is), and experts as the
+        checkpoint has them. Raises ValueError as `resolve_groups`."""
+        asked = {} if kind is None else dict.fromkeys(self.resolve_groups(names), kind)
+        return asked if self.expert_format is None else asked | {"experts": self.expert_format}

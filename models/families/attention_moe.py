@@ -128,7 +128,7 @@ class AttentionMoEConfig(Architecture, ABC):
         def size(name: str) -> int:
             return foreign.whole_number(config, name, missing.get(name))
 
-        sizes = {field: size(name) for name, field in SIZES.items()}
+        sizes: dict[str, Any] = {field: size(name) for name, field in SIZES.items()}
         layers, heads, positions = sizes["num_layers"], sizes["num_heads"], sizes["max_position_embeddings"]
         window, types = cls.window(config), config.get("layer_types")
         whole = window is None or (isinstance(window, int) and window >= positions)  # a window over every position is none

@@ -108,11 +108,8 @@ class BlackMambaConfig(Architecture):
             raise ValueError(f"mamba_moe_layers has {len(layers)} entries, num_layers = {config['num_layers']}: expected the same")
         rank = -(-foreign.whole_number(config, "hidden_size") // 16)
         foreign.check(config, _KNOWN | {"dt_rank": ("auto", rank)}, ignored)
-        return cls(
-            **{field: foreign.whole_number(config, name, usual) for name, (field, usual) in _SIZES.items()},
-            num_experts=counts[0],
-            activation=config.get("activation", "gelu"),
-        )
+        sizes: dict[str, Any] = {field: foreign.whole_number(config, name, usual) for name, (field, usual) in _SIZES.items()}
+        return cls(**sizes, num_experts=counts[0], activation=config.get("activation", "gelu"))
 
     def to_hub_config(self) -> dict[str, Any]:
         """That of the released checkpoints, with the study's `topk` and our `activation`."""

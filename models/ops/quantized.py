@@ -1,7 +1,8 @@
 """Frozen weights in 4 bits, as everything outside `ops` knows them. No jax at import: the estimator counts bytes by it.
 
-Outside (on disk, in caches, exports and hashes) a matrix is its canonical parts, which for NF4 are bitsandbytes' own bytes. Inside, a
-`QuantizedTensor` holds the same codes as [..., out, in/2]: a TPU pads a small last axis sixty-fourfold. Values are equal to the bit.
+Outside (on disk, in caches, exports and hashes) a matrix is its canonical parts: bitsandbytes' own bytes of NF4, gpt-oss's of MXFP4.
+Inside, a `QuantizedTensor` holds the same codes as [..., out, in/2]: a TPU pads a small last axis sixty-fourfold. Values are equal to the
+bit.
 """
 
 from __future__ import annotations
@@ -30,21 +31,34 @@ def layout() -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A storage format: `block` weights share a scale, in fp32, or in 8 bits where `nested` scales share an fp32 one."""
+    """A storage format: `block` weights share a scale, in fp32, or in 8 bits where `nested` scales share an fp32 one or scales are powers
+    of two. low_first: in canonical form the first of a byte's two weights is in the low nibble. rows: each is whole blocks."""
 
     module: str  # of moejax.models.ops: has `encode` and `Tensor`
     title: str
     block: int
     nested: int = 0
+    scales: str = "absmax"
+    scale_dtype: str = "float32"
+    low_first: bool = False
+    rows: bool = False
+
+    @property
+    def large(self) -> tuple[str, str]:
+        """The parts that take the bytes: a code a weight, a scale a block."""
+        return "codes", self.scales
 
     def parts(self, shape: tuple[int, ...], *, canonical: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of what stores a weight [..., out, in] in memory, or in canonical form."""
+        """Name -> (shape, dtype) of what stores a weight [..., out, in] in memory, or in canonical form. Raises ValueError for rows that
+        the format does not have."""
         *leading, out, inner = shape
+        if self.rows and inner % self.block:
+            raise ValueError(f"a row of {inner} weights in {self.title}: expected a multiple of {self.block}")
         blocks = -(-out * inner // self.block)
         codes = (-(-out * inner // 2),) if canonical else (out, -(-inner // 2))
         scales = (blocks,) if canonical or inner % self.block else (out, inner // self.block)
         found: dict[str, tuple[tuple[int, ...], str]] = {"codes": (codes, "uint8")}
-        found["absmax"] = (scales, "uint8" if self.nested else "float32")
+        found[self.scales] = (scales, self.scale_dtype)
         if self.nested:
             found |= {"nested_absmax": ((-(-blocks // self.nested),), "float32"), "offset": ((), "float32")}
         return {name: ((*leading, *part), dtype) for name, (part, dtype) in found.items()}
@@ -56,10 +70,14 @@ class Kind:
     @property
     def bytes_per_weight(self) -> float:
         """Of a large matrix."""
-        return 0.5 + ((1 + 4 / self.nested) if self.nested else 4) / self.block
+        return 0.5 + (np.dtype(self.scale_dtype).itemsize + (4 / self.nested if self.nested else 0)) / self.block
 
 
-KINDS = {"nf4": Kind("nf4", "NF4", 64), "nf4-double": Kind("nf4", "NF4, double", 64, nested=256)}
+KINDS = {
+    "nf4": Kind("nf4", "NF4", 64),
+    "nf4-double": Kind("nf4", "NF4, double", 64, nested=256, scale_dtype="uint8"),
+    "mxfp4": Kind("mxfp4", "MXFP4", 32, scales="scales", scale_dtype="uint8", low_first=True, rows=True),
+}
 
 
 @dataclass(frozen=True)
@@ -106,18 +124,30 @@ class QuantizedTensor:
         """[..., out, in] in `dtype`."""
         raise NotImplementedError
 
+    def indices(self) -> jax.Array:
+        """Each weight's code: uint8 [..., out, in]."""
+        import jax.numpy as jnp
+
+        *leading, out, inner = self.shape
+        high, low = self.codes >> 4, self.codes & 15
+        # A CPU writes the halves' codes to memory, a byte each, and is still twice as fast as by any form in one loop.
+        found = jnp.concatenate([high, low], -1) if self.layout == "halves" else jnp.stack([high, low], -1).reshape(*leading, out, -1)
+        return found[..., :inner]
+
     def pack(self, name: str, part: Any, *, in_place: bool = False) -> Any:
         """A canonical part, with any leading axes, as it lies in memory. Codes are repacked on the host; in_place: where they are."""
         if name == "codes":
-            return pack(np.asarray(part), self.matrix, self.layout, in_place=in_place)
+            return pack(np.asarray(part), self.matrix, self.layout, low_first=KINDS[self.kind].low_first, in_place=in_place)
         shape = KINDS[self.kind].parts(self.matrix)[name][0]
         return part.reshape((*part.shape[: part.ndim - (name != "offset")], *shape))
 
     def canonical(self) -> Canonical:
         """Its parts as they are on disk, in the host's memory."""
-        shapes = KINDS[self.kind].parts(self.shape, canonical=True)
+        kind = KINDS[self.kind]
+        shapes = kind.parts(self.shape, canonical=True)
         parts = {name: np.asarray(part).reshape(shapes[name][0]) for name, part in self.parts().items() if name != "codes"}
-        return Canonical(self.kind, self.shape, {"codes": unpack(np.asarray(self.codes), self.matrix, self.layout)} | parts)
+        codes = unpack(np.asarray(self.codes), self.matrix, self.layout, low_first=kind.low_first)
+        return Canonical(self.kind, self.shape, {"codes": codes} | parts)
 
     def random(self, key: jax.Array) -> QuantizedTensor:
         """Of an abstract one: random codes, and scales that give weights the standard deviation of an initialized model."""
@@ -125,9 +155,9 @@ class QuantizedTensor:
         import jax.numpy as jnp
 
         def fill(name: str, part: Any, key: jax.Array) -> jax.Array:
-            if part.dtype == jnp.uint8:
+            if part.dtype == jnp.uint8 and name != "scales":
                 return jax.random.bits(key, part.shape, jnp.uint8)
-            return jnp.full(part.shape, 0.005 if name == "nested_absmax" else 0.035, part.dtype)
+            return jnp.full(part.shape, {"nested_absmax": 0.005, "scales": 120}.get(name, 0.035), part.dtype)
 
         parts = self.parts()
         keys = jax.random.split(key, len(parts))
@@ -202,16 +232,20 @@ def _module(kind: str) -> Any:
 _AT_ONCE = 1 << 18  # bytes of codes: what is repacked stays in a core's cache
 
 
-def pack(codes: np.ndarray, matrix: tuple[int, ...], layout: str, *, in_place: bool = False) -> np.ndarray:
-    """uint8 [..., ceil(out·in/2)], two neighbours a byte, as rows [..., out, ceil(in/2)] of a layout.
+def pack(codes: np.ndarray, matrix: tuple[int, ...], layout: str, *, low_first: bool = False, in_place: bool = False) -> np.ndarray:
+    """uint8 [..., ceil(out·in/2)], two neighbours a byte (low_first: the first in the low nibble), as rows [..., out, ceil(in/2)] of a
+    layout.
 
     An odd row ends in a nibble of its own; the last one's is the canonical form's own, so that `unpack` gives back every bit.
     """
     out, inner = matrix
     if inner % 4 == 0:
         rows = codes.reshape(*codes.shape[:-1], out, inner // 2)
-        return _halves(rows, rows if in_place else np.empty_like(rows)) if layout == "halves" else rows
-    weights = _nibbles(codes)
+        into = rows if in_place else np.empty_like(rows)
+        if layout == "halves":
+            return _halves(rows, into, low_first)
+        return _swapped(rows, into) if low_first else rows
+    weights = _nibbles(codes, low_first)
     rows = np.zeros((*codes.shape[:-1], out, inner + inner % 2), np.uint8)
     rows[..., :inner] = weights[..., : out * inner].reshape(*codes.shape[:-1], out, inner)
     if out * inner % 2:
@@ -220,7 +254,7 @@ def pack(codes: np.ndarray, matrix: tuple[int, ...], layout: str, *, in_place: b
     return (first << 4) | second
 
 
-def unpack(rows: np.ndarray, matrix: tuple[int, ...], layout: str) -> np.ndarray:
+def unpack(rows: np.ndarray, matrix: tuple[int, ...], layout: str, *, low_first: bool = False) -> np.ndarray:
     """The inverse of `pack`."""
     out, inner = matrix
     leading = rows.shape[:-2]
@@ -228,14 +262,24 @@ def unpack(rows: np.ndarray, matrix: tuple[int, ...], layout: str) -> np.ndarray
     flat = weights[..., :inner].reshape(*leading, out * inner)
     if out * inner % 2:
         flat = np.concatenate([flat, weights[..., -1, -1:]], axis=-1)
-    return (flat[..., 0::2] << 4) | flat[..., 1::2]
+    first, second = flat[..., 0::2], flat[..., 1::2]
+    return (second << 4) | first if low_first else (first << 4) | second
 
 
-def _nibbles(codes: np.ndarray) -> np.ndarray:
-    return np.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
+def _nibbles(codes: np.ndarray, low_first: bool = False) -> np.ndarray:
+    both = [codes & 15, codes >> 4] if low_first else [codes >> 4, codes & 15]
+    return np.stack(both, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
-def _halves(rows: np.ndarray, into: np.ndarray) -> np.ndarray:
+def _swapped(rows: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """Both nibbles of every byte in the other's place, in `into`."""
+    high = rows << 4
+    np.right_shift(rows, 4, out=into)
+    into |= high
+    return into
+
+
+def _halves(rows: np.ndarray, into: np.ndarray, low_first: bool) -> np.ndarray:
     """Rows of pairs [..., in/2] as halves, in `into`: bytes j and j + in/4 hold what goes into bytes 2j and 2j + 1."""
     source, target = (a.reshape(-1, rows.shape[-1]) for a in (rows, into))
     half, step = rows.shape[-1] // 2, max(1, _AT_ONCE // rows.shape[-1])
@@ -244,13 +288,13 @@ def _halves(rows: np.ndarray, into: np.ndarray) -> np.ndarray:
         piece = source[row : row + step]
         first, second, moved = (w[: len(piece)] for w in words)
         first[...], second[...] = piece[:, :half], piece[:, half:]
-        np.left_shift(first, 12, out=moved)
-        first &= 0xF0
-        first |= moved
-        np.left_shift(second, 8, out=moved)
-        moved &= 0xF00
-        second >>= 4
-        second |= moved
+        for word in (first, second):  # a byte's two weights, a byte each
+            np.left_shift(word, 4 if low_first else 8, out=moved)
+            if not low_first:
+                word >>= 4
+            word |= moved
+            word &= 0x0F0F
+        first <<= 4
         first |= second
         target[row : row + step] = first.view(np.uint8)
     return into

@@ -138,7 +138,7 @@ def breakdown(
     step = Step(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
         experiment.model.moe_backend, rows, row_tokens,
-        ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", experiment.quantization.of_experts,
+        ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", "experts" in experiment.kinds(config),
         platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
         _fetched(config, weights), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
     )  # fmt: skip

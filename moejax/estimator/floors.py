@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from moejax.estimator import sizes
-from moejax.estimator.roofline import QLORA_BYTES
 from moejax.models.config import Architecture, specs
 from moejax.models.config.adapters import Pair
+from moejax.models.ops.quantized import KINDS
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -49,19 +49,19 @@ def merged(name: str, *stages: Stage) -> Stage:
     return Stage(name, sum(s.flops for s in stages), sum(s.bytes for s in stages))
 
 
-def dequantization(item: int, weights: float, passes: float) -> Stage:
+def dequantization(item: int, kind: str, weights: float, passes: float) -> Stage:
     """Codes and scales read, numbers of `item` bytes written."""
-    return Stage("", 2 * weights * passes, weights * passes * (QLORA_BYTES + item))
+    return Stage("", 2 * weights * passes, weights * passes * (KINDS[kind].bytes_per_weight + item))
 
 
-def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantized: bool, pairs: list[Pair]) -> list[Stage]:
+def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, kind: str | None, pairs: list[Pair]) -> list[Stage]:
     """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too.
     pairs: the adapters on the three."""
     f, e, k = spec.hidden, spec.experts, spec.experts_per_token
     passes = (3 + trained) + (3 + trained) + (2 + trained)
     out = [merged("moe/w1, w3, w2", product(item, n, d, f, passes, e, n * k))]
-    if quantized:
-        out.append(merged("moe: dequantization", dequantization(item, 3 * e * d * f, 2)))
+    if kind:
+        out.append(merged("moe: dequantization", dequantization(item, kind, 3 * e * d * f, 2)))
     if pairs:  # forward, again, and a product each for the gradients of A, B and what goes in; a shared A (its input has d numbers) once
         sides = [(d + f if pair.shares is None else f, pair.rank) for pair in pairs]
         out.append(merged("moe/lora", *(product(item, n, side, rank, 4, e, n * k) for side, rank in sides)))
@@ -72,12 +72,13 @@ def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, quantiz
     return out
 
 
-def attention(item: int, d: int, spec: specs.GQA, rows: int, length: int, trained: bool, quantized: bool) -> list[Stage]:
+def attention(item: int, d: int, spec: specs.GQA, rows: int, length: int, trained: bool, kind: str | None) -> list[Stage]:
     n, q, kv = rows * length, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     pairs = rows * length * (length + 1) / 2
     out = [merged("attention: projections", product(item, n, d, q + 2 * kv, 3 + trained), product(item, n, q, d, 2 + trained))]
-    if quantized:
-        out.append(merged("attention: dequantization", dequantization(item, d * (q + 2 * kv), 3), dequantization(item, q * d, 2)))
+    if kind:
+        parts = (dequantization(item, kind, d * (q + 2 * kv), 3), dequantization(item, kind, q * d, 2))
+        out.append(merged("attention: dequantization", *parts))
     # Scores and weighted values; backward the scores again, and the gradients of weights, values, queries and keys. Nothing is written.
     return [*out, Stage("attention: scores", 14 * pairs * q, 3 * item * n * (2 * q + 2 * kv))]
 
@@ -102,23 +103,22 @@ def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, pa
 
 def floors(experiment: Experiment, config: Architecture, rows: int, length: int) -> list[Stage]:
     """All stages of one optimizer step with one micro-batch of rows x length tokens."""
-    t, adapter, q = experiment.training, experiment.adapter, experiment.quantization
+    t, adapter, kinds = experiment.training, experiment.adapter, experiment.kinds(config)
     item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
-    quantized = set(config.resolve_groups(q.modules)) if q.kind else set()
     weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
     found: dict[str, Stage] = {}
     for stack in config.stacks:
         mixer, moe = stack.block.halves
         match mixer:
             case specs.GQA():
-                stages = attention(item, d, mixer, rows, length, full, "attention" in quantized)
+                stages = attention(item, d, mixer, rows, length, full, kinds.get("attention"))
             case specs.Mamba():
                 stages = mamba(item, d, mixer, n, full)
             case _:
                 assert_never(mixer)
         pairs = adapter.lora.of(config) if adapter else {}
         on_experts = [pair for target, pair in pairs.items() if target in moe.groups["experts"]]
-        stages += experts(item, d, moe, n, full, "experts" in quantized, on_experts)
+        stages += experts(item, d, moe, n, full, kinds.get("experts"), on_experts)
         stages.append(Stage("norms, stream", 0, 2 * 8 * (FP32 if config.stream.fp32 else item) * n * d))
         for stage in stages:
             found[stage.name] = merged(stage.name, found.get(stage.name, Stage("", 0, 0)), *[stage] * stack.repeats)

@@ -91,21 +91,21 @@ def _in_host(kind: str | None, shape: Shape, parts: dict[str, int]) -> dict[str,
     if kind is None:
         return parts
     names = quantized_parts(kind, shape)
-    return dict(zip(names, (KINDS[kind].nbytes(shape)[part] for part in ("codes", "absmax")), strict=True))
+    return dict(zip(names, (KINDS[kind].nbytes(shape)[part] for part in KINDS[kind].large), strict=True))
 
 
 def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     """All weights and adapters, stacked over layers as the step gets them."""
-    t, q = experiment.training, experiment.quantization
+    t = experiment.training
     frozen = experiment.adapter is not None
     dtype = t.compute_dtype if frozen else t.stored_dtype
-    quantized = {path for module in config.resolve_groups(q.modules) for path in config.groups.get(module, ())}
+    quantized = {path: kind for group, kind in experiment.kinds(config).items() for path in config.groups.get(group, ())}
     stacks = {stack.name for stack in config.stacks}
     p, found = experiment.placement, []
     placed = {*(config.groups["experts"] if p.experts == "host" else ()), *((("embed",), ("head",)) if p.tables == "host" else ())}
     for (*module, name), shape in config.weights.items():
         path, parts = tuple(module), {dtype: math.prod(shape) * ITEM[dtype]}
-        kind = q.kind if q.kind and path in quantized and name == "weight" else None
+        kind = quantized.get(path) if name == "weight" else None
         if kind is not None:
             parts = quantized_parts(kind, shape)
         matrix, _ = config.linears.get(path, (None, 0))

@@ -46,6 +46,10 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
             experiment.adapter.lora.of(config)
         except ValueError as error:
             raise UserError(f"adapter: {error}") from None
+    try:
+        experiment.kinds(config)
+    except ValueError as error:
+        raise UserError(f"quantization: {error}") from None
     return config
 
 
@@ -124,8 +128,9 @@ def check_disk(experiment: Experiment, small: Path) -> list[str]:
     if not missing:
         return []
     needs = [Need("weights", missing, snapshot.hub_cache(), f"HF_HOME=DIR{streamed}")]
-    if q.format != "none" and q.cache is not None and sum(sizes.values()) >= CACHED_FROM_BYTES:
-        model = build(architecture(experiment, small), **model_arguments(experiment))
+    config = architecture(experiment, small)
+    if q.format != "none" and q.cache is not None and config.expert_format is None and sum(sizes.values()) >= CACHED_FROM_BYTES:
+        model = build(config, **model_arguments(experiment))
         leaves = leaves_of({name: variable.get_value() for name, variable in weights.base_variables(model)}).values()
         kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         needs.append(Need("4-bit weights", kept, Path(q.cache).expanduser(), "quantization.cache=DIR (null: nowhere)"))

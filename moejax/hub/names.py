@@ -26,11 +26,21 @@ class Place(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a tensor over all experts holds of one of them: the expert's own tensor, by its name."""
+    """What a tensor over all experts holds of one of them: the expert's own tensor, by its name. half: of the expert's rows (None: all);
+    the first or second of each two, where they are interleaved."""
 
     name: str
     expert: int
     half: int | None
+    interleaved: bool = False
+
+    def rows(self, count: int) -> slice:
+        """Of the expert's `count` rows."""
+        if self.half is None:
+            return slice(0, count)
+        if self.interleaved:
+            return slice(self.half, count, 2)
+        return slice(self.half * count // 2, (self.half + 1) * count // 2)
 
 
 def attribute(model: Any, path: tuple[str, ...]) -> Any:
@@ -77,7 +87,9 @@ def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
         for name, variable in names.stacked.items():
             halves = [(variable, None)] if isinstance(variable, str) else [(v, half) for half, v in enumerate(variable)]
             table[name.format(*numbers)] = tuple(
-                Part(own[v].format(*numbers, e=e), e, half) for e in range(stack.block.feed_forward.experts) for v, half in halves
+                Part(own[v].format(*numbers, e=e), e, half, names.interleaved)
+                for e in range(stack.block.feed_forward.experts)
+                for v, half in halves
             )
     return table
 

@@ -26,7 +26,7 @@ from moejax.contents import sizes_content
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.files import replace_text
-from moejax.hub import bitsandbytes, snapshot, weights
+from moejax.hub import bitsandbytes, mxfp4, snapshot, weights
 from moejax.hub.names import attribute, renamed, stacked, tensors
 from moejax.hub.quantized_cache import ahead
 from moejax.hub.safetensors_file import SUMS, Reader, Staging, Summed, Writer
@@ -163,7 +163,7 @@ def _check_names(names: Iterable[str], model: Model, where: Path) -> None:
 
 
 def _refuse_quantized(names: Iterable[str], where: Path) -> None:
-    if any(bitsandbytes.STATE in name for name in names):
+    if any(bitsandbytes.STATE in name or name.endswith(mxfp4.BLOCKS) for name in names):
         raise UserError(f"{where} is of a model in 4 bits already, which is fetched as it is: set model.download=whole")
 
 

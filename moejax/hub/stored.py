@@ -12,8 +12,8 @@ import numpy as np
 
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.hub import bitsandbytes
-from moejax.hub.names import renamed, stacked
+from moejax.hub import bitsandbytes, mxfp4
+from moejax.hub.names import Part, renamed, stacked
 from moejax.hub.safetensors_file import Summed, aligned
 from moejax.hub.torch_file import TorchFile
 from moejax.models.config import Architecture
@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
 
 def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[str, Any]:
-    """tensor name -> where it is read: a `Source`, or a `bitsandbytes.Quantized`. Raises UserError naming the file.
+    """tensor name -> where it is read: a `Source`, a `bitsandbytes.Quantized`, or an `mxfp4.Matrix`. Raises UserError naming the file.
 
     From model.safetensors or pytorch_model.bin, whole or in shards that an index names; safetensors where there are both.
 
@@ -74,23 +74,41 @@ def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[s
             f"{folder}: {where[lost[0]]} lacks tensor {lost[0]!r}, which the index says it holds ({len(lost)} such): download it again"
         )
     found: dict[str, Any] = {}
-    for name, source in bitsandbytes.gather(held).items():
-        found |= expanded(source.file, name, config) if isinstance(source, Source) else {name: source}
+    for name, source in mxfp4.gather(bitsandbytes.gather(held)).items():
+        match source:
+            case Source():
+                found |= expanded(source.file, name, config)
+            case mxfp4.Packed():
+                found |= {p.name: source.matrix(p) for p in _parts(source, name, config)}
+            case _:
+                found[name] = source
     return found
 
 
 def expanded(file: Any, name: str, config: Architecture) -> dict[str, Source]:
     """By the checkpoint's own names: the tensors of one expert each that a file's tensor holds; itself where it is of one or none."""
-    parts = stacked(config).get(name)
+    whole = Source(file, name, file.shape(name))
+    if name not in stacked(config):
+        return {renamed(config).get(name, name): whole}
+    parts, found = _parts(whole, name, config), {}
+    _, count, columns = whole.shape
+    for part in parts:
+        rows = part.rows(count)
+        found[part.name] = whole._replace(shape=(rows.stop - rows.start, columns), first=(part.expert * count + rows.start) * columns)
+    return found
+
+
+def _parts(source: Any, name: str, config: Architecture) -> tuple[Part, ...]:
+    """Of a tensor over all experts. Raises UserError for one of another shape, and one that the model does not have."""
+    parts, shape = stacked(config).get(name), source.shape
     if parts is None:
-        return {renamed(config).get(name, name): Source(file, name, file.shape(name))}
-    shape, halves = file.shape(name), 1 if parts[0].half is None else 2
+        raise UserError(f"{source.file.path}: tensor {source.name!r} has no place in a {config.title} of {config.num_layers} layers")
+    halves = 1 if parts[0].half is None else 2
     if len(shape) != 3 or shape[1] % halves:
-        raise UserError(f"{file.path}: tensor {name!r} has shape {list(shape)}, expected [experts, rows, columns]")
+        raise UserError(f"{source.file.path}: tensor {name!r} has shape {list(shape)}, expected [experts, rows, columns]")
     if shape[0] * halves != len(parts):
-        raise UserError(f"{file.path}: tensor {name!r} is of {shape[0]} experts, expected {len(parts) // halves} by its config.json")
-    rows, columns = shape[1] // halves, shape[2]
-    return {p.name: Source(file, name, (rows, columns), (p.expert * halves + (p.half or 0)) * rows * columns) for p in parts}
+        raise UserError(f"{source.file.path}: tensor {name!r} is of {shape[0]} experts, expected {len(parts) // halves} by its config.json")
+    return parts
 
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # each may lie in shards with an index instead; the first that is there is read

@@ -102,7 +102,7 @@ def _value(
 def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
     """A tensor as the model stores it: an array, or `Canonical` parts."""
     if isinstance(value, Canonical):
-        return value
+        return value if isinstance(abstract, QuantizedTensor) else value.tensor().dequantize(abstract.dtype)
     value = jax.device_put(value)  # on a CPU the same memory: jnp.asarray would copy
     if not isinstance(abstract, QuantizedTensor):
         _check_finite(value, name, files)
@@ -136,7 +136,7 @@ def _with_mean_rows(source: Source, table: np.ndarray) -> np.ndarray:
 
 
 def read_tensor(files: dict[str, Any], name: str, model: Model, folder: Path) -> Any:
-    """One tensor of a checkpoint, as stored: an array, or `Canonical` parts where bitsandbytes quantized it.
+    """One tensor of a checkpoint, as stored: an array, or `Canonical` parts where it is in 4 bits.
 
     Raises UserError where it is missing, of another shape or no number.
     """

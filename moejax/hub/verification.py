@@ -22,7 +22,7 @@ ROUNDING = 1e-5
 """Of a matrix's largest number: fp32 sums in another order. What is stored in fewer bits may be off by half of its last one as well."""
 
 
-_NOT_COMPUTED = ("new_rows", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "max_position_embeddings")
+_NOT_COMPUTED = ("new_rows", "expert_format", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "max_position_embeddings")
 
 
 class Different(Exception):

@@ -13,7 +13,7 @@ from flax import nnx
 from moejax.contents import sizes_content
 from moejax.documents import read_json
 from moejax.errors import UserError
-from moejax.hub import bitsandbytes, quantized_cache
+from moejax.hub import bitsandbytes, mxfp4, quantized_cache
 from moejax.hub.names import attribute, index_of, tensors
 from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
@@ -67,7 +67,8 @@ def load_weights(
         files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
         path = None
-        ready = any(isinstance(source, bitsandbytes.Quantized) for source in files.values())  # as small, and as fast to read
+        # As small, and as fast to read.
+        ready = any(isinstance(source, bitsandbytes.Quantized | mxfp4.Matrix) for source in files.values())
         if cache is not None and not ready and any(map(is_quantized, abstract.values())):
             path = cache / f"{quantized_cache.key(weight_files(folder), leaves, repr(model.config))}.safetensors"
         kept = None if path is None else quantized_cache.read(path, abstract, content)
@@ -171,5 +172,6 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
     if missing is not None:
         raise UserError(f"{folder}: tensor {missing!r} is missing: download the checkpoint again")
     groups = {path: group for group, paths in config.groups.items() for path in paths}
-    wanted = ((n, getattr(attribute(model, p.path), p.attr).get_value(), groups.get(p.path)) for n, ps in places.items() for p in ps)
+    wanted = [(n, getattr(attribute(model, p.path), p.attr).get_value(), groups.get(p.path)) for n, ps in places.items() for p in ps]
+    mxfp4.check(files, ((name, value) for name, value, _ in wanted), config.expert_format)
     bitsandbytes.check(files, wanted)

@@ -104,6 +104,8 @@ def export(
     say(f"{what}: {target}{'' if verify else ' (not verified)'}")
     if server is not None:
         say(f"as {server.title} {server.version} loads it (read {server.read}): {served(str(source), str(target))}")
+    if chosen == "merged" and sizes.expert_format is not None:
+        say(f"its experts are in bf16: those of the base are in {sizes.expert_format.upper()}")
     if sizes.new_rows and chosen != "merged":
         say(f"its base lacks {sizes.new_rows} of the tokens: model.resize_token_embeddings({sizes.vocab_size}) before PEFT loads it")
 

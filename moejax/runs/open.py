@@ -20,7 +20,7 @@ from moejax.hub import peft, weights
 from moejax.hub.model import architecture, base_folder, create_model
 from moejax.hub.quantized_cache import Content
 from moejax.models.build import Model, build
-from moejax.models.config import Architecture
+from moejax.models.config import Architecture, Quantization
 
 
 class Loaded(NamedTuple):
@@ -126,7 +126,8 @@ def _load_model(folder: Path, base: bool) -> Loaded:
 
     def make() -> Model:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return weights.load_weights(build(sizes, dtype=dtype, param_dtype=dtype), folder, jax.random.key(0))
+        frozen = None if sizes.expert_format is None else Quantization(modules=())  # nothing but what is in 4 bits already
+        return weights.load_weights(build(sizes, dtype=dtype, param_dtype=dtype, quantization=frozen), folder, jax.random.key(0))
 
     template = own_template(tokenizer)
     return Loaded(make, sizes, tokenizer, template, ends_of(tokenizer, template, folder))

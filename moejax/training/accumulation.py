@@ -39,7 +39,7 @@ def choose(experiment: Experiment, config: Architecture, own: Own) -> tuple[str,
     fetched = experiment.placement.experts == "host"
     if config.experts_per_token == config.num_experts:
         return PLAIN, "experts are dense"
-    if not experiment.quantization.of_experts and not fetched:
+    if "experts" not in experiment.kinds(config) and not fetched:
         return PLAIN, "experts are not in 4 bits: nothing is dequantized"
     limit = device.usable_bytes()
     if limit is None:

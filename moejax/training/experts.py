@@ -24,7 +24,7 @@ def plan(experiment: Experiment, config: Architecture, tokens: int, card: GPU | 
     device, memory_bytes = (here(), memory_here()) if card is None else (card.cuda_name, card.memory_bytes)
     return choose(
         experiment.model.moe_backend, device, tokens, config.num_experts, config.experts_per_token,
-        hidden=config.hidden_size, intermediate=config.intermediate_size, quantized=experiment.quantization.of_experts,
+        hidden=config.hidden_size, intermediate=config.intermediate_size, quantized="experts" in experiment.kinds(config),
         item=ITEM[experiment.training.compute_dtype], memory_bytes=memory_bytes,
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ def announce(experiment: Experiment, config: Architecture) -> str:
     if chosen is None:
         return "experts: dense, every token through every expert in batched products"
     rows = tokens * experiment.training.together * config.experts_per_token // config.num_experts
-    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, experiment.quantization.of_experts)
+    entry = measured(here(), rows, config.hidden_size * config.intermediate_size, "experts" in experiment.kinds(config))
     source = f"not measured on {here()}" if entry is None else f"measured: {entry['measured']}"
     why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"
     what = {

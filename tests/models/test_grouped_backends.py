@@ -11,8 +11,10 @@ import pytest
 
 from moejax.models.ops import quantized
 from moejax.models.ops.grouped import matmul as gm
+from moejax.models.ops.quantized import KINDS
 
 E, D, F, N, R = 5, 37, 53, 41, 3
+BLOCKS = (32, 96)  # in the place of D and F, for a storage whose rows are whole blocks of 32
 
 
 def gated(up, gate):
@@ -28,12 +30,13 @@ BOUNDS = {"float32": 3e-6, "bfloat16": 4e-2}
 def make_weights(storage, dtype):
     """Matrices of w1, w3, w2 as the model holds them, the same as fp32 numbers, and adapters (fp32, as adapters are)."""
     rng = np.random.default_rng(0)
-    shapes = ((F, D), (F, D), (D, F))
+    d, f = BLOCKS if storage == "mxfp4" else (D, F)
+    shapes = ((f, d), (f, d), (d, f))
     matrices = [jnp.asarray(rng.normal(size=(E, *s)) / 4, jnp.float32) for s in shapes]
     loras = [
         gm.LoRAWeights(*(jnp.asarray(rng.normal(size=s) / 4, jnp.float32) for s in ((E, R, i), (E, o, R)))) for o, i in shapes
     ]
-    if storage.startswith("nf4"):
+    if storage in KINDS:
         stored = [quantized.quantize(storage, w) for w in matrices]
         return stored, [w.dequantize(jnp.float32).astype(dtype).astype(jnp.float32) for w in stored], loras
     stored = [w.astype(dtype) for w in matrices]
@@ -94,7 +97,7 @@ def worst_difference(found, expected):
 
 @pytest.mark.parametrize(
     ("storage", "dtype"),
-    [("trained", "float32"), ("nf4", "float32"), ("nf4-double", "float32"), ("trained", "bfloat16"), ("nf4-double", "bfloat16")],
+    [("trained", "float32"), *((kind, "float32") for kind in KINDS), *((s, "bfloat16") for s in ("trained", "nf4-double", "mxfp4"))],
 )
 @pytest.mark.parametrize("backend", PLANS)
 def test_every_pattern_of_empty_groups(backend, storage, dtype):
@@ -102,12 +105,12 @@ def test_every_pattern_of_empty_groups(backend, storage, dtype):
     k, padding = (1, 0) if dtype == "float32" else (2, 7)
     trained = storage == "trained"
     matrices, numbers, loras = make_weights(storage, dtype)
-    rng = np.random.default_rng(2)
+    rng, width = np.random.default_rng(2), numbers[0].shape[-1]
     found_by = gradients(partial(ours, PLANS[backend]._replace(trainable=trained)), trained)
     for experts in routings(k):
-        x = jnp.asarray(rng.normal(size=(N, D)), dtype)
+        x = jnp.asarray(rng.normal(size=(N, width)), dtype)
         p = jnp.asarray(rng.uniform(size=(N, k)), jnp.float32)
-        rest = (jnp.asarray(experts), jnp.arange(N) < N - padding, jnp.asarray(rng.normal(size=(N, D)), jnp.float32))
+        rest = (jnp.asarray(experts), jnp.arange(N) < N - padding, jnp.asarray(rng.normal(size=(N, width)), jnp.float32))
         expected = gradients(reference, trained)(x.astype(jnp.float32), p, numbers, loras, *rest)
         found = found_by(x, p, matrices, loras, *rest)
         assert worst_difference(found, expected) < BOUNDS[dtype], sorted(set(experts.ravel()))

@@ -1,17 +1,19 @@
 """4-bit weights in memory: whatever the shape and the layout, the canonical bytes come back, and mean the same numbers to the bit."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models.ops import linear, nf4, quantized
+from moejax.models.ops import linear, mxfp4, nf4, quantized
 from moejax.models.ops.quantized import KINDS, LAYOUTS
 
 # Rows of whole blocks that split on one, between two (2880, 10944: an odd number of them), within one, on half a byte, and of one weight.
 SHAPES = [(4, 128), (2, 256), (3, 64), (2, 2880), (1, 10944), (5, 96), (3, 70), (7, 66), (3, 130), (4, 77), (33, 3), (5, 1), (1, 1), (1, 2)]
+EACH = [(kind, shape) for kind in KINDS for shape in SHAPES if shape[1] % KINDS[kind].block == 0 or not KINDS[kind].rows]
 
 
 def drawn(kind, shape, leading=()):
@@ -19,7 +21,8 @@ def drawn(kind, shape, leading=()):
     rng = np.random.default_rng([*shape, *leading])
     made = {}
     for name, (dims, dtype) in KINDS[kind].parts((*leading, *shape), canonical=True).items():
-        made[name] = rng.integers(0, 256, dims, np.uint8) if dtype == "uint8" else np.asarray(rng.normal(size=dims), np.float32)
+        bytes_ = rng.integers(0, 253 if name == "scales" else 256, dims, np.uint8)
+        made[name] = bytes_ if dtype == "uint8" else np.asarray(rng.normal(size=dims), np.float32)
     return quantized.Canonical(kind, (*leading, *shape), made)
 
 
@@ -32,6 +35,10 @@ def laid(canonical, layout):
 def flat_values(canonical):
     """fp32: what the canonical parts of one matrix mean, weight by weight in a row."""
     parts, n = canonical.parts, int(np.prod(canonical.shape))
+    if canonical.kind == "mxfp4":  # by others' formats of 4 and 8 bits; a power of two out of fp32's range is fp32's
+        codes = np.stack([parts["codes"] & 15, parts["codes"] >> 4], axis=-1).reshape(-1).view(jnp.float4_e2m1fn).astype(np.float64)
+        scales = parts["scales"].view(jnp.float8_e8m0fnu).astype(np.float64)
+        return (codes * np.repeat(scales, mxfp4.BLOCK)).astype(np.float32).reshape(canonical.shape)
     scales = parts["absmax"]
     if "offset" in parts:
         nested = np.repeat(parts["nested_absmax"], nf4.NESTED_BLOCK)[: scales.size]
@@ -41,10 +48,10 @@ def flat_values(canonical):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_canonical_bytes_come_back(shape, layout):
+@pytest.mark.parametrize(("kind", "shape"), [each for each in EACH if each[0] != "nf4"])
+def test_canonical_bytes_come_back(kind, shape, layout):
     for leading in ((), (2, 3)):
-        canonical = drawn("nf4-double", shape, leading)
+        canonical = drawn(kind, shape, leading)
         tensor = laid(canonical, layout)
         assert tensor.shape == (*leading, *shape) and tensor.codes.shape == (*leading, shape[0], -(-shape[1] // 2))
         back = tensor.canonical()
@@ -52,27 +59,31 @@ def test_canonical_bytes_come_back(shape, layout):
         for name, part in canonical.parts.items():
             np.testing.assert_array_equal(back.parts[name], part, strict=True)
         own = canonical.parts["codes"].copy()
-        np.testing.assert_array_equal(quantized.pack(own, shape, layout, in_place=True), tensor.codes)
+        np.testing.assert_array_equal(replace(tensor, codes=None).pack("codes", own, in_place=True), tensor.codes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_values_are_those_of_the_flat_form_to_the_bit(shape, kind):
-    """In both layouts by both look-ups, as fp32 and bf16."""
+@pytest.mark.parametrize(("kind", "shape"), EACH)
+def test_values_are_those_of_the_flat_form_to_the_bit(kind, shape):
+    """In both layouts, of NF4 by both look-ups, as fp32 and bf16."""
     canonical = drawn(kind, shape)
     expected = flat_values(canonical)
+    forms = [mxfp4.dequantize] if kind == "mxfp4" else [partial(nf4.dequantize, look_up=look_up) for look_up in nf4.LOOK_UPS.values()]
     for layout in LAYOUTS:
-        for look_up in nf4.LOOK_UPS.values():
-            found = jax.jit(lambda t, f=look_up: [nf4.dequantize(t, d, f) for d in (jnp.float32, jnp.bfloat16)])(laid(canonical, layout))
+        for form in forms:
+            found = jax.jit(lambda t, form=form: [form(t, dtype) for dtype in (jnp.float32, jnp.bfloat16)])(laid(canonical, layout))
             np.testing.assert_array_equal(np.asarray(found[0]).view(np.int32), expected.view(np.int32))
             np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.asarray(expected.astype(jnp.bfloat16), np.float32))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(4, 128), (2, 192), (3, 70), (3, 5)])
-def test_a_stack_is_its_matrices(shape, layout):
+@pytest.mark.parametrize(
+    ("kind", "shape"), [*(("nf4-double", shape) for shape in ((4, 128), (2, 192), (3, 70), (3, 5))), ("mxfp4", (4, 96))]
+)
+def test_a_stack_is_its_matrices(kind, shape, layout):
     """Sliced by index, by a scan over layers, as a layer of a whole stack; and a product's gradient is the matrix itself."""
-    canonical = drawn("nf4-double", shape, (2, 3))
+    canonical = drawn(kind, shape, (2, 3))
+    if kind == "mxfp4":
+        canonical.parts["scales"][...] = 127 + canonical.parts["scales"] % 4  # sums of what is near
     stacked = laid(canonical, layout)
     matrices = {
         at: flat_values(quantized.Canonical(canonical.kind, shape, {name: part[at] for name, part in canonical.parts.items()}))
@@ -94,7 +105,7 @@ def test_a_stack_is_its_matrices(shape, layout):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_of_the_parts(kind):
-    for shape in SHAPES:
+    for shape in (shape for of, shape in EACH if of == kind):
         tensor = quantized.abstract(kind, (2, *shape))
         assert sum(KINDS[kind].nbytes((2, *shape)).values()) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tensor))
     large = (4096, 4096)
