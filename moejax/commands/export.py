@@ -1,4 +1,4 @@
-"""`moejax export RUN --out DIR`: what a run trained, for PyTorch."""
+"""`moejax export RUN --out DIR`: what a run trained, for PyTorch and llama.cpp."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     servers = ("peft", "vllm", "sglang")
     kind.add_argument("--for", dest="server", choices=servers, help="an adapter as this loads it; refused where it cannot")
     kind.add_argument(
-        "--format", choices=("peft", "fused", "merged"), default=None, help="default: the adapter if one was trained, else the model; "
-        "fused: an adapter for transformers 5 with PEFT 0.19 or later"
+        "--format", choices=("peft", "fused", "merged", "gguf"), default=None, help="default: the adapter if one was trained, else the "
+        "model; fused: an adapter for transformers 5 with PEFT 0.19 or later; gguf: the merged model for llama.cpp and Ollama"
     )
+    parser.add_argument("--type", metavar="TYPE", help="of a GGUF file's matrices: f16 (default), bf16 or q8_0")
+    parser.add_argument("--without-tokenizer", action="store_true", help="a GGUF file that takes and gives token ids, where llama.cpp "
+        "does not know the tokenizer")  # fmt: skip
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="reload what was written, compare its logits")
     parser.add_argument("--tolerance", type=float, metavar="SHARE", help="largest logit difference, as a share of the "
-        "largest logit (default: 0.05 of a merged model, 0.00001 of an adapter)")  # fmt: skip
+        "largest logit (default: 0.05 of a model, 0.1 in q8_0, 0.00001 of an adapter)")  # fmt: skip
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload what was written to the Hub, as a private repository")
     parser.add_argument("--public", action="store_true", help="with --push: as one that everybody sees")
 
@@ -38,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
     from moejax.runs.export import export
 
     out = Path(options.out)
-    export(Path(options.run), out, options.format, options.verify, options.tolerance, options.server)
+    file = (options.type, not options.without_tokenizer)
+    export(Path(options.run), out, options.format, options.verify, options.tolerance, options.server, *file)
     if options.push is not None:
         with waiting(f"uploading {out}"):
             address = push(out, options.push, public=options.public)

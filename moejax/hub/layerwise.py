@@ -26,13 +26,15 @@ from moejax.models.lora import LoRA
 
 class Checkpoint(NamedTuple):
     """A folder in Hub layout, and how its weights are stored here: arguments of `moejax.models.build.build`. Each adapter over it is a
-    model of its own; without any it is one. content: takes what the hash of the weights is made of, as they are read."""
+    model of its own; without any it is one. content: takes what the hash of the weights is made of, as they are read. opened: reads another
+    layout of files, as `stored.open_tensors` does."""
 
     sizes: Architecture
     folder: Path
     adapters: Sequence[Path] = ()
     arguments: Mapping[str, Any] = {}
     content: Content | None = None
+    opened: Callable[[Path, ExitStack, Architecture], dict[str, Any]] = stored.open_tensors
 
 
 class Matrix(NamedTuple):
@@ -67,7 +69,7 @@ class Walk:
         self.part = build(_one_of_each(self.sizes), **arguments)  # a layer of each stack; one alone is filled at a time
         self._blank = jax.tree.map(lambda shape: shape, nnx.state(self.part))  # variables of its own: those of the part are filled
         self._run = {stack.name: _runner(getattr(self.part, stack.name), len(tokens)) for stack in self.sizes.stacks}
-        self._files = stored.open_tensors(self.folder, stack, self.sizes)
+        self._files = checkpoint.opened(self.folder, stack, self.sizes)
         weights.check_names(self._files, whole, self.folder)
         self._fill(self._files, "embed")
         row = jnp.asarray(tokens)[None]

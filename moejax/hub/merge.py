@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,16 @@ def save_merged(
     base: the folder its weights are read from. Host memory holds one tensor. progress: called with the bytes of each. Raises UserError as
     `weights.load_weights` does, and for a full disk.
     """
+    with opened(model, base) as value:
+        return write_model(model, folder, value, jnp.bfloat16, shard_bytes=shard_bytes, progress=progress)
+
+
+@contextmanager
+def opened(model: Model, base: Path) -> Iterator[Callable[[str], np.ndarray]]:
+    """`merged_tensor` of the tensors in the folder `base`, by name."""
     with ExitStack() as stack:
         source = open_tensors(base, stack, model.config)
-
-        def value(name: str) -> np.ndarray:
-            return merged_tensor(model, name, source, base)
-
-        return write_model(model, folder, value, jnp.bfloat16, shard_bytes=shard_bytes, progress=progress)
+        yield lambda name: merged_tensor(model, name, source, base)
 
 
 def merged_tensor(model: Model, name: str, files: dict[str, Any], base: Path) -> np.ndarray:

@@ -40,24 +40,28 @@ class Comparison(NamedTuple):
     gap: float  # the largest difference of two probabilities that would change places
 
 
-def compare(checkpoints: Sequence[Checkpoint], tokens: np.ndarray, limit: float, advance: Callable[[], None] = lambda: None) -> Comparison:
+def compare(
+    checkpoints: Sequence[Checkpoint], tokens: np.ndarray, limit: float, advance: Callable[[], None] = lambda: None, *,
+    rounding: float = 0.0,
+) -> Comparison:  # fmt: skip
     """Of two models: one checkpoint's two adapters, or two checkpoints. The first is the trained one.
 
     tokens: int32 [T]. limit: what logits are allowed to differ by, as a share of the largest (not judged here). Two experts whose scores
-    (log-odds) are closer than twice that share of the layer's largest score may change places. advance: called after each layer. In
-    memory is one layer of each checkpoint. Raises `Different` for another architecture, a matrix that differs by more than rounding,
-    and a token that goes elsewhere without a tie; UserError as `Walk` does.
+    (log-odds) are closer than twice that share of the layer's largest score may change places. advance: called after each layer. rounding:
+    what a written matrix may be off beyond its dtype's, as a share of its largest number. In memory is one layer of each checkpoint.
+    Raises `Different` for another architecture, a matrix that differs by more than rounding, and a token that goes elsewhere without a
+    tie; UserError as `Walk` does.
     """
     with ExitStack() as stack:
         walks = [Walk(checkpoint, tokens, stack) for checkpoint in checkpoints]
         (first, one), (second, other) = [(walk, model) for walk in walks for model in range(len(walk.streams))]
         _same_architecture(first, second)
-        _same_matrices(first, one, second, other)
+        _same_matrices(first, one, second, other, rounding)
         rerouted, gap = np.zeros(len(tokens), bool), 0.0
         for layer in range(first.layers):
             for walk in walks:
                 walk.read(layer)
-            _same_matrices(first, one, second, other)
+            _same_matrices(first, one, second, other, rounding)
             trained = first.step(one)
             written = second.step(other, None if trained is None else trained.own)
             if trained is not None and written is not None:
@@ -67,7 +71,7 @@ def compare(checkpoints: Sequence[Checkpoint], tokens: np.ndarray, limit: float,
             advance()
         for walk in walks:
             walk.end()
-        _same_matrices(first, one, second, other)
+        _same_matrices(first, one, second, other, rounding)
         expected, actual = first.logits(one), second.logits(other)
     largest = float(np.abs(expected - actual).max())
     equal = int((expected.argmax(-1) == actual.argmax(-1)).sum())
@@ -99,11 +103,11 @@ def _changed_places(trained: Routing, written: Routing, limit: float, layer: int
     return changed, float((p[:, count - 1] - p[:, count])[changed].max(initial=0.0))
 
 
-def _same_matrices(first: Walk, one: int, second: Walk, other: int) -> None:
+def _same_matrices(first: Walk, one: int, second: Walk, other: int, rounding: float) -> None:
     """Of those in memory."""
     for a, b in zip(first.matrices(), second.matrices(), strict=True):
         excess = float(_excess(a.value, a.pairs[one], b.value, b.pairs[other]))
-        if not excess <= ROUNDING:  # NaN too
+        if not excess <= ROUNDING + rounding:  # NaN too
             raise Different(f"{a.name} differs from what was trained by {100 * excess:.2g} % of its largest number, rounding left out")
 
 

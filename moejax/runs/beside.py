@@ -26,10 +26,7 @@ def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> Non
     theirs = read_json(carried, remedy=AGAIN) if carried is not None and carried.is_file() else {}
     ids = dict.fromkeys([*named(config), *named(theirs)])
     if tokenizer is not None:
-        if not tokenizer.chat_template and base is not None and (base / "tokenizer.json").is_file():
-            other = load_tokenizer(str(base))
-            if other.chat_template and other.get_vocab().items() <= tokenizer.get_vocab().items():
-                tokenizer.chat_template = other.chat_template
+        tokenizer.chat_template = template_of(tokenizer, base)
         save_tokenizer(tokenizer, folder)
         ids = dict.fromkeys([*ends_of(tokenizer, template).ids, *ids])
     ends = list(ids) or named(ours)
@@ -37,6 +34,15 @@ def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> Non
     if ends != named(config):
         content.pop("_from_model_config", None)  # by that transformers would take config.json for the truth
     write_json(path, content)
+
+
+def template_of(tokenizer: Any, base: Path | None) -> Any:
+    """The tokenizer's chat template; where it has none, that of the model in `base` whose tokens it knows."""
+    if not tokenizer.chat_template and base is not None and (base / "tokenizer.json").is_file():
+        other = load_tokenizer(str(base))
+        if other.chat_template and other.get_vocab().items() <= tokenizer.get_vocab().items():
+            return other.chat_template
+    return tokenizer.chat_template
 
 
 def carry_added_tokens(folder: Path, experiment: Experiment, tokenizer: Any) -> None:

@@ -36,16 +36,21 @@ rounded to bf16."""
 
 
 def export(
-    folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None, for_: str | None = None
+    folder: Path, target: Path, format_: str | None, verify: bool, tolerance: float | None, for_: str | None = None,
+    kind: str | None = None, with_tokenizer: bool = True,
 ) -> None:  # fmt: skip
-    """Write DIR whole or not at all. for_: what is to load an adapter, "peft" or a name of SERVERS. Raises UserError for a mistake, a full
-    disk, an adapter that the server cannot hold, and a model that reloads differently."""
+    """Write DIR whole or not at all. for_: what is to load an adapter, "peft" or a name of SERVERS. kind, with_tokenizer: of a GGUF file
+    (`runs.gguf`). Raises UserError for a mistake, a full disk, what a server or llama.cpp cannot hold, and a model that reloads
+    differently."""
     experiment = open_run(folder)
     trained = experiment.adapter is not None
     server = SERVERS.get(for_ or "")
     chosen = format_ or ("peft" if trained or for_ else "merged")
-    if chosen != "merged" and not trained:
+    whole = chosen in ("merged", "gguf")
+    if not whole and not trained:
         raise UserError(f"{folder} trained the whole model, so there is no adapter to export: use --format merged")
+    if chosen != "gguf" and (kind is not None or not with_tokenizer):
+        raise UserError(f"{'--type' if with_tokenizer else '--without-tokenizer'} is of --format gguf, and this is {chosen}: leave it out")
     if target.exists():
         raise UserError(f"{target} exists already: choose another --out (nothing was overwritten)")
     source = experiment.model.source
@@ -59,29 +64,32 @@ def export(
     pairs = {} if experiment.adapter is None else experiment.adapter.lora.of(sizes)
     if server is not None and experiment.adapter is not None:
         servers.check(server, sizes, pairs, experiment.adapter.lora.token_rows)
-    k = sizes.experts_per_token if chosen != "merged" and sizes.experts_per_token != _own(experiment, base).experts_per_token else None
+    k = sizes.experts_per_token if not whole and sizes.experts_per_token != _own(experiment, base).experts_per_token else None
 
     def served(base: str, place: str) -> str | None:
         return None if server is None else servers.started(server, base, place, pairs, k)
 
-    total = 2 * sizes.parameters[0]  # the whole model in bf16
+    planned = _planned(experiment, sizes, base, kind or "f16", with_tokenizer) if chosen == "gguf" else None
+    total = 2 * sizes.parameters[0] if planned is None else planned.nbytes  # the whole model in bf16
     aside = files.aside(target)
     try:
         aside.mkdir(parents=True)
-        if chosen != "merged":
+        if not whole:
             model = _abstract(experiment, sizes, folder)
             peft.save_adapter(model, aside, str(source), experiment.model.revision, fused=chosen == "fused")
             beside.carry_added_tokens(aside, experiment, _tokenizer(experiment, base))
             if server is not None and server.names:
                 servers.rename_targets(server, aside)
         else:
-            _write_merged(experiment, sizes, folder, base, aside, total)
-        use = card.use(chosen, sizes, card.place_name(str(source)), target.name, k, served(card.place_name(str(source)), target.name))
+            _write_model(experiment, sizes, folder, base, aside, total, planned)
+        own = card.place_name(str(source))
+        use = planned.use if planned else card.use(chosen, sizes, own, target.name, k, served(own, target.name))
         card.write(aside, use, folder, experiment, sizes, base if trained else Path(str(source)))
         if verify:
-            limit = TOLERANCE[chosen] if tolerance is None else tolerance
+            usual = planned.tolerance if planned else TOLERANCE[chosen]
+            limit = usual if tolerance is None else tolerance
             try:
-                compared = _compare(experiment, sizes, folder, base, aside, chosen, limit)
+                compared = _compare(experiment, sizes, folder, base, aside, chosen, limit, planned)
                 # not (a <= b): logits that are not numbers fail too.
                 if not compared.share <= limit:
                     raise verification.Different(f"{_verdict(compared, limit)} (--tolerance sets another limit)")
@@ -100,13 +108,13 @@ def export(
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}[chosen]
-    say(f"{what}: {target}{'' if verify else ' (not verified)'}")
+    what = {"peft": "adapter in PEFT's format", "fused": "adapter in PEFT's fused format", "merged": "merged bf16 model"}
+    say(f"{what[chosen] if planned is None else planned.told}: {target}{'' if verify else ' (not verified)'}")
     if server is not None:
         say(f"as {server.title} {server.version} loads it (read {server.read}): {served(str(source), str(target))}")
     if chosen == "merged" and sizes.expert_format is not None:
         say(f"its experts are in bf16: those of the base are in {sizes.expert_format.upper()}")
-    if sizes.new_rows and chosen != "merged":
+    if sizes.new_rows and not whole:
         say(f"its base lacks {sizes.new_rows} of the tokens: model.resize_token_embeddings({sizes.vocab_size}) before PEFT loads it")
 
 
@@ -123,12 +131,24 @@ def _abstract(experiment: Experiment, sizes: Architecture, folder: Path) -> Mode
     return model
 
 
-def _write_merged(experiment: Experiment, sizes: Architecture, folder: Path, base: Path, aside: Path, total: int) -> None:
+def _planned(experiment: Experiment, sizes: Architecture, base: Path, kind: str, with_tokenizer: bool) -> Any:
+    from moejax.runs import gguf  # its library is slow to import
+
+    return gguf.plan(experiment, sizes, base, _tokenizer(experiment, base), kind, with_tokenizer)
+
+
+def _write_model(
+    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, aside: Path, total: int, planned: Any
+) -> None:
     free = shutil.disk_usage(aside).free
     if free < total:
         raise UserError(f"{aside.parent} has {told(free)} free, the model takes {told(total)}: choose another --out")
     with bar("merging", total, "bytes") as advance:
-        merge.save_merged(_abstract(experiment, sizes, folder), base, aside, progress=advance)
+        model = _abstract(experiment, sizes, folder)
+        if planned is not None:
+            planned.write(model, base, aside, advance)
+            return
+        merge.save_merged(model, base, aside, progress=advance)
     beside.carry(aside, base, _tokenizer(experiment, base), experiment.data.template or "mistral")
 
 
@@ -143,7 +163,7 @@ def _tokenizer(experiment: Experiment, base: Path) -> Any:
 
 
 def _compare(
-    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, limit: float
+    experiment: Experiment, sizes: Architecture, folder: Path, base: Path, written: Path, chosen: str, limit: float, planned: Any
 ) -> verification.Comparison:
     """The trained and the reloaded model on one prompt, both computed in fp32, a layer at a time in memory. Raises UserError where the
     base's weights are others than the run's."""
@@ -151,13 +171,15 @@ def _compare(
     arguments: dict[str, Any] = {"param_dtype": stored, "frozen_dtype": stored, "quantization": quantization_config(experiment)}
     arguments |= {"adapter": adapter_config(experiment)}
     own, content = ([], None) if experiment.adapter is None else ([folder / "adapter"], Content())
-    if chosen != "merged":
+    if chosen in ("peft", "fused"):
         models = [Checkpoint(sizes, base, [*own, written], arguments, content)]
     else:
-        reloaded = Checkpoint(weights.read_config(written), written, (), {"param_dtype": jnp.bfloat16})
+        merged = {"param_dtype": jnp.bfloat16}
+        reloaded = planned.checkpoint(written) if planned else Checkpoint(weights.read_config(written), written, (), merged)
         models = [Checkpoint(sizes, base, own, arguments, content), reloaded]
     with bar("verifying", sizes.blocks, "layers") as advance:
-        compared = verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: advance(1))
+        rounding = planned.rounding if planned else 0.0
+        compared = verification.compare(models, _prompt(experiment, base, sizes), limit, lambda: advance(1), rounding=rounding)
     if content is not None:
         check_base(folder, experiment, content.finish())
     return compared
