@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moejax import installation
 from moejax.errors import UserError
 
 _DATA, _MODEL, _TOKENIZER = "my_data.jsonl", "mixtral_8x7b", "tokenizer.json"
+_SMALL, _BYTES_PER_TOKEN = 20_000_000, 4  # larger files are not read; English text has some 4 bytes a token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
 
         byte_tokenizer().save(str(tokenizer))
         text = text.replace(f"\ntokenizer: {_TOKENIZER}", f"\ntokenizer: {_scalar(str(tokenizer))}")
+    text = _fitted(text, Path(options.data))
     file.write_text(text, encoding="utf-8")
     missing = "" if Path(options.data).exists() else ", which is not there yet"
     print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
@@ -61,8 +64,44 @@ def written(file: Path, model: str, data: str) -> str:
         text = re.sub(r"\n  source: [^\n]*\n  preset: [^\n]*", lambda _: f"\n  source: {_scalar(model)}", text, count=1)
         text = f"# QLoRA fine-tuning of {model}.\n{text}"
     name = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem).lstrip(".-") or "run"
-    text = re.sub(r"^name: .*", f"name: {name}  # the run's folder is runs/{name}", text, count=1, flags=re.MULTILINE)
+    text = re.sub(r"^name: .*", f"name: {_scalar(name)}  # the run's folder is runs/{name}", text, count=1, flags=re.MULTILINE)
     return text.replace(f"source: {_DATA}  # yours", f"source: {_scalar(data)}")
+
+
+def _fitted(text: str, data: Path) -> str:
+    """With a hold-out, a warm-up and evaluations that a small file leaves room for, and a template that its conversations need.
+
+    A file that is not there, that cannot be read or that is larger than `_SMALL` leaves the text as it is: `moejax data` says what is wrong.
+    """
+    import yaml
+
+    from moejax import config
+    from moejax.data.sources import load_records
+    from moejax.data.tokenizer import load_tokenizer
+
+    if not data.is_file() or data.stat().st_size > _SMALL:
+        return text
+    said = yaml.safe_load(text)
+    try:
+        records = load_records(config.DataConfig(source=str(data)))
+    except (UserError, ValueError):
+        return text
+    held = min(said["data"]["holdout"], len(records) // 10)
+    rows = math.ceil(data.stat().st_size / _BYTES_PER_TOKEN / said["data"]["row_tokens"])
+    steps = said["training"]["epochs"] * math.ceil(rows / said["data"]["batch_rows"])
+    fitting = {"holdout": held, "warmup_steps": min(said["training"]["warmup_steps"], steps // 10)}
+    fitting["eval_every"] = min(said["training"]["eval_every"], max(1, steps // 4)) if held else "null"
+    for key, value in fitting.items():
+        text = re.sub(rf"^(  {key}:) \S+", rf"\1 {value}", text, count=1, flags=re.MULTILINE)
+    model = said["model"]["source"]
+    if "conversation" in records[0] and "template" not in said["data"] and model is not None and Path(model).is_dir():
+        try:
+            own = load_tokenizer(model).chat_template
+        except UserError:
+            return text
+        if own is None:
+            text = text.replace("\n  holdout:", "\n  template: mistral  # this tokenizer has no chat template of its own\n  holdout:", 1)
+    return text
 
 
 def _scalar(text: str) -> str:

@@ -1,5 +1,7 @@
 """`moejax init`, and `moejax train CONFIG`."""
 
+import json
+
 import pytest
 from support import ROOT
 
@@ -37,6 +39,20 @@ def test_another_model_brings_its_sizes(tmp_path, monkeypatch):
         assert (written.model.source, written.model.preset, written.quantization.format) == (model, None, "nf4")
         assert written.adapter == config.AdapterConfig() and written.data.template is None  # its family's targets, its tokenizer's template
     assert cli.main(["init"]) == 0 and config.load("finetune.yaml").model.preset == "mixtral-8x7b"
+
+
+def test_a_small_file_gets_a_holdout_and_a_warmup_that_it_has_room_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    talk = {"messages": [{"role": "user", "content": "What is 2 plus 3?"}, {"role": "assistant", "content": "2 + 3 = 5."}]}
+    data = tmp_path / "chats.jsonl"
+    for count, expected in ((4, (0, 0, None)), (60, (6, 0, 1)), (20_000, (200, 20, 100))):
+        data.write_text("".join(json.dumps(talk) + "\n" for _ in range(count)))
+        assert cli.main(["init", f"{count}.yaml", "--model", str(ROOT / "assets/tiny-qwen3-moe"), "--data", data.name]) == 0
+        written = config.load(f"{count}.yaml")
+        assert (written.data.holdout, written.training.warmup_steps, written.training.eval_every) == expected
+        assert written.data.template == "mistral"  # the bundled tokenizer has no chat template
+    assert cli.main(["init", "hub.yaml", "--model", "acme/large", "--data", data.name]) == 0
+    assert config.load("hub.yaml").data.template is None
 
 
 @pytest.mark.parametrize(
