@@ -81,7 +81,8 @@ def compiled(recipe: Recipe) -> dict[str, Any]:
 
     experiment = config.load(ROOT / "configs" / f"{recipe.config}.yaml", recipe.changes)
     architecture = sizes.architecture_of(experiment)
-    made = TrainProgram(experiment.with_defaults(architecture), architecture, gpu=gpus.find(recipe.gpu)).compile(recipe.rows, recipe.row_tokens)
+    program = TrainProgram(experiment.with_defaults(architecture), architecture, gpu=gpus.find(recipe.gpu))
+    made = program.compile(recipe.rows, recipe.row_tokens)
     return asdict(recipe) | {"peak_gb": made.peak_bytes / 1e9, "host_gb": made.host_bytes / 1e9}
 
 
@@ -109,9 +110,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         ticks.append((place + (len(bars) - 1) / 2, f"{one['title']}\n{one['gpu']}"))
         for name, gb in bars:
             ours = name.startswith("moejax")
-            axes.barh(place, gb, height=0.86, color="white" if ours else "#a0aec0", edgecolor="#2b6cb0" if ours else "none", hatch="////" if ours else "")
-            axes.annotate(f"{gb:.1f}  {name}", (gb, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
-                          color="#2b6cb0" if ours else "#222222", fontweight="bold" if ours else "normal")  # fmt: skip
+            bar = {"color": "white", "edgecolor": "#2b6cb0", "hatch": "////"} if ours else {"color": "#a0aec0"}
+            axes.barh(place, gb, height=0.86, **bar)
+            text = {"color": "#2b6cb0", "fontweight": "bold"} if ours else {"color": "#222222"}
+            axes.annotate(f"{gb:.1f}  {name}", (gb, place), (4, 0), textcoords="offset points", va="center", fontsize=8, **text)
             place += 1
         place += 0.7
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)

@@ -71,7 +71,7 @@ def written(file: Path, model: str, data: str) -> str:
 def _fitted(text: str, data: Path) -> str:
     """With a hold-out, a warm-up and evaluations that a small file leaves room for, and a template that its conversations need.
 
-    A file that is not there, that cannot be read or that is larger than `_SMALL` leaves the text as it is: `moejax data` says what is wrong.
+    A file that is missing, unreadable or larger than `_SMALL` leaves the text as it is: `moejax data` says what is wrong.
     """
     import yaml
 
