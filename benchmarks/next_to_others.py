@@ -118,7 +118,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         place += 0.7
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 37), xlabel="peak memory of the card, GB")
+    axes.set(xlim=(0, 42), xlabel="peak memory of the card, GB")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
