@@ -83,7 +83,7 @@ def _fitted(text: str, data: Path) -> str:
         return text
     said = yaml.safe_load(text)
     try:
-        records = load_records(config.DataConfig(source=str(data)))
+        records = load_records(config.DataConfig.model_validate({"source": str(data)}))
     except (UserError, ValueError):
         return text
     held = min(said["data"]["holdout"], len(records) // 10)
