@@ -31,7 +31,7 @@ test: lint $(VENV)/.profile $(VENV)/.eval $(AOT)/.installed ## ruff, mypy and th
 	@MOEJAX_TEST_XLA=usual $(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 tests/training/test_gpu_compile.py
 
 # As a user compiles (without XLA's flags of tests/conftest.py), the tests marked `long` too; faults that the quick tests must notice.
-test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)
+test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)
 	@MOEJAX_TEST_XLA=usual $(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
 	@$(BIN)/python tests/mutations.py
 	@rm -rf runs/characterize-demo
@@ -69,8 +69,8 @@ aot: $(AOT)/.installed ## compile every config's step for five GPUs that are not
 gpu-acceptance: ## the first 8 minutes on a card, with PYTHON as it is: is it in order, are the numbers right, what do the real steps take
 	@$(PYTHON) benchmarks/gpu_acceptance.py $(OPTIONS)
 
-# For tests: TensorBoard's Profile tab, which one asks for a trace, and lm-evaluation-harness (neither needs PyTorch); llama.cpp.
-$(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp: $(VENV)/.%: $(STAMP)
+# For tests: TensorBoard's Profile tab, which one asks for a trace, lm-evaluation-harness, llama.cpp, Weights & Biases (none needs PyTorch).
+$(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb: $(VENV)/.%: $(STAMP)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[$*]' -c constraints.txt
 	@touch $@
 

@@ -237,6 +237,9 @@ class Experiment(Section):
     training: TrainingConfig
     preference: PreferenceConfig | None = Field(None, description="train on preferences (DPO); null: on answers")
     eval: EvalConfig | None = Field(None, description="null: no answers are counted while training")
+    logging: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_tuple)] = Field(
+        ("tensorboard",), description="where metrics go besides metrics.jsonl; wandb: with the extra `wandb`"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
     device: DeviceConfig = DeviceConfig()

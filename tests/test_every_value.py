@@ -76,6 +76,7 @@ RUNS = {
         "adapter": {"token_rows": [5, 7]},
         "data": {"source": None, "batching": "fixed"},
         "training": {"remat": "auto", "steps": 4, "optimizer": "lion", "moments_dtype": "bfloat16"},
+        "logging": [],  # wandb: tests/training/test_wandb_run.py
         "profile": {"start_step": 2, "steps": 1},
     },
     "text, continued": {

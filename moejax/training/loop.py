@@ -26,7 +26,7 @@ from moejax.profiling.capture import Capture
 from moejax.progress import duration, say, waiting
 from moejax.runs import beside, folders
 from moejax.runs.claim import claimed
-from moejax.training import flops, prediction, step_profile
+from moejax.training import flops, prediction, step_profile, wandb_run
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.metrics import MetricWriter, expert_load
 from moejax.training.program import NOTHING_OWN, Own
@@ -55,6 +55,7 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
 
 def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = NOTHING_OWN) -> Trainer:
     """`run`, with what a caller brings of its own. Returns what has trained: `history`, `folder`, `step`, `stopped`."""
+    wandb_run.check(experiment)
     check_device(experiment, jax.local_devices()[0])
     folder = Path(experiment.runs_dir) / experiment.name
     if resume and not folder.is_dir():
@@ -89,7 +90,7 @@ class Trainer:
         elif resume:
             say(f"{folder} was stopped before its first checkpoint: starting at step 0")
         self.last_saved = self.step if saved else None
-        self.writer = MetricWriter(folder, self.step if resume else None)
+        self.writer = MetricWriter(folder, experiment, self.step if resume else None)
         self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
@@ -108,6 +109,7 @@ class Trainer:
         try:
             with progress.steps(self.total_steps, self.step) as self._show, out_of_memory(self._full):
                 self._loop()
+            self.writer.summarize(self._totals())
         finally:
             with ExitStack() as closing:  # each, whatever another cannot write
                 closing.callback(self.writer.close)
@@ -296,25 +298,41 @@ class Trainer:
         seconds = [r["step_seconds"] for r in undisturbed]
         step_profile.report(self.experiment, self.program, self.capture, self.traced, seconds, self.peak_flops)
 
+    def _steady(self) -> list[dict[str, Any]]:
+        """Records of steps that neither compiled nor were traced, as far as there are others."""
+        return [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
+
+    def _totals(self) -> dict[str, float]:
+        """What this process's steps were together."""
+        steady = self._steady()
+        if not steady:
+            return {}
+        seconds = sum(r["step_seconds"] for r in steady)
+        return {
+            "run/first_loss": self.history[0]["loss"], "run/last_loss": self.history[-1]["loss"],
+            "run/queries_per_second": sum(r["queries"] for r in steady) / seconds,
+            "run/tokens_per_second": sum(r["real_tokens"] for r in steady) / seconds, "run/step_seconds": seconds,
+            "run/model_flop_utilization": float(np.median([r["model_flop_utilization"] for r in steady])),
+            "run/compile_seconds": self.program.compile_seconds, "run/compiler_peak_bytes": self.program.peak_bytes,
+        }  # fmt: skip
+
     def _summary(self) -> None:
-        steady = [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
+        totals = self._totals()
         lines = [f"{counted(self.step, 'step')} done; everything is in {self.folder}"]
-        if not self.history:
+        if not totals:
             lines += ["nothing was left to train: an earlier process had done all steps"]
-        if steady:
-            seconds = sum(r["step_seconds"] for r in steady)
-            rate = {k: sum(r[k] for r in steady) / seconds for k in ("queries", "real_tokens")}
-            utilization = float(np.median([r["model_flop_utilization"] for r in steady]))
+        else:
             memory_name, memory_value = next(iter(device.memory_bytes().items()))
             lines += [
-                f"loss {self.history[0]['loss']:.4f} at step {self.history[0]['step']} -> {self.history[-1]['loss']:.4f}"
+                f"loss {totals['run/first_loss']:.4f} at step {self.history[0]['step']} -> {totals['run/last_loss']:.4f}"
                 + ("" if self.eval_loss is None else f", evaluation {self.eval_loss:.4f}"),
-                f"{rate['queries']:.2f} queries/s, {rate['real_tokens']:.0f} tokens/s, {duration(seconds)} in steps, "
-                f"{self.program.compile_seconds:.1f} s compiling",
-                f"model FLOP utilization {100 * utilization:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s ({self.peak_source})",
+                f"{totals['run/queries_per_second']:.2f} queries/s, {totals['run/tokens_per_second']:.0f} tokens/s, "
+                f"{duration(totals['run/step_seconds'])} in steps, {totals['run/compile_seconds']:.1f} s compiling",
+                f"model FLOP utilization {100 * totals['run/model_flop_utilization']:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s "
+                f"({self.peak_source})",
                 f"memory: compiler peak {self.program.peak_bytes / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
         lines += [] if self.scoring is None else self.scoring.summary()
         say(*lines)
-        if steady:
+        if totals:
             say(*prediction.conclude(self.folder))

@@ -1,4 +1,4 @@
-"""Metrics to `metrics.jsonl` and TensorBoard."""
+"""Metrics to `metrics.jsonl`, and to what else `logging` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,37 +18,52 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
 
 from moejax import json_lines
+from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.evaluation.expert_load import load_variance
 from moejax.progress import say
+from moejax.training.wandb_run import WandbRun
 
 
 class MetricWriter:
-    """Appends one JSON line per record to `metrics.jsonl` and the same numbers to TensorBoard events in `folder`.
+    """Appends one JSON line per record to `metrics.jsonl` in `folder`, and sends the same numbers to TensorBoard's events there and to
+    Weights & Biases, as the experiment says (`logging`).
 
     resume_step: of a run that goes on; later lines, and what is left of a cut one, go first, and that is told. Raises UserError
     where something cannot be written.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None = None):
+    def __init__(self, folder: Path, experiment: Experiment, resume_step: int | None = None):
         self._folder = folder
         path = folder / "metrics.jsonl"
         with self._writing():
             if resume_step is not None and path.exists():
                 json_lines.keep_until(path, resume_step, say)
             self._lines = path.open("a", encoding="utf-8")
-            self._events = _Events(folder)
+            self._events = _Events(folder) if "tensorboard" in experiment.logging else None
+        self._wandb = WandbRun(folder, experiment) if "wandb" in experiment.logging else None
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """One step's numbers; lists (expert counts) go to the JSON line only."""
+        numbers = {name: float(v) for name, v in record.items() if isinstance(v, int | float)}
         with self._writing():
             self._lines.write(json.dumps({"step": step, **record}, allow_nan=True) + "\n")
             self._lines.flush()
-            self._events.write(step, {name: float(v) for name, v in record.items() if isinstance(v, int | float)})
+            if self._events is not None:
+                self._events.write(step, numbers)
+        if self._wandb is not None:
+            self._wandb.write(step, numbers)
+
+    def summarize(self, values: dict[str, float]) -> None:
+        """What the run was as a whole, for whom shows that."""
+        if self._wandb is not None:
+            self._wandb.summarize(values)
 
     def close(self) -> None:
-        with self._writing(), closing(self._lines):
-            self._events.close()
+        with ExitStack() as closing, self._writing():
+            for log in (self._wandb, self._lines, self._events):
+                if log is not None:
+                    closing.callback(log.close)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

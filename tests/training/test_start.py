@@ -97,9 +97,9 @@ def test_a_full_disk_while_it_trains_is_one_message_and_it_resumes(make_experime
     assert config.load(tmp_path / "runs/run/config.yaml").name == "run"
 
 
-def test_an_event_file_on_a_full_disk(tmp_path):
+def test_an_event_file_on_a_full_disk(make_experiment, tmp_path):
     """The real thing, where the kernel has it: /dev/full takes nothing."""
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(tmp_path, make_experiment())
     writer._events._file.raw.close()
     writer._events._file = open("/dev/full", "wb")  # noqa: SIM115, PTH123
     writer._events._writer._writer = writer._events._file
