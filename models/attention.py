@@ -25,19 +25,20 @@ class KeyValues(NamedTuple):
 
 class Attention(nnx.Module):
     """q, k, v projections, norms of q and k if the spec says so, rotary positions, causal softmax attention inside each segment, output
-    projection; no biases."""
+    projection; biases, a sink a head and a window as the spec has them."""
 
     splits_recomputation = True  # each half of the layer is recomputed by itself
 
     def __init__(self, key: jax.Array, spec: GQA, config: Architecture, dtype: Any, target: Target):
         keys = jax.random.split(key, 4)
         d, heads, kv = config.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        scope = "dequant"
-        self.q_proj = Linear(keys[0], d, heads, dtype, scope=scope, axes=("heads", "embed"))
-        self.k_proj = Linear(keys[1], d, kv, dtype, scope=scope, axes=("heads", "embed"))
-        self.v_proj = Linear(keys[2], d, kv, dtype, scope=scope, axes=("heads", "embed"))
-        self.o_proj = Linear(keys[3], heads, d, dtype, scope=scope, axes=("embed", "heads"))
-        self.target = target
+        scope, bias = "dequant", spec.bias
+        self.q_proj = Linear(keys[0], d, heads, dtype, scope=scope, axes=("heads", "embed"), bias=bias)
+        self.k_proj = Linear(keys[1], d, kv, dtype, scope=scope, axes=("heads", "embed"), bias=bias)
+        self.v_proj = Linear(keys[2], d, kv, dtype, scope=scope, axes=("heads", "embed"), bias=bias)
+        self.o_proj = Linear(keys[3], heads, d, dtype, scope=scope, axes=("embed", "heads"), bias=bias)
+        self.sinks: nnx.Variable | None = nnx.data(nnx.Param(jnp.zeros(spec.heads, dtype), axes=("heads",)) if spec.sinks else None)
+        self.target, self.lacking = target, flash.unsupported(spec.sinks, spec.window)
         self.head_dim, self.rope, self.qk_norm = spec.head_dim, spec.rope, spec.qk_norm
         if spec.qk_norm is not None:
             sizes = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (heads, kv)
@@ -50,23 +51,30 @@ class Attention(nnx.Module):
         return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """x: [B, T, D]; segment_ids, positions: int32 [B, T]."""
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array, dropout_key: jax.Array | None = None,
+        window: jax.Array | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """x: [B, T, D]; segment_ids, positions: int32 [B, T]; window: int32, of this block (None: no block has one)."""
         with jax.named_scope("attention"):
             q, k, v = self._project(x, positions, dropout_key)
-            out = self._attend(q, k, v, segment_ids)
+            out = self._attend(q, k, v, segment_ids, window)
             return self.o_proj(out.reshape(*x.shape[:2], -1), fold(dropout_key, 3))
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        if flash.why_blocks(self.target.attention, self.target.platform, q.dtype, self.head_dim, q.shape[1]) is None:
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: jax.Array | None) -> jax.Array:
+        asked, platform = self.target.attention, self.target.platform
+        if flash.why_blocks(asked, platform, q.dtype, self.head_dim, q.shape[1], self.lacking) is None:
             return flash.flash_attention(q, k, v, segment_ids)
-        return checkpoint_name(segment_attention(q, k, v, segment_ids), "mixed")
+        return checkpoint_name(segment_attention(q, k, v, segment_ids, window=window, sinks=self._sinks), "mixed")
+
+    @property
+    def _sinks(self) -> jax.Array | None:
+        return None if self.sinks is None else self.sinks.get_value()
 
     def cached(
-        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array
+        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: KeyValues, layer: jax.Array, window: jax.Array | None = None
     ) -> tuple[jax.Array, KeyValues]:
-        """Write the keys and values of x at `positions` of `layer`, attend to everything at or before them. Returns output and cache.
+        """Write the keys and values of x at `positions` of `layer`, attend to what the window has of everything at or before them. Returns
+        output and cache.
 
         valid is not used: padding stands at positions that are overwritten before anything looks there.
 
@@ -76,8 +84,10 @@ class Attention(nnx.Module):
             q, k, v = self._project(x, positions, None)
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KeyValues(*(old.at[layer, rows, :, positions].set(new) for old, new in zip(cache, (k, v), strict=True)))
-            mask = jnp.arange(cache.k.shape[3])[None, None, :] <= positions[:, :, None]
-            return self.o_proj(masked_attention(q, cache.k[layer], cache.v[layer], mask).reshape(*x.shape[:2], -1)), cache
+            back = positions[:, :, None] - jnp.arange(cache.k.shape[3])[None, None, :]
+            mask = back >= 0 if window is None else (back >= 0) & (back < window)
+            out = masked_attention(q, cache.k[layer], cache.v[layer], mask, self._sinks)
+            return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
     def _project(
         self, x: jax.Array, positions: jax.Array, dropout_key: jax.Array | None

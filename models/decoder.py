@@ -72,12 +72,14 @@ class Layer(nnx.Module):
         self.compute, self.norm_after = compute, block.norm == "after"
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, remat: str
-    ) -> tuple[jax.Array, RouterStats]:
-        mixer = getattr(self, self.mixer)
+        self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, remat: str,
+        window: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterStats]:  # fmt: skip
+        """window: int32, how far this block attends, where the stack has windows."""
+        mixer, more = getattr(self, self.mixer), () if window is None else (window,)
 
         def mixed(x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
-            return self._added(x, mixer(self._read(x, self.mixer), segment_ids, positions, dropout_key), self.mixer)
+            return self._added(x, mixer(self._read(x, self.mixer), segment_ids, positions, dropout_key, *more), self.mixer)
 
         of_many = x.ndim == 4
         if of_many:
@@ -89,9 +91,12 @@ class Layer(nnx.Module):
             x = checkpoint_name(x, "halfway")
         return self._experts(x, segment_ids > 0, dropout_key, remat in ("none", "dots"))
 
-    def cached(self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array) -> tuple[jax.Array, Any]:
+    def cached(
+        self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array, window: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
-        out, cache = getattr(self, self.mixer).cached(self._read(x, self.mixer), valid, positions, cache, number)
+        more = () if window is None else (window,)
+        out, cache = getattr(self, self.mixer).cached(self._read(x, self.mixer), valid, positions, cache, number, *more)
         return self._experts(self._added(x, out, self.mixer), valid, None, False)[0], cache
 
     def _read(self, x: jax.Array, half: str) -> jax.Array:
@@ -179,22 +184,22 @@ class Decoder(nnx.Module):
                 stack_key = dropout_key if number == 0 else fold(dropout_key, 2**16 + number)
 
                 def body(
-                    x: jax.Array, weights: nnx.State, index: jax.Array, layer_of: Any = layer_of, dropout_key: Any = stack_key
+                    x: jax.Array, weights: nnx.State, index: jax.Array, window: Any, layer_of: Any = layer_of, dropout_key: Any = stack_key
                 ) -> tuple[jax.Array, RouterStats]:
                     x, key = checkpoint_name(x, STREAM_NAME), fold(dropout_key, index)
-                    out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat)
+                    out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat, window)
                     return out
 
                 run = rematerialized(body, remat)
 
-                def step(carry: Any, layer: tuple[nnx.State, jax.Array], body: Any = run) -> Any:
-                    (x, sums), (weights, index) = carry, layer
+                def step(carry: Any, layer: tuple[nnx.State, jax.Array, Any], body: Any = run) -> Any:
+                    (x, sums), (weights, index, window) = carry, layer
                     weights, sums = added(weights, sums, index)
-                    x, of_layer = body(x, weights, index)
+                    x, of_layer = body(x, weights, index, window)
                     return (x, sums), of_layer
 
                 sums = {} if self.gradient_sums is None else self.gradient_sums.of(stack.name, state)
-                (x, sums), of_stack = jax.lax.scan(step, (x, sums), (without_gradients(state, sums), jnp.arange(stack.repeats)))
+                (x, sums), of_stack = jax.lax.scan(step, (x, sums), (without_gradients(state, sums), *_numbers(stack)))
                 if self.gradient_sums is not None:
                     self.gradient_sums.put(stack.name, sums)
                 stats.append(of_stack)
@@ -218,10 +223,10 @@ class Decoder(nnx.Module):
             state, layer_of = scannable(getattr(self, stack.name))
 
             def body(carry: tuple[jax.Array, Any], layer: Any, layer_of: Any = layer_of) -> tuple[tuple[jax.Array, Any], None]:
-                (x, held), (weights, number) = carry, layer
-                return layer_of(weights, number).cached(x, valid, positions, held, number), None
+                (x, held), (weights, number, window) = carry, layer
+                return layer_of(weights, number).cached(x, valid, positions, held, number, window), None
 
-            (x, new), _ = jax.lax.scan(body, (x, held), (state, jnp.arange(stack.repeats)))
+            (x, new), _ = jax.lax.scan(body, (x, held), (state, *_numbers(stack)))
             after.append(new)
         return self.norm(x.astype(self.dtype)), tuple(after)
 
@@ -253,6 +258,11 @@ class Decoder(nnx.Module):
     def _check_padding(self, real: jax.Array) -> None:
         if any(isinstance(stack.block.mixer, specs.Mamba) for stack in self.config.stacks):
             check_padding(real)
+
+
+def _numbers(stack: specs.Stack) -> tuple[jax.Array, jax.Array | None]:
+    """What a scan over a stack carries beside its weights: each block's number, int32 [L], and its window where the stack has any."""
+    return jnp.arange(stack.repeats), None if stack.windows is None else jnp.asarray(stack.windows, jnp.int32)
 
 
 def positions_of(segment_ids: jax.Array) -> jax.Array:

@@ -123,14 +123,19 @@ class Linear(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix per expert. weight: [E, out, in]. `moejax.models.moe` multiplies by it."""
+    """One matrix per expert. weight: [E, out, in]; bias: [E, out] or None. `moejax.models.moe` multiplies by it."""
 
-    def __init__(self, key: jax.Array, experts: int, in_size: int, out_size: int, dtype: Any, *, axes: tuple[str, str]):
+    def __init__(
+        self, key: jax.Array, experts: int, in_size: int, out_size: int, dtype: Any, *, axes: tuple[str, str], bias: bool = False
+    ):
         self.weight: nnx.Variable = nnx.Param(normal(key, (experts, out_size, in_size), dtype), axes=("experts", *axes))
+        zeros = nnx.Param(jnp.zeros((experts, out_size), dtype), axes=("experts", axes[0])) if bias else None
+        self.bias: nnx.Variable | None = nnx.data(zeros)
         self.lora: LoRA | None = nnx.data(None)
 
     def projection(self) -> Projection:
-        return Projection(self.weight.get_value(), None if self.lora is None else self.lora.weights())
+        bias = None if self.bias is None else self.bias.get_value()
+        return Projection(self.weight.get_value(), None if self.lora is None else self.lora.weights(), bias)
 
 
 class Embedding(nnx.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +27,7 @@ class RouterStats(NamedTuple):
 class MoE(nnx.Module):
     """out = Σ over the chosen experts of p_e · w2_e(act(w1_e x) · w3_e x).
 
-    p: softmax or sigmoids of the router's logits → top-k → divided by their sum, if the spec says so. act: silu, or gelu (erf).
+    p: softmax or sigmoids of the router's logits → top-k → divided by their sum, if the spec says so. act: silu, gelu (erf), or gpt-oss's.
 
     The weight p_e multiplies the activation before w2: the same sum, but w2 need not be recomputed in the backward pass.
     """
@@ -34,11 +36,11 @@ class MoE(nnx.Module):
         keys = jax.random.split(key, 4)
         e, d, f = spec.experts, config.hidden_size, spec.hidden
         self.router = Linear(keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"), bias=spec.router.bias)
-        self.w1 = ExpertLinear(keys[1], e, d, f, dtype, axes=("hidden", "embed"))
-        self.w2 = ExpertLinear(keys[2], e, f, d, dtype, axes=("embed", "hidden"))
-        self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"))
+        self.w1 = ExpertLinear(keys[1], e, d, f, dtype, axes=("hidden", "embed"), bias=spec.bias)
+        self.w2 = ExpertLinear(keys[2], e, f, d, dtype, axes=("embed", "hidden"), bias=spec.bias)
+        self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"), bias=spec.bias)
         self.experts, self.k = e, spec.experts_per_token
-        self.scores, self.renormalize, self.gated = SCORES[spec.router.kind], spec.router.renormalize, GATED[spec.activation]
+        self.scores, self.renormalize, self.gated = SCORES[spec.router.kind], spec.router.renormalize, gated(spec.activation)
         self.target = target
 
     def __call__(
@@ -110,10 +112,17 @@ class MoE(nnx.Module):
     def _dense(self, x: jax.Array, weights: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         up, low = self._batched("w1", "nd,efd->enf", x, fold(dropout_key, 11))
         gate, _ = self._batched("w3", "nd,efd->enf", x, fold(dropout_key, 13), low)
+        up, gate = (y if b is None else y + b for y, b in ((up, self._bias("w1", x.dtype)), (gate, self._bias("w3", x.dtype))))
         up, gate = checkpoint_name(up, "hidden"), checkpoint_name(gate, "hidden")
         with jax.named_scope("act"):
             activation = self.gated(up, gate) * weights.astype(x.dtype).T[..., None]  # [E, N, F]
-        return self._batched("w2", "enf,edf->nd", activation, fold(dropout_key, 12))[0]
+        out, bias = self._batched("w2", "enf,edf->nd", activation, fold(dropout_key, 12))[0], self.w2.bias
+        return out if bias is None else out + weights.astype(x.dtype) @ bias.get_value().astype(x.dtype)
+
+    def _bias(self, name: str, dtype: Any) -> jax.Array | None:
+        """[E, 1, F] of a matrix whose products are [E, N, F]."""
+        bias: nnx.Variable | None = getattr(self, name).bias
+        return None if bias is None else bias.get_value().astype(dtype)[:, None]
 
     def _batched(
         self, name: str, product: str, x: jax.Array, dropout_key: jax.Array | None, low: jax.Array | None = None
@@ -143,6 +152,23 @@ def _gelu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:
         # torch's form. jax.nn.gelu is made of erfc, which takes a CPU three times as long; in bf16 1 + erf would cancel.
         return 0.5 * up * (1.0 + jax.lax.erf(up * 0.5**0.5)) * gate
     return jax.nn.gelu(up, approximate=False) * gate
+
+
+@dataclass(frozen=True)
+class _Clamped:
+    """gpt-oss's gate, of transformers' `GptOssExperts`."""
+
+    spec: specs.ClampedSwiGLU
+
+    def __call__(self, up: jax.Array, gate: jax.Array) -> jax.Array:
+        alpha, limit = self.spec.alpha, self.spec.limit
+        up, gate = jnp.minimum(up, limit), jnp.clip(gate, -limit, limit)
+        return up * jax.nn.sigmoid(alpha * up) * (gate + 1)
+
+
+def gated(activation: str | specs.ClampedSwiGLU) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The hidden row of the rows of w1 and w3."""
+    return _Clamped(activation) if isinstance(activation, specs.ClampedSwiGLU) else GATED[activation]
 
 
 GATED = {"silu": _silu_gated, "gelu": _gelu_gated}

@@ -88,7 +88,7 @@ def adapter_tensors(model):
 
 def hub_tensor(tree_model, place):
     """The array of a model (weights or gradients in its place) at a Hub tensor's place."""
-    value = reduce(getattr, place.path, tree_model).weight.get_value()
+    value = getattr(reduce(getattr, place.path, tree_model), place.attr).get_value()
     index = tuple(i for i in (place.layer, place.expert) if i is not None)
     return value[index] if index else value
 

@@ -12,6 +12,7 @@ from moejax.models.config.adapters import LORA_TARGETS, QUANTIZED_MODULES, LoRAC
 from moejax.models.config.specs import Architecture
 from moejax.models.families.blackmamba import BlackMambaConfig
 from moejax.models.families.flex_olmo import FlexOlmoConfig
+from moejax.models.families.gpt_oss import GptOssConfig
 from moejax.models.families.mixtral import MixtralConfig
 from moejax.models.families.olmoe import OlmoeConfig
 from moejax.models.families.qwen3_moe import Qwen3MoeConfig
@@ -43,12 +44,11 @@ def target_aliases() -> dict[str, str]:
     return {theirs: ours for preset in PRESETS.values() for ours, theirs in preset.target_names.items()}
 
 
-for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig, FlexOlmoConfig):
+for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig, FlexOlmoConfig, GptOssConfig):
     register(_family)
 
 _NOT_YET = {
     "qwen3_5_moe": "Qwen3.5", "qwen3_5_moe_text": "Qwen3.5", "qwen3_6_moe": "Qwen3.6", "gemma4": "Gemma 4", "gemma4_text": "Gemma 4",
-    "gpt_oss": "gpt-oss",
 }  # fmt: skip
 
 

@@ -75,6 +75,11 @@ class LoRAConfig:
         names = {t: (t, sizes.target_names.get(t, t), group_of.get(sizes.targets[t][0], t)) for t in targets}
         ranks, alphas = (_by_target(what, given, names) for what, given in (("rank", self.rank), ("alpha", self.alpha)))
         pairs = {target: Pair(int(ranks[target]), alphas[target]) for target in targets}
+        if pairs.get("w1") != pairs.get("w3") and any(block.transposed for block in sizes.names.blocks):
+            raise ValueError(
+                f"LoRA of a {sizes.title}: its files hold gate_proj and up_proj as one matrix, and so do its adapters: expected both among "
+                "the targets, with one rank and alpha, or neither"
+            )
         if self.share is None:
             return pairs
         first, *others = sizes.resolve_share(self.share)

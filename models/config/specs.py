@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, Self
 from moejax.models.config.rope import Rope
 from moejax.models.config.tensor_names import TensorNames
 
+EVERYWHERE = 2**30
+"""A window that is none: more positions than any row has."""
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
 BlockNorm = Literal["before", "after"]
@@ -23,12 +25,14 @@ BlockNorm = Literal["before", "after"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer's weights [out, in]; copies: how many side by side [copies, out, in] (experts'); met: how many a token meets."""
+    """A linear layer's weights [out, in]; copies: how many side by side [copies, out, in] (experts'); met: how many a token meets; bias: it
+    has one, [out], for each copy."""
 
     out: int
     inner: int
     copies: int | None = None
     met: int = 1
+    bias: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -37,13 +41,18 @@ class Matrix:
 
 @dataclass(frozen=True)
 class GQA:
-    """Grouped-query attention with rotary positions. qk_norm: an RMSNorm of q and k, of each head by itself or of all heads together."""
+    """Grouped-query attention with rotary positions. qk_norm: an RMSNorm of q and k, of each head by itself or of all heads together; bias:
+    of all four projections; sinks: one more logit a head, whose weight goes nowhere; window: so many positions, its own among them, are
+    seen in the blocks that the stack says (`Stack.windowed`)."""
 
     heads: int
     kv_heads: int
     head_dim: int
     rope: Rope
     qk_norm: Literal["head", "all"] | None = None
+    bias: bool = False
+    sinks: bool = False
+    window: int | None = None
     module: ClassVar[str] = "attention"
     scopes: ClassVar[tuple[str, ...]] = ("dequant", "norm", "lora")
     positional: ClassVar[bool] = True
@@ -53,13 +62,15 @@ class GQA:
     def matrices(self, width: int) -> dict[str, Matrix]:
         """Its linear layers, where the stream has `width` numbers a token."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {"q_proj": Matrix(q, width), "k_proj": Matrix(kv, width), "v_proj": Matrix(kv, width), "o_proj": Matrix(width, q)}
+        shapes = {"q_proj": (q, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, q)}
+        return {name: Matrix(*shape, bias=self.bias) for name, shape in shapes.items()}
 
     @property
     def others(self) -> dict[str, Shape]:
         """Its other variables, none of which meets the stream."""
         sizes = {None: (), "head": (1, 1), "all": (self.heads, self.kv_heads)}[self.qk_norm]
-        return {f"{name}.weight": (n * self.head_dim,) for name, n in zip(("q_norm", "k_norm"), sizes, strict=False)}
+        norms: dict[str, Shape] = {f"{name}.weight": (n * self.head_dim,) for name, n in zip(("q_norm", "k_norm"), sizes, strict=False)}
+        return norms | {"sinks": (self.heads,)} if self.sinks else norms
 
 
 @dataclass(frozen=True)
@@ -98,15 +109,25 @@ class Router:
 
 
 @dataclass(frozen=True)
+class ClampedSwiGLU:
+    """gpt-oss's gate: g · sigmoid(alpha g) · (u + 1), with g = w1 x up to `limit` and u = w3 x between -limit and limit."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class MoE:
-    """A router over gated experts: w2(act(w1 x) · w3 x). hidden: rows of w1 and w3. Every token visits all experts where that many are
-    asked for: the dense model. one_input: adapter targets of an expert that read the same rows, in the order of the products."""
+    """A router over gated experts: w2(act(w1 x) · w3 x). hidden: rows of w1 and w3; bias: each of the three has one for every expert. Every
+    token visits all experts where that many are asked for: the dense model. one_input: adapter targets of an expert that read the same
+    rows, in the order of the products."""
 
     experts: int
     experts_per_token: int
     hidden: int
-    activation: Literal["silu", "gelu"]
+    activation: Literal["silu", "gelu"] | ClampedSwiGLU
     router: Router
+    bias: bool = False
     module: ClassVar[str] = "moe"
     scopes: ClassVar[tuple[str, ...]] = (
         "router", "router_dequant", "topk", "dispatch", "w1", "w1_dequant", "w3", "w3_dequant", "act", "w2", "w2_dequant",
@@ -122,8 +143,8 @@ class MoE:
         return self.experts_per_token == self.experts
 
     def matrices(self, width: int) -> dict[str, Matrix]:
-        into = Matrix(self.hidden, width, self.experts, self.experts_per_token)
-        out = Matrix(width, self.hidden, self.experts, self.experts_per_token)
+        into = Matrix(self.hidden, width, self.experts, self.experts_per_token, self.bias)
+        out = Matrix(width, self.hidden, self.experts, self.experts_per_token, self.bias)
         return {"router": Matrix(self.experts, width), "w1": into, "w2": out, "w3": into}
 
     @property
@@ -152,11 +173,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """`repeats` equal blocks, whose weights are stacked [L, …] in the model's attribute `name`."""
+    """`repeats` equal blocks, whose weights are stacked [L, …] in the model's attribute `name`. windowed: which of them attend within their
+    mixer's window; empty: none."""
 
     block: Block
     repeats: int
     name: str = "layers"
+    windowed: tuple[bool, ...] = ()
+
+    @property
+    def windows(self) -> tuple[int, ...] | None:
+        """The positions that each block's attention reaches back, or none of none: a number that the scan over them carries."""
+        window = getattr(self.block.mixer, "window", None)
+        return tuple(window if short else EVERYWHERE for short in self.windowed) if self.windowed and window is not None else None
 
 
 @dataclass(frozen=True)
@@ -291,6 +320,7 @@ class Architecture(ABC):
         """Every variable of the model -> its shape; a stack's have an axis of its blocks before them."""
         d, norm = self.hidden_size, {"rms": ("weight",), "layer": ("weight", "bias")}[self.stream.final_norm]
         found: dict[Path, Shape] = {(*path, "weight"): (blocks, *m.shape) for path, (m, blocks) in self.linears.items()}
+        found |= {(*path, "bias"): (blocks, *m.shape[:-1]) for path, (m, blocks) in self.linears.items() if m.bias}
         for stack, half in self._halves:
             found |= {(stack.name, half.module, *name.split(".")): (stack.repeats, *shape) for name, shape in half.others.items()}
             found[stack.name, f"{half.module}_norm", "weight"] = (stack.repeats, d)
@@ -311,7 +341,7 @@ class Architecture(ABC):
     def parameters(self) -> tuple[int, int]:
         """All, and those that a token meets."""
         every = sum(math.prod(shape) for shape in self.weights.values())
-        return every, every - sum(n * (m.copies - m.met) * m.out * m.inner for m, n in self.linears.values() if m.copies)
+        return every, every - sum(n * (m.copies - m.met) * m.out * (m.inner + m.bias) for m, n in self.linears.values() if m.copies)
 
     def kind_of(self, path: Path) -> str:
         """What a variable is counted among: a group that can be quantized, its mixer, norms, embeddings or head."""

@@ -15,8 +15,8 @@ class BlockNames:
     """A checkpoint's tensors of one block, paths here without the stack's name.
 
     `{0}` in a name is the number of the checkpoint's layer, `{1}` of the next one, where a block is two of its layers (`layers`); `{e}`
-    of the expert. stacked: one tensor over all experts [E, out, in], as transformers 5 holds them; renamed: what it calls otherwise;
-    interleaved: two in a stacked tensor have its rows in turn.
+    of the expert. stacked: one tensor over all experts [E, out, in], as transformers 5 holds them; interleaved: where that is of two, they
+    have its rows in turn; transposed: it is [E, in, out], and files have it alone; renamed: what it calls otherwise.
     """
 
     weights: Names
@@ -25,6 +25,7 @@ class BlockNames:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: int = 1
     interleaved: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ class AttentionMoEConfig(Architecture, ABC):
         return config.get("sliding_window")
 
     @classmethod
+    def layer_types(cls, layers: int) -> list[str]:
+        """What config.json may say of that many layers' attention."""
+        return ["full_attention"] * layers
+
+    @classmethod
     def own_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that a family reads in its own way."""
         return {"intermediate_size": foreign.whole_number(config, "intermediate_size")}
@@ -132,10 +137,9 @@ class AttentionMoEConfig(Architecture, ABC):
         layers, heads, positions = sizes["num_layers"], sizes["num_heads"], sizes["max_position_embeddings"]
         window, types = cls.window(config), config.get("layer_types")
         whole = window is None or (isinstance(window, int) and window >= positions)  # a window over every position is none
-        everywhere = isinstance(types, list) and len(types) == layers and all(each == "full_attention" for each in types)
         judged = {
             "sliding_window": (None, config.get("sliding_window")) if whole else (None,),
-            "layer_types": (None, types) if everywhere else (None,),
+            "layer_types": (None, types) if types == cls.layer_types(layers) else (None,),
             **{name: rope.known(config.get(name)) for name in ("rope_parameters", "rope_scaling")},
         }
         foreign.check(config, KNOWN | dict(cls.known) | judged, ignored)

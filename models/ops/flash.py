@@ -17,10 +17,12 @@ HEADS = (32, 64, 128)
 """Numbers of a head that the kernels were compiled for."""
 
 
-def refusal(platform: str, dtype: Any, head_dim: int) -> str | None:
-    """Why these kernels cannot run; None where they can."""
+def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None) -> str | None:
+    """Why these kernels cannot run; None where they can. lacking: what `unsupported` says of the attention."""
     if platform == "cpu":
         return "jax's flash attention is for GPUs, and this is a CPU"
+    if lacking is not None:
+        return lacking
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"jax's flash attention computes in bfloat16 here, and training.compute_dtype is {jnp.dtype(dtype).name}"
     if head_dim not in HEADS:
@@ -28,13 +30,19 @@ def refusal(platform: str, dtype: Any, head_dim: int) -> str | None:
     return None
 
 
-def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int) -> str | None:
+def unsupported(sinks: bool, window: int | None) -> str | None:
+    """What an attention needs that these kernels do not have; None: nothing."""
+    needed = [name for name, there in (("sinks", sinks), (f"window (here of {window} positions)", window is not None)) if there]
+    return f"jax's flash attention has no {' and no '.join(needed)}" if needed else None
+
+
+def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int, lacking: str | None = None) -> str | None:
     """Why rows of so many tokens go by blocks of queries (`attention.segment_attention`), as asked ("auto", "blocks", "flash") or where
     these kernels cannot run; None: by these kernels."""
     if asked == "blocks":
         return "model.attention"
     short = f"rows of {length} tokens, flash attention begins at {QUERIES}" if length < QUERIES else None
-    return refusal(platform, dtype, head_dim) or short
+    return refusal(platform, dtype, head_dim, lacking) or short
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:

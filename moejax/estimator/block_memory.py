@@ -206,7 +206,8 @@ def _attention(step: Step, m: specs.GQA) -> _Attention:
 def attention(s: Step, m: specs.GQA, moe: specs.MoE, adapted: Adapted) -> Mixer:
     """Each half of the block is recomputed by itself."""
     a, n = _attention(s, m), s.tokens
-    if s.flash and m.head_dim in FLASH_HEADS and s.row_tokens >= FLASH_QUERIES:
+    whole = not m.sinks and m.window is None  # models/ops/flash.py has neither
+    if s.flash and whole and m.head_dim in FLASH_HEADS and s.row_tokens >= FLASH_QUERIES:
         return _flash(s, a)
     width = s.width + a.heads + 2 * a.kv
     return Mixer(

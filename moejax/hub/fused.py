@@ -20,8 +20,18 @@ from moejax.hub.names import modules
 from moejax.models.config import Architecture
 from moejax.models.config.adapters import Pair
 
-_FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(gate|experts|experts\.base_layer)\.lora_([AB])\.weight")
-PARAMETERS = {"gate": "mlp.gate.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+_FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(gate|router|experts|experts\.base_layer)\.lora_([AB])\.weight")
+
+
+def parameters(sizes: Architecture) -> dict[str, str]:
+    """What an adapter can be on beside attention -> transformers 5's parameter."""
+    router = next(name for block in sizes.names.blocks for name, ours in block.renamed.items() if ours == "moe.router.weight")
+    return {"gate": f"mlp.{router.split('.')[-2]}.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+
+def _interleaved(sizes: Architecture) -> bool:
+    """Whether gate_up_proj has w1's and w3's rows in turn."""
+    return any(block.interleaved for block in sizes.names.blocks)
 
 
 def fuse(
@@ -46,7 +56,7 @@ def fuse(
         place = places[module.removeprefix("base_model.model.")]
         layer = ".".join([*module.split(".")[:5], ""])  # base_model.model.model.layers.N.
         if place.path[-1] == "router":
-            out[f"{layer}mlp.gate.lora_{letter}.weight"] = value
+            out[f"{layer}{parameters(sizes)['gate'].removesuffix('.weight')}.lora_{letter}.weight"] = value
         elif place.expert is None:
             out[name] = value
         else:
@@ -64,17 +74,19 @@ def fuse(
             if not shared:
                 zeros = np.zeros_like(b1)
                 b1, b3 = np.concatenate([b1, zeros], axis=2), np.concatenate([zeros, b3], axis=2)
-            _put(out, f"{prefix}mlp.experts{'.base_layer' if down else ''}", a, np.concatenate([b1, b3], axis=1))
-    parameters = {target: PARAMETERS[kind] for kind, target in (("gate", "gate"), ("gate_up", "w1"), ("down", "w2")) if target in targets}
+            b = np.stack([b1, b3], axis=2).reshape(len(b1), -1, b1.shape[2]) if _interleaved(sizes) else np.concatenate([b1, b3], axis=1)
+            _put(out, f"{prefix}mlp.experts{'.base_layer' if down else ''}", a, b)
+    names = parameters(sizes)
+    adapted = {target: names[kind] for kind, target in (("gate", "gate"), ("gate_up", "w1"), ("down", "w2")) if target in targets}
     attention = {target: name for name, target in ours.items() if target in targets - {"gate", "w1", "w2", "w3"}}
-    keys = attention | {target: name.split(".", 2 if "experts" in name else 1)[-1] for target, name in parameters.items()}
+    keys = attention | {target: name.split(".", 2 if "experts" in name else 1)[-1] for target, name in adapted.items()}
     settings = settings | patterns({target: pairs[target] for target in keys}, keys)
     if up and not shared:
         settings["rank_pattern"]["gate_up_proj"] = 2 * pairs["w1"].rank
         settings["alpha_pattern"]["gate_up_proj"] = 2 * pairs["w1"].alpha
     return out, settings | {
         "target_modules": sorted(attention.values()),
-        "target_parameters": list(parameters.values()),
+        "target_parameters": list(adapted.values()),
         # PEFT refuses dropout on parameters; it matters in training only.
         "lora_dropout": 0.0,
     }
@@ -119,16 +131,17 @@ def unfuse(
     """
     experts, hidden, inner, r = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, settings["r"]
     named = [str(name) for name in settings["target_parameters"]]
-    unknown = [name for name in named if not any(f".{known}".endswith(f".{name}") for known in PARAMETERS.values())]
+    known = parameters(sizes)
+    unknown = [name for name in named if not any(f".{each}".endswith(f".{name}") for each in known.values())]
     if unknown:
-        raise UserError(f"{_settings(path)}: target_parameters has {unknown[0]!r}: expected some of {', '.join(PARAMETERS.values())}")
+        raise UserError(f"{_settings(path)}: target_parameters has {unknown[0]!r}: expected some of {', '.join(known.values())}")
     nested = any(".experts.base_layer." in name for name in tensors)
     outer = "down" if nested or not any(name.endswith("gate_up_proj") for name in named) else "gate_up"
-    kinds = {"gate": "gate", "experts": outer, "experts.base_layer": "gate_up"}
+    kinds = {known["gate"].split(".")[1]: "gate", "experts": outer, "experts.base_layer": "gate_up"}
     shapes = {"gate": (1, hidden, experts), "gate_up": (experts, hidden, 2 * inner), "down": (experts, inner, hidden)}
     places = modules(sizes)
     names = {(place.path[-1], int(name.split(".")[2]), place.expert): name for name, place in places.items() if place.layer is not None}
-    keys = {name: _key(name, kinds) for name in tensors}
+    keys = {name: _key(name, kinds, known) for name in tensors}
     check_patterns(settings, set(keys.values()), path)
     one_a = any(pair.shares for pair in wanted.values())
     out: dict[str, np.ndarray] = {}
@@ -140,7 +153,7 @@ def unfuse(
 
     for name in tensors:
         match = _FUSED.fullmatch(name)
-        kind = kinds[match[2]] if match else None
+        kind = kinds.get(match[2]) if match else None
         module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
         if kind is None and module not in places:
             out[name] = tensors[name]
@@ -176,7 +189,7 @@ def unfuse(
         a, b = a.reshape(count, pair.rank, columns), b.reshape(rows, pair.rank, count).transpose(2, 0, 1)
         parts = {"w2": (a, b)}
         if kind == "gate_up":
-            one, three = np.split(b, 2, axis=1)
+            one, three = (b[:, 0::2], b[:, 1::2]) if _interleaved(sizes) else np.split(b, 2, axis=1)
             parts = {"w1": (a, one), "w3": (a, three)}
             half = pair.rank // 2
             mixed = one[:, :, half:].any() or three[:, :, :half].any()
@@ -196,11 +209,12 @@ def unfuse(
     return out, found
 
 
-def _key(name: str, kinds: Mapping[str, str]) -> str:
+def _key(name: str, kinds: Mapping[str, str], known: Mapping[str, str]) -> str:
     """The full name of the module or parameter that a tensor is of a pair on: what PEFT's patterns are matched with."""
     match = _FUSED.fullmatch(name)
     module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-    return module if match is None else f"model.layers.{match[1]}.{PARAMETERS[kinds[match[2]]]}"
+    kind = kinds.get(match[2]) if match else None
+    return module if match is None or kind is None else f"model.layers.{match[1]}.{known[kind]}"
 
 
 _PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))

@@ -63,6 +63,7 @@ class Walk:
         """tokens: int32 [T]. What is opened is closed by `stack`."""
         self.sizes, self.folder, self._content = checkpoint.sizes, checkpoint.folder, checkpoint.content
         self._layer, self._stack, self._at = 0, self.sizes.stacks[0].name, 0  # which layer is in memory: of all, and of its stack
+        self._window: int | None = None
         arguments = {**checkpoint.arguments, "dtype": jnp.float32}
         whole = build(self.sizes, **arguments)  # shapes and names; nothing of it is ever filled but adapters
         self._pairs: list[Any] = [_pairs(whole, adapter) for adapter in checkpoint.adapters] or [None]
@@ -83,6 +84,7 @@ class Walk:
         """Put the weights of a layer in the place of what was there."""
         stack, _, self._at, _ = list(blocks(self.sizes))[layer]
         self._layer, self._stack = layer, stack.name
+        self._window = None if stack.windows is None else stack.windows[self._at]
         nnx.update(self.part, self._blank)
         files = {name: self._files[own] for name, own in self._own_names().items() if own in self._files}
         self._fill(files, stack.name)
@@ -110,7 +112,7 @@ class Walk:
             nnx.update(layer, _one_layer(self._pairs[model][self._stack], self._at))
         # One program for both, so that equal weights give equal numbers.
         others = np.zeros((self.streams[model].shape[1], self.sizes.experts_per_token), np.int32) if experts is None else experts
-        stream, seen = self._run[self._stack](nnx.split(layer)[1], self.streams[model], others, experts is None)
+        stream, seen = self._run[self._stack](nnx.split(layer)[1], self.streams[model], others, experts is None, self._window)
         self.streams[model] = jax.block_until_ready(stream)
         return Routing(*(np.asarray(a) for a in seen[0])) if seen else None
 
@@ -203,14 +205,14 @@ def _one_layer(pairs: Any, layer: Any) -> Any:
 
 
 def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
-    """The compiled function of one layer: its weights, the stream [1, T, D] before it, the experts that tokens must visit, and whether
-    they visit their own instead -> the stream after it, and what its router gave and would have chosen."""
+    """The compiled function of one layer: its weights, the stream [1, T, D] before it, the experts that tokens must visit, whether they
+    visit their own instead, and how far the layer attends -> the stream after it, and what its router gave and would have chosen."""
     graphdef = nnx.split(layers)[0]
     segment_ids = jnp.ones((1, length), jnp.int32)
     positions = jnp.arange(length)[None]
 
     @jax.jit
-    def run(state: nnx.State, x: jax.Array, experts: Any, free: Any) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    def run(state: nnx.State, x: jax.Array, experts: Any, free: Any, window: Any) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         layer: Any = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
         choose, seen = layer.moe.choose, []
 
@@ -220,6 +222,6 @@ def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, l
             return jnp.where(free, own, experts)
 
         object.__setattr__(layer.moe, "choose", chosen)  # for this trace only
-        return layer(x, segment_ids, positions, None, False)[0], seen
+        return layer(x, segment_ids, positions, None, False, window)[0], seen
 
     return run

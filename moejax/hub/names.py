@@ -95,6 +95,18 @@ def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
 
 
 @lru_cache(maxsize=8)
+def whole_of(config: Architecture) -> Mapping[str, str]:
+    """Of a family whose files hold tensors over all experts alone: an expert's own tensor -> the one that holds it. Empty of the others."""
+    parts = stacked(config).items() if in_and_out(config) else ()
+    return {part.name: name for name, of_name in parts for part in of_name}
+
+
+def in_and_out(config: Architecture) -> bool:
+    """Whether the family's files hold tensors over all experts alone, matrices as [experts, in, out]."""
+    return any(block.transposed for block in config.names.blocks)
+
+
+@lru_cache(maxsize=8)
 def renamed(config: Architecture) -> Mapping[str, str]:
     """Names that transformers 5 gives to tensors, and the checkpoint's own, where they differ."""
     table: dict[str, str] = {}

@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
 from moejax.hub import peft_rows
 from moejax.hub.fused import check_patterns, checked, fuse, pair_of, patterns, unfuse
-from moejax.hub.names import Place, attribute, index_of, modules
+from moejax.hub.names import Place, attribute, in_and_out, index_of, modules
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import AGAIN
 from moejax.hub.torch_file import TorchFile
@@ -52,7 +52,8 @@ def _by_target(model: Model) -> dict[str, Pair]:
 def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False) -> None:
     """Write adapter_model.safetensors and adapter_config.json; the weights are read back and compared to the bit before they replace any.
 
-    fused: in the format of transformers 5 with PEFT 0.19 or later. Raises UserError where that cannot hold the adapter.
+    fused: in the format of transformers 5 with PEFT 0.19 or later, which is the only one of a family whose files hold all experts in one
+    tensor. Raises UserError where that cannot hold the adapter.
     """
     pairs = adapted(model)
     tensors = {}
@@ -77,7 +78,7 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
         "use_rslora": False,
         "use_dora": False,
     }
-    if fused:
+    if fused or in_and_out(model.config):
         tensors, config = fuse(tensors, config, model.config, by_target)
     else:
         # transformers 5 has the router as a parameter: gate.weight.

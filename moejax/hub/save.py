@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.files import replace_text
-from moejax.hub.names import attribute, index_of, tensors
+from moejax.hub.names import Part, attribute, in_and_out, index_of, stacked, tensors
 from moejax.hub.safetensors_file import Writer
 from moejax.hub.streaming import whole_shape
 from moejax.models.build import Model
@@ -47,7 +47,7 @@ def write_model(
     Each file is written aside and renamed: a half-written one is never taken for a whole. progress: called with the bytes of each tensor.
     Raises UserError for a full disk.
     """
-    shapes = {name: whole_shape(model, places) for name, places in tensors(model.config).items()}
+    shapes, value = stored_shapes(model), _with_all_experts(model, value, dtype)
     sizes = {name: jnp.dtype(dtype).itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards, files = plan_shards(sizes, shard_bytes), ["model.safetensors"]
     if len(shards) > 1:
@@ -66,6 +66,38 @@ def write_model(
         write_json(folder / "model.safetensors.index.json", index)
     write_config(model.config, folder, dtype)
     return sum(sizes.values())
+
+
+def stored_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint's files; of a family that has those of all experts in one, that one in their place."""
+    shapes = {name: whole_shape(model, places) for name, places in tensors(model.config).items()}
+    over_all = _over_all(model)
+    owned = {part.name for parts in over_all.values() for part in parts}
+    found = {name: shape for name, shape in shapes.items() if name not in owned}
+    for name, parts in over_all.items():
+        (rows, *columns), halves = shapes[parts[0].name], 1 if parts[0].half is None else 2
+        found[name] = (len(parts) // halves, *columns, rows * halves)
+    return found
+
+
+def _over_all(model: Model) -> Mapping[str, tuple[Part, ...]]:
+    return stacked(model.config) if in_and_out(model.config) else {}
+
+
+def _with_all_experts(model: Model, value: Callable[[str], np.ndarray], dtype: Any) -> Callable[[str], np.ndarray]:
+    """`value` by the names of `stored_shapes`."""
+    over_all = _over_all(model)
+    shapes = stored_shapes(model) if over_all else {}
+
+    def made(name: str) -> np.ndarray:
+        if name not in over_all:
+            return value(name)
+        array = np.empty(shapes[name], dtype)
+        for part in over_all[name]:
+            array[part.expert, ..., part.rows(array.shape[-1])] = value(part.name).T.astype(dtype)
+        return array
+
+    return made
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: float) -> list[list[str]]:

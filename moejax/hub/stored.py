@@ -13,7 +13,7 @@ import numpy as np
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes, mxfp4
-from moejax.hub.names import Part, renamed, stacked
+from moejax.hub.names import Part, in_and_out, renamed, stacked
 from moejax.hub.safetensors_file import Summed, aligned
 from moejax.hub.torch_file import TorchFile
 from moejax.models.config import Architecture
@@ -52,6 +52,37 @@ class Source(NamedTuple):
         return array
 
 
+class Columns(NamedTuple):
+    """Where an expert's tensor is read that stands on its side: some `columns` of the `stored` numbers of a file's tensor from the `first`
+    on, as rows. A bias is one row."""
+
+    file: Any
+    name: str
+    stored: tuple[int, ...]
+    first: int
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(range(*self.columns.indices(self.stored[-1]))), *self.stored[:-1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        found: np.dtype[Any] = self.file.dtype(self.name)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, lend: Callable[..., np.ndarray] = aligned) -> np.ndarray:
+        """Its numbers, in memory that `lend(shape, dtype)` gives."""
+        there = self.file.read(self.name, aligned(self.stored, self.dtype), self.first)
+        array = lend(self.shape, self.dtype)
+        array[...] = there[..., self.columns].T
+        return array
+
+
 def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[str, Any]:
     """tensor name -> where it is read: a `Source`, a `bitsandbytes.Quantized`, or an `mxfp4.Matrix`. Raises UserError naming the file.
 
@@ -85,12 +116,14 @@ def open_tensors(folder: Path, stack: ExitStack, config: Architecture) -> dict[s
     return found
 
 
-def expanded(file: Any, name: str, config: Architecture) -> dict[str, Source]:
+def expanded(file: Any, name: str, config: Architecture) -> dict[str, Source | Columns]:
     """By the checkpoint's own names: the tensors of one expert each that a file's tensor holds; itself where it is of one or none."""
     whole = Source(file, name, file.shape(name))
     if name not in stacked(config):
         return {renamed(config).get(name, name): whole}
-    parts, found = _parts(whole, name, config), {}
+    if in_and_out(config):
+        return _columns(whole, stacked(config)[name])
+    parts, found = _parts(whole, name, config), dict[str, Source | Columns]()
     _, count, columns = whole.shape
     for part in parts:
         rows = part.rows(count)
@@ -109,6 +142,19 @@ def _parts(source: Any, name: str, config: Architecture) -> tuple[Part, ...]:
     if shape[0] * halves != len(parts):
         raise UserError(f"{source.file.path}: tensor {name!r} is of {shape[0]} experts, expected {len(parts) // halves} by its config.json")
     return parts
+
+
+def _columns(whole: Source, parts: tuple[Part, ...]) -> dict[str, Source | Columns]:
+    """Of a tensor [experts, in, out], or [experts, out] of biases."""
+    experts, *stored = whole.shape
+    axes, halves = 1 if parts[0].name.endswith(".bias") else 2, 1 if parts[0].half is None else 2
+    where = f"{whole.file.path}: tensor {whole.name!r}"
+    if len(stored) != axes or stored[-1] % halves:
+        expected = "[experts, rows]" if axes == 1 else "[experts, columns, rows]"
+        raise UserError(f"{where} has shape {[experts, *stored]}, expected {expected}")
+    if experts * halves != len(parts):
+        raise UserError(f"{where} is of {experts} experts, expected {len(parts) // halves} by its config.json")
+    return {p.name: Columns(whole.file, whole.name, tuple(stored), p.expert * math.prod(stored), p.rows(stored[-1])) for p in parts}
 
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # each may lie in shards with an index instead; the first that is there is read

@@ -16,7 +16,7 @@ from moejax.errors import UserError
 from moejax.hub.names import Place, attribute, tensors
 from moejax.hub.quantized_cache import ahead, part_name, put
 from moejax.hub.safetensors_file import Staging
-from moejax.hub.stored import Source
+from moejax.hub.stored import Columns, Source
 from moejax.models.build import Model
 from moejax.models.ops import host
 from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode, stored_parts
@@ -118,6 +118,8 @@ def _read(
 ) -> Any:
     """A tensor in the host's memory, as stored; of a table that lacks `new` rows, with those."""
     source = checked(files, name, stored_shape(place, shape), folder, new)
+    if isinstance(source, Columns):
+        return source.read(lend)
     if not isinstance(source, Source):
         return source.read()
     if source.shape[0] < shape[0]:
@@ -162,7 +164,7 @@ def checked(files: dict[str, Any], name: str, shape: tuple[int, ...], folder: Pa
     whole = (shape[0] - new, *shape[1:])
     if source.shape not in (shape, whole):
         raise UserError(f"{where} has shape {list(source.shape)}, expected {list(whole)} by its config.json")
-    if isinstance(source, Source) and source.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    if isinstance(source, Source | Columns) and source.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise UserError(f"{where} is {source.dtype}: expected bfloat16, float16 or float32")
     return source
 

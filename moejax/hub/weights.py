@@ -14,7 +14,7 @@ from moejax.contents import sizes_content
 from moejax.documents import read_json
 from moejax.errors import UserError
 from moejax.hub import bitsandbytes, mxfp4, quantized_cache
-from moejax.hub.names import attribute, index_of, tensors
+from moejax.hub.names import attribute, index_of, tensors, whole_of
 from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import AGAIN, MADE_FROM, open_tensors, weight_files
@@ -170,6 +170,7 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
         )
     missing = next((name for name in places if name not in files), None)
     if missing is not None:
+        missing = whole_of(config).get(missing, missing)
         raise UserError(f"{folder}: tensor {missing!r} is missing: download the checkpoint again")
     groups = {path: group for group, paths in config.groups.items() for path in paths}
     wanted = [(n, getattr(attribute(model, p.path), p.attr).get_value(), groups.get(p.path)) for n, ps in places.items() for p in ps]

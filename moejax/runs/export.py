@@ -18,6 +18,7 @@ from moejax.estimator.units import told
 from moejax.hub import merge, peft, servers, verification, weights
 from moejax.hub.layerwise import Checkpoint
 from moejax.hub.model import adapter_config, architecture, base_folder, quantization_config
+from moejax.hub.names import in_and_out
 from moejax.hub.quantized_cache import Content
 from moejax.hub.servers import SERVERS
 from moejax.models.build import Model, build
@@ -59,6 +60,7 @@ def export(
     base = base_folder(experiment) if trained else folder / "model"
     assert base is not None  # there is a source
     sizes = architecture(experiment, base)
+    chosen = "fused" if chosen == "peft" and in_and_out(sizes) else chosen  # PEFT has no other for it
     if trained:
         check_made_of(folder, experiment, base, _tokenizer(experiment, base))
     pairs = {} if experiment.adapter is None else experiment.adapter.lora.of(sizes)

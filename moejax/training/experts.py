@@ -48,18 +48,18 @@ def announce(experiment: Experiment, config: Architecture) -> str:
 
 def announce_attention(experiment: Experiment, config: Architecture, platform: str) -> list[str]:
     """One line for the start of a run on a GPU (`choice.here`), none on a CPU and of a model that does not attend."""
-    heads = head_sizes(config)
+    heads = attending(config)
     if platform == "cpu" or not heads:
         return []
     asked, dtype, length = experiment.model.attention, experiment.training.compute_dtype, experiment.data.longest_row
-    reasons = {flash.why_blocks(asked, platform, dtype, head_dim, length) for head_dim in heads} - {None}
+    reasons = {flash.why_blocks(asked, platform, dtype, head_dim, length, lacking) for head_dim, lacking in heads} - {None}
     return [f"attention: {f'blocks of queries ({reasons.pop()})' if reasons else 'flash, by the kernels of jax'}"]
 
 
-def head_sizes(config: Architecture) -> set[int]:
-    """Numbers of a head of the mixers that attend; empty where none does."""
-    mixers = (stack.block.mixer for stack in config.stacks)
-    return {mixer.head_dim for mixer in mixers if hasattr(mixer, "head_dim")}
+def attending(config: Architecture) -> set[tuple[int, str | None]]:
+    """Of the mixers that attend: numbers of a head, and what flash attention lacks for them. Empty where none does."""
+    mixers = [stack.block.mixer for stack in config.stacks if hasattr(stack.block.mixer, "head_dim")]
+    return {(m.head_dim, flash.unsupported(getattr(m, "sinks", False), getattr(m, "window", None))) for m in mixers}
 
 
 def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:

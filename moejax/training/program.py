@@ -240,8 +240,8 @@ class _Pinned(NamedSharding):
 
 def _check_flash(config: Architecture, platform: str, dtype: str) -> None:
     """Raises UserError where flash attention was asked for by name and cannot run."""
-    for head_dim in experts.head_sizes(config):
-        reason = flash.refusal(platform, dtype, head_dim)
+    for head_dim, lacking in experts.attending(config):
+        reason = flash.refusal(platform, dtype, head_dim, lacking)
         if reason is not None:
             raise UserError(f"model.attention = flash: {reason}. Expected auto (flash where it can run) or blocks")
 

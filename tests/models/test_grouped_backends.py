@@ -28,7 +28,7 @@ BOUNDS = {"float32": 3e-6, "bfloat16": 4e-2}
 
 
 def make_weights(storage, dtype):
-    """Matrices of w1, w3, w2 as the model holds them, the same as fp32 numbers, and adapters (fp32, as adapters are)."""
+    """(matrix, bias) of w1, w3, w2 as the model holds them, the same as fp32 numbers, and adapters (fp32, as adapters are)."""
     rng = np.random.default_rng(0)
     d, f = BLOCKS if storage == "mxfp4" else (D, F)
     shapes = ((f, d), (f, d), (d, f))
@@ -36,26 +36,31 @@ def make_weights(storage, dtype):
     loras = [
         gm.LoRAWeights(*(jnp.asarray(rng.normal(size=s) / 4, jnp.float32) for s in ((E, R, i), (E, o, R)))) for o, i in shapes
     ]
+    biases = [jnp.asarray(rng.normal(size=(E, o)), dtype) for o, _ in shapes]
+    numbers_of_biases = [b.astype(jnp.float32) for b in biases]
     if storage in KINDS:
         stored = [quantized.quantize(storage, w) for w in matrices]
-        return stored, [w.dequantize(jnp.float32).astype(dtype).astype(jnp.float32) for w in stored], loras
-    stored = [w.astype(dtype) for w in matrices]
-    return stored, [w.astype(jnp.float32) for w in stored], loras
+        numbers = [w.dequantize(jnp.float32).astype(dtype).astype(jnp.float32) for w in stored]
+    else:
+        stored = [w.astype(dtype) for w in matrices]
+        numbers = [w.astype(jnp.float32) for w in stored]
+    return list(zip(stored, biases, strict=True)), list(zip(numbers, numbers_of_biases, strict=True)), loras
 
 
 def reference(x, p, matrices, loras, experts, valid):
     """Every token through every expert in fp32, and then what was chosen."""
     a = [lora.a if lora.a is not None else loras[0].a for lora in loras]
-    up, gate, output = (w + jnp.einsum("eor,eri->eoi", lora.b, a) for w, lora, a in zip(matrices, loras, a, strict=True))
-    hidden = gated(jnp.einsum("nd,efd->nef", x, up), jnp.einsum("nd,efd->nef", x, gate))
-    products = jnp.einsum("nef,edf->ned", hidden, output)
+    biases = [b for _, b in matrices]
+    up, gate, output = (w + jnp.einsum("eor,eri->eoi", lora.b, a) for (w, _), lora, a in zip(matrices, loras, a, strict=True))
+    hidden = gated(jnp.einsum("nd,efd->nef", x, up) + biases[0], jnp.einsum("nd,efd->nef", x, gate) + biases[1])
+    products = jnp.einsum("nef,edf->ned", hidden, output) + biases[2]
     picked = jnp.take_along_axis(products, experts[..., None], axis=1)
     return jnp.sum(picked * p[..., None], axis=1) * valid[:, None]
 
 
 def ours(plan, x, p, matrices, loras, experts, valid):
     groups = gm.group(experts, valid, E, plan.tile)
-    up, gate, output = map(gm.Projection, matrices, loras)
+    up, gate, output = (gm.Projection(w, lora, bias) for (w, bias), lora in zip(matrices, loras, strict=True))
     rows, row_weights = gm.dispatch(x, groups), gm.sort_weights(p, groups).astype(x.dtype)
     return gm.combine(gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output), groups)
 
@@ -152,7 +157,7 @@ def test_dropout_is_the_same_in_both_passes():
     experts = jnp.asarray(next(r for r in routings(2) if len(set(r.ravel())) == E))
     groups = gm.group(experts, jnp.ones(N, bool), E, 16)
     x, cotangent, direction = (jnp.asarray(rng.normal(size=(N, D)), jnp.float32) for _ in range(3))
-    up, gate, output = map(gm.Projection, matrices, loras)
+    up, gate, output = (gm.Projection(w, lora, bias) for (w, bias), lora in zip(matrices, loras, strict=True))
     plan = PLANS["capacity"]._replace(dropout=0.3, activation=lambda up, gate: jnp.tanh(up) * gate)
 
     @jax.jit
@@ -196,8 +201,8 @@ def test_one_a_has_one_mask(backend):
 
     @jax.jit
     def largest(second):
-        inputs = gm.Projection(matrices[0], up), gm.Projection(matrices[0], second)
-        y = gm.grouped_mlp(plan, rows, ones, groups.sizes, inputs, gm.Projection(matrices[2]), gm.row_keys(jax.random.key(1), groups))
+        inputs = gm.Projection(matrices[0][0], up), gm.Projection(matrices[0][0], second)
+        y = gm.grouped_mlp(plan, rows, ones, groups.sizes, inputs, gm.Projection(matrices[2][0]), gm.row_keys(jax.random.key(1), groups))
         return jnp.abs(y[: 2 * N]).max()
 
     assert largest(up._replace(a=None)) == 0.0 and largest(up) > 0.1

@@ -49,13 +49,15 @@ def main():
         print(f"ours, {name}: loaded {difference:.2g}, merged {merged:.2g}")
         worst = max(worst, difference, merged)
         np.savez(folder / f"resaved_{name}.npz", logits=logits)
+    kind = base().config.model_type
+    every = [name.replace("gate.weight", "router.weight") if kind == "gpt_oss" else name for name in PARAMETERS]
     twice = dict(rank_pattern={"gate_up_proj": 8}, alpha_pattern={"gate_up_proj": 16})
     for name, parameters, modules, patterns in (
-        ("all", PARAMETERS, ATTENTION, {}),
+        ("all", every, ATTENTION, {}),
         ("experts", ["gate_up_proj", "down_proj"], [], {}),
         ("up", ["gate_up_proj"], [], {}),
         ("down", ["down_proj"], ["q_proj"], {}),
-        ("doubled", PARAMETERS, ATTENTION, twice),
+        ("doubled", every, ATTENTION, twice),
     ):
         settings = dict(r=4, lora_alpha=8, target_modules=modules, target_parameters=parameters, task_type="CAUSAL_LM")
         config = LoraConfig(**settings, **patterns)

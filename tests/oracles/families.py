@@ -26,6 +26,10 @@ QWEN3 = dict(SIZES, head_dim=8, moe_intermediate_size=12, intermediate_size=40, 
 OLMOE = dict(SIZES, intermediate_size=12, num_experts=6, rms_norm_eps=1e-5)
 FLEX = dict(OLMOE, rms_norm_eps=1e-6)
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 2.0, "original_max_position_embeddings": 16}
+GPT_OSS = dict(
+    SIZES, head_dim=8, intermediate_size=12, num_local_experts=6, rms_norm_eps=1e-5, sliding_window=4, swiglu_limit=1.5, bos_token_id=None,
+    tie_word_embeddings=False, rope_parameters=dict(YARN, truncate=False),
+)  # fmt: skip
 CASES = {
     "qwen3_moe": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False)),
     "qwen3_moe_dense": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False, num_experts_per_tok=6)),
@@ -34,18 +38,22 @@ CASES = {
     "olmoe": ("olmoe", dict(OLMOE, norm_topk_prob=False, tie_word_embeddings=False)),
     "flex_olmo": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False)),
     "flex_olmo_dense": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False, num_experts_per_tok=6)),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss_dense": ("gpt_oss", dict(GPT_OSS, num_experts_per_tok=6)),
     "olmoe_summed": ("olmoe", dict(OLMOE, norm_topk_prob=True, tie_word_embeddings=False, num_key_value_heads=4)),
 }
+FILES = {"gpt_oss": "gpt_oss.npz"}
+"""The vectors of a family, where they are not in families.npz."""
 LENGTHS, PROMPTS = (13, 9, 5), (4, 2, 1)
 
 
-def per_expert(name, value):
+def per_expert(name, value, kind=None):
     """A tensor of transformers 5's model as the released files hold it: [(name, array)]."""
-    if not name.endswith(("gate_up_proj", "down_proj")) or ".experts." not in name:
+    if not name.endswith(("gate_up_proj", "down_proj")) or ".experts." not in name or kind == "gpt_oss":
         return [(name, value)]
-    prefix, _, kind = name.rpartition(".")
+    prefix, _, own = name.rpartition(".")
     parts = {"gate_proj": value[:, : value.shape[1] // 2], "up_proj": value[:, value.shape[1] // 2 :]}
-    parts = parts if kind == "gate_up_proj" else {"down_proj": value}
+    parts = parts if own == "gate_up_proj" else {"down_proj": value}
     return [(f"{prefix}.{e}.{part}.weight", array[e]) for part, array in parts.items() for e in range(len(array))]
 
 
@@ -64,7 +72,7 @@ def make_model(kind, settings, folder):
     config.save_pretrained(folder)
     shapes = AutoModelForCausalLM.from_config(config).state_dict()
     tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
-    tensors = dict(pair for name, value in shapes.items() if name not in tied for pair in per_expert(name, value.numpy()))
+    tensors = dict(pair for name, value in shapes.items() if name not in tied for pair in per_expert(name, value.numpy(), kind))
     save_file({name: weight(name, v.shape) for name, v in tensors.items()}, f"{folder}/model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     return model, json.loads((Path(folder) / "config.json").read_text())
@@ -84,7 +92,7 @@ def versions():
 
 def kept(path, asked):
     """What a file of vectors has of cases that are not asked for; of none where all are made. Same versions, or it is no one file."""
-    if not asked:
+    if not asked or not path.is_file():
         return {}
     with np.load(path) as file:
         if str(file["versions"]) != versions():
@@ -94,11 +102,17 @@ def kept(path, asked):
 
 def main():
     asked = sys.argv[1:]
+    for file in dict.fromkeys(FILES.get(CASES[case][0], "families.npz") for case in asked or CASES):
+        write(file, asked)
+
+
+def write(file, asked):
+    """A file of vectors: of the cases that are asked for, or all of it."""
     arrays = make_batch()
     ids, mask, labels = (torch.from_numpy(a) for a in arrays)
-    out = kept(OUT / "families.npz", asked) | dict(zip(("ids", "mask", "labels"), arrays, strict=True))
+    out = kept(OUT / file, asked) | dict(zip(("ids", "mask", "labels"), arrays, strict=True))
     out["versions"] = versions()
-    for case in asked or CASES:
+    for case in (case for case in asked or CASES if FILES.get(CASES[case][0], "families.npz") == file):
         kind, settings = CASES[case]
         with tempfile.TemporaryDirectory() as folder:
             model, config = make_model(kind, settings, folder)
@@ -108,18 +122,28 @@ def main():
                 routed = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
             out[f"{case}/config"] = json.dumps(config)
             out |= {f"{case}/logits": result.logits.detach().numpy(), f"{case}/loss": result.loss.item()}
-            out[f"{case}/counts"] = counts(routed.router_logits, mask, settings["num_experts_per_tok"], settings["num_experts"])
+            out[f"{case}/counts"] = counts(routed.router_logits, mask, settings["num_experts_per_tok"], model.config.num_local_experts)
             for name, parameter in model.named_parameters():
-                out |= {f"{case}/grad/{part}": value for part, value in per_expert(name, parameter.grad.numpy())}
+                out |= {f"{case}/grad/{part}": value for part, value in per_expert(name, parameter.grad.numpy(), kind)}
+            if kind in FILES:
+                out |= {f"{case}/generated/{row}": tokens for row, tokens in enumerate(generated(model, ids))}
             if case == kind:  # the first of each family
                 out[f"{case}/settings"] = type(model.config)().to_json_string(use_diff=False)
                 out |= {f"{case}/{key}": value for key, value in adapter(model, ids, mask, folder).items()}
-    np.savez_compressed(OUT / "families.npz", **out)
+    np.savez_compressed(OUT / file, **out)
+
+
+def generated(model, ids):
+    """Greedy, 9 tokens after the prompts of `make_batch`'s first two rows, each alone; nothing ends a sequence."""
+    for row, length in enumerate((7, 3)):
+        tokens = ids[row : row + 1, :length]
+        with torch.no_grad():
+            yield model.generate(tokens, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)[0, length:].numpy()
 
 
 def adapted(model):
     """The model with PEFT's own adapter on attention and on the fused experts."""
-    experts = [name for name in PARAMETERS if "gate.weight" not in name]
+    experts = [name for name in PARAMETERS if ".experts." in name]
     settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION, target_parameters=experts, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, settings).eval()
     fill(tuned)

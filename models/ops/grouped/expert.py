@@ -46,25 +46,34 @@ class LoRAWeights(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One matrix per expert, [E, O, I], an array or in 4 bits; and its adapters."""
+    """One matrix per expert, [E, O, I], an array or in 4 bits; its adapters; and its biases [E, O]."""
 
     weight: Weight
     lora: LoRAWeights | None = None
+    bias: jax.Array | None = None
 
 
 Pairs = tuple[LoRAWeights | None, ...]
 
 
+class Beside(NamedTuple):
+    """Of all projections, output last, what is small beside their matrices: adapters and biases."""
+
+    pairs: Pairs
+    biases: tuple[jax.Array | None, ...]
+
+
 class Gradients(NamedTuple):
-    """What a tile adds to the gradients of an expert's weights (None: not trained) and adapters, output last. fp32."""
+    """What a tile adds to the gradients of an expert's weights and biases (None: not trained) and adapters, output last. fp32."""
 
     weights: list[jax.Array] | None
     adapters: list[LoRAWeights | None]
+    biases: list[jax.Array | None] | None = None
 
 
-def pairs_of(inputs: Sequence[Projection], output: Projection) -> Pairs:
-    """The adapters of all projections, output last."""
-    return (*(p.lora for p in inputs), output.lora)
+def beside(inputs: Sequence[Projection], output: Projection) -> Beside:
+    every = (*inputs, output)
+    return Beside(tuple(p.lora for p in every), tuple(p.bias for p in every))
 
 
 class Adapters:
@@ -156,9 +165,10 @@ class Expert:
     `keys` in the methods: of the rows, for dropout's masks, [t, …] (None: nothing is dropped); `p`: the rows' routing weights [t].
     """
 
-    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], pairs: Pairs, dtype: Any):
+    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], others: Beside, dtype: Any):
         *self.ws, self.w_out = matrices
-        self.plan = plan
+        *self.biases, self.bias_out = (None if b is None else b.astype(dtype) for b in others.biases)
+        self.plan, pairs = plan, others.pairs
         self.adapters, self.adapters_out = Adapters(plan, pairs[:-1], dtype), Adapters(plan, pairs[-1:], dtype, len(self.ws))
 
     def _hidden(self, rows: jax.Array, keys: jax.Array | None) -> tuple[list[jax.Array], dict[int, jax.Array]]:
@@ -167,7 +177,9 @@ class Expert:
         hidden = []
         for i, w in enumerate(self.ws):
             with jax.named_scope(self.plan.names[i]):
-                hidden.append(self.adapters.up(dot.forward(rows, w), low, i))
+                y = self.adapters.up(dot.forward(rows, w), low, i)
+                bias = self.biases[i]
+                hidden.append(y if bias is None else y + bias)
         return hidden, low
 
     def _activated(self, hidden: list[jax.Array], p: jax.Array) -> jax.Array:
@@ -180,6 +192,7 @@ class Expert:
         act = self._activated(hidden, p)
         with jax.named_scope(self.plan.names[-1]):
             y = self.adapters_out.up(dot.forward(act, self.w_out), self.adapters_out.down(act, keys), 0)
+            y = y if self.bias_out is None else y + p[:, None] * self.bias_out
         return y, hidden
 
     def backward(
@@ -197,21 +210,38 @@ class Expert:
             dact = dot.backward(dy, self.w_out)
             through, out_gradients = self.adapters_out.backward(act, self.adapters_out.down(act, keys), [dy], keys)
         dhidden, dp = pull(dact + through)
+        if self.bias_out is not None:
+            dp = dp + jnp.einsum("to,o->t", dy, self.bias_out)
         dx, gradients = self.adapters.backward(rows, low, dhidden, keys)
         for i, (w, dh) in enumerate(zip(self.ws, dhidden, strict=True)):
             with jax.named_scope(names[i]):
                 dx = dx + dot.backward(dh, w)
-        dws = None
+        dws = dbs = None
         if self.plan.trainable:
             with jax.named_scope("dw"):
                 pairs = [*((dh, rows) for dh in dhidden), (dy, act)]
                 dws = [dot.gradient(g, r) for g, r in pairs]
-        return dx, dp, Gradients(dws, [*gradients, *out_gradients])
+                sums = [*((dh, jnp.ones_like(p)) for dh in dhidden), (dy, p)]
+                dbs = [_bias_gradient(g, by) if there else None for (g, by), there in zip(sums, self._biased, strict=True)]
+        return dx, dp, Gradients(dws, [*gradients, *out_gradients], dbs)
 
     def zeros(self) -> Gradients:
         """Sums of no tile."""
-        dws = [jnp.zeros(w.shape, jnp.float32) for w in (*self.ws, self.w_out)] if self.plan.trainable else None
-        return Gradients(dws, [*self.adapters.zeros(), *self.adapters_out.zeros()])
+        dws = dbs = None
+        if self.plan.trainable:
+            ws = (*self.ws, self.w_out)
+            dws = [jnp.zeros(w.shape, jnp.float32) for w in ws]
+            dbs = [jnp.zeros(w.shape[:1], jnp.float32) if there else None for w, there in zip(ws, self._biased, strict=True)]
+        return Gradients(dws, [*self.adapters.zeros(), *self.adapters_out.zeros()], dbs)
+
+    @property
+    def _biased(self) -> list[bool]:
+        return [b is not None for b in (*self.biases, self.bias_out)]
+
+
+def _bias_gradient(dy: jax.Array, by: jax.Array) -> jax.Array:
+    """Σ by_t dy_t, fp32 [O]."""
+    return jnp.einsum("to,t->o", dy, by, preferred_element_type=jnp.float32)
 
 
 def weights_of(inputs: Sequence[Projection], output: Projection) -> list[Weight]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, matrices, pairs_of, weights_of
+from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, beside, matrices, weights_of
 from moejax.models.ops.linear import in_host, out_size, part
 
 
@@ -55,16 +55,16 @@ def _over_experts(
 
     most: no more experts than so many can have rows, and no more are visited.
     """
-    weights, pairs = weights_of(*projections), pairs_of(*projections)
+    weights, others = weights_of(*projections), beside(*projections)
     if plan.prefetch == "layer" and any(map(in_host, weights)):
         weights = [part(w) for w in weights]
 
     def one(state: Any, xs: Any, held: Any = None) -> Any:
-        e, start, size, pairs = xs
+        e, start, size, others = xs
         found = matrices(plan, weights, dtype, e) if held is None else matrices(plan, held, dtype)
-        return body(state, Expert(plan, found, pairs, dtype), start, size)
+        return body(state, Expert(plan, found, others, dtype), start, size)
 
-    xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, pairs)
+    xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, others)
     if most is not None and most < sizes.shape[0]:
         # In their order: a tile may write over the rows behind its group, which later experts write again.
         visited = jnp.sort(jax.lax.top_k(sizes, most)[1])

@@ -134,11 +134,11 @@ def grouped_mlp(
     output: Projection,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """y[m] = W_out (p[m] · activation(W_1 x[m], …)), every W that of row m's expert: W x = weight x + B (A dropout(x)).
+    """y[m] = p[m] · W_out activation(W_1 x[m], …), every W that of row m's expert: W x = weight x + B (A dropout(x)) + bias.
 
     x: [M, I] as `dispatch` sorts it; row_weights p: [M]; sizes: int32 [E]; keys: of the adapters' dropout, by `row_keys`. Returns [M, O] in
-    x's dtype. Gradients: x, row_weights, the adapters, and the weights if `plan.trainable`; a frozen weight is saved as the codes it is,
-    and dequantized again in the backward pass. The weight p multiplies before W_out: the same sum, and its gradient needs no output row.
+    x's dtype. Gradients: x, row_weights, the adapters, and weights and biases if `plan.trainable`; a frozen weight is saved as the codes it
+    is, and dequantized again in the backward pass. The weight p multiplies before W_out: the same sum, whose gradient needs no output row.
     """
     return _mlp(plan if keys is not None else plan._replace(dropout=0.0), x, row_weights, sizes, inputs, output, keys)
 
@@ -155,16 +155,18 @@ def _mlp_forward(plan: Plan, *operands: Any) -> Any:
 
 def _mlp_backward(plan: Plan, residuals: Any, dy: jax.Array) -> Any:
     operands, kept = residuals
-    dx, dp, (dws, dloras) = _BACKENDS[plan.backend].backward(plan, operands, kept, dy)
+    dx, dp, (dws, dloras, dbs) = _BACKENDS[plan.backend].backward(plan, operands, kept, dy)
     _, _, _, inputs, output, _ = operands
 
-    def gradient(projection: Projection, dw: jax.Array | None, dlora: LoRAWeights | None) -> Projection:
+    def gradient(projection: Projection, dw: jax.Array | None, dlora: LoRAWeights | None, db: jax.Array | None) -> Projection:
         if dlora is not None and projection.lora is not None:
             whole = LoRAWeights(dlora.a, dlora.b.swapaxes(1, 2))
             dlora = jax.tree.map(lambda g, w: g.astype(w.dtype), whole, projection.lora)
-        return Projection(None if dw is None else dw.astype(projection.weight.dtype), dlora)  # type: ignore[arg-type,union-attr]
+        dbias = None if db is None or projection.bias is None else db.astype(projection.bias.dtype)
+        return Projection(None if dw is None else dw.astype(projection.weight.dtype), dlora, dbias)  # type: ignore[arg-type,union-attr]
 
-    *dinputs, doutput = map(gradient, (*inputs, output), dws or [None] * len(plan.names), dloras)
+    none = [None] * len(plan.names)
+    *dinputs, doutput = map(gradient, (*inputs, output), dws or none, dloras, dbs or none)
     return dx, dp, None, tuple(dinputs), doutput, None
 
 
