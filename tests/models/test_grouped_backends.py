@@ -110,7 +110,7 @@ def test_every_pattern_of_empty_groups(backend, storage, dtype):
     k, padding = (1, 0) if dtype == "float32" else (2, 7)
     trained = storage == "trained"
     matrices, numbers, loras = make_weights(storage, dtype)
-    rng, width = np.random.default_rng(2), numbers[0].shape[-1]
+    rng, width = np.random.default_rng(2), numbers[0][0].shape[-1]
     found_by = gradients(partial(ours, PLANS[backend]._replace(trainable=trained)), trained)
     for experts in routings(k):
         x = jnp.asarray(rng.normal(size=(N, width)), dtype)
