@@ -91,5 +91,5 @@ def _begun(wandb: Any, folder: Path, experiment: Experiment, mode: str | None) -
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "moejax"), name=experiment.name, dir=str(folder), mode=mode, reinit="create_new",
         id=known, resume="allow" if known else None, config=experiment.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", silent=True),
+        settings=wandb.Settings(console="off", silent=True, finish_timeout=60, finish_timeout_raises=True),
     )  # fmt: skip

@@ -3,8 +3,10 @@
 import io
 import itertools
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 
 import jax
@@ -83,6 +85,39 @@ def test_an_answer_is_stopped_and_the_program_goes_on(run, expected, lm, monkeyp
     said_until = [{"role": "user", "content": FIRST}, {"role": "assistant", "content": said}, {"role": "user", "content": SECOND}]
     assert after == lm.chat(said_until, max_new_tokens=12)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.long
+def test_in_a_terminal(run):
+    """Ctrl-C as a terminal sends it: at the prompt, and during an answer; Ctrl-D ends."""
+    spawn = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+    command = [sys.executable, "-c", spawn, sys.executable, "-m", "moejax", "chat", str(run), "--max-new-tokens", "1500"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, bufsize=0
+    ) as process:
+        seen = b""
+
+        def until(*texts):
+            """Read up to these, one after the other."""
+            nonlocal seen
+            for text in texts:
+                while text not in seen:
+                    piece = os.read(process.stdout.fileno(), 1000)
+                    assert piece, seen
+                    seen += piece
+                seen = seen.partition(text)[2]
+
+        until(b"/reset forgets", b"> ")
+        process.stdin.write(b"\x03")
+        until(b"(/exit or Ctrl-D ends)", b"> ")
+        process.stdin.write(f"{FIRST}\n".encode())
+        until(FIRST.encode(), b"\n")  # what is typed is shown
+        while len(seen.strip()) < 4:
+            seen += os.read(process.stdout.fileno(), 1000)
+        process.stdin.write(b"\x03")
+        until(b"(stopped)", b"> ")
+        process.stdin.write(b"\x04")
+        assert process.wait(60) == 0, seen
 
 
 @pytest.mark.parametrize("family", ["mixtral-tiny", "blackmamba-tiny"])
