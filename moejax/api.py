@@ -29,7 +29,7 @@ from moejax.data.batching import GivenBatches, assemble
 from moejax.data.ends import Ends, ends_of
 from moejax.data.sources import of_records
 from moejax.data.tokenize import prompts, tokenize
-from moejax.data.tokenizer import check_vocabulary, load_tokenizer
+from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
 from moejax.estimator import memory
@@ -116,10 +116,17 @@ class LanguageModel:
         return assemble([[query] for query in queries], len(queries), whole_row(max(len(query.ids) for query in queries)))
 
     def save_adapter(self, folder: str | Path, *, fused: bool = False) -> None:
-        """Write the model's adapter in PEFT's format; fused: in that of transformers 5 with PEFT 0.19 and later."""
+        """Write the model's adapter in PEFT's format; fused: in that of transformers 5 with PEFT 0.19 and later. Where it trains rows of
+        added tokens, the tokenizer goes with it."""
         if not has_adapter(self.model):
             raise UserError("this model has no adapter: load it with adapter={…}")
         peft.save_adapter(self.model, Path(folder), self.source, fused=fused)
+        rows = self.model.embed_rows
+        if rows is not None and set(rows.ids) <= set(self.tokenizer.get_vocab().values()):  # the base's own may not know them
+            try:
+                save_tokenizer(self.tokenizer, Path(folder))
+            except OSError as error:
+                raise UserError(f"{folder}: the tokenizer could not be written there ({error}): free some space") from None
 
 
 def has_adapter(model: Model) -> bool:

@@ -79,6 +79,8 @@ def test_rows_of_added_tokens(format_, tmp_path, capsys):
     if format_ == "merged":
         assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 514
         assert moejax.load(tmp_path / "out").model.embed.weight.get_value().shape == (514, 128)
+        moejax.load(tmp_path / "run").save_adapter(tmp_path / "a")
+        assert load_tokenizer(str(tmp_path / "a")).convert_tokens_to_ids("<104>") == 513
 
 
 def test_a_base_with_other_weights_is_refused(tmp_path):
