@@ -38,7 +38,8 @@ def report(experiment: Experiment) -> None:
     rows = []
     for name, ws in groups.items():
         size, nbytes = sum(w.size for w in ws), sum(w.bytes for w in ws)
-        rows.append((name, f"{size:,}", ws[-1].storage, f"{gigabytes(nbytes)}", "yes" if ws[0].trained else "frozen"))
+        storage, trains = max(ws, key=lambda w: w.bytes).storage, "yes" if ws[0].trained else "frozen"
+        rows.append((name, f"{size:,}", storage, f"{gigabytes(nbytes)}", trains))
     base, active = sizes.parameters
     every = [w for ws in groups.values() for w in ws]
     trained = tuple(w for w in every if w.trained)

@@ -8,27 +8,33 @@ head; the embedding is a look-up):
     gradient of the weights       the same for what is trained only: everything (full), or the adapter
 
 Attention scores and their product with V: 4·heads·head_dim per query and visible key; a query at position t of its segment sees
-t + 1 keys; counted from the real segment lengths, twice as much again backward. Recomputation is not counted: it is overhead.
+t + 1 keys, or as many as its layer's window has; counted from the real segment lengths, twice as much again backward. Recomputation is
+not counted: it is overhead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import assert_never
 
 from moejax.models.config import Architecture, LoRAConfig, specs
+from moejax.models.config.specs import EVERYWHERE
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs per real token, and per (query, visible key) pair of one optimizer step."""
+    """FLOPs per real token, and per (query, visible key) pair of one optimizer step. within: those per pair of layers with a window, by the
+    window."""
 
     per_token: float
     per_pair: float
+    within: Mapping[int, float] = field(default_factory=dict)
 
-    def step(self, tokens: int, pairs: int) -> float:
-        """Model FLOPs of a step with so many real tokens and visible (query, key) pairs."""
-        return self.per_token * tokens + self.per_pair * pairs
+    def step(self, tokens: int, lengths: list[int]) -> float:
+        """Model FLOPs of a step with so many real tokens, in segments of these lengths."""
+        of_windows = sum(flops * visible_pairs(lengths, window) for window, flops in self.within.items())
+        return self.per_token * tokens + self.per_pair * visible_pairs(lengths) + of_windows
 
 
 def _apart(half: specs.Mixer | specs.FeedForward) -> tuple[int, int]:
@@ -48,17 +54,25 @@ def count(config: Architecture, adapter: LoRAConfig | None, *, reference: bool =
     """Model FLOPs of training: full fine-tuning without an adapter, frozen base with one; reference: and its forward pass alone."""
     linears = config.linears
     base = config.vocab_size * config.hidden_size + sum(n * m.met * m.out * m.inner for m, n in linears.values())
-    scores = 0
+    scores: dict[int, int] = {}
     for stack in config.stacks:
+        windows = stack.windows or (EVERYWHERE,) * stack.repeats
         for more, pair in map(_apart, stack.block.halves):
-            base, scores = base + stack.repeats * more, scores + stack.repeats * pair
+            base += stack.repeats * more
+            for window in windows if pair else ():
+                scores[window] = scores.get(window, 0) + pair
+
+    def counted(per_token: float, times: int) -> FlopCount:
+        within = {window: float(times * pair) for window, pair in scores.items() if window != EVERYWHERE}
+        return FlopCount(per_token, times * scores.get(EVERYWHERE, 0), within)
+
     if adapter is None:
-        return FlopCount(6 * base, 3 * scores)
+        return counted(6 * base, 3)
     adapted = [(linears[path], pair) for target, pair in adapter.of(config).items() for path in config.targets[target]]
     low_rank = sum(n * m.met * pair.weights(m) for (m, n), pair in adapted)
-    return FlopCount((6 if reference else 4) * base + 6 * low_rank, (4 if reference else 3) * scores)
+    return counted((6 if reference else 4) * base + 6 * low_rank, 4 if reference else 3)
 
 
-def visible_pairs(lengths: list[int]) -> int:
-    """(query, key) pairs of causal attention inside segments of these lengths."""
-    return sum(n * (n + 1) // 2 for n in lengths)
+def visible_pairs(lengths: list[int], window: int = EVERYWHERE) -> int:
+    """(query, key) pairs of causal attention inside segments of these lengths, each query with as many keys as the window has."""
+    return sum(n * (n + 1) // 2 - (rest := max(0, n - window)) * (rest + 1) // 2 for n in lengths)

@@ -216,7 +216,7 @@ class Trainer:
         batch = pending.work.batch
         lengths = segment_lengths(batch.segment_ids)
         real = int((batch.segment_ids > 0).sum())
-        model_flops = self.flop_count.step(real, flops.visible_pairs(lengths))
+        model_flops = self.flop_count.step(real, lengths)
         record: dict[str, Any] = {"step": pending.step, "epoch": pending.work.after.epoch}
         record |= {name: float(v) for name, v in values.items() if v.ndim == 0}
         record |= {

@@ -18,6 +18,7 @@ from moejax.models.cache import init_cache
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.models.ops import flash
 from moejax.models.ops.quantized import quantize
+from moejax.training import flops
 from moejax.training.experts import attending
 
 SMALL = PRESETS["gpt-oss-tiny"].replace(
@@ -131,3 +132,10 @@ def test_flash_has_no_sinks_and_no_windows():
     assert "has no sinks and no window (here of 16 positions)" in flash.refusal("NVIDIA L4", jnp.bfloat16, 64, lacking)
     assert flash.why_blocks("auto", "NVIDIA L4", jnp.bfloat16, 64, 512, lacking) == lacking
     assert head_dim == 16 and {lacking for _, lacking in attending(PRESETS["qwen3-moe-tiny"])} == {None}
+
+
+def test_flops_of_attention_are_of_the_keys_in_the_window():
+    config = SMALL.replace(sliding_window=4)
+    counted = flops.count(config, None)
+    seen = [sum(min(t + 1, window) for n in (3, 9) for t in range(n)) for window in (4, 99)]  # of the two layers
+    assert counted.step(12, [3, 9]) - counted.step(12, []) == 3 * 4 * 2 * 16 * sum(seen)

@@ -100,7 +100,7 @@ def expected(task: Task, study: Study, environment: Environment, limit: float) -
     assert task.row_tokens is not None
     counted = flops.count(s.architecture, s.experiment.adapter.lora if s.experiment.adapter else None)
     again = 4 / 3 if s.method == "full" else 3 / 2  # the forward pass is computed twice
-    needed = again * counted.step(rows * task.row_tokens, flops.visible_pairs([task.row_tokens] * rows))
+    needed = again * counted.step(rows * task.row_tokens, [task.row_tokens] * rows)
     step = needed / (of_peak * (environment.peak_flops or 1e12)) + weights / (of_bandwidth * (environment.peak_bytes_per_second or 1e11))
     batches = max(1, sizes_.queries // queries_of(task.batch or "largest", largest))
     shapes = 1 if task.batching == "pack" else max(1, min(batches, s.longest // 16))

@@ -161,7 +161,7 @@ def test_the_plan_counts_what_the_model_computes(asked, tmp_path):
     slow = replace(ENVIRONMENT, peak_flops=1e6, peak_bytes_per_second=1e18)
     for s in wanted.settings:
         (task,) = (t for t in plan.tasks(wanted) if t.kind == "breakdown" and t.setting is s)
-        of_step = flops.count(s.architecture, s.experiment.adapter.lora).step(32, flops.visible_pairs([32])) * 1.5 / (0.25 * 1e6)
+        of_step = flops.count(s.architecture, s.experiment.adapter.lora).step(32, [32]) * 1.5 / (0.25 * 1e6)
         steps = 3 + wanted.sizes.timed + 2 * wanted.sizes.traced
         assert plan.expected(task, wanted, slow, 10**8) == pytest.approx(steps * of_step, abs=15)
 
