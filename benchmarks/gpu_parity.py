@@ -1,5 +1,6 @@
-"""Are the numbers right on this device? The vectors of tests/vectors, without pytest: NF4 against bitsandbytes to the bit, Mixtral and
-BlackMamba (logits, loss, every gradient, expert counts) and LoRA against PyTorch in fp32. JSON out, with the largest difference of each.
+"""Are the numbers right on this device? The vectors of tests/vectors, without pytest: NF4 against bitsandbytes, MXFP4 against transformers
+to the bit, Mixtral and BlackMamba (logits, loss, every gradient, expert counts) and LoRA against PyTorch in fp32. JSON out, with the
+largest difference of each.
 
     python benchmarks/gpu_parity.py --out benchmarks/results/<date>-gpu-parity.json
 """
@@ -54,6 +55,18 @@ def nf4_codes() -> Iterator[Check]:
             yield check(f"nf4 {key}: bits", different, 0)
 
 
+def mxfp4_codes() -> Iterator[Check]:
+    """How many weights of gpt-oss's blocks and scales differ in a bit from transformers' dequantization."""
+    known = read_vectors("mxfp4")
+    for case in sorted({key.split("/")[0] for key in known if key.endswith("/blocks")}):
+        *leading, rows, blocks, _ = known[f"{case}/blocks"].shape
+        parts = {"codes": known[f"{case}/blocks"].reshape(*leading, -1), "scales": known[f"{case}/scales"].reshape(*leading, -1)}
+        tensor = quantized.Canonical("mxfp4", (*leading, rows, 32 * blocks), parts).tensor()
+        for dtype, bits in (("float32", np.int32), ("bfloat16", np.int16)):
+            value = np.asarray(jax.jit(quantized.dequantized, static_argnums=1)(tensor, jnp.dtype(dtype)))
+            yield check(f"mxfp4 {case}/{dtype}: bits", int(np.sum(value.view(bits) != known[f"{case}/{dtype}"])), 0)
+
+
 def of_largest(ours: Any, reference: np.ndarray) -> float:
     """The largest difference, of the reference's largest magnitude."""
     return float(np.abs(np.asarray(ours) - reference).max() / max(np.abs(reference).max(), 1e-12))
@@ -101,7 +114,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         mixtral, blackmamba = Path(name) / "mixtral", Path(name) / "blackmamba"
         for made in itertools.chain(
-            nf4_codes(), whole("mixtral", {"top2": 2, "dense": 8}, mixtral), lora("experts", mixtral), lora("all", mixtral),
+            nf4_codes(), mxfp4_codes(), whole("mixtral", {"top2": 2, "dense": 8}, mixtral), lora("experts", mixtral), lora("all", mixtral),
             whole("blackmamba", {"top2": 2, "dense": 4}, blackmamba),
         ):  # fmt: skip
             report["checks"].append(made)

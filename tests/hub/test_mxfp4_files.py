@@ -15,7 +15,7 @@ from support import full_logits
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator import sizes as estimated
-from moejax.hub import merge, stored, weights
+from moejax.hub import merge, quantized_cache, stored, weights
 from moejax.hub.model import architecture, create_model
 from moejax.hub.names import tensors
 from moejax.hub.quantized_cache import Content
@@ -23,7 +23,9 @@ from moejax.hub.streaming import whole_shape
 from moejax.models import foreign_settings as foreign
 from moejax.models.build import build
 from moejax.models.config import FAMILIES, PRESETS, LoRAConfig, Quantization, Qwen3MoeConfig
-from moejax.models.ops import mxfp4
+from moejax.models.layers import Placement
+from moejax.models.ops import host, mxfp4
+from moejax.models.ops.quantized import abstract
 
 D, F, E, LAYERS = 64, 96, 4, 2
 EXPERTS = "model.layers.{}.mlp.experts."
@@ -187,15 +189,36 @@ def test_the_hash_is_of_the_files_own_bytes(written, tmp_path):
     assert len(set(hashes)) == 2 and not (tmp_path / "cache").exists()
 
 
-def test_estimated_bytes_are_those_of_the_model(written):
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_estimated_bytes_are_those_of_the_model(place, written):
+    """Of codes and scales, 4.25 bits a weight; all of them go where the experts are placed."""
     folder, _, _ = written
-    asked = experiment(folder)
+    asked = experiment(folder, placement={"experts": place})
     config = architecture(asked, folder)
+    model = build(config, quantization=Quantization(modules=()), placement=Placement(place))
     of_experts = [w for w in estimated.stored(asked, config) if w.module[-1] in ("w1", "w2", "w3") and not w.adapter]
+    assert len(of_experts) == 3
     for w in of_experts:
-        value = getattr(build(config, quantization=Quantization(modules=())).layers.moe, w.module[-1]).weight.get_value()
-        assert w.bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value)) == w.size * 4.25 / 8
-        assert w.storage == "MXFP4"
+        value = getattr(model.layers.moe, w.module[-1]).weight.get_value()
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+        assert w.bytes == nbytes == w.size * 4.25 / 8 and w.storage == "MXFP4"
+        assert sum(w.host.values()) == host.nbytes(value) == (nbytes if place == "host" else 0)
+
+
+def test_a_cache_of_quantized_weights_holds_them_too(tmp_path):
+    """In the files' own bytes: codes and scales as they were put there."""
+    draw = np.random.default_rng(4)
+    held = {"w": abstract("mxfp4", (2, 3, 4, 96))}
+    leaves = quantized_cache.leaves_of(held)
+    parts = {name: draw.integers(0, 250, leaf.shape, np.uint8) for name, leaf in leaves.items()}
+    with quantized_cache.Keeper(tmp_path / "kept.safetensors", leaves) as keep:
+        for index in np.ndindex(2, 3):
+            for name, value in parts.items():
+                keep.put(name, value[index], index)
+            keep.wait()
+    found = quantized_cache.read(tmp_path / "kept.safetensors", held)["w"].canonical()
+    for name, value in found.parts.items():
+        np.testing.assert_array_equal(value, parts[f"w.{name}"])
 
 
 def spoiled(files, name, edit):

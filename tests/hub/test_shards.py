@@ -277,6 +277,7 @@ def test_what_is_wrong_is_told_before_anything_is_fetched(hub, tmp_path):
     for edit, message in (
         ({"model.extra.weight": shard}, r"1 tensors have no place in a Mixtral of 2 layers.*'model\.extra\.weight'"),
         ({"model.norm.weight.quant_state.bitsandbytes__nf4": shard}, r"a model in 4 bits already.*model\.download=whole"),
+        ({"model.layers.0.mlp.experts.down_proj_blocks": shard}, r"a model in 4 bits already.*model\.download=whole"),
         ({"model.norm.weight": "pytorch_model.bin"}, r"names a file 'pytorch_model\.bin': expected \*\.safetensors"),
         ({"model.norm.weight": "gone.safetensors"}, r"the repository has no gone\.safetensors .*set model\.download=whole"),
     ):

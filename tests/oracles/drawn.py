@@ -22,3 +22,17 @@ def gradient(name, step, shape):
     found = (scale * (mean + draw.normal(size=shape))).astype(np.float32)
     found[0] = 0
     return found * np.float32(step != 3)
+
+
+def in_mxfp4(shapes):
+    """The files' tensors, by name, of a gpt-oss whose tensors have these shapes: experts' matrices [E, in, out] as blocks of any codes, and
+    scales that make numbers up to 0.19 of them."""
+    files = {}
+    for name, shape in shapes.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            files[name] = weight(name, shape)
+            continue
+        draw, (experts, columns, rows) = np.random.default_rng(zlib.crc32(name.encode())), shape
+        files[f"{name}_blocks"] = draw.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8)
+        files[f"{name}_scales"] = draw.integers(120, 123, (experts, rows, columns // 32), np.uint8)
+    return files
