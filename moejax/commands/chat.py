@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
     from moejax.evaluation.generate import Sampling
     from moejax.runs.open import load
 
+    if sys.stdin is None:
+        raise UserError("standard input is closed, and messages are read from it: call it in a terminal, or give it a pipe or a file")
+    terminal = sys.stdin.isatty()
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     check_counts(options, "max_new_tokens")
     unicode("--system", options.system)
@@ -57,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
         _tell("the template has no second turn: each message is answered by itself")
     settings = {"system": options.system, "max_new_tokens": options.max_new_tokens}
     dialogue = Dialogue(make(), tokenizer, template, ends, sampling, **settings)
-    terminal = sys.stdin.isatty()
     if terminal:
         _tell(LINES)
     seconds, tokens = 0.0, 0

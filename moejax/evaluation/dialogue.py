@@ -14,12 +14,12 @@ from moejax.data.ends import Ends
 from moejax.data.records import unicode
 from moejax.data.supervision import prompt_of_talk
 from moejax.errors import UserError
-from moejax.evaluation.generate import Answers, End, Sampling, bucket, decoded, draw_of, names_of, padded
+from moejax.evaluation.generate import Answers, End, Sampling, bucket, decoded, draw_of, names_of, padded, read
 from moejax.models.build import Model
 from moejax.models.cache import Cache, can_forget, init_cache
 from moejax.progress import note
 
-SHORTEST = 32  # what is read at once is padded to this length times a power of four: one program for all messages of such a length
+AT_ONCE = (32, 128, 512)  # lengths that what is read is padded to; longer prompts are read 512 tokens at a time
 
 
 class Held:
@@ -46,12 +46,14 @@ class Held:
             self.places = min(bucket(len(prompt) + max_new_tokens), self.model.config.max_position_embeddings)
             self._cache = init_cache(self.model, 1, self.places)
         assert self._cache is not None
-        tokens, lengths = padded([prompt[known:]], _read_at_once(len(prompt) - known))
         cache, self._cache = self._cache._replace(lengths=jnp.full(1, known, jnp.int32)), None  # it is given away
-        self.ids = []
+        self.ids, shown = [], 0
         draw = draw_of(self.model, sampling, names_of([prompt]))
-        shown = 0
-        for out, after in decoded(self.split, tokens, lengths, cache, draw, max_new_tokens, end, piece):
+        while len(prompt) - known > AT_ONCE[-1]:
+            tokens = padded([prompt[known : known + AT_ONCE[-1]]], AT_ONCE[-1])
+            cache, known = read(self.split, *tokens, cache, draw, max_new_tokens, end), known + AT_ONCE[-1]
+        tokens = padded([prompt[known:]], next(length for length in AT_ONCE if length >= len(prompt) - known))
+        for out, after in decoded(self.split, *tokens, cache, draw, max_new_tokens, end, piece):
             answer = out[0].tolist()
             self._cache, self.ids = after, [*prompt, *answer][: int(after.lengths[0])]
             yield out[0, shown:]
@@ -62,14 +64,6 @@ class Held:
         equal = next((n for n, (a, b) in enumerate(zip(self.ids, prompt, strict=False)) if a != b), min(len(self.ids), len(prompt)))
         known = min(equal, len(prompt) - 1)
         return known if known == len(self.ids) or can_forget(self.model) else 0
-
-
-def _read_at_once(length: int) -> int:
-    """32, 128, 512, …"""
-    padded = SHORTEST
-    while padded < length:
-        padded *= 4
-    return padded
 
 
 class Dialogue:

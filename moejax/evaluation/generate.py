@@ -264,7 +264,7 @@ def decoded(
 ) -> Iterator[tuple[np.ndarray, Cache]]:
     """The same, of prompts that go on behind what the cache holds; and the cache, which the next piece takes away. It holds the prompts
     and their answers but for each last token. model: as nnx.split has it; tokens int32 [B, T], right-padded; lengths int32 [B]."""
-    ends = np.atleast_1d(np.asarray(end, np.int32))
+    ends = _array(end)
     out, cache = _begin(*model, tokens, lengths, cache, draw, steps, ends)
     step, until = jnp.int32(1), 1
     while True:
@@ -275,6 +275,17 @@ def decoded(
         if until == steps or np.isin(so_far, ends).any(axis=1).all():
             return
         until = min(until + piece, steps)
+
+
+def read(
+    model: tuple[Any, nnx.State], tokens: np.ndarray, lengths: np.ndarray, cache: Cache, draw: Draw | None, steps: int, end: End
+) -> Cache:
+    """The cache with tokens behind which others of their prompts follow, by the program that `decoded` begins with."""
+    return _begin(*model, tokens, lengths, cache, draw, steps, _array(end))[1]
+
+
+def _array(end: End) -> np.ndarray:
+    return np.atleast_1d(np.asarray(end, np.int32))
 
 
 def before(tokens: np.ndarray, end: End) -> list[int]:

@@ -93,7 +93,7 @@ def logged_by(experiment, names):
 
 
 def test_a_run_sends_what_metrics_jsonl_has(wandb, make_experiment, tmp_path):
-    experiment = logged_by(make_experiment(training={"steps": 2, "eval_every": 1}), ["wandb"])
+    experiment = logged_by(make_experiment(training={"steps": 2}), ["wandb"])
     assert loop.run(experiment, resume=False) == 0
     (run,), (begun,), folder = wandb.runs, wandb.begun, tmp_path / "runs/run"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
