@@ -9,9 +9,9 @@ routings need (--even: as equal loads need, which flatters them).
 
 kernels: all that the device is given, by XLA's thunks after its passes; outside: those that the host launches one by one; graphs: launches
 of CUDA graphs, which hold the others; syncs: how often a loop whose trip count is data asks the host; copies: how often a tile copies an
-expert's matrix in bf16. Milliseconds: by the constants below, and of a GPU other than Hopper its data sheet in their place, in the same
-proportion; +-30 %, a difference of two programs is better than that. closed_form_error: the estimator's closed form over the compiler's
-peak, less 1.
+expert's matrix in bf16; fetched: what is copied out of the host's memory. Milliseconds: by the constants below, and of a GPU other than
+Hopper its data sheet in their place, in the same proportion; +-30 %, a difference of two programs is better than that.
+closed_form_error: the estimator's closed form over the compiler's peak, less 1.
 
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
@@ -42,6 +42,7 @@ from moejax.errors import UserError
 
 PRODUCTS, EFFICIENCY, BANDWIDTH, OTHERS = 790e12, 0.85, 4.3e12, 60e12
 """Of one H200: FLOP/s of a large bf16 product, what of it products of a step reach, bytes/s of a copy, FLOP/s outside of products."""
+HOST_SPACE = 5  # XLA's number of the host's memory
 IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
 FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
@@ -124,6 +125,7 @@ class Step:
     graphs: float = 0.0
     syncs: float = 0.0
     copies: float = 0.0
+    fetched: float = 0.0
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -141,6 +143,7 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
             if i.name in host.host_loops and i.opcode == "while":
                 body = runs[i.called_computation_ids[0]]
                 found.syncs += 0 if known_trips(i) is not None else count + body
+            found.fetched += count * _fetched(i)
             kernels = host.kernels.get(i.name, 0)
             if i.opcode in CONTAINERS or not (kernels or program.bytes_of(i)):
                 continue
@@ -162,6 +165,17 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
     found.seconds += waiting
     found.stages["graphs' launches, host"] = waiting
     return found
+
+
+def _fetched(i: Any) -> float:
+    """Bytes that an instruction begins to bring out of the host's memory."""
+    from moejax.profiling.program import size
+
+    if i.opcode not in ("async-start", "copy-start"):
+        return 0.0
+    first, second = i.shape.tuple_shapes[:2]
+    source, result = (first.tuple_shapes[0], second) if i.opcode == "async-start" else (second, first)
+    return size(result) if source.layout.memory_space == HOST_SPACE != result.layout.memory_space else 0.0
 
 
 def _kernel_rate(i: Any) -> float | None:
@@ -200,8 +214,9 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
         "backend": "dense" if plan is None else plan.backend, "tile": None if plan is None else [plan.tile, plan.small_tile],
         "peak_gb": round(c.peak_bytes / 1e9, 3), "host_gb": round(c.host_bytes / 1e9, 3), "arguments_gb": round(c.argument_bytes / 1e9, 3),
         "closed_form_error": None if closed is None else round(closed / c.peak_bytes - 1, 4),
-        "tflop": round(s.flops / 1e12, 2), "moved_gb": round(s.bytes / 1e9, 1), "kernels": round(s.kernels),
-        "outside": round(s.outside), "graphs": round(s.graphs), "syncs": round(s.syncs), "copies": round(s.copies),
+        "tflop": round(s.flops / 1e12, 2), "moved_gb": round(s.bytes / 1e9, 1), "fetched_gb": round(s.fetched / 1e9, 2),
+        "kernels": round(s.kernels), "outside": round(s.outside), "graphs": round(s.graphs), "syncs": round(s.syncs),
+        "copies": round(s.copies),
         "derived_ms": round(1e3 * s.seconds, 1), "floor_ms": round(1e3 * floor, 1),
         "useful_share": round(useful / s.seconds / rates.products, 4), "compile_seconds": round(c.seconds, 1),
     }, s, c.executable  # fmt: skip

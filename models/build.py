@@ -18,6 +18,7 @@ from moejax.models.layers import ON_THE_DEVICE, ExpertLinear, Frozen, Linear, Pl
 from moejax.models.lora import LoRA
 from moejax.models.ops import host
 from moejax.models.ops.quantized import KINDS, abstract, is_quantized, quantize
+from moejax.models.ops.split import joined
 from moejax.models.token_rows import TokenRows
 
 Model = Decoder
@@ -82,16 +83,44 @@ def freeze(model: Model, quantization: Quantization | None = None) -> None:
 
 def place(model: Model, placement: Placement) -> None:
     """Put frozen weights where `placement` has them. In place; of an abstract model the shapes say where the weights are to lie."""
-    for _, node in nnx.iter_modules(model):
-        for variable in vars(node).values():
-            if not isinstance(variable, Frozen):
-                continue
-            value, table = variable.get_value(), variable.get_metadata("axes") == ("vocab", "embed")
-            if (placement.tables if table else placement.experts if of_experts(variable) else "device") == "host":
-                # The scales of scales are one part in two thousand, and as many fetches again.
-                large = KINDS[value.kind].large if is_quantized(value) else None
-                parts = {n: host.put(a) for n, a in value.parts().items() if n in large} if large else None
-                variable.set_value(host.put(value) if parts is None else value.with_parts(value.parts() | parts))
+    left = placement.experts if isinstance(placement.experts, int) else 0 if placement.experts == "host" else model.config.blocks
+    for stack in model.config.stacks:
+        experts = [v for v in _frozen(getattr(model, stack.name)) if of_experts(v)]
+        on_device = min(left, stack.repeats)
+        for variable in experts:
+            variable.set_value(_split(variable.get_value(), on_device))
+        left -= on_device if experts else 0
+    for variable in _frozen(model):
+        if placement.tables == "host" and variable.get_metadata("axes") == ("vocab", "embed"):
+            variable.set_value(_in_host(variable.get_value()))
+
+
+def _frozen(module: nnx.Module) -> list[Frozen]:
+    return [v for _, node in nnx.iter_modules(module) for v in vars(node).values() if isinstance(v, Frozen)]
+
+
+def _split(value: Any, on_device: int) -> Any:
+    """A weight [L, …] with its first layers on the device and the others in the host's memory."""
+    if on_device == value.shape[0]:
+        return value
+    if on_device == 0:
+        return _in_host(value)
+
+    def layers(first: int, end: int) -> Any:
+        def of(a: Any) -> Any:
+            return jax.ShapeDtypeStruct((end - first, *a.shape[1:]), a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a[first:end]
+
+        return jax.tree.map(of, value)
+
+    return joined((layers(0, on_device), _in_host(layers(on_device, value.shape[0]))))
+
+
+def _in_host(value: Any) -> Any:
+    if not is_quantized(value):
+        return host.put(value)
+    # The scales of scales are one part in two thousand, and as many fetches again.
+    large = KINDS[value.kind].large
+    return value.with_parts(value.parts() | {name: host.put(part) for name, part in value.parts().items() if name in large})
 
 
 def remove_lora(model: Model) -> None:

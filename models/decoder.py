@@ -21,13 +21,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.attention import Attention
 from moejax.models.config import Architecture, specs
-from moejax.models.gradient_sums import GradientSums, added, without_gradients
+from moejax.models.gradient_sums import GradientSums, added, layer_in_place, marked, trained, without_gradients
 from moejax.models.layers import (
     STREAM_NAME,
     Embedding,
     LayerNorm,
     Linear,
     RMSNorm,
+    Stretch,
     Target,
     fold,
     rematerialized,
@@ -180,29 +181,17 @@ class Decoder(nnx.Module):
         x, stats = self.embedded(tokens), []
         with jax.named_scope("layers"):
             for number, stack in enumerate(self.config.stacks):
-                state, layer_of = scannable(getattr(self, stack.name))
-                stack_key = dropout_key if number == 0 else fold(dropout_key, 2**16 + number)
-
-                def body(
-                    x: jax.Array, weights: nnx.State, index: jax.Array, window: Any, layer_of: Any = layer_of, dropout_key: Any = stack_key
-                ) -> tuple[jax.Array, RouterStats]:
-                    x, key = checkpoint_name(x, STREAM_NAME), fold(dropout_key, index)
-                    out: tuple[jax.Array, RouterStats] = layer_of(weights, index)(x, segment_ids, positions, key, remat, window)
-                    return out
-
-                run = rematerialized(body, remat)
-
-                def step(carry: Any, layer: tuple[nnx.State, jax.Array, Any], body: Any = run) -> Any:
-                    (x, sums), (weights, index, window) = carry, layer
-                    weights, sums = added(weights, sums, index)
-                    x, of_layer = body(x, weights, index, window)
-                    return (x, sums), of_layer
-
+                state, stretches = scannable(getattr(self, stack.name))
                 sums = {} if self.gradient_sums is None else self.gradient_sums.of(stack.name, state)
-                (x, sums), of_stack = jax.lax.scan(step, (x, sums), (without_gradients(state, sums), *_numbers(stack)))
-                if self.gradient_sums is not None:
-                    self.gradient_sums.put(stack.name, sums)
-                stats.append(of_stack)
+                # Of weights that are read in place the gradients go by sums: as their own, where there are no others.
+                through = sums or (trained(state) if stretches[0].in_place else {})
+                state, key = without_gradients(state, through), dropout_key if number == 0 else fold(dropout_key, 2**16 + number)
+                for stretch in stretches:
+                    layers = _over(stack, stretch, state)
+                    x, through, found = _scanned(stretch, state, layers, x, through, segment_ids, positions, key, remat)
+                    stats.append(found)
+                if self.gradient_sums is not None and sums:
+                    self.gradient_sums.put(stack.name, through)
         return self.norm(x.astype(self.dtype)), jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *stats)
 
     def init_cache(self, batch: int, length: int) -> tuple[Any, ...]:
@@ -220,14 +209,18 @@ class Decoder(nnx.Module):
         self._check_padding(valid)
         x, after = self.embedded(tokens), []
         for stack, held in zip(self.config.stacks, cache, strict=True):
-            state, layer_of = scannable(getattr(self, stack.name))
+            state, stretches = scannable(getattr(self, stack.name))
+            for stretch in stretches:
 
-            def body(carry: tuple[jax.Array, Any], layer: Any, layer_of: Any = layer_of) -> tuple[tuple[jax.Array, Any], None]:
-                (x, held), (weights, number, window) = carry, layer
-                return layer_of(weights, number).cached(x, valid, positions, held, number, window), None
+                def body(
+                    carry: tuple[jax.Array, Any], layer: Any, stretch: Stretch = stretch, state: nnx.State = state
+                ) -> tuple[tuple[jax.Array, Any], None]:
+                    (x, held), (weights, number, window) = carry, layer
+                    weights = layer_in_place(state, {}, number) if stretch.in_place else weights
+                    return stretch.layer(weights, number).cached(x, valid, positions, held, number, window), None
 
-            (x, new), _ = jax.lax.scan(body, (x, held), (state, *_numbers(stack)))
-            after.append(new)
+                (x, held), _ = jax.lax.scan(body, (x, held), _over(stack, stretch, state))
+            after.append(held)
         return self.norm(x.astype(self.dtype)), tuple(after)
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
@@ -260,9 +253,36 @@ class Decoder(nnx.Module):
             check_padding(real)
 
 
-def _numbers(stack: specs.Stack) -> tuple[jax.Array, jax.Array | None]:
-    """What a scan over a stack carries beside its weights: each block's number, int32 [L], and its window where the stack has any."""
-    return jnp.arange(stack.repeats), None if stack.windows is None else jnp.asarray(stack.windows, jnp.int32)
+def _over(stack: specs.Stack, stretch: Stretch, state: nnx.State) -> tuple[nnx.State | None, jax.Array, jax.Array | None]:
+    """What a scan over a stretch of a stack runs over: its weights (None: they are read in place), each block's number, int32 [n], and its
+    window where the stack has any."""
+    end = stretch.first + stretch.layers
+    windows = None if stack.windows is None else jnp.asarray(stack.windows[stretch.first : end], jnp.int32)
+    return None if stretch.in_place else state, jnp.arange(stretch.first, end), windows
+
+
+def _scanned(
+    stretch: Stretch, state: nnx.State, layers: Any, x: jax.Array, sums: Any, segment_ids: jax.Array, positions: jax.Array,
+    dropout_key: jax.Array | None, remat: str,
+) -> tuple[jax.Array, Any, RouterStats]:  # fmt: skip
+    """The stream behind a stretch of a stack's layers, the sums that their gradients go to, and stats [n, …]. layers: of `_over`."""
+
+    def body(x: jax.Array, weights: Any, index: jax.Array, window: Any) -> tuple[jax.Array, RouterStats]:
+        x, key = checkpoint_name(x, STREAM_NAME), fold(dropout_key, index)
+        weights = layer_in_place(state, weights, index) if stretch.in_place else weights
+        out: tuple[jax.Array, RouterStats] = stretch.layer(weights, index)(x, segment_ids, positions, key, remat, window)
+        return out
+
+    run = rematerialized(body, remat)
+
+    def step(carry: Any, layer: tuple[Any, jax.Array, Any]) -> Any:
+        (x, sums), (weights, index, window) = carry, layer
+        weights, sums = marked(sums, index) if stretch.in_place else added(weights, sums, index)
+        x, of_layer = run(x, weights, index, window)
+        return (x, sums), of_layer
+
+    (x, sums), stats = jax.lax.scan(step, (x, sums), layers)
+    return x, sums, stats
 
 
 def positions_of(segment_ids: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Path = tuple[Any, ...]
@@ -30,12 +31,17 @@ class GradientSums:
         """Those of the trained weights among a stack's layers; none where the pass leaves them alone."""
         if not self._trace.is_valid():
             return {}
-        trained = {path for path, v in nnx.to_flat_state(layers) if isinstance(v, nnx.Param)}
-        return {path[1:]: v.get_value() for path, v in nnx.to_flat_state(self.tree) if path[0] == stack and path[1:] in trained}
+        found = trained(layers)
+        return {path[1:]: v.get_value() for path, v in nnx.to_flat_state(self.tree) if path[0] == stack and path[1:] in found}
 
     def put(self, stack: str, sums: dict[Path, jax.Array]) -> None:
         """The same, as they came out of the stack."""
         self.tree = _with(self.tree, {(stack, *path): value for path, value in sums.items()})
+
+
+def trained(layers: nnx.State) -> dict[Path, jax.Array]:
+    """The trained weights among a stack's layers."""
+    return {path: v.get_value() for path, v in nnx.to_flat_state(layers) if isinstance(v, nnx.Param)}
 
 
 def without_gradients(layers: nnx.State, paths: Any) -> nnx.State:
@@ -50,6 +56,26 @@ def added(layer: nnx.State, sums: dict[Path, jax.Array], index: jax.Array) -> tu
     weights = {path: v.get_value() for path, v in nnx.to_flat_state(layer) if path in sums}
     weights, sums = _added(weights, sums, index)
     return _with(layer, weights), sums
+
+
+def marked(sums: dict[Path, jax.Array], index: jax.Array) -> tuple[dict[Path, jax.Array], dict[Path, jax.Array]]:
+    """(a mark of each weight, sums as they are). What comes in for the marks backwards goes to the sums as layer `index`'s gradients."""
+    marks, sums = _added({path: jnp.zeros(whole.shape[1:], whole.dtype) for path, whole in sums.items()}, sums, index)
+    return marks, sums
+
+
+def layer_in_place(layers: nnx.State, marks: dict[Path, jax.Array], index: jax.Array) -> nnx.State:
+    """Layer `index` of a stack, read where it lies; the gradients of its trained weights go to their marks."""
+    layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
+    return _with(layer, {path: _instead(v.get_value(), marks[path]) for path, v in nnx.to_flat_state(layer) if path in marks})
+
+
+@jax.custom_vjp
+def _instead(weight: jax.Array, mark: jax.Array) -> jax.Array:
+    return weight
+
+
+_instead.defvjp(lambda weight, mark: (weight, None), lambda _, gradient: (None, gradient))
 
 
 def _with(state: nnx.State, values: dict[Path, jax.Array]) -> nnx.State:

@@ -19,6 +19,7 @@ from moejax.models.lora import LoRA
 from moejax.models.ops import host, linear
 from moejax.models.ops.grouped.matmul import Projection
 from moejax.models.ops.linear import OfLayer
+from moejax.models.ops.split import pieces_of
 
 INIT_STD = 0.02
 REMAT_POLICIES = ("none", "dots", "full", "offload")
@@ -49,11 +50,12 @@ class Target(NamedTuple):
 class Placement(NamedTuple):
     """Where frozen weights lie: "device", or "host" (its pinned memory).
 
-    experts: their matrices and block scales; tables: embedding and head; prefetch: experts come to the device by the "layer", or one by
-    one ("experts") ahead of their products; "auto": as the grouped products' backend takes them.
+    experts: their matrices and block scales, or the number of layers whose are on the device, the first ones; tables: embedding and head;
+    prefetch: experts come to the device by the "layer", or one by one ("experts") ahead of their products; "auto": as the grouped products'
+    backend takes them.
     """
 
-    experts: str = "device"
+    experts: str | int = "device"
     tables: str = "device"
     prefetch: str = "auto"
 
@@ -186,20 +188,41 @@ def stack_layers(make: Callable[[jax.Array], nnx.Module], key: jax.Array, layers
     return stacked
 
 
-def scannable(stacked: nnx.Module) -> tuple[nnx.State, Callable[[nnx.State, jax.Array], Any]]:
-    """What a scan over `stack_layers`' layers runs over, and a function that makes layer `index` of its slice.
+class Stretch(NamedTuple):
+    """Layers of a stack that one scan runs over: `layers` of them, from `first` on.
 
-    Frozen experts are not part of it: they stay whole, and a layer gets an `OfLayer` of them.
+    layer: makes layer `index` of its slice of the stacked weights. in_place: they are a part of the stack, and a scan over their weights
+    would copy them: it runs over numbers alone, and its body reads the weights where they lie.
+    """
+
+    first: int
+    layers: int
+    layer: Callable[[nnx.State, jax.Array], Any]
+    in_place: bool = False
+
+
+def scannable(stacked: nnx.Module) -> tuple[nnx.State, list[Stretch]]:
+    """`stack_layers`' stacked weights, and the stretches of layers to scan over: one, or two where the first layers' experts are on the
+    device and the others' in the host's memory.
+
+    Frozen experts are not part of the weights: they stay whole, and a layer gets an `OfLayer` of them.
     """
     graphdef, state = nnx.split(stacked)
     flat = nnx.to_flat_state(state)
-    whole = {path: v for path, v in flat if isinstance(v, Frozen) and of_experts(v)}
+    experts = [(path, v) for path, v in flat if isinstance(v, Frozen) and of_experts(v)]
+    others = nnx.from_flat_state([(path, v) for path, v in flat if not (isinstance(v, Frozen) and of_experts(v))])
 
-    def layer(slice_: nnx.State, index: jax.Array) -> Any:
-        experts = [(path, v.replace(OfLayer(v.get_value(), index))) for path, v in whole.items()]
-        return nnx.merge(graphdef, nnx.from_flat_state([*nnx.to_flat_state(slice_), *experts]))
+    def stretch(number: int, first: int, layers: int) -> Stretch:
+        held = [(path, v, list(pieces_of(v.get_value()))[number][1]) for path, v in experts]
 
-    return nnx.from_flat_state([(p, v) for p, v in flat if p not in whole]), layer
+        def layer(slice_: nnx.State, index: jax.Array) -> Any:
+            own = [(path, v.replace(OfLayer(piece, index - first if first else index))) for path, v, piece in held]
+            return nnx.merge(graphdef, nnx.from_flat_state([*nnx.to_flat_state(slice_), *own]))
+
+        return Stretch(first, layers, layer, len(parts) > 1)
+
+    parts = [(first, piece.shape[0]) for first, piece in pieces_of((experts or flat)[0][1].get_value())]
+    return others, [stretch(number, *part) for number, part in enumerate(parts)]
 
 
 def of_experts(variable: nnx.Variable) -> bool:

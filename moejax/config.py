@@ -293,6 +293,7 @@ class Experiment(Section):
             if self.data.longest_text > limit:
                 raise ValueError(f"rows of {self.data.longest_text} tokens exceed the model's max_position_embeddings = {limit}")
             self.kinds(sizes)
+            self.placement.check(sizes.expert_layers)
             if self.adapter is not None and sizes.target_names:
                 self.adapter.lora.of(sizes)
         return self

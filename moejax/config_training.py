@@ -92,10 +92,13 @@ class TrainingConfig(Section):
 class PlacementConfig(Section):
     """Where frozen weights lie. host: in its pinned memory, from where they come to the device as they are used.
 
-    experts: their matrices (in 4 bits: codes and block scales); auto: on the device, if the step fits there. tables: embedding and head.
+    experts: their matrices (in 4 bits: codes and block scales). tables: embedding and head.
     """
 
-    experts: Literal["device", "host", "auto"] = "device"
+    experts: Literal["device", "host", "auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="device",
+        description="a number: of layers whose experts are on the device, the first ones; auto: as many layers' as fit there",
+    )
     tables: Literal["device", "host"] = "device"
     prefetch: Literal["layer", "experts", "auto"] = Field(
         default="auto",
@@ -104,4 +107,21 @@ class PlacementConfig(Section):
 
     @property
     def uses_host(self) -> bool:
-        return "host" in (self.experts, self.tables)
+        return self.fetches or self.tables == "host"
+
+    @property
+    def fetches(self) -> bool:
+        """Whether experts come from the host's memory. `auto` counts as the device until a run has settled it."""
+        return self.experts not in ("device", "auto")
+
+    def check(self, layers: int) -> None:
+        """Raises ValueError where more layers are named than have experts."""
+        if isinstance(self.experts, int) and self.experts > layers:
+            raise ValueError(
+                f"placement.experts = {self.experts}: layers with experts: {layers}; expected a number from 0 (host) "
+                f"to {layers} (device), or auto"
+            )
+
+    def on_device(self, layers: int) -> int:
+        """Of so many layers with experts, those whose lie on the device."""
+        return self.experts if isinstance(self.experts, int) else 0 if self.experts == "host" else layers

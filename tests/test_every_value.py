@@ -77,6 +77,7 @@ RUNS = {
         "data": {"source": None, "batching": "fixed"},
         "training": {"remat": "auto", "steps": 4, "optimizer": "lion", "moments_dtype": "bfloat16"},
         "logging": [],  # wandb: tests/training/test_wandb_run.py
+        "placement": {"experts": 1},
         "profile": {"start_step": 2, "steps": 1},
     },
     "text, continued": {
@@ -136,12 +137,19 @@ def leaves(section, at=()):
             yield from leaves(kind, (*at, name))
 
 
+def words_of(kind):
+    """Of a choice, or of one beside another kind of value."""
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]
+    return {word for part in parts if get_origin(part) is Literal for word in get_args(part)}
+
+
 def values_to_run():
-    """{key: what has to occur in some run}: words of a choice, true and false, null and something, and something else than the default."""
+    """{key: what has to occur in some run}: words of a choice (and what is none), true and false, null and something, and something else
+    than the default."""
     found = {}
     for key, kind, null, default in leaves(Experiment):
-        if get_origin(kind) is Literal:
-            found[key] = set(get_args(kind))
+        if words_of(kind):
+            found[key] = words_of(kind) | (set() if get_origin(kind) is Literal else {("NONE OF", *sorted(words_of(kind)))})
         elif kind is bool:
             found[key] = {True, False}
         else:
@@ -173,6 +181,8 @@ def test_every_value_has_a_run():
         for value in wanted:
             if value == "SET":
                 ok = any(h is not None for h in held)
+            elif isinstance(value, tuple) and value[0] == "NONE OF":
+                ok = any(h not in value[1:] for h in held if h is not None)
             elif isinstance(value, tuple):
                 ok = any(repr(h) != value[1] for h in held if h is not None)
             else:
@@ -185,9 +195,8 @@ def test_every_value_has_a_run():
 def test_every_word_is_documented():
     text = (ROOT / "docs/training.md").read_text()
     for key, kind, _, _ in leaves(Experiment):
-        if get_origin(kind) is Literal:
-            for word in get_args(kind):
-                assert f"`{word}`" in text, f"{key}={word} does not stand in docs/training.md"
+        for word in words_of(kind):
+            assert f"`{word}`" in text, f"{key}={word} does not stand in docs/training.md"
 
 
 @pytest.fixture(scope="session")

@@ -302,6 +302,12 @@ class Architecture(ABC):
     def blocks(self) -> int:
         return sum(stack.repeats for stack in self.stacks)
 
+    @property
+    def expert_layers(self) -> int:
+        """Blocks that have experts."""
+        names = {path[0] for path in self.groups["experts"]}
+        return sum(stack.repeats for stack in self.stacks if stack.name in names)
+
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +14,7 @@ from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
-from moejax.estimator import bus, memory
+from moejax.estimator import bus, memory, placing
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 from moejax.gpus import GPU
@@ -30,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
     parser.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
     parser.add_argument(
-        "--placements", action="store_true", help="experts, and tables too, in the host's memory: what fits, and what the bus costs a step"
+        "--placements", action="store_true",
+        help="experts (of the layers that do not fit, or all), and tables too, in the host's memory: what fits, what the bus costs a step"
     )
     parser.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
     parser.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without CONFIG)")
@@ -129,21 +129,7 @@ def show_placements(asked: Sequence[Oracle], options: argparse.Namespace) -> int
     rows = options.rows or experiment.data.batch_rows
     per_token = flops.count(config_of, experiment.adapter.lora).per_token
     products = experiment.training.gradient_accumulation * rows * first.row_tokens * per_token
-    lines = []
-    for peaks, (experts, tables) in itertools.product(asked, bus.PLACEMENTS):
-        placed = experiment.changed("placement", experts=experts, tables=tables)
-        there = oracle(placed, config_of, peaks.gpu, first.row_tokens, options.closed_form)
-        limit = memory.usable_bytes(peaks.gpu, experiment.device.memory_fraction)
-        sure, possible = memory.by_closed_form(limit) if there.reason else (limit, limit)
-        peak, moved = there.peak_bytes(rows), bus.step_bytes(placed, config_of, rows, first.row_tokens)
-        least = products / peaks.gpu.flops_per_second
-        lines.append({
-            "gpu": peaks.gpu.name, "experts": experts, "tables": tables, "device_gb": gigabytes(peak), "usable_gb": gigabytes(limit),
-            "host_gb": gigabytes(there.breakdown(rows).host), "fits": "yes" if peak <= sure else "compile" if peak <= possible else "no",
-            "bus_gb": gigabytes(moved), **{f"PCIe {generation}, s": moved / rate for generation, rate in bus.PCIE.items()},
-            "own, s": moved / bus.rate(peaks.gpu), "products, s": least,
-            "hidden": "-" if not moved else "yes" if moved / bus.rate(peaks.gpu) <= least else "no",
-        })  # fmt: skip
+    lines = [_placed(peaks, place, rows, products, options.closed_form) for peaks in asked for place in _places(peaks, rows, options)]
     if options.json:
         print_json({"config": experiment.name, "rows": rows, "row_tokens": first.row_tokens, "placements": lines})
         return 0
@@ -157,6 +143,45 @@ def show_placements(asked: Sequence[Oracle], options: argparse.Namespace) -> int
     title = f"{experiment.name}: {counted(rows, 'row')} of {first.row_tokens} tokens"
     show_table(title, columns, [tuple(line.values()) for line in lines], notes)
     return 0
+
+
+def _places(peaks: Oracle, rows: int, options: argparse.Namespace) -> Iterator[dict[str, str | int]]:
+    """The placements of a GPU: with the most layers' experts on the device between all and none, where that is neither."""
+    layers = peaks.config.expert_layers
+
+    def peak_bytes(on_device: int) -> int:
+        placed = peaks.experiment.changed("placement", experts=on_device if on_device < layers else "device", tables="device")
+        return oracle(placed, peaks.config, peaks.gpu, peaks.row_tokens, options.closed_form).peak_bytes(rows)
+
+    limit = memory.usable_bytes(peaks.gpu, peaks.experiment.device.memory_fraction)
+    of_layer = placing.expert_bytes(peaks.experiment, peaks.config) / layers
+    most = placing.most_layers(peak_bytes, layers, of_layer, memory.by_closed_form(limit)[0] if peaks.reason else limit)
+    for experts, tables in bus.PLACEMENTS:
+        yield {"experts": experts, "tables": tables}
+        if experts == "device" and 0 < most < layers:
+            yield {"experts": most, "tables": "device"}
+
+
+def _placed(peaks: Oracle, place: dict[str, str | int], rows: int, products: float, closed_form: bool) -> dict[str, Any]:
+    """What the table has of a GPU and a placement. products: FLOPs of a step."""
+    placed = peaks.experiment.changed("placement", **place)
+    there = oracle(placed, peaks.config, peaks.gpu, peaks.row_tokens, closed_form)
+    limit = memory.usable_bytes(peaks.gpu, placed.device.memory_fraction)
+    sure, possible = memory.by_closed_form(limit) if there.reason else (limit, limit)
+    peak, moved = there.peak_bytes(rows), bus.step_bytes(placed, peaks.config, rows, peaks.row_tokens)
+    least, layers = products / peaks.gpu.flops_per_second, peaks.config.expert_layers
+    split = isinstance(place["experts"], int)
+    # In the layers whose experts are on the device nothing is fetched that could hide.
+    behind = least * (1 - placed.placement.on_device(layers) / layers) if split else least
+    experts = f"{place['experts']} of {layers} layers" if split else place["experts"]
+    return {
+        "gpu": peaks.gpu.name, "experts": experts, "tables": place["tables"],
+        "device_gb": gigabytes(peak), "usable_gb": gigabytes(limit), "host_gb": gigabytes(there.breakdown(rows).host),
+        "fits": "yes" if peak <= sure else "compile" if peak <= possible else "no",
+        "bus_gb": gigabytes(moved), **{f"PCIe {generation}, s": moved / rate for generation, rate in bus.PCIE.items()},
+        "own, s": moved / bus.rate(peaks.gpu), "products, s": least,
+        "hidden": "-" if not moved else "yes" if moved / bus.rate(peaks.gpu) <= behind else "no",
+    }  # fmt: skip
 
 
 def _said_once(refused: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         print_json({"config": experiment.name, "row_tokens": row_tokens, "gpus": facts})
         return 0
     for gpu, several in found.items():
-        _show(experiment.name, gpu, several, options.config)
+        _show(experiment.name, gpu, several, options.config, sizes.expert_layers)
     return 0
 
 
@@ -71,16 +71,16 @@ def _facts(way: Way) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _show(name: str, gpu: str, several: Sequence[Way], path: str) -> None:
+def _show(name: str, gpu: str, several: Sequence[Way], path: str, layers: int) -> None:
     fitting = [way for way in several if way.refused is None]
     first = several[0]
     total = first.rows * first.experiment.training.gradient_accumulation
     cells = [
-        (*_settings(way), f"{way.rows} x {way.experiment.training.gradient_accumulation}", gigabytes(way.peak_bytes),
+        (*_settings(way, layers), f"{way.rows} x {way.experiment.training.gradient_accumulation}", gigabytes(way.peak_bytes),
          gigabytes(way.host_bytes), way.seconds, way.bus_seconds, round(way.tokens_per_second))
         for way in fitting
     ]  # fmt: skip
-    notes = [f"does not fit: experts {', '.join(_settings(way))}: {way.refused}" for way in several if way.refused is not None]
+    notes = [f"does not fit: experts {', '.join(_settings(way, layers))}: {way.refused}" for way in several if way.refused is not None]
     notes.append("bytes by the closed form (`moejax estimate memory` compiles); seconds: a floor by data sheet and bus, for the order only")
     if fitting:
         notes.append(" ".join(["first:", "moejax train", path, written(fitting[0].changes)]).rstrip())
@@ -89,10 +89,11 @@ def _show(name: str, gpu: str, several: Sequence[Way], path: str) -> None:
     show_table(f"{name} on {gpu}: {counted(total, 'row')} of {first.row_tokens} tokens a step", columns, cells, notes)
 
 
-def _settings(way: Way) -> tuple[str, ...]:
+def _settings(way: Way, layers: int) -> tuple[str, ...]:
     """Where experts lie, by which optimizer, rank and mode."""
     e = way.experiment
     rank = "all weights" if e.adapter is None else f"rank {e.adapter.rank}".replace("'", "")
     mode = e.training.remat + (", layer by layer" if e.training.together > 1 else "")
-    where = "on the device" if e.placement.experts == "device" else "in the host"
+    here = e.placement.on_device(layers)
+    where = {layers: "on the device", 0: "in the host"}.get(here, f"{here} of {layers} layers on the device")
     return where, e.training.optimizer, rank, mode

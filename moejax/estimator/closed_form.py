@@ -109,8 +109,11 @@ def _scaled(experts: int, dtype: str, platform: Platform) -> int:
     return 2 * experts // 3 if dtype != "float32" and platform in ("sm80", "sm8") else 0
 
 
-def _fetched(config: Architecture, weights: tuple[sizes.Stored, ...]) -> float:
-    """Bytes of an expert's weight that lie in the host's memory."""
+def _fetched(experiment: Experiment, config: Architecture) -> float:
+    """Bytes of an expert's weight that come from the host's memory, in the layers whose experts lie there; 0 where none do."""
+    if experiment.placement.on_device(config.expert_layers) == config.expert_layers:
+        return 0.0
+    weights = sizes.stored(experiment.changed("placement", experts="host"), config)
     experts = [w for w in weights if w.module in config.groups["experts"] and not w.adapter]
     return sum(sum(w.host.values()) for w in experts) / max(1, sum(w.size for w in experts))
 
@@ -140,7 +143,7 @@ def breakdown(
         experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", "experts" in experiment.kinds(config),
         platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
-        _fetched(config, weights), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
+        _fetched(experiment, config), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]

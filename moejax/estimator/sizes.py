@@ -75,9 +75,14 @@ def architecture_of(experiment: Experiment) -> Architecture:
     content = read_json(file) if source and file.is_file() else None
     try:
         base = None if content is None else from_hub_config(content, experiment.model.ignored_settings)
-        return experiment.model.architecture(base)
+        found = experiment.model.architecture(base)
     except (ValueError, KeyError) as error:
         raise UserError(f"model: {error}") from None
+    try:
+        experiment.placement.check(found.expert_layers)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return found
 
 
 def quantized_parts(kind: str, shape: Shape) -> dict[str, int]:
@@ -101,18 +106,30 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     dtype = t.compute_dtype if frozen else t.stored_dtype
     quantized = {path: kind for group, kind in experiment.kinds(config).items() for path in config.groups.get(group, ())}
     stacks = {stack.name for stack in config.stacks}
-    p, found = experiment.placement, []
-    placed = {*(config.groups["experts"] if p.experts == "host" else ()), *((("embed",), ("head",)) if p.tables == "host" else ())}
+    found, rows = [], _rows_in_host(experiment, config)
     for (*module, name), shape in config.weights.items():
-        path, parts = tuple(module), {dtype: math.prod(shape) * ITEM[dtype]}
+        path = tuple(module)
         kind = quantized.get(path) if name == "weight" else None
-        if kind is not None:
-            parts = quantized_parts(kind, shape)
+        parts = quantized_parts(kind, shape) if kind else {dtype: math.prod(shape) * ITEM[dtype]}
         matrix, _ = config.linears.get(path, (None, 0))
         stacked = 0 if path[0] not in stacks else 2 if matrix and matrix.copies else 1
-        in_host = _in_host(kind, shape, parts) if path in placed else {}
-        found.append(Stored(path, name, shape, not frozen, parts, parameters=math.prod(shape[:stacked]), host=in_host))
+        in_host = rows.get(path, 0) if name == "weight" else 0  # an expert's bias stays on the device
+        host = {part: in_host * size // shape[0] for part, size in _in_host(kind, shape, parts).items()} if in_host else {}
+        found.append(Stored(path, name, shape, not frozen, parts, parameters=math.prod(shape[:stacked]), host=host))
     return (*found, *adapters(experiment, config))
+
+
+def _rows_in_host(experiment: Experiment, config: Architecture) -> dict[specs.Path, int]:
+    """Module -> of its weight's first axis, layers or rows of a table, how many lie in the host's memory."""
+    p = experiment.placement
+    found: dict[specs.Path, int] = {(table,): config.vocab_size for table in ("embed", "head")} if p.tables == "host" else {}
+    left = p.on_device(config.expert_layers)
+    for stack in config.stacks:
+        modules = [path for path in config.groups["experts"] if path[0] == stack.name]
+        on_device = min(left, stack.repeats) if modules else 0
+        found |= dict.fromkeys(modules, stack.repeats - on_device)
+        left -= on_device
+    return found
 
 
 def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:

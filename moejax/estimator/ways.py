@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moejax.estimator import bus, closed_form, memory
+from moejax.estimator import bus, closed_form, memory, placing
 from moejax.estimator.floors import floors
 from moejax.estimator.units import told
 
@@ -37,7 +37,8 @@ MODES = (
 class Way:
     """One way. changes: what differs from the config, key -> value; rows, row_tokens: of a micro-batch. Bytes on the device and in the
     host's memory with these rows (of what is refused, with one); seconds of an optimizer step on the device and on the bus. refused: by how
-    much it does not fit, and the smallest change with which it would; None where it fits."""
+    much it does not fit, and the smallest change with which it would; None where it fits. resident: the share of the layers whose experts
+    are on the device while others' are not."""
 
     changes: Mapping[str, Any]
     experiment: Experiment
@@ -47,12 +48,14 @@ class Way:
     host_bytes: int
     compute_seconds: float
     bus_seconds: float
+    resident: float = 0.0
     refused: str | None = None
 
     @property
     def seconds(self) -> float:
-        """What is fetched ahead hides behind what is computed, or the other way round."""
-        return max(self.compute_seconds, self.bus_seconds)
+        """What is fetched ahead hides behind what is computed, or the other way round: in the layers whose experts are fetched."""
+        alone = self.resident * self.compute_seconds
+        return alone + max(self.compute_seconds - alone, self.bus_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,18 +81,26 @@ class Asked:
 
 
 def ways(asked: Asked) -> list[Way]:
-    """Of every placement and optimizer its fastest mode, and where not one row fits the highest lower rank with which one does. What fits,
-    fastest first, the config's own rank before lower ones, which train another adapter; then what does not, by what it lacks."""
+    """Of every placement and optimizer its fastest mode, and where not one row fits the highest lower rank with which one does; where all
+    experts do not fit on the device, also with the most layers' that do. What fits, fastest first, the config's own rank before lower ones,
+    which train another adapter; then what does not, by what it lacks."""
     found = []
     for changes in _settings(asked.experiment):
+        may_split = changes["placement.experts"] == "device"
         for rank in _ranks(asked.experiment):
-            tried = [_tried(asked, {**changes, **rank, **mode}) for mode in _modes(asked.experiment)]
+            modes = [{**changes, **rank, **mode} for mode in _modes(asked.experiment)]
+            tried = [_tried(asked, mode) for mode in modes]
             fitting = [way for way in tried if way.refused is None]
             if fitting:
                 found.append(min(fitting, key=lambda w: w.seconds))
-                break
-            if not rank:
+            elif not rank:
                 found.append(_mended(asked, min(tried, key=lambda w: w.peak_bytes)))
+            if fitting:
+                break
+            split = [way for mode in modes for way in _split(asked, mode)] if may_split else []
+            if split:
+                found.append(min(split, key=lambda w: w.seconds))
+                may_split = False
     return sorted(found, key=_order)
 
 
@@ -141,26 +152,56 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
 
 def _tried(asked: Asked, changes: Mapping[str, Any]) -> Way:
     """With as many rows a micro-batch as fit and divide the step's; refused with one."""
+    for rows in _rows(asked.experiment):
+        way = _way(asked, changes, rows)
+        if way.refused is None:
+            break
+    return way
+
+
+def _split(asked: Asked, changes: Mapping[str, Any]) -> Iterator[Way]:
+    """For all rows a micro-batch with which some layers' experts fit on the device, not all: with the most."""
+    layers = asked.config.expert_layers
+    if layers < 2 or asked.experiment.adapter is None:
+        return
+    of_layer = placing.expert_bytes(asked.experiment, asked.config) / layers
+    for rows in _rows(asked.experiment):
+
+        def peak_bytes(n: int, rows: int = rows) -> int:
+            return _way(asked, {**changes, "placement.experts": n}, rows).peak_bytes
+
+        n = placing.most_layers(peak_bytes, layers, of_layer, asked.limit())
+        if 0 < n < layers:
+            yield _way(asked, {**changes, "placement.experts": n}, rows)
+
+
+def _rows(own: Experiment) -> list[int]:
+    """Of a micro-batch: what divides the step's, most first."""
+    sides_apart = own.preference is not None and own.data.batching != "pack"  # a pair's sides are two rows of a micro-batch
+    return [n for n in _divisors(own.data.batch_rows * own.training.gradient_accumulation) if not (sides_apart and n % 2)]
+
+
+def _way(asked: Asked, changes: Mapping[str, Any], rows: int) -> Way:
+    """With so many rows a micro-batch."""
     own, gpu = asked.experiment, asked.gpu
     total = own.data.batch_rows * own.training.gradient_accumulation
     # What a run's own choice comes down to on a full card is no change.
     chosen_by_auto = [("training.remat", "full")] if own.training.remat == "auto" else []
-    sides_apart = own.preference is not None and own.data.batching != "pack"  # a pair's sides are two rows of a micro-batch
-    for rows in (n for n in _divisors(total) if not (sides_apart and n % 2)):
-        settings = {**changes, "data.batch_rows": rows, "training.gradient_accumulation": total // rows}
-        if rows == total:
-            settings["training.accumulation"] = "micro_batch_major"  # there is one
-        step = changed(own, settings)
-        made = asked.peak(step, rows)
-        if made.total <= asked.limit():
-            break
+    settings = {**changes, "data.batch_rows": rows, "training.gradient_accumulation": total // rows}
+    if rows == total:
+        settings["training.accumulation"] = "micro_batch_major"  # there is one
+    step = changed(own, settings)
+    made = asked.peak(step, rows)
     shown = {name: value for name, value in settings.items() if value != _at(own, name) and (name, value) not in chosen_by_auto}
     of_micro = floors(step, asked.config, rows, asked.row_tokens)
     compute = sum(s.seconds(gpu.flops_per_second, gpu.bytes_per_second)[0] for s in of_micro) * (total // rows)
     link = bus.step_bytes(step, asked.config, rows, asked.row_tokens, made.host) / bus.rate(gpu)
+    layers = asked.config.expert_layers
+    on_device = step.placement.on_device(layers)
+    resident = on_device / layers if on_device < layers else 0.0
     lacks = made.total - asked.limit()
     refused = None if lacks <= 0 else f"{told(made.total)} with one row, {told(lacks)} too much"
-    return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, link, refused)
+    return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, link, resident, refused)
 
 
 def _divisors(number: int) -> list[int]:

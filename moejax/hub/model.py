@@ -36,6 +36,10 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
             f"rows of {experiment.data.longest_text} tokens exceed the model's max_position_embeddings = "
             f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
         )
+    try:
+        experiment.placement.check(config.expert_layers)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if experiment.adapter is not None and not config.target_names:
         missing = [name for name in experiment.adapter.targets or () if name not in config.targets]
         why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"

@@ -26,6 +26,7 @@ from moejax.errors import UserError
 from moejax.hub.safetensors_file import Reader, Staging, Writer, aligned
 from moejax.models.ops import host
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
+from moejax.models.ops.split import joined, pieces_of, whole
 from moejax.progress import note
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 65536
 
 def leaves_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> abstract array of what is kept of (abstract) variables: a quantized one is several, NAME.PART."""
-    found = {name: stored_parts(value) for name, value in sorted(variables.items())}
+    found = {name: stored_parts(whole(value)) for name, value in sorted(variables.items())}
     return {part_name(name, part): leaf for name, parts in found.items() for part, leaf in parts.items()}
 
 
@@ -111,58 +112,65 @@ def read(path: Path, variables: Mapping[str, Any], content: Content | None = Non
     leaves = leaves_of(variables)
     if set(reader.names()) != {*leaves, _CONTENT, _SUMS} or any(reader.shape(name) != tuple(leaf.shape) for name, leaf in leaves.items()):
         return None
-    arrays: dict[str, dict[str, jax.Array]] = {name: {} for name in variables}
+    values: dict[str, Any] = {}
     sums: dict[str, int] = {}
     staging = Staging()
     with ThreadPoolExecutor(1) as pool:
         for name, variable in variables.items():
-            for part in stored_parts(variable):
-                arrays[name][part], sums[part_name(name, part)] = _held(reader, name, variable, part, pool, staging)
+            pieces = list(pieces_of(variable))
+            arrays: list[dict[str, jax.Array]] = [{} for _ in pieces]
+            for part in stored_parts(pieces[0][1]):
+                sum_ = 0
+                for (first, piece), found in zip(pieces, arrays, strict=True):
+                    found[part], sum_ = _held(reader, name, piece, part, pool, staging, first, sum_)
+                sums[part_name(name, part)] = sum_
+            values[name] = joined(
+                piece.with_parts(found) if isinstance(piece, QuantizedTensor) else found[""]
+                for (_, piece), found in zip(pieces, arrays, strict=True)
+            )
     changed = [name for name, sum_ in zip(leaves, reader.read(_SUMS).tolist(), strict=True) if sums[name] != sum_]
     if changed:
         note(f"warning: {path}: {changed[0]} is not what was written there; it is made anew from the checkpoint")
         return None
     if content is not None:
         content.value = reader.read(_CONTENT).tobytes().hex()
-    return {
-        name: value.with_parts(arrays[name]) if isinstance(value, QuantizedTensor) else arrays[name][""]
-        for name, value in variables.items()
-    }
+    return values
 
 
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _held(reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolExecutor, staging: Staging) -> tuple[jax.Array, int]:
-    """A part of a variable in memory's form, and the CRC-32 of what the file holds of it. Each piece is packed, or put into its place on
-    the device, while the next one is read."""
+def _held(
+    reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolExecutor, staging: Staging, first: int, sum_: int
+) -> tuple[jax.Array, int]:  # fmt: skip
+    """A part of a variable, or of its layers from the `first` on, in memory's form, and the CRC-32 of what the file holds of it behind what
+    `sum_` is of. Each piece is packed, or put into its place on the device, while the next one is read."""
     stored, held = stored_parts(variable)[part], variable.parts()[part] if part else variable
     shape, dtype = stored.shape or (1,), np.dtype(stored.dtype)
     row_bytes, limit = math.prod(shape[1:]) * dtype.itemsize, _at_once_bytes()
     pinned, view = host.empty(held.shape, dtype) if host.is_host(held) else (None, None)
-    whole = aligned(shape, dtype) if pinned is None and (shape[0] * row_bytes <= limit or len(shape) == 1) else None
+    at_once = aligned(shape, dtype) if pinned is None and (shape[0] * row_bytes <= limit or len(shape) == 1) else None
     in_place = part != "codes" or variable.matrix[1] % 4 == 0
-    step = max(1, int(min(limit, _PIECE_BYTES) // max(1, row_bytes))) if in_place or whole is None else shape[0]
+    step = max(1, int(min(limit, _PIECE_BYTES) // max(1, row_bytes))) if in_place or at_once is None else shape[0]
     places = range(0, shape[0], step)
 
     def reading(at: int) -> Callable[[], np.ndarray]:
         rows = min(step, shape[0] - at)
-        into = staging.lend((rows, *shape[1:]), dtype) if whole is None else whole[at : at + rows]
-        return partial(reader.read, part_name(name, part), into, at * math.prod(shape[1:]))
+        into = staging.lend((rows, *shape[1:]), dtype) if at_once is None else at_once[at : at + rows]
+        return partial(reader.read, part_name(name, part), into, (first + at) * math.prod(shape[1:]))
 
-    sum_ = 0
     packed: Any = None
-    buffer: Any = jnp.zeros(held.shape, held.dtype) if whole is None and view is None else pinned
+    buffer: Any = jnp.zeros(held.shape, held.dtype) if at_once is None and view is None else pinned
     for at, piece in zip(places, ahead(pool, map(reading, places)), strict=True):
         sum_ = zlib.crc32(_bytes(piece), sum_)
         packed = variable.pack(part, piece, in_place=True) if part else piece
         if view is not None:
             view[at : at + len(packed)] = packed
-        elif whole is None:
+        elif at_once is None:
             buffer = jax.block_until_ready(put(buffer, jax.device_put(packed), (jnp.int32(at),)))
-    if whole is not None:
-        buffer = jax.block_until_ready(jax.device_put((whole if in_place else packed).reshape(held.shape)))
+    if at_once is not None:
+        buffer = jax.block_until_ready(jax.device_put((at_once if in_place else packed).reshape(held.shape)))
     return buffer, sum_
 
 

@@ -20,6 +20,7 @@ from moejax.hub.stored import Columns, Source
 from moejax.models.build import Model
 from moejax.models.ops import host
 from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode, stored_parts
+from moejax.models.ops.split import joined, pieces_of
 
 
 class Keep(Protocol):
@@ -72,31 +73,50 @@ def _value(
     variable: str, abstract: Any, parts: list[tuple[str, Place]], read: Iterator[Any], files: dict[str, Any], keep: Any, advance: Any
 ) -> Any:
     """The stacked value [L, (E,) …] of one variable."""
-    flat, treedef = jax.tree.flatten(abstract)
     stacked = parts[0][1].layer is not None
-    pinned = {i: host.empty(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat) if host.is_host(leaf)}
-    buffers: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) if stacked and i not in pinned else None for i, leaf in enumerate(flat)]
+    found = [_Filled(first, piece, stacked) for first, piece in pieces_of(abstract)]
+    own = found[0].abstract  # all are stored in the same way
     for name, place in parts:
-        stored = _stored(next(read), abstract, name, files)
+        stored = _stored(next(read), own, name, files)
         index = tuple(i for i in (place.layer, place.expert) if i is not None)
-        position = tuple(jnp.int32(i) for i in index)
         if keep is not None:
             for part, array in stored_parts(stored).items():
                 keep.put(part_name(variable, part), array, index)
         held = stored.tensor() if isinstance(stored, Canonical) else stored
-        for i, leaf in enumerate(jax.tree.leaves(held)):
-            if i in pinned:
-                buffers[i], view = pinned[i]
-                view[index or ...] = np.asarray(leaf)
-                continue
-            # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
-            buffers[i] = put(buffers[i], leaf, position) if index else jnp.array(leaf, copy=True)
-        # What was read must be done with before its memory is lent again, and before more is queued than memory holds.
-        jax.block_until_ready(buffers)
+        next(one for one in reversed(found) if not index or one.first <= index[0]).put(held, index)
         if keep is not None:
             keep.wait()
         advance(files[name].nbytes // (2 if place.half is not None else 1))
-    return jax.tree.unflatten(treedef, buffers)
+    return joined(one.value() for one in found)
+
+
+class _Filled:
+    """A piece of a weight, from layer `first` on, as it is filled: on the device, or in the host's memory."""
+
+    def __init__(self, first: int, abstract: Any, stacked: bool):
+        self.first, self.abstract = first, abstract
+        flat, self._treedef = jax.tree.flatten(abstract)
+        self._pinned = {i: host.empty(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat) if host.is_host(leaf)}
+        self._buffers: list[Any] = [
+            jnp.zeros(leaf.shape, leaf.dtype) if stacked and i not in self._pinned else None for i, leaf in enumerate(flat)
+        ]
+
+    def put(self, held: Any, index: tuple[int, ...]) -> None:
+        """One matrix of the stack, by (layer, expert), or all of what is not stacked. Returns when what was read is done with."""
+        at = (index[0] - self.first, *index[1:]) if index else ()
+        position = tuple(jnp.int32(i) for i in at)
+        for i, leaf in enumerate(jax.tree.leaves(held)):
+            if i in self._pinned:
+                self._buffers[i], view = self._pinned[i]
+                view[at or ...] = np.asarray(leaf)
+                continue
+            # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
+            self._buffers[i] = put(self._buffers[i], leaf, position) if at else jnp.array(leaf, copy=True)
+        # Its memory is lent again, and no more may be queued than memory holds.
+        jax.block_until_ready(self._buffers)
+
+    def value(self) -> Any:
+        return jax.tree.unflatten(self._treedef, self._buffers)
 
 
 def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from moejax.hub.streaming import by_variable, checked, fill, new_rows, whole_sha
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
 from moejax.models.ops.quantized import is_quantized, storage
+from moejax.models.ops.split import whole
 from moejax.progress import bar
 
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
@@ -69,7 +70,7 @@ def load_weights(
         path = None
         # As small, and as fast to read.
         ready = any(isinstance(source, bitsandbytes.Quantized | mxfp4.Matrix) for source in files.values())
-        if cache is not None and not ready and any(map(is_quantized, abstract.values())):
+        if cache is not None and not ready and any(is_quantized(whole(value)) for value in abstract.values()):
             path = cache / f"{quantized_cache.key(weight_files(folder), leaves, repr(model.config))}.safetensors"
         kept = None if path is None else quantized_cache.read(path, abstract, content)
         if kept is not None:
@@ -114,9 +115,10 @@ def report(model: Model) -> list[str]:
     found: dict[str, dict[tuple[bool, str], list[int]]] = {}
     for name, variable in base_variables(model):
         value = variable.get_value()
-        kind = is_quantized(value), storage(value).partition(",")[0]
+        shapes = whole(value)
+        kind = is_quantized(shapes), storage(shapes).partition(",")[0]
         count = found.setdefault(model.config.kind_of(tuple(name.split("."))), {}).setdefault(kind, [0, 0])
-        count[0] += value.size
+        count[0] += shapes.size
         count[1] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
     lines = []
     for group, kinds in found.items():
@@ -173,6 +175,7 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
         missing = whole_of(config).get(missing, missing)
         raise UserError(f"{folder}: tensor {missing!r} is missing: download the checkpoint again")
     groups = {path: group for group, paths in config.groups.items() for path in paths}
-    wanted = [(n, getattr(attribute(model, p.path), p.attr).get_value(), groups.get(p.path)) for n, ps in places.items() for p in ps]
+    held = ((n, p.path, whole(getattr(attribute(model, p.path), p.attr).get_value())) for n, ps in places.items() for p in ps)
+    wanted = [(name, value, groups.get(path)) for name, path, value in held]
     mxfp4.check(files, ((name, value) for name, value, _ in wanted), config.expert_format)
     bitsandbytes.check(files, wanted)

@@ -44,7 +44,10 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "called_computation_ids": (38, "[int64]"), "backend_config": (43, "bytes"),
     },
     "OpMetadata": {"op_name": (2, "string")},
-    "ShapeProto": {"element_type": (2, "int32"), "dimensions": (3, "[int64]"), "tuple_shapes": (4, "[ShapeProto]")},
+    "ShapeProto": {
+        "element_type": (2, "int32"), "dimensions": (3, "[int64]"), "tuple_shapes": (4, "[ShapeProto]"), "layout": (5, "LayoutProto"),
+    },
+    "LayoutProto": {"memory_space": (8, "int64")},
     "DotDimensionNumbers": {"lhs_contracting_dimensions": (1, "[int64]")},
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ def choose(experiment: Experiment, config: Architecture, own: Own) -> tuple[str,
         return PLAIN, "one micro-batch"
     if experiment.preference is not None or own.loss is not None:
         return PLAIN, "a loss of pairs" if own.loss is None else "a loss of your own"
-    fetched = experiment.placement.experts == "host"
+    fetched = experiment.placement.fetches
     if config.experts_per_token == config.num_experts:
         return PLAIN, "experts are dense"
     if "experts" not in experiment.kinds(config) and not fetched:

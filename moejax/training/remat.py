@@ -24,14 +24,17 @@ HOPELESS = 1.2
 
 
 def of_run(experiment: Experiment) -> Experiment:
-    """`auto` of `training.remat` and `training.accumulation` of a run that is resumed: what the run chose when it began, so that it goes on
-    with the same program."""
+    """`auto` of `training.remat`, `training.accumulation` and `placement.experts` of a run that is resumed: what it chose when it began, so
+    that it goes on with the same program."""
     config = Path(experiment.runs_dir) / experiment.name / "config.yaml"
-    choices = [name for name in ("remat", "accumulation") if getattr(experiment.training, name) == "auto"]
+    keys = [("training", "remat"), ("training", "accumulation"), ("placement", "experts")]
+    choices = [(section, key) for section, key in keys if getattr(getattr(experiment, section), key) == "auto"]
     if not choices or not config.is_file():
         return experiment
-    began = load(config).training
-    return experiment.changed("training", **{name: getattr(began, name) for name in choices})
+    began = load(config)
+    for section, key in choices:
+        experiment = experiment.changed(section, **{key: getattr(getattr(began, section), key)})
+    return experiment
 
 
 def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experiment:

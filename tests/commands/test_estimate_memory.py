@@ -46,18 +46,22 @@ def test_placements(capsys):
     overrides = ("training.gradient_accumulation=2", "adapter.targets=[w1,w2,w3]")
     code, out, _ = run(capsys, *SPARSE, *overrides, "--gpu", "RTX-4090", "--rows", "1", "--seq-len", "512", "--placements", "--json")
     lines = json.loads(out)["placements"]
-    assert code == 0 and [line["fits"] for line in lines] == ["no", "yes", "yes"]
-    device, experts, tables = lines
+    assert code == 0 and [line["fits"] for line in lines] == ["no", "yes", "yes", "yes"]
+    device, split, experts, tables = lines
+    layers = int(split["experts"].removesuffix(" of 32 layers"))
+    assert split["host_gb"] == pytest.approx(experts["host_gb"] * (32 - layers) / 32)
+    assert split["bus_gb"] == pytest.approx(4 * split["host_gb"])
+    assert split["device_gb"] <= 0.965 * split["usable_gb"] < split["device_gb"] + experts["host_gb"] / 32 and split["hidden"] == "no"
     assert device["host_gb"] == device["bus_gb"] == 0 and device["hidden"] == "-"
     assert device["device_gb"] > experts["device_gb"] > tables["device_gb"] and 23 < experts["host_gb"] < tables["host_gb"] < 24
     assert experts["bus_gb"] == pytest.approx(4 * experts["host_gb"])  # forward and backward, of two micro-batches
     assert experts["PCIe 4, s"] == experts["own, s"] == pytest.approx(experts["bus_gb"] / 25.2) and experts["hidden"] == "no"
     code, out, _ = run(capsys, *SPARSE, *overrides, "training.accumulation=layer_major", "--gpu", "RTX-4090", "--placements", "--json")
-    assert json.loads(out)["placements"][1]["bus_gb"] == pytest.approx(2 * experts["host_gb"])  # of both together
+    assert json.loads(out)["placements"][2]["bus_gb"] == pytest.approx(2 * experts["host_gb"])  # of both together
     # The head once a micro-batch, and of the embedding 512 rows.
     assert tables["bus_gb"] - experts["bus_gb"] == pytest.approx(2 * 2 * 4096 * (32000 + 512) / 1e9)
     code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-4090", "--rows", "8", "--placements", "--json")
-    assert json.loads(out)["placements"][1]["hidden"] == "yes"
+    assert json.loads(out)["placements"][2]["hidden"] == "yes"
     code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-4090", "--placements")
     assert code == 0 and "by the closed form, not by the compiler" in out
     code, out, _ = run(capsys, *SPARSE, "--gpu", "H100", "placement.experts=host", "--rows", "1")

@@ -40,6 +40,7 @@ CASES = {
     "experts and tables in the host's memory": experiment(
         quantization={"format": "nf4"}, adapter={}, placement={"experts": "host", "tables": "host"}
     ),
+    "some layers' experts in the host's memory": experiment(quantization={"format": "nf4"}, adapter={}, placement={"experts": 1}),
     "qwen3, sparse": experiment("qwen3-moe-tiny", k=4, quantization={"format": "nf4"}, adapter={"rank": 16}),
     "blackmamba, sparse": experiment("blackmamba-tiny"),
     "blackmamba, dense": experiment("blackmamba-tiny", k=8),

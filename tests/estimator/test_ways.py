@@ -46,6 +46,20 @@ def test_every_way_takes_the_same_step_and_fits_or_says_what_would():
     assert in_host.host_bytes == pytest.approx(23.3e9, rel=0.02) and in_host.bus_seconds > 1
 
 
+def test_between_device_and_host_as_many_layers_as_fit():
+    """The most, with its rows; where the bus is not hidden, the fewer bytes cross it, the faster."""
+    given = asked(MIXTRAL, "RTX-4090", row_tokens=128)
+    found = ways.ways(given)
+    split = [w for w in found if isinstance(w.experiment.placement.experts, int)]
+    assert {w.experiment.training.optimizer for w in split} == {"adamw", "adamw_8bit"} and found[0] in split
+    for way in split:
+        n = way.experiment.placement.experts
+        more = given.peak(way.experiment.changed("placement", experts=n + 1), way.rows).total
+        assert 0 < n < 32 and way.refused is None and way.peak_bytes <= given.limit() < more
+        host = one(found, experts="host", optimizer=way.experiment.training.optimizer)
+        assert way.seconds < host.seconds and way.host_bytes < host.host_bytes
+
+
 def test_a_large_card_takes_the_config_as_it_is_first():
     found = ways.ways(asked(MIXTRAL, "H100"))
     assert not found[0].changes and found[0].bus_seconds == 0 and all(w.refused is None for w in found)

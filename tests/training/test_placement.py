@@ -17,6 +17,7 @@ import moejax
 from moejax import device
 from moejax.data.batching import assemble, stack, synthetic
 from moejax.errors import UserError
+from moejax.estimator import placing
 from moejax.evaluation.generate import generate
 from moejax.hub import quantized_cache, weights
 from moejax.hub.model import create_model, model_arguments
@@ -25,7 +26,8 @@ from moejax.models.build import build, random_weights
 from moejax.models.config import Quantization
 from moejax.models.layers import Placement
 from moejax.models.ops import host
-from moejax.training import loop, oracle, placement, start
+from moejax.models.ops.split import Split
+from moejax.training import loop, oracle, placement, remat, start
 from moejax.training.program import Own, TrainProgram
 
 HOST = {"experts": "host", "tables": "host"}
@@ -49,6 +51,12 @@ AS_FOR_A_USER = {
     "xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True
 }  # fmt: skip
 """In the place of what makes the tests' compiler quick: with that, a sum's order is another in another program."""
+
+
+def compiled_as_for_a_user(self, lowering, options):
+    return lowering.compile(compiler_options=AS_FOR_A_USER)
+
+
 MANY = TINY | {"num_experts": 16, "experts_per_token": 4}
 
 
@@ -62,10 +70,7 @@ MANY = TINY | {"num_experts": 16, "experts_per_token": 4}
     ids=["loop", "capacity", "not quantized", "dense", "layer_major"],
 )  # fmt: skip
 def test_the_numbers_are_the_same_to_the_bit(sections, make_experiment, monkeypatch):
-    def compiled(self, lowering, options):
-        return lowering.compile(compiler_options=AS_FOR_A_USER)
-
-    monkeypatch.setattr(TrainProgram, "_compiled", compiled)
+    monkeypatch.setattr(TrainProgram, "_compiled", compiled_as_for_a_user)
     there, none = results(make_experiment(**RANDOM | sections))
     here, held = results(make_experiment(**RANDOM | sections, placement=HOST))
     assert none == 0 < held
@@ -81,6 +86,32 @@ def test_what_comes_ahead_is_what_is_used(prefetch, make_experiment):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), here, there)
 
 
+DEEP = {"overrides": TINY | {"num_layers": 5}}
+QWEN3 = {"preset": "qwen3-moe-tiny", "overrides": TINY | {"num_layers": 4, "expert_hidden": 32}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sections",
+    [{"model": DEEP}, {"model": DEEP, "training": {"accumulation": "layer_major", "remat": "none"}},
+     {"model": DEEP | {"moe_backend": "capacity"}, "training": {"remat": "offload"}}, {"model": QWEN3, "adapter": {"dropout": 0.1}}],
+    ids=["sums", "layer_major", "capacity, offload", "qwen3, dropout"],
+)  # fmt: skip
+def test_of_some_layers_the_same_to_the_bit(sections, make_experiment, monkeypatch):
+    """The experts of two layers on the device, of the others in the host's memory: gradients, evaluation, answers."""
+    monkeypatch.setattr(TrainProgram, "_compiled", compiled_as_for_a_user)
+    (there, none), (here, held) = (results(make_experiment(**RANDOM | sections, placement=p)) for p in ({}, {"experts": 2}))
+    assert none == 0 < held
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def test_of_some_layers(make_experiment):
+    """Each scan of one layer: a program that sums up in another order."""
+    there, here = (results(make_experiment(**RANDOM, placement=p)) for p in ({}, {"experts": 1}))
+    assert there[1] == 0 < here[1] and here[0][3] == there[0][3]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), here[0], there[0])
+
+
 def test_a_run_with_them_that_was_stopped_goes_on_to_the_bit(make_experiment, monkeypatch, capsys):
     training = {"steps": 6}
     straight, halves = (make_experiment(name, training=training, placement=HOST) for name in ("straight", "halves"))
@@ -93,6 +124,18 @@ def test_a_run_with_them_that_was_stopped_goes_on_to_the_bit(make_experiment, mo
     assert losses(folder_of(halves)) == losses(folder_of(straight)) and adapter(folder_of(halves)) == adapter(folder_of(straight))
 
 
+@pytest.mark.long
+def test_a_run_goes_on_with_another_placement_and_auto_with_its_own(make_experiment, monkeypatch, capsys):
+    begun = make_experiment(training={"steps": 3}, placement={"experts": 1})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert loop.run(begun, resume=False) == 128 + signal.SIGTERM
+    assert remat.of_run(begun.changed("placement", experts="auto")).placement.experts == 1
+    assert loop.run(begun.changed("placement", experts="host"), resume=True) == 0
+    told = capsys.readouterr().out
+    assert "experts of 1 of 2 layers on the device, 1 in host memory: 0.00 GB" in told and "experts of 0 of 2 layers" in told
+
+
 @pytest.mark.parametrize("quantization", [Quantization(), None], ids=["4 bits", "bf16"])
 def test_weights_are_read_straight_into_the_hosts_memory(quantization, tmp_path, monkeypatch):
     """From the checkpoint and from the cache; what lies there is what the device would hold, and nothing of it is made on the device."""
@@ -100,7 +143,8 @@ def test_weights_are_read_straight_into_the_hosts_memory(quantization, tmp_path,
     sizes, key = read_config(folder), jax.random.key(0)
 
     def loaded(where, cache=None):
-        model = build(sizes, quantization=quantization or Quantization(modules=()), placement=Placement(where, where))
+        tables = "device" if where == "device" else "host"
+        model = build(sizes, quantization=quantization or Quantization(modules=()), placement=Placement(where, tables))
         return nnx.to_flat_state(nnx.state(load_weights(model, folder, key, cache=cache)))
 
     expected = loaded("device")
@@ -113,6 +157,33 @@ def test_weights_are_read_straight_into_the_hosts_memory(quantization, tmp_path,
         for (path, ours), (_, theirs) in zip(found, expected, strict=True):
             jax.tree.map(np.testing.assert_array_equal, ours.get_value(), theirs.get_value())
             assert bool(host.nbytes(ours.get_value())) == (path[0] in ("embed", "head") or path[-2] in ("w1", "w2", "w3"))
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), None], ids=["4 bits", "bf16"])
+def test_a_layers_weights_are_read_to_its_place(quantization, tmp_path):
+    """Of four layers the last one's experts go to the host's memory; no cache is made anew for them."""
+    folder = ROOT / "assets/tiny-mixtral"
+    sizes, key = read_config(folder), jax.random.key(0)
+
+    def abstract(where):
+        return build(sizes, quantization=quantization or Quantization(modules=()), placement=Placement(where))
+
+    def loaded(where):
+        return load_weights(abstract(where), folder, key, cache=tmp_path)
+
+    expected = nnx.to_flat_state(nnx.state(loaded("device")))
+    files = sorted(tmp_path.iterdir())
+    for _ in range(2):
+        model = loaded(3)
+        for (_, ours), (_, theirs) in zip(nnx.to_flat_state(nnx.state(model)), expected, strict=True):
+            value = ours.get_value()
+            pieces = value.pieces if isinstance(value, Split) else (value,)
+            assert len(pieces) == 1 or ((host.nbytes(pieces[0]), pieces[0].shape[0]) == (0, 3) and host.nbytes(pieces[1]))
+            whole = jax.tree.map(lambda *parts: np.concatenate(parts) if len(parts) > 1 else parts[0], *pieces)
+            jax.tree.map(np.testing.assert_array_equal, whole, theirs.get_value())
+        assert sorted(tmp_path.iterdir()) == files
+    assert 4 * host.nbytes(nnx.state(model)) == host.nbytes(nnx.state(abstract("host"))) > 0
+    assert weights.report(model) == weights.report(abstract("device"))
 
 
 def test_moejax_load(monkeypatch):
@@ -137,13 +208,53 @@ def test_auto_is_the_device_where_the_step_fits(make_experiment, monkeypatch, ca
     for peak, chosen in ((970, "device"), (971, "host")):  # 3 % stay free, as of `training.remat: auto`
         monkeypatch.setattr(oracle.Oracle, "peak_bytes", lambda self, rows, peak=peak: peak)
         assert placement.resolve(experiment, sizes, 3).placement.experts == chosen
-        assert f"placement.experts: {chosen} (on the device: 0.0 of 0.0 GB)" in capsys.readouterr().out
+        assert f"placement.experts: {chosen} (device: 0.0" in capsys.readouterr().out
+
+
+def test_auto_is_as_many_layers_as_fit(make_experiment, monkeypatch, capsys):
+    experiment = make_experiment(model={"preset": "mixtral-8x7b", "overrides": {}}, placement={"experts": "auto"})
+    sizes, asked = experiment.model.architecture(None), []
+    of_layer = placing.expert_bytes(experiment, sizes) / 32
+    card = SimpleNamespace(memory_gb=24, pcie=4, pcie_lanes=16)
+    monkeypatch.setattr(device, "usable_bytes", lambda: 22e9)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(device, "this_machine", lambda fraction: card)
+
+    def peak_bytes(self, rows):
+        """2.5 GB beside the experts, and two experts' codes where any are fetched."""
+        n = self.experiment.placement.on_device(32)
+        asked.append(n)
+        return int(2.5e9 + n * of_layer + (n < 32) * of_layer / 4)
+
+    monkeypatch.setattr(oracle.Oracle, "peak_bytes", peak_bytes)
+    chosen = placement.resolve(experiment, sizes, 3)
+    n = chosen.placement.experts
+    assert 0.97 * 22e9 - of_layer < peak_bytes(SimpleNamespace(experiment=chosen), 1) <= 0.97 * 22e9 and asked[0] == 32 and len(asked) < 5
+    assert f"placement.experts: {n} (device: 25.8, {n}: " in capsys.readouterr().out
+    held = (32 - n) * of_layer / 1e9
+    (line,) = placement.announce(chosen, sizes)
+    assert f"{n} of 32 layers on the device, {32 - n} in host memory: {held:.2f} GB, fetched 4 x {held:.2f} GB a step over PCIe 4" in line
+
+
+@pytest.mark.parametrize(("beside", "buffers"), [(0, 0), (3, 0), (3, 7), (3, 25), (9, 95), (70, 0), (95, 8), (200, 9)])
+@pytest.mark.parametrize("limit", [100, 150, 299])
+def test_the_most_layers_are_found_in_four_compiles(beside, buffers, limit):
+    """Of 20 layers of 10 each; beside: what is never fetched; buffers: of what is."""
+    asked = []
+
+    def peak_bytes(n):
+        asked.append(n)
+        return beside + 10 * n + (buffers if n < 20 else 0)
+
+    found = placing.most_layers(peak_bytes, 20, 10, limit)
+    assert len(asked) <= 4 and found == max((n for n in range(1, 21) if peak_bytes(n) <= limit), default=0)
 
 
 def test_random_weights_lie_where_they_are_to_lie(make_experiment):
-    experiment = make_experiment(**RANDOM, placement=HOST)
-    abstract = build(experiment.model.architecture(None), **model_arguments(experiment))
-    assert host.nbytes(nnx.state(random_weights(abstract, jax.random.key(0)))) == host.nbytes(nnx.state(abstract)) > 0
+    for place in (HOST, {"experts": 1}):
+        experiment = make_experiment(**RANDOM, placement=place)
+        abstract = build(experiment.model.architecture(None), **model_arguments(experiment))
+        assert host.nbytes(nnx.state(random_weights(abstract, jax.random.key(0)))) == host.nbytes(nnx.state(abstract)) > 0
 
 
 def test_what_cannot_lie_there_is_refused(make_experiment):
@@ -151,6 +262,10 @@ def test_what_cannot_lie_there_is_refused(make_experiment):
         make_experiment(adapter=None, quantization={"format": "none"}, placement={"experts": "host"})
     with pytest.raises(ValidationError, match=r"placement\.prefetch = experts: model\.moe_backend = capacity multiplies a layer at once"):
         make_experiment(model={"moe_backend": "capacity"}, placement=HOST | {"prefetch": "experts"})
+    with pytest.raises(ValidationError, match=r"placement\.experts = 3: layers with experts: 2; expected a number from 0 \(host\) to 2"):
+        make_experiment(placement={"experts": 3})
+    with pytest.raises(ValidationError, match=r"placement\.experts = 1: only frozen weights"):
+        make_experiment(adapter=None, quantization={"format": "none"}, placement={"experts": 1})
 
 
 def test_the_hosts_memory_is_asked_before_anything_is_loaded(make_experiment, monkeypatch):
