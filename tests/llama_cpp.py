@@ -17,9 +17,9 @@ class Model(library.LlamaModel):
         return self.get_vocab().n_vocab
 
 
-def load(path, vocab_only=False):
+def load(path):
     how = library.LlamaModelParams()
-    how.n_gpu_layers, how.vocab_only, how.use_extra_bufts = 0, vocab_only, False
+    how.n_gpu_layers, how.use_extra_bufts = 0, False
     return Model(str(path), how)
 
 

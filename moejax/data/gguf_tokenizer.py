@@ -29,11 +29,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llam
 _SPACE = "▁"
 
 
-def metadata(tokenizer: Any, rows: int, ends: Sequence[int]) -> dict[str, Any]:
+def metadata(tokenizer: Any, rows: int, ends: Sequence[int], prompt: str = "") -> dict[str, Any]:
     """key -> value of `tokenizer.ggml.*` and the chat template.
 
-    rows: of the model's embedding; those that the tokenizer does not know are unused. ends: tokens that end an answer. Raises UserError
-    for a tokenizer that llama.cpp cannot hold, by what it lacks.
+    rows: of the model's embedding; those that the tokenizer does not know are unused. ends: tokens that end an answer. prompt: as the
+    run's template writes them (`spaces_first`). Raises UserError for a tokenizer that llama.cpp cannot hold, by what it lacks.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     if content["model"]["type"] != "BPE":
@@ -50,10 +50,26 @@ def metadata(tokenizer: Any, rows: int, ends: Sequence[int]) -> dict[str, Any]:
         twice = next(name for name in tokens if tokens.count(name) > 1)
         raise _refused(f"its token {twice!r} has two ids, which llama.cpp does not take")
     bytes_first = bool(content["model"].get("byte_fallback"))
-    found = _sentencepiece(content, tokens) if bytes_first else _byte_level(content)
+    if bytes_first:
+        found = _sentencepiece(content, tokens) | {"add_space_prefix": _prefixes(content, _begins_as_text(tokenizer, prompt))}
+    else:
+        found = _byte_level(content)
     types = _types(content, rows, bytes_first)
     found |= {"tokens": tokens, "token_type": types} | _special(tokenizer, ends)
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | _template(tokenizer)
+
+
+def spaces_first(tokenizer: Any) -> bool:
+    """Whether it puts a space before a text, and not before a piece of one behind a control token. llama.cpp does so before every piece or
+    before none: what the run's prompts begin with decides, and their ids are the same."""
+    pre = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
+    return any(part["type"] == "Metaspace" and part["prepend_scheme"] == "first" for part in _flat(pre, "pretokenizers"))
+
+
+def _begins_as_text(tokenizer: Any, prompt: str) -> bool:
+    """Rather than with a control token."""
+    ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+    return not ids or ids[0] not in tokenizer.backend_tokenizer.get_added_tokens_decoder()
 
 
 def none() -> dict[str, Any]:
@@ -145,9 +161,7 @@ def _sentencepiece(content: dict[str, Any], tokens: list[str]) -> dict[str, Any]
     pairs = list(_pairs(model))
     _check_merges(pairs, vocabulary, {entry["content"] for entry in content["added_tokens"]})
     scores = _scores(pairs)
-    return {
-        "model": "llama", "pre": "default", "scores": [scores.get(name, -1e6) for name in tokens], "add_space_prefix": _prefixes(content),
-    }  # fmt: skip
+    return {"model": "llama", "pre": "default", "scores": [scores.get(name, -1e6) for name in tokens]}
 
 
 def _scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -178,8 +192,8 @@ def _check_merges(pairs: list[tuple[str, str]], vocabulary: dict[str, int], adde
                 raise _refused(f"{pair[0]!r} and {pair[1]!r} are {token!r} by its vocabulary and not by its merges")
 
 
-def _prefixes(content: dict[str, Any]) -> bool:
-    """Whether every piece of text gets a space before it."""
+def _prefixes(content: dict[str, Any], as_text: bool) -> bool:
+    """Whether every piece of text gets a space before it; as_text: prompts begin with one."""
     normalizers, pre = _flat(content["normalizer"], "normalizers"), _flat(content["pre_tokenizer"], "pretokenizers")
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     match normalizers, pre:
@@ -187,8 +201,8 @@ def _prefixes(content: dict[str, Any]) -> bool:
             return True
         case [only], [] if only == replaces:
             return False
-        case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always" | "never" as scheme, "split": False}]:
-            return bool(scheme == "always")
+        case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
+            return bool(scheme == "always" or (scheme == "first" and as_text))
     shown = json.dumps([content["normalizer"], content["pre_tokenizer"]], ensure_ascii=False)
     raise _refused(f"its normalizer and pre-tokenizer are {shown[:300]}, and llama.cpp writes ▁ for spaces and before every piece of text")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moejax.config import Experiment
 from moejax.data import gguf_tokenizer, ollama
 from moejax.data.ends import ends_of
+from moejax.data.templates import prompt_of
 from moejax.data.tokenizer import check_vocabulary
 from moejax.documents import read_json
 from moejax.errors import UserError
@@ -79,7 +80,7 @@ class Plan(NamedTuple):
 def plan(experiment: Experiment, sizes: Architecture, base: Path, tokenizer: Any, kind: str, with_tokenizer: bool) -> Plan:
     """Raises UserError where llama.cpp cannot hold the model or the tokenizer, before anything is written. tokenizer: the run's."""
     gguf_file.check(sizes, kind)
-    file = f"{experiment.name}-{kind}.gguf"
+    file = f"{Path(experiment.name).name}-{kind}.gguf"
     named = {"general.name": experiment.name}
     if not with_tokenizer:
         return Plan(file, kind, sizes, named | gguf_tokenizer.none(), "")
@@ -89,7 +90,14 @@ def plan(experiment: Experiment, sizes: Architecture, base: Path, tokenizer: Any
     tokenizer.chat_template = beside.template_of(tokenizer, base)
     template = experiment.data.template or "mistral"
     ends = ends_of(tokenizer, template, base)
-    metadata = gguf_tokenizer.metadata(tokenizer, sizes.vocab_size, ends.ids)
+    record = {"instruction": "A question", "input": "", "output": "", "text": ""}
+    metadata = gguf_tokenizer.metadata(tokenizer, sizes.vocab_size, ends.ids, prompt_of(template, record, tokenizer))
+    if gguf_tokenizer.spaces_first(tokenizer):
+        begin = "text" if metadata["tokenizer.ggml.add_space_prefix"] else "a control token"
+        say(
+            "this tokenizer puts a space before a text alone, llama.cpp before every piece of one or none: prompts that begin with "
+            f"{begin}, as this run's, become the same tokens there"
+        )
     generation = base / "generation_config.json"
     sampled = read_json(generation) if generation.is_file() else {}
     text, told = ollama.modelfile(file, tokenizer, template, ends, sampled, metadata["tokenizer.ggml.add_bos_token"])

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from moejax.data import gguf_tokenizer
 from moejax.data.gguf_tokenizer import metadata
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
@@ -45,6 +46,17 @@ def test_runs_of_spaces_have_one_score():
     found = metadata(sentencepiece(("b c", "▁▁ ▁▁", "▁▁ ▁", "▁ ▁▁▁", "▁ ▁▁", "▁▁▁ ▁", "▁ ▁")), 267, [2])
     scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
     assert scores["bc"] > scores["▁▁▁▁"] == scores["▁▁▁"]
+
+
+@pytest.mark.parametrize(("scheme", "prompt", "expected"), [
+    ("always", "<s>a", True), ("never", "a", False), ("first", "a bc", True), ("first", "<s>a bc", False),
+])  # fmt: skip
+def test_spaces_before_a_text(scheme, prompt, expected):
+    """Before the first piece alone is no choice in llama.cpp: the run's prompts decide."""
+    pre = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    tokenizer = sentencepiece(normalizer=None, pre_tokenizer=pre)
+    assert metadata(tokenizer, 266, [2], prompt)["tokenizer.ggml.add_space_prefix"] == expected
+    assert gguf_tokenizer.spaces_first(tokenizer) == (scheme == "first")
 
 
 def test_template_and_special_tokens():
