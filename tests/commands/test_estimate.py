@@ -211,12 +211,14 @@ def test_plan_of_a_config(capsys):
     config = str(ROOT / "configs/mixtral_8x7b.yaml")
     code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090,H100", "training.gradient_accumulation=4")
     assert code == 0 and "mixtral_8x7b on RTX-4090: 4 rows of 2048 tokens a step" in out and "placement.experts=host would fit" in out
-    assert f"first: moejax train {config} placement.experts=host" in " ".join(out.split()) and f"first: moejax train {config}" in out
+    assert f"first: moejax train {config} placement.experts=16 data" in " ".join(out.split()) and f"first: moejax train {config}" in out
+    assert "16 of 32 layers on the device" in " ".join(out.split())
     code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090", "--seq-len", "1024", "--json")
     found = json.loads(out)
     ways = found["gpus"]["RTX-4090"]
-    assert found["row_tokens"] == 1024 and ways[0]["changes"] == {"placement.experts": "host"} and ways[0]["refused"] is None
-    assert ways[0]["bus_seconds"] > 1 and ways[0]["host_gb"] > 20 and ways[-1]["refused"]
+    assert found["row_tokens"] == 1024 and ways[0]["changes"]["placement.experts"] == 24 and ways[0]["refused"] is None
+    (host,) = (way for way in ways if way["changes"] == {"placement.experts": "host"})
+    assert host["bus_seconds"] > 1 and host["host_gb"] > 20 and host["refused"] is None and ways[-1]["refused"]
     for arguments, message in (
         ((config,), "--gpu is missing: on which GPU?"),
         ((config, "--gpu", "H100", "--budget", "3"), "--budget: of a plan in hours and dollars, without CONFIG"),
