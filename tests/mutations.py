@@ -45,6 +45,7 @@ PREFERENCE, PAIRS, TRL = "moejax/training/preference.py", "tests/data/test_prefe
 BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_backends", "grouped_matmul", "selective_scan"))
 SHARDS, STREAMED = "moejax/hub/shards.py", "tests/hub/test_shards.py::test_killed_resumed_and_equal_to_the_bit_on_the_disk_of_one_shard"
 OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/runs/test_export.py", "tests/training/test_loop.py"
+WINDOWS, GPT_OSS, ROPE = (f"tests/models/test_{name}.py" for name in ("windows", "gpt_oss", "rope"))
 ADAM8, EIGHT_BITS = "moejax/training/adam8.py", "tests/training/test_adam8.py"
 
 FAULTS = [
@@ -165,6 +166,13 @@ FAULTS = [
           'q, k = self.q_norm(q), self.k_norm(k)\n        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v',
           'q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)\n            return self.q_norm(q), self.k_norm(k), v\n'
           '        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v', FAMILIES),
+    fault("a window is one position longer", ATTENTION, "index[None, :] < window", "index[None, :] <= window", WINDOWS),
+    fault("a sink has half its gradient", ATTENTION, "- log_sum) * delta)", "- log_sum) * delta / 2)", WINDOWS),
+    fault("while decoding a window reaches everywhere", "models/attention.py", "back >= 0 if window is None else", "back >= 0 if True else", GPT_OSS),
+    fault("an expert's output bias is not weighted", TILE, "y + p[:, None] * self.bias_out", "y + self.bias_out", BACKENDS),
+    fault("the weights' gradient lacks the bias", TILE, 'dp = dp + jnp.einsum("to,o->t", dy, self.bias_out)', "dp = dp + 0", BACKENDS),
+    fault("gpt-oss's gate is clamped below", MOE, "jnp.minimum(up, limit)", "jnp.clip(up, -limit, limit)", FAMILIES),
+    fault("yarn: the ends of the ramp are never rounded", "models/config/rope.py", "if yarn.truncate else", "if False else", ROPE),
     fault("OLMoE's norms are of each head", "models/families/olmoe.py", '= "all"', '= "head"', FAMILIES),
     fault("FlexOlmo's norms stand before", "models/decoder.py", 'compute, block.norm == "after"', "compute, False", FAMILIES),
     fault("what a norm behind reads is computed again", "models/decoder.py", 'norm(checkpoint_name(out, "halfway"))', "norm(out)",

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from oracles.drawn import weight
 from safetensors.numpy import load_file, save_file
 from support import VECTORS, decoder
 
 from moejax.errors import UserError
+from moejax.hub import merge
 from moejax.hub.save import save_weights, stored_shapes
 from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build
@@ -139,3 +141,23 @@ def test_flops_of_attention_are_of_the_keys_in_the_window():
     counted = flops.count(config, None)
     seen = [sum(min(t + 1, window) for n in (3, 9) for t in range(n)) for window in (4, 99)]  # of the two layers
     assert counted.step(12, [3, 9]) - counted.step(12, []) == 3 * 4 * 2 * 16 * sum(seen)
+
+
+def test_merged_as_files_hold_it(saved, tmp_path):
+    """Base and adapter in the tensors that transformers reads; biases and sinks as they were."""
+    _, folder = saved
+    model = build(SMALL, dtype=jnp.float32, adapter=LoRAConfig(2, 4.0))
+    lora = nnx.state(model, nnx.LoRAParam)
+    draw = np.random.default_rng(1)
+    nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), lora))
+    merge.save_merged(model, folder, tmp_path / "merged")
+    merged, base = (load_file(str(f / "model.safetensors")) for f in (tmp_path / "merged", folder))
+    assert merged.keys() == base.keys()
+    up = model.layers.moe.w3.lora
+    added = 2.0 * up.b.get_value()[1, 3] @ up.a.get_value()[1, 3]
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    expected = (base[name][3, :, 1::2] + np.asarray(added).T).astype(jnp.bfloat16)
+    np.testing.assert_allclose(merged[name][3, :, 1::2].astype(np.float32), expected.astype(np.float32), rtol=2**-7)
+    for lasting in ("mlp.experts.down_proj_bias", "self_attn.sinks"):
+        name = f"model.layers.0.{lasting}"
+        np.testing.assert_array_equal(merged[name], base[name].astype(jnp.bfloat16))
