@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moejax.documents import read_json
 from moejax.errors import UserError
+from moejax.hub.names import in_and_out
 from moejax.hub.save import write_json
 from moejax.models.config import Architecture
 from moejax.models.config.adapters import Pair
@@ -48,7 +49,9 @@ SERVERS = {
     "vllm": Server(
         "vLLM", "0.32.0", "2026-11-30",
         # FlexOlmo runs there by transformers' own code, which lists an expert's matrices under two names: only one is found.
-        {**dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), (*_ATTENTION, "gate", *_EXPERTS)), "flex_olmo": _ATTENTION},
+        # gpt-oss's experts are read as PEFT has them, all in one tensor; its router's product is not one that an adapter can be on.
+        {**dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), (*_ATTENTION, "gate", *_EXPERTS)), "flex_olmo": _ATTENTION,
+         "gpt_oss": (*_ATTENTION, *_EXPERTS)},
         together=((_EXPERTS, _EXPERTS),),
         command="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}",
         dense="--hf-overrides",
@@ -102,6 +105,13 @@ def check(server: Server, sizes: Architecture, pairs: Mapping[str, Pair], rows: 
         refuse(f"rank {largest} (at most {server.ranks[-1]})", "train another with a smaller adapter.rank")
     if rows:
         refuse(f"rows of tokens, and {len(rows)} were trained", "train another without added_tokens and adapter.token_rows")
+
+
+def as_stored(sizes: Architecture, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Pairs as the adapter's file has them: where one is of both w1 and w3 (a family whose files have all experts in one tensor), with
+    both A's in it."""
+    both = ("w1", "w3") if in_and_out(sizes) and "w3" in pairs and pairs["w3"].shares is None else ()
+    return {name: replace(pair, rank=2 * pair.rank, alpha=2 * pair.alpha) if name in both else pair for name, pair in pairs.items()}
 
 
 def rename_targets(server: Server, folder: Path) -> None:

@@ -63,7 +63,7 @@ def export(
     chosen = "fused" if chosen == "peft" and in_and_out(sizes) else chosen  # PEFT has no other for it
     if trained:
         check_made_of(folder, experiment, base, _tokenizer(experiment, base))
-    pairs = {} if experiment.adapter is None else experiment.adapter.lora.of(sizes)
+    pairs = {} if experiment.adapter is None else servers.as_stored(sizes, experiment.adapter.lora.of(sizes))
     if server is not None and experiment.adapter is not None:
         servers.check(server, sizes, pairs, experiment.adapter.lora.token_rows)
     k = sizes.experts_per_token if not whole and sizes.experts_per_token != _own(experiment, base).experts_per_token else None

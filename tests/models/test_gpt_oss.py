@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from support import VECTORS, decoder
 
 from moejax.errors import UserError
-from moejax.hub import merge
+from moejax.hub import merge, servers
 from moejax.hub.save import save_weights, stored_shapes
 from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build
@@ -161,3 +161,16 @@ def test_merged_as_files_hold_it(saved, tmp_path):
     for lasting in ("mlp.experts.down_proj_bias", "self_attn.sinks"):
         name = f"model.layers.0.{lasting}"
         np.testing.assert_array_equal(merged[name], base[name].astype(jnp.bfloat16))
+
+
+def test_vllm_loads_attention_and_experts():
+    """Its largest rank is that of gate_up_proj, which holds two adapters where each has its own A."""
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
+    for share, rank in ((None, 16), (("w1", "w3"), 8)):
+        pairs = servers.as_stored(SMALL, LoRAConfig(8, 16.0, targets=targets, share=share).of(SMALL))
+        servers.check(servers.SERVERS["vllm"], SMALL, pairs, ())
+        assert f"--max-lora-rank {rank} " in servers.started(servers.SERVERS["vllm"], "base", "adapter", pairs, None)
+    with pytest.raises(UserError, match=r"vLLM .* cannot hold adapters on router"):
+        servers.check(servers.SERVERS["vllm"], SMALL, LoRAConfig(8, targets=(*targets, "gate")).of(SMALL), ())
+    with pytest.raises(UserError, match=r"SGLang .* is not known to load adapters of a gpt-oss"):
+        servers.check(servers.SERVERS["sglang"], SMALL, pairs, ())
