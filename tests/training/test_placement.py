@@ -87,7 +87,7 @@ def test_what_comes_ahead_is_what_is_used(prefetch, make_experiment):
 
 
 DEEP = {"overrides": TINY | {"num_layers": 5}}
-QWEN3 = {"preset": "qwen3-moe-tiny", "overrides": TINY | {"num_layers": 4, "expert_hidden": 32}}
+QWEN3 = {"preset": "qwen3-moe-tiny", "overrides": TINY | {"num_layers": 4}}
 
 
 @pytest.mark.long
