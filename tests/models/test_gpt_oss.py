@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from oracles.drawn import weight
 from safetensors.numpy import load_file, save_file
-from support import VECTORS, decoder
+from support import VECTORS, decoder, full_logits, walked_logits
 
 from moejax.errors import UserError
 from moejax.hub import merge, servers
@@ -174,3 +174,13 @@ def test_vllm_loads_attention_and_experts():
         servers.check(servers.SERVERS["vllm"], SMALL, LoRAConfig(8, targets=(*targets, "gate")).of(SMALL), ())
     with pytest.raises(UserError, match=r"SGLang .* is not known to load adapters of a gpt-oss"):
         servers.check(servers.SERVERS["sglang"], SMALL, pairs, ())
+
+
+def test_layer_by_layer(saved):
+    """As an export is verified: each layer has its own window."""
+    _, folder = saved
+    config, tokens = SMALL.replace(sliding_window=4), np.arange(12) * 5 % 32
+    (found,) = walked_logits(config, folder, tokens, param_dtype=jnp.float32)
+    model = load_weights(build(config, dtype=jnp.float32), folder, jax.random.key(0))
+    ones, positions = np.ones((1, 12), np.int32), np.arange(12)[None]
+    np.testing.assert_allclose(found, full_logits(model, tokens[None], ones, positions)[0], atol=2e-5)
