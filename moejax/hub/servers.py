@@ -50,7 +50,7 @@ SERVERS = {
         "vLLM", "0.32.0", "2026-11-30",
         # FlexOlmo runs there by transformers' own code, which lists an expert's matrices under two names: only one is found.
         # gpt-oss's experts are read as PEFT has them, all in one tensor; its router's product is not one that an adapter can be on.
-        {**dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), (*_ATTENTION, "gate", *_EXPERTS)), "flex_olmo": _ATTENTION,
+        {**dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), (*_ATTENTION, "gate", *_EXPERTS)), "flex_olmo": (*_ATTENTION, "gate"),
          "gpt_oss": (*_ATTENTION, *_EXPERTS)},
         together=((_EXPERTS, _EXPERTS),),
         command="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}",

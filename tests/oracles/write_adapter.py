@@ -1,7 +1,8 @@
 """Our side of check_adapter.py: a tiny model, a trained-looking adapter on every target, in both formats, and the logits of both.
 
-write_adapter.py FOLDER [PRESET [share] [rows] [tied]]: of another family with a rank for each group, so that PEFT's patterns are checked
-too; with one A for w1 and w3; with trained rows of three tokens, two of which the base may lack; with a tied head.
+write_adapter.py FOLDER [PRESET [share] [rows] [tied] [no-experts]]: of another family with a rank for each group, so that PEFT's patterns
+are checked too; with one A for w1 and w3; with trained rows of three tokens, two of which the base may lack; with a tied head; on
+attention and router alone.
 """
 
 import sys
@@ -24,7 +25,10 @@ def main():
     config = PRESETS[sys.argv[2] if len(sys.argv) > 2 else "mixtral-tiny"]
     config = config.replace(vocab_size=64, num_layers=2, tie_word_embeddings="tied" in asked)
     rank = 4 if len(sys.argv) == 2 else {"experts": 4, "attention": 8, "router": 2}
-    adapter = LoRAConfig(rank=rank, alpha=8.0, targets=LORA_TARGETS, share=("w1", "w3") if "share" in asked else None)
+    targets = LORA_TARGETS
+    if "no-experts" in asked:
+        targets, rank = tuple(target for target in LORA_TARGETS if target[0] != "w"), {"attention": 8, "router": 2}
+    adapter = LoRAConfig(rank=rank, alpha=8.0, targets=targets, share=("w1", "w3") if "share" in asked else None)
     adapter = replace(adapter, token_rows=(5, 62, 63) if "rows" in asked else ())
     model = build(config, key=jax.random.key(0), adapter=adapter, dtype=jnp.float32)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
