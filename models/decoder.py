@@ -36,46 +36,61 @@ from moejax.models.layers import (
     stack_layers,
 )
 from moejax.models.mamba import Mamba
+from moejax.models.mla import LatentAttention
+from moejax.models.mlp import MLP
 from moejax.models.moe import MoE, RouterStats
 from moejax.models.ops import linear
 from moejax.models.ops.choice import here, memory_here
 from moejax.models.token_rows import TokenRows
 
 
-def mixer_class(spec: specs.Mixer) -> type[Attention] | type[Mamba]:
+def mixer_class(spec: specs.Mixer) -> type[Attention] | type[LatentAttention] | type[Mamba]:
     match spec:
         case specs.GQA():
             return Attention
+        case specs.MLA():
+            return LatentAttention
         case specs.Mamba():
             return Mamba
         case _:
             assert_never(spec)
 
 
+def feed_forward_class(spec: specs.FeedForward) -> type[MoE] | type[MLP]:
+    match spec:
+        case specs.MoE():
+            return MoE
+        case specs.MLP():
+            return MLP
+        case _:
+            assert_never(spec)
+
+
 class Layer(nnx.Module):
-    """x += mixer(norm(x)); x += moe(norm(x)); or with the norms after: x += norm(mixer(x)); x += norm(moe(x)).
+    """x += mixer(norm(x)); x += feed_forward(norm(x)); or with the norms after: x += norm(mixer(x)); x += norm(feed_forward(x)).
 
     x: [B, T, D], rounded to `compute` before each half where the stream is fp32.
 
     Of A micro-batches at once, [A, B, T, D], with as many dropout keys: the mixer takes one after the other, so that it needs no more
-    memory than for one, the experts all rows together, so that each of their matrices is dequantized once.
+    memory than for one, the feed-forward all rows together, so that each of the experts' matrices is dequantized once.
     """
 
     def __init__(self, key: jax.Array, block: specs.Block, config: Architecture, dtype: Any, compute: Any, target: Target):
         keys = jax.random.split(key)
         size, eps = config.hidden_size, config.stream.norm_eps
         mixer: Any = mixer_class(block.mixer)
-        self.mixer = block.mixer.module  # the attributes are called by what it is
+        feed_forward: Any = feed_forward_class(block.feed_forward)
+        self.mixer, self.feed_forward = block.mixer.module, block.feed_forward.module  # the attributes are called by what they are
         setattr(self, f"{self.mixer}_norm", RMSNorm(size, eps, dtype))
         setattr(self, self.mixer, mixer(keys[0], block.mixer, config, dtype, target))
-        self.moe_norm = RMSNorm(size, eps, dtype)
-        self.moe = MoE(keys[1], block.feed_forward, config, dtype, target)
+        setattr(self, f"{self.feed_forward}_norm", RMSNorm(size, eps, dtype))
+        setattr(self, self.feed_forward, feed_forward(keys[1], block.feed_forward, config, dtype, target))
         self.compute, self.norm_after = compute, block.norm == "after"
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, remat: str,
         window: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats]:  # fmt: skip
+    ) -> tuple[jax.Array, RouterStats | None]:  # fmt: skip
         """window: int32, how far this block attends, where the stack has windows."""
         mixer, more = getattr(self, self.mixer), () if window is None else (window,)
 
@@ -90,7 +105,7 @@ class Layer(nnx.Module):
             x = mixed(x, segment_ids, positions, dropout_key)
         if (of_many or mixer.splits_recomputation) and not self.norm_after:
             x = checkpoint_name(x, "halfway")
-        return self._experts(x, segment_ids > 0, dropout_key, remat in ("none", "dots"))
+        return self._fed_forward(x, segment_ids > 0, dropout_key, remat in ("none", "dots"))
 
     def cached(
         self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array, window: jax.Array | None = None
@@ -98,7 +113,7 @@ class Layer(nnx.Module):
         """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
         more = () if window is None else (window,)
         out, cache = getattr(self, self.mixer).cached(self._read(x, self.mixer), valid, positions, cache, number, *more)
-        return self._experts(self._added(x, out, self.mixer), valid, None, False)[0], cache
+        return self._fed_forward(self._added(x, out, self.mixer), valid, None, False)[0], cache
 
     def _read(self, x: jax.Array, half: str) -> jax.Array:
         """What a half is given of the stream."""
@@ -111,13 +126,14 @@ class Layer(nnx.Module):
         norm: RMSNorm = getattr(self, f"{half}_norm")
         return x + (norm(checkpoint_name(out, "halfway")) if self.norm_after else out).astype(x.dtype)
 
-    def _experts(
+    def _fed_forward(
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
-    ) -> tuple[jax.Array, RouterStats]:
-        rows = self._read(x, "moe").reshape(-1, x.shape[-1])
+    ) -> tuple[jax.Array, RouterStats | None]:
+        rows = self._read(x, self.feed_forward).reshape(-1, x.shape[-1])
         micro_batches = x.shape[0] if x.ndim == 4 else None
-        out, stats = self.moe(rows, valid.reshape(-1), dropout_key, keep=keep, micro_batches=micro_batches)
-        return self._added(x, out.reshape(x.shape), "moe"), stats
+        feed_forward = getattr(self, self.feed_forward)
+        out, stats = feed_forward(rows, valid.reshape(-1), dropout_key, keep=keep, micro_batches=micro_batches)
+        return self._added(x, out.reshape(x.shape), self.feed_forward), stats
 
 
 class Decoder(nnx.Module):
@@ -171,7 +187,7 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """tokens, segment_ids (0 = padding; None: no padding, one sequence a row), positions (None: from 0 in each
-        sequence): int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …].
+        sequence): int32 [B, T]. Returns hidden states [B, T, D] and stats [L, …] of the layers that have experts.
 
         Of A micro-batches that pass each layer together: [A, B, T], dropout keys [A], hidden states [A, B, T, D], stats [L, A, …]."""
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -189,7 +205,8 @@ class Decoder(nnx.Module):
                 for stretch in stretches:
                     layers = _over(stack, stretch, state)
                     x, through, found = _scanned(stretch, state, layers, x, through, segment_ids, positions, key, remat)
-                    stats.append(found)
+                    if found is not None:
+                        stats.append(found)
                 if self.gradient_sums is not None and sums:
                     self.gradient_sums.put(stack.name, through)
         return self.norm(x.astype(self.dtype)), jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *stats)
@@ -264,13 +281,14 @@ def _over(stack: specs.Stack, stretch: Stretch, state: nnx.State) -> tuple[nnx.S
 def _scanned(
     stretch: Stretch, state: nnx.State, layers: Any, x: jax.Array, sums: Any, segment_ids: jax.Array, positions: jax.Array,
     dropout_key: jax.Array | None, remat: str,
-) -> tuple[jax.Array, Any, RouterStats]:  # fmt: skip
-    """The stream behind a stretch of a stack's layers, the sums that their gradients go to, and stats [n, …]. layers: of `_over`."""
+) -> tuple[jax.Array, Any, RouterStats | None]:  # fmt: skip
+    """The stream behind a stretch of a stack's layers, the sums that their gradients go to, and stats [n, …] (None: it has no experts).
+    layers: of `_over`."""
 
-    def body(x: jax.Array, weights: Any, index: jax.Array, window: Any) -> tuple[jax.Array, RouterStats]:
+    def body(x: jax.Array, weights: Any, index: jax.Array, window: Any) -> tuple[jax.Array, RouterStats | None]:
         x, key = checkpoint_name(x, STREAM_NAME), fold(dropout_key, index)
         weights = layer_in_place(state, weights, index) if stretch.in_place else weights
-        out: tuple[jax.Array, RouterStats] = stretch.layer(weights, index)(x, segment_ids, positions, key, remat, window)
+        out: tuple[jax.Array, RouterStats | None] = stretch.layer(weights, index)(x, segment_ids, positions, key, remat, window)
         return out
 
     run = rematerialized(body, remat)

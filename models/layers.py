@@ -123,6 +123,14 @@ class Linear(nnx.Module):
             y = y + self.bias.get_value().astype(x.dtype)
         return checkpoint_name(y if self.lora is None else y + self.lora(x, dropout_key), "linear")
 
+    def matrix(self, dtype: Any) -> jax.Array:
+        """What x is multiplied by, [out, in], the adapter's part in it. For inference: what is differentiated must not keep it."""
+        if self.lora is None:
+            return linear.dequantized(self.weight.get_value(), dtype, self.scope)
+        a, b = self.lora.weights()
+        assert a is not None  # only experts' matrices share one
+        return (linear.dequantized(self.weight.get_value(), jnp.float32, self.scope) + b @ a).astype(dtype)
+
 
 class ExpertLinear(nnx.Module):
     """One matrix per expert. weight: [E, out, in]; bias: [E, out] or None. `moejax.models.moe` multiplies by it."""

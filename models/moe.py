@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.config import Architecture, specs
-from moejax.models.layers import ExpertLinear, Linear, Target, fold, trainable
+from moejax.models.layers import ExpertLinear, Frozen, Linear, Target, fold, trainable
+from moejax.models.mlp import MLP
 from moejax.models.ops import linear
 from moejax.models.ops.grouped import matmul as gm
 
@@ -24,23 +25,36 @@ class RouterStats(NamedTuple):
     probabilities: jax.Array
 
 
-class MoE(nnx.Module):
-    """out = Σ over the chosen experts of p_e · w2_e(act(w1_e x) · w3_e x).
+class Router(Linear):
+    """The logits. choice_bias: fp32 [E] or None; in the place of the scores their sum with it decides who is chosen."""
 
-    p: softmax or sigmoids of the router's logits → top-k → divided by their sum, if the spec says so. act: silu, gelu (erf), or gpt-oss's.
+    def __init__(self, key: jax.Array, spec: specs.Router, size: int, experts: int, dtype: Any):
+        super().__init__(key, size, experts, dtype, scope="router_dequant", axes=("experts", "embed"), bias=spec.bias)
+        bias = Frozen(jnp.zeros(experts, jnp.float32), axes=("experts",)) if spec.choice_bias else None
+        self.choice_bias: Frozen | None = nnx.data(bias)
+
+
+class MoE(nnx.Module):
+    """out = Σ over the chosen experts of p_e · w2_e(act(w1_e x) · w3_e x), and what the shared MLP gives, if there is one.
+
+    p: softmax or sigmoids of the router's logits → top-k → divided by their sum, and times a number, if the spec says so. act: silu,
+    gelu (erf), or gpt-oss's.
 
     The weight p_e multiplies the activation before w2: the same sum, but w2 need not be recomputed in the backward pass.
     """
 
     def __init__(self, key: jax.Array, spec: specs.MoE, config: Architecture, dtype: Any, target: Target):
         keys = jax.random.split(key, 4)
+        self.shared: MLP | None = nnx.data(None)
+        if spec.shared is not None:
+            self.shared = MLP(jax.random.fold_in(key, 4), spec.shared, config, dtype, target, scope="shared_dequant")
         e, d, f = spec.experts, config.hidden_size, spec.hidden
-        self.router = Linear(keys[0], d, e, dtype, scope="router_dequant", axes=("experts", "embed"), bias=spec.router.bias)
+        self.router = Router(keys[0], spec.router, d, e, dtype)
         self.w1 = ExpertLinear(keys[1], e, d, f, dtype, axes=("hidden", "embed"), bias=spec.bias)
         self.w2 = ExpertLinear(keys[2], e, f, d, dtype, axes=("embed", "hidden"), bias=spec.bias)
         self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"), bias=spec.bias)
         self.experts, self.k = e, spec.experts_per_token
-        self.scores, self.renormalize, self.gated = SCORES[spec.router.kind], spec.router.renormalize, gated(spec.activation)
+        self.scores, self.rule, self.gated = SCORES[spec.router.kind], spec.router, gated(spec.activation)
         self.target = target
 
     def __call__(
@@ -51,33 +65,49 @@ class MoE(nnx.Module):
         with jax.named_scope("moe"):
             indices, weights, stats = self._route(x, valid, dropout_key, () if micro_batches is None else (micro_batches,))
             if self.k == self.experts:
-                return self._dense(x, weights, dropout_key), stats
-            return self._sparse(x, indices, weights, valid, dropout_key, keep), stats
+                out = self._dense(x, weights, dropout_key)
+            else:
+                out = self._sparse(x, indices, weights, valid, dropout_key, keep)
+            if self.shared is None:
+                return out, stats
+            with jax.named_scope("shared"):
+                return out + self.shared.product(x, dropout_key), stats
 
     def _route(
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, parts: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """indices: int32 [N, K]; weights: fp32 [N, K], with a softmax router of sum one."""
+        """indices: int32 [N, K]; weights: fp32 [N, K], of all experts [N, E] in a dense model."""
         with jax.named_scope("router"):
             logits = self.router(x.astype(jnp.float32), fold(dropout_key, 10))  # [N, E], fp32
             probabilities = self.scores(logits)
         sums = jnp.sum((probabilities * valid[:, None]).reshape(*parts, -1, self.experts), axis=-2)
         if self.k == self.experts:
             counts = jnp.broadcast_to(jnp.sum(valid.reshape(*parts, -1, 1), axis=-2, dtype=jnp.int32), sums.shape)
-            return jnp.zeros((x.shape[0], 0), jnp.int32), probabilities, RouterStats(counts, sums)
+            return jnp.zeros((x.shape[0], 0), jnp.int32), self._weights(probabilities), RouterStats(counts, sums)
         with jax.named_scope("topk"):
             indices = checkpoint_name(self.choose(probabilities), "router_indices")
             chosen = indices[..., None] == jnp.arange(self.experts)
             # One of the summands is not zero: a gather, but one whose gradient is no scatter.
             picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
-            weights = picked / jnp.sum(picked, axis=-1, keepdims=True) if self.renormalize else picked
-            weights = checkpoint_name(weights, "router_weights")
+            weights = checkpoint_name(self._weights(picked), "router_weights")
             counts = jnp.sum((chosen & valid[:, None, None]).reshape(*parts, -1, self.experts), axis=-2, dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
 
+    def _weights(self, picked: jax.Array) -> jax.Array:
+        """fp32 [N, K] of the scores of the chosen experts."""
+        if self.rule.renormalize and not (self.k == self.experts and self.rule.kind == "softmax"):  # that one sums to one by itself
+            total = jnp.sum(picked, axis=-1, keepdims=True)
+            picked = picked / (total + 1e-20 if self.rule.kind == "sigmoid" else total)  # sigmoids may all be zero
+        return picked if self.rule.scale == 1.0 else picked * self.rule.scale
+
     def choose(self, probabilities: jax.Array) -> jax.Array:
         """The experts that each token visits, by fp32 [N, E]: int32 [N, K]."""
-        return jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.k)[1].astype(jnp.int32)
+        return jax.lax.top_k(jax.lax.stop_gradient(self.ranked(probabilities)), self.k)[1].astype(jnp.int32)
+
+    def ranked(self, probabilities: jax.Array) -> jax.Array:
+        """fp32 [N, E]: what experts are chosen by."""
+        bias = self.router.choice_bias
+        return probabilities if bias is None else probabilities + bias.get_value()
 
     def _sparse(
         self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool

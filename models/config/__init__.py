@@ -11,7 +11,10 @@ from typing import Any
 from moejax.models.config.adapters import LORA_TARGETS, QUANTIZED_MODULES, LoRAConfig, Quantization
 from moejax.models.config.specs import Architecture
 from moejax.models.families.blackmamba import BlackMambaConfig
+from moejax.models.families.deepseek_v2 import DeepseekV2Config
+from moejax.models.families.deepseek_v3 import DeepseekV3Config
 from moejax.models.families.flex_olmo import FlexOlmoConfig
+from moejax.models.families.glm4_moe_lite import Glm4MoeLiteConfig
 from moejax.models.families.gpt_oss import GptOssConfig
 from moejax.models.families.mixtral import MixtralConfig
 from moejax.models.families.olmoe import OlmoeConfig
@@ -44,7 +47,10 @@ def target_aliases() -> dict[str, str]:
     return {theirs: ours for preset in PRESETS.values() for ours, theirs in preset.target_names.items()}
 
 
-for _family in (MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig, FlexOlmoConfig, GptOssConfig):
+for _family in (
+    MixtralConfig, BlackMambaConfig, Qwen3MoeConfig, OlmoeConfig, FlexOlmoConfig, GptOssConfig, DeepseekV2Config, DeepseekV3Config,
+    Glm4MoeLiteConfig,
+):  # fmt: skip
     register(_family)
 
 _NOT_YET = {

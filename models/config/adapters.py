@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from moejax.models.config.specs import Architecture, Matrix
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3")
-QUANTIZED_MODULES = ("attention", "experts", "router")
+QUANTIZED_MODULES = ("attention", "experts", "router", "mlp")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """4-bit storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router; None: those
-    that the family has by default."""
+    """4-bit storage of frozen weights. `double`: block scales in 8 bits too. `modules`: which of attention, experts, router, mlp (shared
+    experts and dense layers); None: those that the family has by default."""
 
     double: bool = True
     modules: tuple[str, ...] | None = None
@@ -36,8 +36,8 @@ class Quantization:
 class LoRAConfig:
     """LoRA as PEFT 0.18 on transformers 4 means it: one pair (A, B) per linear layer, per expert; delta = alpha/rank · B A.
 
-    `rank`, `alpha`: one for all, or by target or group (attention, experts, router). `targets`: by our names or the family's, `gate` is
-    the router; None: the family's default. `share`: targets that read one input and have one A for all of them (of each expert), as
+    `rank`, `alpha`: one for all, or by target or group (attention, experts, router, mlp). `targets`: by our names or the family's, `gate`
+    is the router; None: the family's default. `share`: targets that read one input and have one A for all of them (of each expert), as
     PEFT from 0.19 on trains fused experts; None: each its own. Dropout acts on the input of A. `token_rows`: ids of tokens whose rows of
     embedding and head are trained too, increasing.
     """

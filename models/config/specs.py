@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from moejax.models.config.rope import Rope
+from moejax.models.config.rope import Rope, mscale
 from moejax.models.config.tensor_names import TensorNames
 
 EVERYWHERE = 2**30
@@ -58,6 +58,7 @@ class GQA:
     positional: ClassVar[bool] = True
     targets: ClassVar[Mapping[str, str]] = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+    buffers: ClassVar[Mapping[str, Shape]] = {}
 
     def matrices(self, width: int) -> dict[str, Matrix]:
         """Its linear layers, where the stream has `width` numbers a token."""
@@ -74,6 +75,61 @@ class GQA:
 
 
 @dataclass(frozen=True)
+class MLA:
+    """Latent attention (arXiv 2405.04434): keys and values of all heads are made from one latent of kv_rank numbers, queries from one of
+    q_rank where there is one. A head of q and k has plain_dim numbers, and rotary_dim that turn with the position, of k the same for all
+    heads; neighbours turn against each other."""
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rotary_dim: int
+    v_dim: int
+    rope: Rope
+    latent_eps: ClassVar[float] = 1e-6
+    """Of the norms of the latents, whatever the model's own is: transformers' models/deepseek_v2/modeling_deepseek_v2.py."""
+    module: ClassVar[str] = "attention"
+    scopes: ClassVar[tuple[str, ...]] = GQA.scopes
+    positional: ClassVar[bool] = True
+    buffers: ClassVar[Mapping[str, Shape]] = {}
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head of q and k."""
+        return self.plain_dim + self.rotary_dim
+
+    @property
+    def score_scale(self) -> float:
+        """Of the scores, beyond the root of a head's numbers: DeepSeek's second part of YaRN's factor."""
+        yarn = self.rope.scaling
+        return 1.0 if yarn is None else mscale(yarn.factor, yarn.mscale_all_dim or 0.0) ** 2
+
+    @property
+    def targets(self) -> dict[str, str]:
+        queries = ("q_proj",) if self.q_rank is None else ("q_a_proj", "q_b_proj")
+        return {name: name for name in (*queries, "kv_a_proj", "kv_b_proj", "o_proj")}
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        return {"attention": tuple(self.targets)}
+
+    def matrices(self, width: int) -> dict[str, Matrix]:
+        q, rank = self.heads * self.head_dim, self.q_rank
+        queries = {"q_proj": Matrix(q, width)} if rank is None else {"q_a_proj": Matrix(rank, width), "q_b_proj": Matrix(q, rank)}
+        return queries | {
+            "kv_a_proj": Matrix(self.kv_rank + self.rotary_dim, width),
+            "kv_b_proj": Matrix(self.heads * (self.plain_dim + self.v_dim), self.kv_rank),
+            "o_proj": Matrix(width, self.heads * self.v_dim),
+        }
+
+    @property
+    def others(self) -> dict[str, Shape]:
+        ranks = {"q_a_norm.weight": self.q_rank, "kv_a_norm.weight": self.kv_rank}
+        return {name: (rank,) for name, rank in ranks.items() if rank is not None}
+
+
+@dataclass(frozen=True)
 class Mamba:
     """A gated selective scan (arXiv 2312.00752). inner: channels; state: numbers of each; conv: taps; rank: what dt is made from."""
 
@@ -86,6 +142,7 @@ class Mamba:
     positional: ClassVar[bool] = False
     targets: ClassVar[Mapping[str, str]] = {}
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    buffers: ClassVar[Mapping[str, Shape]] = {}
 
     def matrices(self, width: int) -> dict[str, Matrix]:
         into, out = Matrix(2 * self.inner, width), Matrix(width, self.inner)
@@ -101,11 +158,35 @@ class Mamba:
 
 @dataclass(frozen=True)
 class Router:
-    """How a token's experts are chosen and weighted. renormalize: the weights of the chosen ones sum to one."""
+    """How a token's experts are chosen and weighted. renormalize: the weights of the chosen ones sum to one; scale: of the weights.
+    choice_bias: experts are chosen by score and a bias that is never trained, and weighted by the score alone."""
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = True
     bias: bool = False
+    choice_bias: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MLP:
+    """w2(silu(w1 x) · w3 x), which every token meets. hidden: rows of w1 and w3."""
+
+    hidden: int
+    module: ClassVar[str] = "mlp"
+    scopes: ClassVar[tuple[str, ...]] = ("dequant", "lora")
+    targets: ClassVar[Mapping[str, str]] = {"dense_w1": "w1", "dense_w2": "w2", "dense_w3": "w3"}
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"mlp": ("w1", "w2", "w3")}
+    one_input: ClassVar[tuple[str, ...]] = ()
+    buffers: ClassVar[Mapping[str, Shape]] = {}
+    experts: ClassVar[int] = 0
+
+    def matrices(self, width: int) -> dict[str, Matrix]:
+        return {"w1": Matrix(self.hidden, width), "w2": Matrix(width, self.hidden), "w3": Matrix(self.hidden, width)}
+
+    @property
+    def others(self) -> dict[str, Shape]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -118,9 +199,9 @@ class ClampedSwiGLU:
 
 @dataclass(frozen=True)
 class MoE:
-    """A router over gated experts: w2(act(w1 x) · w3 x). hidden: rows of w1 and w3; bias: each of the three has one for every expert. Every
-    token visits all experts where that many are asked for: the dense model. one_input: adapter targets of an expert that read the same
-    rows, in the order of the products."""
+    """A router over gated experts: w2(act(w1 x) · w3 x). hidden: rows of w1 and w3; bias: each of the three has one for every expert.
+    Every token visits all experts where that many are asked for: the dense model. shared: of an `MLP` whose output is added. one_input:
+    adapter targets of an expert that read the same rows, in the order of the products."""
 
     experts: int
     experts_per_token: int
@@ -128,14 +209,23 @@ class MoE:
     activation: Literal["silu", "gelu"] | ClampedSwiGLU
     router: Router
     bias: bool = False
+    shared: MLP | None = None
     module: ClassVar[str] = "moe"
     scopes: ClassVar[tuple[str, ...]] = (
         "router", "router_dequant", "topk", "dispatch", "w1", "w1_dequant", "w3", "w3_dequant", "act", "w2", "w2_dequant",
-        "combine", "lora",
+        "combine", "lora", "shared", "shared_dequant",
     )  # fmt: skip
-    targets: ClassVar[Mapping[str, str]] = {"gate": "router", "w1": "w1", "w2": "w2", "w3": "w3"}
-    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"experts": ("w1", "w2", "w3"), "router": ("router",)}
     one_input: ClassVar[tuple[str, ...]] = ("w1", "w3")
+
+    @property
+    def targets(self) -> dict[str, str]:
+        shared = () if self.shared is None else self.shared.targets.values()
+        return {"gate": "router", "w1": "w1", "w2": "w2", "w3": "w3"} | {f"shared_{name}": f"shared.{name}" for name in shared}
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        own = {"experts": ("w1", "w2", "w3"), "router": ("router",)}
+        return own if self.shared is None else own | {"mlp": ("shared.w1", "shared.w2", "shared.w3")}
 
     @property
     def dense(self) -> bool:
@@ -145,16 +235,23 @@ class MoE:
     def matrices(self, width: int) -> dict[str, Matrix]:
         into = Matrix(self.hidden, width, self.experts, self.experts_per_token, self.bias)
         out = Matrix(width, self.hidden, self.experts, self.experts_per_token, self.bias)
-        return {"router": Matrix(self.experts, width), "w1": into, "w2": out, "w3": into}
+        own = {"router": Matrix(self.experts, width), "w1": into, "w2": out, "w3": into}
+        shared = {} if self.shared is None else self.shared.matrices(width)
+        return own | {f"shared.{name}": matrix for name, matrix in shared.items()}
 
     @property
     def others(self) -> dict[str, Shape]:
         return {"router.bias": (self.experts,)} if self.router.bias else {}
 
+    @property
+    def buffers(self) -> dict[str, Shape]:
+        """fp32, never trained, and no parameters as transformers counts them."""
+        return {"router.choice_bias": (self.experts,)} if self.router.choice_bias else {}
 
-Mixer = GQA | Mamba
-FeedForward = MoE
-HALVES: tuple[type[Mixer | FeedForward], ...] = (GQA, Mamba, MoE)
+
+Mixer = GQA | MLA | Mamba
+FeedForward = MoE | MLP
+HALVES: tuple[type[Mixer | FeedForward], ...] = (GQA, MLA, Mamba, MoE, MLP)
 """Every kind; `module` is its attribute and its scope, `scopes` what is told apart inside it."""
 
 
@@ -233,9 +330,11 @@ class Architecture(ABC):
     """What config.json calls the family."""
     title: ClassVar[str]
     """What people call it."""
-    default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
+    default_groups: ClassVar[tuple[str, ...]] = ("attention", "experts")
     """Where adapters are if nobody says: the router as servers expect it, neither trained nor quantized."""
     default_quantized: ClassVar[tuple[str, ...]] = ("attention", "experts")
+    may_be_zero: ClassVar[tuple[str, ...]] = ("new_rows",)
+    """Fields of whole numbers that may be 0."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -243,8 +342,8 @@ class Architecture(ABC):
             types, expected = _TYPES.get(kind, ((), ""))
             if types and type(value) not in types:
                 raise ValueError(f"{field.name} = {value!r}: expected {expected}")
-            if kind == "int" and value < (field.name != "new_rows"):
-                raise ValueError(f"{field.name} = {value}: expected at least 1")
+            if kind == "int" and value < (field.name not in self.may_be_zero):
+                raise ValueError(f"{field.name} = {value}: expected at least {int(field.name not in self.may_be_zero)}")
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token} exceeds num_experts = {self.num_experts}: "
@@ -328,7 +427,8 @@ class Architecture(ABC):
         found: dict[Path, Shape] = {(*path, "weight"): (blocks, *m.shape) for path, (m, blocks) in self.linears.items()}
         found |= {(*path, "bias"): (blocks, *m.shape[:-1]) for path, (m, blocks) in self.linears.items() if m.bias}
         for stack, half in self._halves:
-            found |= {(stack.name, half.module, *name.split(".")): (stack.repeats, *shape) for name, shape in half.others.items()}
+            others = {**half.others, **half.buffers}
+            found |= {(stack.name, half.module, *name.split(".")): (stack.repeats, *shape) for name, shape in others.items()}
             found[stack.name, f"{half.module}_norm", "weight"] = (stack.repeats, d)
         for module in ("embed",) if self.tie_word_embeddings else ("embed", "head"):
             found[module, "weight"] = (self.vocab_size, d)
@@ -338,22 +438,27 @@ class Architecture(ABC):
     def linears(self) -> dict[Path, tuple[Matrix, int]]:
         """The blocks' linear layers, and how many blocks have each."""
         return {
-            (stack.name, half.module, name): (matrix, stack.repeats)
+            (stack.name, half.module, *name.split(".")): (matrix, stack.repeats)
             for stack, half in self._halves
             for name, matrix in half.matrices(self.hidden_size).items()
         }
 
     @property
+    def buffers(self) -> tuple[Path, ...]:
+        """Of `weights`, those that are never trained, and always fp32."""
+        return tuple((stack.name, half.module, *name.split(".")) for stack, half in self._halves for name in half.buffers)
+
+    @property
     def parameters(self) -> tuple[int, int]:
-        """All, and those that a token meets."""
-        every = sum(math.prod(shape) for shape in self.weights.values())
+        """All, and those that a token meets; `buffers` are none."""
+        every = sum(math.prod(shape) for path, shape in self.weights.items() if path not in self.buffers)
         return every, every - sum(n * (m.copies - m.met) * m.out * (m.inner + m.bias) for m, n in self.linears.values() if m.copies)
 
     def kind_of(self, path: Path) -> str:
         """What a variable is counted among: a group that can be quantized, its mixer, norms, embeddings or head."""
         if len(path) < 3:
             return {"embed": "embeddings", "norm": "norms"}.get(path[0], path[0])
-        group = next((name for name, modules in self.groups.items() if path[:3] in modules), path[1])
+        group = next((name for name, modules in self.groups.items() if any(path[: len(m)] == m for m in modules)), path[1])
         return "norms" if path[1].endswith("_norm") or path[2].endswith("_norm") else group
 
     @property
@@ -362,7 +467,7 @@ class Architecture(ABC):
         found: dict[str, tuple[Path, ...]] = {}
         for stack, half in self._halves:
             for target, module in half.targets.items():
-                found[target] = (*found.get(target, ()), (stack.name, half.module, module))
+                found[target] = (*found.get(target, ()), (stack.name, half.module, *module.split(".")))
         return found
 
     @property
@@ -371,22 +476,31 @@ class Architecture(ABC):
         found: dict[str, tuple[Path, ...]] = {}
         for stack, half in self._halves:
             for group, modules in half.groups.items():
-                found[group] = (*found.get(group, ()), *((stack.name, half.module, module) for module in modules))
+                found[group] = (*found.get(group, ()), *((stack.name, half.module, *module.split(".")) for module in modules))
         return found
 
     @property
     def target_names(self) -> dict[str, str]:
-        """Adapter target, by our name -> what its checkpoints, and so PEFT, call the module. Empty where one has no tensor of its own:
-        then no format is known that an adapter could be saved in."""
+        """Adapter target, by our name -> what its checkpoints, and so PEFT, call the module: the last part of its name, the last two where
+        an expert has one of the same name. Empty where one has no tensor of its own: then no format is known that an adapter could be
+        saved in."""
         modules = {path: target for target, paths in self.targets.items() for path in paths}
+        of_experts = {name.split(".")[-2] for names in self.names.blocks for name in names.experts}
         found = {}
         for stack, names in zip(self.stacks, self.names.blocks, strict=True):
             for name, variable in [*names.weights.items(), *names.experts.items()]:
                 if isinstance(variable, str) and variable.endswith(".weight"):
                     target = modules.get((stack.name, *variable.split(".")[:-1]))
                     if target is not None:
-                        found[target] = name.split(".")[-2]
+                        *_, parent, own, _ = name.split(".")
+                        found[target] = f"{parent}.{own}" if own in of_experts and name not in names.experts else own
         return found if found.keys() == self.targets.keys() else {}
+
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """Where adapters are if nobody says."""
+        adapted = {path for group in self.default_groups for path in self.groups.get(group, ())}
+        return tuple(target for target, paths in self.targets.items() if paths[0] in adapted)
 
     def resolve_targets(self, names: Iterable[str] | None) -> tuple[str, ...]:
         """Adapter targets by our names; None: the family's default. They may be given by our names or by the checkpoints'.
@@ -409,7 +523,7 @@ class Architecture(ABC):
         """Targets that have one A together, by our names; the first holds it. Raises ValueError for a name that is not there, and for
         others than those of an expert that read the same rows."""
         given = tuple(names)
-        one_input = self.stacks[0].block.feed_forward.one_input
+        one_input = next(found for stack in self.stacks if (found := stack.block.feed_forward.one_input))
         if sorted(self._ours("share", given)) != sorted(one_input):
             expected = ", ".join(self.target_names.get(target, target) for target in one_input)
             raise ValueError(

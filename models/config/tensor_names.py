@@ -31,9 +31,10 @@ class BlockNames:
 @dataclass(frozen=True)
 class TensorNames:
     """A checkpoint's tensors: those before the blocks, of a block of each stack, and those behind. unread: of files that have them though
-    the head is tied."""
+    the head is tied. beyond: how the names of those begin that a checkpoint may have and the model has no use for."""
 
     before: Names
     blocks: tuple[BlockNames, ...]
     after: Names
     unread: tuple[str, ...] = ("lm_head.weight",)
+    beyond: tuple[str, ...] = ()

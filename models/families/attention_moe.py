@@ -57,6 +57,8 @@ class AttentionMoEConfig(Architecture, ABC):
     """transformers' values of what a config.json leaves out, where the class has others."""
     known: ClassVar[Mapping[str, Any]] = {}
     """Keys of config.json beyond `KNOWN`."""
+    counted: ClassVar[tuple[str, ...]] = ("num_local_experts", "num_experts")
+    """What config.json calls the number of experts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,10 +150,10 @@ class AttentionMoEConfig(Architecture, ABC):
         theta = foreign.same(thetas)
         theta = float(foreign.number(missing if theta is None else {"rope_theta": theta}, "rope_theta"))
         kv_heads = config.get("num_key_value_heads", missing["num_key_value_heads"])
-        experts = foreign.same({name: config.get(name) for name in ("num_local_experts", "num_experts")})
+        experts = foreign.same({name: config.get(name) for name in cls.counted})
         eos = config.get("eos_token_id")
-        return cls(
-            **sizes,
+        fields: dict[str, Any] = dict(
+            sizes,
             rms_norm_eps=foreign.number(config, "rms_norm_eps", missing["rms_norm_eps"]),
             router_aux_loss_coef=foreign.number(config, "router_aux_loss_coef", missing["router_aux_loss_coef"]),
             num_kv_heads=heads if kv_heads is None else size("num_key_value_heads"),
@@ -162,8 +164,8 @@ class AttentionMoEConfig(Architecture, ABC):
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             bos_token_id=config.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            **cls.own_fields(config),
         )
+        return cls(**(fields | cls.own_fields(config)))
 
     def to_hub_config(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 both read. Without a token for padding some classes take one of their own, which a

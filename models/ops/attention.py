@@ -12,16 +12,18 @@ from jax.ad_checkpoint import checkpoint_name
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
-    """Softmax attention. q: [B, T, H, C]; k, v: [B, G, S, C] (H a multiple of G); mask: bool [B, T, S]; sinks: [H], one more logit of every
-    query of a head, whose weight goes nowhere. Returns [B, T, H, C].
+def masked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, sinks: jax.Array | None = None, scale: float | None = None
+) -> jax.Array:
+    """Softmax attention. q: [B, T, H, C]; k: [B, G, S, C]; v: [B, G, S, V] (H a multiple of G); mask: bool [B, T, S]; sinks: [H], one more
+    logit of every query of a head, whose weight goes nowhere. Returns [B, T, H, V].
 
-    Scores and softmax in fp32. Every query must see at least one key.
+    Scores and softmax in fp32. Every query must see at least one key. scale: of the scores; None: C^-1/2.
     """
     b, t, h, c = q.shape
     g = k.shape[1]
     grouped = q.reshape(b, t, g, h // g, c)
-    scores = jnp.einsum("btgqc,bgsc->bgqts", grouped, k, preferred_element_type=jnp.float32) * c**-0.5
+    scores = jnp.einsum("btgqc,bgsc->bgqts", grouped, k, preferred_element_type=jnp.float32) * (c**-0.5 if scale is None else scale)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     if sinks is not None:
         more = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, g, h // g, 1, 1), (*scores.shape[:-1], 1))
@@ -29,15 +31,15 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, 
     weights = jax.nn.softmax(scores, axis=-1)[..., : v.shape[2]].astype(v.dtype)
     # One batched product of matrices: XLA's CPU compiler is four times slower at the same with its result in another order.
     out = jnp.matmul(weights.reshape(b, g, -1, v.shape[2]), v)
-    return out.reshape(b, g, h // g, t, c).transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+    return out.reshape(b, g, h // g, t, -1).transpose(0, 3, 1, 2, 4).reshape(b, t, h, -1)
 
 
 def segment_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, window: jax.Array | None = None, sinks: jax.Array | None = None
 ) -> jax.Array:
-    """Causal attention that never crosses a segment's boundary. q: [B, T, H, C]; k, v: [B, T, G, C]; segment_ids: int32 [B, T]; window:
-    int32, how many positions a query sees, its own among them (None: all before it); sinks: [H], one more logit of every query of a head,
-    whose weight goes nowhere: the output times sigmoid(log of the softmax's sum - sink).
+    """Causal attention that never crosses a segment's boundary. q: [B, T, H, C]; k: [B, T, G, C]; v: [B, T, G, V]; segment_ids: int32
+    [B, T]; window: int32, how many positions a query sees, its own among them (None: all before it); sinks: [H], one more logit of every
+    query of a head, whose weight goes nowhere: the output times sigmoid(log of the softmax's sum - sink). Returns [B, T, H, V].
 
     Query blocks one after the other, each against the keys up to its end (what lies behind is masked anyway). The backward pass
     keeps q, k, v and one fp32 number per query (the log of its softmax's sum, named for rematerialization policies), and computes
@@ -50,7 +52,7 @@ def segment_attention(
     grouped = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4)
     of_group = None if sinks is None else sinks.astype(jnp.float32).reshape(g, h // g)
     out = _attend(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), of_group, segment_ids, window)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, -1)
 
 
 def _blocks(t: int) -> Iterator[slice]:

@@ -7,7 +7,7 @@ The rules are those of bf16 programs on a GPU; fp32 and a CPU are counted by the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, assert_never
 
 from moejax.gpus import Platform
@@ -89,6 +89,7 @@ class Block:
     adapted: Adapted
     mixer: Mixer
     moe: specs.MoE
+    shared: Block | None = None  # of the MLP that the experts share, as `_of_one` has it
 
     @property
     def matrix(self) -> int:
@@ -130,6 +131,8 @@ class Block:
             streams = 0 if s.offloads else self.mixer.streams
             return layers * (s.together * (streams + self.mixer.beside) + self.routing())
         experts = 6 * s.item * e * n * f if self.moe.dense else s.item * self.sorted_rows * (s.width + 2 * f) + self.routing()
+        if self.shared is not None:
+            experts += 6 * s.item * n * self.shared.moe.hidden
         return layers * (s.together * self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n)
 
     def in_host(self, layers: int) -> int:
@@ -138,7 +141,8 @@ class Block:
 
     def experts(self) -> int:
         """The experts in the backward pass."""
-        return (self._dense() if self.moe.dense else self._sparse()) + self._in_flight()
+        own = (self._dense() if self.moe.dense else self._sparse()) + self._in_flight()
+        return own if self.shared is None else max(own, self.shared.experts())
 
     def _in_flight(self) -> int:
         """What was fetched from the host's memory: an expert's matrices and the next one's, or a layer's."""
@@ -203,17 +207,31 @@ def _attention(step: Step, m: specs.GQA) -> _Attention:
     return _Attention(m.heads * m.head_dim, m.kv_heads * m.head_dim, *scores)
 
 
-def attention(s: Step, m: specs.GQA, moe: specs.MoE, adapted: Adapted) -> Mixer:
+def latent_attention(s: Step, m: specs.MLA, adapted: Adapted) -> Mixer:
+    """As `attention` by blocks of as many keys as queries, of the mean of a key's and a value's numbers. Beside them: what kv_b_proj gave,
+    the keys that are made of it, and the gradients of both."""
+    keys, values = m.heads * m.head_dim, m.heads * m.v_dim
+    like = _attention(s, specs.GQA(m.heads, m.heads, m.head_dim, m.rope))._replace(kv=(keys + values) // 2)
+    found = _by_blocks(s, like, m.heads, adapted)
+    expanded = s.item * s.tokens * (m.heads * (m.plain_dim + m.v_dim) + keys)
+    return found._replace(saved=found.saved + expanded, backward=found.backward + 2 * expanded)
+
+
+def attention(s: Step, m: specs.GQA, adapted: Adapted) -> Mixer:
     """Each half of the block is recomputed by itself."""
-    a, n = _attention(s, m), s.tokens
+    a = _attention(s, m)
     whole = not m.sinks and m.window is None  # models/ops/flash.py has neither
     if s.flash and whole and m.head_dim in FLASH_HEADS and s.row_tokens >= FLASH_QUERIES:
         return _flash(s, a)
-    width = s.width + a.heads + 2 * a.kv
+    return _by_blocks(s, a, m.heads, adapted)
+
+
+def _by_blocks(s: Step, a: _Attention, heads: int, adapted: Adapted) -> Mixer:
+    n, width = s.tokens, s.width + a.heads + 2 * a.kv
     return Mixer(
         streams=2 * s.stream,  # before each half
-        beside=4 * n * m.heads,  # a number a query and head
-        saved=s.item * n * ((6 if s.trained else 4) * s.width + width) + 4 * n * m.heads,
+        beside=4 * n * heads,  # a number a query and head
+        saved=s.item * n * ((6 if s.trained else 4) * s.width + width) + 4 * n * heads,
         backward=_attention_backward(s, a, adapted),
         forward=5 * a.every,  # masks of all blocks
         forward_numbers=3 * n * (a.heads + a.kv),  # q, k and v as one product, q and k rotated, the attention's output
@@ -276,15 +294,30 @@ def _mamba_backward(s: Step, m: specs.Mamba, moe: specs.MoE, chunk: int, unit: i
     return used + int(2.375 * of_chunk) + 3 * 4 * chunk * s.rows * m.inner + n * s.width * (4 + s.item) + weights
 
 
+def _of_one(mlp: specs.MLP) -> specs.MoE:
+    """As a mixture of one expert, which needs the same."""
+    return specs.MoE(1, 1, mlp.hidden, "silu", specs.Router())
+
+
 def block_of(step: Step, spec: specs.Block, adapted: Adapted) -> Block:
     """The terms of a block of this kind."""
+    match spec.feed_forward:
+        case specs.MoE():
+            moe, shared = spec.feed_forward, spec.feed_forward.shared
+        case specs.MLP():  # is on the device wherever experts are
+            moe, shared, step = _of_one(spec.feed_forward), None, replace(step, fetched=0)
+        case _:
+            assert_never(spec.feed_forward)
     match spec.mixer:
         case specs.GQA():
-            mixer, between = attention(step, spec.mixer, spec.feed_forward, adapted), step.stream
+            mixer, between = attention(step, spec.mixer, adapted), step.stream
+        case specs.MLA():
+            mixer, between = latent_attention(step, spec.mixer, adapted), step.stream
         case specs.Mamba():
-            mixer, between = mamba(step, spec.mixer, spec.feed_forward), 0
+            mixer, between = mamba(step, spec.mixer, moe), 0
         case _:
             assert_never(spec.mixer)
     if spec.norm == "after":  # kept for the norms: what each half computed, in the place of the stream between them
         mixer = mixer._replace(streams=mixer.streams - between + 2 * step.item * step.tokens * step.width)
-    return Block(step, adapted, mixer, spec.feed_forward)
+    beside = None if shared is None else Block(replace(step, fetched=0), adapted, mixer, _of_one(shared))
+    return Block(step, adapted, mixer, moe, beside)

@@ -88,7 +88,7 @@ def _adapted(experiment: Experiment, config: Architecture, stack: specs.Stack) -
         return Adapted()
     pairs = adapter.lora.of(config)
     own = [target for half in block.halves for target in half.targets if target in pairs]
-    experts = [target for target in own if block.feed_forward.targets.get(target) in block.feed_forward.groups["experts"]]
+    experts = [target for target in own if block.feed_forward.targets.get(target) in block.feed_forward.groups.get("experts", ())]
     return Adapted(
         max((pairs[t].rank for t in experts), default=0), sum(pairs[t].rank for t in own if t not in experts),
         any(t in block.mixer.targets for t in own), sum(pairs[t].shares is not None for t in experts),

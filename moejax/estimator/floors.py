@@ -83,6 +83,30 @@ def attention(item: int, d: int, spec: specs.GQA, rows: int, length: int, traine
     return [*out, Stage("attention: scores", 14 * pairs * q, 3 * item * n * (2 * q + 2 * kv))]
 
 
+def latent_attention(item: int, d: int, spec: specs.MLA, rows: int, length: int, trained: bool, kind: str | None) -> list[Stage]:
+    """Keys and values are expanded from the latents, forward and again."""
+    n, matrices = rows * length, spec.matrices(d)
+    pairs, heads = rows * length * (length + 1) / 2, spec.heads
+    again = {name: 2 if name == "o_proj" else 3 for name in matrices}
+    products = (product(item, n, m.inner, m.out, again[name] + trained) for name, m in matrices.items())
+    out = [merged("attention: projections", *products)]
+    if kind:
+        read = (dequantization(item, kind, m.out * m.inner, again[name]) for name, m in matrices.items())
+        out.append(merged("attention: dequantization", *read))
+    # As above: scores three times over and twice their gradients' part of q and k, the values' twice.
+    flops = 2 * pairs * heads * (4 * spec.head_dim + 3 * spec.v_dim)
+    return [*out, Stage("attention: scores", flops, 3 * item * n * heads * 2 * (spec.head_dim + spec.v_dim))]
+
+
+def feed_forward(item: int, d: int, spec: specs.MLP, n: float, trained: bool, kind: str | None) -> list[Stage]:
+    """Of dense layers, or shared: a product of w2 is not done again."""
+    f = spec.hidden
+    out = [merged("mlp", product(item, n, d, f, 2 * (3 + trained)), product(item, n, f, d, 2 + trained))]
+    if kind:
+        out.append(merged("mlp: dequantization", dequantization(item, kind, 2 * d * f, 3), dequantization(item, kind, d * f, 2)))
+    return [*out, Stage("mlp/act", 10 * n * f, 9 * item * n * f)]
+
+
 def mamba(item: int, d: int, spec: specs.Mamba, n: float, trained: bool) -> list[Stage]:
     i, s, r = spec.inner, spec.state, spec.rank
     again = [product(item, n, into, out, 3 + trained) for into, out in ((d, 2 * i), (i, r + 2 * s), (r, i))]
@@ -108,17 +132,27 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
     weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
     found: dict[str, Stage] = {}
     for stack in config.stacks:
-        mixer, moe = stack.block.halves
+        mixer, half = stack.block.halves
         match mixer:
             case specs.GQA():
                 stages = attention(item, d, mixer, rows, length, full, kinds.get("attention"))
+            case specs.MLA():
+                stages = latent_attention(item, d, mixer, rows, length, full, kinds.get("attention"))
             case specs.Mamba():
                 stages = mamba(item, d, mixer, n, full)
             case _:
                 assert_never(mixer)
-        pairs = adapter.lora.of(config) if adapter else {}
-        on_experts = [pair for target, pair in pairs.items() if target in moe.groups["experts"]]
-        stages += experts(item, d, moe, n, full, kinds.get("experts"), on_experts)
+        match half:
+            case specs.MoE():
+                pairs = adapter.lora.of(config) if adapter else {}
+                on_experts = [pair for target, pair in pairs.items() if target in half.groups["experts"]]
+                stages += experts(item, d, half, n, full, kinds.get("experts"), on_experts)
+                if half.shared is not None:
+                    stages += feed_forward(item, d, half.shared, n, full, kinds.get("mlp"))
+            case specs.MLP():
+                stages += feed_forward(item, d, half, n, full, kinds.get("mlp"))
+            case _:
+                assert_never(half)
         stages.append(Stage("norms, stream", 0, 2 * 8 * (FP32 if config.stream.fp32 else item) * n * d))
         for stage in stages:
             found[stage.name] = merged(stage.name, found.get(stage.name, Stage("", 0, 0)), *[stage] * stack.repeats)

@@ -105,17 +105,19 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
     frozen = experiment.adapter is not None
     dtype = t.compute_dtype if frozen else t.stored_dtype
     quantized = {path: kind for group, kind in experiment.kinds(config).items() for path in config.groups.get(group, ())}
-    stacks = {stack.name for stack in config.stacks}
+    stacks, buffers = {stack.name for stack in config.stacks}, set(config.buffers)
     found, rows = [], _rows_in_host(experiment, config)
     for (*module, name), shape in config.weights.items():
-        path = tuple(module)
+        path, buffer = tuple(module), (*module, name) in buffers
         kind = quantized.get(path) if name == "weight" else None
-        parts = quantized_parts(kind, shape) if kind else {dtype: math.prod(shape) * ITEM[dtype]}
+        own = "float32" if buffer else dtype
+        parts = quantized_parts(kind, shape) if kind else {own: math.prod(shape) * ITEM[own]}
         matrix, _ = config.linears.get(path, (None, 0))
         stacked = 0 if path[0] not in stacks else 2 if matrix and matrix.copies else 1
         in_host = rows.get(path, 0) if name == "weight" else 0  # an expert's bias stays on the device
         host = {part: in_host * size // shape[0] for part, size in _in_host(kind, shape, parts).items()} if in_host else {}
-        found.append(Stored(path, name, shape, not frozen, parts, parameters=math.prod(shape[:stacked]), host=host))
+        trained = not (frozen or buffer)
+        found.append(Stored(path, name, shape, trained, parts, parameters=math.prod(shape[:stacked]), host=host))
     return (*found, *adapters(experiment, config))
 
 

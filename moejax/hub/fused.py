@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.hub.names import modules
+from moejax.hub.names import modules, target_of
 from moejax.models.config import Architecture
 from moejax.models.config.adapters import Pair
 
@@ -44,6 +44,12 @@ def fuse(
     """
     ours = {name: target for target, name in sizes.target_names.items()}
     targets = {ours[name] for name in settings["target_modules"]}
+    apart = sorted(name for target, name in sizes.target_names.items() if target in targets and "." in name)
+    if apart:
+        raise UserError(
+            f"the fused format cannot hold the adapters on {', '.join(apart)}: PEFT 0.19 and later take such a name for the experts': use "
+            "--format peft"
+        )
     if len(targets & {"w1", "w3"}) == 1:
         raise UserError("the fused format adapts w1 and w3 together, and the run only one of them: use --format peft")
     if "w1" in targets and (pairs["w1"].rank, pairs["w1"].alpha) != (pairs["w3"].rank, pairs["w3"].alpha):
@@ -139,7 +145,7 @@ def unfuse(
     outer = "down" if nested or not any(name.endswith("gate_up_proj") for name in named) else "gate_up"
     kinds = {known["gate"].split(".")[1]: "gate", "experts": outer, "experts.base_layer": "gate_up"}
     shapes = {"gate": (1, hidden, experts), "gate_up": (experts, hidden, 2 * inner), "down": (experts, inner, hidden)}
-    places = modules(sizes)
+    places, targets = modules(sizes), target_of(sizes)
     names = {(place.path[-1], int(name.split(".")[2]), place.expert): name for name, place in places.items() if place.layer is not None}
     keys = {name: _key(name, kinds, known) for name in tensors}
     check_patterns(settings, set(keys.values()), path)
@@ -159,7 +165,7 @@ def unfuse(
             out[name] = tensors[name]
             continue
         pair = pair_of(settings, keys[name], path)
-        target = {"gate": "gate", "gate_up": "w1", "down": "w2"}[kind] if kind else places[module].path[-1]
+        target = {"gate": "gate", "gate_up": "w1", "down": "w2"}[kind] if kind else targets.get(module, module)
         if target in wanted and abs(pair.scale - wanted[target].scale) > 1e-6:
             ours = wanted[target]
             raise UserError(
@@ -181,8 +187,8 @@ def unfuse(
         a = checked(tensors[name_a], name_a, (count * pair.rank, columns), path, why)
         b = checked(tensors[name_b], name_b, (rows, pair.rank * count), path, why)
         layer = int(match[1])
-        if layer >= sizes.blocks:
-            raise UserError(f"{path}: tensor {name!r} has no place in a model of {sizes.blocks} layers: another base model?")
+        if ("router", layer, None) not in names:
+            raise UserError(f"{path}: tensor {name!r} has no place in this model of {sizes.blocks} layers: another base?")
         if kind == "gate":
             put(names["router", layer, None], pair, a, b)
             continue

@@ -20,7 +20,7 @@ from moejax.errors import UserError
 from moejax.files import replacing
 from moejax.hub.names import Place, tensors
 from moejax.hub.stored import Source
-from moejax.models.config import FAMILIES, Architecture
+from moejax.models.config import FAMILIES, Architecture, specs
 
 
 class _Form(NamedTuple):
@@ -80,8 +80,9 @@ def check(config: Architecture, kind: str) -> None:
             "--format gguf: the base's rotary positions are scaled (rope_scaling of its config.json), which is not written as GGUF. Use "
             "--format merged, or train without it"
         )
-    block = config.stacks[0].block
-    if (renormalizes := block.feed_forward.router.renormalize) != form.renormalizes:
+    experts = config.stacks[0].block.feed_forward
+    assert isinstance(experts, specs.MoE)  # of every family that is written
+    if (renormalizes := experts.router.renormalize) != form.renormalizes:
         raise UserError(
             f"--format gguf: norm_topk_prob is {str(renormalizes).lower()} here, and llama.cpp computes every {config.title} with "
             f"{str(form.renormalizes).lower()}: it would answer otherwise. Use --format merged"

@@ -46,9 +46,11 @@ class Matrix(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Of one layer. probabilities: fp32 [T, E]; own: int32 [T, K], the experts that it chose or would have chosen."""
+    """Of one layer. probabilities: fp32 [T, E]; ranked: the same with the router's bias, where it has one for the choice; own: int32
+    [T, K], the experts that it chose or would have chosen."""
 
     probabilities: np.ndarray
+    ranked: np.ndarray
     own: np.ndarray
 
 
@@ -105,7 +107,7 @@ class Walk:
     def step(self, model: int, experts: np.ndarray | None = None) -> Routing | None:
         """Run a model's stream through the layer that was read, each token through `experts` (int32 [T, K]) or those that it chooses.
 
-        None where nothing is chosen: in a dense model.
+        None where nothing is chosen: in a dense model, or a layer without experts.
         """
         layer = getattr(self.part, self._stack)
         if self._pairs[model] is not None:
@@ -204,7 +206,7 @@ def _one_layer(pairs: Any, layer: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, layer, 1), pairs)
 
 
-def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]]:
+def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, list[tuple[jax.Array, ...]]]]:
     """The compiled function of one layer: its weights, the stream [1, T, D] before it, the experts that tokens must visit, whether they
     visit their own instead, and how far the layer attends -> the stream after it, and what its router gave and would have chosen."""
     graphdef = nnx.split(layers)[0]
@@ -212,16 +214,19 @@ def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, l
     positions = jnp.arange(length)[None]
 
     @jax.jit
-    def run(state: nnx.State, x: jax.Array, experts: Any, free: Any, window: Any) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    def run(state: nnx.State, x: jax.Array, experts: Any, free: Any, window: Any) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
         layer: Any = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
-        choose, seen = layer.moe.choose, []
+        moe: Any = getattr(layer, "moe", None)
+        seen: list[tuple[jax.Array, ...]] = []
 
         def chosen(probabilities: jax.Array) -> jax.Array:
             own = choose(probabilities)
-            seen.append((probabilities, own))
+            seen.append((probabilities, moe.ranked(probabilities), own))
             return jnp.where(free, own, experts)
 
-        object.__setattr__(layer.moe, "choose", chosen)  # for this trace only
+        if moe is not None:
+            choose = moe.choose
+            object.__setattr__(moe, "choose", chosen)  # for this trace only
         return layer(x, segment_ids, positions, None, False, window)[0], seen
 
     return run

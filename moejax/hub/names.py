@@ -79,6 +79,13 @@ def modules(config: Architecture) -> dict[str, Place]:
 
 
 @lru_cache(maxsize=8)
+def target_of(config: Architecture) -> Mapping[str, str]:
+    """Every Hub module that can have an adapter -> the adapter's target, by our name."""
+    of_path = {path: target for target, paths in config.targets.items() for path in paths}
+    return {name: of_path[place.path] for name, place in modules(config).items() if place.path in of_path}
+
+
+@lru_cache(maxsize=8)
 def stacked(config: Architecture) -> Mapping[str, tuple[Part, ...]]:
     """Every tensor over all experts that transformers 5 makes of a layer's, and its parts, expert by expert."""
     table = {}

@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.files import lfs_pointer, replace_text
 from moejax.hub import peft_rows
 from moejax.hub.fused import check_patterns, checked, fuse, pair_of, patterns, unfuse
-from moejax.hub.names import Place, attribute, in_and_out, index_of, modules
+from moejax.hub.names import Place, attribute, in_and_out, index_of, modules, target_of
 from moejax.hub.safetensors_file import write_file
 from moejax.hub.stored import AGAIN
 from moejax.hub.torch_file import TorchFile
@@ -81,8 +81,11 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
     if fused or in_and_out(model.config):
         tensors, config = fuse(tensors, config, model.config, by_target)
     else:
-        # transformers 5 has the router as a parameter: gate.weight.
-        config |= patterns(by_target, names | {"gate": rf"{names['gate']}(\.weight)?"})
+        # transformers 5 has the router as a parameter: gate.weight. What an expert and others have is told apart by where it stands.
+        several = {t: rf"experts\.\d+\.{n}" for t, n in names.items() if any(other.endswith(f".{n}") for other in names.values())}
+        not_meant = sorted(n for t, n in names.items() if t not in by_target and n.endswith(tuple(f".{names[own]}" for own in by_target)))
+        config |= {"exclude_modules": not_meant} if not_meant else {}
+        config |= patterns(by_target, names | several | {"gate": rf"{names['gate']}(\.weight)?"})
     of_rows, settings = peft_rows.of_model(model)
     tensors, config = tensors | of_rows, config | settings
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,8 +215,10 @@ def _check_plain(config: dict[str, Any], path: Path) -> None:
 
 def _check_targets(model: Model, tensors: dict[str, np.ndarray], path: Path) -> None:
     """The layers that the file has pairs for must be those that the model has adapters on: said by target, not tensor by tensor."""
-    theirs = {name.removesuffix(".weight").rpartition(".lora_")[0].rpartition(".")[2] for name in tensors}
-    ours = {name.rpartition(".")[2] for name in adapted(model)}
+    named = {f"{_PREFIX}{name}": model.config.target_names[target] for name, target in target_of(model.config).items()}
+    found = {name.removesuffix(".weight").rpartition(".lora_")[0] for name in tensors}
+    theirs = {named.get(name, name.rpartition(".")[2]) for name in found}
+    ours = {named[f"{_PREFIX}{name}"] for name in adapted(model)}
     if theirs & {"experts", "base_layer"}:
         raise UserError(
             f"{path} has tensors in the format of transformers 5 with PEFT 0.19 or later (one adapter over all experts), but "

@@ -31,7 +31,7 @@ def save_weights(model: Model, folder: Path, dtype: Any = jnp.bfloat16) -> None:
             held = getattr(attribute(model, place.path), place.attr).get_value()
             if is_quantized(held):
                 raise UserError(f"{'.'.join(place.path)} is quantized: only a full-precision model can be written whole")
-            parts.append(np.asarray(held[index_of(place)].astype(dtype)))
+            parts.append(np.asarray(held[index_of(place)]))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     write_model(model, folder, value, dtype)
@@ -41,22 +41,24 @@ def write_model(
     model: Model, folder: Path, value: Callable[[str], np.ndarray], dtype: Any, *, shard_bytes: float = math.inf,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> int:  # fmt: skip
-    """Write `value(name)` of every tensor of the checkpoint as `dtype`, with an index where there are several files, and the configs.
-    Returns the tensors' bytes.
+    """Write `value(name)` of every tensor of the checkpoint as `dtype` (the architecture's buffers as fp32), with an index where there are
+    several files, and the configs. Returns the tensors' bytes.
 
     Each file is written aside and renamed: a half-written one is never taken for a whole. progress: called with the bytes of each tensor.
     Raises UserError for a full disk.
     """
     shapes, value = stored_shapes(model), _with_all_experts(model, value, dtype)
-    sizes = {name: jnp.dtype(dtype).itemsize * math.prod(shape) for name, shape in shapes.items()}
+    buffers = {n for n, places in tensors(model.config).items() if (*places[0].path, places[0].attr) in model.config.buffers}
+    dtypes = {name: jnp.float32 if name in buffers else dtype for name in shapes}
+    sizes = {name: jnp.dtype(dtypes[name]).itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards, files = plan_shards(sizes, shard_bytes), ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in zip(files, shards, strict=True):
-        with Writer(folder / file, {name: (shapes[name], dtype) for name in names}, {"format": "pt"}) as writer:
+        with Writer(folder / file, {name: (shapes[name], dtypes[name]) for name in names}, {"format": "pt"}) as writer:
             for name in names:
-                writer.write(name, value(name).astype(dtype))
+                writer.write(name, value(name).astype(dtypes[name]))
                 progress(sizes[name])
     if len(shards) > 1:
         index = {

@@ -22,7 +22,9 @@ ROUNDING = 1e-5
 """Of a matrix's largest number: fp32 sums in another order. What is stored in fewer bits may be off by half of its last one as well."""
 
 
-_NOT_COMPUTED = ("new_rows", "expert_format", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "max_position_embeddings")
+_NOT_COMPUTED = (
+    "new_rows", "expert_format", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "max_position_embeddings", "predicting_layers",
+)  # fmt: skip
 
 
 class Different(Exception):
@@ -89,11 +91,16 @@ def _changed_places(trained: Routing, written: Routing, limit: float, layer: int
     """bool [T]: which tokens would go to another expert; how far apart the two probabilities are at most."""
     count = trained.own.shape[1]
     changed = (np.sort(trained.own) != np.sort(written.own)).any(-1)
-    p = -np.sort(-trained.probabilities.astype(np.float64))  # [T, E], the largest first
-    bounded = np.clip(p, 1e-7, 1 - 1e-7)
+    bounded = np.clip(trained.probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
     scores = np.log(bounded) - np.log1p(-bounded)
-    apart = scores[:, count - 1] - scores[:, count]
-    no_tie = np.flatnonzero(changed & ~(apart <= 2 * limit * np.abs(scores).max()))
+    tie = 2 * limit * np.abs(scores).max()
+    p = -np.sort(-trained.ranked.astype(np.float64))  # [T, E], the largest first
+    if np.array_equal(trained.ranked, trained.probabilities):
+        scores = -np.sort(-scores)
+        apart = scores[:, count - 1] - scores[:, count]
+    else:  # with a bias for the choice; a sigmoid is at most a fourth as steep as its log-odds
+        apart, tie = p[:, count - 1] - p[:, count], tie / 4
+    no_tie = np.flatnonzero(changed & ~(apart <= tie))
     if no_tie.size:
         t = int(no_tie[0])
         raise Different(

@@ -23,7 +23,7 @@ from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
 from moejax.models.ops.quantized import is_quantized, storage
 from moejax.models.ops.split import whole
-from moejax.progress import bar
+from moejax.progress import bar, say
 
 __all__ = ["attribute", "index_of", "load_weights", "open_tensors", "read_config", "report", "resolve"]
 
@@ -67,6 +67,8 @@ def load_weights(
     with ExitStack() as stack:
         files = open_tensors(folder, stack, model.config)
         check_names(files, model, folder)
+        if beyond := [name for name in files if name.startswith(model.config.names.beyond)]:
+            say(f"{folder}: {len(beyond)} tensors behind the last layer, which predict further tokens, are not read, first {beyond[0]}")
         path = None
         # As small, and as fast to read.
         ready = any(isinstance(source, bitsandbytes.Quantized | mxfp4.Matrix) for source in files.values())
@@ -162,9 +164,8 @@ def check_names(files: dict[str, Any], model: Model, folder: Path) -> None:
     """Raises UserError where a tensor has no place in the model, is missing, or is quantized where the model is not, or the other way
     round."""
     config, places = model.config, tensors(model.config)
-    unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq"))
-    if config.tie_word_embeddings:
-        unknown = [name for name in unknown if name not in config.names.unread]
+    passed = (*config.names.beyond, *(config.names.unread if config.tie_word_embeddings else ()))
+    unknown = sorted(name for name in files if name not in places and not name.endswith("inv_freq") and not name.startswith(passed))
     if unknown:
         raise UserError(
             f"{folder}: {len(unknown)} tensors have no place in a {config.title} of {config.num_layers} layers and "

@@ -40,7 +40,7 @@ def report(experiment: Experiment) -> None:
         size, nbytes = sum(w.size for w in ws), sum(w.bytes for w in ws)
         storage, trains = max(ws, key=lambda w: w.bytes).storage, "yes" if ws[0].trained else "frozen"
         rows.append((name, f"{size:,}", storage, f"{gigabytes(nbytes)}", trains))
-    base, active = sizes.parameters
+    (base, active), buffers = sizes.parameters, sum(math.prod(sizes.weights[path]) for path in sizes.buffers)
     every = [w for ws in groups.values() for w in ws]
     trained = tuple(w for w in every if w.trained)
     weights, gradients = sum(w.bytes for w in every), sum(w.bytes for w in trained)
@@ -48,6 +48,7 @@ def report(experiment: Experiment) -> None:
     optimizer = optimizer_bytes(experiment.training, trained)
     sums = [
         ("base model", f"{base:,}", "", "", ""),
+        *([("and biases of a choice", f"{buffers:,}", "", "", "")] if buffers else []),
         (f"active per token, k = {sizes.experts_per_token}", f"{active:,}", "", "", ""),
         ("trained", f"{sum(w.size for w in trained):,}", trained[0].storage, f"{gigabytes(gradients)}", ""),
         ("weights in memory", "", "", f"{gigabytes(weights)}", ""),

@@ -7,9 +7,9 @@ head; the embedding is a look-up):
     gradient of the inputs        the same again (the chain passes through every frozen weight)
     gradient of the weights       the same for what is trained only: everything (full), or the adapter
 
-Attention scores and their product with V: 4·heads·head_dim per query and visible key; a query at position t of its segment sees
-t + 1 keys, or as many as its layer's window has; counted from the real segment lengths, twice as much again backward. Recomputation is
-not counted: it is overhead.
+Attention scores and their product with V: 2·heads·(numbers of a key + of a value) per query and visible key; a query at position t of
+its segment sees t + 1 keys, or as many as its layer's window has; counted from the real segment lengths, twice as much again backward.
+Recomputation is not counted: it is overhead.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def _apart(half: specs.Mixer | specs.FeedForward) -> tuple[int, int]:
     match half:
         case specs.GQA(heads=heads, head_dim=c):
             return 0, 4 * heads * c
+        case specs.MLA(heads=heads, head_dim=c, v_dim=v):
+            return 0, 2 * heads * (c + v)
         case specs.Mamba(inner=inner, state=states, conv=taps):  # a state's decay, its input, and its sum with C
             return (taps + 3 * states) * inner, 0
-        case specs.MoE():
+        case specs.MoE() | specs.MLP():
             return 0, 0
         case _:
             assert_never(half)

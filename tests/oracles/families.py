@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from check_fused import ATTENTION, PARAMETERS, fill
+from check_fused import PARAMETERS, fill
 from drawn import weight
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,6 +30,17 @@ GPT_OSS = dict(
     SIZES, head_dim=8, intermediate_size=12, num_local_experts=6, rms_norm_eps=1e-5, sliding_window=4, swiglu_limit=1.5, bos_token_id=None,
     tie_word_embeddings=False, rope_parameters=dict(YARN, truncate=False),
 )  # fmt: skip
+LATENT = dict(
+    SIZES, num_key_value_heads=4, moe_intermediate_size=12, intermediate_size=20, n_routed_experts=6, n_shared_experts=2, kv_lora_rank=11,
+    qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=9, n_group=1, topk_group=1, rms_norm_eps=1e-5, tie_word_embeddings=False,
+)  # fmt: skip
+DEEPSEEK3 = dict(LATENT, q_lora_rank=None, first_k_dense_replace=1, routed_scaling_factor=2.446, norm_topk_prob=True)
+DEEPSEEK2 = dict(
+    DEEPSEEK3, routed_scaling_factor=1.5, norm_topk_prob=False, topk_method="greedy", rms_norm_eps=1e-6, kv_lora_rank=12,
+    qk_nope_head_dim=8,  # transformers turns complex pairs, of even places in memory alone
+    rope_parameters=dict(YARN, mscale=0.5, mscale_all_dim=0.707),
+)  # fmt: skip
+GLM = dict(LATENT, q_lora_rank=10, routed_scaling_factor=1.8, norm_topk_prob=True)
 CASES = {
     "qwen3_moe": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False)),
     "qwen3_moe_dense": ("qwen3_moe", dict(QWEN3, norm_topk_prob=True, tie_word_embeddings=False, num_experts_per_tok=6)),
@@ -40,9 +51,13 @@ CASES = {
     "flex_olmo_dense": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False, num_experts_per_tok=6)),
     "gpt_oss": ("gpt_oss", GPT_OSS),
     "gpt_oss_dense": ("gpt_oss", dict(GPT_OSS, num_experts_per_tok=6)),
+    "deepseek_v3": ("deepseek_v3", dict(DEEPSEEK3, num_hidden_layers=3)),
+    "deepseek_v3_dense": ("deepseek_v3", dict(DEEPSEEK3, norm_topk_prob=False, num_experts_per_tok=6, q_lora_rank=10)),
+    "glm4_moe_lite": ("glm4_moe_lite", GLM),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK2),
     "olmoe_summed": ("olmoe", dict(OLMOE, norm_topk_prob=True, tie_word_embeddings=False, num_key_value_heads=4)),
 }
-FILES = {"gpt_oss": "gpt_oss.npz"}
+FILES = {"gpt_oss": "gpt_oss.npz", **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "latent.npz")}
 """The vectors of a family, where they are not in families.npz."""
 LENGTHS, PROMPTS = (13, 9, 5), (4, 2, 1)
 
@@ -78,10 +93,17 @@ def make_model(kind, settings, folder):
     return model, json.loads((Path(folder) / "config.json").read_text())
 
 
-def counts(router_logits, mask, k, experts):
-    """Choices per layer and expert over real tokens."""
-    chosen = [torch.topk(torch.softmax(logits.float(), -1), k, -1).indices[mask.reshape(-1).bool()] for logits in router_logits]
-    return torch.stack([torch.bincount(c.reshape(-1), minlength=experts) for c in chosen]).numpy()
+def counts(model, ids, mask):
+    """Choices per layer and expert over real tokens, as the layers' own routers make them."""
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    chosen = []
+    hooks = [router.register_forward_hook(lambda *call: chosen.append(call[-1][2])) for router in routers]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    real = [indices[mask.reshape(-1).bool()].reshape(-1) for indices in chosen]
+    return torch.stack([torch.bincount(one, minlength=router.num_experts) for one, router in zip(real, routers, strict=True)]).numpy()
 
 
 def versions():
@@ -118,11 +140,9 @@ def write(file, asked):
             model, config = make_model(kind, settings, folder)
             result = model(input_ids=ids, attention_mask=mask, labels=labels)
             result.loss.backward()
-            with torch.no_grad():
-                routed = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
             out[f"{case}/config"] = json.dumps(config)
             out |= {f"{case}/logits": result.logits.detach().numpy(), f"{case}/loss": result.loss.item()}
-            out[f"{case}/counts"] = counts(routed.router_logits, mask, settings["num_experts_per_tok"], model.config.num_local_experts)
+            out[f"{case}/counts"] = counts(model, ids, mask)
             for name, parameter in model.named_parameters():
                 out |= {f"{case}/grad/{part}": value for part, value in per_expert(name, parameter.grad.numpy(), kind)}
             if kind in FILES:
@@ -144,7 +164,8 @@ def generated(model, ids):
 def adapted(model):
     """The model with PEFT's own adapter on attention and on the fused experts."""
     experts = [name for name in PARAMETERS if ".experts." in name]
-    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION, target_parameters=experts, task_type="CAUSAL_LM")
+    linear = [name for name, module in model.model.layers[0].self_attn.named_children() if isinstance(module, torch.nn.Linear)]
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=linear, target_parameters=experts, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, settings).eval()
     fill(tuned)
     return tuned
