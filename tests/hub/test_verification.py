@@ -124,10 +124,10 @@ def test_a_wrong_merge_is_named(fault, name, trained, tmp_path, monkeypatch):
 def test_another_choice_that_is_no_tie():
     p = np.array([[0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.29, 0.01]], np.float32)
     right, second = np.array([[0, 1], [1, 0]], np.int32), np.array([[1, 0], [0, 2]], np.int32)
-    changed, apart = verification._changed_places(verification.Routing(p, right), verification.Routing(p, second), LIMIT, 0)
+    changed, apart = verification._changed_places(verification.Routing(p, p, right), verification.Routing(p, p, second), LIMIT, 0)
     assert changed.tolist() == [False, True] and apart == pytest.approx(0.01, rel=1e-5)
     with pytest.raises(verification.Different, match=r"layer 3 token 0 goes to experts \[0, 3\] instead of \[0, 1\], .*0\.3 and 0\.2"):
-        verification._changed_places(verification.Routing(p, right), verification.Routing(p, np.array([[0, 3], [0, 1]])), LIMIT, 3)
+        verification._changed_places(verification.Routing(p, p, right), verification.Routing(p, p, np.array([[0, 3], [0, 1]])), LIMIT, 3)
 
 
 def test_an_adapter_that_lost_an_expert_is_named(trained, tmp_path):

@@ -351,7 +351,7 @@ class TestAdaptersAndStorage:
         model = filled(build(config, **arguments))
         peft.save_adapter(model, tmp_path, "org/base", fused=fused)
         settings = json.loads((tmp_path / "adapter_config.json").read_text())
-        on_parameters = {"down_proj", "gate", "gate_proj", "up_proj"} if fused or case == ("gpt-oss-tiny",) else set()
+        on_parameters = {"down_proj", names["gate"], "gate_proj", "up_proj"} if fused or case == ("gpt-oss-tiny",) else set()
         assert settings["target_modules"] == sorted(set(names.values()) - on_parameters) and "exclude_modules" not in settings
         again = build(config, **arguments)
         peft.load_adapter(again, tmp_path)
