@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moejax.config_values import Positive, Real, Section, as_tuple
 
@@ -104,6 +104,14 @@ class PlacementConfig(Section):
         default="auto",
         description="experts come by the layer, or one by one ahead of their products; auto: as model.moe_backend multiplies them",
     )
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _one_of_both(cls, value: Any) -> Any:
+        """One message for both kinds of value, not one a kind."""
+        if value in ("device", "host", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            return value
+        raise ValueError(f"{value!r}: expected device, host, auto, or the number of layers whose experts are on the device")
 
     @property
     def uses_host(self) -> bool:

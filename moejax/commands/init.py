@@ -89,7 +89,8 @@ def _fitted(text: str, data: Path) -> str:
     held = min(said["data"]["holdout"], len(records) // 10)
     rows = math.ceil(data.stat().st_size / _BYTES_PER_TOKEN / said["data"]["row_tokens"])
     steps = said["training"]["epochs"] * math.ceil(rows / said["data"]["batch_rows"])
-    fitting = {"holdout": held, "warmup_steps": min(said["training"]["warmup_steps"], steps // 10)}
+    fitting = {"holdout": held, "every": min(said["checkpoint"]["every"], steps)}
+    fitting["warmup_steps"] = min(said["training"]["warmup_steps"], steps // 10)
     fitting["eval_every"] = min(said["training"]["eval_every"], max(1, steps // 4)) if held else "null"
     for key, value in fitting.items():
         text = re.sub(rf"^(  {key}:) \S+", rf"\1 {value}", text, count=1, flags=re.MULTILINE)

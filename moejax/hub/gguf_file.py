@@ -72,7 +72,7 @@ def check(config: Architecture, kind: str) -> None:
     form = _FORMS.get(config.model_type)
     if form is None:
         known = ", ".join(FAMILIES[name].title for name in _FORMS)
-        raise UserError(f"--format gguf: a {config.title} is not written as GGUF: {known} are. Use --format merged, or peft")
+        raise UserError(f"--format gguf: a {config.title} is not written as GGUF: {known} are. Use --format merged")
     if kind not in TYPES:
         raise UserError(f"--type {kind}: expected one of {', '.join(TYPES)} (other types: llama.cpp's own quantizer, docs/hub.md)")
     if vars(config).get("rope_scaling") is not None:
