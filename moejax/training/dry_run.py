@@ -16,7 +16,7 @@ from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders, tokens
-from moejax.training import low_precision, preference, scoring
+from moejax.training import experts, low_precision, preference, scoring
 from moejax.training.optimizer import kept_wide
 from moejax.training.run_steps import total_steps
 from moejax.training.start import read_data
@@ -27,6 +27,7 @@ def report(experiment: Experiment) -> None:
     asked = scoring.dry(experiment)
     experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
     sizes = architecture(experiment, model_folder(experiment))
+    experts.check_attention(experiment, sizes, "a GPU")  # what no card can run; this machine need not have one
     groups: dict[str, list[Stored]] = {}
     for w in stored(experiment, sizes):
         kind = sizes.kind_of((*w.module, w.name)) + (" LoRA" if w.name in ("a", "b") else "")

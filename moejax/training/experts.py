@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from moejax.config import Experiment
+from moejax.errors import UserError
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
@@ -54,6 +55,16 @@ def announce_attention(experiment: Experiment, config: Architecture, platform: s
     asked, dtype, length = experiment.model.attention, experiment.training.compute_dtype, experiment.data.longest_row
     reasons = {flash.why_blocks(asked, platform, dtype, head_dim, length, lacking) for head_dim, lacking in heads} - {None}
     return [f"attention: {f'blocks of queries ({reasons.pop()})' if reasons else 'flash, by the kernels of jax'}"]
+
+
+def check_attention(experiment: Experiment, config: Architecture, platform: str) -> None:
+    """Raises UserError where flash attention is asked for by name and cannot run on the platform (`choice.here`)."""
+    if experiment.model.attention != "flash":
+        return
+    for head_dim, lacking in attending(config):
+        reason = flash.refusal(platform, experiment.training.compute_dtype, head_dim, lacking)
+        if reason is not None:
+            raise UserError(f"model.attention = flash: {reason}. Expected auto (flash where it can run) or blocks")
 
 
 def attending(config: Architecture) -> set[tuple[int, str | None]]:

@@ -31,7 +31,7 @@ from moejax.gpus import GPU, GPUS
 from moejax.hub.model import model_arguments
 from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
-from moejax.models.ops import choice, flash, host
+from moejax.models.ops import choice, host
 from moejax.profiling.capture import compile_profiled
 from moejax.training import experts
 from moejax.training.optimizer import make_optimizer, make_schedule
@@ -93,8 +93,7 @@ class TrainProgram:
         self._pinned = None if there is None else _Pinned(Mesh(np.array([there]), ("device",)), PartitionSpec())
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
-        if experiment.model.attention == "flash":
-            _check_flash(config, self._device or choice.here(), experiment.training.compute_dtype)
+        experts.check_attention(experiment, config, self._device or choice.here())
         t = experiment.training
         schedule = make_schedule(t, t.steps or 1000) if own.optimizer is None else None
         self._optimizer = own.optimizer if schedule is None else make_optimizer(t, schedule)
@@ -236,14 +235,6 @@ class _Pinned(NamedSharding):
     @property
     def memory_kind(self) -> str:
         return host.KIND
-
-
-def _check_flash(config: Architecture, platform: str, dtype: str) -> None:
-    """Raises UserError where flash attention was asked for by name and cannot run."""
-    for head_dim, lacking in experts.attending(config):
-        reason = flash.refusal(platform, dtype, head_dim, lacking)
-        if reason is not None:
-            raise UserError(f"model.attention = flash: {reason}. Expected auto (flash where it can run) or blocks")
 
 
 def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:

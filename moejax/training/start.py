@@ -59,6 +59,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = tokens.with_rows(pinning.pinned(experiment, model_folder), model_folder)
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
+    experts.check_attention(experiment, config, choice.here())
     attention = experts.announce_attention(experiment, config, choice.here())
     wide = kept_wide(experiment, config) if own.optimizer is None else []
     for line in (*attention, *preference.told(experiment), *wide):

@@ -3,12 +3,12 @@
 import numpy as np
 from support import ROOT
 
-from moejax import config
+from moejax import cli, config
 from moejax.gpus import GPUS
 from moejax.models.config import PRESETS
 from moejax.models.ops import choice
 from moejax.models.ops.grouped import matmul as gm
-from moejax.training import experts
+from moejax.training import experts, start
 
 CONFIG = ROOT / "configs" / "bench_mixtral_tiny.yaml"
 
@@ -44,6 +44,16 @@ def test_a_gpu_says_by_what_it_attends():
     assert told(bf16, "model.attention=blocks") == ["attention: blocks of queries (model.attention)"]
     short = told(bf16, "data.row_tokens=64", "data.max_length=64")
     assert short == ["attention: blocks of queries (rows of 64 tokens, flash attention begins at 128)"]
+
+
+def test_flash_that_cannot_run_is_refused_by_the_dry_run_and_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    """The dry run refuses what no card can run; the run also what this machine cannot."""
+    gpt_oss = ["train", str(ROOT / "configs/gpt_oss_20b.yaml"), "model.attention=flash", f"runs_dir={tmp_path}"]
+    assert cli.main([*gpt_oss, "--dry-run"]) == 2
+    assert "no sinks and no window (here of 128 positions)" in capsys.readouterr().err
+    monkeypatch.setattr(start, "read_data", None)
+    assert cli.main(["train", str(CONFIG), "model.attention=flash", f"runs_dir={tmp_path}"]) == 2
+    assert "this is a CPU" in capsys.readouterr().err
 
 
 def test_the_nearest_measured_shape_decides(monkeypatch):
