@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ MARK = "moejax:"
 STAGES = {name for layer, parts in SCOPES.items() for name in (layer, *(f"{layer}/{part}" for part in parts))}
 NODE = "autograd::engine::evaluate_function"
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_READ = ("cpu_op", "user_annotation", *_DEVICE)
+_NUMBERS = ("Sequence number", "External id")
 _MICRO = 1e-6
 
 # What the MoE block itself calls, outside its modules: transformers writes these steps as plain functions.
@@ -64,9 +67,26 @@ def read(path: Path) -> list[dict[str, Any]]:
         opened: Any = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             events = json.load(file)["traceEvents"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} is no trace of torch.profiler, or is cut off ({type(error).__name__})") from None
+    wrong = next((n for n, e in enumerate(events) if not _whole(e)), None) if isinstance(events, list) else 0
+    if wrong is not None:
+        raise UserError(f"{path}: event {wrong} of its traceEvents is none that torch.profiler writes: damaged, or of another program?")
     return list(events)
+
+
+def _whole(event: Any) -> bool:
+    """Whether an event that is looked at has the fields that are read, with values of their types."""
+    if not isinstance(event, dict):
+        return False
+    if event.get("ph") != "X" or event.get("cat") not in _READ:
+        return True
+    values, times = event.get("args", {}), (event.get("ts"), event.get("dur"))
+    return (
+        isinstance(event.get("name"), str) and isinstance(event.get("tid"), int | str) and isinstance(values, dict)
+        and all(isinstance(time, int | float) and abs(time) < 1e18 for time in times)
+        and all(isinstance(values.get(key), int | None) for key in _NUMBERS)
+    )  # fmt: skip
 
 
 def analyze(raw: list[dict[str, Any]]) -> Times:
@@ -100,10 +120,10 @@ def _events(raw: list[dict[str, Any]]) -> tuple[dict[Any, list[Event]], list[Eve
     device = []
     for e in raw:
         kind = e.get("cat")
-        if e.get("ph") != "X" or kind not in ("cpu_op", "user_annotation", *_DEVICE):
+        if e.get("ph") != "X" or kind not in _READ:
             continue
         values = e.get("args", {})
-        start, numbers = float(e["ts"]), (values.get("Sequence number"), values.get("External id"))
+        start, numbers = float(e["ts"]), [values.get(key) for key in _NUMBERS]
         event = Event(e["name"], kind, e["tid"], start, start + float(e["dur"]), *numbers)
         if kind in _DEVICE:
             device.append(event)

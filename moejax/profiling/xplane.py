@@ -148,6 +148,17 @@ def read(path: Path) -> Trace:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     planes = {plane.name: plane for plane in space.planes}
+    try:
+        return _trace(path, planes)
+    except (DecodeError, _Damaged) as error:
+        raise UserError(f"{path} is damaged ({error}): profile again") from None
+
+
+class _Damaged(Exception):
+    """What a trace that was written whole does not hold."""
+
+
+def _trace(path: Path, planes: dict[str, Any]) -> Trace:
     gpus = sorted(name for name in planes if name.startswith("/device:GPU:"))
     busy = [name for name in gpus if planes[name].lines]
     if len(busy) > 1:
@@ -158,7 +169,7 @@ def read(path: Path) -> Trace:
     host = _threads(planes["/host:CPU"]) if "/host:CPU" in planes else []
     for span in (span for thread in host for span in thread):
         if "step_num" in span.stats:
-            trace.steps.append(StepMarker(int(span.stats["step_num"] or 0), span.start, span.end))
+            trace.steps.append(StepMarker(_number(span, "step_num"), span.start, span.end))
         if span.name.endswith("::RunBackend"):
             trace.compiled.append(span.name)
     if gpus:  # lines that are no streams are made from these
@@ -183,7 +194,7 @@ def _programs(plane: Any) -> dict[int, Any]:
                 # The id that events carry stands in the entry's name, module(id), and in the module.
                 module = MESSAGES["HloProto"].FromString(stat.bytes_value).hlo_module
                 named = entry.name.rpartition("(")[2].rstrip(")")
-                programs[int(named) if named.lstrip("-").isdigit() else module.id] = module
+                programs[int(named) if named.lstrip("-").isdecimal() and len(named) < 21 else module.id] = module
     return programs
 
 
@@ -208,14 +219,24 @@ def _threads(plane: Any, prefix: str = "") -> list[list[_Span]]:
                 start = line.timestamp_ns * 1000 + e.offset_ps
                 stats = {keys.get(s.metadata_id, ""): s.str_value or s.int64_value or s.uint64_value or keys.get(s.ref_value, "")
                          for s in e.stats}  # fmt: skip
+                if e.metadata_id not in names:
+                    raise _Damaged(f"an event of line {line.name!r} has no name")
                 thread.append(_Span(names[e.metadata_id], start, start + e.duration_ps, stats))
             threads.append(thread)
     return threads
 
 
+def _number(span: _Span, key: str) -> int:
+    """A whole number among an event's values, 0 where there is none."""
+    value = span.stats.get(key) or 0
+    if not isinstance(value, int):
+        raise _Damaged(f"{key} = {value[:40]!r} of event {span.name[:40]!r} is no number")
+    return value
+
+
 def _event(span: _Span, tasks: Iterable[tuple[int, int]] = ()) -> Event:
     path = str(span.stats.get("tf_op") or span.stats.get("name") or "")
-    instruction, program = str(span.stats.get("hlo_op", "")), int(span.stats.get("program_id") or 0)
+    instruction, program = str(span.stats.get("hlo_op", "")), _number(span, "program_id")
     return Event(span.start, span.end, instruction, program, span.name, path.rpartition(":")[0] or path, tuple(tasks))
 
 
@@ -240,9 +261,9 @@ def _tasks(threads: list[list[_Span]]) -> dict[int, list[tuple[int, int]]]:
             while running and running[-1].end < span.start:
                 running.pop()
             if span.name == _CALLER and running:
-                owners[int(span.stats.get("_p") or 0)] = id(running[-1])
+                owners[_number(span, "_p")] = id(running[-1])
             elif span.name == _TASK:
-                task, begun = int(span.stats.get("_c") or 0), span.start
+                task, begun = _number(span, "_c"), span.start
             elif task and (operation or span.name == _TASK_END or span.name.startswith(("end: ", "ThunkExecutor"))):
                 parts.append((task, begun, span.start))
                 task = 0

@@ -11,7 +11,7 @@ from typing import Literal
 
 from moejax import gpus
 from moejax.estimator import closed_form, sizes
-from moejax.study.characterize.presets import Batch, queries_of
+from moejax.study.characterize.presets import Batch, Sizes, queries_of
 from moejax.study.characterize.study import Setting, Study
 from moejax.study.report.results import Environment
 from moejax.training import flops
@@ -44,6 +44,11 @@ class Task:
         return self.kind in ("throughput", "breakdown", "length", "expert_load")
 
 
+def packed_row(sizes: Sizes, s: Setting) -> int:
+    """Tokens of a packed row: a preset's, but never less than the longest query of the data."""
+    return max(sizes.pack_row_tokens or 0, s.longest)
+
+
 def tasks(study: Study) -> list[Task]:
     """All trials, in the order in which they run: what others wait for first."""
     sizes_, found = study.sizes, []
@@ -58,11 +63,10 @@ def tasks(study: Study) -> list[Task]:
             found.append(Task(f"length/{s.key}/{length}", "length", s, "fixed", "largest", length))
     for s in study.settings:
         found += [Task(f"throughput/{s.key}/padded/{_name(b)}", "throughput", s, "pad_longest", b, s.longest) for b in sizes_.batches]
-        row = sizes_.pack_row_tokens or s.longest
-        found += [Task(f"throughput/{s.key}/packed/{_name(b)}", "throughput", s, "pack", b, row) for b in sizes_.packed]
+        found += [Task(f"throughput/{s.key}/packed/{_name(b)}", "throughput", s, "pack", b, packed_row(sizes_, s)) for b in sizes_.packed]
     for s in study.settings:
         if s.routing == "sparse":
-            found.append(Task(f"expert_load/{s.key}", "expert_load", s, "pack", None, sizes_.pack_row_tokens or s.longest))
+            found.append(Task(f"expert_load/{s.key}", "expert_load", s, "pack", None, packed_row(sizes_, s)))
     for s in {s.model: s for s in study.settings}.values():
         found += [Task(f"fit/{s.model}", "fit", s), Task(f"cost/{s.model}", "cost", s)]
     return found

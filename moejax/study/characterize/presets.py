@@ -26,7 +26,7 @@ class Sizes:
     routings: tuple[str, ...] = ("sparse", "dense")
     batches: tuple[Batch, ...] = (1, "1/4", "1/2", "largest")
     packed: tuple[Batch, ...] = (1, "1/4", "1/2", "largest")
-    pack_row_tokens: int | None = None  # None: as long as the longest query
+    pack_row_tokens: int | None = None  # at least as long as the longest query; None: just so
     queries: int = 1000
     breakdown_tokens: int = 128
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)

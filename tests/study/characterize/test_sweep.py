@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_study import ENVIRONMENT
 
 from moejax import cli
 from moejax.errors import UserError
-from moejax.study.characterize import children, presets
+from moejax.study.characterize import children, plan, presets
 from moejax.study.characterize.sweep import Sweep
 from moejax.study.report import results
 
@@ -145,6 +146,7 @@ def test_more_queries_than_fit_are_not_run(open_sweep, ran):
 DRIVER = """
 import sys; sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
+from types import SimpleNamespace
 import small_study
 from moejax.study.characterize import study
 from moejax.study.characterize.sweep import Sweep
@@ -321,3 +323,9 @@ def test_lengths_of_a_sweep_are_of_whole_rows():
     asked = ["sweep.lengths=[75, 80, 128]", "sweep.breakdown_tokens=100", "sweep.pack_row_tokens=null", "name=a"]
     sizes, rest = presets.override(presets.STUDY, asked)
     assert (sizes.lengths, sizes.breakdown_tokens, sizes.pack_row_tokens, rest) == ((80, 128), 112, None, ["name=a"])
+
+
+@pytest.mark.parametrize(("asked", "longest", "row"), [(None, 72, 72), (96, 72, 96), (96, 128, 128)])
+def test_a_packed_row_holds_the_longest_query(asked, longest, row):
+    setting = SimpleNamespace(longest=longest)
+    assert plan.packed_row(dataclasses.replace(presets.STUDY, pack_row_tokens=asked), setting) == row
