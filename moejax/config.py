@@ -12,6 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from moejax.config_file import apply, explain, put, read
+from moejax.config_mesh import MeshConfig
 from moejax.config_model import AdapterConfig, ModelConfig, QuantizationConfig
 from moejax.config_preference import PreferenceConfig
 from moejax.config_sources import FieldNames, Sources, WeightedSource, named
@@ -243,6 +244,7 @@ class Experiment(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
     device: DeviceConfig = DeviceConfig()
+    mesh: MeshConfig | None = Field(None, description="several devices; null: one")
     profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
     made_of: MadeOf | None = Field(None, description="written by the run: hashes of the contents that it was made of")
 
@@ -275,6 +277,8 @@ class Experiment(Section):
             if self.training.accumulation == "layer_major":
                 raise ValueError("training.accumulation = layer_major: the pairs of a micro-batch are compared with each other: expected "
                                  "micro_batch_major or auto with preference")
+        if self.mesh is not None:
+            self.mesh.check(self)
         if self.data.source is not None and self.tokenizer is None and self.model.source is None:
             raise ValueError("tokenizer is missing: a model with random weights brings none")
         if not all(token.strip() for token in self.added_tokens):
@@ -294,6 +298,8 @@ class Experiment(Section):
                 raise ValueError(f"rows of {self.data.longest_text} tokens exceed the model's max_position_embeddings = {limit}")
             self.kinds(sizes)
             self.placement.check(sizes.expert_layers)
+            if self.mesh is not None and self.mesh.devices is not None:
+                self.mesh.check_experts(self.mesh.devices, sizes.num_experts)
             if self.adapter is not None and sizes.target_names:
                 self.adapter.lora.of(sizes)
         return self

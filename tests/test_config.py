@@ -197,3 +197,23 @@ def test_a_large_vocabulary_has_small_chunks_of_logits(vocabulary, tokens):
     training = config.TrainingConfig(steps=1)
     assert training.loss_chunk(vocabulary) == tokens and tokens * vocabulary <= max(config_training.LOGITS, vocabulary)
     assert config.TrainingConfig(steps=1, loss_chunk_tokens=77).loss_chunk(vocabulary) == 77
+
+
+MESH = {
+    "mesh.devices=3 data.batch_rows=4": r"data.batch_rows = 4 .* 3 devices .* expected 3 or 6",
+    "mesh.devices=8 data.batch_rows=4": r"expected 8",
+    "mesh.devices=3 data.batch_rows=3 mesh.weights=experts model.source=null model.preset=mixtral-tiny tokenizer=x": (
+        r"8 experts over 3 devices do not divide: expected mesh.devices=2 or 4"
+    ),
+    "mesh.weights=spread placement.experts=host": r"placement.experts = host with mesh.weights = spread",
+    "mesh.weights=spread adapter=null quantization.format=none": r"mesh.weights = spread is of frozen weights",
+    "mesh.coordinator=a:1 mesh.processes=2": r"process_id: not set",
+    "mesh.coordinator=a:1 mesh.processes=2 mesh.process_id=2": r"process_id = 2: expected 0 to 1",
+    "mesh.coordinator=nowhere": "coordinator",
+}
+
+
+@pytest.mark.parametrize("changes", MESH)
+def test_a_mesh_that_does_not_go_with_the_rest(changes):
+    with pytest.raises(UserError, match=MESH[changes]):
+        config.load(ROOT / "configs/demo.yaml", changes.split())
