@@ -32,6 +32,7 @@ ESTIMATE = {
     "plan": Command("which GPU is cheapest, fastest for a budget, cheapest in time", "moejax.commands.estimate_plan"),
     "fit": Command("fit coefficients.json to several profiled runs of one model", "moejax.commands.estimate_fit"),
     "compare": Command("a run's predicted memory and time, and measured (accuracy: compare)", "moejax.commands.estimate_compare"),
+    "receipts": Command("measured steps that estimates rest on: published ones, and your own", "moejax.commands.estimate_receipts"),
     "reproduce": Command("the study's Tables III, IV and Figures 13 to 15; then our model", "moejax.study.cost.command"),
 }
 GROUPS = {

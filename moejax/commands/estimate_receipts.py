@@ -1,0 +1,58 @@
+"""`moejax estimate receipts`: measured steps that the estimates of other tools, and of this one, rest on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from moejax import gpus
+from moejax.commands.tables import print_json, show_table
+
+if TYPE_CHECKING:
+    from moejax.estimator.receipts import Receipt
+
+RECEIPTS_HELP = "a folder with your own: receipts (*.json), or runs, each of which has its receipt.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--receipts", metavar="DIR", help=RECEIPTS_HELP)
+    parser.add_argument("--tool", metavar="NAME", help="only of this software: moejax, unsloth, e4b, …")
+    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    from moejax.estimator import receipts
+
+    table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    every = receipts.with_own(options.receipts, table)
+    found = [r for r in every if options.tool in (None, r.tool_name)]
+    differ = {m: receipts.contradictions(found, m) for m in ("step_seconds", "peak_gb_allocator")}
+    if options.json:
+        same = {m: [[r.id for r in group] for group in groups] for m, groups in differ.items()}
+        print_json({"receipts": [r.model_dump(mode="json", exclude_none=True) for r in found], "contradictions": same})
+        return 0
+    notes = [f"{_of_one_recipe(group)}: {_values(group, m)}; both stay, and intervals hold both" for m in differ for group in differ[m]]
+    notes.append("GB: the allocator's peak, 1e9 bytes; -: not published; sources: --json")
+    columns = ("receipt", "tool", "model", "GPU", "experts in", "weights", "rank", "rows", "tokens/row", "s/step", "GB")
+    show_table(f"{len(found)} receipts", columns, [_cells(r) for r in found], notes)
+    return 0
+
+
+def _cells(r: Receipt) -> tuple[Any, ...]:
+    rows = None if r.rows is None else f"{r.micro_batch} x {r.accumulation}"
+    tokens = None if r.row_tokens_mean is None else round(r.row_tokens_mean)
+    version = "" if r.tool_version is None else f" {r.tool_version}"
+    return (
+        r.id, r.tool_name + version, r.model, r.gpu, r.experts_in, r.weights, r.lora_rank, rows, tokens, r.step_seconds,
+        None if r.peak_gb_allocator is None else float(r.peak_gb_allocator),
+    )  # fmt: skip
+
+
+def _of_one_recipe(group: tuple[Receipt, ...]) -> str:
+    return f"one recipe, {' and '.join(r.id for r in group)}"
+
+
+def _values(group: tuple[Receipt, ...], measured: str) -> str:
+    unit = "s" if measured == "step_seconds" else "GB"
+    return " and ".join(f"{getattr(r, measured):g} {unit}" for r in group)
