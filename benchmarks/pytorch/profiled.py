@@ -47,7 +47,7 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
     peak, bandwidth = peaks(trainer.options.device, e["training"]["compute_dtype"])
     memory = next(iter(trainer.memory().values()))
     profile_ = {
-        "schema_version": 1,
+        "schema_version": 2,
         "framework": "pytorch",
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | trainer.side.versions,
         "device": {
@@ -72,11 +72,14 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
             "arguments_bytes": None,
             "temporaries_bytes": None,
         },
-        "phases": found.phases,
+        "phases": {"collectives": 0.0} | found.phases,
         "layers": found.layers,
         "moe_kernels": found.moe_kernels,
         "cost": None,
         "expert_load": of_steps.expert_load(traced),
+        "devices": 1,
+        "mode": None,
+        "collectives": {},
     }
     (out / "step_profile.json").write_text(json.dumps(profile_, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"{100 * found.attributed:.1f} % of a traced step is under a named stage")

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from moejax.errors import UserError
 from moejax.estimator.units import counted
-from moejax.profiling import roofline, schema, torch_trace, xplane
+from moejax.profiling import roofline, schema, torch_trace, traced, xplane
 from moejax.profiling.bars import Bars, draw, study, takeaways
 from moejax.profiling.breakdown import Breakdown, analyze
 from moejax.profiling.roofline import Peaks, Stage
+from moejax.profiling.scopes import COLLECTIVES
 from moejax.profiling.times import Times
 from moejax.terminal import Console, figures
 
@@ -28,14 +29,27 @@ STUDY_EXPERTS = 8  # of both of the study's models
 
 @dataclass(frozen=True)
 class Run:
-    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone). moe: as
-    step_profile.json says it, where there is one."""
+    """A run's bars; and its trace's breakdown and stages where there is a trace (a PyTorch run brings step_profile.json alone). profile:
+    its step_profile.json, where there is one."""
 
     bars: Bars
     breakdown: Breakdown | None = None
     stages: list[Stage] = field(default_factory=list)
     peaks: Peaks = NO_PEAKS
-    moe: schema.Moe | None = None
+    profile: schema.StepProfile | None = None
+
+    @property
+    def collectives(self) -> dict[str, schema.Collective]:
+        """By kind."""
+        if self.breakdown is None:
+            return (self.profile.collectives if self.profile else None) or {}
+        return self.breakdown.profiled_collectives
+
+    @property
+    def imbalance(self) -> dict[str, float]:
+        """Layer -> load of the busiest device over the mean one's, where devices hold experts of their own."""
+        p = self.profile
+        return {} if p is None or p.mode != "experts" or not p.expert_load else traced.imbalance(p.expert_load, p.devices)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +92,11 @@ _ALL = [(model, kind) for model in ("mixtral", "blackmamba") for kind in ("dense
 def _setting(r: Run) -> tuple[str, str] | None:
     """Which of the study's models and kinds a run is compared with: the one that scans or the one that attends; None: with neither, where
     it has another number of experts. A bare trace does not say how many: there its stages alone decide."""
-    if r.moe is not None and r.moe.experts != STUDY_EXPERTS:
+    moe = None if r.profile is None else r.profile.moe
+    if moe is not None and moe.experts != STUDY_EXPERTS:
         return None
     chosen = "moe/dispatch" in r.bars.kernels or "moe/topk" in r.bars.kernels
-    dense = not chosen if r.moe is None else r.moe.top_k == r.moe.experts  # PyTorch chooses with k = E too
+    dense = not chosen if moe is None else moe.top_k == moe.experts  # PyTorch chooses with k = E too
     return "blackmamba" if "mamba" in r.bars.layers else "mixtral", "dense" if dense else "sparse"
 
 
@@ -101,7 +116,7 @@ def load(path: Path) -> Run:
     b = analyze(xplane.read(xplane.find(path)))
     profile = schema.read(described) if path.is_dir() and described.is_file() else None
     peaks = roofline.believed(b, NO_PEAKS if profile is None else _peaks(profile.device))
-    return Run(_bars(name, b), b, roofline.stages(b, peaks), peaks, None if profile is None else profile.moe)
+    return Run(_bars(name, b), b, roofline.stages(b, peaks), peaks, profile)
 
 
 def _bars(name: str, times: Times) -> Bars:
@@ -123,10 +138,10 @@ def _from_profile(profile: schema.StepProfile, name: str) -> Run:
         raise UserError(
             f"the {schema.FILE_NAME} of {name} holds no phases and there is no trace: profile the run with `moejax profile CONFIG`"
         )
-    phases = {k: v or 0.0 for k, v in profile.phases.model_dump().items()}
+    phases = {k: v or 0.0 for k, v in profile.phases.model_dump().items() if v or k != COLLECTIVES}
     idle = phases.pop("idle")
     bars = Bars(f"{name}\n({profile.framework})", phases, profile.layers, profile.moe_kernels or {}, idle=idle)
-    return Run(bars, peaks=_peaks(profile.device), moe=profile.moe)
+    return Run(bars, peaks=_peaks(profile.device), profile=profile)
 
 
 def as_dict(r: Run) -> dict[str, Any]:
@@ -141,10 +156,12 @@ def as_dict(r: Run) -> dict[str, Any]:
         "takeaways": takeaways(r.bars),
         "peaks": vars(r.peaks),
         "stages": [vars(s) for s in r.stages],
+        "collectives": {kind: c.model_dump() for kind, c in r.collectives.items()},
+        "imbalance": r.imbalance,
     } | ({} if b is None else {name: getattr(b, name) for name in _OF_A_TRACE})
 
 
-_OF_A_TRACE = ("program", "platform", "steps", "step_seconds", "busy_seconds", "mixed_seconds", "attributed")
+_OF_A_TRACE = ("program", "platform", "steps", "step_seconds", "busy_seconds", "mixed_seconds", "attributed", "working")
 
 
 def _print(r: Run, console: Console) -> None:
@@ -152,8 +169,13 @@ def _print(r: Run, console: Console) -> None:
     title = r.bars.name.replace("\n", " ")
     if b is not None:
         title += f": {counted(b.steps, 'traced step')} of {b.program} on a {b.platform.upper()}"
+        title += f", the mean of {len(b.working)}" if len(b.working) > 1 else ""
     console.print(title, style="bold", soft_wrap=True)
     console.print(_phases(r))
+    if r.collectives:
+        console.print(_collectives(r))
+    for line in _unevenness(r):
+        console.print(line, soft_wrap=True)
     if b is None:
         return
     console.print(_stages(r, whole=console.width >= WIDE))
@@ -188,6 +210,34 @@ def _phases(r: Run) -> Table:
     table.add_section()
     table.add_row("step", _ms(whole), "")
     return table
+
+
+def _collectives(r: Run) -> Table:
+    """What goes between the devices: how often, how much each receives, and whether it does anything else meanwhile."""
+    table = figures("collective", "a step", "MB", "ms", "exposed", "overlapped", "GB/s", title="between devices, each receives")
+    for kind, c in r.collectives.items():
+        exposed, overlapped = c.exposed_seconds or 0.0, c.overlapped_seconds or 0.0
+        seconds, received = exposed + overlapped, c.bytes or 0.0
+        rate = f"{received / seconds / 1e9:.2f}" if seconds else ""
+        table.add_row(kind, f"{c.count:.0f}", f"{received / 1e6:.1f}", _ms(seconds), _ms(exposed), _ms(overlapped), rate)
+    return table
+
+
+def _unevenness(r: Run) -> list[str]:
+    """Of several devices: how much more the busiest has to do."""
+    told = []
+    if r.breakdown is not None and len(working := r.breakdown.working) > 1:
+        mean = sum(working.values()) / len(working)
+        busiest = max(working, key=lambda device: working[device])
+        told.append(f"work beside collectives: device {busiest} has {working[busiest] / mean:.2f} times the mean's ({_ms(mean)} ms)")
+    if of_layers := r.imbalance:
+        worst = max(of_layers, key=lambda layer: of_layers[layer])
+        mean = sum(of_layers.values()) / len(of_layers)
+        told.append(
+            f"experts over devices: the busiest has {mean:.2f} times the mean's tokens in the mean layer, {of_layers[worst]:.2f} in layer "
+            f"{worst}"
+        )
+    return told
 
 
 def _stages(r: Run, whole: bool) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moejax.estimator import sizes
+from moejax.estimator import links, sizes
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 PLACEMENTS = (("device", "device"), ("host", "device"), ("host", "host"))
 """Of experts and tables, from what is fastest to what takes least of the device."""
-PCIE = {3: 12.6e9, 4: 25.2e9, 5: 50.4e9}
-"""Generation -> bytes/s of a copy out of pinned memory over 16 lanes: 80 % of what 8, 16 and 32 GT/s (PCI-SIG, 128 bits in 130) carry."""
+PCIE = {generation: links.LINKS[f"PCIe {generation}"].rate for generation in (3, 4, 5)}
+"""Generation -> bytes/s of a copy out of pinned memory over 16 lanes."""
 ROW_BYTES = 1 << 18  # of models/ops/host.py
 
 
@@ -38,4 +38,4 @@ def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_toke
 
 def rate(gpu: GPU) -> float:
     """Bytes/s over a card's own link."""
-    return PCIE[gpu.pcie] * gpu.pcie_lanes / 16
+    return links.pcie(gpu).rate

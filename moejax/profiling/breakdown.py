@@ -3,6 +3,9 @@
 Wall time is partitioned. At every instant the operations that run share it equally; a loop or a call, which only runs other
 operations, has what is left when none of these runs. So nothing counts twice, and all phases together are the time in which the
 device was busy; the rest of a step is "idle". Everything here comes from the trace's file alone.
+
+Of several devices each has its own partition, and all figures are of the mean device. What goes between them (collectives) has, like a
+loop, only the time in which its device does nothing else: that is exposed; the rest of it is overlapped.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moejax.errors import UserError
-from moejax.profiling import scopes
+from moejax.profiling import collectives, schema, scopes
+from moejax.profiling.collectives import Collective
 from moejax.profiling.program import CONTAINERS, Cost, Program
-from moejax.profiling.scopes import NOWHERE, OUTSIDE, Place
+from moejax.profiling.scopes import COLLECTIVES, NOWHERE, OUTSIDE, Place
 from moejax.profiling.times import Times, partition
 from moejax.profiling.xplane import Event, Trace
 
@@ -30,6 +34,18 @@ class Breakdown(Times):
     costs: dict[Place, Cost]
     mixed_seconds: float  # what fusions that mix stages or phases were split off their largest part, by their instructions' own cost
     unnamed: list[tuple[str, float]]  # the longest under none of our scopes: path or instruction, seconds
+    collectives: dict[str, Collective]  # by kind
+    working: dict[int, float]  # device -> seconds per step in which it did anything but collectives
+
+    @property
+    def profiled_collectives(self) -> dict[str, schema.Collective]:
+        """As step_profile.json has them."""
+        return {
+            kind: schema.Collective(
+                count=c.count, bytes=c.bytes, exposed_seconds=c.exposed_seconds, overlapped_seconds=c.seconds - c.exposed_seconds
+            )
+            for kind, c in self.collectives.items()
+        }
 
     @property
     def cost(self) -> dict[str, Cost]:
@@ -54,30 +70,52 @@ def analyze(trace: Trace) -> Breakdown:
     start, end = _window(trace, ours)
     events = [e for e in trace.events if e.end > start and e.start < end]
     start, end = min(start, *(e.start for e in events)), max(end, *(e.end for e in events))
-    steps = len(trace.steps) or runs
-    spent = partition(events, [_is_container(e, programs) for e in events])
-    scale = PICO / steps
+    devices = sorted({e.device for e in events if e.program in ours})
+    steps = len(trace.steps) or runs // len(devices)
+    each = 1 / (steps * len(devices))  # of a sum over all steps and devices, the mean
     seconds: dict[Place, float] = defaultdict(float)
     unnamed: dict[str, float] = defaultdict(float)
     counts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    between: dict[str, Collective] = defaultdict(Collective)
+    working: dict[int, float] = dict.fromkeys(devices, 0.0)
     mixed = 0.0
-    for event, time in zip(events, spent, strict=True):
-        if event.program in ours:
-            counts[event.program][event.instruction] += 1 / steps
-        shares = _shares(event, programs, ours)
-        mixed += time * scale * (1 - max(shares.values()))
-        for where, share in shares.items():
-            seconds[where] += time * share * scale
-            if where.stage == OUTSIDE:
-                unnamed[_label(event, programs)] += time * share * scale
+    for device in devices:
+        own = [e for e in events if e.device == device]
+        kinds = [_collective(e, programs) for e in own]
+        last = [kind is not None or _is_container(e, programs) for e, kind in zip(own, kinds, strict=True)]
+        for event, kind, time in zip(own, kinds, partition(own, last), strict=True):
+            if event.program in ours:
+                counts[event.program][event.instruction] += each
+            shares = _shares(event, programs, ours)
+            if kind is not None:
+                program = programs[event.program]
+                received = collectives.received(program, program.instructions[event.instruction], len(devices))
+                between[kind] += Collective(each, received * each, (event.end - event.start) * PICO * each, time * PICO * each)
+                shares = {where._replace(phase=COLLECTIVES): share for where, share in shares.items()}
+            else:
+                working[device] += time * PICO / steps
+            mixed += time * PICO * each * (1 - max(shares.values()))
+            for where, share in shares.items():
+                seconds[where] += time * share * PICO * each
+                if where.stage == OUTSIDE:
+                    unnamed[_label(event, programs)] += time * share * PICO * each
     costs: dict[Place, Cost] = defaultdict(Cost)
     for number in ours & counts.keys():
         # Programs of several batch shapes take turns: each counts by its share of the steps.
         weight = _runs(trace, programs, {number}) / runs
         for where, cost in programs[number].costs({k: v / weight for k, v in counts[number].items()}).items():
-            costs[where] += cost.times(weight * runs / steps)
+            costs[where] += cost.times(weight * runs * each)
     longest = sorted(unnamed.items(), key=lambda item: -item[1])
-    return Breakdown(steps, (end - start) * scale, dict(seconds), name, trace.platform, dict(costs), mixed, longest[:20])
+    return Breakdown(
+        steps, (end - start) * PICO / steps, dict(seconds), name, trace.platform, dict(costs), mixed, longest[:20], dict(between), working
+    )
+
+
+def _collective(event: Event, programs: dict[int, Program]) -> str | None:
+    """Its kind, where it is one."""
+    program = programs.get(event.program)
+    instruction = None if program is None else program.instructions.get(event.instruction)
+    return None if program is None or instruction is None else collectives.kind(program, instruction)
 
 
 def _step_program(trace: Trace, programs: dict[int, Program]) -> str:

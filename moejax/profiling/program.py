@@ -128,7 +128,7 @@ class Program:
 
     def _inherited(self, instruction: Any) -> dict[Place, float]:
         """Of an instruction without a path: what its operands say, else its users, else what calls it. Breadth first."""
-        for neighbours in (self._operands, lambda i: self._users[i.id]):
+        for neighbours in (self.operands, lambda i: self._users[i.id]):
             frontier, seen = [instruction], {instruction.id}
             for _ in range(8):
                 frontier = [n for i in frontier for n in neighbours(i) if n.id not in seen]
@@ -140,7 +140,8 @@ class Program:
         caller = self._callers.get(self._home[instruction.id])
         return {} if caller is None else self._shares_of(caller)
 
-    def _operands(self, instruction: Any) -> list[Any]:
+    def operands(self, instruction: Any) -> list[Any]:
+        """The instructions whose results it takes."""
         return [self._by_id[i] for i in instruction.operand_ids]
 
     def _fused(self, fusion: Any) -> Iterable[Any]:
@@ -158,7 +159,7 @@ class Program:
         if i.opcode in ("dot", "convolution"):
             return max(self.flops_of(i), 1.0)
         if i.opcode in ("reduce", "sort", "reduce-window"):
-            return float(sum(elements(o.shape) for o in self._operands(i)))
+            return float(sum(elements(o.shape) for o in self.operands(i)))
         return elements(i.shape) * (8.0 if i.opcode in _TRANSCENDENTAL else 1.0)
 
     def flops_of(self, i: Any) -> float:
@@ -171,7 +172,7 @@ class Program:
         if i.opcode == "custom-call":
             return self._library_flops(i)
         if i.opcode in ("reduce", "reduce-window"):
-            return float(sum(elements(o.shape) for o in self._operands(i)) / 2)
+            return float(sum(elements(o.shape) for o in self.operands(i)) / 2)
         if i.opcode in FREE or i.opcode in _MOVES or i.opcode in CONTAINERS or i.opcode in ("convert", "compare", "select", "sort"):
             return 0.0
         return float(elements(i.shape))
@@ -199,12 +200,12 @@ class Program:
         if i.opcode in ("dynamic-update-slice", "scatter"):
             updates = self._by_id[i.operand_ids[1 if i.opcode == "dynamic-update-slice" else -1]]
             return 2 * size(updates.shape)
-        return size(i.shape) + sum(size(o.shape) for o in self._operands(i))
+        return size(i.shape) + sum(size(o.shape) for o in self.operands(i))
 
     def copies(self, i: Any, count: int, kind: int) -> bool:
         """Whether it reads an array of so many elements of a type (xla.PrimitiveType) that its computation was given, writes at least as
         much, and is no product."""
-        given = (o.shape for o in self._operands(i) if o.opcode == "get-tuple-element")
+        given = (o.shape for o in self.operands(i) if o.opcode == "get-tuple-element")
         reads = any(not s.tuple_shapes and s.element_type == kind and math.prod(s.dimensions) == count for s in given)
         return reads and not self.is_product(i) and self.written(i) >= count * _BYTES[kind]
 

@@ -1,6 +1,9 @@
-"""`step_profile.json`, version 1: what one training step was, took and cost. Written by whatever ran, read by whatever compares.
+"""`step_profile.json`, version 2: what one training step was, took and cost. Written by whatever ran, read by whatever compares.
 
-All fields are there, null where the writer does not know. Numbers are per optimizer step: seconds, bytes, FLOPs, tokens. No jax here.
+All fields are there, null where the writer does not know. Numbers are per optimizer step: seconds, bytes, FLOPs, tokens. Of several devices
+batch and expert_load are all devices', and what is timed, moved or kept is one device's, the mean. No jax here.
+
+Version 1 had no devices, mode, collectives and phases.collectives: it was of one device, and is read as such.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from moejax.errors import UserError
 from moejax.files import replace_text
 
 FILE_NAME = "step_profile.json"
-VERSION = 1
+VERSION, OLDEST = 2, 1
 
 Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -81,13 +84,14 @@ class Memory(Section):
 
 
 class Phases(Section):
-    """Seconds per step."""
+    """Seconds per step. collectives: in which a device did nothing else."""
 
     forward: Amount | None
     recompute: Amount | None
     backward: Amount | None
     optimizer: Amount | None
     other: Amount | None
+    collectives: Amount | None
     idle: Amount | None
 
 
@@ -98,10 +102,20 @@ class Cost(Section):
     bytes: Amount | None
 
 
-class StepProfile(Section):
-    """The contract. layers, moe_kernels: seconds per step by scope; expert_load: tokens per expert by layer."""
+class Collective(Section):
+    """What one kind of collective does: how often, bytes that a device receives, seconds of which it does nothing else, and the others."""
 
-    schema_version: Literal[1]
+    count: Amount | None
+    bytes: Amount | None
+    exposed_seconds: Amount | None
+    overlapped_seconds: Amount | None
+
+
+class StepProfile(Section):
+    """The contract. layers, moe_kernels: seconds per step by scope; expert_load: tokens per expert by layer; mode: where the weights lie on
+    several devices, as in the config's mesh.weights; collectives: by kind ("all-gather", …)."""
+
+    schema_version: Literal[2]
     framework: Literal["jax", "pytorch"]
     versions: dict[str, str]
     device: Device
@@ -119,6 +133,9 @@ class StepProfile(Section):
     moe_kernels: dict[str, Amount] | None
     cost: dict[str, Cost] | None
     expert_load: dict[str, list[Amount]] | None
+    devices: Annotated[int, Field(ge=1)]
+    mode: Literal["whole", "spread", "experts"] | None
+    collectives: dict[str, Collective] | None
 
 
 def write(profile: StepProfile, path: Path) -> None:
@@ -135,14 +152,21 @@ def read(path: Path) -> StepProfile:
         raise UserError(f"{path} does not exist (expected the {FILE_NAME} of a profiled run): make one with `moejax profile CONFIG`")
     content = read_json(path, remedy=again)
     version = content.get("schema_version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or not OLDEST <= version <= VERSION:
         found = "schema_version is missing" if version is None else f"schema_version = {version!r}"
-        raise UserError(f"{path}: {found}, this moejax reads version {VERSION}: {again}")
+        raise UserError(f"{path}: {found}, this moejax reads versions {OLDEST} to {VERSION}: {again}")
     try:
-        return StepProfile.model_validate(content)
+        return StepProfile.model_validate(_of_one_device(content) if version == 1 else content)
     except ValidationError as error:
         problems = "; ".join(_explain(e) for e in error.errors()[:5])
         raise UserError(f"{path}: {problems}. Mend the file, or {again}") from None
+
+
+def _of_one_device(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 as version 2."""
+    phases = content.get("phases")
+    between = {"phases": {"collectives": 0.0} | phases} if isinstance(phases, dict) else {}
+    return content | between | {"schema_version": 2, "devices": 1, "mode": None, "collectives": {}}
 
 
 def _explain(error: Any) -> str:

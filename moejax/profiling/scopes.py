@@ -14,6 +14,8 @@ from typing import NamedTuple
 from moejax.models.config import specs
 
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
+COLLECTIVES = "collectives"
+"""The phase of what goes between devices, while nothing else runs; only where there are several."""
 
 SCOPES: dict[str, tuple[str, ...]] = {
     "embed": (),

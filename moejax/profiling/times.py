@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moejax.profiling.scopes import OUTSIDE, PHASES, Place
+from moejax.profiling.scopes import COLLECTIVES, OUTSIDE, PHASES, Place
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Times:
 
     @property
     def phases(self) -> dict[str, float]:
-        """forward, recompute, backward, optimizer, other; and idle: together `step_seconds`."""
+        """forward, recompute, backward, optimizer, other; collectives where there are any; and idle: together `step_seconds`."""
         sums = self.sums("phase")
-        return {p: sums.get(p, 0.0) for p in PHASES} | {"idle": max(0.0, self.step_seconds - self.busy_seconds)}
+        between = {COLLECTIVES: sums[COLLECTIVES]} if COLLECTIVES in sums else {}
+        return {p: sums.get(p, 0.0) for p in PHASES} | between | {"idle": max(0.0, self.step_seconds - self.busy_seconds)}
 
     @property
     def layers(self) -> dict[str, float]:

@@ -29,3 +29,12 @@ def expert_load(traced: Records) -> dict[str, list[float]]:
     """Layer -> tokens per expert, mean over the traced steps."""
     counts = np.mean([record["expert_counts"] for record in traced], axis=0)
     return {str(layer): [float(c) for c in row] for layer, row in enumerate(counts)}
+
+
+def imbalance(expert_load: dict[str, list[float]], devices: int) -> dict[str, float]:
+    """Layer -> tokens of the busiest device's experts over the mean device's, where each holds as many experts, in their order."""
+    found = {}
+    for layer, load in expert_load.items():
+        of_devices = np.asarray(load).reshape(devices, -1).sum(axis=1)
+        found[layer] = float(of_devices.max() / of_devices.mean()) if of_devices.any() else 1.0
+    return found

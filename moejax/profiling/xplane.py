@@ -7,6 +7,7 @@ and number them), and protobuf reads the bytes: no TensorFlow, and nothing but w
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Event:
     kernel: str
     op_name: str = ""  # the scope path, where the event itself has one (GPU)
     tasks: tuple[tuple[int, int], ...] = ()  # start, end of its parts that other threads ran (CPU)
+    device: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class StepMarker:
 
 @dataclass
 class Trace:
-    """What a trace says of one device. `programs`: HloModuleProto by program id."""
+    """What a trace says of one process's devices. `programs`: HloModuleProto by program id."""
 
     platform: str  # "cpu" or "gpu"
     path: Path
@@ -159,10 +161,8 @@ class _Damaged(Exception):
 
 
 def _trace(path: Path, planes: dict[str, Any]) -> Trace:
-    gpus = sorted(name for name in planes if name.startswith("/device:GPU:"))
+    gpus = sorted((name for name in planes if re.fullmatch(r"/device:GPU:\d+", name)), key=lambda name: int(name.rpartition(":")[2]))
     busy = [name for name in gpus if planes[name].lines]
-    if len(busy) > 1:
-        raise UserError(f"{path} holds events of {len(busy)} GPUs ({', '.join(busy)}): only traces of one device are understood")
     trace = Trace("gpu" if gpus else "cpu", path)
     if "/host:metadata" in planes:
         trace.programs = _programs(planes["/host:metadata"])
@@ -173,10 +173,13 @@ def _trace(path: Path, planes: dict[str, Any]) -> Trace:
         if span.name.endswith("::RunBackend"):
             trace.compiled.append(span.name)
     if gpus:  # lines that are no streams are made from these
-        trace.events = [_event(span) for name in busy for thread in _threads(planes[name], "Stream") for span in thread]
+        for name in busy:
+            device = int(name.rpartition(":")[2])
+            trace.events += [_event(span, device) for thread in _threads(planes[name], "Stream") for span in thread]
     else:
         tasks = _tasks(host)
-        trace.events = [_event(span, tasks.get(id(span), ())) for thread in host for span in thread if span.stats.get("hlo_op")]
+        spans = (span for thread in host for span in thread if span.stats.get("hlo_op"))
+        trace.events = [_event(span, _number(span, "device_ordinal"), tasks.get(id(span), ())) for span in spans]
     if not trace.events:
         raise UserError(
             f"{path} has no events of XLA programs: was anything run while it was taken? On a CPU they need host_tracer_level >= 1"
@@ -234,10 +237,10 @@ def _number(span: _Span, key: str) -> int:
     return value
 
 
-def _event(span: _Span, tasks: Iterable[tuple[int, int]] = ()) -> Event:
+def _event(span: _Span, device: int, tasks: Iterable[tuple[int, int]] = ()) -> Event:
     path = str(span.stats.get("tf_op") or span.stats.get("name") or "")
     instruction, program = str(span.stats.get("hlo_op", "")), _number(span, "program_id")
-    return Event(span.start, span.end, instruction, program, span.name, path.rpartition(":")[0] or path, tuple(tasks))
+    return Event(span.start, span.end, instruction, program, span.name, path.rpartition(":")[0] or path, tuple(tasks), device)
 
 
 _CALLER, _TASK, _TASK_END = (f"ThreadpoolListener::{name}" for name in ("Record", "StartRegion", "StopRegion"))

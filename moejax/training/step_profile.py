@@ -69,7 +69,7 @@ def assemble(
     _, rows, row_tokens = traced[-1]["shape"]
     plan = experts.plan(experiment, config, rows * row_tokens)
     return schema.StepProfile(
-        schema_version=1,
+        schema_version=2,
         framework="jax",
         versions={"moejax": __version__, "python": platform.python_version()} | {n: version(n) for n in ("jax", "jaxlib", "flax")},
         device=_device(peak, experiment.training.compute_dtype, roofline.fastest(found)[1]),
@@ -85,11 +85,14 @@ def assemble(
         step_seconds=schema.StepSeconds(**of_steps.step_seconds(seconds)),
         compile_seconds=program.compile_seconds,
         memory=_memory([program.compile(*record["shape"][1:]) for record in traced]),
-        phases=schema.Phases(**found.phases),
+        phases=schema.Phases(**{"collectives": 0.0} | found.phases),
         layers=dict(found.layers),
         moe_kernels=dict(found.moe_kernels),
         cost={scope: schema.Cost(flops=cost.flops, bytes=cost.bytes) for scope, cost in found.cost.items()},
         expert_load=of_steps.expert_load(traced),
+        devices=len(found.working),
+        mode=None if experiment.mesh is None else experiment.mesh.weights,
+        collectives=found.profiled_collectives,
     )  # fmt: skip
 
 

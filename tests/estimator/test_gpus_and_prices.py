@@ -6,7 +6,7 @@ import pytest
 
 from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import prices, targets
+from moejax.estimator import bus, links, prices, targets
 
 
 @pytest.mark.parametrize(
@@ -183,3 +183,21 @@ def test_a_price_file_that_is_none():
 def test_cheapest_prefers_one_gpu_of_its_own():
     whole = dataclasses.replace(prices.STUDY[2], usd_per_hour=1.0, gpus_rented=8)
     assert prices.cheapest([whole, prices.STUDY[2]], "H100") == prices.STUDY[2]
+
+
+def test_links_are_those_of_their_sheets():
+    """Which joins so many of a card; beyond one machine its ports; a card without a known network says what to give."""
+    asked = [("H100", 8), ("H100-NVL", 2), ("H100-NVL", 4), ("A40", 2), ("A40", 4), ("L4", 2), ("B200", 8), ("RTX-4060", 2), ("A100-80", 4)]
+    assert [links.between(gpus.find(name), n).name for name, n in asked] == [
+        "NVLink 4", "NVLink 4 bridge", "PCIe 5 x16", "NVLink 3 bridge", "PCIe 4 x16", "PCIe 4 x16", "NVLink 5", "PCIe 4 x8", "NVLink 3"
+    ]  # fmt: skip
+    assert links.between(gpus.find("H100"), 8).rate == 0.8 * 450e9
+    assert [bus.PCIE[generation] for generation in (3, 4, 5)] == pytest.approx([12.6e9, 25.2e9, 50.4e9])
+    over = links.between(gpus.find("H100"), 64)
+    assert over.name == "InfiniBand NDR, 8 ports a machine" and over.rate == pytest.approx(0.8 * 8 * 50e9)
+    with pytest.raises(UserError, match=r"16 x L4: no network .* --link GB/s"):
+        links.between(gpus.find("L4"), 16)
+    assert links.given(20).rate == pytest.approx(20e9)
+    with pytest.raises(UserError, match="--link 0"):
+        links.given(0)
+    assert all(link.source and all(card in gpus.GPUS for card in link.cards) for link in links.LINKS.values())

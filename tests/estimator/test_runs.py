@@ -19,7 +19,7 @@ def profile(path, queries, k=2, *, seconds=None, arguments=MODEL, **change):
     tokens, share = 150 * queries, k / 8
     law = T0 + tokens * (U + V * share)
     content = {
-        "schema_version": 1, "framework": "jax", "versions": {},
+        "schema_version": 2, "framework": "jax", "versions": {},
         "device": {"name": "NVIDIA A40", "memory_bytes": None, "peak_flops": None, "peak_bytes_per_second": None, "peaks_measured": None},
         "model": {"name": "mistralai/Mixtral-8x7B-v0.1", "params_total": 10, "params_active": 5, "params_trainable": 1},
         "method": "qlora", "precision": "bfloat16", "remat": "full", "moe": {"experts": 8, "top_k": k, "backend": "loop"},
@@ -29,6 +29,7 @@ def profile(path, queries, k=2, *, seconds=None, arguments=MODEL, **change):
         "memory": {"compiler_peak_bytes": MODEL + round(1e9 * tokens * ((1 - C1) + C1 * share) / C0), "measured_peak_bytes": None,
                    "arguments_bytes": arguments, "temporaries_bytes": None},
         "phases": None, "layers": None, "moe_kernels": None, "cost": None, "expert_load": None,
+        "devices": 1, "mode": None, "collectives": None,
     }  # fmt: skip
     for key, value in change.items():
         content[key] = content[key] | value if isinstance(value, dict) else value

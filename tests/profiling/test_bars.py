@@ -72,7 +72,7 @@ def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys, 
 
     unknown = dict.fromkeys(("peak_flops", "peak_bytes_per_second", "peaks_measured", "memory_bytes"))
     profile = schema.StepProfile(
-        schema_version=1,
+        schema_version=2,
         framework="pytorch",
         versions={"torch": "2.13.0"},
         device=schema.Device(name="CPU", **unknown),
@@ -85,11 +85,14 @@ def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys, 
         step_seconds=schema.StepSeconds(median=1.0, p10=None, p90=None, n=3),
         compile_seconds=None,
         memory=schema.Memory(**dict.fromkeys(schema.Memory.model_fields)),
-        phases=schema.Phases(forward=0.4, recompute=0.1, backward=0.4, optimizer=0.1, other=None, idle=0.0),
+        phases=schema.Phases(forward=0.4, recompute=0.1, backward=0.4, optimizer=0.1, other=None, collectives=None, idle=0.0),
         layers={"moe": 0.7, "attention": 0.2},
         moe_kernels={"moe/w1": 0.4, "moe/dispatch": 0.1},
         cost=None,
         expert_load=None,
+        devices=1,
+        mode=None,
+        collectives=None,
     )
     folder = tmp_path / "torch-run"
     folder.mkdir()

@@ -11,9 +11,9 @@ from support import ROOT
 from moejax.errors import UserError
 from moejax.profiling import schema, scopes
 
-# As frozen in version 1: a name that changes here breaks every reader.
+# As frozen in version 2: a name that changes here breaks every reader.
 FIELDS = {
-    "schema_version": 1,
+    "schema_version": 2,
     "framework": "jax",
     "versions": {"jax": "0.10.2"},
     "device": {"name": "A40", "memory_bytes": 48_000_000_000, "peak_flops": 149.7e12, "peak_bytes_per_second": 696e9,
@@ -28,11 +28,14 @@ FIELDS = {
     "step_seconds": {"median": 0.5, "p10": 0.4, "p90": 0.6, "n": 5},
     "compile_seconds": 3.5,
     "memory": {"compiler_peak_bytes": 4, "measured_peak_bytes": 3, "arguments_bytes": 2, "temporaries_bytes": 1},
-    "phases": {"forward": 0.1, "recompute": 0.1, "backward": 0.2, "optimizer": 0.05, "other": 0.0, "idle": 0.05},
+    "phases": {"forward": 0.1, "recompute": 0.1, "backward": 0.2, "optimizer": 0.05, "other": 0.0, "collectives": 0.01, "idle": 0.05},
     "layers": {"attention": 0.1, "moe": 0.3},
     "moe_kernels": {"moe/w1": 0.1},
     "cost": {"moe/w1": {"flops": 1e9, "bytes": 1e6}},
     "expert_load": {"0": [10.0, 20.5]},
+    "devices": 4,
+    "mode": "experts",
+    "collectives": {"all-gather": {"count": 6.0, "bytes": 1e6, "exposed_seconds": 0.01, "overlapped_seconds": 0.002}},
 }  # fmt: skip
 
 
@@ -52,17 +55,30 @@ def test_exactly_these_fields():
             for part in value:
                 content = copy.deepcopy(FIELDS)
                 del content[name][part]
-                fixed = name not in ("versions", "layers", "moe_kernels", "cost", "expert_load")
+                fixed = name not in ("versions", "layers", "moe_kernels", "cost", "expert_load", "collectives")
                 if fixed:
                     with pytest.raises(ValueError, match=part):
                         schema.StepProfile.model_validate(content)
-    assert tuple(schema.Phases.model_fields) == (*scopes.PHASES, "idle")
+    assert tuple(schema.Phases.model_fields) == (*scopes.PHASES, scopes.COLLECTIVES, "idle")
+
+
+def test_version_1_is_of_one_device(tmp_path):
+    old = {key: value for key, value in FIELDS.items() if key not in ("devices", "mode", "collectives")} | {"schema_version": 1}
+    old["phases"] = {key: value for key, value in FIELDS["phases"].items() if key != "collectives"}
+    path = tmp_path / schema.FILE_NAME
+    path.write_text(json.dumps(old))
+    found = schema.read(path)
+    assert (found.devices, found.mode, found.collectives, found.phases.collectives) == (1, None, {}, 0.0)
+    assert found.phases.backward == 0.2 and found.expert_load == FIELDS["expert_load"]
+    path.write_text(json.dumps(old | {"phases": None}))
+    assert schema.read(path).phases is None
 
 
 def test_unknown_values_are_null():
     nulls = {
         "precision": None, "remat": None, "compile_seconds": None, "phases": None, "layers": None, "moe_kernels": None,
-        "cost": None, "expert_load": None, "step_seconds": {"median": None, "p10": None, "p90": None, "n": 0},
+        "cost": None, "expert_load": None, "mode": None, "collectives": None,
+        "step_seconds": {"median": None, "p10": None, "p90": None, "n": 0},
     }  # fmt: skip
     assert schema.StepProfile.model_validate(FIELDS | nulls).phases is None
 
@@ -80,9 +96,10 @@ def test_unknown_values_are_null():
         (lambda c: c["step_seconds"].update(median=float("nan")), r"step_seconds\.median = nan"),
         (lambda c: c.update(method="dora"), "method = 'dora'"),
         (lambda c: c.update(framework="tensorflow"), "framework = 'tensorflow'"),
-        (lambda c: c.update(schema_version=2), "schema_version = 2, this moejax reads version 1"),
-        (lambda c: c.update(schema_version="1"), "schema_version = '1', this moejax reads version 1"),
-        (lambda c: c.pop("schema_version"), "schema_version is missing, this moejax reads version 1"),
+        (lambda c: c.update(schema_version=3), "schema_version = 3, this moejax reads versions 1 to 2"),
+        (lambda c: c.update(schema_version="1"), "schema_version = '1', this moejax reads versions 1 to 2"),
+        (lambda c: c.pop("schema_version"), "schema_version is missing, this moejax reads versions 1 to 2"),
+        (lambda c: c.update(devices=0), "devices = 0"),
     ],
 )
 def test_refused_by_name(change, message, tmp_path):

@@ -78,6 +78,14 @@ def test_gpu_streams(product, tmp_path):
     assert b.busy_seconds == pytest.approx(250e-12) and b.step_seconds == pytest.approx(250e-12)
 
 
+def test_two_gpus_are_a_mean_device(product, tmp_path):
+    trace = xplane.read(saved(gpu_space(product, gpus=2), tmp_path))
+    assert [e.device for e in trace.events] == [0, 1, 0, 1, 0, 1]
+    one, two = (breakdown.analyze(xplane.read(saved(gpu_space(product, gpus=n), tmp_path))) for n in (1, 2))
+    assert two.sums("stage") == pytest.approx(one.sums("stage")) and two.step_seconds == one.step_seconds
+    assert two.cost == one.cost and two.working == pytest.approx({0: 250e-12, 1: 250e-12}) and one.working.keys() == {0}
+
+
 def test_what_is_no_trace(product, tmp_path):
     with pytest.raises(UserError, match="no such run"):
         xplane.find(tmp_path / "nowhere")
@@ -98,9 +106,6 @@ def test_what_is_no_trace(product, tmp_path):
     packed.write_bytes(gzip.compress(whole)[:-30])
     with pytest.raises(UserError, match="is no whole trace"):
         xplane.read(packed)
-    file.write_bytes(gpu_space(product, gpus=2).SerializeToString())
-    with pytest.raises(UserError, match="events of 2 GPUs"):
-        xplane.read(file)
 
 
 def test_a_compilation_inside_the_trace_is_told(product, tmp_path):
