@@ -33,8 +33,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done i
         "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        # A blank alone would be the name of a file to XLA.
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}".strip(),
+        # Devices for meshes; what has none runs on the first, as on a machine with one.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}".strip(),
     }
 
 import jax

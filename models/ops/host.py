@@ -20,9 +20,9 @@ ROW_BYTES = 1 << 18
 """The bus takes as long for so many bytes as a single row of a table waits for it: about 10 µs at 25 GB/s."""
 
 
-def sharding() -> NamedSharding:
-    """Pinned memory beside this process's first device. Raises ValueError where that has none."""
-    device = jax.local_devices()[0]
+def sharding(device: Any = None) -> NamedSharding:
+    """Pinned memory beside a device (None: this process's first). Raises ValueError where that has none."""
+    device = jax.local_devices()[0] if device is None else device
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if KIND not in kinds:
         raise ValueError(f"{device.device_kind} has no pinned host memory (its memories: {', '.join(kinds) or 'none are known'})")
@@ -62,10 +62,11 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
     return found.reshape(*index.shape, table.shape[1])
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, np.ndarray]:
-    """An array in the host's memory, and a view through which it is filled before anybody reads it: nothing of it is ever elsewhere."""
+def empty(shape: tuple[int, ...], dtype: Any, device: Any = None) -> tuple[jax.Array, np.ndarray]:
+    """An array in the host's memory, beside a device, and a view through which it is filled before anybody reads it: nothing of it is ever
+    elsewhere."""
     # Pages of zeros that were never touched take no memory: what is copied from is nothing.
-    array = jax.block_until_ready(jax.device_put(np.zeros(shape, dtype), sharding()))
+    array = jax.block_until_ready(jax.device_put(np.zeros(shape, dtype), sharding(device)))
     memory = (ctypes.c_char * max(1, array.nbytes)).from_address(array.unsafe_buffer_pointer())
     return array, np.frombuffer(memory, np.uint8)[: array.nbytes].view(dtype).reshape(shape)
 

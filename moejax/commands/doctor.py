@@ -81,8 +81,8 @@ def devices() -> Iterable[Finding]:
         return
     kinds = ", ".join(sorted({f"{d.device_kind} ({d.platform})" for d in found}))
     status, advice = "ok", ""
-    if len(found) > 1:
-        status, advice = "note", "one is used: choose it with CUDA_VISIBLE_DEVICES"
+    if len(found) > 1 and found[0].platform != "cpu":
+        status, advice = "note", "a config without mesh uses the first: choose it with CUDA_VISIBLE_DEVICES, or set mesh"
     elif found[0].platform == "cpu" and has_nvidia():
         status, advice = "note", f"the NVIDIA driver is there, but jax runs on the CPU: {gpu_install()}"
     elif found[0].platform == "cpu":

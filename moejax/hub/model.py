@@ -15,6 +15,7 @@ from moejax.errors import UserError
 from moejax.hub import disk, peft, peft_rows, shards, snapshot, weights
 from moejax.hub.disk import Need
 from moejax.hub.quantized_cache import Content, leaves_of
+from moejax.mesh import Devices
 from moejax.models.build import Model, build
 from moejax.models.config import Architecture, LoRAConfig, Quantization
 from moejax.models.layers import Placement
@@ -153,21 +154,33 @@ def _to_stream(experiment: Experiment, small: Path) -> tuple[Model, Path]:
     return model, shards.place(cache, str(m.source), small.name, model)
 
 
-def create_model(experiment: Experiment, config: Architecture, folder: Path | None, content: Content | None = None) -> Model:
+def create_model(
+    experiment: Experiment, config: Architecture, folder: Path | None, content: Content | None = None, devices: Devices | None = None
+) -> Model:
     """Weights from `folder` (Hub layout) where there is one, else random from the seed; adapters from the seed.
 
-    content: takes the hash of the folder's weights.
+    content: takes the hash of the folder's weights. devices: a mesh, on which each weight is put from the file where it is to lie; adapters
+    are new, and on the first device (`buffers.moved`).
     """
     key = jax.random.key(experiment.seed)
     arguments = model_arguments(experiment)
     if folder is None:
         return build(config, key=key, **arguments)
     model = build(config, **arguments)
+    if devices is not None:
+        laid_out(model, devices)
     check_host_memory(model)
     cache = experiment.quantization.cache
     # What a small model would save is not worth a file.
     kept = None if cache is None or weights.stored_bytes(folder) < CACHED_FROM_BYTES else Path(cache).expanduser()
     return weights.load_weights(model, folder, key, cache=kept, content=content)
+
+
+def laid_out(model: Model, devices: Devices) -> None:
+    """Give the shapes of an abstract model the places that they have on a mesh. In place."""
+    state = nnx.state(model)
+    places = devices.of_weights(state)
+    nnx.update(model, jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places))
 
 
 def check_host_memory(model: Model) -> list[str]:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax import __version__
 from moejax.errors import UserError
+from moejax.hub.buffers import Buffer
 from moejax.hub.safetensors_file import Reader, Staging, Writer, aligned
-from moejax.models.ops import host
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
 from moejax.models.ops.split import joined, pieces_of, whole
 from moejax.progress import note
@@ -145,33 +144,42 @@ def _held(
     reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolExecutor, staging: Staging, first: int, sum_: int
 ) -> tuple[jax.Array, int]:  # fmt: skip
     """A part of a variable, or of its layers from the `first` on, in memory's form, and the CRC-32 of what the file holds of it behind what
-    `sum_` is of. Each piece is packed, or put into its place on the device, while the next one is read."""
+    `sum_` is of. Each piece is packed, or put into its place, while the next one is read."""
     stored, held = stored_parts(variable)[part], variable.parts()[part] if part else variable
     shape, dtype = stored.shape or (1,), np.dtype(stored.dtype)
-    row_bytes, limit = math.prod(shape[1:]) * dtype.itemsize, _at_once_bytes()
-    pinned, view = host.empty(held.shape, dtype) if host.is_host(held) else (None, None)
-    at_once = aligned(shape, dtype) if pinned is None and (shape[0] * row_bytes <= limit or len(shape) == 1) else None
+    buffer, limit = Buffer(held), _at_once_bytes()
     in_place = part != "codes" or variable.matrix[1] % 4 == 0
-    step = max(1, int(min(limit, _PIECE_BYTES) // max(1, row_bytes))) if in_place or at_once is None else shape[0]
-    places = range(0, shape[0], step)
+    at_once = aligned(shape, dtype) if buffer.whole and (math.prod(shape) * dtype.itemsize <= limit or len(shape) == 1) else None
+    numbers = int(min(limit, _PIECE_BYTES)) // dtype.itemsize
+    pieces = [((), shape)] if at_once is not None and not in_place else list(_pieces(shape, numbers))
 
-    def reading(at: int) -> Callable[[], np.ndarray]:
-        rows = min(step, shape[0] - at)
-        into = staging.lend((rows, *shape[1:]), dtype) if at_once is None else at_once[at : at + rows]
-        return partial(reader.read, part_name(name, part), into, (first + at) * math.prod(shape[1:]))
+    def reading(at: tuple[int, ...], piece: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        start = int(np.ravel_multi_index(at, shape[: len(at)])) * math.prod(shape[len(at) :]) if at else 0
+        into = staging.lend(piece, dtype) if at_once is None else at_once.reshape(-1)[start : start + math.prod(piece)].reshape(piece)
+        return partial(reader.read, part_name(name, part), into, first * math.prod(shape[1:]) + start)
 
     packed: Any = None
-    buffer: Any = jnp.zeros(held.shape, held.dtype) if at_once is None and view is None else pinned
-    for at, piece in zip(places, ahead(pool, map(reading, places)), strict=True):
+    for (at, _), piece in zip(pieces, ahead(pool, (reading(*each) for each in pieces)), strict=True):
         sum_ = zlib.crc32(_bytes(piece), sum_)
         packed = variable.pack(part, piece, in_place=True) if part else piece
-        if view is not None:
-            view[at : at + len(packed)] = packed
-        elif at_once is None:
-            buffer = jax.block_until_ready(put(buffer, jax.device_put(packed), (jnp.int32(at),)))
-    if at_once is not None:
-        buffer = jax.block_until_ready(jax.device_put((at_once if in_place else packed).reshape(held.shape)))
-    return buffer, sum_
+        if at_once is None:
+            buffer.put(packed, at)
+    if at_once is None:
+        return buffer.value(), sum_
+    return jax.block_until_ready(jax.device_put((at_once if in_place else packed).reshape(held.shape))), sum_
+
+
+def _pieces(shape: tuple[int, ...], numbers: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(index of the leading axes, shape) of what is read at a time: so many numbers, in whole entries of the first axis, or of the second
+    where one entry is larger (a layer of experts)."""
+    if len(shape) == 1:
+        yield (), shape
+        return
+    axis = 1 if len(shape) > 2 and math.prod(shape[1:]) > numbers else 0
+    step = max(1, numbers // max(1, math.prod(shape[axis + 1 :])))
+    for before in np.ndindex(shape[:axis]):
+        for i in range(0, shape[axis], step):
+            yield (*before, i), (1,) * axis + (min(step, shape[axis] - i), *shape[axis + 1 :])
 
 
 _PIECE_BYTES = 1 << 26
@@ -192,13 +200,6 @@ def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterato
         pending = following
     if pending is not None:
         yield pending.result()
-
-
-@partial(jax.jit, donate_argnums=0)
-def put(buffer: jax.Array, part: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """`buffer` with `part` from an index of its leading axes on; in place, because the buffer is given away."""
-    start = (*index, *(jnp.zeros((), jnp.int32) for _ in range(buffer.ndim - len(index))))
-    return jax.lax.dynamic_update_slice(buffer, part.reshape((1,) * (buffer.ndim - part.ndim) + part.shape), start)
 
 
 class Keeper:

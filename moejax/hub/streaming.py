@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.hub.buffers import Buffer
 from moejax.hub.names import Place, attribute, tensors
-from moejax.hub.quantized_cache import ahead, part_name, put
+from moejax.hub.quantized_cache import ahead, part_name
 from moejax.hub.safetensors_file import Staging
 from moejax.hub.stored import Columns, Source
 from moejax.models.build import Model
-from moejax.models.ops import host
 from moejax.models.ops.quantized import Canonical, QuantizedTensor, encode, stored_parts
 from moejax.models.ops.split import joined, pieces_of
 
@@ -73,17 +73,18 @@ def _value(
     variable: str, abstract: Any, parts: list[tuple[str, Place]], read: Iterator[Any], files: dict[str, Any], keep: Any, advance: Any
 ) -> Any:
     """The stacked value [L, (E,) …] of one variable."""
-    stacked = parts[0][1].layer is not None
-    found = [_Filled(first, piece, stacked) for first, piece in pieces_of(abstract)]
-    own = found[0].abstract  # all are stored in the same way
+    pieces = list(pieces_of(abstract))
+    found = [_Filled(first, piece) for first, piece in pieces]
+    own = pieces[0][1]  # all are stored in the same way
     for name, place in parts:
-        stored = _stored(next(read), own, name, files)
         index = tuple(i for i in (place.layer, place.expert) if i is not None)
+        into = next(one for one in reversed(found) if not index or one.first <= index[0])
+        stored = _stored(next(read), own, name, files, into.device(index))
         if keep is not None:
             for part, array in stored_parts(stored).items():
                 keep.put(part_name(variable, part), array, index)
         held = stored.tensor() if isinstance(stored, Canonical) else stored
-        next(one for one in reversed(found) if not index or one.first <= index[0]).put(held, index)
+        into.put(held, index)
         if keep is not None:
             keep.wait()
         advance(files[name].nbytes // (2 if place.half is not None else 1))
@@ -91,39 +92,34 @@ def _value(
 
 
 class _Filled:
-    """A piece of a weight, from layer `first` on, as it is filled: on the device, or in the host's memory."""
+    """A piece of a weight, from layer `first` on, as it is filled."""
 
-    def __init__(self, first: int, abstract: Any, stacked: bool):
-        self.first, self.abstract = first, abstract
+    def __init__(self, first: int, abstract: Any):
+        self.first = first
         flat, self._treedef = jax.tree.flatten(abstract)
-        self._pinned = {i: host.empty(leaf.shape, leaf.dtype) for i, leaf in enumerate(flat) if host.is_host(leaf)}
-        self._buffers: list[Any] = [
-            jnp.zeros(leaf.shape, leaf.dtype) if stacked and i not in self._pinned else None for i, leaf in enumerate(flat)
-        ]
+        self._buffers = [Buffer(leaf) for leaf in flat]
+
+    def device(self, index: tuple[int, ...]) -> Any:
+        """As `Buffer.device`, of the matrix at (layer, expert)."""
+        return self._buffers[0].device(self._at(index))
 
     def put(self, held: Any, index: tuple[int, ...]) -> None:
         """One matrix of the stack, by (layer, expert), or all of what is not stacked. Returns when what was read is done with."""
-        at = (index[0] - self.first, *index[1:]) if index else ()
-        position = tuple(jnp.int32(i) for i in at)
-        for i, leaf in enumerate(jax.tree.leaves(held)):
-            if i in self._pinned:
-                self._buffers[i], view = self._pinned[i]
-                view[at or ...] = np.asarray(leaf)
-                continue
-            # A copy: on a CPU `leaf` may be a view of the file, or of memory that the next tensor is read into.
-            self._buffers[i] = put(self._buffers[i], leaf, position) if at else jnp.array(leaf, copy=True)
-        # Its memory is lent again, and no more may be queued than memory holds.
-        jax.block_until_ready(self._buffers)
+        for buffer, leaf in zip(self._buffers, jax.tree.leaves(held), strict=True):
+            buffer.put(leaf, self._at(index))
+
+    def _at(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        return (index[0] - self.first, *index[1:]) if index else ()
 
     def value(self) -> Any:
-        return jax.tree.unflatten(self._treedef, self._buffers)
+        return jax.tree.unflatten(self._treedef, [buffer.value() for buffer in self._buffers])
 
 
-def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any]) -> Any:
-    """A tensor as the model stores it: an array, or `Canonical` parts."""
+def _stored(value: Any, abstract: Any, name: str, files: dict[str, Any], device: Any) -> Any:
+    """A tensor as the model stores it: an array, or `Canonical` parts; made on a device (None: the first)."""
     if isinstance(value, Canonical):
         return value if isinstance(abstract, QuantizedTensor) else value.tensor().dequantize(abstract.dtype)
-    value = jax.device_put(value)  # on a CPU the same memory: jnp.asarray would copy
+    value = jax.device_put(value, device)  # on a CPU the same memory: jnp.asarray would copy
     if not isinstance(abstract, QuantizedTensor):
         _check_finite(value, name, files)
         return value.astype(abstract.dtype)

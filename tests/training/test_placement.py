@@ -19,7 +19,7 @@ from moejax.data.batching import assemble, stack, synthetic
 from moejax.errors import UserError
 from moejax.estimator import placing
 from moejax.evaluation.generate import generate
-from moejax.hub import quantized_cache, weights
+from moejax.hub import buffers, weights
 from moejax.hub.model import create_model, model_arguments
 from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build, random_weights
@@ -148,15 +148,17 @@ def test_weights_are_read_straight_into_the_hosts_memory(quantization, tmp_path,
         return nnx.to_flat_state(nnx.state(load_weights(model, folder, key, cache=cache)))
 
     expected = loaded("device")
-    monkeypatch.setattr(quantized_cache, "put", None)  # an array is filled on the device: no table and no codes are
+    filled, put = [], buffers._put
+    monkeypatch.setattr(buffers, "_put", lambda array, *more: filled.append(array.ndim) or put(array, *more))
     made = []
     real = host.empty
-    monkeypatch.setattr(host, "empty", lambda shape, dtype: made.append(shape) or real(shape, dtype))
+    monkeypatch.setattr(host, "empty", lambda shape, dtype, device: made.append(shape) or real(shape, dtype, device))
     for _ in range(2 if quantization else 1):
         found = loaded("host", tmp_path)
         for (path, ours), (_, theirs) in zip(found, expected, strict=True):
             jax.tree.map(np.testing.assert_array_equal, ours.get_value(), theirs.get_value())
             assert bool(host.nbytes(ours.get_value())) == (path[0] in ("embed", "head") or path[-2] in ("w1", "w2", "w3"))
+        assert max(filled) == 3  # none of experts: [layers, experts, rows, columns]
 
 
 @pytest.mark.parametrize("quantization", [Quantization(), None], ids=["4 bits", "bf16"])
