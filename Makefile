@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: aot test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot soak test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -97,6 +97,10 @@ characterize-demo: $(STAMP) ## the study's experiments on the bundled Mixtral an
 characterize-smoke: $(STAMP) ## the same with two throughput trials a model: does it run
 	@$(BIN)/moejax characterize --preset cpu-smoke --out runs/characterize-smoke
 	@$(BIN)/moejax report runs/characterize-smoke
+
+soak: $(STAMP) ## 50 tiny runs stopped at random moments and resumed; then 20,000 damaged files for each reader (an hour on 2 cores)
+	@$(BIN)/moejax selftest --rounds 50
+	@$(BIN)/python tests/fuzz.py
 
 demo-blackmamba: $(STAMP) ## full fine-tuning of the bundled BlackMamba on the same problems, and its accuracy before and after
 	@rm -rf runs/demo_blackmamba

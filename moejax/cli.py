@@ -59,7 +59,10 @@ GROUPS = {
         "characterize": Command("the study's experiments on this machine, one resumable sweep", "moejax.study.characterize.command"),
         "report": Command("one page (HTML, Markdown) of what `moejax characterize` measured", "moejax.study.report.command"),
     },
-    "this machine": {"doctor": Command("what this machine has, what is wrong with it, and what to do", "moejax.commands.doctor")},
+    "this machine": {
+        "doctor": Command("what this machine has, what is wrong with it, and what to do", "moejax.commands.doctor"),
+        "selftest": Command("stop tiny runs at random moments, resume them, compare the results", "moejax.commands.selftest"),
+    },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 _TABLE_3 = "moejax.study.cost.table_3"  # what `estimate memory --study` runs

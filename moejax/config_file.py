@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from moejax import other_tools
 from moejax.errors import UserError
-from moejax.yaml_file import read_yaml
+from moejax.yaml_file import parse_yaml, read_yaml
 
 
 def read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def apply(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, e.g. training.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         value = text
     put(content, key, value, f"override {override!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def read_yaml(path: Path, given: str = "") -> Any:
     """
     where = f"{given}{path}"
     try:
-        return yaml.load(path.read_bytes(), _Loader)  # bytes: a byte-order mark says which Unicode it is
+        return parse_yaml(path.read_bytes())  # bytes: a byte-order mark says which Unicode it is
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
     except yaml.reader.ReaderError as error:
@@ -34,6 +35,36 @@ def read_yaml(path: Path, given: str = "") -> Any:
         raise UserError(f"{where}: nested too deeply to be read") from None
     except ValueError as error:  # a date that does not exist, a number of thousands of digits
         raise UserError(f"{where}: a value that YAML cannot read: {without_advice(error)}; put it in quotes if it is a text") from None
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """What YAML text holds: plain values alone. Raises YAMLError or ValueError, also where a key stands twice, and where aliases make
+    more than VALUES values of it: each may be looked at, and shown, one by one."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > VALUES:
+            problem = f"its aliases (*NAME) make more than {VALUES:,} values of it"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+VALUES = 100_000
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node is, each alias counted as what it stands for. An alias of what it stands in: without end."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inside = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_values(part, known) for part in inside)
+    return known[id(node)]
 
 
 class _Loader(yaml.SafeLoader):

@@ -25,6 +25,7 @@ FLOORS = (
     ("runs",),
     ("evaluation",),
     ("training",),
+    ("selftest",),
     ("commands", "api"),
     ("cli",),
     ("study",),

@@ -21,7 +21,10 @@ from moejax.estimator.coefficients import Entry
 from moejax.files import replace_text
 
 PREDICTION, COMPARISON, METRICS = "prediction.json", "comparison.json", "metrics.jsonl"
-_TOLD = ("compiler_peak_bytes", "gpu", "model", "method", "share", "time", "disturbed_steps")
+_TOLD: dict[str, Any] = {
+    "compiler_peak_bytes": int, "gpu": str, "model": str, "method": str, "share": int | float, "time": dict | None, "disturbed_steps": list
+}  # fmt: skip
+_STEP = ("step_seconds", "padded_tokens", "device_peak_bytes", "host_peak_bytes")
 Document = dict[str, Any]
 
 
@@ -51,7 +54,17 @@ def read_prediction(folder: Path) -> Document:
     missing = [key for key in _TOLD if key not in document]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
+    wrong = next((key for key, kind in _TOLD.items() if not _is(document[key], kind)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong} = {json.dumps(document[wrong])[:60]} is not what a run writes: damaged?")
     return document
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value read is of a kind, and as a number one that can be meant."""
+    if isinstance(value, list):
+        return kind is list and all(_is(item, int) for item in value)
+    return isinstance(value, kind) and not isinstance(value, bool) and (not isinstance(value, int | float) or 0 <= value < 1e18)
 
 
 def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
@@ -64,6 +77,11 @@ def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
         raise UserError(f"{path}, line {damaged[0]}: no whole JSON: was it cut off?")
     steps = {record["step"]: record for record in found if "step_seconds" in record}
     left = [steps[step] for step in sorted(steps.keys() - set(disturbed))]
+    for record in left:
+        wrong = [key for key in _STEP if not _is(record.get(key, 0), int | float)]
+        if wrong or "padded_tokens" not in record:
+            what = f"{wrong[0]} = {json.dumps(record[wrong[0]])[:60]}, expected a number" if wrong else "no padded_tokens"
+            raise UserError(f"{path}: step {record['step']} has {what}: damaged?")
     if not left:
         many = units.counted(len(steps), "step")
         raise UserError(f"{path} has {many}, all of which warmed up, waited for the compiler or were traced: train longer")

@@ -21,6 +21,7 @@ from moejax import json_lines
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.evaluation.expert_load import load_variance
+from moejax.files import replacing
 from moejax.progress import say
 from moejax.training.wandb_run import WandbRun
 
@@ -39,6 +40,7 @@ class MetricWriter:
         with self._writing():
             if resume_step is not None and path.exists():
                 json_lines.keep_until(path, resume_step, say)
+                _keep_events_until(folder, resume_step)
             self._lines = path.open("a", encoding="utf-8")
             self._events = _Events(folder) if "tensorboard" in experiment.logging else None
         self._wandb = WandbRun(folder, experiment) if "wandb" in experiment.logging else None
@@ -102,6 +104,20 @@ class _Events:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _keep_events_until(folder: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their points go, and what is left of one that was cut off."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # not above: it looks for TensorFlow
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        events = list(RawEventFileLoader(str(path)).Load())
+        kept = [event for event in events if event_pb2.Event.FromString(event).step <= step]
+        if len(kept) < len(events):
+            with replacing(path) as new, new.open("wb") as file:
+                writer = RecordWriter(file)
+                for event in kept:
+                    writer.write(event)
 
 
 _NUMBERS = count()

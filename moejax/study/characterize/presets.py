@@ -84,6 +84,7 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
     from pydantic import ValidationError
 
     from moejax.config import whole_row  # not above: `moejax --help` need not wait for pydantic
+    from moejax.yaml_file import parse_yaml
 
     rest: list[str] = []
     changes: dict[str, Any] = {}
@@ -97,7 +98,7 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
         if name not in known or not equals:
             raise UserError(f"override {text!r}: expected sweep.NAME=VALUE with one of {', '.join(known)}")
         try:
-            read = yaml.safe_load(value)
+            read = parse_yaml(value)
         except (yaml.YAMLError, RecursionError, ValueError):
             read = value  # fits nothing
         wanted = getattr(sizes, name)

@@ -1,0 +1,1 @@
+"""What a user can put a machine and an installation through: `moejax selftest`."""
