@@ -11,7 +11,7 @@ from moejax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--faults", action="store_true", help="stop tiny runs at random moments, resume them, compare the results (default)")
+    parser.add_argument("--faults", action="store_true", help="stop tiny runs at random moments and resume them (default)")
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="number of runs that are stopped (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the runs to an empty folder that stays")
@@ -29,7 +29,8 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="moejax-selftest-") as top:
         folder = Path(top) if options.keep is None else options.keep.absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        for report, line in faults.rounds(folder, options.rounds, options.seed):  # noqa: B007: the last is used below
+        report = faults.Report()
+        for line in faults.rounds(folder, options.rounds, options.seed, report):
             print(line, flush=True)
     print(*report.lines(), f"{time.monotonic() - began:.0f} s", sep="\n")
     return 1 if report.faults else 0

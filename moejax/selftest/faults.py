@@ -34,8 +34,7 @@ _WAIT = 600.0  # seconds for one process
 
 @dataclass
 class Report:
-    """Of all rounds. Every count but `rounds` and `lost` must be 0; `lost` counts steps that were trained again, at most SAVED_EVERY a round
-    (after SIGTERM or one SIGINT: none)."""
+    """Of all rounds. lost: steps that were trained again, of each round: about SAVED_EVERY at most, none after SIGTERM or one SIGINT."""
 
     rounds: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
@@ -52,17 +51,17 @@ class Report:
         ]
 
 
-def rounds(folder: Path, count: int, seed: int) -> Iterator[tuple[Report, str]]:
-    """Run `count` rounds in an empty `folder`; after each the report so far, and a line about the round. Raises UserError where the
-    undisturbed run fails."""
+def rounds(folder: Path, count: int, seed: int, report: Report) -> Iterator[str]:
+    """Run `count` rounds in an empty `folder`, and enter them in `report`; a line after each. Raises UserError where the undisturbed run
+    fails."""
     config = _write(folder)
     began = time.monotonic()
     whole = _Process(config, folder / "whole")
     if whole.wait() != 0:
         raise UserError(f"the run that nothing disturbs failed: {whole.tail()}")
-    report, seconds = Report(), time.monotonic() - began
+    seconds = time.monotonic() - began
     wanted = _result(folder / "whole")
-    yield report, f"an undisturbed run of {STEPS} steps takes {seconds:.0f} s"
+    yield f"an undisturbed run of {STEPS} steps takes {seconds:.0f} s"
     rng = random.Random(seed)
     for number in range(1, count + 1):
         kind = list(KINDS)[(number - 1) % len(KINDS)]
@@ -70,7 +69,7 @@ def rounds(folder: Path, count: int, seed: int) -> Iterator[tuple[Report, str]]:
         said = _round(config, run, kind, rng, report, wanted)
         report.rounds += 1
         report.by_kind[kind] += 1
-        yield report, f"round {number}: {said}"
+        yield f"round {number}: {said}"
 
 
 def _round(config: Path, run: Path, kind: str, rng: random.Random, report: Report, wanted: dict[str, Any]) -> str:
@@ -129,9 +128,11 @@ class _Process:
         """Its exit code as a shell has it. Kills it after ten minutes."""
         try:
             code = self._process.wait(_WAIT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+        except BaseException as error:  # Ctrl-C of this command too: its run is in another session, and hears nothing of it
+            self.end()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = self._process.returncode
         return code if code >= 0 else 128 - code
 
     def check_orphans(self, report: Report, name: str) -> None:
@@ -145,6 +146,12 @@ class _Process:
         report.faults.append(f"{name}: a process is left behind")
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill what still runs of it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -195,7 +202,7 @@ def _points(run: Path) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-_WORDS = "the a red blue old new cat dog sees finds likes small big house tree".split()
+_WORDS = ("the", "a", "red", "blue", "old", "new", "cat", "dog", "sees", "finds", "likes", "small", "big", "house", "tree")
 
 
 def _write(folder: Path) -> Path:
