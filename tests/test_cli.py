@@ -56,7 +56,7 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["estimate", "predit"], "'predit' is no command of moejax estimate: did you mean predict?"),
         (["predict"], "'predict' is no command of moejax: did you mean estimate predict?"),
         (["--verbose", "train"], "--verbose is no option of moejax: expected a command first"),
-        (["estimate", "predict", "--gpu", "A40", CONFIG], "too many for moejax estimate predict, which takes no config: see"),
+        (["estimate", "receipts", CONFIG], "too many for moejax estimate receipts, which takes no config: see"),
         (["doctor", "now"], "'now' is one argument too many for moejax doctor"),
     ],
 )
@@ -223,7 +223,8 @@ def test_jax_is_set_up_before_it_is_imported(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("old", "now", "note"),
     [("generate --run nowhere --prompt a", "generate nowhere --prompt a", "--run is now RUN by itself"),
-     ("estimate plan --dataset gsm8k --row-tokens 512", "estimate plan --dataset gsm8k --seq-len 512", "--row-tokens is now --seq-len")],
+     ("estimate plan --tool study --dataset gsm8k --row-tokens 512", "estimate plan --tool study --dataset gsm8k --seq-len 512",
+      "--row-tokens is now --seq-len")],
 )  # fmt: skip
 def test_the_last_releases_names_do_the_same_and_say_so(old, now, note, capsys):
     code = cli.main(old.split())

@@ -8,6 +8,7 @@ from typing import Any
 
 from moejax.errors import UserError
 
+RECEIPTS_HELP = "a folder with your own measurements: receipts (*.json), or runs, each of which has its receipt.json"
 
 def add_config(parser: argparse.ArgumentParser, changes: str = "change single values, e.g. training.epochs=3") -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="experiment in YAML (`moejax init` writes one)")

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     from moejax.data.examples import examples, told
 
     if options.json:
-        dataset, tokenizer = _read(experiment)
+        dataset, tokenizer = read_data(experiment)
         shown = examples(dataset.train.queries, tokenizer, pairs=dataset.tokenized.pairs is not None)
         print_json(
             dataset.document()
@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> int:
         )
         return 0
     with waiting("reading the data"):
-        dataset, tokenizer = _read(experiment)
+        dataset, tokenizer = read_data(experiment)
     say(*told(dataset, tokenizer))
     return 0
 
 
-def _read(experiment: Experiment) -> tuple[Any, Any]:
+def read_data(experiment: Experiment) -> tuple[Any, Any]:
     """The data as the run has them, and its tokenizer. Of a model that is not here only the small files are fetched."""
     from moejax.data import pipeline
     from moejax.data.added_tokens import settled

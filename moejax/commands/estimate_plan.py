@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from moejax.commands import estimate_predict as shared
-from moejax.commands import plan_config
-from moejax.commands.arguments import add_config, settle_config
+from moejax.commands.arguments import add_config
 from moejax.commands.tables import draw, print_json
 from moejax.device import HERE
 from moejax.estimator import memory, plan
@@ -25,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.config is not None or options.file is not None:
-        settle_config(options)
-        return plan_config.run(options)
+    if not shared.of_the_study(options):
+        from moejax.commands import estimate_run, plan_config  # the config's schema comes with them
+
+        return (plan_config if plan_config.asked(options) else estimate_run).plan(options)
     given = shared.asked(options)
     made = plan.plan(given, budget_usd=options.budget, deadline_hours=options.deadline)
     answers: dict[str, Prediction | None] = {"cheapest": made.cheapest}
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         for name, p in answers.items():
             found = "" if p is None else f"{p.gpu}, batch {p.batch}: {shared.hours(p)}, {shared.usd(p)}"
             print(f"{name}: {found or _least(name, made.options)}")
-    draw(options.plot, lambda figures, folder: figures.options(folder, given.job, made))
+    draw(options.plot, lambda figures, folder: figures.options(folder, figures.title(given.job), made.options))
     return 0
 
 

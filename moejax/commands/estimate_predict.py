@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax import gpus
-from moejax.commands.arguments import add_old, check_counts, names_of
+from moejax.commands.arguments import RECEIPTS_HELP, add_config, add_old, check_counts, names_of, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
@@ -27,12 +27,16 @@ MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
     add_job_arguments(parser)
     parser.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help=f"GPUs by name, e.g. A40,A100-80,H100, or `{HERE}`")
-    parser.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits (--memory)")
 
 
 def run(options: argparse.Namespace) -> int:
+    if not of_the_study(options):
+        from moejax.commands import estimate_run  # the config's schema comes with it
+
+        return estimate_run.predict(options)
     given = asked(options)
     found, left_out = plan.predict_all(given, options.batch)
     if options.json:
@@ -47,7 +51,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="mixtral", help="mixtral-8x7b (default) or blackmamba-2.8b")
+    tools = ("moejax", "unsloth", "e4b", "study")
+    parser.add_argument("--tool", choices=tools, help="whose times: moejax (default), unsloth, e4b, or the study's (PyTorch of 2024)")
+    parser.add_argument("--tool-version", metavar="VERSION", help="of unsloth or e4b; by default the newest with a receipt")
+    parser.add_argument("--receipts", metavar="DIR", help=RECEIPTS_HELP)
+    parser.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits")
+    parser.add_argument("--model", default="mixtral", help="without CONFIG: a preset (mixtral-8x7b), a folder with config.json, a Hub id")
     parser.add_argument("--method", help="qlora, lora or full; by default the one the study measured")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="1 to 8, the dense model; 2 by default, as in the study")
     parser.add_argument("--dataset", help="the study's: commonsense_15k, math_14k, hellaswag, gsm8k")
@@ -67,6 +76,21 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
     parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def of_the_study(options: argparse.Namespace) -> bool:
+    """Whether the study's way of predicting is asked for: its times, or coefficients in their place. Raises UserError for a mixture."""
+    if options.config is not None or options.file is not None:
+        settle_config(options)
+    of_study = [f"--{name}" for name in ("coefficients", "memory") if getattr(options, name) is not None]
+    if of_study and options.tool not in (None, "study"):
+        raise UserError(f"{' and '.join(of_study)}: of the study's form of a step (docs/study.md), which --tool {options.tool} has not")
+    if options.tool != "study" and not of_study:
+        return False
+    if options.config is not None:
+        named = f"--tool {options.tool}" if options.tool else of_study[0]
+        raise UserError(f"{named} takes no CONFIG ({options.config}): expected --model, --dataset and what else --help tells")
+    return True
 
 
 def asked(options: argparse.Namespace) -> Asked:

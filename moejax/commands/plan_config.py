@@ -16,15 +16,17 @@ from moejax.estimator.units import counted, gigabytes
 from moejax.estimator.ways import Asked, Way, ways, written
 from moejax.gpus import GPU
 
-_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "coefficients", "memory", "method")
+_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "batch")
 
 
-def run(options: argparse.Namespace) -> int:
-    given = [f"--{name}" for name in _OF_A_JOB if getattr(options, name) is not None]
-    if given:
-        raise UserError(f"{', '.join(given)}: of a plan in hours and dollars, without CONFIG; with one: --gpu, --seq-len, --json")
-    if options.gpu is None:
-        raise UserError("--gpu is missing: on which GPU? Name one or several, e.g. --gpu RTX-4090,L4")
+def asked(options: argparse.Namespace) -> bool:
+    """Whether it is asked how a config fits on named cards: without what only hours and dollars need."""
+    of_a_job = any(getattr(options, name) is not None for name in _OF_A_JOB)
+    return options.config is not None and options.gpu is not None and options.tool in (None, "moejax") and not of_a_job
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Placements, optimizers, ranks and rows of a config on named cards."""
     check_counts(options, "seq_len")
     experiment = config.load(options.config, options.overrides)
     from moejax.runs import tokens  # jax comes with it

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -11,9 +12,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from moejax.estimator.job import Job
-from moejax.estimator.plan import Plan
+from moejax.estimator.plan import Prediction
 from moejax.estimator.units import counted
 from moejax.files import save_figure
+
+if TYPE_CHECKING:
+    from moejax.estimator.tools.forecast import Forecast
 
 INK, BLUE, ORANGE, GREY = "#222222", "#2b6cb0", "#dd6b20", "#a0aec0"
 
@@ -29,9 +33,9 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def options(folder: Path, job: Job, made: Plan) -> list[Path]:
+def options(folder: Path, title: str, found: Sequence[Prediction | Forecast]) -> list[Path]:
     """Hours and dollars of every option with their intervals, cheapest on top."""
-    shown = list(reversed(made.options))
+    shown = list(reversed(found))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 1.2 + 0.42 * len(shown)), sharey=True, layout="constrained")
     for place, p in enumerate(shown):
         color = BLUE if p.measured else GREY
@@ -48,9 +52,13 @@ def options(folder: Path, job: Job, made: Plan) -> list[Path]:
         axes.set_xlim(left=0)
         axes.grid(axis="x", color=GREY, alpha=0.3)
         clean(axes)
-    title = f"{_named(job)}, {counted(job.queries, 'query', 'queries')} x {counted(job.epochs, 'epoch')} (grey: carried over, not measured)"
     figure.suptitle(title, fontsize=10)
     return [save(figure, folder / "plan.png")]
+
+
+def title(job: Job) -> str:
+    """Of the figure of a study's job."""
+    return f"{_named(job)}, {counted(job.queries, 'query', 'queries')} x {counted(job.epochs, 'epoch')} (grey: carried over, not measured)"
 
 
 def _named(job: Job) -> str:

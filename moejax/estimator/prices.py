@@ -5,6 +5,7 @@ One GPU's price spreads more than fourfold between sellers: look at the price be
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import io
@@ -137,6 +138,21 @@ def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, G
 # named; of AWS and Azure one GPU's share of the instance.
 SETS = {name: _read(Path(__file__).with_name(f"prices_{name}.csv"), GPUS) for name in ("study", "2026")}
 STUDY, DATED = SETS.values()
+
+
+OLD_DAYS = 60
+
+
+def old(prices: Iterable[Price], name: str, today: datetime.date | None = None) -> list[str]:
+    """A line where the newest of a set's prices is older than `OLD_DAYS`; a user's file without days is as old as it is."""
+    days = []
+    for price in prices:
+        with contextlib.suppress(ValueError):
+            days.append(datetime.date.fromisoformat(price.day.removeprefix("file of ")))
+    age = ((today or datetime.date.today()) - max(days)).days if days else 0
+    if age <= OLD_DAYS:
+        return []
+    return [f"warning: the newest price of {name} is of {max(days)}, {age} days ago: --prices FILE brings today's"]
 
 
 def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> Price | None:

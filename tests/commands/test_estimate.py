@@ -23,7 +23,8 @@ def run(capsys, *arguments):
     return code, out, err
 
 
-PREDICT = ("predict", "--dataset", "math_14k", "--gpu", "A40,H100")
+STUDY = ("--tool", "study")
+PREDICT = ("predict", *STUDY, "--dataset", "math_14k", "--gpu", "A40,H100")
 
 
 def test_predict(capsys):
@@ -44,11 +45,11 @@ def test_predict_takes_records_or_a_file(capsys, tmp_path):
     (tmp_path / "lengths.txt").write_text("100\n" * 500)
     by = {}
     for name, data in (("file", ("--lengths", str(tmp_path / "lengths.txt"))), ("records", ("--records", "500", "--length", "100"))):
-        code, out, _ = run(capsys, "predict", *data, "--gpu", "H100", "--epochs", "1", "--batch", "4", "--json")
+        code, out, _ = run(capsys, "predict", *STUDY, *data, "--gpu", "H100", "--epochs", "1", "--batch", "4", "--json")
         assert code == 0
         by[name] = json.loads(out)["predictions"][0]["hours"]
     assert by["file"] == by["records"] > 0
-    code, out, _ = run(capsys, "predict", "--dataset", "gsm8k", "--gpu", "H100")
+    code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "gsm8k", "--gpu", "H100")
     assert code == 0 and "no padding is seen" in out
 
 
@@ -63,7 +64,7 @@ def test_whose_memory_limits_the_batch(capsys):
 
 
 def test_plan(capsys, tmp_path):
-    code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
+    code, out, _ = run(capsys, "plan", *STUDY, "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
     assert code == 0 and (tmp_path / "plan.png").exists()
     assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
     assert "4.8 GB more than the A10G's 24 GB" in out and "left out: V100-32 has no bf16" in out
@@ -72,17 +73,17 @@ def test_plan(capsys, tmp_path):
     assert "A40 (--prices study has one)" in unpriced and "RTX-PRO-6000" in unpriced  # they fit, and their time is in the table
     assert "RTX-4090" not in unpriced and "L4," not in unpriced and "V100" not in unpriced  # of what does not fit no price is told
     assert out.count("no price known") == 1 + len(unpriced.split(", "))
-    code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "A40,H100")
+    code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "math_14k", "--gpu", "A40,H100")
     assert code == 0 and "no price known in 2026: A40 (--prices study has one); --prices FILE brings your own" in out
-    code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--gpu", "A100-80,H100", "--budget", "0.5", "--deadline", "0.5")
+    code, out, _ = run(capsys, "plan", *STUDY, "--dataset", "math_14k", "--gpu", "A100-80,H100", "--budget", "0.5", "--deadline", "0.5")
     assert "fastest under 0.5 USD: none; the cheapest needs 25.55 USD" in out and "A100-80, batch 17" in out
     assert "cheapest within 0.5 h: none; the fastest needs 8." in out and "H100, batch 17" in out
-    code, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--budget", "0.5", "--json")
+    code, out, _ = run(capsys, "plan", *STUDY, "--dataset", "math_14k", "--budget", "0.5", "--json")
     assert code == 0 and json.loads(out)["answers"]["fastest under 0.5 USD"] is None
 
 
 def test_the_first_line_says_whose_software(capsys, tmp_path):
-    for command in (PREDICT, ("plan", "--dataset", "math_14k")):
+    for command in (PREDICT, ("plan", *STUDY, "--dataset", "math_14k")):
         _, out, _ = run(capsys, *command)
         assert out.startswith("Times are those of PyTorch in 2024 as the study measured them on its GPUs, not this project's")
     file = tmp_path / "c.json"
@@ -97,24 +98,24 @@ def test_a_few_lengths_stand_for_many_records(capsys, tmp_path):
     """Five lengths for 10,000 records: a batch is not limited to five."""
     file = tmp_path / "lengths.txt"
     file.write_text("100\n" * 4 + "300\n")
-    asked = ("predict", "--lengths", str(file), "--gpu", "A100-80", "--json")
+    asked = ("predict", *STUDY, "--lengths", str(file), "--gpu", "A100-80", "--json")
     assert json.loads(run(capsys, *asked)[1])["predictions"][0]["batch"] <= 5
     code, out, _ = run(capsys, *asked, "--records", "10000")
     assert code == 0 and json.loads(out)["predictions"][0]["batch"] > 5 and json.loads(out)["job"]["mean_tokens"] == 140
 
 
 def test_numbers_as_people_write_them(capsys):
-    short = ("predict", "--records", "3", "--length", "8", "--gpu", "A100-80", "--epochs", "1")
+    short = ("predict", *STUDY, "--records", "3", "--length", "8", "--gpu", "A100-80", "--epochs", "1")
     row = next(line for line in run(capsys, *short)[1].splitlines() if line.startswith("│ A100"))
     assert "│ 0.00" in row and not re.search(r"│ 0\.0+ ", row)  # two digits of a small number, never 0.00
-    _, out, _ = run(capsys, "plan", "--dataset", "math_14k", "--gpu", "A100-80", "--budget", "1000000", "--experts-per-token", "1")
+    _, out, _ = run(capsys, "plan", *STUDY, "--dataset", "math_14k", "--gpu", "A100-80", "--budget", "1000000", "--experts-per-token", "1")
     assert "fastest under 1,000,000 USD: A100-80" in out and "1 expert a token" in out
 
 
 def test_a_gpu_that_does_not_do_is_gone_past(capsys):
-    code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "L4,H100,T4")
+    code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "math_14k", "--gpu", "L4,H100,T4")
     assert code == 0 and "H100" in out and "left out: T4 has no bf16" in out and "4.8 GB more than the L4's 24 GB; " in out
-    code, out, _ = run(capsys, "predict", "--dataset", "math_14k", "--gpu", "L4,H100,T4", "--json")
+    code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "math_14k", "--gpu", "L4,H100,T4", "--json")
     found = json.loads(out)
     assert [p["gpu"] for p in found["predictions"]] == ["H100"] and found["left_out"].keys() == {"L4", "T4"}
     assert found["software"].startswith("Times are those of PyTorch") and found["job"]["cut_tokens"] == 1024
@@ -125,27 +126,27 @@ def test_a_tail_of_long_queries_costs(capsys, tmp_path):
     file, usd = tmp_path / "lengths.txt", {}
     for long in (1024, 8000):
         file.write_text("200\n" * 90 + f"{long}\n" * 10)
-        code, out, _ = run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1", "--json")
+        code, out, _ = run(capsys, "plan", *STUDY, "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1", "--json")
         (option,) = json.loads(out)["options"]
         usd[long] = option["usd"]
         assert code == 0 and any("extrapolated" in note for note in option["notes"]) == (long == 8000)
     assert usd[8000] > 3 * usd[1024]
-    _, out, _ = run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--seq-len", "1024")
+    _, out, _ = run(capsys, "plan", *STUDY, "--lengths", str(file), "--gpu", "A100-80", "--seq-len", "1024")
     assert "10 of 100 queries are longer than 1,024 tokens and cut there (--seq-len)" in out
     assert "as in the study, because nothing else was said: 10 epochs (--epochs), qlora (--method), 2 experts a token" in out
-    assert "x 1 epoch (" in run(capsys, "plan", "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1")[1]
+    assert "x 1 epoch (" in run(capsys, "plan", *STUDY, "--lengths", str(file), "--gpu", "A100-80", "--epochs", "1")[1]
 
 
 def test_this_machine(capsys, tmp_path, monkeypatch):
     """A CPU has no times by the study; with coefficients of its own it is predicted for, in its own memory."""
-    code, out, err = run(capsys, *PREDICT[:3], "--gpu", "here")
+    code, out, err = run(capsys, *PREDICT[:5], "--gpu", "here")
     assert code == 2 and out == "" and "--gpu here: this machine has a CPU only" in err and "--coefficients FILE" in err
     file, name = tmp_path / "c.json", device.this_machine(0.9).name
     entry = dataclasses.replace(coefficients.study()[0], gpu=name, framework="jax", coefficients=np.array([9.0, 1.0, 1.0]))
     coefficients.write(file, [entry])
     for gb, batch in ((200, 1), (20, None)):
         monkeypatch.setattr(device, "usable_bytes", lambda gb=gb: gb * 10**9)
-        code, out, err = run(capsys, *PREDICT[:3], "--gpu", "here,here", "--coefficients", str(file), "--epochs", "1", "--json")
+        code, out, err = run(capsys, *PREDICT[:5], "--gpu", "here,here", "--coefficients", str(file), "--epochs", "1", "--json")
         if batch:
             (p,) = json.loads(out)["predictions"]
             assert code == 0 and p["gpu"] == name and p["measured"] and p["fits"] > 1 and p["usd"] is None and p["hours"] > 14000 / 3600
@@ -155,23 +156,23 @@ def test_this_machine(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("predict", "--dataset", "math_14k", "--gpu", "H1000"), "did you mean H100"),
-     (("predict", "--dataset", "math_14k", "--gpu", ""), "--gpu '': expected names of GPUs"),
-     (("plan", "--dataset", "math_14k", "--gpu", ","), "--gpu ',': expected names of GPUs"),
-     (("predict", "--dataset", "math", "--gpu", "H100"), "expected one of commonsense_15k, math_14k"),
-     (("predict", "--gpu", "H100"), "which data?"),
-     (("predict", "--gpu", "H100", "--dataset", "math_14k", "--length", "4"), "(--dataset and --length were given)"),
-     (("predict", "--gpu", "H100", "--length", "100"), "--length needs --records"),
-     (("predict", "--gpu", "H100", "--records", "-5", "--length", "100"), "--records -5"),
-     (("predict", "--gpu", "H100", "--records", "5", "--length", "0"), "--length 0"),
+    [(("predict", *STUDY, "--dataset", "math_14k", "--gpu", "H1000"), "did you mean H100"),
+     (("predict", *STUDY, "--dataset", "math_14k", "--gpu", ""), "--gpu '': expected names of GPUs"),
+     (("plan", *STUDY, "--dataset", "math_14k", "--gpu", ","), "--gpu ',': expected names of GPUs"),
+     (("predict", *STUDY, "--dataset", "math", "--gpu", "H100"), "expected one of commonsense_15k, math_14k"),
+     (("predict", *STUDY, "--gpu", "H100"), "which data?"),
+     (("predict", *STUDY, "--gpu", "H100", "--dataset", "math_14k", "--length", "4"), "(--dataset and --length were given)"),
+     (("predict", *STUDY, "--gpu", "H100", "--length", "100"), "--length needs --records"),
+     (("predict", *STUDY, "--gpu", "H100", "--records", "-5", "--length", "100"), "--records -5"),
+     (("predict", *STUDY, "--gpu", "H100", "--records", "5", "--length", "0"), "--length 0"),
      ((*PREDICT, "--batch", "-1"), "batch = -1"), ((*PREDICT, "--epochs", "0"), "epochs = 0"),
      ((*PREDICT, "--experts-per-token", "12"), "expected 1 to 8"), ((*PREDICT, "--model", "llama"), "--model llama"),
      ((*PREDICT, "--method", "dora"), "--method dora"), ((*PREDICT, "--method", "full"), "no coefficients for mixtral by full"),
      ((*PREDICT, "--batching", "rows"), "batching 'rows'"), ((*PREDICT, "--batching", "fixed"), "--batching fixed: how many tokens"),
      ((*PREDICT, "--prices", "nowhere.csv"), "nowhere.csv does not exist"), ((*PREDICT, "--coefficients", "nowhere.json"), "No such file"),
-     ((*PREDICT, "--spot"), "no spot price"), (("predict", "--dataset", "math_14k", "--gpu", "L4"), "4.8 GB more than the L4's"),
-     (("plan", "--dataset", "math_14k", "--deadline", "-1"), "deadline = -1"),
-     (("plan", "--dataset", "math_14k", "--gpu", "A10G"), "4.8 GB more than the A10G's")],
+     ((*PREDICT, "--spot"), "no spot price"), (("predict", *STUDY, "--dataset", "math_14k", "--gpu", "L4"), "4.8 GB more than the L4's"),
+     (("plan", *STUDY, "--dataset", "math_14k", "--deadline", "-1"), "deadline = -1"),
+     (("plan", *STUDY, "--dataset", "math_14k", "--gpu", "A10G"), "4.8 GB more than the A10G's")],
 )  # fmt: skip
 def test_mistakes_are_one_message(capsys, arguments, message):
     code, out, err = run(capsys, *arguments)
@@ -201,7 +202,7 @@ def test_nothing_heavy_is_imported(arguments):
 
 
 def test_the_script(tmp_path):
-    command = [sys.executable, str(ROOT / "estimate.py"), "predict", "--dataset", "math_14k", "--gpu", "V999"]
+    command = [sys.executable, str(ROOT / "estimate.py"), "predict", *STUDY, "--dataset", "math_14k", "--gpu", "V999"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: unknown GPU 'V999'")
@@ -220,8 +221,8 @@ def test_plan_of_a_config(capsys):
     (host,) = (way for way in ways if way["changes"] == {"placement.experts": "host"})
     assert host["bus_seconds"] > 1 and host["host_gb"] > 20 and host["refused"] is None and ways[-1]["refused"]
     for arguments, message in (
-        ((config,), "--gpu is missing: on which GPU?"),
-        ((config, "--gpu", "H100", "--budget", "3"), "--budget: of a plan in hours and dollars, without CONFIG"),
+        ((config,), "Without the data: --records N --length TOKENS"),
+        ((config, "--gpu", "H100", "--records", "9", "--length", "9", "--memory", "equation-1"), "--memory takes no CONFIG"),
         ((config, "--gpu", "H100", "--seq-len", "100000000"), "rows of 100000000 tokens exceed the model's max_position_embeddings"),
         ((config, "--gpu", "T4"), "T4 has no bf16, which the training section asks for"),
         ((config, "--gpu", "RTX-9999"), "unknown GPU 'RTX-9999'"),

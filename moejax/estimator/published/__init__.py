@@ -16,5 +16,5 @@ FOLDER = Path(__file__).parent
 
 @cache
 def read(name: str) -> dict[str, Any]:
-    """lengths.json or batches.json as it is."""
+    """lengths.json, batches.json or program.json as it is."""
     return json.loads((FOLDER / name).read_text(encoding="utf-8"))

@@ -1,0 +1,334 @@
+"""A run in seconds, hours and dollars by card, of one software: what `predict` and `plan` answer unless they are asked for the study's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax import config, gpus
+from moejax.commands.arguments import check_counts, names_of
+from moejax.commands.tables import draw, print_json, said_once, show_table
+from moejax.device import HERE, this_machine_timed
+from moejax.errors import UserError
+from moejax.estimator import lengths, prices, published, roofline, ways, workload
+from moejax.estimator.memory import DoesNotFit, refusals
+from moejax.estimator.sizes import architecture_of
+from moejax.estimator.tools.forecast import Forecast, Forecasts
+from moejax.estimator.units import counted
+from moejax.estimator.workload import Workload
+from moejax.gpus import GPU
+from moejax.models.config import PRESETS, Architecture
+
+SOFTWARE = {
+    "moejax": "moejax (this program)", "unsloth": "unsloth, by published receipts of it (moejax estimate receipts)",
+    "e4b": "e4b (experts4bit-qlora), by published receipts of it (moejax estimate receipts)",
+}  # fmt: skip
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Of a micro-batch, that are looked at where nobody says how many."""
+_SHORT = {"mixtral": "mixtral-8x7b", "blackmamba": "blackmamba-2.8b"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run on some cards. of_rows: the run with so many rows a micro-batch; rows: those to choose from."""
+
+    forecasts: Forecasts
+    cards: Sequence[GPU]
+    of_rows: Callable[[int], Workload]
+    rows: Sequence[int]
+    offers: Sequence[prices.Price]
+    spot: bool
+    notes: Sequence[str] = ()
+
+    def of(self, gpu: GPU) -> tuple[Forecast, Workload]:
+        """With the rows that take the fewest hours of those that fit; where not one does, this program with the changes of `ways` that
+        make it fit. Raises DoesNotFit where nothing does."""
+        price, found = prices.cheapest(self.offers, gpu.name, spot=self.spot), []
+        for rows in self.rows:
+            job = self.of_rows(rows)
+            try:
+                found.append((self.forecasts.of(job, gpu, price), job))
+            except DoesNotFit:
+                if not found:
+                    return self._changed(job, gpu, price)
+                break
+        return min(found, key=lambda pair: pair[0].hours)
+
+    def _changed(self, job: Workload, gpu: GPU, price: prices.Price | None) -> tuple[Forecast, Workload]:
+        asked = ways.Asked(job.experiment, job.config, gpu, job.longest_row)
+        fitting = () if self.forecasts.tool != "moejax" or not gpu.bf16 else (w for w in ways.ways(asked) if w.refused is None)
+        for way in fitting:
+            changed = dataclasses.replace(job, experiment=way.experiment)
+            with contextlib.suppress(DoesNotFit):
+                return dataclasses.replace(self.forecasts.of(changed, gpu, price), changes=ways.written(way.changes)), changed
+        return self.forecasts.of(job, gpu, price), job  # refused as before
+
+
+def asked(options: argparse.Namespace) -> Asked:
+    """Raises UserError for what cannot be meant, and for data that cannot be read."""
+    from moejax.estimator import receipts
+
+    table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    check_counts(options, "records", "length", "seq_len", "pad_multiple", "batch")
+    tool = options.tool or "moejax"
+    if options.tool_version is not None and tool == "moejax":
+        raise UserError("--tool-version: of another tool: expected --tool unsloth or --tool e4b with it")
+    of_rows, rows, notes = _of_config(options) if options.config is not None else _of_options(options)
+    offers = prices.load(options.prices, table)
+    if options.spot and not any(price.spot for price in offers):
+        raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
+    cards = list(table.values())
+    if options.gpu is not None:
+        cards = list(dict.fromkeys(this_machine_timed(True) if n == HERE else gpus.find(n, table) for n in names_of(options.gpu)))
+    made = Forecasts(tool, receipts.with_own(options.receipts, table), table, options.tool_version)
+    return Asked(made, cards, of_rows, rows, offers, options.spot, [*notes, *prices.old(offers, options.prices)])
+
+
+def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], Sequence[int], list[str]]:
+    """A config's own run: its rows, its data, unless options say of which lengths."""
+    experiment = config.load(options.config, options.overrides)
+    given = _lengths(options)
+    sizes = architecture_of(experiment)
+    experiment = experiment.with_defaults(sizes)
+    if options.epochs is not None:
+        experiment = experiment.changed("training", epochs=options.epochs, steps=None)
+    if options.experts_per_token is not None:
+        sizes = sizes.replace(experts_per_token=options.experts_per_token)
+    data: dict[str, Any] = {}
+    notes: list[str] = []
+    if given is None:
+        given, data, notes = _data(experiment)
+    else:
+        data = {"queries": options.records or given.queries}
+        notes.append(f"lengths: {given.source}, in the place of the config's data")
+
+    def of_rows(rows: int) -> Workload:
+        return workload.of(experiment.changed("data", batch_rows=rows), sizes, given, **data)
+
+    return of_rows, (options.batch or experiment.data.batch_rows,), notes
+
+
+def _data(experiment: config.Experiment) -> tuple[lengths.Lengths, dict[str, Any], list[str]]:
+    """Lengths of the config's own data by its tokenizer, and the rows that they make."""
+    d, t = experiment.data, experiment.training
+    if d.source is None:
+        records = d.batch_rows * t.gradient_accumulation * (t.steps or 1)
+        return lengths.constant(records, d.row_tokens), {}, ["lengths: random tokens, rows full"]
+    from moejax.commands.data import read_data
+
+    try:
+        dataset, _ = read_data(experiment)
+    except UserError as error:
+        raise UserError(f"{error}\nWithout the data: --records N --length TOKENS, or --lengths FILE (tokens of each query)") from None
+    tokens, counts = np.unique(np.asarray(dataset.train.lengths, np.int64), return_counts=True)
+    found = lengths.Lengths(tokens, counts, f"{d.named}, {counted(int(counts.sum()), 'query', 'queries')}")
+    evaluated = 0 if dataset.evaluation is None else dataset.evaluation.rows()
+    rows = {"rows_an_epoch": dataset.train.rows(), "evaluated_rows": evaluated}
+    return found, rows, [f"lengths: {found.source}, counted with the model's tokenizer"]
+
+
+def _lengths(options: argparse.Namespace) -> lengths.Lengths | None:
+    given = [name for name in ("dataset", "length", "lengths") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"which data? {' and '.join(f'--{name}' for name in given)} were given: expected one")
+    if options.lengths:
+        return lengths.from_file(options.lengths)
+    if options.dataset:
+        sets = published.read("lengths.json")
+        if options.dataset not in sets:
+            raise UserError(f"--dataset {options.dataset}: expected one of {', '.join(sets)}")
+        return lengths.of_study(options.dataset)
+    if options.length:
+        if options.records is None:
+            raise UserError("--length needs --records: how many queries of this length")
+        return lengths.constant(options.records, options.length)
+    return None
+
+
+def _of_options(options: argparse.Namespace) -> tuple[Callable[[int], Workload], Sequence[int], list[str]]:
+    """A run that options describe: a model by preset, folder or Hub id, and lengths."""
+    found = _lengths(options)
+    if found is None:
+        raise UserError("which data? Give a CONFIG, or one of --dataset NAME, --records N --length TOKENS, --lengths FILE")
+    name = _SHORT.get(options.model, options.model)
+    model, sizes = _model(name)
+    if options.experts_per_token is not None:
+        sizes = sizes.replace(experts_per_token=options.experts_per_token)
+    method = options.method or dict(roofline.STUDY_MODELS.values()).get(name, "qlora")
+    if method not in ("qlora", "lora", "full"):
+        raise UserError(f"--method {method}: expected qlora, lora or full")
+    cut = min(options.seq_len or found.cut(), sizes.max_position_embeddings)
+    epochs = 1 if options.epochs is None else options.epochs
+    experiment = config.of(
+        {
+            "name": "asked", "model": model, "tokenizer": "none", "adapter": None if method == "full" else {},
+            "quantization": {"format": "nf4" if method == "qlora" else "none"},
+            "data": {"source": "asked", "batching": options.batching, "max_length": cut, "row_tokens": cut,
+                     "buckets": [128, 256, 512, cut]},
+            "training": {"epochs": 1, "compute_dtype": "bfloat16", "remat": "full", "learning_rate": 1e-4,
+                         **({"param_dtype": "bfloat16"} if method == "full" else {})},
+        },
+        "the options", options.overrides,
+    ).with_defaults(sizes)  # fmt: skip
+    many = options.records or published.read("lengths.json").get(options.dataset, {}).get("queries") or found.queries
+
+    def of_rows(rows: int) -> Workload:
+        job = workload.of(experiment.changed("data", batch_rows=rows), sizes, found.repeated(many), queries=many)
+        return dataclasses.replace(job, epochs=epochs, steps=round(job.steps * epochs), other_steps=round(job.other_steps * epochs))
+
+    notes = [f"{name} by {method}: {counted(many, 'query', 'queries')} x {counted(epochs, 'epoch')} ({found.source})"]
+    rows = (options.batch,) if options.batch else tuple(rows for rows in ROWS if rows <= many)
+    return of_rows, rows, notes
+
+
+def _model(name: str) -> tuple[dict[str, Any], Architecture]:
+    """A preset, a folder or a config.json, or a model of the Hub, of which its small files alone are fetched."""
+    from moejax.documents import read_json
+    from moejax.models.config import from_hub_config
+
+    if name in PRESETS:
+        return {"preset": name}, PRESETS[name]
+    path = Path(name)
+    if not path.exists() and name.count("/") == 1:
+        from moejax.hub import snapshot
+
+        path = snapshot.resolve(name, None, weights=False)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--model {name}: expected one of {', '.join(PRESETS)}, a folder with config.json, or OWNER/NAME of the Hub")
+    try:
+        return {"source": str(file.parent)}, from_hub_config(read_json(file, "--model "))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--model {name}: {error}") from None
+
+
+def predict(options: argparse.Namespace) -> int:
+    given = asked(options)
+    found, left_out = _all(given)
+    if not found:
+        raise UserError("; ".join(map(str, left_out.values())))
+    if options.json:
+        print_json(_facts(given, found) | {"left_out": {gpu: str(why) for gpu, why in left_out.items()}})
+        return 0
+    show(given, found, [f"left out: {why}" for why in left_out.values()], options)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    for name in ("budget", "deadline"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name} = {value:g}: expected more than 0")
+    given = asked(options)
+    found, left_out = _all(given)
+    if not found:
+        raise UserError("; ".join(refusals(left_out)))
+    found.sort(key=lambda pair: (pair[0].usd is None, pair[0].usd or 0.0, pair[0].hours))
+    answers = _answers([p for p, _ in found], options.budget, options.deadline)
+    title = f"{found[0][1].experiment.name} by {given.forecasts.tool} (grey: never measured on that card)"
+    draw(options.plot, lambda figures, folder: figures.options(folder, title, [p for p, _ in found]))
+    if options.json:
+        chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
+        print_json(_facts(given, found) | {"answers": chosen, "left_out": {gpu: why.brief for gpu, why in left_out.items()}})
+        return 0
+    show(given, found, [f"left out: {why}" for why in refusals(left_out)], options)
+    for name, p in answers.items():
+        print(f"{name}: {'none' if p is None else f'{p.named}{_never(p)}: {_hours(p)}, {_usd(p)}'}")
+    return 0
+
+
+def _answers(found: Iterable[Forecast], budget: float | None, deadline: float | None) -> dict[str, Forecast | None]:
+    priced = [p for p in found if p.usd is not None]
+    answers = {"cheapest": min(priced, key=_dollars, default=None), "fastest": min(priced, key=lambda p: p.hours, default=None)}
+    if budget is not None:
+        affordable = [p for p in priced if _dollars(p) <= budget]
+        answers[f"fastest under {budget:,.10g} USD"] = min(affordable, key=lambda p: p.hours, default=None)
+    if deadline is not None:
+        answers[f"cheapest within {deadline:,.10g} h"] = min((p for p in priced if p.hours <= deadline), key=_dollars, default=None)
+    return answers
+
+
+def _dollars(p: Forecast) -> float:
+    return p.usd or 0.0
+
+
+def _all(given: Asked) -> tuple[list[tuple[Forecast, Workload]], dict[str, DoesNotFit]]:
+    found, left_out = [], {}
+    for gpu in given.cards:
+        try:
+            found.append(given.of(gpu))
+        except DoesNotFit as error:
+            left_out[gpu.name] = error
+    return found, left_out
+
+
+def _facts(given: Asked, found: Sequence[tuple[Forecast, Workload]]) -> dict[str, Any]:
+    tool = given.forecasts.tool
+    _, job = found[0]
+    run = {
+        "queries": job.queries, "epochs": job.epochs, "mean_tokens": job.mean_tokens, "accumulation": job.accumulation,
+        "download_gb": job.download_bytes / 1e9, "lengths": job.lengths.source,
+    }  # fmt: skip
+    predictions = [dataclasses.asdict(p) | {"rows": w.rows} for p, w in found]
+    return {"tool": tool, "software": SOFTWARE[tool], "level": 0.9, "job": run, "predictions": predictions, "notes": list(given.notes)}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _between(value: float, ends: tuple[float, float]) -> str:
+    return f"{_number(value)} ({_number(ends[0])} to {_number(ends[1])})"
+
+
+def _hours(p: Forecast) -> str:
+    return f"{_between(p.hours, p.hours_interval)} h"
+
+
+def _usd(p: Forecast) -> str:
+    if p.usd is None or p.usd_interval is None or p.price is None:
+        return "no price known"
+    return f"{_between(p.usd, p.usd_interval)} USD at {p.price.told}"
+
+
+def _never(p: Forecast) -> str:
+    return "" if p.measured else " (never measured on this card)"
+
+
+def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Sequence[str], options: argparse.Namespace) -> None:
+    """Whose software, the table, and what holds of its rows."""
+    tool, (_, job) = given.forecasts.tool, found[0]
+    print(f"Times are those of {SOFTWARE[tool]}")
+    cells = [
+        (
+            p.named, f"{w.rows} x {w.accumulation}", _between(p.step_seconds, p.step_seconds_interval), round(p.tokens_per_second),
+            _between(p.hours, p.hours_interval), "-" if p.usd is None or p.usd_interval is None else _between(p.usd, p.usd_interval),
+            f"{p.peak_gb:.1f} of {p.memory_gb:.1f}", "no price known" if p.price is None else p.price.told,
+        )
+        for p, w in found
+    ]  # fmt: skip
+    ending = ["In brackets: where a measured run lies with 90 %"]
+    if not all(p.measured for p, _ in found):
+        ending.append("* never measured on this card")
+    if tool != "moejax":
+        ending.append("rows are queries, padded to the longest of a micro-batch, whatever the config's batching")
+    first, w = found[0]
+    ending.append(
+        f"hours: {counted(first.steps, 'step')}, and {_number(first.besides_hours)} h of loading, compiling, "
+        f"{counted(w.evaluations, 'evaluation')} and {counted(w.checkpoints, 'checkpoint')} (assumed rates); before that "
+        f"{job.download_bytes / 1e9:.1f} GB are downloaded ({job.download_bytes / workload.LINE / 60:.0f} min at 1 Gbit/s), and take disk"
+    )
+    changes = said_once((p.gpu, f"does not fit as it is; taken with {p.changes}") for p, _ in found if p.changes)
+    bases = {p.basis for p, _ in found}
+    notes = [*changes, *(bases if len(bases) == 1 else said_once((p.gpu, p.basis) for p, _ in found))]
+    columns = ("GPU", "rows", "s/step", "tokens/s", "hours", "USD", "GB", "price")
+    queries = counted(job.queries, "query", "queries")
+    title = f"{job.experiment.name}: {queries} of {job.mean_tokens:.0f} tokens x {counted(job.epochs, 'epoch')}"
+    show_table(title, columns, cells, [*given.notes, *ending, *notes, *left_out])

@@ -1,0 +1,122 @@
+"""What a step of this program takes on a card: a roofline of the compiled program, and a factor between it and what is measured. No jax.
+
+The roofline (`published/program.json`, fitted by benchmarks/program_law.py to the seconds that benchmarks/gpu_model.py derives from
+programs compiled for cards that were not there) counts kernels, bytes, FLOPs and launches; weights in the host's memory add what the bus
+takes longer than the card. The factor is a prior as long as nobody measured a run: then the interval is wide, and says so. Receipts of
+own runs move and narrow it, those of the same card most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moejax.estimator import bus, closed_form, published
+from moejax.estimator.floors import floors
+from moejax.estimator.receipts import Receipt
+from moejax.estimator.sizes import ITEM
+from moejax.gpus import GPU
+from moejax.models.config import Architecture, specs
+from moejax.models.ops import choice
+
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+
+COLUMNS = ("floor", "block_seconds", "visit_seconds", "scan_seconds")
+PRODUCTS, BANDWIDTH = 790 / 989, 4.3 / 4.8
+"""Of a data sheet's figures what large products and copies reach: benchmarks/gpu_model.py's, of an H200."""
+FACTOR, FACTOR_DEVIATION = 1.2, 0.45
+"""Measured seconds over the roofline's, and the deviation of its logarithm: what is believed before any run. The roofline's own error, by
+its makers 30 %, of kernels that nobody timed, and of cards."""
+CARD_DEVIATION, RUN_DEVIATION = 0.25, 0.12
+"""Of the part of it that is a card's own, and a run's own."""
+NORMAL_90 = 1.645
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One micro-batch: seconds of the floor at the rates above; blocks; experts visited in loops; blocks x chunks of scans."""
+
+    columns: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of an optimizer step, between which they lie with 90 %, and whether a run on this card was measured."""
+
+    seconds: float
+    interval: tuple[float, float]
+    measured: bool
+    basis: str
+
+
+def counts(
+    experiment: Experiment, config: Architecture, gpu: GPU, rows: int, row_tokens: int, *, backend: str | None = None
+) -> Counts:
+    """backend: of the grouped products; None: the one that is chosen for the card."""
+    tokens = rows * row_tokens
+    rates = PRODUCTS * gpu.flops_per_second, BANDWIDTH * gpu.bytes_per_second
+    floor = sum(stage.seconds(*rates)[0] for stage in floors(experiment, config, rows, row_tokens))
+    visits = scans = 0.0
+    for stack in config.stacks:
+        mixer, half = stack.block.halves
+        if isinstance(half, specs.MoE) and not half.dense and (backend or _backend(experiment, config, gpu, half, tokens)) == "loop":
+            visits += stack.repeats * half.experts * (1 - (1 - half.experts_per_token / half.experts) ** tokens)
+        if isinstance(mixer, specs.Mamba):
+            scans += stack.repeats * row_tokens / choice.CHUNKS["chunked_associative"]
+    return Counts((floor, float(config.blocks), visits, scans))
+
+
+def _backend(experiment: Experiment, config: Architecture, gpu: GPU, half: specs.MoE, tokens: int) -> str:
+    if experiment.model.moe_backend != "auto":
+        return experiment.model.moe_backend
+    return choice.grouped(
+        closed_form.device_of(gpu), tokens * experiment.training.together, half.experts, half.experts_per_token,
+        hidden=config.hidden_size, intermediate=half.hidden, quantized="experts" in experiment.kinds(config),
+        item=ITEM[experiment.training.compute_dtype], memory_bytes=gpu.memory_bytes,
+    )[0]  # fmt: skip
+
+
+def program_seconds(experiment: Experiment, config: Architecture, gpu: GPU, rows: int, row_tokens: int) -> float:
+    """The roofline of an optimizer step: its micro-batches on the card, or what the bus takes for what is fetched, whichever is longer."""
+    law = published.read("program.json")["seconds"]
+    card = sum(law[name] * value for name, value in zip(COLUMNS, counts(experiment, config, gpu, rows, row_tokens).columns, strict=True))
+    card *= experiment.training.gradient_accumulation
+    if experiment.placement.experts == "device" and experiment.placement.tables == "device":
+        return card
+    held = closed_form.on(gpu, settled(experiment), config, rows, row_tokens).host
+    return max(card, bus.step_bytes(experiment, config, rows, row_tokens, held) / bus.rate(gpu))
+
+
+def settled(experiment: Experiment) -> Experiment:
+    """With the policy that the closed form knows: `auto` comes down to `full` on a full card; what lies between counts as `none`."""
+    policy = experiment.training.remat
+    return experiment if policy in closed_form.KNOWN else experiment.changed("training", remat="full" if policy == "auto" else "none")
+
+
+def estimate(seconds: float, gpu: GPU, receipts: Iterable[Receipt]) -> Estimate:
+    """Of the roofline's seconds, with what runs of this program took over theirs (`predicted.program_seconds`)."""
+    runs = [r for r in receipts if r.tool_name == "moejax" and r.gpu and r.step_seconds and (r.predicted or {}).get("program_seconds")]
+    mean, deviation = math.log(FACTOR), math.hypot(FACTOR_DEVIATION, CARD_DEVIATION)
+    here = [r for r in runs if r.gpu == gpu.name]
+    if runs:
+        seen = np.array([math.log(float(r.step_seconds or 1) / float((r.predicted or {})["program_seconds"])) for r in runs])
+        cards = np.array([r.gpu for r in runs])
+        shared = FACTOR_DEVIATION**2 + CARD_DEVIATION**2 * (cards[:, None] == cards[None, :])
+        inverse = np.linalg.inv(shared + RUN_DEVIATION**2 * np.eye(len(runs)))
+        own = FACTOR_DEVIATION**2 + CARD_DEVIATION**2 * (cards == gpu.name)
+        left = deviation**2 - own @ inverse @ own
+        mean, deviation = mean + float(own @ inverse @ (seen - mean)), math.sqrt(max(float(left), 0.0))
+    half = NORMAL_90 * math.hypot(deviation, RUN_DEVIATION)
+    middle = seconds * math.exp(mean)
+    if here:
+        basis = f"a roofline of the program, fitted to {len(here)} of your runs on this card"
+    elif runs:
+        basis = f"a roofline of the program, fitted to {len(runs)} of your runs, none on the {gpu.name}: its interval is a prior's part"
+    else:
+        basis = "a roofline of the compiled program times an assumed efficiency: no run of moejax was measured, the interval is a prior"
+    return Estimate(middle, (middle * math.exp(-half), middle * math.exp(half)), bool(here), basis)
