@@ -78,42 +78,42 @@ def beside(name: str) -> list[Bars]:
     return [bars for bars in study(*name.split("-")[:2]) if f"batch {RUNS[name][3]}" in bars.name]
 
 
-def rows(name: str, result: dict[str, Any]) -> list[str]:
-    """The table's lines for one run: every computed observation, the paper's first."""
-    paper = [takeaways(bars) for bars in beside(name)]
-    printed, theirs, ours = paper[0] if paper else {}, result["pytorch"]["takeaways"], result["moejax"]["takeaways"]
-    lines = []
-    for what in ours:
-        cells = [_cell(what, side.get(what)) for side in (printed, theirs, ours)]
-        lines.append(f"| {name} | {what} | {' | '.join(cells)} |")
-    attributed = [100 * result[side]["attributed"] for side in ("pytorch", "moejax")]
-    lines.append(f"| {name} | of the busy step, under a named stage | – | {' | '.join(f'{a:.1f} %' for a in attributed)} |")
-    return lines
+NAMED, RATIO = "busy step, under a named stage", "dense step / sparse step"
+
+
+def shares(name: str, results: dict[str, Any]) -> dict[str, str]:
+    """One run's cells, each "paper, PyTorch, moejax"; of what the paper has none: "–"."""
+    paper, sides = [takeaways(bars) for bars in beside(name)], [results[name][side] for side in ("pytorch", "moejax")]
+    three = [paper[0] if paper else {}, *(side["takeaways"] for side in sides)]
+    cells = {what: ", ".join(_cell(what, side.get(what)) for side in three) for what in three[-1]}
+    cells[NAMED] = ", ".join(_cell(NAMED, side["attributed"]) for side in sides)
+    return cells | ({RATIO: ratio(name, results)} if name in _SPARSE else {})
 
 
 def _cell(what: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}" if "/" in what else f"{100 * value:.0f} %"
 
 
-def ratios(results: dict[str, Any]) -> list[str]:
-    """Dense over sparse, of one step at the same batch."""
-    lines = []
-    for model in ("mixtral", "blackmamba"):
-        pair = [f"{model}-{kind}" for kind in ("dense", "sparse")]
-        if not all(name in results for name in pair):
-            continue
-        paper = [sum(beside(name)[0].phases.values()) for name in pair]
-        sides = [[results[n][side]["step_seconds"]["median"] for n in pair] for side in ("pytorch", "moejax")]
-        cells = " | ".join(f"{dense / sparse:.2f}" for dense, sparse in (paper, *sides))
-        lines.append(f"| {model} | dense step / sparse step | {cells} |")
-    return lines
+_SPARSE = {"mixtral-dense": "mixtral-sparse", "blackmamba-dense": "blackmamba-sparse"}
+
+
+def ratio(dense: str, results: dict[str, Any]) -> str:
+    """Seconds of a dense step over those of a sparse one at the same batch: the paper's, PyTorch's, ours."""
+    if _SPARSE[dense] not in results:
+        return "–"
+    pair = (dense, _SPARSE[dense])
+    paper = [sum(beside(name)[0].phases.values()) for name in pair]
+    sides = [[results[n][side]["step_seconds"]["median"] for n in pair] for side in ("pytorch", "moejax")]
+    return ", ".join(f"{above / below:.2f}" for above, below in (paper, *sides))
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| run | share | paper (A40) | PyTorch here | moejax here |", "|---|---|---|---|---|"]
-    for name, result in results.items():
-        lines += rows(name, result)
-    return "\n".join([*lines, *ratios(results)]) + "\n"
+    """A line a run; a column a share."""
+    cells = {name: shares(name, results) for name in results}
+    columns = list(dict.fromkeys(what for line in cells.values() for what in line))
+    lines = [f"| run | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(line.get(what, '–') for what in columns)} |" for name, line in cells.items()]
+    return "\n".join(lines) + "\n"
 
 
 @kept.refusing

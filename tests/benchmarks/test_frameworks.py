@@ -237,13 +237,13 @@ def test_shares_stand_beside_the_paper_s():
     side = {
         "step_seconds": {"median": 0.5},
         "attributed": 0.987,
-        "takeaways": side_by_side.takeaways(side_by_side.study("mixtral", "sparse")[0]),
+        "takeaways": side_by_side.takeaways(side_by_side.beside("mixtral-sparse")[0]),
     }
     dense = side | {"step_seconds": {"median": 1.5}}
     results = {name: {"moejax": s, "pytorch": s} for name, s in (("mixtral-sparse", side), ("mixtral-dense", dense))}
     lines = side_by_side.table(results).splitlines()
-    assert {line.count("|") for line in lines} == {6}
-    assert "| mixtral-sparse | of the busy step, under a named stage | – | 98.7 % | 98.7 % |" in lines
-    assert lines[-1].startswith("| mixtral | dense step / sparse step |") and lines[-1].endswith("| 3.00 | 3.00 |")
+    assert len({line.count("|") for line in lines}) == 1 and lines[0].endswith(f"| {side_by_side.NAMED} | {side_by_side.RATIO} |")
+    assert lines[2].startswith("| mixtral-sparse | 91 %, 91 %, 91 % |") and lines[2].endswith("| 99 %, 99 % | – |")
+    assert lines[3].endswith(", 3.00, 3.00 |")
     lines = side_by_side.table({"olmoe-sparse": {"moejax": side, "pytorch": side}}).splitlines()
-    assert lines[2].startswith("| olmoe-sparse | MoE, of the layers' time | – | ")  # the study has no such model
+    assert lines[2].startswith("| olmoe-sparse | –, 91 %, 91 % |")  # the study has no such model
