@@ -36,7 +36,7 @@ PARTS = (
 
 def texts(count=1000):
     """Lines of this project's own pages and code, and pieces of all kinds put together by chance; in NFC, as llama.cpp takes them."""
-    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/hub.md", "docs/training.md", "tests/conftest.py")]
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/hub.md", "docs/training.md", "docs/data.md", "tests/conftest.py")]
     lines, draw = [line for page in pages for line in page.split("\n") if line.strip()][: count // 2], np.random.default_rng(0)
     mixed = ["".join(draw.choice(PARTS, draw.integers(1, 16))) for _ in range(count - len(lines))]
     return [unicodedata.normalize("NFC", text) for text in [*lines, *mixed]]
