@@ -16,6 +16,7 @@ from moejax.models.layers import ExpertLinear, Frozen, Linear, Target, fold, tra
 from moejax.models.mlp import MLP
 from moejax.models.ops import linear
 from moejax.models.ops.grouped import matmul as gm
+from moejax.models.ops.spread import AXIS, all_rows, own_rows
 
 
 class RouterStats(NamedTuple):
@@ -64,10 +65,13 @@ class MoE(nnx.Module):
         micro_batches: the tokens are of so many, one after the other, with a key each; stats are then [A, E]."""
         with jax.named_scope("moe"):
             indices, weights, stats = self._route(x, valid, dropout_key, () if micro_batches is None else (micro_batches,))
-            if self.k == self.experts:
+            held = linear.count(self.w1.weight.get_value())
+            if held < self.experts:
+                out = self._on_own_devices(x, indices, weights, valid, dropout_key, keep, held)
+            elif self.k == self.experts:
                 out = self._dense(x, weights, dropout_key)
             else:
-                out = self._sparse(x, indices, weights, valid, dropout_key, keep)
+                out = self._sparse(x, indices, weights, valid, dropout_key, keep, held)
             if self.shared is None:
                 return out, stats
             with jax.named_scope("shared"):
@@ -109,8 +113,26 @@ class MoE(nnx.Module):
         bias = self.router.choice_bias
         return probabilities if bias is None else probabilities + bias.get_value()
 
+    def _on_own_devices(
+        self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool, held: int
+    ) -> jax.Array:
+        """Each device has `held` of the experts: it takes the tokens of all devices through its own, and what it gives for them is added up
+        where they came from. Nothing is dropped for any routing, and shapes are static."""
+        with jax.named_scope("all_gather"):
+            x, weights, valid = (all_rows(a) for a in (x, weights, valid))
+            first = held * jax.lax.axis_index(AXIS)
+        if self.k == self.experts:
+            out = self._dense(x, jax.lax.dynamic_slice_in_dim(weights, first, held, axis=1), dropout_key)
+        else:
+            with jax.named_scope("all_gather"):
+                own = all_rows(indices) - first
+            # The others' are sorted behind the last group, as padding is.
+            out = self._sparse(x, jnp.where((own >= 0) & (own < held), own, held), weights, valid, dropout_key, keep, held)
+        with jax.named_scope("reduce_scatter"):
+            return own_rows(out)
+
     def _sparse(
-        self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
+        self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool, held: int
     ) -> jax.Array:
         weight, prefetch = self.w1.weight.get_value(), self.target.prefetch
         # One by one is how the loop takes them: `capacity` multiplies a layer at once.
@@ -125,7 +147,7 @@ class MoE(nnx.Module):
             activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout, prefetch=prefetch
         )  # fmt: skip
         with jax.named_scope("dispatch"):
-            groups = gm.group(indices, valid, self.experts, plan.tile)
+            groups = gm.group(indices, valid, held, plan.tile)
             groups = gm.Groups(*(checkpoint_name(a, "dispatch") for a in groups))
             rows = gm.dispatch(x, groups)  # [M, D]
             row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]

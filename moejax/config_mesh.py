@@ -47,14 +47,17 @@ class MeshConfig(Section):
                 "matrix and then wait for the others': expected mesh.weights=experts or whole, or placement.experts=device"
             )
         if self.devices is not None:
-            self.check_rows(self.devices, experiment.data.batch_rows)
+            self.check_rows(self.devices, experiment)
 
-    def check_rows(self, devices: int, rows: int) -> None:
+    def check_rows(self, devices: int, experiment: Any) -> None:
         """Raises ValueError for rows of a batch that so many devices do not divide."""
-        if rows % devices:
+        rows, apart = experiment.data.batch_rows, experiment.preference is not None and experiment.data.batching != "pack"
+        multiple = devices * 2 if apart else devices
+        if rows % multiple:
+            sides = ", the two sides of a pair on one" if apart else ""
             raise ValueError(
-                f"data.batch_rows = {rows} are of all {devices} devices together, and do not divide: expected "
-                f"{_either(rows // devices * devices, -(-rows // devices) * devices)}"
+                f"data.batch_rows = {rows} are of all {devices} devices together{sides}, and do not divide: expected "
+                f"{_either(rows // multiple * multiple, -(-rows // multiple) * multiple)}"
             )
 
     def check_experts(self, devices: int, experts: int) -> None:

@@ -6,7 +6,7 @@ Outside the models alone. Inside a program over the mesh a model's weights are w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from moejax.config_mesh import MeshConfig
 from moejax.errors import UserError
 from moejax.models.layers import Frozen
 from moejax.models.ops import host
-from moejax.models.ops.spread import AXIS
+from moejax.models.ops.spread import AXIS, RowsOf
 
 Tree = Any
 WHOLE = P()
@@ -62,6 +62,28 @@ class Devices:
     def whole(self, tree: Tree) -> Tree:
         """All of it on each device."""
         return self._of(tree, lambda *_: WHOLE)
+
+    def over_rows(self, function: Callable[..., Any], places: tuple[Tree, ...], out: Tree, *operands: Any) -> Any:
+        """function(*operands) on each device, of what `places` (as the other methods give them; None: all of it) say that it has.
+
+        out: PartitionSpecs of what it returns. Inside, a model's frozen matrices of which a device has a part of the rows say so.
+        """
+
+        def local(*operands: Any) -> Any:
+            return function(*(o if place is None else self._marked(o, place) for o, place in zip(operands, places, strict=True)))
+
+        specs = tuple(WHOLE if place is None else jax.tree.map(lambda s: s.spec, place) for place in places)
+        # check_vma: the experts' loops carry zeros that are the same everywhere and rows that are not, which it refuses.
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*operands)
+
+    def _marked(self, tree: Tree, places: Tree) -> Tree:
+        def mark(node: Any, place: Any) -> Any:
+            value = node.get_value() if isinstance(node, Frozen) else None
+            if not isinstance(value, jax.Array) or AXIS not in place.get_value().spec[value.ndim - 2 :]:
+                return node
+            return node.replace(RowsOf(value, value.shape[-2] * self.count))
+
+        return jax.tree.map(mark, tree, places, is_leaf=_is_variable) if self.weights == "spread" else tree
 
     def _of(self, tree: Tree, rule: Any) -> Tree:
         found = []

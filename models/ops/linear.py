@@ -12,20 +12,22 @@ import jax.numpy as jnp
 
 from moejax.models.ops import host
 from moejax.models.ops.quantized import QuantizedTensor
+from moejax.models.ops.spread import RowsOf
 
 
 class OfLayer(NamedTuple):
     """One layer of a weight whose first axis is layers, to be sliced where it is used: a loop inside a layer would otherwise first
     copy the whole layer out of the stack."""
 
-    stacked: jax.Array | QuantizedTensor
+    stacked: Stored
     layer: jax.Array
 
 
-Weight = jax.Array | QuantizedTensor | OfLayer
+Stored = jax.Array | QuantizedTensor | RowsOf
+Weight = Stored | OfLayer
 
 
-def part(weight: Weight, index: jax.Array | None = None) -> jax.Array | QuantizedTensor:
+def part(weight: Weight, index: jax.Array | None = None) -> Stored:
     """The weight itself, or entry `index` of its first axis (of the first after layers); fetched, where it lies in the host's memory."""
     if isinstance(weight, OfLayer):
         where = weight.layer if index is None else (weight.layer, index)
@@ -42,18 +44,32 @@ def out_size(weight: Weight) -> int:
     return (weight.stacked if isinstance(weight, OfLayer) else weight).shape[-2]
 
 
+def count(weight: Weight) -> int:
+    """Experts of one layer's stack, those that this device has."""
+    return weight.stacked.shape[1] if isinstance(weight, OfLayer) else weight.shape[0]
+
+
 def in_4_bits(weight: Weight) -> bool:
     return isinstance(weight.stacked if isinstance(weight, OfLayer) else weight, QuantizedTensor)
 
 
+def is_spread(weight: Weight) -> bool:
+    """Whether this device has a part of its rows, and all devices together have to gather them wherever it is used."""
+    stored = weight.stacked if isinstance(weight, OfLayer) else weight
+    return isinstance(stored, RowsOf) or (isinstance(stored, QuantizedTensor) and not stored.is_whole)
+
+
 def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
-    """The weight as an array of `dtype`; the time that 4 bits take for it stands under `scope` in a profile."""
-    weight = part(weight)
+    """The weight as an array of `dtype`, gathered where it is spread; what 4 bits take for it stands under `scope` in a profile."""
+    spread, weight = is_spread(weight), part(weight)
+    if spread:
+        with jax.named_scope("weights_gather"):
+            weight = weight.gathered()  # type: ignore[union-attr]
     if isinstance(weight, QuantizedTensor):
         with jax.named_scope(scope):
             # The barrier keeps this from melting into the product that follows: one dequantization per matrix, told apart.
             return jax.lax.optimization_barrier(weight.dequantize(dtype))
-    return weight.astype(dtype)
+    return weight.astype(dtype)  # type: ignore[union-attr]
 
 
 @jax.tree_util.register_static

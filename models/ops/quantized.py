@@ -120,6 +120,19 @@ class QuantizedTensor:
         """Entry `index` of the leading axes."""
         return self.with_parts({name: part[index] for name, part in self.parts().items()})
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its rows are here, and not a part of them on each device of a mesh."""
+        return self.codes.shape[-2] == self.matrix[0]
+
+    def gathered(self) -> Self:
+        """All rows of a weight of which this device has a part."""
+        from moejax.models.ops.spread import all_rows
+
+        shapes = {name: shape for name, (shape, _) in KINDS[self.kind].parts(self.shape).items()}
+        row = self.codes.ndim - 2
+        return self.with_parts({name: a if a.shape == shapes[name] else all_rows(a, row) for name, a in self.parts().items()})
+
     def dequantize(self, dtype: Any) -> jax.Array:
         """[..., out, in] in `dtype`."""
         raise NotImplementedError

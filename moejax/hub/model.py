@@ -41,6 +41,11 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
         experiment.placement.check(config.expert_layers)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if experiment.mesh is not None and experiment.mesh.devices is not None:
+        try:
+            experiment.mesh.check_experts(experiment.mesh.devices, config.num_experts)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if experiment.adapter is not None and not config.target_names:
         missing = [name for name in experiment.adapter.targets or () if name not in config.targets]
         why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"

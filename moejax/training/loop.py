@@ -223,7 +223,7 @@ class Trainer:
             "step_seconds": seconds, "queries": len(lengths), "real_tokens": real, "padded_tokens": batch.tokens.size,
             "supervised_tokens": int(batch.loss_mask.sum()), "queries_per_second": len(lengths) / seconds,
             "tokens_per_second": real / seconds, "padded_tokens_per_second": batch.tokens.size / seconds,
-            "model_flop_utilization": model_flops / seconds / self.peak_flops,
+            "model_flop_utilization": model_flops / seconds / (self.program.device_count * self.peak_flops),
         }  # fmt: skip
         return record | device.memory_bytes() | expert_load(values["expert_counts"], len(lengths))
 
@@ -322,14 +322,15 @@ class Trainer:
         if not totals:
             lines += ["nothing was left to train: an earlier process had done all steps"]
         else:
+            several = "" if self.program.device_count == 1 else f"{self.program.device_count} x "
             memory_name, memory_value = next(iter(device.memory_bytes().items()))
             lines += [
                 f"loss {totals['run/first_loss']:.4f} at step {self.history[0]['step']} -> {totals['run/last_loss']:.4f}"
                 + ("" if self.eval_loss is None else f", evaluation {self.eval_loss:.4f}"),
                 f"{totals['run/queries_per_second']:.2f} queries/s, {totals['run/tokens_per_second']:.0f} tokens/s, "
                 f"{duration(totals['run/step_seconds'])} in steps, {totals['run/compile_seconds']:.1f} s compiling",
-                f"model FLOP utilization {100 * totals['run/model_flop_utilization']:.1f} % of {self.peak_flops / 1e12:.2f} TFLOP/s "
-                f"({self.peak_source})",
+                f"model FLOP utilization {100 * totals['run/model_flop_utilization']:.1f} % of {several}{self.peak_flops / 1e12:.2f} "
+                f"TFLOP/s ({self.peak_source})",
                 f"memory: compiler peak {self.program.peak_bytes / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
         lines += [] if self.scoring is None else self.scoring.summary()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moejax.config import Experiment
 from moejax.config_preference import PreferenceConfig
-from moejax.data.batch import PairBatch
+from moejax.data.batch import Batch, PairBatch
 from moejax.models.build import Model, remove_lora
 from moejax.models.moe import RouterStats
 from moejax.models.ops.cross_entropy import token_log_probabilities
@@ -50,6 +50,15 @@ def told(experiment: Experiment) -> list[str]:
 def pairs_in(batch: PairBatch) -> jax.Array:
     """Pairs of a batch [..., rows, T]: fp32 scalar."""
     return jnp.sum(jnp.max(batch.sides, axis=(-1, -2)) // 2).astype(jnp.float32)
+
+
+def numbered_anew(batch: Batch | PairBatch) -> Batch | PairBatch:
+    """Some rows of a batch [..., rows, T] with all sides of their pairs, whose sides are numbered as if there were no others."""
+    if not isinstance(batch, PairBatch):
+        return batch
+    there = batch.sides > 0
+    first = jnp.min(jnp.where(there, batch.sides, jnp.iinfo(jnp.int32).max), axis=(-1, -2), keepdims=True)
+    return batch._replace(sides=jnp.where(there, batch.sides - first + 1, 0))
 
 
 def losses(chosen: Side, rejected: Side, settings: PreferenceConfig) -> jax.Array:

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from moejax import installation
+from moejax import installation, mesh
 from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch, PairBatch
@@ -28,6 +28,7 @@ from moejax.errors import UserError, first_line
 from moejax.estimator.targets import target_text
 from moejax.estimator.units import counted
 from moejax.gpus import GPU, GPUS
+from moejax.hub.buffers import moved
 from moejax.hub.model import model_arguments
 from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
@@ -105,7 +106,8 @@ class TrainProgram:
                 "training.accumulation = layer_major with a loss of your own, which is given one micro-batch at a time: expected "
                 "micro_batch_major or auto"
             )
-        self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed)
+        self.devices = devices_of(experiment, config)
+        self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed, self.devices)
         self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
         self.compiled: dict[tuple[int, int], Compiled] = {}
 
@@ -115,6 +117,10 @@ class TrainProgram:
         return max((c.peak_bytes for c in self.compiled.values()), default=0)
 
     @property
+    def device_count(self) -> int:
+        return 1 if self.devices is None else self.devices.count
+
+    @property
     def compile_seconds(self) -> float:
         return sum(c.seconds for c in self.compiled.values())
 
@@ -122,6 +128,8 @@ class TrainProgram:
         """The step for micro-batches of so many rows. Raises UserError, in one message, where the compiler fails."""
         if (rows, row_tokens) in self.compiled:
             return self.compiled[rows, row_tokens]
+        if rows % self.device_count:
+            raise UserError(f"batches of {counted(rows, 'row')} over {self.device_count} devices: expected a multiple of them")
         micro = self.experiment.training.gradient_accumulation
         shape = (micro, rows, row_tokens)
         integers, reals = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
@@ -129,10 +137,10 @@ class TrainProgram:
         if self.objective.preference is not None:
             batch = PairBatch(integers, integers, reals, integers, integers, integers)
         operands = self.state, self.frozen, batch
-        given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._place(a)), operands)
+        given, results = self._given(*operands)
         start = time.perf_counter()
         try:
-            lowering = jax.jit(self._step, donate_argnums=(0,)).lower(*given)
+            lowering = jax.jit(self._step, donate_argnums=(0,), **results).lower(*given)
             try:
                 executable = self._compiled(lowering, {})
             except jax.errors.JaxRuntimeError as error:
@@ -148,6 +156,16 @@ class TrainProgram:
         compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds, in_host)
         self.compiled[rows, row_tokens] = compiled
         return compiled
+
+    def _given(self, *operands: Any) -> tuple[Any, dict[str, Any]]:
+        """The step's operands as shapes that say where they lie; and where its results are to, as an option of `jax.jit`."""
+        d = self.devices
+        if d is None:
+            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._place(a)), operands), {}
+        state, frozen, batch = operands
+        places = _of_state(d, state), d.of_weights(frozen), d.of_rows(batch, 1)
+        given = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), operands, places)
+        return given, {"out_shardings": (places[0], NamedSharding(d.mesh, mesh.WHOLE))}
 
     def _place(self, array: Any) -> Any:
         """Where an operand lies: of this machine what is on the device needs no word."""
@@ -173,13 +191,14 @@ class TrainProgram:
         peak = compiled.peak_bytes
         if limit is None or peak <= limit:
             return compiled
-        fits = 0
-        if rows > 1:
-            fewer = max(1, rows // 2)
+        fits, n = 0, self.device_count
+        if rows > n:
+            fewer = max(1, rows // n // 2) * n
             half = self.compile(fewer, row_tokens).peak_bytes
             slope = (peak - half) / (rows - fewer)
-            fits = max(0, min(rows - 1, int((limit - (half - slope * fewer)) // slope))) if slope > 0 else 0
-        less = f"data.batch_rows={fits} would fit" if fits else "not even one row fits: use a shorter data.row_tokens or a larger device"
+            fits = max(0, min(rows - 1, int((limit - (half - slope * fewer)) // slope))) // n * n if slope > 0 else 0
+        one = "one row" if n == 1 else "a row a device"
+        less = f"data.batch_rows={fits} would fit" if fits else f"not even {one} fits: use a shorter data.row_tokens or a larger device"
         raise UserError(
             f"out of memory: the step asks for {peak / 1e9:.2f} GB with {counted(rows, 'row')}, {limit / 1e9:.2f} GB are usable on "
             f"{jax.local_devices()[0].device_kind}; {less} (keep the batch by training.gradient_accumulation)"
@@ -189,7 +208,9 @@ class TrainProgram:
         """Weights in the places of shapes, and the optimizer's state as training begins with it."""
         graphdef, trainable, self.frozen = split(model, self.objective.full)
         self.objective = replace(self.objective, graphdef=graphdef)
-        self.state = initial_state(trainable, self._optimizer)
+        if self.devices is not None:
+            trainable, self.frozen = (moved(part, self.devices.of_weights(part)) for part in (trainable, self.frozen))
+        self.state = initial_state(trainable, self._optimizer, self.devices)
 
     def load_random(self) -> None:
         """Random weights from the seed, made on the device: for hardware studies, where only sizes matter."""
@@ -203,8 +224,12 @@ class TrainProgram:
         """Send a batch [A, rows, T] and one step on it to the device. Returns its metrics, without waiting for them."""
         _, rows, row_tokens = batch.tokens.shape
         executable = self.compile(rows, row_tokens).executable
-        self.state, metrics = executable(self.state, self.frozen, jax.device_put(batch))
+        self.state, metrics = executable(self.state, self.frozen, self._sent(batch, 1))
         return metrics
+
+    def _sent(self, batch: Any, axis: int) -> Any:
+        """A batch on the device, or each device's rows of it, which stand on this axis."""
+        return jax.device_put(batch, None if self.devices is None else self.devices.of_rows(batch, axis))
 
     def timed(self, batch: Batch | PairBatch) -> tuple[float, dict[str, Any]]:
         """Seconds of one step, from sending the batch to having its loss, and its metrics on the host."""
@@ -220,12 +245,25 @@ class TrainProgram:
 
     @cached_property
     def _evaluate(self) -> Any:
-        return jit(make_eval_step(self.objective))
+        return jit(make_eval_step(self.objective, self.devices))
 
     def evaluate(self, batch: Batch | PairBatch) -> tuple[dict[str, float], float]:
         """Of a batch [rows, T]: sums by name, and what they are divided by, as `make_eval_step` has them."""
-        found, weight = self._evaluate(self.state.trainable, self.frozen, jax.device_put(batch))
+        found, weight = self._evaluate(self.state.trainable, self.frozen, self._sent(batch, 0))
         return {name: float(value) for name, value in found.items()}, float(weight)
+
+
+def devices_of(experiment: Experiment, config: Architecture) -> mesh.Devices | None:
+    """The mesh of a run (None: one device). Raises UserError for devices that are not there, and for rows or experts that do not divide."""
+    if experiment.mesh is None:
+        return None
+    devices = mesh.devices(experiment.mesh)
+    try:
+        experiment.mesh.check_rows(devices.count, experiment)
+        experiment.mesh.check_experts(devices.count, config.num_experts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return devices
 
 
 class _Pinned(NamedSharding):
@@ -256,8 +294,24 @@ def objective(experiment: Experiment, config: Architecture, graphdef: Any) -> Ob
     )  # fmt: skip
 
 
-def initial_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+def initial_state(
+    trainable: nnx.State, optimizer: optax.GradientTransformation, devices: mesh.Devices | None = None
+) -> TrainState:
+    """devices: where the weights lie already, and the rest is to lie."""
+
+    def made(trainable: nnx.State) -> TrainState:
+        return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+    if devices is None:
+        return made(trainable)
+    rest = _of_state(devices, jax.eval_shape(made, trainable))
+    opt_state = jax.jit(optimizer.init, out_shardings=rest.opt_state)(trainable)
+    return TrainState(trainable, opt_state, jax.device_put(jnp.zeros((), jnp.int32), rest.step))
+
+
+def _of_state(devices: mesh.Devices, state: TrainState) -> TrainState:
+    """Where a state lies."""
+    return TrainState(devices.of_weights(state.trainable), devices.of_optimizer(state.opt_state), devices.whole(state.step))
 
 
 def _peak_bytes(executable: Any) -> int:

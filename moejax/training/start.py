@@ -32,7 +32,7 @@ from moejax.runs import folders, pinning, tokens
 from moejax.training import accumulation, experts, low_precision, placement, preference, remat, scoring
 from moejax.training.identity import Identity
 from moejax.training.optimizer import kept_wide
-from moejax.training.program import NOTHING_OWN, Own, TrainProgram
+from moejax.training.program import NOTHING_OWN, Own, TrainProgram, devices_of
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
 
 OLDEST_WITH_BF16 = (8, 0)
@@ -59,6 +59,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = tokens.with_rows(pinning.pinned(experiment, model_folder), model_folder)
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
+    devices_of(experiment, config)
     experts.check_attention(experiment, config, choice.here())
     attention = experts.announce_attention(experiment, config, choice.here())
     wide = kept_wide(experiment, config) if own.optimizer is None else []
@@ -90,7 +91,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
         say(*identity.compare(base_files=None if model_folder is None else weights.files_of(model_folder)))
     content = Content()
     with waiting("loading the model"):
-        model = create_model(experiment, config, model_folder, content)
+        model = create_model(experiment, config, model_folder, content, program.devices)
         continue_adapter(experiment, model, experiment.model.source)
     if model_folder is not None:
         say(*weights.report(model))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection, beside, matrices, weights_of
-from moejax.models.ops.linear import in_host, out_size, part
+from moejax.models.ops.linear import in_host, is_spread, out_size, part
 
 
 def _rows(array: Any, row: jax.Array, count: int) -> Any:
@@ -53,7 +53,8 @@ def _over_experts(
 ) -> Any:  # fmt: skip
     """Scan `body(state, expert, first row, rows)`. Weights are sliced and dequantized inside, where they are used.
 
-    most: no more experts than so many can have rows, and no more are visited.
+    most: no more experts than so many can have rows, and no more are visited; of weights that are spread over devices all are, since each
+    device has rows for others.
     """
     weights, others = weights_of(*projections), beside(*projections)
     if plan.prefetch == "layer" and any(map(in_host, weights)):
@@ -65,7 +66,7 @@ def _over_experts(
         return body(state, Expert(plan, found, others, dtype), start, size)
 
     xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, others)
-    if most is not None and most < sizes.shape[0]:
+    if most is not None and most < sizes.shape[0] and not any(map(is_spread, weights)):
         # In their order: a tile may write over the rows behind its group, which later experts write again.
         visited = jnp.sort(jax.lax.top_k(sizes, most)[1])
         xs = jax.tree.map(lambda a: a[visited], xs)
