@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from moejax import __version__, installation, progress, streams
 from moejax.commands.shown import Shown
@@ -61,7 +61,7 @@ GROUPS = {
     },
     "this machine": {
         "doctor": Command("what this machine has, what is wrong with it, and what to do", "moejax.commands.doctor"),
-        "selftest": Command("stop tiny runs at random moments, resume them, compare the results", "moejax.commands.selftest"),
+        "selftest": Command("stop tiny runs at random moments, resume, compare the results", "moejax.commands.selftest"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
@@ -70,6 +70,20 @@ _OTHER_WORDS = {"init": "new create start", "data": "dataset preview inspect",
                 "train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval",
                 "generate": "infer inference", "chat": "talk converse repl", "estimate": "memory fit", "export": "merge save convert",
                 "doctor": "info env check"}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """What argparse has to say is one message, as every mistake is."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        near = difflib.get_close_matches(str(value).lower(), action.choices, n=1)
+        meant = f"; did you mean {near[0]}?" if near else f" ({self.prog} --help says what each is)"
+        raise UserError(f"{'/'.join(action.option_strings)} {value}: expected one of {', '.join(action.choices)}{meant}")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().rstrip()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +123,7 @@ def _run(prog: str, command: Command, given: Sequence[str]) -> int:
             raise UserError(_unknown_command(name, prog, command.commands))
         prog, command = f"{prog} {name}", command.commands[name]
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=_sentence(command.help))
+    parser = _Parser(prog=prog, allow_abbrev=False, description=_sentence(command.help))
     module.add_arguments(parser)
     if bare:
         parser.print_help()

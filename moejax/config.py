@@ -322,6 +322,28 @@ class Experiment(Section):
             settled = settled.changed("quantization", modules=sizes.resolve_groups(None))
         return settled
 
+    def check_model(self, sizes: Architecture) -> None:
+        """Raises ValueError for an architecture of which the config asks what it has not, or what cannot be trained on it."""
+        self.placement.check(sizes.expert_layers)
+        if self.mesh is not None and self.mesh.devices is not None:
+            self.mesh.check_experts(self.mesh.devices, sizes.num_experts)
+        if self.adapter is not None and not sizes.target_names:
+            missing = [name for name in self.adapter.targets or () if name not in sizes.targets]
+            why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
+            of_pairs = "" if self.preference is None else ", and preference, which needs an adapter"
+            raise ValueError(
+                f"adapter: a {sizes.title} is trained whole here ({why}): remove the adapter and quantization sections{of_pairs}"
+            )
+        if self.adapter is not None:
+            try:
+                self.adapter.lora.of(sizes)
+            except ValueError as error:
+                raise ValueError(f"adapter: {error}") from None
+        try:
+            self.kinds(sizes)
+        except ValueError as error:
+            raise ValueError(f"quantization: {error}") from None
+
     def kinds(self, sizes: Architecture) -> dict[str, str]:
         """Group of weights (attention, experts, router) -> how it is stored in 4 bits, of `moejax.models.ops.quantized.KINDS`. Raises
         ValueError for experts that the config quantizes and the model's files have in 4 bits already."""

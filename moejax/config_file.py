@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from moejax import other_tools
+from moejax import installation, other_tools
 from moejax.errors import UserError
 from moejax.yaml_file import parse_yaml, read_yaml
 
@@ -21,8 +21,8 @@ def read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        near = difflib.get_close_matches(file.name, [path.name for path in file.parent.glob("*.y*ml")], n=1)
-        meant = f": did you mean {file.parent / near[0]}?" if near else " (expected a YAML file; `moejax init` writes one)"
+        near = nearest_file(file)
+        meant = f": did you mean {near}?" if near else " (expected a YAML file; `moejax init` writes one)"
         raise UserError(f"config file {file} {what}{meant}")
     content = read_yaml(file)
     if not isinstance(content, dict):
@@ -31,6 +31,16 @@ def read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         apply(content, override)
     return content
+
+
+def nearest_file(file: Path) -> Path | None:
+    """The file that may be meant by a name: next to it, or one that comes with moejax. Without the suffix, which all have."""
+    for folder, cutoff in ((file.parent, 0.6), (installation.CONFIGS, 0.8)):
+        there = {path.stem: path for path in folder.glob("*.y*ml")}
+        if near := difflib.get_close_matches(file.stem, there, n=1, cutoff=cutoff):
+            found = there[near[0]]
+            return Path("configs") / found.name if Path("configs", found.name).is_file() and folder != file.parent else found
+    return None
 
 
 def apply(content: dict[str, Any], override: str) -> None:

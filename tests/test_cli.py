@@ -57,6 +57,11 @@ def test_a_mistake_is_one_message_and_exit_code_2():
         (["predict"], "'predict' is no command of moejax: did you mean estimate predict?"),
         (["--verbose", "train"], "--verbose is no option of moejax: expected a command first"),
         (["estimate", "receipts", CONFIG], "too many for moejax estimate receipts, which takes no config: see"),
+        (["profile", "demo.yaml"], "config file demo.yaml does not exist: did you mean configs/demo.yaml?"),
+        (["profile", "nosuch.yaml"], "config file nosuch.yaml does not exist (expected a YAML file; `moejax init` writes one)"),
+        (["estimate", "predict", "--memory", "closed_form"], "--memory closed_form: expected one of equation-1, closed-form; did you mean"),
+        (["export", "x", "--out", "y", "--for", "ollama"], "--for ollama: what it loads is written by --format gguf"),
+        (["export", "x"], "the following arguments are required: --out\nusage: moejax export ["),
         (["doctor", "now"], "'now' is one argument too many for moejax doctor"),
     ],
 )

@@ -203,6 +203,7 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
     limit = memory.usable_bytes(gpu, peaks.experiment.device.memory_fraction)
     sure, possible = memory.by_closed_form(limit) if closed else (limit, limit)
     after = problem = close = None
+    undecided = False
     if not gpu.bf16 and peaks.experiment.training.asks_bf16:  # before anything is compiled for it
         chosen, peak = rows or 0, peaks.breakdown(rows or 1).total
         problem = _without_bf16(peaks, cards, rows or 1, limit)
@@ -213,14 +214,14 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
         else:
             chosen, peak = rows, peaks.peak_bytes(rows)
         if chosen == 0 or peak > possible:
-            problem = _too_large(peaks, cards, max(1, chosen), peak)
+            problem, undecided = _too_large(peaks, cards, max(1, chosen), peak), peak <= possible
         elif closed:
             close = _close(peaks, chosen, rows is not None, sure, possible)
     made = peaks.breakdown(chosen or 1)
     parts = made.parts(None if closed or problem else peak)
     return {
-        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": chosen, "shown": chosen or 1,
-        "queries": None if per_row is None else int(chosen * per_row),
+        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": None if undecided else chosen, "shown": chosen or 1,
+        "queries": None if per_row is None or undecided else int(chosen * per_row),
         "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
         "free_gb": gigabytes(limit - peak),
         "by": "closed form" if closed else f"compiler ({peaks.misses} compiled, {peaks.hits} kept)", "reason": peaks.reason,

@@ -24,20 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the config, and the tokenizer of bytes where it has one. Raises UserError where a file would be replaced."""
+    """Write the config, and the tokenizer of bytes where it has one. Raises UserError where a file would be replaced, and for data
+    that are no records."""
     file = Path(options.config)
     text = written(file, options.model, options.data)
     tokenizer = file.parent / _TOKENIZER if f"\ntokenizer: {_TOKENIZER}" in text else None
     for path in (file, tokenizer):
         if path is not None and path.exists():
             raise UserError(f"{path} is there already: nothing is replaced; give another name, or another folder")
+    text = _fitted(text, Path(options.data))
     file.parent.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         from moejax.data.tokenizer import byte_tokenizer
 
         byte_tokenizer().save(str(tokenizer))
         text = text.replace(f"\ntokenizer: {_TOKENIZER}", f"\ntokenizer: {_scalar(str(tokenizer))}")
-    text = _fitted(text, Path(options.data))
     file.write_text(text, encoding="utf-8")
     missing = "" if Path(options.data).exists() else ", which is not there yet"
     print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
@@ -71,20 +72,26 @@ def written(file: Path, model: str, data: str) -> str:
 def _fitted(text: str, data: Path) -> str:
     """With a hold-out, a warm-up and evaluations that a small file leaves room for, and a template that its conversations need.
 
-    A file that is missing, unreadable or larger than `_SMALL` leaves the text as it is: `moejax data` says what is wrong.
+    A file that is missing or larger than `_SMALL` leaves the text as it is, and so does one whose columns are not known: that is told.
+    Raises UserError for a file that holds no records, with the line.
     """
     import yaml
 
     from moejax import config
-    from moejax.data.sources import load_records
+    from moejax.data import places
+    from moejax.data.sources import of_records
     from moejax.data.tokenizer import load_tokenizer
 
     if not data.is_file() or data.stat().st_size > _SMALL:
         return text
     said = yaml.safe_load(text)
+    found = [record for part in places.read(str(data), None, None, "--data").parts for record in part.records]
+    if not found:
+        raise UserError(f"{data} holds no records: expected one JSON object a line, a JSON list, CSV, Parquet or Arrow")
     try:
-        records = load_records(config.DataConfig.model_validate({"source": str(data)}))
-    except (UserError, ValueError):
+        records = of_records(found, config.DataConfig.model_validate({"source": str(data)}), str(data))
+    except UserError as error:
+        print(f"note: {error}")
         return text
     held = min(said["data"]["holdout"], len(records) // 10)
     rows = math.ceil(data.stat().st_size / _BYTES_PER_TOKEN / said["data"]["row_tokens"])

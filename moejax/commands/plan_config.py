@@ -83,6 +83,8 @@ def _show(name: str, gpu: str, several: Sequence[Way], path: str, layers: int) -
         for way in fitting
     ]  # fmt: skip
     notes = [f"does not fit: experts {', '.join(_settings(way, layers))}: {way.refused}" for way in several if way.refused is not None]
+    lower = any("adapter.rank" in way.changes for way in fitting)
+    notes.append(f"fastest first{', lower ranks behind the own one: they train another adapter' if lower else ''}")
     notes.append("bytes by the closed form (`moejax estimate memory` compiles); seconds: a floor by data sheet and bus, for the order only")
     if fitting:
         notes.append(" ".join(["first:", "moejax train", path, written(fitting[0].changes)]).rstrip())

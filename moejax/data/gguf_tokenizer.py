@@ -16,6 +16,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _DIGITS = r"\p{N}"
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_SHOWN = 40  # characters of an expression in a message
 _PRE: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGITS, _GPT2), False): "smollm",
@@ -132,8 +133,7 @@ def _byte_level(content: dict[str, Any]) -> dict[str, Any]:
     parts = [_split(part) for part in _flat(content["pre_tokenizer"], "pretokenizers")]
     splits, merges = tuple(expression for part in parts for expression in part), bool(model.get("ignore_merges"))
     if (splits, merges) not in _PRE or not any(p["type"] == "ByteLevel" for p in _flat(content["pre_tokenizer"], "pretokenizers")):
-        shown = json.dumps(content["pre_tokenizer"], ensure_ascii=False)
-        raise _refused(f"it knows no such pre-tokenizer as {shown if len(shown) < 300 else shown[:300] + ' …'}")
+        raise _refused(f"it knows no such pre-tokenizer as {_named(content['pre_tokenizer'])}, but those of {', '.join(_PRE.values())}")
     return {"model": "gpt2", "pre": _PRE[splits, merges], "merges": [" ".join(pair) for pair in _pairs(model)]}
 
 
@@ -203,8 +203,10 @@ def _prefixes(content: dict[str, Any], as_text: bool) -> bool:
             return False
         case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}]:
             return bool(scheme == "always" or (scheme == "first" and as_text))
-    shown = json.dumps([content["normalizer"], content["pre_tokenizer"]], ensure_ascii=False)
-    raise _refused(f"its normalizer and pre-tokenizer are {shown[:300]}, and llama.cpp writes ▁ for spaces and before every piece of text")
+    raise _refused(
+        f"its normalizer is {_named(content['normalizer'])}, its pre-tokenizer {_named(content['pre_tokenizer'])}, and llama.cpp writes ▁ "
+        "for spaces and before every piece of text"
+    )
 
 
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
@@ -214,6 +216,17 @@ def _flat(part: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
     if part is None:
         return []
     return [leaf for each in part[inside] for leaf in _flat(each, inside)] if part["type"] == "Sequence" else [part]
+
+
+def _named(part: dict[str, Any] | None) -> str:
+    """For people: the kinds of a normalizer or pre-tokenizer, an expression or text by its beginning."""
+    leaves = [] if part is None else _flat(part, "normalizers" if "normalizers" in part else "pretokenizers")
+    names = []
+    for leaf in leaves:
+        by = next(iter(leaf.get("pattern", {}).values()), "")
+        shown = by if len(by) <= _SHOWN else f"{by[:_SHOWN]}…"
+        names.append(f"{leaf['type']} by {shown}" if by else leaf["type"])
+    return " and ".join(names) or "none"
 
 
 def _pairs(model: dict[str, Any]) -> Iterator[tuple[str, str]]:

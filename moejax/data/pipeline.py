@@ -74,6 +74,7 @@ class Dataset:
             "split": self.tokenized.split,
             "duplicate": sum(one.duplicates for one in self.sources),
             "with control tokens": self.tokenized.marked,
+            "unknown tokens": self.tokenized.unknown,
             **({"pairs": len(lengths) // 2} if self.tokenized.pairs else {}),
             "queries": len(lengths),
             "tokens": int(lengths.sum()),
@@ -110,7 +111,8 @@ class Dataset:
         def text(name: str, value: float) -> str:
             return f"{100 * value:.1f} %" if name == "padding" else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
 
-        counts = {name: value for name, value in self.statistics().items() if value or name not in ("  too long", "split")}
+        seldom = ("  too long", "split", "unknown tokens")
+        counts = {name: value for name, value in self.statistics().items() if value or name not in seldom}
         rows = [(name, text(name, value)) for name, value in counts.items()]
         if self.evaluation is not None:
             dropped = f" ({self.held_out_dropped:,} dropped)" if self.held_out_dropped else ""
@@ -158,6 +160,13 @@ class Dataset:
             many = f"{t.marked:,} record{'s hold' if t.marked > 1 else ' holds'}"
             first = f"{files.get('marked', '')}record {index}, {mark!r}"
             found.append(f"{many} control tokens or the template's marks (first: {first}): kept, {kept}")
+        if t.first_unknown is not None:
+            index, letter = t.first_unknown
+            first = f"{files.get('unknown', '')}record {index}{f', {letter!r}' if letter else ''}"
+            found.append(
+                f"{t.unknown:,} token{'s are' if t.unknown > 1 else ' is'} the tokenizer's unknown one (first: {first}): it has no token "
+                "for such letters, and the model sees nothing of them"
+            )
         if t.end != t.end_of_sequence:
             text = t.end.removesuffix(t.end_of_sequence)
             found.append(

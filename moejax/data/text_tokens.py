@@ -11,9 +11,11 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from moejax.data import chat
@@ -50,8 +52,8 @@ class TextTokens:
         self._encoder = Tokenizer.from_str(json.dumps(content))
         self._encoder.encode_special_tokens = True  # as text
         self._backend, self._controls = backend, {id_: text for text, (id_, _) in found.items()}
-        self._unknown_text = str(content["model"].get("unk_token"))
-        self._unknown = backend.token_to_id(self._unknown_text)
+        self._unknown_text = _unknown(content["model"])
+        self._unknown = None if self._unknown_text is None else backend.token_to_id(self._unknown_text)
         self._counted = frozenset(self._controls) - {self._unknown}
         self._encoder.add_tokens(
             [
@@ -101,6 +103,15 @@ class TextTokens:
         controls = self._counted
         return [number for number, id_ in enumerate(ids) if id_ in controls]
 
+    def unknown_in(self, ids: np.ndarray) -> int:
+        """How many of these tokens stand for letters that the tokenizer lacks."""
+        return 0 if self._unknown is None else int(np.count_nonzero(ids == self._unknown))
+
+    def unknown_letter(self, texts: Iterable[str]) -> str:
+        """The first letter of users' texts that the tokenizer lacks; "" where there is none."""
+        letters = list(dict.fromkeys(chain.from_iterable(texts)))
+        return next((x for x, ids in zip(letters, self.as_text(letters), strict=True) if self._unknown in ids), "")
+
     def encode(self, rendered: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts: what `guard` did not change of control tokens is those tokens, all else is text."""
         encodings = self._backend.encode_batch_fast([text for text in rendered if not _GUARD.search(text)], add_special_tokens=False)
@@ -132,6 +143,12 @@ class TextTokens:
     def as_text(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of users' texts, no control token among them."""
         return self.encode([self.guard(text) for text in texts])
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The token for what a tokenizer.json's model lacks."""
+    number = model.get("unk_id")
+    return model.get("unk_token") if number is None else model["vocab"][number][0]  # Unigram: [piece, score]
 
 
 def _forget(tokenizer: dict[str, Any], controls: Iterable[str]) -> None:

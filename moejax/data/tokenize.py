@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -49,9 +49,9 @@ class Tokenized:
     dropped = blank_answers + blank_questions (nothing is seen of them) + cut_off (nothing of the answer was left) + too_long (by
     data.too_long = drop) + conversations without an answer + pairs that say nothing. cut: shorter than they were; split: kept in several
     queries. marked: kept, with a control token of the tokenizer's or a mark of the template's in one of its texts; first_marked: (record,
-    mark). thoughtless: the record of each answer without thinking whose prompt opens one. files: the file with the first of these, of the
-    marked and of each kind of talks and pairs. talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text
-    are tokens (the template `text`).
+    mark). unknown: tokens that stand for letters which the tokenizer lacks; first_unknown: (record, letter). thoughtless: the record of
+    each answer without thinking whose prompt opens one. files: the file with the first of these, of the marked and of each kind of talks
+    and pairs. talks: of conversations, if any. end: what an answer ends with. as_written: marks in a text are tokens (the template `text`).
     """
 
     queries: list[Query] | Shelf[Query] = field(default_factory=list)
@@ -64,6 +64,8 @@ class Tokenized:
     split: int = 0
     marked: int = 0
     first_marked: tuple[int, str] | None = None
+    unknown: int = 0
+    first_unknown: tuple[int, str] | None = None
     thoughtless: list[int] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     end: str = ""
@@ -80,7 +82,7 @@ class Tokenized:
 
     def note_files(self, source: str) -> None:
         """All of what is noted is of this file."""
-        noted: dict[str, Any] = {"marked": self.first_marked, "thoughtless": self.thoughtless}
+        noted: dict[str, Any] = {"marked": self.first_marked, "unknown": self.first_unknown, "thoughtless": self.thoughtless}
         noted |= (self.talks.noted() if self.talks else {}) | (self.pairs.noted() if self.pairs else {})
         self.files = {kind: source for kind, found in noted.items() if found}
 
@@ -89,6 +91,13 @@ class Tokenized:
         if mark is not None:
             self.marked += 1
             self.first_marked = self.first_marked or (index, mark)
+
+    def note_unknown(self, index: int, record: Record, query: Query, tokens: TextTokens) -> None:
+        """Count what the tokenizer lacks of record number `index`."""
+        count = tokens.unknown_in(query.ids)
+        if count:
+            self.unknown += count
+            self.first_unknown = self.first_unknown or (index, tokens.unknown_letter(_texts(record)))
 
     def add(self, query: Query, max_length: int, too_long: TooLong) -> None:
         """A record's query, cut, dropped or split where it is longer than `max_length`. Each part of a split one begins with the last token
@@ -145,7 +154,8 @@ def tokenize(
             kept.append((index, record))
             out.note_mark(index, _mark_in(record, tokens, marks))
     numbered, out.talks, out.end, out.thoughtless = _queries(kept, talks, tokenizer, template, source, options or TalkOptions())
-    for _, query in sorted(numbered, key=lambda each: each[0]):
+    for index, query in sorted(numbered, key=lambda each: each[0]):
+        out.note_unknown(index, records[index - first], query, tokens)
         out.add(query, max_length, too_long)
     out.note_files(source)
     if whole:
@@ -232,6 +242,7 @@ def tokenize_pairs(
                     "conversation than at use, and a side of a preference is one query: set data.turns to whole or last"
                 )
             made[index] = Query(np.array(ids, np.int32), supervised)
+            out.note_unknown(index, {"conversation": records[index - first][key]}, made[index], tokens)
         sides.append(made)
         if talks:
             out.talks = added([out.talks, seen]) if out.talks else seen
@@ -327,6 +338,15 @@ def _marks(template: str, tokenizer: Any) -> tuple[str, ...]:
     ours = {"mistral": "[INST] [/INST]", "alpaca": "### Instruction: ### Input: ### Response:", "text": ""}
     written = ours[template] if template in ours else chat.literals(tokenizer)
     return tuple(dict.fromkeys(chat.MARK.findall(written)))
+
+
+def _texts(record: Record) -> Iterator[str]:
+    """What a record says."""
+    talk = record.get("conversation")
+    if talk is None:
+        yield from (record[name] for name in ("instruction", "input", "output", "text") if record.get(name))
+    else:
+        yield from (text for message in talk.messages for text in texts_in(message, 9))
 
 
 def _mark_in(record: Record, tokens: TextTokens, marks: tuple[str, ...]) -> str | None:

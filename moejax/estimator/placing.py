@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from moejax.estimator import bus, sizes
+from moejax.estimator import bus, sizes, units
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
 
@@ -49,9 +49,9 @@ def told(experiment: Experiment, config: Architecture, card: GPU | None) -> str 
     if on_device == layers:
         return None
     held = expert_bytes(experiment, config) * (layers - on_device) / layers
-    where = f"experts of {on_device} of {layers} layers on the device, {layers - on_device} in host memory: {held / 1e9:.2f} GB"
+    where = f"experts of {on_device} of {layers} layers on the device, {layers - on_device} in host memory: {units.told(held)}"
     if card is None:
         return where
     t = experiment.training
     times, link = 2 * t.gradient_accumulation // t.together, f"PCIe {card.pcie} x{card.pcie_lanes}"
-    return f"{where}, fetched {times} x {held / 1e9:.2f} GB a step over {link}, about {times * held / bus.rate(card):.1f} s"
+    return f"{where}, fetched {times} x {units.told(held)} a step over {link}, about {times * held / bus.rate(card):.1f} s"

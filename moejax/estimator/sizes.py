@@ -79,7 +79,7 @@ def architecture_of(experiment: Experiment) -> Architecture:
     except (ValueError, KeyError) as error:
         raise UserError(f"model: {error}") from None
     try:
-        experiment.placement.check(found.expert_layers)
+        experiment.check_model(found)
     except ValueError as error:
         raise UserError(str(error)) from None
     return found

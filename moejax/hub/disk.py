@@ -28,13 +28,14 @@ def told(needs: Sequence[Need]) -> str:
     lines = []
     for several in disks.values():
         free, whole = shutil.disk_usage(nearest(several[0].folder)).free, sum(need.nbytes for need in several)
-        parts = " and ".join(f"{_size(need.nbytes)} of {need.what} in {need.folder}" for need in several)
-        lines.append(f"{parts}{f', together {_size(whole)}' if len(several) > 1 else ''}; {_size(free)} free")
+        parts = " and ".join(f"{size(need.nbytes)} of {need.what} in {need.folder}" for need in several)
+        lines.append(f"{parts}{f', together {size(whole)}' if len(several) > 1 else ''}; {size(free)} free")
         if whole > free:
             remedies = ", ".join(dict.fromkeys(need.elsewhere for need in several))
             raise UserError(f"the disk is too small: {lines[-1]}. Make room there, or set {remedies}")
     return f"disk: {'; '.join(lines)}"
 
 
-def _size(nbytes: int) -> str:
+def size(nbytes: int) -> str:
+    """`23.35 GB`, `78.2 MB`."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 0.1e9 else f"{nbytes / 1e6:.3g} MB"

@@ -38,28 +38,9 @@ def architecture(experiment: Experiment, folder: Path | None) -> Architecture:
             f"{config.max_position_embeddings}: shorten data.row_tokens or data.max_length"
         )
     try:
-        experiment.placement.check(config.expert_layers)
+        experiment.check_model(config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if experiment.mesh is not None and experiment.mesh.devices is not None:
-        try:
-            experiment.mesh.check_experts(experiment.mesh.devices, config.num_experts)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if experiment.adapter is not None and not config.target_names:
-        missing = [name for name in experiment.adapter.targets or () if name not in config.targets]
-        why = f"it has no {', '.join(missing)}" if missing else "no format is known that an adapter on it could be saved in"
-        of_pairs = "" if experiment.preference is None else ", and preference, which needs an adapter"
-        raise UserError(f"adapter: a {config.title} is trained whole here ({why}): remove the adapter and quantization sections{of_pairs}")
-    if experiment.adapter is not None:
-        try:
-            experiment.adapter.lora.of(config)
-        except ValueError as error:
-            raise UserError(f"adapter: {error}") from None
-    try:
-        experiment.kinds(config)
-    except ValueError as error:
-        raise UserError(f"quantization: {error}") from None
     return config
 
 
@@ -196,12 +177,12 @@ def check_host_memory(model: Model) -> list[str]:
         return []
     if there is not None and need > there[1]:
         raise UserError(
-            f"placement: {need / 1e9:.2f} GB of weights are to lie in the host's memory, and the system has {there[1] / 1e9:.2f} GB of "
-            f"{there[0] / 1e9:.2f} available: end other processes, set placement.experts=device placement.tables=device, or take a smaller "
-            "model"
+            f"placement: {disk.size(need)} of weights are to lie in the host's memory, and the system has {disk.size(there[1])} "
+            f"of {disk.size(there[0])} available: end other processes, set placement.experts=device placement.tables=device, or take a "
+            "smaller model"
         )
-    of = "" if there is None else f" of {there[1] / 1e9:.2f} available"
-    return [f"placement: {need / 1e9:.2f} GB{of} in the host's pinned memory"]
+    of = "" if there is None else f" of {disk.size(there[1])} available"
+    return [f"placement: {disk.size(need)}{of} in the host's pinned memory"]
 
 
 def continue_adapter(experiment: Experiment, model: Model, source: str | None) -> None:

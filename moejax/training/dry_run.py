@@ -16,14 +16,15 @@ from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders, tokens
-from moejax.training import experts, low_precision, preference, scoring
+from moejax.training import experts, low_precision, preference, scoring, wandb_run
 from moejax.training.optimizer import kept_wide
 from moejax.training.run_steps import total_steps
 from moejax.training.start import read_data
 
 
 def report(experiment: Experiment) -> None:
-    """Tell the tables."""
+    """Tell the tables. Raises UserError for what a run would refuse."""
+    wandb_run.check(experiment)
     asked = scoring.dry(experiment)
     experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
     sizes = architecture(experiment, model_folder(experiment))

@@ -214,6 +214,10 @@ def test_plan_of_a_config(capsys):
     assert code == 0 and "mixtral_8x7b on RTX-4090: 4 rows of 2048 tokens a step" in out and "placement.experts=host would fit" in out
     assert f"first: moejax train {config} placement.experts=16 data" in " ".join(out.split()) and f"first: moejax train {config}" in out
     assert "16 of 32 layers on the device" in " ".join(out.split())
+    assert "fastest first\n" in out
+    of_qwen3 = str(ROOT / "configs/qwen3_30b_a3b_24gb.yaml")
+    out = run(capsys, "plan", of_qwen3, "--gpu", "RTX-3090", "adapter.rank=16")[1]
+    assert "fastest first, lower ranks behind the own one: they train another adapter" in out
     code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090", "--seq-len", "1024", "--json")
     found = json.loads(out)
     ways = found["gpus"]["RTX-4090"]

@@ -83,6 +83,8 @@ def test_the_closed_form_leaves_room_for_its_error(capsys):
     assert code == 0 and "A40: 11 rows: too close to call by the closed form: compile" in out
     code, _, err = run(capsys, *SPARSE, "--gpu", "RTX-5090", "--seq-len", "4096")
     assert code == 2 and "31.16 GB of the 30.98 GB usable on RTX-5090 (92% of its memory): too close to call" in err
+    code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-5090,L4,H100", "--seq-len", "4096", "--json")
+    assert code == 0 and [line["rows"] for line in json.loads(out)["gpus"]][:2] == [None, 0]  # which is not known; which does not fit
     assert "RTX-4090" not in err and "V100" not in err and "RTX-5090 would" not in err
 
 
@@ -128,6 +130,8 @@ def test_this_machine_is_compiled_for_and_kept(capsys, tmp_path, monkeypatch):
     ("arguments", "message"),
     [((), "which experiment? Give its CONFIG"), (("--study", "--rows", "3"), "--study runs the study's own"),
      ((*SPARSE, "--gpu", ","), "--gpu ',': expected names of GPUs"), ((*SPARSE, "--gpu", "H1000"), "unknown GPU 'H1000': did you mean"),
+     ((str(installation.CONFIGS / "blackmamba_2.8b.yaml"), "--closed-form", "adapter={}", "training.remat=full"),
+      "adapter: a BlackMamba is trained whole here"),
      ((*SPARSE, "--rows", "0"), "--rows 0: expected 1 or more"), ((*SPARSE, "--seq-len", "-1"), "--seq-len -1"),
      ((*SPARSE, "--seq-len", "40000"), "exceed the model's max_position_embeddings"),
      ((*SPARSE, "--gpu", "L4"), "GB more than the 21.72 GB usable on L4"), (("--config", "no.yaml"), "no.yaml does not exist"),

@@ -73,6 +73,27 @@ def test_nothing_is_replaced_and_nothing_guessed(arguments, told, tmp_path, monk
     assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [("there.yaml", "mine"), ("tokenizer.json", "mine")]
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("", "mine.jsonl is empty"), ("[]", "mine.jsonl holds no records: expected one JSON object a line"),
+     ('{"instruction": "a", "output": "b"}\n{"instr\n', "mine.jsonl, line 2: broken JSON"), ("hello", "it begins with 'hello'")],
+)  # fmt: skip
+def test_data_that_are_no_records_are_refused(content, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text(content)
+    assert cli.main(["init", "new/my.yaml", "--model", "mixtral_tiny", "--data", "mine.jsonl"]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_columns_that_are_not_known_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"q": "a", "z": "b"}\n')
+    assert cli.main(["init", "--model", "olmoe_1b_7b", "--data", "mine.jsonl"]) == 0
+    assert "note: mine.jsonl, record 0: no columns of questions and answers" in capsys.readouterr().out
+    assert config.load("finetune.yaml").data.source == "mine.jsonl"
+
+
 def test_the_tokenizer_of_bytes(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -168,3 +168,15 @@ def test_the_user_is_told(tokenizer, tmp_path):
     path.write_text(json.dumps([record(), record(output="The tag <s>.")]))
     *_, note = load(DataConfig(source=str(path), row_tokens=64, max_length=64), tokenizer, 0, 512).notes()
     assert note == "1 record holds control tokens or the template's marks (first: record 1, '<s>'): kept, as text"
+
+
+def test_letters_that_the_tokenizer_lacks_are_counted(tokenizer, tmp_path):
+    from moejax.config import DataConfig
+
+    path = tmp_path / "a.json"
+    talk = {"messages": [{"role": "user", "content": "Tom"}, {"role": "assistant", "content": "is \u65e5"}]}
+    for records, first in (([record(), record("caf\u00e9 \u65e5", "<unk>")], "record 1, '\u00e9'"), ([talk, talk], "record 0, '\u65e5'")):
+        path.write_text(json.dumps(records))
+        data = load(DataConfig(source=str(path), row_tokens=64, max_length=64, template="mistral"), tokenizer, 0, 512)
+        assert data.statistics()["unknown tokens"] == sum((q.ids == tokenizer.unk_token_id).sum() for q in data.train.queries) == 2
+        assert any(note.startswith(f"2 tokens are the tokenizer's unknown one (first: {first}): it has") for note in data.notes())

@@ -254,9 +254,9 @@ def test_what_cannot_be_exported(run_folder, tmp_path, capsys):
     assert "--push x: no name of a repository" in refused(run_folder, "--out", tmp_path / "m", "--push", "x")
     assert "--public says how to upload" in refused(run_folder, "--out", tmp_path / "m", "--public")
     assert not (tmp_path / "m").exists()
-    with pytest.raises(SystemExit):
-        cli.main(["export", str(run_folder), "--out", str(tmp_path / "m"), "--for", "tgi"])
-    assert "invalid choice: 'tgi'" in capsys.readouterr().err
+    assert "--for tgi: what it loads is written by --format merged" in refused(run_folder, "--out", tmp_path / "m", "--for", "tgi")
+    told = refused(run_folder, "--out", tmp_path / "m", "--format", "mergde")
+    assert "--format mergde: expected one of peft, fused, merged, gguf; did you mean merged?" in told and "usage" not in told
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from support import ROOT
 
 from moejax.config import dump, load
 from moejax.errors import UserError
-from moejax.training import loop, wandb_run
+from moejax.training import dry_run, loop, wandb_run
 from moejax.training.metrics import MetricWriter
 
 STAND_IN = '''
@@ -151,11 +151,12 @@ def test_without_login_or_network_it_is_offline_and_said(wandb, make_experiment,
     assert wandb.begun[-1]["mode"] is None and not capsys.readouterr().err
 
 
-def test_without_the_package_it_is_refused_before_anything_is_read(make_experiment, tmp_path, monkeypatch):
+@pytest.mark.parametrize("started", [lambda experiment: loop.run(experiment, resume=False), dry_run.report], ids=["run", "dry run"])
+def test_without_the_package_it_is_refused_before_anything_is_read(started, make_experiment, tmp_path, monkeypatch):
     for found in (None, type("Namespace", (), {"origin": None})()):  # not there; a folder wandb/ where python looks
         monkeypatch.setattr(wandb_run.importlib.util, "find_spec", lambda name, found=found: found)
         with pytest.raises(UserError, match=r"the package wandb is not installed\. .*pip install 'wandb>=0.31,<0.32', or take wandb out"):
-            loop.run(logged_by(make_experiment(), ["tensorboard", "wandb"]), resume=False)
+            started(logged_by(make_experiment(), ["tensorboard", "wandb"]))
     assert not (tmp_path / "runs").exists()
 
 

@@ -71,12 +71,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--study runs the study's own configs, rows and GPUs: leave out CONFIG, --rows, --seq-len and key.sub=value")
     quiet_compiler(options.gpu)
     fraction = DeviceConfig().memory_fraction
-    rows = []
+    rows, reasons = [], []
     ratios: dict[tuple[str, str, str], float] = {}  # compiler over closed form, of the same program with other rows: a better guess
     for cell in study_cells():
         same = cell.gpu, cell.model, cell.kind
         peaks = _oracle(cell, options.closed_form)
         found = peaks.largest(memory.usable_bytes(GPUS[cell.gpu], fraction), ratios.get(same, 1.0))
+        reasons += [peaks.reason] * (peaks.reason is not None)
         by = "closed form" if peaks.reason is not None else "compiler"
         closed_gb = peaks.breakdown(found.rows or 1).total / 1e9
         ratios[same] = (found.peak or found.next_peak) / 1e9 / closed_gb
@@ -90,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
         about = {"what": "Table III beside ours", "memory_fraction": fraction, "versions": installation.versions()}
         print_json(about | {"cells": table.records()})
     else:
-        show_table(table.title, table.columns, table.rows, table.notes)
+        why = [f"by the closed form, not by the compiler: {reason}" for reason in dict.fromkeys(reasons)]
+        show_table(table.title, table.columns, table.rows, [*table.notes, *why])
     return 0 if all(row[7] != "NO" for row in rows) else 1
 
 
