@@ -95,8 +95,10 @@ def compare(folder: Path, entry: Entry | None = None) -> Document:
     steps = read_steps(folder, told["disturbed_steps"])
     time = told["time"] if entry is None else time_prediction(entry, told["share"])
     seconds = _seconds(told, steps, time)
+    versions = told.get("recipe", {}).get("versions", {})
     document: Document = {"memory": _memory(told, steps), "step_seconds": seconds}
     document |= {key: told[key] for key in ("gpu", "model", "method")} | {"steps": len(steps)}
+    document["version"] = ", ".join(f"{name} {versions[name]}" for name in ("moejax", "jax") if name in versions) or "unknown"
     write_json(folder / COMPARISON, document)
     return document
 
@@ -114,6 +116,11 @@ def _memory(told: Document, steps: list[Document]) -> Document:
 def _seconds(told: Document, steps: list[Document], time: Document | None) -> Document:
     """Means over the steps: a step's own tokens predict it."""
     measured = float(np.mean([r["step_seconds"] for r in steps]))
+    program = told.get("program")
+    if time is None and program is not None:
+        times = float(np.mean([r["padded_tokens"] for r in steps])) / program["tokens"]
+        predicted, ends = times * program["predicted"], [times * end for end in program["interval"]]
+        return {"predicted": predicted, "interval": ends, "measured": measured, "error": predicted / measured - 1, "why_not": None}
     if time is None:
         return {"predicted": None, "interval": None, "measured": measured, "error": None, "why_not": told.get("why_no_time")}
     law, tokens = step_time(time), [float(r["padded_tokens"]) for r in steps]

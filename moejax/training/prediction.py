@@ -12,9 +12,12 @@ from typing import Any
 from moejax import device, gpus
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import coefficients, comparison, fitting, prices, units
+from moejax.estimator import coefficients, comparison, fitting, prices, receipts, run_receipt, units
+from moejax.estimator.receipts import Receipt
 from moejax.models.config import Architecture
+from moejax.models.ops.choice import here
 from moejax.progress import say
+from moejax.training import experts
 
 COEFFICIENTS = "coefficients.json"
 
@@ -42,10 +45,16 @@ def announce(
     document = {
         "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": experiment.method, "share": share, "time": time,
         "why_no_time": why, "disturbed_steps": disturbed,
+        "recipe": run_receipt.recipe(experiment, config, _engagement(experiment, config, tokens)),
+        "program": None if experiment.preference else run_receipt.program(experiment, config, gpu, tokens, _known(experiment)),
     }  # fmt: skip
     comparison.write_json(path, document)
     told = f"prediction: {units.told(peak_bytes)} by the compiled step"
-    if time is None:
+    program = document["program"]
+    if time is None and program is not None:
+        low, high = program["interval"]
+        told += f"; {program['predicted']:.2f} s a step ({low:.2f} to {high:.2f}): {program['basis']}"
+    elif time is None:
         told += f"; no time: {why}"
     else:
         law = comparison.step_time(time)
@@ -71,10 +80,32 @@ def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
     return sorted({*known, *traced, step, step - 1} - {0})
 
 
+def _engagement(experiment: Experiment, config: Architecture, tokens: int) -> dict[str, Any]:
+    """Which kernels a step runs, as far as it is known at its start."""
+    chosen = experts.plan(experiment, config, tokens // experiment.training.gradient_accumulation)
+    attention = " ".join(experts.announce_attention(experiment, config, here()))
+    return {
+        "experts": "dense" if chosen is None else chosen.backend, "tile": None if chosen is None else chosen.tile,
+        "attention": attention.removeprefix("attention: ") or None, "remat": experiment.training.remat,
+        "accumulation": experiment.training.accumulation,
+    }  # fmt: skip
+
+
+def _known(experiment: Experiment) -> list[Receipt]:
+    """Of runs before, in the same folder; one that another version wrote is no reason to stop."""
+    found: list[Receipt] = []
+    for file in Path(experiment.runs_dir).glob(f"*/{run_receipt.RECEIPT}"):
+        with suppress(UserError):
+            found += receipts.read(file)
+    return found
+
+
 def conclude(folder: Path) -> list[str]:
     """Predicted against measured, as far as it was predicted, in lines; comparison.json keeps it. A run is never lost to it."""
     try:
-        return comparison.lines(comparison.compare(folder), compared=True)
+        document = comparison.compare(folder)
+        run_receipt.write(folder, document)
+        return comparison.lines(document, compared=True)
     except (UserError, OSError) as error:
         with suppress(UserError, OSError):
             if comparison.read_prediction(folder)["time"] is None and "device_peak_bytes" not in device.memory_bytes():

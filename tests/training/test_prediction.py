@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moejax import cli, device
-from moejax.estimator import coefficients, comparison
+from moejax.estimator import coefficients, comparison, receipts
 from moejax.training import loop, prediction
 
 
@@ -71,6 +71,28 @@ def test_a_run_predicts_and_compares(make_experiment, capsys, monkeypatch):
     assert kept["steps"] == 4 and kept["step_seconds"]["measured"] > 0 and kept["memory"]["predicted_bytes"] > 0
     error = kept["step_seconds"]["predicted"] / kept["step_seconds"]["measured"] - 1
     assert kept["step_seconds"]["error"] == pytest.approx(error)
+    (receipt,) = receipts.read(folder / receipts.RECEIPT)
+    assert (receipt.gpu, receipt.tool_name, receipt.model) == (None, "moejax", kept["model"]) and receipt.rows
+    seconds = kept["step_seconds"]
+    assert receipt.step_seconds == seconds["measured"] and receipt.predicted["step_seconds"] == seconds["predicted"]
+    assert receipt.engagement["experts"] in ("loop", "capacity") and receipt.versions["jax"] and receipt.peak_gb_allocator is None
+    assert cli.main(["estimate", "compare", "--runs-dir", experiment.runs_dir]) == 0
+    out = capsys.readouterr().out
+    assert "1 run, predicted and measured" in out and "drift by version" in out and f"{100 * error:+.1f} %" in out
+
+
+def test_on_a_card_of_the_table_the_roofline_says_a_time(make_experiment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device, "name", lambda: "NVIDIA A40")
+    experiment = make_experiment("x")
+    out, kept = announced(experiment, tmp_path, capsys)
+    assert "s a step (" in out and "no run of moejax was measured" in out and kept["program"]["predicted"] > 0
+    steps = [{"step": n, "step_seconds": 0.5, "padded_tokens": 500, "real_tokens": 400, "device_peak_bytes": 10**9} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    step, memory = reversed(prediction.conclude(tmp_path))
+    assert memory.startswith("memory: predicted 2.00 GB, measured 1.00 GB: +100.0 %") and step.startswith("step: predicted ")
+    (receipt,) = receipts.read(tmp_path / receipts.RECEIPT)
+    assert receipt.gpu == "A40" and receipt.peak_gb_allocator == 1.0
+    assert receipt.predicted["program_seconds"] == pytest.approx(kept["program"]["seconds"] / 2)  # half the tokens
 
 
 def test_what_was_not_predicted_is_not_said_at_the_end(make_experiment, tmp_path, capsys):

@@ -1,0 +1,56 @@
+"""This program's seconds: a roofline that knows placements and cards, and a factor that own runs move."""
+
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from moejax import cli, config, gpus
+from moejax.estimator import own, receipts
+from moejax.estimator.sizes import architecture_of
+
+
+def program(name, gpu, *changes):
+    experiment = config.load(ROOT / "configs" / f"{name}.yaml", changes)
+    sizes = architecture_of(experiment)
+    experiment = experiment.with_defaults(sizes)
+    return own.program_seconds(experiment, sizes, gpus.find(gpu), experiment.data.batch_rows, experiment.data.longest_row)
+
+
+def run(gpu, ratio, name="a"):
+    return receipts.Receipt(
+        id=name, model="m", tool="moejax", tool_name="moejax", gpu=gpu, weights="nf4+dq", experts_in="device", micro_batch=1,
+        accumulation=1, step_seconds=ratio, source="a run", predicted={"program_seconds": 1.0},
+    )  # fmt: skip
+
+
+def test_the_roofline_knows_cards_and_placements():
+    assert program("mixtral_8x7b", "H100") < program("mixtral_8x7b", "A40")
+    here, there = program("mixtral_8x7b", "B200"), program("mixtral_8x7b", "B200", "placement.experts=host")
+    assert there > here and there > 23e9 * 2 / 51e9  # every expert over the bus, forward and backward
+    four = program("mixtral_8x7b", "H100", "training.gradient_accumulation=4")
+    assert four == pytest.approx(4 * program("mixtral_8x7b", "H100"))
+
+
+def test_own_runs_move_and_narrow_the_factor():
+    card, other = gpus.find("A40"), gpus.find("H100")
+
+    def width(found):
+        return found.interval[1] / found.interval[0]
+
+    prior = own.estimate(1.0, card, ())
+    assert not prior.measured and prior.interval[0] < 1 < prior.interval[1] and "no run of moejax was measured" in prior.basis
+    runs = [run("A40", 2.0, "a"), run("A40", 2.2, "b")]
+    here, there = own.estimate(1.0, card, runs), own.estimate(1.0, other, runs)
+    assert here.measured and here.seconds == pytest.approx(2.1, rel=0.05) and here.interval[0] < 2.0 < 2.2 < here.interval[1]
+    assert not there.measured and prior.seconds < there.seconds < here.seconds and "none on the H100" in there.basis
+    assert width(here) < width(there) < width(prior)
+    assert own.estimate(1.0, card, receipts.shipped()) == prior  # other tools say nothing of this one
+
+
+@pytest.mark.long
+def test_every_family_on_every_card(capsys):
+    """A roofline for every config of the repository on every card of the table, or a refusal in words."""
+    for path in sorted(Path(ROOT / "configs").glob("*.yaml")):
+        assert cli.estimate_main(["plan", str(path), "--records", "500", "--length", "60"]) == 0, path
+        assert capsys.readouterr().out.startswith("Times are those of moejax")
