@@ -46,6 +46,9 @@ class TrainingConfig(Section):
         None, description="tokens whose logits are in memory at a time; null: 1024, fewer of a vocabulary beyond 65536"
     )
     eval_every: Positive | None = None
+    on_bad_step: Literal["stop", "skip"] = Field(
+        "stop", description="at a loss or gradient that is not finite; skip: that step changes nothing, ten in a row stop the run"
+    )
 
     @property
     def together(self) -> int:

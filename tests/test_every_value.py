@@ -33,7 +33,7 @@ RUNS = {
         "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": list(LORA_TARGETS), "share": ["w1", "w3"]},
         "data": {"template": "mistral", "batching": "pack", "holdout": 4, "records": 24, "bytes": "BYTES", "sha256": "SHA256"},
         "training": {"remat": "offload", "gradient_accumulation": 2, "accumulation": "layer_major", "label_smoothing": 0.1, "eval_every": 1,
-                     "loss_chunk_tokens": 32,
+                     "loss_chunk_tokens": 32, "on_bad_step": "skip",
                      "optimizer": "adamw_8bit"},
         "eval": {**EVAL, "each_epoch": True, "every_steps": 1, "max_new_tokens": 3},
         "checkpoint": {"every": 1, "keep": 1},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
@@ -33,6 +32,7 @@ from moejax.training.program import NOTHING_OWN, Own
 from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
 from moejax.training.scoring import Scoring
 from moejax.training.start import Started, check_device, fit, start
+from moejax.training.watch import Watch
 
 
 class Pending(NamedTuple):
@@ -95,6 +95,7 @@ class Trainer:
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
         self.history: list[dict[str, Any]] = []
+        self.watch = Watch(folder, experiment)
         p = experiment.profile
         self.capture = Capture(folder, p.start_step, p.steps, self.step) if p else Capture(folder, 1, 0)
         self.traced: list[dict[str, Any]] = []  # the whole records of the traced steps, and their batches' shapes
@@ -204,13 +205,7 @@ class Trainer:
         if self.capture.covers(pending.step):
             self.traced.append(record | {"shape": pending.work.batch.tokens.shape})
         self._show(pending.step, record)
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-            last = f"the last good checkpoint is step {self.last_saved}"
-            saved = "no checkpoint was saved yet" if self.last_saved is None else last
-            raise UserError(
-                f"step {pending.step}: loss = {record['loss']}, gradient norm = {record['grad_norm']}: not finite. The run stops; "
-                f"{saved} in {self.folder}/checkpoints. Try a lower training.learning_rate, or compute_dtype=float32."
-            )
+        self.watch.look(pending.step, record, pending.work.batch, self.last_saved)
 
     def _record(self, pending: Pending, values: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
         batch = pending.work.batch
@@ -333,7 +328,7 @@ class Trainer:
                 f"TFLOP/s ({self.peak_source})",
                 f"memory: compiler peak {self.program.peak_bytes / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
-        lines += [] if self.scoring is None else self.scoring.summary()
+        lines += [*self.watch.conclude(), *([] if self.scoring is None else self.scoring.summary())]
         say(*lines)
         if totals:
             say(*prediction.conclude(self.folder))

@@ -290,7 +290,7 @@ def objective(experiment: Experiment, config: Architecture, graphdef: Any) -> Ob
     return Objective(
         graphdef, full=experiment.adapter is None, remat=t.remat, label_smoothing=t.label_smoothing, dropout=dropout,
         aux_loss_coef=experiment.model.aux_loss_coef, chunk_tokens=t.loss_chunk(config.vocab_size), stochastic=t.rounds_stochastically,
-        preference=experiment.preference, layer_major=t.together > 1,
+        preference=experiment.preference, layer_major=t.together > 1, skip_bad=t.on_bad_step == "skip",
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ class Objective:
     layer_major: the micro-batches of a step pass each layer together.
     over_devices: a device has a part of a batch's rows, and all sums are of these; together they are those of the batch.
     preference: of a batch of pairs, Σ of their losses / their number takes the place of cross-entropy.
+    skip_bad: a step whose loss or gradient is not finite changes no weight and no moment, and says so (metrics: skipped).
     """
 
     graphdef: Any
@@ -64,6 +65,7 @@ class Objective:
     preference: PreferenceConfig | None = None
     layer_major: bool = False
     over_devices: bool = False
+    skip_bad: bool = False
 
 
 def weight_of(batch: Batch | PairBatch) -> jax.Array:
@@ -198,8 +200,13 @@ def make_train_step(
                 grads = _mean(grads, weight)
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
                 trainable = optax.apply_updates(state.trainable, updates)
-            metrics = {name: value / jnp.maximum(weight, 1) for name, value in found.items()} | {
-                "grad_norm": _norm(grads),
+            metrics = {name: value / jnp.maximum(weight, 1) for name, value in found.items()} | {"grad_norm": _norm(grads)}
+            if objective.skip_bad:
+                good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+                changed, before = (trainable, opt_state), (state.trainable, state.opt_state)
+                trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, before)
+                metrics["skipped"] = 1.0 - good.astype(jnp.float32)
+            metrics |= {
                 "update_norm": _norm(jax.tree.map(_change, trainable, state.trainable)),
                 "param_norm": _norm(trainable),
                 "expert_counts": stats.counts,

@@ -1,0 +1,86 @@
+"""What is wrong with a step's numbers: found when they arrive, before anything of the step is saved."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+
+from moejax.config import Experiment
+from moejax.data.batch import Batch, PairBatch
+from moejax.errors import UserError
+from moejax.files import replacing
+from moejax.progress import say
+
+BAD_IN_A_ROW = 10
+"""So many skipped steps one after the other end a run: the next will be no better."""
+_SPIKE = 6.0  # standard deviations of the losses before
+_NUMBERS = ("loss", "grad_norm", "update_norm", "param_norm")
+
+
+class Watch:
+    """Looks at each step's record, in order. Batches of bad steps and of loss spikes are written to `bad_steps/step-N.npz`."""
+
+    def __init__(self, folder: Path, experiment: Experiment):
+        self._folder, self._skip = folder / "bad_steps", experiment.training.on_bad_step == "skip"
+        self._recent: deque[float] = deque(maxlen=100)
+        self._first: list[float] = []
+        self.skipped, self._in_a_row = 0, 0
+
+    def look(self, step: int, record: Mapping[str, Any], batch: Batch | PairBatch, last_saved: int | None) -> None:
+        """Raises UserError for numbers that are not finite, where the run is to stop at them or has skipped BAD_IN_A_ROW."""
+        bad = [f"{name} = {record[name]}" for name in _NUMBERS if not math.isfinite(record[name])]
+        if not bad:
+            self._in_a_row = 0
+            self._spike(step, record["loss"], batch)
+            return
+        what = f"step {step}: {', '.join(bad)}: not finite"
+        at = self._write(step, batch)
+        if record.get("skipped"):
+            self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+            if self._in_a_row < BAD_IN_A_ROW:
+                say(f"warning: {what}. The step changed nothing (training.on_bad_step; {self.skipped} skipped so far){at}")
+                return
+            what += f", the last of {BAD_IN_A_ROW} one after the other"
+        saved = "no checkpoint was saved yet" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+        raise UserError(
+            f"{what}. The run stops; {saved} in {self._folder.parent}/checkpoints{at}. Try a lower training.learning_rate, or "
+            "compute_dtype=float32" + ("" if self._skip else "; training.on_bad_step=skip leaves such steps out") + "."
+        )
+
+    def _spike(self, step: int, loss: float, batch: Batch | PairBatch) -> None:
+        if len(self._recent) >= 20:
+            usual, spread = fmean(self._recent), pstdev(self._recent)
+            if loss > 1.5 * usual and loss > usual + _SPIKE * spread:
+                say(f"warning: step {step}: loss {loss:.4f}, {usual:.4f} on average before: a spike{self._write(step, batch)}")
+        if len(self._first) < 10:
+            self._first.append(loss)
+        self._recent.append(loss)
+
+    def _write(self, step: int, batch: Batch | PairBatch) -> str:
+        """Where the batch was written, as the end of a message; nothing where it cannot be."""
+        path = self._folder / f"step-{step}.npz"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with replacing(path) as new, new.open("wb") as file:
+                np.savez_compressed(file, **{name: np.asarray(value) for name, value in batch._asdict().items()})
+        except OSError as error:
+            return f" (its batch cannot be written: {error.strerror or error})"
+        return f"; its batch: {path}"
+
+    def conclude(self) -> list[str]:
+        """Lines for the end of a run: steps that were skipped, and a loss that went up."""
+        lines = [f"{self.skipped} steps were skipped: their numbers were not finite"] if self.skipped else []
+        if len(self._first) == 10 and len(self._recent) >= 20:
+            before, after = fmean(self._first), fmean(list(self._recent)[-10:])
+            if after > 1.05 * before:
+                lines.append(
+                    f"the loss went up: {before:.4f} in the first ten steps, {after:.4f} in the last ten. The learning rate may be too "
+                    "high: try a tenth of it"
+                )
+        return lines
