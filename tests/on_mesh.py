@@ -134,7 +134,7 @@ def run(case):
         "evaluation": [evaluation, of_mesh[2]],
         "collectives": of_mesh[3][0],
         "under_data": of_mesh[3][1],
-        "part": mesh.device_bytes(frozen, places[1]) / mesh.device_bytes(frozen, devices.whole(frozen)),
+        "part": mesh.device_bytes(frozen, places[1]) / max(1, mesh.device_bytes(frozen, devices.whole(frozen))),
         "shared_bytes": sum(a.nbytes for a, there in zip(jax.tree.leaves(trainable), shared, strict=True) if there),
     }
 

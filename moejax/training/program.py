@@ -7,6 +7,7 @@ From shapes alone nothing is in memory, and the compiler says what a run will ta
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -88,10 +89,11 @@ class TrainProgram:
     ):  # fmt: skip
         self.experiment, self.config, self.traced, self._dump = experiment, config, traced, dump
         # Here without a sharding, as a run's own arguments have none: it is then the same program, and a cache on disk finds it.
-        there = None if gpu is None else device(gpu)
-        self._sharding = None if there is None else SingleDeviceSharding(there)
+        several = 1 if experiment.mesh is None else experiment.mesh.devices
+        there = None if gpu is None else devices(gpu, several or 1)
+        self._sharding = None if there is None else SingleDeviceSharding(there[0])
         card = GPUS[gpu] if isinstance(gpu, str) else gpu
-        self._pinned = None if there is None else _Pinned(Mesh(np.array([there]), ("device",)), PartitionSpec())
+        self._pinned = None if there is None else _Pinned(Mesh(np.array(there[:1]), ("device",)), PartitionSpec())
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
         experts.check_attention(experiment, config, self._device or choice.here())
@@ -106,7 +108,7 @@ class TrainProgram:
                 "training.accumulation = layer_major with a loss of your own, which is given one micro-batch at a time: expected "
                 "micro_batch_major or auto"
             )
-        self.devices = devices_of(experiment, config)
+        self.devices = devices_of(experiment, config, there)
         self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed, self.devices)
         self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
         self.compiled: dict[tuple[int, int], Compiled] = {}
@@ -164,6 +166,8 @@ class TrainProgram:
             return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._place(a)), operands), {}
         state, frozen, batch = operands
         places = _of_state(d, state), d.of_weights(frozen), d.of_rows(batch, 1)
+        if self._pinned is not None:
+            places = jax.tree.map(lambda a, place: _Pinned(d.mesh, place.spec) if host.is_host(a) else place, operands, places)
         given = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), operands, places)
         return given, {"out_shardings": (places[0], NamedSharding(d.mesh, mesh.WHOLE))}
 
@@ -253,11 +257,12 @@ class TrainProgram:
         return {name: float(value) for name, value in found.items()}, float(weight)
 
 
-def devices_of(experiment: Experiment, config: Architecture) -> mesh.Devices | None:
-    """The mesh of a run (None: one device). Raises UserError for devices that are not there, and for rows or experts that do not divide."""
+def devices_of(experiment: Experiment, config: Architecture, there: Sequence[Any] | None = None) -> mesh.Devices | None:
+    """The mesh of a run (None: one device), of these devices or this machine's. Raises UserError for devices that are not there, and for
+    rows or experts that do not divide."""
     if experiment.mesh is None:
         return None
-    devices = mesh.devices(experiment.mesh)
+    devices = mesh.devices(experiment.mesh, there)
     try:
         experiment.mesh.check_rows(devices.count, experiment)
         experiment.mesh.check_experts(devices.count, config.num_experts)
@@ -331,7 +336,12 @@ def advice(error: BaseException) -> str:
 
 
 def device(gpu: str | GPU) -> Any:
-    """An abstract device of that name. Raises UserError for an unknown one, or where the extra `aot` is missing."""
+    """`devices` of one."""
+    return devices(gpu, 1)[0]
+
+
+def devices(gpu: str | GPU, count: int) -> list[Any]:
+    """Abstract devices of that name, in one process. Raises UserError for an unknown one, or where the extra `aot` is missing."""
     if isinstance(gpu, str):
         if gpu not in GPUS:
             raise UserError(f"GPU {gpu!r} is unknown here: expected one of {', '.join(GPUS)}")
@@ -339,10 +349,10 @@ def device(gpu: str | GPU) -> Any:
     from jax.experimental import topologies
 
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology="1x1x1")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology=f"1x1x{count}")
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra `aot` "
             f"({installation.for_extra('aot')}), and set JAX_PLATFORMS=cpu"
         ) from error
-    return topology.devices[0]
+    return list(topology.devices)

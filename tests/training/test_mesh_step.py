@@ -4,8 +4,11 @@ import jax
 import optax
 import pytest
 from on_mesh import batch_of, elsewhere, gradients_kept, model_of, run
+from support import ROOT
 
-from moejax.training.program import initial_state
+from moejax import config
+from moejax.errors import UserError
+from moejax.training.program import devices_of, initial_state
 from moejax.training.step import Objective, make_train_step
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1}
@@ -61,6 +64,22 @@ def test_own_experts_need_no_sum_of_their_adapters(steps):
     assert len(reduced) == 1 and reduced[0] - steps["experts"]["shared_bytes"] in range(1024)
     assert steps["experts"]["shared_bytes"] < steps["whole"]["shared_bytes"] / 4
     assert {"all-gather", "reduce-scatter"} <= {name for name, _ in steps["experts"]["collectives"]}
+
+
+BAD = {
+    "mesh.weights=whole data.batch_rows=6": "data.batch_rows = 6 are of all 4 devices together, and do not divide: expected 4 or 8",
+    "mesh.devices=3 data.batch_rows=6 mesh.weights=experts": "expected mesh.devices=2 or 4",
+    "mesh.devices=9 data.batch_rows=9": "there are 4",
+}
+
+
+@pytest.mark.parametrize("changes", BAD)
+def test_what_does_not_divide_is_said_of_the_devices_that_there_are(changes):
+    """With none named in the config, when they are known: before anything is read."""
+    with pytest.raises(UserError, match=BAD[changes]):
+        model = ["model.source=null", "model.preset=mixtral-tiny", "tokenizer=x"]
+        experiment = config.load(ROOT / "configs/demo.yaml", [*model, *changes.split()])
+        devices_of(experiment, experiment.model.architecture(None))
 
 
 GRID = {
