@@ -240,7 +240,7 @@ def plan(options: argparse.Namespace) -> int:
         return 0
     show(given, found, [f"left out: {why}" for why in refusals(left_out)], options)
     for name, p in answers.items():
-        print(f"{name}: {'none' if p is None else f'{p.named}{_never(p)}: {_hours(p)}, {_usd(p)}'}")
+        print(f"{name}: {_least(name, [p for p, _ in found]) if p is None else f'{p.named}{_never(p)}: {_hours(p)}, {_usd(p)}'}")
     return 0
 
 
@@ -253,6 +253,15 @@ def _answers(found: Iterable[Forecast], budget: float | None, deadline: float | 
     if deadline is not None:
         answers[f"cheapest within {deadline:,.10g} h"] = min((p for p in priced if p.hours <= deadline), key=_dollars, default=None)
     return answers
+
+
+def _least(answer: str, found: Sequence[Forecast]) -> str:
+    """Where no card with a price answers: what the nearest one needs."""
+    priced = [p for p in found if p.usd is not None]
+    if not priced:
+        return "none: no price is known of a card on which it fits (--prices FILE brings one)"
+    p = min(priced, key=_dollars if "USD" in answer else lambda p: p.hours)
+    return f"none; the nearest needs {_hours(p)}, {_usd(p)}: {p.named}{_never(p)}"
 
 
 def _dollars(p: Forecast) -> float:
@@ -295,7 +304,7 @@ def _hours(p: Forecast) -> str:
 def _usd(p: Forecast) -> str:
     if p.usd is None or p.usd_interval is None or p.price is None:
         return "no price known"
-    return f"{_between(p.usd, p.usd_interval)} USD at {p.price.told}"
+    return f"{_between(p.usd, p.usd_interval)} USD at {p.price.told}{prices.aged(p.price)}"
 
 
 def _never(p: Forecast) -> str:
@@ -310,7 +319,7 @@ def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Seq
         (
             p.named, f"{w.rows} x {w.accumulation}", _between(p.step_seconds, p.step_seconds_interval), round(p.tokens_per_second),
             _between(p.hours, p.hours_interval), "-" if p.usd is None or p.usd_interval is None else _between(p.usd, p.usd_interval),
-            f"{p.peak_gb:.1f} of {p.memory_gb:.1f}", "no price known" if p.price is None else p.price.told,
+            f"{p.peak_gb:.1f} of {p.memory_gb:.1f}", "no price known" if p.price is None else p.price.told + prices.aged(p.price),
         )
         for p, w in found
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax import config, gpus
@@ -11,10 +11,13 @@ from moejax.commands.arguments import check_counts, names_of
 from moejax.commands.tables import print_json, show_table
 from moejax.device import HERE, this_machine, with_peaks
 from moejax.errors import UserError
+from moejax.estimator import own, receipts
+from moejax.estimator.receipts import Receipt
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import counted, gigabytes
 from moejax.estimator.ways import Asked, Way, ways, written
 from moejax.gpus import GPU
+from moejax.models.config import Architecture
 
 _OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "batch")
 
@@ -40,19 +43,32 @@ def plan(options: argparse.Namespace) -> int:
     row_tokens = config.whole_row(row_tokens)
     table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
     others = tuple(gpu for gpu in table.values() if gpu.bf16)
-    found = {}
+    found, cards = {}, []
     for name in names_of(options.gpu):
         card = _here(experiment) if name == HERE else gpus.find(name, table)
         if not card.bf16 and experiment.training.asks_bf16:
             raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
+        if card.name in found:
+            continue
+        cards.append(card)
         found[card.name] = ways(Asked(experiment, sizes, card, row_tokens, others))
+    known = receipts.with_own(options.receipts, table)
     if options.json:
-        facts = {gpu: [_facts(way) for way in several] for gpu, several in found.items()}
+        facts = {
+            gpu: [_facts(way, None if way.refused else _seconds(way, sizes, card, known)) for way in several]
+            for card, (gpu, several) in zip(cards, found.items(), strict=True)
+        }
         print_json({"config": experiment.name, "row_tokens": row_tokens, "gpus": facts})
         return 0
-    for gpu, several in found.items():
-        _show(experiment.name, gpu, several, options.config, sizes.expert_layers)
+    print("Times are those of moejax (this program), a roofline of the compiled program times an efficiency (docs/estimator.md#whose-time)")
+    for card, (gpu, several) in zip(cards, found.items(), strict=True):
+        seconds = {id(way): _seconds(way, sizes, card, known) for way in several if way.refused is None}
+        _show(experiment.name, gpu, several, options.config, sizes.expert_layers, seconds)
     return 0
+
+
+def _seconds(way: Way, sizes: Architecture, card: GPU, known: Sequence[Receipt]) -> own.Estimate:
+    return own.estimate(own.program_seconds(way.experiment, sizes, card, way.rows, way.row_tokens), card, known)
 
 
 def _here(experiment: config.Experiment) -> GPU:
@@ -65,32 +81,38 @@ def _here(experiment: config.Experiment) -> GPU:
     return with_peaks(card)
 
 
-def _facts(way: Way) -> dict[str, Any]:
+def _facts(way: Way, told: own.Estimate | None) -> dict[str, Any]:
     return {
+        "seconds": None if told is None else told.seconds, "seconds_interval": None if told is None else told.interval,
         "changes": dict(way.changes), "rows": way.rows, "accumulation": way.experiment.training.gradient_accumulation,
         "device_gb": way.peak_bytes / 1e9, "host_gb": way.host_bytes / 1e9, "least_seconds": way.seconds,
         "compute_seconds": way.compute_seconds, "bus_seconds": way.bus_seconds, "refused": way.refused,
     }  # fmt: skip
 
 
-def _show(name: str, gpu: str, several: Sequence[Way], path: str, layers: int) -> None:
+def _show(name: str, gpu: str, several: Sequence[Way], path: str, layers: int, seconds: Mapping[int, own.Estimate]) -> None:
     fitting = [way for way in several if way.refused is None]
     first = several[0]
     total = first.rows * first.experiment.training.gradient_accumulation
     cells = [
         (*_settings(way, layers), f"{way.rows} x {way.experiment.training.gradient_accumulation}", gigabytes(way.peak_bytes),
-         gigabytes(way.host_bytes), way.seconds, way.bus_seconds, round(way.tokens_per_second))
+         gigabytes(way.host_bytes), _between(seconds[id(way)]), way.seconds, way.bus_seconds)
         for way in fitting
     ]  # fmt: skip
     notes = [f"does not fit: experts {', '.join(_settings(way, layers))}: {way.refused}" for way in several if way.refused is not None]
     lower = any("adapter.rank" in way.changes for way in fitting)
     notes.append(f"fastest first{', lower ranks behind the own one: they train another adapter' if lower else ''}")
-    notes.append("bytes by the closed form (`moejax estimate memory` compiles); seconds: a floor by data sheet and bus, for the order only")
+    notes.append("bytes by the closed form (`moejax estimate memory` compiles); at least: a floor by data sheet and bus, for the order")
+    notes += dict.fromkeys(f"{gpu}: {told.basis}" for told in seconds.values())
     if fitting:
         notes.append(" ".join(["first:", "moejax train", path, written(fitting[0].changes)]).rstrip())
-    columns = ("experts", "optimizer", "rank", "keeps", "rows", "GB on the device", "in the host", "s a step, at least", "bus, s",
-               "tokens/s, at most")  # fmt: skip
+    columns = ("experts", "optimizer", "rank", "keeps", "rows", "GB on the device", "in the host", "s a step (90 %)", "at least", "bus, s")
     show_table(f"{name} on {gpu}: {counted(total, 'row')} of {first.row_tokens} tokens a step", columns, cells, notes)
+
+
+def _between(told: own.Estimate) -> str:
+    low, high = told.interval
+    return f"{told.seconds:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _settings(way: Way, layers: int) -> tuple[str, ...]:

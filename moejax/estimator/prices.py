@@ -5,7 +5,6 @@ One GPU's price spreads more than fourfold between sellers: look at the price be
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import datetime
 import io
@@ -144,15 +143,28 @@ OLD_DAYS = 60
 
 
 def old(prices: Iterable[Price], name: str, today: datetime.date | None = None) -> list[str]:
-    """A line where the newest of a set's prices is older than `OLD_DAYS`; a user's file without days is as old as it is."""
-    days = []
-    for price in prices:
-        with contextlib.suppress(ValueError):
-            days.append(datetime.date.fromisoformat(price.day.removeprefix("file of ")))
+    """A line where the newest of a set's prices is older than `OLD_DAYS` days; a user's file without days is as old as it is."""
+    days = [day for price in prices if (day := _day(price)) is not None]
     age = ((today or datetime.date.today()) - max(days)).days if days else 0
     if age <= OLD_DAYS:
         return []
-    return [f"warning: the newest price of {name} is of {max(days)}, {age} days ago: --prices FILE brings today's"]
+    return [f"warning: the newest price in {name} is of {max(days)}, {age} days ago: --prices FILE brings today's"]
+
+
+def aged(price: Price, today: datetime.date | None = None) -> str:
+    """` (91 days old)` of a price older than `OLD_DAYS`; "" of a newer one, and of one without a day."""
+    day = _day(price)
+    age = 0 if day is None else ((today or datetime.date.today()) - day).days
+    return f" ({age} days old)" if age > OLD_DAYS else ""
+
+
+def _day(price: Price) -> datetime.date | None:
+    """Of a month its first; None of what is neither."""
+    text = price.day.removeprefix("file of ")
+    try:
+        return datetime.date.fromisoformat(text if len(text) > len("2026-06") else f"{text}-01")
+    except ValueError:
+        return None
 
 
 def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> Price | None:

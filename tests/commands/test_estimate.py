@@ -38,7 +38,7 @@ def test_predict_json(capsys):
     code, out, _ = run(capsys, *PREDICT, "--json")
     found = json.loads(out)
     assert code == 0 and [p["gpu"] for p in found["predictions"]] == ["A40", "H100"] and found["job"]["queries"] == 14000
-    assert found["predictions"][1]["price"]["day"].startswith("2026") and found["predictions"][0]["price"] is None
+    assert found["predictions"][1]["price"]["day"].startswith("2026") and found["predictions"][0]["price"]["seller"] == "RunPod"
 
 
 def test_predict_takes_records_or_a_file(capsys, tmp_path):
@@ -66,15 +66,15 @@ def test_whose_memory_limits_the_batch(capsys):
 def test_plan(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", *STUDY, "--dataset", "math_14k", "--budget", "30", "--deadline", "12", "--plot", str(tmp_path))
     assert code == 0 and (tmp_path / "plan.png").exists()
-    assert "cheapest: A100-80" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
+    assert "cheapest: RTX-PRO-6000" in out and "fastest under 30 USD: " in out and "cheapest within 12 h: " in out and "2026-11-09" in out
     assert "4.8 GB more than the A10G's 24 GB" in out and "left out: V100-32 has no bf16" in out
     assert out.count("holds 28.1 GB before any activation") == 1, "what is the same of several cards is said once"
     (unpriced,) = re.findall(r"no price known in 2026: (.*?); --prices FILE brings your own", " ".join(out.split()))
-    assert "A40 (--prices study has one)" in unpriced and "RTX-PRO-6000" in unpriced  # they fit, and their time is in the table
+    assert "RTX-6000-Ada" in unpriced and "L40S" in unpriced  # they fit, and their time is in the table
     assert "RTX-4090" not in unpriced and "L4," not in unpriced and "V100" not in unpriced  # of what does not fit no price is told
     assert out.count("no price known") == 1 + len(unpriced.split(", "))
-    code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "math_14k", "--gpu", "A40,H100")
-    assert code == 0 and "no price known in 2026: A40 (--prices study has one); --prices FILE brings your own" in out
+    code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "math_14k", "--gpu", "A6000,H100", "--prices", "study")
+    assert code == 0 and "no price known in study: A6000 (--prices 2026 has one); --prices FILE brings your own" in out
     code, out, _ = run(capsys, "plan", *STUDY, "--dataset", "math_14k", "--gpu", "A100-80,H100", "--budget", "0.5", "--deadline", "0.5")
     assert "fastest under 0.5 USD: none; the cheapest needs 25.55 USD" in out and "A100-80, batch 17" in out
     assert "cheapest within 0.5 h: none; the fastest needs 8." in out and "H100, batch 17" in out

@@ -1,6 +1,7 @@
 """The GPU table, prices, and files of a user's own."""
 
 import dataclasses
+import datetime
 
 import pytest
 
@@ -201,3 +202,13 @@ def test_links_are_those_of_their_sheets():
     with pytest.raises(UserError, match="--link 0"):
         links.given(0)
     assert all(link.source and all(card in gpus.GPUS for card in link.cards) for link in links.LINKS.values())
+
+
+def test_old_prices_are_called_old():
+    day = datetime.date(2026, 11, 30)
+    assert prices.old(prices.DATED, "2026", day) == [] and prices.old(prices.STUDY, "study", day) == []  # the study names no day
+    (line,) = prices.old(prices.DATED, "2026", datetime.date(2027, 1, 31))
+    assert line.startswith("warning: the newest price in 2026 is of 2026-11-09, 83 days ago")
+    price = prices.Price("A40", 1.0, "me", "2026-08-31")
+    assert prices.aged(price, day) == " (91 days old)" and prices.aged(dataclasses.replace(price, day="2026-11-01"), day) == ""
+    assert prices.aged(dataclasses.replace(price, day="2026-06"), day) == " (182 days old)"  # of a month, the first

@@ -109,7 +109,7 @@ def test_plan():
     priced = [p for p in made.options if p.usd is not None]
     assert [p.usd for p in priced] == sorted(p.usd for p in priced) and made.cheapest is priced[0]
     unpriced = made.options[len(priced) :]  # shown for their time, behind those with a price; no answer
-    assert {"A40", "GH200"} <= {p.gpu for p in unpriced} and all(p.usd is None and p.hours > 0 for p in unpriced)
+    assert {"L40S", "RTX-6000-Ada"} <= {p.gpu for p in unpriced} and all(p.usd is None and p.hours > 0 for p in unpriced)
     within = [p for p in priced if p.usd <= 40]
     assert made.fastest_under_budget.hours == min(p.hours for p in within)
     in_time = [p for p in priced if p.hours <= 10]
