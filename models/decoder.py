@@ -291,7 +291,7 @@ def _scanned(
         out: tuple[jax.Array, RouterStats | None] = stretch.layer(weights, index)(x, segment_ids, positions, key, remat, window)
         return out
 
-    run = rematerialized(body, remat)
+    run = rematerialized(body, remat, alone=stretch.layers == 1)
 
     def step(carry: Any, layer: tuple[Any, jax.Array, Any]) -> Any:
         (x, sums), (weights, index, window) = carry, layer

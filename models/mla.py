@@ -104,8 +104,10 @@ class LatentAttention(nnx.Module):
         return q, self.kv_a_norm(latent[..., : spec.kv_rank]), turned
 
     def _turned(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """x: [B, T, H, C], whose neighbours are a pair each. They come out as halves: q and k alike, so that scores are the same."""
-        return rotate(jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1), positions, self.spec.rope)
+        """x: [B, T, H, C]. Pairs of neighbours come out as halves: q and k alike, so that scores are the same."""
+        if self.spec.interleaved:
+            x = jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+        return rotate(x, positions, self.spec.rope)
 
 
 def _scaled(q: jax.Array, scale: float) -> jax.Array:

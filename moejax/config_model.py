@@ -126,7 +126,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        known = dict.fromkeys([*LORA_TARGETS, *target_aliases()])
+        known = dict.fromkeys([*LORA_TARGETS, *(name for both in target_aliases().items() for name in both)])
         judged = set(FAMILIES.values()) <= {type(preset) for preset in PRESETS.values()}  # another's names are in its files alone
         for key in ("targets", "share"):
             for name in getattr(self, key) or ():

@@ -47,17 +47,20 @@ BACKENDS, MATMUL, SCANS = (f"tests/models/test_{name}.py" for name in ("grouped_
 SHARDS, STREAMED = "moejax/hub/shards.py", "tests/hub/test_shards.py::test_killed_resumed_and_equal_to_the_bit_on_the_disk_of_one_shard"
 OPTIMIZER, EXPORT, RESUME = "tests/training/test_optimizer.py", "tests/runs/test_export.py", "tests/training/test_loop.py"
 WINDOWS, GPT_OSS, ROPE = (f"tests/models/test_{name}.py" for name in ("windows", "gpt_oss", "rope"))
+PARITY, CACHED = f"{FAMILIES}::test_logits_loss_gradients_and_counts", f"{FAMILIES}::test_cache_and_packed_rows_equal_the_full_pass"
 ADAM8, EIGHT_BITS = "moejax/training/adam8.py", "tests/training/test_adam8.py"
 
 FAULTS = [
-    fault("a choice's bias is left out", MOE, "probabilities + bias.get_value()", "probabilities", FAMILIES),
-    fault("weights of experts are not scaled", MOE, "picked * self.rule.scale", "picked", FAMILIES),
-    fault("the shared expert is left out", MOE, "return out + self.shared.product(x, dropout_key), stats", "return out, stats", FAMILIES),
+    fault("a choice's bias is left out", MOE, "probabilities + bias.get_value()", "probabilities", f"{PARITY}[deepseek_v3]"),
+    fault("weights of experts are not scaled", MOE, "picked * self.rule.scale", "picked", f"{PARITY}[deepseek_v3]"),
+    fault("the shared expert is left out", MOE, "return out + self.shared.product(x, dropout_key), stats", "return out, stats",
+          f"{PARITY}[deepseek_v3]"),
     fault("latents are normed with the model's own eps", MLA, "RMSNorm(spec.kv_rank, spec.latent_eps", "RMSNorm(spec.kv_rank, config.stream.norm_eps",
-          FAMILIES),
-    fault("rotary pairs of latent attention are halves", MLA, "jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)", "x", FAMILIES),
-    fault("YaRN's factor is not in the scores", MLA, "_scaled(q, spec.score_scale)", "q", FAMILIES),
-    fault("YaRN's factor is not in the scores of a cache", MLA, "scale = spec.score_scale * ", "scale = ", FAMILIES),
+          f"{PARITY}[deepseek_v3]"),
+    fault("rotary pairs of latent attention are halves", MLA, "if self.spec.interleaved:", "if False:", f"{PARITY}[deepseek_v3]"),
+    fault("rotary halves of latent attention are pairs", MLA, "if self.spec.interleaved:", "if True:", f"{PARITY}[deepseek_v3_halves]"),
+    fault("YaRN's factor is not in the scores", MLA, "_scaled(q, spec.score_scale)", "q", f"{PARITY}[deepseek_v2]"),
+    fault("YaRN's factor is not in the scores of a cache", MLA, "scale = spec.score_scale * ", "scale = ", f"{CACHED}[deepseek_v2]"),
     fault("a choice's bias is stored in bf16", "moejax/hub/save.py", "jnp.float32 if name in buffers else dtype", "dtype",
           "tests/models/test_latent.py"),
     fault("8 bits: blocks run over the matrices of a stack", ADAM8, "return math.prod(shape[:stacked])", "return 1", EIGHT_BITS),
@@ -141,6 +144,8 @@ FAULTS = [
           f"{SCANS}::test_gradients_equal_automatic_differentiation_of_the_reference"),
     fault("scan: the last state's gradient is lost", SCAN, "_outer(dy, t.c), dstate, reverse=True)", "_outer(dy, t.c), 0 * dstate, reverse=True)",
           f"{SCANS}::test_gradients_equal_automatic_differentiation_of_the_reference"),
+    fault("a single layer is not recomputed", "models/decoder.py", "alone=stretch.layers == 1", "alone=False",
+          "tests/models/test_structure.py::test_a_single_layer_is_recomputed_too"),
     fault("remat routes again", LAYERS, '"full": (*ROUTING_NAMES, *HALFWAY_NAMES)', '"full": HALFWAY_NAMES',
           "tests/models/test_structure.py::test_one_permutation_serves_all_projections"),
     fault("no weight decay", "moejax/training/optimizer.py", "optax.add_decayed_weights(config.weight_decay, decayed)",
@@ -178,11 +183,15 @@ FAULTS = [
           'q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)\n            return self.q_norm(q), self.k_norm(k), v\n'
           '        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v', FAMILIES),
     fault("a window is one position longer", ATTENTION, "index[None, :] < window", "index[None, :] <= window", WINDOWS),
+    fault("gpt-oss's windows are in turn", "models/families/gpt_oss.py", "return self.windowed or tuple", "return tuple",
+          f"{PARITY}[gpt_oss_layers]"),
+    fault("layers are numbered from one", "models/config/specs.py", "first, found = 0, list", "first, found = 1, list",
+          "tests/evaluation/test_expert_load.py::test_a_layer_has_the_models_own_number"),
     fault("a sink has half its gradient", ATTENTION, "- log_sum) * delta)", "- log_sum) * delta / 2)", WINDOWS),
     fault("while decoding a window reaches everywhere", "models/attention.py", "back >= 0 if window is None else", "back >= 0 if True else", GPT_OSS),
     fault("an expert's output bias is not weighted", TILE, "y + p[:, None] * self.bias_out", "y + self.bias_out", BACKENDS),
     fault("the weights' gradient lacks the bias", TILE, 'dp = dp + jnp.einsum("to,o->t", dy, self.bias_out)', "dp = dp + 0", BACKENDS),
-    fault("gpt-oss's gate is clamped below", MOE, "jnp.minimum(up, limit)", "jnp.clip(up, -limit, limit)", FAMILIES),
+    fault("gpt-oss's gate is clamped below", MOE, "jnp.minimum(up, limit)", "jnp.clip(up, -limit, limit)", f"{PARITY}[gpt_oss]"),
     fault("yarn: the ends of the ramp are never rounded", "models/config/rope.py", "if yarn.truncate else", "if False else", ROPE),
     fault("OLMoE's norms are of each head", "models/families/olmoe.py", '= "all"', '= "head"', FAMILIES),
     fault("FlexOlmo's norms stand before", "models/decoder.py", 'compute, block.norm == "after"', "compute, False", FAMILIES),

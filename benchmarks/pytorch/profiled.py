@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import contract
 import torch
 import tracing
 from torch.profiler import ProfilerActivity, profile
@@ -76,7 +77,7 @@ def write(trainer: Any, records: list[dict[str, Any]], first: int, last: int, ou
         "layers": found.layers,
         "moe_kernels": found.moe_kernels,
         "cost": None,
-        "expert_load": of_steps.expert_load(traced),
+        "expert_load": of_steps.expert_load(traced, contract.architecture(content).expert_layer_numbers),
         "devices": 1,
         "mode": None,
         "collectives": {},

@@ -67,7 +67,7 @@ class GQA:
 class MLA:
     """Latent attention (arXiv 2405.04434): keys and values of all heads are made from one latent of kv_rank numbers, queries from one of
     q_rank where there is one. A head of q and k has plain_dim numbers, and rotary_dim that turn with the position, of k the same for all
-    heads; neighbours turn against each other."""
+    heads. interleaved: neighbours turn against each other, and not the two halves."""
 
     heads: int
     q_rank: int | None
@@ -76,6 +76,7 @@ class MLA:
     rotary_dim: int
     v_dim: int
     rope: Rope
+    interleaved: bool = True
     latent_eps: ClassVar[float] = 1e-6
     """Of the norms of the latents, whatever the model's own is: transformers' models/deepseek_v2/modeling_deepseek_v2.py."""
     module: ClassVar[str] = "attention"

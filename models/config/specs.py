@@ -182,8 +182,17 @@ class Architecture(ABC):
     @property
     def expert_layers(self) -> int:
         """Blocks that have experts."""
-        names = {path[0] for path in self.groups["experts"]}
-        return sum(stack.repeats for stack in self.stacks if stack.name in names)
+        return len(self.expert_layer_numbers)
+
+    @property
+    def expert_layer_numbers(self) -> tuple[int, ...]:
+        """Of the blocks that have experts, the numbers that its checkpoints give those layers."""
+        first, found = 0, list[int]()
+        for stack, names in zip(self.stacks, self.names.blocks, strict=True):
+            end = first + stack.repeats * names.layers
+            found += range(first + names.layers - 1, end, names.layers) if stack.block.feed_forward.experts else []
+            first = end
+        return tuple(found)
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)

@@ -57,6 +57,8 @@ class AttentionMoEConfig(Architecture, ABC):
     """transformers' values of what a config.json leaves out, where the class has others."""
     known: ClassVar[Mapping[str, Any]] = {}
     """Keys of config.json beyond `KNOWN`."""
+    layer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
+    """What config.json may say of a layer's attention."""
     counted: ClassVar[tuple[str, ...]] = ("num_local_experts", "num_experts")
     """What config.json calls the number of experts."""
 
@@ -117,11 +119,6 @@ class AttentionMoEConfig(Architecture, ABC):
         return config.get("sliding_window")
 
     @classmethod
-    def layer_types(cls, layers: int) -> list[str]:
-        """What config.json may say of that many layers' attention."""
-        return ["full_attention"] * layers
-
-    @classmethod
     def own_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that a family reads in its own way."""
         return {"intermediate_size": foreign.whole_number(config, "intermediate_size")}
@@ -139,9 +136,10 @@ class AttentionMoEConfig(Architecture, ABC):
         layers, heads, positions = sizes["num_layers"], sizes["num_heads"], sizes["max_position_embeddings"]
         window, types = cls.window(config), config.get("layer_types")
         whole = window is None or (isinstance(window, int) and window >= positions)  # a window over every position is none
+        kinds = isinstance(types, list) and len(types) == layers and all(kind in cls.layer_types for kind in types)
         judged = {
             "sliding_window": (None, config.get("sliding_window")) if whole else (None,),
-            "layer_types": (None, types) if types == cls.layer_types(layers) else (None,),
+            "layer_types": (None, types) if kinds else (None,),
             **{name: rope.known(config.get(name)) for name in ("rope_parameters", "rope_scaling")},
         }
         foreign.check(config, KNOWN | dict(cls.known) | judged, ignored)

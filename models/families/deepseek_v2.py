@@ -9,6 +9,12 @@ from typing import Any, ClassVar, Literal, Self
 from moejax.models.config.rope import Yarn
 from moejax.models.families.latent_moe import KNOWN, LatentMoEConfig
 
+TINY: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=128, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16, num_experts=16,
+    experts_per_token=4, max_position_embeddings=2048, rope_theta=1e4, bos_token_id=1, eos_token_id=2, kv_lora_rank=64,
+    qk_nope_head_dim=32, v_head_dim=24, dense_size=176,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DeepseekV2Config(LatentMoEConfig):
@@ -52,9 +58,4 @@ class DeepseekV2Config(LatentMoEConfig):
     @classmethod
     def presets(cls) -> dict[str, Self]:
         stretched = Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707)
-        tiny = cls(
-            vocab_size=512, hidden_size=128, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16, num_experts=16,
-            experts_per_token=4, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, kv_lora_rank=64, qk_nope_head_dim=32,
-            v_head_dim=24, dense_size=176,
-        )  # fmt: skip
-        return {"deepseek-v2-lite": cls(rope_scaling=stretched), "deepseek-v2-tiny": tiny}
+        return {"deepseek-v2-lite": cls(rope_scaling=stretched), "deepseek-v2-tiny": cls(**TINY)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from moejax.models.families.deepseek_v2 import TINY
 from moejax.models.families.deepseek_v3 import DeepseekV3Config
 
 
@@ -41,9 +42,5 @@ class Glm4MoeLiteConfig(DeepseekV3Config):
 
     @classmethod
     def presets(cls) -> dict[str, Self]:
-        tiny = cls(
-            vocab_size=512, hidden_size=128, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16, num_experts=16,
-            experts_per_token=4, max_position_embeddings=2048, rope_theta=1e4, bos_token_id=1, eos_token_id=2, q_lora_rank=80,
-            kv_lora_rank=64, qk_nope_head_dim=48, v_head_dim=64, dense_size=176,
-        )  # fmt: skip
+        tiny = cls(**TINY | {"q_lora_rank": 80, "qk_nope_head_dim": 48, "v_head_dim": 64})
         return {"glm-4.7-flash": cls(), "glm4-moe-lite-tiny": tiny}

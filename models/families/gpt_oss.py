@@ -18,7 +18,8 @@ YARN = rope.Yarn(32.0, 4096, truncate=False)
 
 @dataclass(frozen=True)
 class GptOssConfig(AttentionMoEConfig):
-    """Defaults: gpt-oss-20b. sliding_window: of the first layer, the third …; swiglu_limit, swiglu_alpha: of the experts' gate."""
+    """Defaults: gpt-oss-20b. sliding_window: of the layers that `windowed` says, or of the first, the third …; swiglu_limit, swiglu_alpha:
+    of the experts' gate."""
 
     vocab_size: int = 201088
     hidden_size: int = 2880
@@ -40,10 +41,12 @@ class GptOssConfig(AttentionMoEConfig):
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702
     rope_scaling: rope.Yarn | None = dataclasses.field(default=YARN, kw_only=True)
+    windowed: tuple[bool, ...] | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     model_type: ClassVar[str] = "gpt_oss"
     title: ClassVar[str] = "gpt-oss"
     architecture: ClassVar[str] = "GptOssForCausalLM"
+    layer_types: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
     missing: ClassVar[Mapping[str, Any]] = {"num_experts": 128, "router_aux_loss_coef": 0.001}
     known: ClassVar[Mapping[str, Any]] = {
         "intermediate_size": foreign.ANY, "sliding_window": foreign.ANY, "swiglu_limit": foreign.ANY, "swiglu_alpha": foreign.ANY,
@@ -51,13 +54,26 @@ class GptOssConfig(AttentionMoEConfig):
         "quantization_config": foreign.MXFP4,
     }  # fmt: skip
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.windowed is not None and (not isinstance(self.windowed, tuple) or len(self.windowed) != self.num_layers):
+            raise ValueError(
+                f"windowed = {self.windowed!r}: expected one of each of the {self.num_layers} layers; it is read from the layer_types in "
+                "the config.json of model.source, and has no override"
+            )
+
+    @property
+    def short(self) -> tuple[bool, ...]:
+        """Which layers have the window."""
+        return self.windowed or tuple(layer % 2 == 0 for layer in range(self.num_layers))
+
     @property
     def stacks(self) -> tuple[Stack, ...]:
         positions = rope.Rope(self.rope_theta, self.rope_scaling)
         attention = GQA(self.num_heads, self.num_kv_heads, self.head_dim, positions, bias=True, sinks=True, window=self.sliding_window)
         gate = ClampedSwiGLU(self.swiglu_alpha, self.swiglu_limit)
         experts = MoE(self.num_experts, self.experts_per_token, self.intermediate_size, gate, Router(bias=True), bias=True)
-        return (Stack(Block(attention, experts), self.num_layers, windowed=tuple(i % 2 == 0 for i in range(self.num_layers))),)
+        return (Stack(Block(attention, experts), self.num_layers, windowed=self.short),)
 
     @property
     def names(self) -> TensorNames:
@@ -82,14 +98,13 @@ class GptOssConfig(AttentionMoEConfig):
         return None
 
     @classmethod
-    def layer_types(cls, layers: int) -> list[str]:
-        return [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-
-    @classmethod
     def own_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         foreign.same({name: config.get(name) for name in ("num_experts_per_tok", "experts_per_token")})
         limits = {name: foreign.number(config, name, getattr(cls, name)) for name in ("swiglu_limit", "swiglu_alpha")}
-        return super().own_fields(config) | limits | {"sliding_window": foreign.whole_number(config, "sliding_window", 128)}
+        window, types = foreign.whole_number(config, "sliding_window", 128), config.get("layer_types")
+        windowed = tuple(kind == "sliding_attention" for kind in types) if isinstance(types, list) else ()
+        usual = all(short == (layer % 2 == 0) for layer, short in enumerate(windowed))
+        return super().own_fields(config) | limits | {"sliding_window": window, "windowed": None if usual else windowed}
 
     @classmethod
     def from_hub(cls, config: Mapping[str, Any], ignored: Collection[str] = ()) -> Self:
@@ -99,7 +114,8 @@ class GptOssConfig(AttentionMoEConfig):
 
     def to_hub_config(self) -> dict[str, Any]:
         return {"rope_scaling": {"rope_type": "default"}} | super().to_hub_config() | {
-            "attention_bias": True, "sliding_window": self.sliding_window, "layer_types": self.layer_types(self.num_layers),
+            "attention_bias": True, "sliding_window": self.sliding_window,
+            "layer_types": [("full_attention", "sliding_attention")[short] for short in self.short],
             "swiglu_limit": self.swiglu_limit, "swiglu_alpha": self.swiglu_alpha,
         }  # fmt: skip
 

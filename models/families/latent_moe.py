@@ -50,7 +50,7 @@ class LatentMoEConfig(AttentionMoEConfig, ABC):
     norm_topk_prob: bool
     predicting_layers: int = dataclasses.field(default=0, kw_only=True, repr=False, compare=False)
 
-    scores: ClassVar[Literal["softmax", "sigmoid"]] = "sigmoid"
+    scores: ClassVar[Literal["softmax", "sigmoid"]]
     """The router's; sigmoids have a bias for the choice."""
     counted: ClassVar[tuple[str, ...]] = ("n_routed_experts", "num_local_experts", "num_experts")
     default_quantized: ClassVar[tuple[str, ...]] = ("attention", "experts", "mlp")
@@ -70,9 +70,15 @@ class LatentMoEConfig(AttentionMoEConfig, ABC):
         return self.norm_topk_prob
 
     @property
+    def interleaved(self) -> bool:
+        """Whether neighbours of the turning part of a head are a pair, and not its halves."""
+        return True
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
         rope = Rope(self.rope_theta, self.rope_scaling)
-        attention = MLA(self.num_heads, self.q_lora_rank, self.kv_lora_rank, self.qk_nope_head_dim, self.head_dim, self.v_head_dim, rope)
+        sizes = self.num_heads, self.q_lora_rank, self.kv_lora_rank, self.qk_nope_head_dim, self.head_dim, self.v_head_dim
+        attention = MLA(*sizes, rope, self.interleaved)
         router = Router(self.scores, self.renormalizes, choice_bias=self.scores == "sigmoid", scale=self.routed_scaling_factor)
         shared = MLP(self.shared_experts * self.intermediate_size)
         experts = MoE(self.num_experts, self.experts_per_token, self.intermediate_size, "silu", router, shared=shared)

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     model = make()
     counts = {"base": count(model, batches)}  # a fresh adapter's B is zero: the model is its base
     counts["tuned"] = count(tuned(experiment, sizes, folder, model), batches)
-    result = summarize(counts, batches, data, sizes.experts_per_token)
+    result = summarize(counts, batches, data, sizes)
     replace_text(folder / "expert_load.json", json.dumps(result, indent=1) + "\n")
     picture = draw(result, folder)
     write_image(folder, picture)
@@ -71,7 +71,7 @@ def table(result: dict[str, Any], name: str) -> Table:
         return [f"{value:.1f}" for value in shown] + ([] if few else [str(row.argmax())])
 
     out = figures("layer", *names, "variance", title=title)
-    for layer, (row, variance) in enumerate(zip(load, model["layer_variance"], strict=True)):
+    for layer, row, variance in zip(result["layers"], load, model["layer_variance"], strict=True):
         out.add_row(str(layer), *cells(row), f"{variance:.2f}")
     out.add_section()
     out.add_row("mean", *cells(np.array(model["tokens_per_query"])), f"{model['variance']:.2f}")

@@ -38,9 +38,12 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
     try:
         if path.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        elif path.is_dir() and not (path / "tokenizer.json").exists():
+            raise UserError(
+                f"{path} holds no tokenizer.json{_named(path)}: set tokenizer=PATH to one of the same vocabulary, or to a folder that has "
+                "one. Other files (tiktoken, sentencepiece) are not converted here, and no model's own code is run"
+            )
         elif path.is_dir() and not (path / "tokenizer_config.json").exists():
-            if not (path / "tokenizer.json").exists():
-                raise UserError(f"{path} holds no tokenizer.json (a tokenizer needs one; set tokenizer=PATH for another)")
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
         elif path.is_dir():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
@@ -89,6 +92,13 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _named(folder: Path) -> str:
+    """What a folder without a tokenizer.json says that its tokenizer is."""
+    path = folder / "tokenizer_config.json"
+    name = read_json(path).get("tokenizer_class") if path.is_file() else None
+    return f" (its tokenizer is a {name})" if name else ""
 
 
 def _check_files(path: Path) -> None:

@@ -15,6 +15,7 @@ from moejax.compiler_options import jit
 from moejax.data.batching import Batches
 from moejax.files import replacing, save_figure
 from moejax.models.build import Model
+from moejax.models.config import Architecture
 
 COLORS = {"base": "#a0aec0", "tuned": "#2b6cb0"}
 
@@ -40,8 +41,9 @@ def load_variance(load: np.ndarray) -> float:
     return float(load.var(ddof=1)) if load.size > 1 else 0.0
 
 
-def summarize(counts: dict[str, np.ndarray], batches: Batches, data: str, top_k: int) -> dict[str, Any]:
-    """What expert_load.json holds. tokens_per_query: mean over layers, by expert, as figure 11 has it."""
+def summarize(counts: dict[str, np.ndarray], batches: Batches, data: str, config: Architecture) -> dict[str, Any]:
+    """What expert_load.json holds. layers: the model's own numbers of those that have experts; tokens_per_query: mean over them, by expert,
+    as figure 11 has it."""
     queries = len(batches.queries)
     models = {}
     for name, table in counts.items():
@@ -55,7 +57,8 @@ def summarize(counts: dict[str, np.ndarray], batches: Batches, data: str, top_k:
             "layer_variance": [load_variance(row) for row in load],
         }
     tokens = sum(len(q.ids) for q in batches.queries)
-    return {"data": data, "queries": queries, "tokens": tokens, "top_k": top_k, "models": models}
+    about = {"data": data, "queries": queries, "tokens": tokens, "top_k": config.experts_per_token}
+    return about | {"layers": list(config.expert_layer_numbers), "models": models}
 
 
 def draw(result: dict[str, Any], folder: Path) -> bytes:
@@ -76,10 +79,12 @@ def draw(result: dict[str, Any], folder: Path) -> bytes:
     bars.spines[["top", "right"]].set_visible(False)
     bars.set_ylim(0, 1.25 * max(max(m["tokens_per_query"]) for m in models.values()))
     bars.legend(frameon=False, loc="upper left")
+    rows = range(0, layers, max(1, layers // 8))
     largest = max(float(load.max()) for load in loads.values())
     for axes, (name, load) in zip(maps, loads.items(), strict=True):
         image = axes.imshow(load, aspect="auto", cmap="viridis", vmin=0, vmax=largest)
-        axes.set(title=name, xlabel="expert", xticks=range(0, experts, max(1, experts // 8)), yticks=range(0, layers, max(1, layers // 8)))
+        axes.set(title=name, xlabel="expert", xticks=range(0, experts, max(1, experts // 8)))
+        axes.set_yticks(rows, [result["layers"][row] for row in rows])
     maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=maps, label="tokens per query")
     save_figure(figure, folder / "expert_load.svg")

@@ -112,8 +112,8 @@ class Collective(Section):
 
 
 class StepProfile(Section):
-    """The contract. layers, moe_kernels: seconds per step by scope; expert_load: tokens per expert by layer; mode: where the weights lie on
-    several devices, as in the config's mesh.weights; collectives: by kind ("all-gather", …)."""
+    """The contract. layers, moe_kernels: seconds per step by scope; expert_load: tokens per expert by layer (the model's own number); mode:
+    where the weights lie on several devices, as in the config's mesh.weights; collectives: by kind ("all-gather", …)."""
 
     schema_version: Literal[2]
     framework: Literal["jax", "pytorch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -25,10 +26,10 @@ def step_seconds(seconds: list[float]) -> dict[str, Any]:
     return {"median": median, "p10": p10, "p90": p90, "n": len(seconds)}
 
 
-def expert_load(traced: Records) -> dict[str, list[float]]:
-    """Layer -> tokens per expert, mean over the traced steps."""
+def expert_load(traced: Records, layers: Sequence[int]) -> dict[str, list[float]]:
+    """Layer, by the model's own number of it -> tokens per expert, mean over the traced steps."""
     counts = np.mean([record["expert_counts"] for record in traced], axis=0)
-    return {str(layer): [float(c) for c in row] for layer, row in enumerate(counts)}
+    return {str(layer): [float(c) for c in row] for layer, row in zip(layers, counts, strict=True)}
 
 
 def imbalance(expert_load: dict[str, list[float]], devices: int) -> dict[str, float]:

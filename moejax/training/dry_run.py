@@ -1,4 +1,5 @@
-"""`--dry-run`: what a run would train, store and send: shapes, and data that lie on this machine. No weights, no network."""
+"""`--dry-run`: what a run would train, store and send: shapes, and data and headers of weights that lie on this machine. No numbers of
+weights, no network."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from moejax.estimator import memory
 from moejax.estimator.sizes import Stored, model_folder, optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
 from moejax.hub.model import architecture, continue_adapter, model_arguments
+from moejax.hub.stored import weight_files
+from moejax.hub.weights import check_files
 from moejax.models.build import build
 from moejax.progress import Table, say
 from moejax.runs import folders, tokens
@@ -27,7 +30,10 @@ def report(experiment: Experiment) -> None:
     wandb_run.check(experiment)
     asked = scoring.dry(experiment)
     experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
-    sizes = architecture(experiment, model_folder(experiment))
+    folder = model_folder(experiment)
+    sizes = architecture(experiment, folder)
+    if folder is not None and weight_files(folder):
+        check_files(build(sizes, **model_arguments(experiment)), folder)
     experts.check_attention(experiment, sizes, "a GPU")  # what no card can run; this machine need not have one
     groups: dict[str, list[Stored]] = {}
     for w in stored(experiment, sizes):

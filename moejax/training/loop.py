@@ -220,7 +220,9 @@ class Trainer:
             "tokens_per_second": real / seconds, "padded_tokens_per_second": batch.tokens.size / seconds,
             "model_flop_utilization": model_flops / seconds / (self.program.device_count * self.peak_flops),
         }  # fmt: skip
-        return record | device.memory_bytes() | expert_load(values["expert_counts"], len(lengths))
+        return record | device.memory_bytes() | expert_load(
+            values["expert_counts"], self.config.expert_layer_numbers, len(lengths)
+        )
 
     def _means(self, batches: Batches) -> tuple[dict[str, float], float]:
         """Means over the supervised tokens, or pairs, by name: the loss and what else there is; and how many there are."""

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -123,9 +123,10 @@ def _keep_events_until(folder: Path, step: int) -> None:
 _NUMBERS = count()
 
 
-def expert_load(counts: np.ndarray, queries: int) -> dict[str, Any]:
-    """counts: int [L, E], choices per expert. Their variance as in the study's figure 11, and of each layer alone."""
+def expert_load(counts: np.ndarray, layers: Sequence[int], queries: int) -> dict[str, Any]:
+    """counts: int [L, E], choices per expert; layers: the model's own numbers of theirs. Their variance as in the study's figure 11, and of
+    each layer alone."""
     load = counts / max(queries, 1)
     return {"expert_counts": counts.tolist(), "expert_load_variance": load_variance(load.mean(axis=0))} | {
-        f"expert_load_variance/layer_{layer}": load_variance(row) for layer, row in enumerate(load)
+        f"expert_load_variance/layer_{layer}": load_variance(row) for layer, row in zip(layers, load, strict=True)
     }

@@ -89,7 +89,7 @@ def assemble(
         layers=dict(found.layers),
         moe_kernels=dict(found.moe_kernels),
         cost={scope: schema.Cost(flops=cost.flops, bytes=cost.bytes) for scope, cost in found.cost.items()},
-        expert_load=of_steps.expert_load(traced),
+        expert_load=of_steps.expert_load(traced, config.expert_layer_numbers),
         devices=len(found.working),
         mode=None if experiment.mesh is None else experiment.mesh.weights,
         collectives=found.profiled_collectives,

@@ -191,6 +191,9 @@ class TestTokenizing:
             load_tokenizer(str(tmp_path / "tokenizer.model"))
         with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
             load_tokenizer(str(tmp_path))
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TikTokenTokenizer"}')  # Moonlight's
+        with pytest.raises(UserError, match=r"no tokenizer\.json \(its tokenizer is a TikTokenTokenizer\): set tokenizer=PATH to one"):
+            load_tokenizer(str(tmp_path))
         bare = load_tokenizer(str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
         assert bare.eos_token == "</s>" and bare.pad_token_id == bare.eos_token_id
 

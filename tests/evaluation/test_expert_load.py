@@ -18,6 +18,7 @@ from moejax.data.tokenizer import load_tokenizer
 from moejax.evaluation.expert_load import load_variance
 from moejax.hub.model import architecture, create_model
 from moejax.hub.peft import load_adapter
+from moejax.models.config import PRESETS
 from moejax.training import metrics
 
 # arXiv 2408.04693, figure 11: tokens per query of experts 0 to 7 (1000 queries; mean over 32 or 18 layers), and the printed variance.
@@ -58,10 +59,18 @@ def test_the_variance_is_the_studys(name):
 
 def test_the_metric_of_a_step():
     """Variance over experts of the mean over layers, and of each layer: [2, 4] and [6, 4] tokens per query."""
-    record = metrics.expert_load(np.array([[20, 40], [60, 40]]), queries=10)
+    record = metrics.expert_load(np.array([[20, 40], [60, 40]]), (1, 3), queries=10)
     assert record["expert_load_variance"] == 0.0
-    assert (record["expert_load_variance/layer_0"], record["expert_load_variance/layer_1"]) == (2.0, 2.0)
+    assert (record["expert_load_variance/layer_1"], record["expert_load_variance/layer_3"]) == (2.0, 2.0)
     assert record["expert_counts"] == [[20, 40], [60, 40]]
+
+
+def test_a_layer_has_the_models_own_number():
+    """A dense layer comes first, or one without experts stands before each."""
+    numbers = {preset: PRESETS[preset].expert_layer_numbers for preset in ("deepseek-v2-lite", "blackmamba-1.5b", "olmoe-1b-7b")}
+    assert numbers == {
+        "deepseek-v2-lite": tuple(range(1, 27)), "blackmamba-1.5b": tuple(range(1, 30, 2)), "olmoe-1b-7b": tuple(range(16)),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +153,11 @@ def test_the_table_of_many_experts_is_their_ends():
     load = np.arange(2 * 40).reshape(2, 40)
     of = {"counts": load.tolist(), "layer_variance": [1.0, 2.0], "tokens_per_query": load.mean(0).tolist(), "variance": 3.0}
     console = Console(width=80, record=True)
-    console.print(expert_load.table({"models": {"base": of}, "queries": 1, "data": "some"}, "base"))
+    console.print(expert_load.table({"models": {"base": of}, "layers": [1, 2], "queries": 1, "data": "some"}, "base"))
     shown = console.export_text()
     assert "…" not in shown and all(name in shown for name in ("least", "median", "most", "of expert"))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
     assert rows == [
-        ["0", "0.0", "19.5", "39.0", "39", "1.00"], ["1", "40.0", "59.5", "79.0", "39", "2.00"],
+        ["1", "0.0", "19.5", "39.0", "39", "1.00"], ["2", "40.0", "59.5", "79.0", "39", "2.00"],
         ["mean", "20.0", "39.5", "59.0", "39", "3.00"]
     ]  # fmt: skip

@@ -63,11 +63,11 @@ class TestDequantization:
         self.check(jax.sharding.SingleDeviceSharding(device(gpu)), True)
 
 
-def gradient(config):
+def gradient(config, targets=("w1", "w2", "w3", "gate")):
     """Of a small QLoRA model, all layers recomputed."""
     model = build(
-        config, key=jax.random.key(0), quantization=Quantization(), adapter=LoRAConfig(4, 8.0, 0.0, ("w1", "w2", "w3", "gate")),
-        dtype=jnp.float32, backend="loop",
+        config, key=jax.random.key(0), quantization=Quantization(), adapter=LoRAConfig(4, 8.0, 0.0, targets), dtype=jnp.float32,
+        backend="loop",
     )  # fmt: skip
     graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
     tokens = jnp.zeros((2, 64), jnp.int32)
@@ -123,6 +123,15 @@ def test_w2_is_not_done_again(preset, request):
     program = request.getfixturevalue("sparse_step") if preset == "mixtral-tiny" else gradient(PRESETS[preset].replace(num_layers=2))
     again = {p.stage for i, p, _ in placed(program) if i.opcode == "dot" and p.phase == "recompute"}
     assert "moe/w1" in again and "moe/w2" not in again
+
+
+@pytest.mark.long
+def test_a_single_layer_is_recomputed_too():
+    """XLA unrolls a loop of one layer: it must not find that the recomputation is the forward pass, and keep what that made of weights."""
+    sizes = dict(vocab_size=64, num_layers=2, num_experts=4, experts_per_token=2, dense_size=64)
+    program = gradient(PRESETS["deepseek-v3-tiny"].replace(**sizes), ("q_proj", "o_proj"))
+    for stage in ("mlp/dequant", "attention/dequant"):
+        assert {"forward", "recompute"} <= {p.phase for _, p, _ in placed(program) if p.stage == stage}, stage
 
 
 def test_w1_and_w3_run_in_one_pass(sparse_step):

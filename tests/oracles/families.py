@@ -51,9 +51,12 @@ CASES = {
     "flex_olmo_dense": ("flex_olmo", dict(FLEX, norm_topk_prob=False, tie_word_embeddings=False, num_experts_per_tok=6)),
     "gpt_oss": ("gpt_oss", GPT_OSS),
     "gpt_oss_dense": ("gpt_oss", dict(GPT_OSS, num_experts_per_tok=6)),
+    "gpt_oss_layers": ("gpt_oss", dict(GPT_OSS, num_hidden_layers=3, layer_types=["full_attention", *["sliding_attention"] * 2])),
     "deepseek_v3": ("deepseek_v3", dict(DEEPSEEK3, num_hidden_layers=3)),
     "deepseek_v3_dense": ("deepseek_v3", dict(DEEPSEEK3, norm_topk_prob=False, num_experts_per_tok=6, q_lora_rank=10)),
+    "deepseek_v3_halves": ("deepseek_v3", dict(DEEPSEEK3, rope_interleave=False)),
     "glm4_moe_lite": ("glm4_moe_lite", GLM),
+    "glm4_moe_lite_halves": ("glm4_moe_lite", dict(GLM, rope_interleave=False)),
     "deepseek_v2": ("deepseek_v2", DEEPSEEK2),
     "olmoe_summed": ("olmoe", dict(OLMOE, norm_topk_prob=True, tie_word_embeddings=False, num_key_value_heads=4)),
 }

@@ -60,7 +60,10 @@ def trained(model, ids, mask, labels):
     return out | {"losses": np.array(losses)}
 
 
-CASES = ("mixtral", "mixtral_dense", "qwen3_moe", "qwen3_moe_dense", "olmoe", "flex_olmo")
+CASES = (
+    "mixtral", "mixtral_dense", "qwen3_moe", "qwen3_moe_dense", "olmoe", "flex_olmo", "gpt_oss", "gpt_oss_dense", "deepseek_v3",
+    "glm4_moe_lite", "deepseek_v2",
+)  # fmt: skip
 
 
 def write_folder():

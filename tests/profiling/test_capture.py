@@ -11,7 +11,7 @@ import pytest
 
 from moejax import cli, config
 from moejax.errors import UserError
-from moejax.profiling import capture, label, schema, xplane
+from moejax.profiling import breakdown, capture, label, schema, xplane
 from moejax.training import loop
 from moejax.training.loop import Trainer
 
@@ -235,6 +235,35 @@ def test_moejax_profile(session_experiment, tmp_path, capsys):
     assert f"moejax breakdown {folder}" in capsys.readouterr().out
     assert cli.main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_latent_attention_shared_experts_and_a_dense_layer(session_experiment, tmp_path, capsys):
+    """`moejax profile` over NF4, and what `moejax breakdown` reads in its trace: each has its stages, in every phase."""
+    sizes = dict(
+        num_layers=3, num_heads=2, num_kv_heads=2, num_experts=4, experts_per_token=2, hidden_size=64, intermediate_size=48, dense_size=96,
+        head_dim=8, qk_nope_head_dim=16, v_head_dim=24, kv_lora_rank=32,
+    )  # fmt: skip
+    targets = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj", "w1", "w2", "w3", "shared_w1", "dense_w1"]
+    model = {"preset": "deepseek-v3-tiny", "overrides": sizes, "aux_loss_coef": 0.0}
+    experiment = session_experiment("latent", **SMALL, model=model, adapter={"rank": 2, "alpha": 4.0, "targets": targets})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(experiment))
+    assert cli.main(["profile", str(path), "profile.start_step=2", "profile.steps=2"]) == 0
+    folder = Path(experiment.runs_dir) / "latent-profile"
+    stages = {
+        "attention", "attention/dequant", "attention/norm", "attention/lora", "mlp", "mlp/dequant", "mlp/lora", "moe/shared",
+        "moe/shared_dequant",
+    }  # fmt: skip
+    found = breakdown.analyze(xplane.read(xplane.find(folder)))
+    for phase in ("forward", "recompute", "backward"):
+        spent = found.sums("stage", phase)
+        assert all(spent.get(stage, 0) > 0 for stage in stages), (phase, stages - spent.keys())
+    assert schema.read(folder).expert_load.keys() == {"1", "2"}  # the first layer has no experts
+    capsys.readouterr()
+    assert cli.main(["breakdown", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in stages)
 
 
 def test_what_a_profiled_run_is_made_of(session_experiment, tmp_path, capsys):

@@ -212,7 +212,7 @@ def expert_load(t: Trial, rows: int) -> Result:
             done += 1
         epoch += 1
     counts["after"] = count(session.program.model(), watched)
-    found = summarize(counts, watched, s.data, s.architecture.experts_per_token)["models"]
+    found = summarize(counts, watched, s.data, s.architecture)["models"]
     out = Result(message=f"{done} steps of {rows} rows between; {len(watched.queries)} queries counted")
     for when, load in found.items():
         mean = np.array(load["tokens_per_query"])
