@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
 
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+    from moejax.estimator.links import Link
+    from moejax.models.config import Architecture
+
+MOST_DEVICES = 1024
 RECEIPTS_HELP = "a folder with your own measurements: receipts (*.json), or runs, each of which has its receipt.json"
+
 
 def add_config(parser: argparse.ArgumentParser, changes: str = "change single values, e.g. training.epochs=3") -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="experiment in YAML (`moejax init` writes one)")
@@ -51,6 +58,58 @@ def settle_run(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.folder is None):
         raise UserError("which run? Give one RUN: a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
     options.run = options.folder or options.run
+
+
+def counts_of(devices: str) -> list[int]:
+    """The numbers in --devices. Raises UserError for what are none."""
+    texts = [text.strip() for text in devices.split(",") if text.strip()]
+    if not texts or not all(text.isdigit() and 1 <= int(text) <= MOST_DEVICES for text in texts):
+        raise UserError(f"--devices {devices!r}: expected how many of each card, 1 to {MOST_DEVICES}, e.g. 2 or 1,2,4,8")
+    return list(dict.fromkeys(int(text) for text in texts))
+
+
+def devices_of(options: argparse.Namespace) -> tuple[list[int], Link | None, float]:
+    """--devices, --link and --overlap. Raises UserError for what cannot be meant."""
+    from moejax.estimator import links
+
+    overlap = options.overlap or 0.0
+    if not 0 <= overlap <= 1:
+        raise UserError(f"--overlap {overlap:g}: expected a share, 0 to 1")
+    link = None if options.link is None else links.given(options.link)
+    return counts_of(options.devices) if options.devices else [1], link, overlap
+
+
+def with_weights(experiment: Experiment, weights: str | None) -> Experiment:
+    """The experiment with --weights in the place of its `mesh.weights`. Raises UserError where it cannot have them."""
+    from moejax.config_mesh import MeshConfig
+
+    if weights is None:
+        return experiment
+    mesh = (experiment.mesh or MeshConfig.model_validate({})).model_copy(update={"weights": weights, "devices": None})
+    try:
+        mesh.check(experiment)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return experiment.model_copy(update={"mesh": mesh})
+
+
+def on_devices(experiment: Experiment, sizes: Architecture, devices: int | None) -> Experiment:
+    """The experiment on as many devices as --devices says, or its mesh. Raises UserError where neither does, and for experts that they do
+    not divide."""
+    from moejax.config_mesh import MeshConfig
+
+    mesh = experiment.mesh
+    count = devices or (1 if mesh is None else mesh.devices)
+    if count is None:
+        raise UserError("mesh.devices = null are all that there are, and none is looked at here: how many? Give --devices N")
+    if count == 1:
+        return experiment.model_copy(update={"mesh": None})
+    mesh = (mesh or MeshConfig.model_validate({})).model_copy(update={"devices": count})
+    try:
+        mesh.check_experts(count, sizes.num_experts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return experiment.model_copy(update={"mesh": mesh})
 
 
 def names_of(gpus: str) -> list[str]:

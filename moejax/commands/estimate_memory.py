@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from moejax import config, gpus
-from moejax.commands.arguments import add_config, check_counts, names_of, settle_config
+from moejax.commands.arguments import add_config, check_counts, names_of, on_devices, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
-from moejax.estimator import bus, memory, placing
+from moejax.estimator import bus, links, memory, placing, spread
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 from moejax.gpus import GPU
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
+    several = "so many of each, the weights on them as mesh.weights says: whole (default), spread or experts"
+    parser.add_argument("--devices", type=int, metavar="N", help=several)
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
     parser.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
     parser.add_argument(
@@ -47,7 +50,7 @@ def quiet_compiler(gpus: str) -> None:
 def run(options: argparse.Namespace) -> int:
     quiet_compiler(options.gpu)
     settle_config(options, ", or --study")
-    check_counts(options, "seq_len", "rows")
+    check_counts(options, "devices", "seq_len", "rows")
     experiment = config.load(options.config, options.overrides)
     if experiment.training.remat == "auto":  # the largest batch is that of the policy that keeps least
         experiment = config.load(options.config, [*options.overrides, "training.remat=full"])
@@ -61,6 +64,9 @@ def run(options: argparse.Namespace) -> int:
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
     row_tokens = config.whole_row(row_tokens)
+    experiment = on_devices(experiment, architecture, options.devices)
+    if options.rows is not None and options.rows % spread.count(experiment):
+        raise UserError(f"--rows {options.rows}: of all {spread.count(experiment)} devices together, which do not divide them")
     cards = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
     asked = dict.fromkeys(HERE if name == HERE else gpus.find(name, cards) for name in names_of(options.gpu))
     found = []
@@ -93,14 +99,15 @@ def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, 
     if len(problems) == len(lines):
         raise UserError("; ".join(refused))
     if options.json:
-        print_json({"config": experiment.name, "row_tokens": row_tokens, "gpus": lines})
+        mesh = None if experiment.mesh is None else experiment.mesh.model_dump(include={"devices", "weights", "moments"})
+        print_json({"config": experiment.name, "row_tokens": row_tokens, "mesh": mesh, "gpus": lines})
         return 0
     fitting = "rows" if options.rows is not None else "largest batch, rows"
     columns = {
         "GPU": "gpu", "usable GB": "usable_gb", fitting: "rows", "queries": "queries", "peak GB": "peak_gb",
         "with one row more": "next_peak_gb", "free GB": "free_gb", "by": "by",
     }  # fmt: skip
-    notes = [*refused, _what_rows_are(row_tokens, per_row)]
+    notes = [*refused, *_what_devices_hold(experiment), _what_rows_are(row_tokens, per_row)]
     if close := said_once((line["gpu"], line["close"].partition(":")[0]) for line in lines if line["close"]):
         notes.append(f"{'; '.join(close)}: {memory.COMPILE}")
     notes += said_once((line["gpu"], f"by the closed form, not by the compiler: {line['reason']}") for line in lines if line["reason"])
@@ -124,6 +131,8 @@ def show_placements(asked: Sequence[Oracle], options: argparse.Namespace) -> int
     """Print a line for each GPU and placement, with the config's rows or --rows."""
     first = asked[0]
     experiment, config_of = first.experiment, first.config
+    if experiment.mesh is not None:
+        raise UserError("--placements is of one device: expected no --devices, and mesh=null")
     if experiment.adapter is None:
         raise UserError("--placements: only frozen weights can lie in the host's memory, and without an adapter all are trained")
     rows = options.rows or experiment.data.batch_rows
@@ -190,6 +199,14 @@ def _said_once(refused: Sequence[str]) -> list[str]:
     return [*(head for head, _, _ in parts), parts[0][2]] if len(parts) > 1 and len({tail for *_, tail in parts}) == 1 else list(refused)
 
 
+def _what_devices_hold(experiment: Experiment) -> list[str]:
+    if (mesh := experiment.mesh) is None:
+        return []
+    held = {"whole": "all weights", "spread": "a part of the rows of each frozen matrix", "experts": "its own experts"}[mesh.weights]
+    moments = "" if mesh.moments == "whole" else ", of the optimizer's state a part"
+    return [f"bytes are each device's, rows those of all {mesh.devices}; each holds {held} (mesh.weights={mesh.weights}){moments}"]
+
+
 def _what_rows_are(row_tokens: int, per_row: float | None) -> str:
     if per_row == 1:
         return f"a row is one query, padded to {row_tokens} tokens"
@@ -199,14 +216,14 @@ def _what_rows_are(row_tokens: int, per_row: float | None) -> str:
 
 
 def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float | None) -> dict[str, Any]:
-    gpu, closed = peaks.gpu, peaks.reason is not None
+    gpu, closed, least = peaks.gpu, peaks.reason is not None, peaks.devices
     limit = memory.usable_bytes(gpu, peaks.experiment.device.memory_fraction)
     sure, possible = memory.by_closed_form(limit) if closed else (limit, limit)
     after = problem = close = None
     undecided = False
     if not gpu.bf16 and peaks.experiment.training.asks_bf16:  # before anything is compiled for it
-        chosen, peak = rows or 0, peaks.breakdown(rows or 1).total
-        problem = _without_bf16(peaks, cards, rows or 1, limit)
+        chosen, peak = rows or 0, peaks.breakdown(rows or least).total
+        problem = _without_bf16(peaks, cards, rows or least, limit)
     else:
         if rows is None:
             found = peaks.largest(limit)
@@ -214,13 +231,13 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
         else:
             chosen, peak = rows, peaks.peak_bytes(rows)
         if chosen == 0 or peak > possible:
-            problem, undecided = _too_large(peaks, cards, max(1, chosen), peak), peak <= possible
+            problem, undecided = _too_large(peaks, cards, max(least, chosen), peak), peak <= possible
         elif closed:
             close = _close(peaks, chosen, rows is not None, sure, possible)
-    made = peaks.breakdown(chosen or 1)
+    made = peaks.breakdown(chosen or least)
     parts = made.parts(None if closed or problem else peak)
     return {
-        "gpu": gpu.name, "usable_gb": gigabytes(limit), "rows": None if undecided else chosen, "shown": chosen or 1,
+        "gpu": _named(peaks), "usable_gb": gigabytes(limit), "rows": None if undecided else chosen, "shown": chosen or least,
         "queries": None if per_row is None or undecided else int(chosen * per_row),
         "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
         "free_gb": gigabytes(limit - peak),
@@ -230,13 +247,32 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
     }  # fmt: skip
 
 
+def _named(peaks: Oracle) -> str:
+    return links.several(peaks.gpu.name, peaks.devices)
+
+
 def _too_large(peaks: Oracle, cards: dict[str, GPU], rows: int, peak: float) -> str:
     """By how much, and where it would do: on GPUs that a run would not refuse."""
     experiment = peaks.experiment
     what = f"{experiment.name} with {'one row' if rows == 1 else f'{rows:,} rows'} of {peaks.row_tokens} tokens"
+    if experiment.mesh is not None:
+        what += f" on {peaks.devices} devices (mesh.weights = {experiment.mesh.weights}{_other_modes(peaks, rows)})"
     others = [g for g in cards.values() if g.bf16 or not experiment.training.asks_bf16]
     fraction, closed = experiment.device.memory_fraction, peaks.reason is not None
     return str(memory.too_large(what, peak, peaks.gpu, fraction, others, lambda g: peaks.breakdown(rows, g).total, closed=closed))
+
+
+def _other_modes(peaks: Oracle, rows: int) -> str:
+    """Which other places of the weights would do, by the closed form."""
+    mesh, frozen = peaks.experiment.mesh, peaks.experiment.adapter is not None
+    assert mesh is not None
+    sure = memory.by_closed_form(memory.usable_bytes(peaks.gpu, peaks.experiment.device.memory_fraction))[0]
+    possible = {"spread": frozen, "experts": peaks.config.num_experts % peaks.devices == 0}
+    would = []
+    for weights in (name for name, may in possible.items() if may and name != mesh.weights):
+        other = dataclasses.replace(peaks, experiment=peaks.experiment.changed("mesh", weights=weights))
+        would += [weights] if other.breakdown(rows).total <= sure else []
+    return f"; {' or '.join(would)} would do" if would else ""
 
 
 def _without_bf16(peaks: Oracle, cards: dict[str, GPU], rows: int, limit: float) -> str:
@@ -254,8 +290,9 @@ def _close(peaks: Oracle, rows: int, asked: bool, sure: float, possible: float) 
     """Which rows the closed form cannot judge, its error being what it is."""
     if asked:
         return None if peaks.peak_bytes(rows) <= sure else f"{counted(rows, 'row')}: {memory.COMPILE}"
-    most = memory.largest_rows(peaks.peak_bytes, possible, rows).rows
+    n = peaks.devices
+    most = n * memory.largest_rows(lambda each: peaks.peak_bytes(n * each), possible, max(1, rows // n)).rows
     if most == rows:
         return None
-    more = f"{rows + 1:,} rows" if most == rows + 1 else f"{rows + 1:,} to {most:,} rows"
+    more = f"{rows + n:,} rows" if most == rows + n else f"{rows + n:,} to {most:,} rows"
     return f"{more}: {memory.COMPILE}"

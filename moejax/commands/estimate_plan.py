@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if options.deadline is not None:
         answers[f"cheapest within {options.deadline:,.10g} h"] = made.cheapest_by_deadline
     if options.json:
-        chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
+        chosen = {name: None if p is None else p.named for name, p in answers.items()}
         print_json(shared.facts(options, given) | {
             "answers": chosen, "options": [dataclasses.asdict(p) for p in made.options],
             "left_out": {gpu: why.brief for gpu, why in made.left_out.items()},
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         for why in memory.refusals(made.left_out):
             print(f"left out: {why}")
         for name, p in answers.items():
-            found = "" if p is None else f"{p.gpu}, batch {p.batch}: {shared.hours(p)}, {shared.usd(p)}"
+            found = "" if p is None else f"{p.named}, batch {p.batch}: {shared.hours(p)}, {shared.usd(p)}"
             print(f"{name}: {found or _least(name, made.options)}")
     draw(options.plot, lambda figures, folder: figures.options(folder, figures.title(given.job), made.options))
     return 0
@@ -59,6 +59,6 @@ def _least(answer: str, options: Sequence[Prediction]) -> str:
         return "none: no price is known of a GPU on which it fits"
     if "USD" in answer:
         p = min(priced, key=lambda p: p.usd or 0.0)
-        return f"none; the cheapest needs {shared.usd(p)}: {p.gpu}, batch {p.batch}, {shared.hours(p)}"
+        return f"none; the cheapest needs {shared.usd(p)}: {p.named}, batch {p.batch}, {shared.hours(p)}"
     p = min(priced, key=lambda p: p.hours)
-    return f"none; the fastest needs {shared.hours(p)}: {p.gpu}, batch {p.batch}, {shared.usd(p)}"
+    return f"none; the fastest needs {shared.hours(p)}: {p.named}, batch {p.batch}, {shared.usd(p)}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax import gpus
-from moejax.commands.arguments import RECEIPTS_HELP, add_config, add_old, check_counts, names_of, settle_config
+from moejax.commands.arguments import RECEIPTS_HELP, add_config, add_old, check_counts, devices_of, names_of, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
@@ -70,6 +70,12 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add_old(parser, "--row-tokens", "--seq-len", type=int, dest="seq_len")
     rounded = "what pad_longest rounds up to: 8, as in the study; with coefficients of this project's runs 16"
     parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help=rounded)
+    several = "of each card so many, e.g. 2 or 1,2,4,8; prices and queries are of all together"
+    parser.add_argument("--devices", metavar="N[,N]", help=several)
+    parser.add_argument("--weights", choices=("whole", "spread", "experts"), help="on several, as mesh.weights: whole (default) …")
+    received = "what a card receives from others (nccl-tests' busbw); by default by table"
+    parser.add_argument("--link", type=float, metavar="GB/S", help=received)
+    parser.add_argument("--overlap", type=float, metavar="SHARE", help="of that time, what work hides: 0 to 1 (0)")
     parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
     parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
     parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
@@ -101,7 +107,11 @@ def asked(options: argparse.Namespace) -> Asked:
     offers = prices.load(options.prices, table)
     if options.spot and not any(price.spot for price in offers):
         raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
-    return Asked(job, gpus_of(options, table), entries, offers, table, options.spot, room_of(options))
+    devices, link, overlap = devices_of(options)
+    for n in devices:
+        dataclasses.replace(job, devices=n)  # what so many cannot do is told at once
+    given = (job, gpus_of(options, table), entries, offers, table, options.spot, room_of(options))
+    return Asked(*given, tuple(devices), link, overlap)
 
 
 def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
@@ -136,7 +146,7 @@ def job_of(options: argparse.Namespace, entries: Sequence[Entry]) -> Job:
     return Job(
         model, method, EXPERTS_PER_TOKEN if options.experts_per_token is None else options.experts_per_token, length.repeated(queries),
         queries, EPOCHS if options.epochs is None else options.epochs, options.batching,
-        row_tokens, options.pad_multiple or multiple,
+        row_tokens, options.pad_multiple or multiple, weights=options.weights or "whole",
     )  # fmt: skip
 
 
@@ -167,7 +177,10 @@ def gpus_of(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
 
 def room_of(options: argparse.Namespace) -> Room:
     """Batch sizes are limited by the memory of the program whose times are predicted."""
-    memory = options.memory or ("closed-form" if options.coefficients else "equation-1")
+    parts = options.weights not in (None, "whole")
+    memory = options.memory or ("closed-form" if options.coefficients or parts else "equation-1")
+    if parts and memory == "equation-1":
+        raise UserError(f"--memory equation-1 is of cards that hold all weights: expected closed-form with --weights {options.weights}")
     return room.CLOSED_FORM if memory == "closed-form" else room.EQUATION_1
 
 
@@ -189,10 +202,13 @@ def job_title(job: Job) -> str:
     return f"{job.model} by {job.method}, {kind}: {queries} x {epochs} ({job.lengths.source})"
 
 
+_JOB = ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens", "weights")
+
+
 def facts(options: argparse.Namespace, given: Asked) -> dict[str, Any]:
     """For --json: whose software, and the job."""
     job = given.job
-    part = {key: getattr(job, key) for key in ("model", "method", "experts_per_token", "queries", "epochs", "batching", "row_tokens")}
+    part = {key: getattr(job, key) for key in _JOB}
     part |= {"lengths": job.lengths.source, "mean_tokens": job.lengths.mean, "cut_tokens": job.cut, "told": job.told}
     return {"software": software(options, given.entries), "job": part}
 
@@ -239,7 +255,7 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
     print(software(options, given.entries))
     rows = [
         (
-            p.gpu if p.measured else f"{p.gpu} *",
+            p.named if p.measured else f"{p.named} *",
             p.batch,
             round(p.tokens_per_step),
             _number(p.step_seconds, 2),
@@ -250,7 +266,7 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
         )
         for p in found
     ]
-    notes = said_once((p.gpu, note) for p in found for note in (p.basis, *p.notes))
+    notes = said_once((p.named, note) for p in found for note in (p.basis, *p.notes))
     columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
     ending = [*job.told, *assumed(options, job)]
     if any(p.hours_interval for p in found):
@@ -258,5 +274,5 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
     if not all(p.measured for p in found):
         spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
         ending.append(f"* not measured: carried over{spans} (docs/estimator.md)")
-    missing = without_price([p.gpu for p in found if p.price is None], options)
+    missing = without_price(list(dict.fromkeys(p.gpu for p in found if p.price is None)), options)
     show_table(job_title(job), columns, rows, [*ending, *sellers_ask(given.offers, found, options.spot), *missing, *notes])

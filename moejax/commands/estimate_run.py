@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from moejax import config, gpus
-from moejax.commands.arguments import check_counts, names_of
+from moejax.commands.arguments import check_counts, devices_of, names_of, on_devices, with_weights
 from moejax.commands.tables import draw, print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
-from moejax.estimator import lengths, prices, published, roofline, ways, workload
+from moejax.estimator import lengths, links, prices, published, roofline, spread, ways, workload
 from moejax.estimator.memory import DoesNotFit, refusals
 from moejax.estimator.sizes import architecture_of
 from moejax.estimator.tools.forecast import Forecast, Forecasts
-from moejax.estimator.units import counted
+from moejax.estimator.units import counted, told
 from moejax.estimator.workload import Workload
 from moejax.gpus import GPU
 from moejax.models.config import PRESETS, Architecture
@@ -46,23 +47,30 @@ class Asked:
     offers: Sequence[prices.Price]
     spot: bool
     notes: Sequence[str] = ()
+    devices: Sequence[int] = (1,)
 
-    def of(self, gpu: GPU) -> tuple[Forecast, Workload]:
-        """With the rows that take the fewest hours of those that fit; where not one does, this program with the changes of `ways` that
-        make it fit. Raises DoesNotFit where nothing does."""
+    def of(self, gpu: GPU, devices: int) -> tuple[Forecast, Workload]:
+        """On so many of a card, with the rows that take the fewest hours of those that fit; where not one does, this program with the
+        changes of `ways` that make it fit. Raises DoesNotFit where nothing does."""
         price, found = prices.cheapest(self.offers, gpu.name, spot=self.spot), []
-        for rows in self.rows:
+        for rows in [rows for rows in self.rows if rows % devices == 0]:
             job = self.of_rows(rows)
+            job = dataclasses.replace(job, experiment=on_devices(job.experiment, job.config, devices))
             try:
                 found.append((self.forecasts.of(job, gpu, price), job))
             except DoesNotFit:
                 if not found:
                     return self._changed(job, gpu, price)
                 break
+        if not found:
+            looked_at = ", ".join(map(str, self.rows))
+            raise DoesNotFit(f"rows of a micro-batch ({looked_at}) do not divide among {devices} devices: --batch, or data.batch_rows")
         return min(found, key=lambda pair: pair[0].hours)
 
     def _changed(self, job: Workload, gpu: GPU, price: prices.Price | None) -> tuple[Forecast, Workload]:
-        asked = ways.Asked(job.experiment, job.config, gpu, job.longest_row)
+        n = spread.count(job.experiment)
+        link = None if n == 1 else self.forecasts.link or links.between(gpu, n)
+        asked = ways.Asked(job.experiment, job.config, gpu, job.longest_row, link=link)
         fitting = () if self.forecasts.tool != "moejax" or not gpu.bf16 else (w for w in ways.ways(asked) if w.refused is None)
         for way in fitting:
             changed = dataclasses.replace(job, experiment=way.experiment)
@@ -87,8 +95,14 @@ def asked(options: argparse.Namespace) -> Asked:
     cards = list(table.values())
     if options.gpu is not None:
         cards = list(dict.fromkeys(this_machine_timed(True) if n == HERE else gpus.find(n, table) for n in names_of(options.gpu)))
-    made = Forecasts(tool, receipts.with_own(options.receipts, table), table, options.tool_version)
-    return Asked(made, cards, of_rows, rows, offers, options.spot, [*notes, *prices.old(offers, options.prices)])
+    devices, link, overlap = devices_of(options)
+    mesh = of_rows(rows[0]).experiment.mesh
+    if options.devices is None and mesh is not None and mesh.devices is not None:
+        devices = [mesh.devices]
+    if tool != "moejax" and devices != [1]:
+        raise UserError(f"--devices: what --tool {tool} does on several cards is not known here")
+    made = Forecasts(tool, receipts.with_own(options.receipts, table), table, options.tool_version, link, overlap)
+    return Asked(made, cards, of_rows, rows, offers, options.spot, [*notes, *prices.old(offers, options.prices)], devices)
 
 
 def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], Sequence[int], list[str]]:
@@ -108,6 +122,8 @@ def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], 
     else:
         data = {"queries": options.records or given.queries}
         notes.append(f"lengths: {given.source}, in the place of the config's data")
+
+    experiment = with_weights(experiment, options.weights)
 
     def of_rows(rows: int) -> Workload:
         return workload.of(experiment.changed("data", batch_rows=rows), sizes, given, **data)
@@ -177,6 +193,7 @@ def _of_options(options: argparse.Namespace) -> tuple[Callable[[int], Workload],
         },
         "the options", options.overrides,
     ).with_defaults(sizes)  # fmt: skip
+    experiment = with_weights(experiment, options.weights)
     many = options.records or published.read("lengths.json").get(options.dataset, {}).get("queries") or found.queries
 
     def of_rows(rows: int) -> Workload:
@@ -235,7 +252,7 @@ def plan(options: argparse.Namespace) -> int:
     title = f"{found[0][1].experiment.name} by {given.forecasts.tool} (grey: never measured on that card)"
     draw(options.plot, lambda figures, folder: figures.options(folder, title, [p for p, _ in found]))
     if options.json:
-        chosen = {name: None if p is None else p.gpu for name, p in answers.items()}
+        chosen = {name: None if p is None else p.on for name, p in answers.items()}
         print_json(_facts(given, found) | {"answers": chosen, "left_out": {gpu: why.brief for gpu, why in left_out.items()}})
         return 0
     show(given, found, [f"left out: {why}" for why in refusals(left_out)], options)
@@ -270,11 +287,11 @@ def _dollars(p: Forecast) -> float:
 
 def _all(given: Asked) -> tuple[list[tuple[Forecast, Workload]], dict[str, DoesNotFit]]:
     found, left_out = [], {}
-    for gpu in given.cards:
+    for gpu, n in itertools.product(given.cards, given.devices):
         try:
-            found.append(given.of(gpu))
+            found.append(given.of(gpu, n))
         except DoesNotFit as error:
-            left_out[gpu.name] = error
+            left_out[links.several(gpu.name, n)] = error
     return found, left_out
 
 
@@ -334,9 +351,15 @@ def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Seq
         f"{counted(w.evaluations, 'evaluation')} and {counted(w.checkpoints, 'checkpoint')} (assumed rates); before that "
         f"{job.download_bytes / 1e9:.1f} GB are downloaded ({job.download_bytes / workload.LINE / 60:.0f} min at 1 Gbit/s), and take disk"
     )
-    changes = said_once((p.gpu, f"does not fit as it is; taken with {p.changes}") for p, _ in found if p.changes)
+    changes = said_once((p.on, f"does not fit as it is; taken with {p.changes}") for p, _ in found if p.changes)
     bases = {p.basis for p, _ in found}
-    notes = [*changes, *(bases if len(bases) == 1 else said_once((p.gpu, p.basis) for p, _ in found))]
+    notes = [*changes, *(bases if len(bases) == 1 else said_once((p.on, p.basis) for p, _ in found))]
+    for p, w in found:
+        if p.link is not None and w.experiment.mesh is not None:
+            notes.append(
+                f"{p.on}: weights {w.experiment.mesh.weights}: each card receives {told(p.link_bytes)} a step over {p.link}, "
+                f"{p.link_seconds:.3g} s, {given.forecasts.overlap:.0%} hidden behind work (--overlap)"
+            )
     columns = ("GPU", "rows", "s/step", "tokens/s", "hours", "USD", "GB", "price")
     queries = counted(job.queries, "query", "queries")
     title = f"{job.experiment.name}: {queries} of {job.mean_tokens:.0f} tokens x {counted(job.epochs, 'epoch')}"

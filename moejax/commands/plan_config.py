@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moejax import config, gpus
-from moejax.commands.arguments import check_counts, names_of
+from moejax.commands.arguments import check_counts, counts_of, names_of, on_devices
 from moejax.commands.tables import print_json, show_table
 from moejax.device import HERE, this_machine, with_peaks
 from moejax.errors import UserError
-from moejax.estimator import own, receipts
+from moejax.estimator import links, own, receipts
+from moejax.estimator.links import Link
 from moejax.estimator.receipts import Receipt
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import counted, gigabytes
@@ -19,7 +21,8 @@ from moejax.estimator.ways import Asked, Way, ways, written
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
 
-_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "batch")
+_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "batch", "weights",
+             "overlap")  # fmt: skip
 
 
 def asked(options: argparse.Namespace) -> bool:
@@ -43,32 +46,42 @@ def plan(options: argparse.Namespace) -> int:
     row_tokens = config.whole_row(row_tokens)
     table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
     others = tuple(gpu for gpu in table.values() if gpu.bf16)
-    found, cards = {}, []
+    found: dict[str, tuple[GPU, list[Way], Link | None]] = {}
+    in_mesh = experiment.mesh.devices if experiment.mesh else None
+    counts = [in_mesh or 1] if options.devices is None else counts_of(options.devices)
+    rows = experiment.data.batch_rows * experiment.training.gradient_accumulation
+    if uneven := [n for n in counts if rows % n]:
+        raise UserError(f"--devices {uneven[0]}: do not divide the step's {counted(rows, 'row')}: data.batch_rows is of all devices")
     for name in names_of(options.gpu):
         card = _here(experiment) if name == HERE else gpus.find(name, table)
         if not card.bf16 and experiment.training.asks_bf16:
             raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
-        if card.name in found:
-            continue
-        cards.append(card)
-        found[card.name] = ways(Asked(experiment, sizes, card, row_tokens, others))
+        for count in counts:
+            if links.several(card.name, count) in found:
+                continue
+            on = on_devices(experiment, sizes, count)
+            link = None if count == 1 else links.between(card, count) if options.link is None else links.given(options.link)
+            found[links.several(card.name, count)] = card, ways(Asked(on, sizes, card, row_tokens, others, link)), link
     known = receipts.with_own(options.receipts, table)
     if options.json:
         facts = {
             gpu: [_facts(way, None if way.refused else _seconds(way, sizes, card, known)) for way in several]
-            for card, (gpu, several) in zip(cards, found.items(), strict=True)
+            for gpu, (card, several, _) in found.items()
         }
         print_json({"config": experiment.name, "row_tokens": row_tokens, "gpus": facts})
         return 0
     print("Times are those of moejax (this program), a roofline of the compiled program times an efficiency (docs/estimator.md#whose-time)")
-    for card, (gpu, several) in zip(cards, found.items(), strict=True):
+    for gpu, (card, several, link) in found.items():
         seconds = {id(way): _seconds(way, sizes, card, known) for way in several if way.refused is None}
-        _show(experiment.name, gpu, several, options.config, sizes.expert_layers, seconds)
+        _show(experiment, gpu, several, link, options.config, sizes.expert_layers, seconds)
     return 0
 
 
 def _seconds(way: Way, sizes: Architecture, card: GPU, known: Sequence[Receipt]) -> own.Estimate:
-    return own.estimate(own.program_seconds(way.experiment, sizes, card, way.rows, way.row_tokens), card, known)
+    """With what goes between devices, which no efficiency is told of."""
+    told = own.estimate(own.program_seconds(way.experiment, sizes, card, way.rows, way.row_tokens), card, known)
+    low, high = told.interval
+    return replace(told, seconds=told.seconds + way.link_seconds, interval=(low + way.link_seconds, high + way.link_seconds))
 
 
 def _here(experiment: config.Experiment) -> GPU:
@@ -86,17 +99,23 @@ def _facts(way: Way, told: own.Estimate | None) -> dict[str, Any]:
         "seconds": None if told is None else told.seconds, "seconds_interval": None if told is None else told.interval,
         "changes": dict(way.changes), "rows": way.rows, "accumulation": way.experiment.training.gradient_accumulation,
         "device_gb": way.peak_bytes / 1e9, "host_gb": way.host_bytes / 1e9, "least_seconds": way.seconds,
-        "compute_seconds": way.compute_seconds, "bus_seconds": way.bus_seconds, "refused": way.refused,
+        "compute_seconds": way.compute_seconds, "bus_seconds": way.bus_seconds, "link_seconds": way.link_seconds, "refused": way.refused,
     }  # fmt: skip
 
 
-def _show(name: str, gpu: str, several: Sequence[Way], path: str, layers: int, seconds: Mapping[int, own.Estimate]) -> None:
+def _show(
+    experiment: config.Experiment, gpu: str, several: Sequence[Way], link: Link | None, path: str, layers: int,
+    seconds: Mapping[int, own.Estimate],
+) -> None:  # fmt: skip
     fitting = [way for way in several if way.refused is None]
     first = several[0]
     total = first.rows * first.experiment.training.gradient_accumulation
+    columns = ["experts", "optimizer", "rank", "keeps", "rows", "GB on the device", "in the host", "s a step (90 %)", "at least", "bus, s"]
+    if link is not None:
+        columns = ["weights, experts", *columns[1:], "between, s"]
     cells = [
         (*_settings(way, layers), f"{way.rows} x {way.experiment.training.gradient_accumulation}", gigabytes(way.peak_bytes),
-         gigabytes(way.host_bytes), _between(seconds[id(way)]), way.seconds, way.bus_seconds)
+         gigabytes(way.host_bytes), _between(seconds[id(way)]), way.seconds, way.bus_seconds, *(() if link is None else (way.link_seconds,)))
         for way in fitting
     ]  # fmt: skip
     notes = [f"does not fit: experts {', '.join(_settings(way, layers))}: {way.refused}" for way in several if way.refused is not None]
@@ -104,10 +123,15 @@ def _show(name: str, gpu: str, several: Sequence[Way], path: str, layers: int, s
     notes.append(f"fastest first{', lower ranks behind the own one: they train another adapter' if lower else ''}")
     notes.append("bytes by the closed form (`moejax estimate memory` compiles); at least: a floor by data sheet and bus, for the order")
     notes += dict.fromkeys(f"{gpu}: {told.basis}" for told in seconds.values())
+    if link is not None:
+        rate = f"{link.name}, {link.rate / 1e9:.4g} GB/s that a card receives (--link)"
+        notes.append(f"rows are of all devices, GB of each; between: over {rate}, nothing of it hidden behind work")
+        notes.append("weights = experts: as if every device's experts had as many tokens; with the busiest all wait (docs/several_gpus.md)")
     if fitting:
-        notes.append(" ".join(["first:", "moejax train", path, written(fitting[0].changes)]).rstrip())
-    columns = ("experts", "optimizer", "rank", "keeps", "rows", "GB on the device", "in the host", "s a step (90 %)", "at least", "bus, s")
-    show_table(f"{name} on {gpu}: {counted(total, 'row')} of {first.row_tokens} tokens a step", columns, cells, notes)
+        mesh = fitting[0].experiment.mesh
+        changes = ({} if mesh is None or mesh == experiment.mesh else {"mesh.devices": mesh.devices}) | dict(fitting[0].changes)
+        notes.append(" ".join(["first:", "moejax train", path, written(changes)]).rstrip())
+    show_table(f"{experiment.name} on {gpu}: {counted(total, 'row')} of {first.row_tokens} tokens a step", columns, cells, notes)
 
 
 def _between(told: own.Estimate) -> str:
@@ -121,5 +145,6 @@ def _settings(way: Way, layers: int) -> tuple[str, ...]:
     rank = "all weights" if e.adapter is None else f"rank {e.adapter.rank}".replace("'", "")
     mode = e.training.remat + (", layer by layer" if e.training.together > 1 else "")
     here = e.placement.on_device(layers)
+    weights = "" if e.mesh is None else f"{e.mesh.weights}, "
     where = {layers: "on the device", 0: "in the host"}.get(here, f"{here} of {layers} layers on the device")
-    return where, e.training.optimizer, rank, mode
+    return weights + where, e.training.optimizer, rank, mode

@@ -8,7 +8,7 @@ The rules are those of bf16 programs on a GPU; fp32 and a CPU are counted by the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 from moejax.gpus import Platform
 from moejax.models.config import specs
@@ -39,6 +39,8 @@ class Step:
     prefetch: str = "auto"  # by what
     offloads: bool = False  # the saved streams lie in the host's memory
     together: int = 1  # micro-batches that pass a layer at once: the mixer takes one after the other, the experts all
+    devices: int = 1  # among which the experts are dealt: each has all devices' rows, and its experts
+    gathered: float = 0  # bytes of an expert's weight that come from other devices
 
     @property
     def tokens(self) -> int:
@@ -48,6 +50,11 @@ class Step:
     @property
     def tokens_together(self) -> int:
         return self.together * self.tokens
+
+    @property
+    def at_experts(self) -> int:
+        """Tokens that a device's experts choose among."""
+        return self.devices * self.tokens_together
 
     @property
     def stream(self) -> int:
@@ -101,7 +108,7 @@ class Block:
         """Backend, tiles and capacity of the grouped products, as the step takes them."""
         s, moe = self.step, self.moe
         found, tile, small_tile, capacity = choice.grouped(
-            s.device, s.tokens_together, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
+            s.device, s.at_experts, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
             item=s.item, memory_bytes=s.memory_bytes,
         )  # fmt: skip
         backend = "loop" if s.fetched and s.prefetch == "experts" else found if s.backend == "auto" else s.backend
@@ -115,13 +122,18 @@ class Block:
     @property
     def sorted_rows(self) -> int:
         """M."""
-        return self.step.tokens_together * self.moe.experts_per_token + self.tile
+        return self.step.at_experts * self.moe.experts_per_token + self.tile
+
+    @property
+    def held(self) -> int:
+        """Experts on this device."""
+        return self.moe.experts // self.step.devices
 
     def routing(self) -> int:
         """Saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
         if self.moe.dense:
             return 0
-        return 4 * (3 * self.step.tokens_together * self.moe.experts_per_token + self.sorted_rows + 2 * self.moe.experts)
+        return 4 * (3 * self.step.at_experts * self.moe.experts_per_token + self.sorted_rows + 2 * self.moe.experts)
 
     def saved(self, layers: int) -> int:
         """For the backward pass, of so many. `full`: the stream before each part that is recomputed by itself, and the routing. `none`:
@@ -145,20 +157,22 @@ class Block:
         return own if self.shared is None else max(own, self.shared.experts())
 
     def _in_flight(self) -> int:
-        """What was fetched from the host's memory: an expert's matrices and the next one's, or a layer's."""
-        by_layer = self.moe.dense or self.grouped[0] == "capacity" or self.step.prefetch == "layer"
-        return int(3 * self.matrix * self.step.fetched * (self.moe.experts if by_layer else 2))
+        """What was fetched from the host's memory: an expert's matrices and the next one's, or a layer's; and of what is gathered from
+        other devices an expert's matrix and the next one, or a layer's."""
+        whole = self.moe.dense or self.grouped[0] == "capacity"
+        fetched = 3 * self.step.fetched * (self.held if whole or self.step.prefetch == "layer" else 2)
+        return int(self.matrix * (fetched + self.step.gathered * (3 * self.moe.experts if whole else 2)))
 
     def _sparse(self) -> int:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden
         rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
-        s, n, item, e, f = self.step, self.step.tokens_together, self.step.item, self.moe.experts, self.moe.hidden
+        s, n, item, e, f = self.step, self.step.at_experts, self.step.item, self.held, self.moe.hidden
         backend, *_, capacity = self.grouped
         at_once, together = (e, e * capacity) if backend == "capacity" else (1, self.tile)
         rows = 3 * item * (self.sorted_rows + (together if at_once > 1 else 0)) * s.width
         hidden = 6 * item * together * f
-        adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe)  # sums of gradients; scaled
+        adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe) // s.devices  # sums of gradients; scaled
         if s.trained is None:
             matrices = 3 * at_once * item * self.matrix
             return rows + hidden + adapters + matrices + 2 * s.together * s.stream + self.mixer.kept
@@ -168,8 +182,8 @@ class Block:
 
     def _dense(self) -> int:
         """[E, N, F] several times: projections, adapters' parts, activation, gradients; two of the layer's matrices as they are used."""
-        s, e = self.step, self.moe.experts
-        wide = s.item * e * s.tokens_together * self.moe.hidden
+        s, e = self.step, self.held
+        wide = s.item * e * s.at_experts * self.moe.hidden
         if s.trained is not None:
             count = 5
         else:  # before Hopper two products are joined with their adapters' and the activation's slope is fp32: counted as two
@@ -294,6 +308,10 @@ def _mamba_backward(s: Step, m: specs.Mamba, moe: specs.MoE, chunk: int, unit: i
     return used + int(2.375 * of_chunk) + 3 * 4 * chunk * s.rows * m.inner + n * s.width * (4 + s.item) + weights
 
 
+_BY_EXPERT: dict[str, Any] = {"fetched": 0, "devices": 1, "gathered": 0}
+"""Of a step, what an MLP does without: it is on every device."""
+
+
 def _of_one(mlp: specs.MLP) -> specs.MoE:
     """As a mixture of one expert, which needs the same."""
     return specs.MoE(1, 1, mlp.hidden, "silu", specs.Router())
@@ -305,7 +323,7 @@ def block_of(step: Step, spec: specs.Block, adapted: Adapted) -> Block:
         case specs.MoE():
             moe, shared = spec.feed_forward, spec.feed_forward.shared
         case specs.MLP():  # is on the device wherever experts are
-            moe, shared, step = _of_one(spec.feed_forward), None, replace(step, fetched=0)
+            moe, shared, step = _of_one(spec.feed_forward), None, replace(step, **_BY_EXPERT)
         case _:
             assert_never(spec.feed_forward)
     match spec.mixer:
@@ -319,5 +337,5 @@ def block_of(step: Step, spec: specs.Block, adapted: Adapted) -> Block:
             assert_never(spec.mixer)
     if spec.norm == "after":  # kept for the norms: what each half computed, in the place of the stream between them
         mixer = mixer._replace(streams=mixer.streams - between + 2 * step.item * step.tokens * step.width)
-    beside = None if shared is None else Block(replace(step, fetched=0), adapted, mixer, _of_one(shared))
+    beside = None if shared is None else Block(replace(step, **_BY_EXPERT), adapted, mixer, _of_one(shared))
     return Block(step, adapted, mixer, moe, beside)

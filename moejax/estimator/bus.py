@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moejax.estimator import links, sizes
+from moejax.estimator import links, sizes, spread
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
@@ -22,9 +22,9 @@ ROW_BYTES = 1 << 18  # of models/ops/host.py
 def step_bytes(experiment: Experiment, config: Architecture, rows: int, row_tokens: int, in_host: int = 0) -> int:
     """Over the bus in one optimizer step: every expert forward and backward, for a micro-batch or all that pass a layer together; for each
     micro-batch the head once, and the embedding or its tokens' rows once (`moejax.models.ops.host`). in_host: all bytes that lie there in a
-    pass; those that are no weights are streams, out and back."""
+    pass; those that are no weights are streams, out and back. rows: of one device, and of several its own bus's bytes."""
     held = {False: 0, True: 0}
-    for w in sizes.stored(experiment, config):
+    for w in spread.each(sizes.stored(experiment, config), config, experiment.mesh):
         held[w.module in config.groups["experts"]] += sum(w.host.values())
     micro, tables = experiment.training.gradient_accumulation, held[False]
     passes = micro // experiment.training.together

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import sizes
+from moejax.estimator import sizes, spread
 from moejax.estimator.block_memory import Adapted, Step, block_of
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import Platform
@@ -118,6 +118,12 @@ def _fetched(experiment: Experiment, config: Architecture) -> float:
     return sum(sum(w.host.values()) for w in experts) / max(1, sum(w.size for w in experts))
 
 
+def _gathered(of_all: tuple[sizes.Stored, ...], weights: tuple[sizes.Stored, ...], config: Architecture) -> float:
+    """Bytes of an expert's weight that are gathered from the devices over which its rows are spread."""
+    pairs = [(w, own) for w, own in zip(of_all, weights, strict=True) if w.module in config.groups["experts"] and not w.adapter]
+    return sum(w.bytes - own.bytes for w, own in pairs if w.shape == own.shape) / max(1, sum(w.size for w, _ in pairs))
+
+
 def _in_8_bits(w: sizes.Stored) -> int:
     """A weight's clipped gradient, in whose place it is changed piece after piece, and both moments of a piece in fp32."""
     pieces = sizes.pieces(w.shape, w.parameters)
@@ -128,15 +134,19 @@ def breakdown(
     experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None,
     memory_bytes: int | None = None,
 ) -> Breakdown:  # fmt: skip
-    """The closed form for one step of this experiment with so many rows a micro-batch.
+    """The closed form for one step of this experiment with so many rows a micro-batch. Of several devices: what each holds; rows are
+    those of all together.
 
     device, memory_bytes: see `choice.grouped`; None: a CPU, or a GPU on which nothing was measured, of unknown memory.
     """
     t, adapter = experiment.training, experiment.adapter
     if t.remat not in KNOWN:
         raise UserError(f"training.remat = {t.remat}: the closed form knows {', '.join(KNOWN[:-1])} and {KNOWN[-1]}")
-    weights = sizes.stored(experiment, config)
+    mesh, n = experiment.mesh, spread.count(experiment)
+    rows, of_all = -(-rows // n), sizes.stored(experiment, config)
+    weights = spread.each(of_all, config, mesh)
     trained = tuple(w for w in weights if w.trained)
+    by_expert = n > 1 and mesh is not None and mesh.weights == "experts" and config.num_experts % n == 0
     device = device or ("cpu" if platform == "cpu" else "gpu")
     step = Step(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
@@ -144,6 +154,7 @@ def breakdown(
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", "experts" in experiment.kinds(config),
         platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
         _fetched(experiment, config), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
+        n if by_expert else 1, _gathered(of_all, weights, config),
     )  # fmt: skip
     adapted = [_adapted(experiment, config, stack) for stack in config.stacks]
     blocks = [block_of(step, stack.block, on) for stack, on in zip(config.stacks, adapted, strict=True)]
@@ -175,7 +186,7 @@ def breakdown(
     return Breakdown(
         dict(by_dtype),
         sum(w.bytes for w in weights if w.adapter),
-        sizes.optimizer_bytes(t, trained),
+        spread.moment_bytes(experiment, config, of_all),
         sizes.batch_bytes(config, t.gradient_accumulation, rows, row_tokens),
         g,
         s,

@@ -44,7 +44,7 @@ def options(folder: Path, title: str, found: Sequence[Prediction | Forecast]) ->
                 axes.plot(interval, (place, place), color=color, lw=2, solid_capstyle="butt")
             if value is not None:
                 axes.plot(value, place, "o", color=color)
-    labels = [p.gpu if p.price is None else f"{p.gpu}, {p.price.seller}, {p.price.day}" for p in shown]
+    labels = [p.named if p.price is None else f"{p.named}, {p.price.seller}, {p.price.day}" for p in shown]
     left.set_yticks(range(len(shown)), labels)
     left.set(xlabel="hours", ylim=(-0.6, len(shown) - 0.4))
     right.set(xlabel="USD")

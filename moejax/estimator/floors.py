@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from moejax.estimator import sizes
+from moejax.estimator import sizes, spread
 from moejax.models.config import Architecture, specs
 from moejax.models.config.adapters import Pair
 from moejax.models.ops.quantized import KINDS
@@ -54,10 +54,12 @@ def dequantization(item: int, kind: str, weights: float, passes: float) -> Stage
     return Stage("", 2 * weights * passes, weights * passes * (KINDS[kind].bytes_per_weight + item))
 
 
-def experts(item: int, d: int, spec: specs.MoE, n: float, trained: bool, kind: str | None, pairs: list[Pair]) -> list[Stage]:
+def experts(
+    item: int, d: int, spec: specs.MoE, n: float, trained: bool, kind: str | None, pairs: list[Pair], devices: int = 1
+) -> list[Stage]:
     """w1 and w3 are multiplied forward, again, and for the gradient of their input; w2 not again; trained ones for their own too.
-    pairs: the adapters on the three."""
-    f, e, k = spec.hidden, spec.experts, spec.experts_per_token
+    pairs: the adapters on the three. devices: over which the experts are dealt; each meets as many choices as its tokens make."""
+    f, e, k = spec.hidden, spec.experts / devices, spec.experts_per_token
     passes = (3 + trained) + (3 + trained) + (2 + trained)
     out = [merged("moe/w1, w3, w2", product(item, n, d, f, passes, e, n * k))]
     if kind:
@@ -126,10 +128,12 @@ def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, pa
 
 
 def floors(experiment: Experiment, config: Architecture, rows: int, length: int) -> list[Stage]:
-    """All stages of one optimizer step with one micro-batch of rows x length tokens."""
+    """All stages of one optimizer step with one micro-batch of rows x length tokens. Of several devices: of one, with so many rows."""
     t, adapter, kinds = experiment.training, experiment.adapter, experiment.kinds(config)
     item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
-    weights = float(sum(w.size for w in sizes.stored(experiment, config) if w.trained))
+    mesh = experiment.mesh
+    weights = float(sum(w.size for w in spread.each(sizes.stored(experiment, config), config, mesh) if w.trained))
+    dealt = spread.count(experiment) if mesh is not None and mesh.weights == "experts" else 1
     found: dict[str, Stage] = {}
     for stack in config.stacks:
         mixer, half = stack.block.halves
@@ -146,7 +150,7 @@ def floors(experiment: Experiment, config: Architecture, rows: int, length: int)
             case specs.MoE():
                 pairs = adapter.lora.of(config) if adapter else {}
                 on_experts = [pair for target, pair in pairs.items() if target in half.groups["experts"]]
-                stages += experts(item, d, half, n, full, kinds.get("experts"), on_experts)
+                stages += experts(item, d, half, n, full, kinds.get("experts"), on_experts, dealt)
                 if half.shared is not None:
                     stages += feed_forward(item, d, half.shared, n, full, kinds.get("mlp"))
             case specs.MLP():

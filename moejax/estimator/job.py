@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from moejax.errors import UserError
 from moejax.estimator import roofline
@@ -11,11 +12,15 @@ from moejax.estimator.lengths import STUDY_MULTIPLE, Batching, Lengths
 from moejax.estimator.roofline import Method
 from moejax.models.config import PRESETS, Architecture
 
+if TYPE_CHECKING:
+    from moejax.config import Experiment
+
 
 @dataclass(frozen=True)
 class Job:
     """`model`: "mixtral" or "blackmamba"; `queries` of `lengths`, `epochs` times. `row_tokens`: where a longer query is cut, and the
-    length of a row of "fixed" and "pack"; `multiple`: what a padded row is rounded up to."""
+    length of a row of "fixed" and "pack"; `multiple`: what a padded row is rounded up to. `devices`: cards, on which weights lie as
+    `mesh.weights` says."""
 
     model: str
     method: Method
@@ -26,6 +31,8 @@ class Job:
     batching: Batching = "pad_longest"
     row_tokens: int | None = None
     multiple: int = STUDY_MULTIPLE
+    devices: int = 1
+    weights: Literal["whole", "spread", "experts"] = "whole"
 
     def __post_init__(self) -> None:
         experts = self.config.num_experts
@@ -34,6 +41,10 @@ class Job:
         for name, value in (("records", self.queries), ("epochs", self.epochs)):
             if not 0 < value < math.inf:
                 raise UserError(f"{name} = {value:g}: expected more than 0")
+        if self.weights == "experts" and experts % self.devices:
+            raise UserError(f"--weights experts: {experts} experts do not divide among {self.devices} devices")
+        if self.weights == "spread" and self.method == "full":
+            raise UserError("--weights spread is of frozen weights, and --method full trains all: expected whole or experts")
         positions = self.config.max_position_embeddings
         if self.row_tokens is not None and self.row_tokens > positions:
             raise UserError(f"rows of {self.row_tokens} tokens exceed {self.preset}'s max_position_embeddings = {positions}")
@@ -59,6 +70,21 @@ class Job:
     @property
     def work(self) -> roofline.Work:
         return roofline.work(self.config, self.method)
+
+    @property
+    def experiment(self) -> Experiment:
+        """As a config of this project says it, full fine-tuning as the study's: weights and moments in bf16."""
+        from moejax.config import Experiment  # pydantic: a quarter of a second
+
+        several = {"devices": self.devices, "weights": self.weights}
+        return Experiment.model_validate(
+            {
+                "name": self.model, "model": {"preset": self.preset, "experts_per_token": self.experts_per_token},
+                "data": {"batching": "fixed", "row_tokens": self.longest, "batch_rows": self.devices},
+                "quantization": {"format": "nf4" if self.method == "qlora" else "none"}, "adapter": None if self.method == "full" else {},
+                "training": {"steps": 1, "param_dtype": "bfloat16", "remat": "full"}, "mesh": several if self.devices > 1 else None,
+            }
+        )  # fmt: skip
 
     @property
     def cut(self) -> int:

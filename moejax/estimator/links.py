@@ -41,6 +41,11 @@ def _read() -> dict[str, Link]:
 LINKS: dict[str, Link] = _read()
 
 
+def several(card: str, devices: int) -> str:
+    """`2 x L4`."""
+    return card if devices == 1 else f"{devices} x {card}"
+
+
 def given(gb_per_second: float) -> Link:
     """A link of which is known what collectives reach (nccl-tests' busbw). Raises UserError for what cannot be meant."""
     if not 0.01 <= gb_per_second <= 10_000:

@@ -34,6 +34,7 @@ def relevant(experiment: Experiment) -> dict[str, Any]:
     training = {k: v for k, v in whole["training"].items() if k not in _RUN_ONLY}
     model = {k: whole["model"][k] for k in ("moe_backend", "attention", "aux_loss_coef")}
     sections = {name: whole[name] for name in ("quantization", "adapter", "preference", "placement")}
+    sections["mesh"] = whole["mesh"] and {name: whole["mesh"][name] for name in ("devices", "weights", "moments")}
     return {"model": model, **sections, "training": training}
 
 
@@ -77,6 +78,10 @@ class Largest:
     peak: int | None
     next_peak: int
     tried: dict[int, int]
+
+    def times(self, devices: int) -> Largest:
+        """Of rows of one device: those of all."""
+        return Largest(devices * self.rows, self.peak, self.next_peak, {devices * rows: peak for rows, peak in self.tried.items()})
 
 
 def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1, slope: float = 0) -> Largest:

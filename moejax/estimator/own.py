@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moejax.estimator import bus, closed_form, published
+from moejax.estimator import bus, closed_form, published, spread
 from moejax.estimator.floors import floors
 from moejax.estimator.receipts import Receipt
 from moejax.estimator.sizes import ITEM
@@ -57,15 +57,19 @@ class Estimate:
 def counts(
     experiment: Experiment, config: Architecture, gpu: GPU, rows: int, row_tokens: int, *, backend: str | None = None
 ) -> Counts:
-    """backend: of the grouped products; None: the one that is chosen for the card."""
-    tokens = rows * row_tokens
+    """backend: of the grouped products; None: the one that is chosen for the card. Of several devices: of one, with so many rows; of the
+    experts that it has it visits those that any device's tokens chose."""
+    tokens, mesh = rows * row_tokens, experiment.mesh
+    dealt = spread.count(experiment) if mesh is not None and mesh.weights == "experts" else 1
     rates = PRODUCTS * gpu.flops_per_second, BANDWIDTH * gpu.bytes_per_second
     floor = sum(stage.seconds(*rates)[0] for stage in floors(experiment, config, rows, row_tokens))
     visits = scans = 0.0
     for stack in config.stacks:
         mixer, half = stack.block.halves
-        if isinstance(half, specs.MoE) and not half.dense and (backend or _backend(experiment, config, gpu, half, tokens)) == "loop":
-            visits += stack.repeats * half.experts * (1 - (1 - half.experts_per_token / half.experts) ** tokens)
+        met_by = dealt * tokens
+        if isinstance(half, specs.MoE) and not half.dense and (backend or _backend(experiment, config, gpu, half, met_by)) == "loop":
+            met = 1 - (1 - half.experts_per_token / half.experts) ** met_by
+            visits += stack.repeats * half.experts / dealt * met
         if isinstance(mixer, specs.Mamba):
             scans += stack.repeats * row_tokens / choice.CHUNKS["chunked_associative"]
     return Counts((floor, float(config.blocks), visits, scans))
@@ -82,13 +86,15 @@ def _backend(experiment: Experiment, config: Architecture, gpu: GPU, half: specs
 
 
 def program_seconds(experiment: Experiment, config: Architecture, gpu: GPU, rows: int, row_tokens: int) -> float:
-    """The roofline of an optimizer step: its micro-batches on the card, or what the bus takes for what is fetched, whichever is longer."""
+    """The roofline of an optimizer step: its micro-batches on the card, or what the bus takes for what is fetched, whichever is longer. Of
+    several devices: of each, without what goes between them; rows are those of all."""
+    all_rows, rows = rows, -(-rows // spread.count(experiment))
     law = published.read("program.json")["seconds"]
     card = sum(law[name] * value for name, value in zip(COLUMNS, counts(experiment, config, gpu, rows, row_tokens).columns, strict=True))
     card *= experiment.training.gradient_accumulation
     if experiment.placement.experts == "device" and experiment.placement.tables == "device":
         return card
-    held = closed_form.on(gpu, settled(experiment), config, rows, row_tokens).host
+    held = closed_form.on(gpu, settled(experiment), config, all_rows, row_tokens).host
     return max(card, bus.step_bytes(experiment, config, rows, row_tokens, held) / bus.rate(gpu))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from moejax.estimator import bus, sizes, units
+from moejax.estimator import bus, sizes, spread, units
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
 
@@ -18,8 +18,8 @@ TRIES = 4
 
 
 def expert_bytes(experiment: Experiment, config: Architecture) -> int:
-    """Of all experts, as far as they may lie in the host's memory."""
-    weights = sizes.stored(experiment.changed("placement", experts="host"), config)
+    """Of all experts that a device has, as far as they may lie in the host's memory."""
+    weights = spread.each(sizes.stored(experiment.changed("placement", experts="host"), config), config, experiment.mesh)
     return sum(sum(w.host.values()) for w in weights if w.module in config.groups["experts"])
 
 

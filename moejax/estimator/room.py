@@ -41,7 +41,7 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     """Queries that fit by the study's equation 1 with the longest row's tokens, or more where the study ran more.
 
     Raises DoesNotFit where weights, gradients and optimizer alone exceed the GPU, or not one query fits: by how much, and where it
-    would.
+    would. Of several cards each holds all: so many times the queries.
     """
     fitted = published.read("batches.json")[job.model]
     c0, c1 = fitted["c0"], fitted["c1"]
@@ -58,26 +58,20 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
             else f"{job.model} by {job.method} with one query of {job.longest} tokens needs {needed:.1f} GB by equation 1"
         )
         raise memory.DoesNotFit(f"{needed - gpu.memory_gb:.1f} GB more than the {gpu.name}'s {gpu.memory_gb:g} GB", would, what)
-    return max(max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
+    return job.devices * max(max_batch(gpu.memory_gb, model_gb, job.longest, job.share, c0, c1), _swept(job, gpu))
 
 
 def by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     """Rows of the longest query's length that fit in what jax may use of the GPU by default, by the closed form of this project's own
     step (`closed_form.py`); packed, they hold queries of the mean length."""
-    from moejax.config import DeviceConfig, Experiment
+    from moejax.config import DeviceConfig
     from moejax.estimator import closed_form
 
     config, row, fraction = job.config.replace(experts_per_token=job.experts_per_token), job.longest, DeviceConfig().memory_fraction
-    experiment = Experiment.model_validate(
-        {
-            "name": job.model, "model": {"preset": job.preset}, "data": {"batching": "fixed", "row_tokens": row},
-            "quantization": {"format": "nf4" if job.method == "qlora" else "none"}, "adapter": None if job.method == "full" else {},
-            "training": {"steps": 1, "param_dtype": "bfloat16"},  # full fine-tuning as the study's: weights and moments in bf16
-        }
-    )  # fmt: skip
+    experiment, n = job.experiment, job.devices
 
     def peak(rows: int, other: GPU = gpu) -> int:
-        return closed_form.on(other, experiment, config, rows, row).total
+        return closed_form.on(other, experiment, config, n * rows, row).total
 
     sure, _ = memory.by_closed_form(memory.usable_bytes(gpu, fraction))
     found = memory.largest_rows(peak, sure)
@@ -85,7 +79,7 @@ def by_closed_form(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
         what = f"{job.model} by {job.method} with one row of {row} tokens"
         others = [g for g in table.values() if g.bf16]
         raise memory.too_large(what, found.next_peak, gpu, fraction, others, lambda g: peak(1, g), closed=True)
-    return max(1, int(found.rows * row / job.lengths.mean)) if job.batching == "pack" else found.rows
+    return max(1, int(n * found.rows * row / job.lengths.mean)) if job.batching == "pack" else n * found.rows
 
 
 EQUATION_1 = Room(by_equation_1, "equation 1", " or that the study ran in as much memory", STUDY_CUTOFF)

@@ -30,8 +30,8 @@ Shape = specs.Shape
 @dataclass(frozen=True)
 class Stored:
     """A weight or an adapter as it lies in memory. name: of the variable in its module. `parts`: dtype -> bytes; one in 4 bits has
-    codes and scales. parameters: how many of PyTorch's it holds, one a layer and expert. host: bytes of the parts that lie in the host's
-    memory."""
+    codes and scales (kind: of `quantized.KINDS`). parameters: how many of PyTorch's it holds, one a layer and expert. host: bytes of the
+    parts that lie in the host's memory."""
 
     module: specs.Path
     name: str
@@ -41,6 +41,7 @@ class Stored:
     adapter: bool = False
     parameters: int = 1
     host: Mapping[str, int] = field(default_factory=dict)
+    kind: str | None = None
 
     @property
     def on_device(self) -> dict[str, int]:
@@ -117,7 +118,7 @@ def stored(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]:
         in_host = rows.get(path, 0) if name == "weight" else 0  # an expert's bias stays on the device
         host = {part: in_host * size // shape[0] for part, size in _in_host(kind, shape, parts).items()} if in_host else {}
         trained = not (frozen or buffer)
-        found.append(Stored(path, name, shape, trained, parts, parameters=math.prod(shape[:stacked]), host=host))
+        found.append(Stored(path, name, shape, trained, parts, parameters=math.prod(shape[:stacked]), host=host, kind=kind))
     return (*found, *adapters(experiment, config))
 
 
@@ -166,31 +167,29 @@ def pieces(shape: Shape, parameters: int) -> int:
     return next((n for n in found if size // n <= AT_ONCE), found[-1])
 
 
-def optimizer_bytes(training: TrainingConfig, trained: tuple[Stored, ...]) -> int:
-    """AdamW: two moments in the weights' dtype or in `moments_dtype`; Lion: one. In 8 bits: a byte each, and an fp32 number a block, of
-    small parameters fp32. Adafactor (optax): a row and a column of the two largest axes where both reach 128.
-
-    Each has its int32 counts of steps; the step itself is counted with the batch.
-    """
+def moments(training: TrainingConfig, w: Stored) -> list[tuple[Shape, int]]:
+    """The arrays of a weight's state, each with its shape and bytes a number. AdamW: two moments in the weight's dtype or in
+    `moments_dtype`; Lion: one. In 8 bits: a byte each, and an fp32 number a block, of small parameters fp32. Adafactor (optax): a row and a
+    column of the two largest axes where both reach 128."""
+    item = w.bytes // w.size
     if training.optimizer in ("adamw", "lion"):
-        moments = 2 if training.optimizer == "adamw" else 1
-        return sum(moments * (ITEM[training.moments_dtype] * s.size if training.moments_dtype else s.bytes) for s in trained) + 2 * 4
+        item = ITEM[training.moments_dtype] if training.moments_dtype else item
+        return [(w.shape, item)] * (2 if training.optimizer == "adamw" else 1)
     if training.optimizer == "adamw_8bit":
-        return sum(2 * _moment_8bit(s.size, s.parameters) for s in trained) + 4
-    total = 2 * 4
-    for s in trained:
-        item = s.bytes // s.size
-        axes = sorted(range(len(s.shape)), key=lambda a: s.shape[a])
-        if len(axes) >= 2 and s.shape[axes[-2]] >= 128:
-            total += item * (s.size // s.shape[axes[-1]] + s.size // s.shape[axes[-2]] + 1)
-        else:
-            total += item * (s.size + 2)
-    return total
+        if not in_8_bits(w.size, w.parameters):
+            return [(w.shape, 4)] * 2
+        return [(w.shape, 1), ((w.parameters, -(-w.size // w.parameters // BLOCK_8BIT)), 4)] * 2
+    axes = sorted(range(len(w.shape)), key=lambda a: w.shape[a])
+    if len(axes) >= 2 and w.shape[axes[-2]] >= 128:
+        row, column = (w.shape[:a] + w.shape[a + 1 :] for a in (axes[-1], axes[-2]))
+        return [(row, item), (column, item), ((1,), item)]
+    return [(w.shape, item), ((1,), item), ((1,), item)]
 
 
-def _moment_8bit(size: int, parameters: int) -> int:
-    """Bytes of one moment of a weight."""
-    return size + 4 * parameters * -(-size // parameters // BLOCK_8BIT) if in_8_bits(size, parameters) else 4 * size
+def optimizer_bytes(training: TrainingConfig, trained: tuple[Stored, ...]) -> int:
+    """Of all weights' `moments`, and the int32 counts of steps; the step itself is counted with the batch."""
+    counts = 1 if training.optimizer == "adamw_8bit" else 2
+    return sum(math.prod(shape) * item for w in trained for shape, item in moments(training, w)) + 4 * counts
 
 
 def batch_bytes(config: Architecture, accumulation: int, rows: int, row_tokens: int) -> int:

@@ -1,7 +1,9 @@
-"""The ways to train a config on one GPU: where its experts lie, which optimizer, rank and rows; what fits, what each other lacks. No jax.
+"""The ways to train a config on one GPU, or on several: where its experts lie, which optimizer, rank and rows; what fits, what each other
+lacks. No jax.
 
 Every way does the same optimizer step: the config's rows in all, in as few micro-batches as fit. Bytes are the closed form's, its error
-allowed for (`memory.by_closed_form`). Seconds are a floor, by the data sheet's peaks and the bus: an order, not a forecast.
+allowed for (`memory.by_closed_form`). Seconds are a floor, by the data sheet's peaks and the bus: an order, not a forecast. What goes
+between devices is added whole: nothing is taken to hide it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moejax.estimator import bus, closed_form, memory, placing
+from moejax.estimator import bus, closed_form, memory, placing, spread
 from moejax.estimator.floors import floors
 from moejax.estimator.units import told
 
 if TYPE_CHECKING:
     from moejax.config import Experiment, TrainingConfig
+    from moejax.estimator.links import Link
     from moejax.gpus import GPU
     from moejax.models.config import Architecture
 
@@ -35,10 +38,10 @@ MODES = (
 
 @dataclass(frozen=True)
 class Way:
-    """One way. changes: what differs from the config, key -> value; rows, row_tokens: of a micro-batch. Bytes on the device and in the
-    host's memory with these rows (of what is refused, with one); seconds of an optimizer step on the device and on the bus. refused: by how
-    much it does not fit, and the smallest change with which it would; None where it fits. resident: the share of the layers whose experts
-    are on the device while others' are not."""
+    """One way. changes: what differs from the config, key -> value; rows, row_tokens: of a micro-batch, on all devices. Bytes on the device
+    and in the host's memory with these rows (of what is refused, with one); seconds of an optimizer step on the device, on the bus and
+    between devices. refused: by how much it does not fit, and the smallest change with which it would; None where it fits. resident: the
+    share of the layers whose experts are on the device while others' are not."""
 
     changes: Mapping[str, Any]
     experiment: Experiment
@@ -50,12 +53,13 @@ class Way:
     bus_seconds: float
     resident: float = 0.0
     refused: str | None = None
+    link_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """What is fetched ahead hides behind what is computed, or the other way round: in the layers whose experts are fetched."""
         alone = self.resident * self.compute_seconds
-        return alone + max(self.compute_seconds - alone, self.bus_seconds)
+        return alone + max(self.compute_seconds - alone, self.bus_seconds) + self.link_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,13 +68,19 @@ class Way:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is planned: a config, its sizes and rows, and the GPU. others: which may be named where this one does not do."""
+    """What is planned: a config, its sizes and rows, and the GPU. others: which may be named where this one does not do. link: between the
+    devices of the config's mesh."""
 
     experiment: Experiment
     config: Architecture
     gpu: GPU
     row_tokens: int
     others: tuple[GPU, ...] = ()
+    link: Link | None = None
+
+    @property
+    def devices(self) -> int:
+        return spread.count(self.experiment)
 
     def peak(self, experiment: Experiment, rows: int, row_tokens: int | None = None, gpu: GPU | None = None) -> closed_form.Breakdown:
         return closed_form.on(gpu or self.gpu, experiment, self.config, rows, row_tokens or self.row_tokens)
@@ -85,8 +95,8 @@ def ways(asked: Asked) -> list[Way]:
     experts do not fit on the device, also with the most layers' that do. What fits, fastest first, the config's own rank before lower ones,
     which train another adapter; then what does not, by what it lacks."""
     found = []
-    for changes in _settings(asked.experiment):
-        may_split = changes["placement.experts"] == "device"
+    for changes in _settings(asked.experiment, asked.config):
+        may_split = changes["placement.experts"] == "device" and changes.get("mesh.weights") != "spread"
         for rank in _ranks(asked.experiment):
             modes = [{**changes, **rank, **mode} for mode in _modes(asked.experiment)]
             tried = [_tried(asked, mode) for mode in modes]
@@ -116,13 +126,23 @@ def _modes(experiment: Experiment) -> Iterable[Mapping[str, Any]]:
     return MODES
 
 
-def _settings(experiment: Experiment) -> Iterator[dict[str, Any]]:
-    """Placement and optimizer."""
+def _settings(experiment: Experiment, config: Architecture) -> Iterator[dict[str, Any]]:
+    """Placement, optimizer, and what each of several devices holds."""
     t, p = experiment.training, experiment.placement
     optimizers = (t.optimizer, "adamw_8bit") if _may_be_8bit(t) else (t.optimizer,)
     placements = ("device", "host") if experiment.adapter is not None else (p.experts,)
-    for placement, optimizer in itertools.product(placements, optimizers):
-        yield {"placement.experts": placement, "training.optimizer": optimizer}
+    for weights, placement, optimizer in itertools.product(_weights(experiment, config), placements, optimizers):
+        if weights.get("mesh.weights") != "spread" or placement == "device":
+            yield {**weights, "placement.experts": placement, "training.optimizer": optimizer}
+
+
+def _weights(experiment: Experiment, config: Architecture) -> list[dict[str, str]]:
+    """Of several devices, `mesh.weights` that the config may say."""
+    n = spread.count(experiment)
+    if n == 1:
+        return [{}]
+    may = {"whole": True, "spread": experiment.adapter is not None, "experts": config.num_experts % n == 0}
+    return [{"mesh.weights": name} for name, possible in may.items() if possible]
 
 
 def _may_be_8bit(t: TrainingConfig) -> bool:
@@ -178,7 +198,9 @@ def _split(asked: Asked, changes: Mapping[str, Any]) -> Iterator[Way]:
 def _rows(own: Experiment) -> list[int]:
     """Of a micro-batch: what divides the step's, most first."""
     sides_apart = own.preference is not None and own.data.batching != "pack"  # a pair's sides are two rows of a micro-batch
-    return [n for n in _divisors(own.data.batch_rows * own.training.gradient_accumulation) if not (sides_apart and n % 2)]
+    devices = spread.count(own)
+    found = _divisors(own.data.batch_rows * own.training.gradient_accumulation // devices)
+    return [devices * n for n in found if not (sides_apart and n % 2)]
 
 
 def _way(asked: Asked, changes: Mapping[str, Any], rows: int) -> Way:
@@ -193,15 +215,17 @@ def _way(asked: Asked, changes: Mapping[str, Any], rows: int) -> Way:
     step = changed(own, settings)
     made = asked.peak(step, rows)
     shown = {name: value for name, value in settings.items() if value != _at(own, name) and (name, value) not in chosen_by_auto}
-    of_micro = floors(step, asked.config, rows, asked.row_tokens)
+    of_micro = floors(step, asked.config, rows // asked.devices, asked.row_tokens)
     compute = sum(s.seconds(gpu.flops_per_second, gpu.bytes_per_second)[0] for s in of_micro) * (total // rows)
-    link = bus.step_bytes(step, asked.config, rows, asked.row_tokens, made.host) / bus.rate(gpu)
+    over_bus = bus.step_bytes(step, asked.config, rows // asked.devices, asked.row_tokens, made.host) / bus.rate(gpu)
+    between = 0.0 if asked.link is None else spread.traffic(step, asked.config, rows * asked.row_tokens).total / asked.link.rate
     layers = asked.config.expert_layers
     on_device = step.placement.on_device(layers)
     resident = on_device / layers if on_device < layers else 0.0
     lacks = made.total - asked.limit()
-    refused = None if lacks <= 0 else f"{told(made.total)} with one row, {told(lacks)} too much"
-    return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, link, resident, refused)
+    one = "one row" if asked.devices == 1 else "one row on each"
+    refused = None if lacks <= 0 else f"{told(made.total)} with {one}, {told(lacks)} too much"
+    return Way(shown, step, rows, asked.row_tokens, made.total, made.host, compute, over_bus, resident, refused, between)
 
 
 def _divisors(number: int) -> list[int]:
@@ -219,7 +243,7 @@ def _mended(asked: Asked, way: Way) -> Way:
     """A refused way with the smallest change that makes it fit: another optimizer, a lower rank, shorter rows, the host, a larger card."""
 
     def fits(changes: Mapping[str, Any], row_tokens: int | None = None) -> bool:
-        return asked.peak(changed(way.experiment, changes), 1, row_tokens).total <= asked.limit()
+        return asked.peak(changed(way.experiment, changes), asked.devices, row_tokens).total <= asked.limit()
 
     single: list[dict[str, Any]] = [{"training.optimizer": "adamw_8bit"}] if _may_be_8bit(way.experiment.training) else []
     single += [rank for rank in _ranks(way.experiment) if rank]
@@ -230,10 +254,15 @@ def _mended(asked: Asked, way: Way) -> Way:
     fitting = bisect.bisect(lengths, False, key=lambda length: not fits({}, length))  # a longer row takes more
     if fitting:
         return replace(way, refused=f"{way.refused}; rows of {lengths[fitting - 1]} tokens would fit")
-    if way.experiment.adapter is not None and way.experiment.placement.experts == "device" and fits({"placement.experts": "host"}):
+    in_host = way.experiment.adapter is not None and way.experiment.placement.experts == "device" and not _is_spread(way.experiment)
+    if in_host and fits({"placement.experts": "host"}):
         return replace(way, refused=f"{way.refused}; placement.experts=host would fit")
-    larger = [g for g in asked.others if asked.peak(way.experiment, 1, gpu=g).total <= asked.limit(g)]
+    larger = [g for g in asked.others if asked.peak(way.experiment, asked.devices, gpu=g).total <= asked.limit(g)]
     return replace(way, refused=f"{way.refused}; {memory.would_do(sorted(larger, key=lambda g: g.memory_gb)[:1])}")
+
+
+def _is_spread(experiment: Experiment) -> bool:
+    return experiment.mesh is not None and experiment.mesh.weights == "spread"
 
 
 def written(changes: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moejax import installation
 from moejax.config import Experiment
-from moejax.estimator import closed_form, memory
+from moejax.estimator import closed_form, memory, spread
 from moejax.estimator.closed_form import Breakdown
 from moejax.estimator.memory import Largest
 from moejax.estimator.targets import MULTIPROCESSORS, target_text
@@ -59,7 +59,8 @@ def why_not_compiled(gpu: GPU) -> str | None:
 
 @dataclass
 class Oracle:
-    """Peaks of one experiment's step on one GPU: compiled and kept, or, with a `reason`, by the closed form."""
+    """Peaks of one experiment's step on one GPU: compiled and kept, or, with a `reason`, by the closed form. On several, as the
+    experiment's mesh says, of each of them; rows are those of all together."""
 
     experiment: Experiment
     config: Architecture
@@ -69,6 +70,10 @@ class Oracle:
     hits: int = 0
     misses: int = 0
     known: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> int:
+        return spread.count(self.experiment)
 
     def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown:
         """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
@@ -102,16 +107,25 @@ class Oracle:
         return peak
 
     def largest(self, limit: float, ratio: float = 1.0) -> Largest:
-        """The largest number of rows within `limit` bytes; the closed form times `ratio` says where to begin. Where the closed form
-        itself answers, its error is allowed for."""
+        """The largest number of rows, as many on each device, within `limit` bytes; the closed form times `ratio` says where to begin.
+        Where the closed form itself answers, its error is allowed for."""
+        n = self.devices
+
+        def closed(rows: int) -> int:
+            return self.breakdown(n * rows).total
+
+        def peak(rows: int) -> int:
+            return self.peak_bytes(n * rows)
+
         if self.reason is not None:
-            return memory.largest_rows(self.peak_bytes, memory.by_closed_form(limit)[0])
-        guess = max(1, memory.largest_rows(lambda rows: int(ratio * self.breakdown(rows).total), limit).rows)
-        slope = self.breakdown(guess + 1).total - self.breakdown(guess).total
-        return memory.largest_rows(self.peak_bytes, limit, guess, slope)
+            return memory.largest_rows(peak, memory.by_closed_form(limit)[0]).times(n)
+        guess = max(1, memory.largest_rows(lambda rows: int(ratio * closed(rows)), limit).rows)
+        return memory.largest_rows(peak, limit, guess, closed(guess + 1) - closed(guess)).times(n)
 
 
 def oracle(experiment: Experiment, architecture: Architecture, gpu: GPU, row_tokens: int, closed: bool) -> Oracle:
     """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
     reason = "--closed-form was given" if closed else why_not_compiled(gpu)
+    if reason is None and spread.count(experiment) > 1:
+        reason = "steps of several devices are not compiled yet"
     return Oracle(experiment, architecture, gpu, row_tokens, reason)

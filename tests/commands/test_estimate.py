@@ -234,3 +234,22 @@ def test_plan_of_a_config(capsys):
     ):
         code, _, err = run(capsys, "plan", *arguments)
         assert code == 2 and message in err
+
+
+def test_several_cards(capsys):
+    """This program's time is shared, what goes between the cards is added, and each card is paid."""
+    asked = ("predict", "--model", "mixtral-8x7b", "--records", "1000", "--length", "256", "--batching", "fixed", "--batch", "8", "--json")
+    asked += ("--gpu", "H100")
+    code, out, _ = run(capsys, *asked, "--devices", "1,2")
+    one, two = json.loads(out)["predictions"]
+    assert code == 0 and (one["devices"], two["devices"]) == (1, 2) and two["link"] == "NVLink 4"
+    assert two["link_seconds"] == pytest.approx(two["link_bytes"] / 360e9) and two["step_seconds"] < one["step_seconds"]
+    assert two["usd"] == pytest.approx(2 * two["price"]["usd_per_hour"] * two["hours"])
+    code, out, _ = run(capsys, *asked, "--devices", "2", "--overlap", "1", "--weights", "spread", "--link", "10")
+    (hidden,) = json.loads(out)["predictions"]
+    assert hidden["link_seconds"] == 0 and hidden["link"] == "10 GB/s" and hidden["link_bytes"] > 20e9
+    for more, message in ((("--devices", "x"), "--devices 'x'"), (("--devices", "3"), "do not divide among 3 devices"),
+                          (("--devices", "2", "--overlap", "2"), "--overlap 2"), (("--link", "0"), "--link 0"),
+                          (("--devices", "2", "--tool", "unsloth"), "what --tool unsloth does on several cards")):  # fmt: skip
+        code, _, err = run(capsys, *asked, *more)
+        assert code == 2 and message in err

@@ -147,3 +147,26 @@ def test_which_gpus_would_do_is_said_once():
     assert estimate_memory._said_once(refused) == [*(text.split("; ")[0] for text in refused), "A40, H100 would do"]
     assert estimate_memory._said_once([*refused, "a; no GPU of the table would do"]) == [*refused, "a; no GPU of the table would do"]
     assert estimate_memory._said_once(refused[:1]) == refused[:1]
+
+
+def test_several_devices(capsys):
+    """Bytes of each, rows of all; where whole weights do not fit, what would."""
+    asked = (*SPARSE, "--gpu", "L4", "--seq-len", "512", "--devices", "2")
+    code, out, _ = run(capsys, *asked, "mesh.weights=experts", "--json")
+    (line,), mesh = json.loads(out)["gpus"], json.loads(out)["mesh"]
+    assert code == 0 and line["gpu"] == "2 x L4" and mesh == {"devices": 2, "weights": "experts", "moments": "whole"}
+    assert line["rows"] % 2 == 0 and line["rows"] > 8 and line["peak_gb"] < line["next_peak_gb"]
+    code, out, _ = run(capsys, *asked, "mesh.weights=spread", "--rows", "8")
+    assert code == 0 and "each holds a part of the rows of each frozen matrix (mesh.weights=spread)" in out
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "with 2 rows of 512 tokens on 2 devices (mesh.weights = whole; spread or experts would do) needs 28." in err
+    for more, message in (
+        (("--rows", "3", "mesh.weights=experts"), "--rows 3: of all 2 devices together"),
+        (("--placements",), "--placements is of one device"),
+    ):
+        code, _, err = run(capsys, *asked, *more)
+        assert code == 2 and message in err
+    code, _, err = run(capsys, *SPARSE, "--gpu", "L4", "--devices", "3", "mesh.weights=experts")
+    assert code == 2 and "8 experts over 3 devices do not divide" in err
+    code, _, err = run(capsys, *SPARSE, "--gpu", "L4", "mesh.weights=experts")
+    assert code == 2 and "Give --devices N" in err

@@ -8,7 +8,7 @@ import pytest
 
 from moejax import gpus
 from moejax.errors import UserError
-from moejax.estimator import coefficients, lengths, memory, plan, prices, room
+from moejax.estimator import coefficients, lengths, links, memory, plan, prices, room
 from moejax.estimator.job import Job
 from moejax.estimator.plan import Asked
 from moejax.gpus import GPUS
@@ -291,3 +291,29 @@ def test_what_was_measured_is_kept_and_extrapolation_told(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"entries\[0\]: range = "):
         coefficients.read(tmp_path / "c.json")
+
+
+def test_several_cards_share_a_batch_and_wait_for_their_link():
+    """Each computes its part as one alone would; adapters are summed over the link once a step; each is paid."""
+    price = prices.Price("H100", 3.0, "x", "2026")
+    one, four = predict(price=price), predict(dataclasses.replace(MATH, devices=4), batch=4 * 17, price=price)
+    tokens = [MATH.tokens(batch) for batch in (17, 68)]
+    law = coefficients.choose(STUDY, "mixtral", "qlora", gpus.find("H100"), GPUS)
+    received = 2 * 3 / 4 * 4 * 32 * 16 * (8 * 3 * (4096 + 14336) + 4096 + 8)  # experts and router, fp32
+    assert four.link == "NVLink 4" and four.link_bytes == pytest.approx(received) and four.fits == 4 * one.fits
+    assert four.link_seconds == pytest.approx(received / 360e9)
+    assert four.step_seconds == pytest.approx(law.seconds(tokens[1] / 4, 0.25) + received / 360e9)
+    assert four.usd == pytest.approx(4 * 3 * four.hours) and four.named == "4 x H100" and one.link_bytes == 0
+    hidden = predict(dataclasses.replace(MATH, devices=4), batch=68, overlap=1.0, link=links.given(1.0))
+    assert hidden.link_seconds == 0 and hidden.step_seconds == pytest.approx(four.step_seconds - four.link_seconds)
+    parts = dataclasses.replace(MATH, devices=2, weights="experts")
+    found = predict(parts, "L4", room=room.CLOSED_FORM)
+    assert found.fits >= found.batch >= 2 and found.batch % 2 == 0 and found.link == "PCIe 4 x16"
+    with pytest.raises(memory.DoesNotFit):
+        predict(dataclasses.replace(MATH, devices=2), "L4", room=room.CLOSED_FORM)
+    with pytest.raises(UserError, match=r"--batch 5: of all 2 devices"):
+        predict(parts, "L4", room=room.CLOSED_FORM, batch=5)
+    with pytest.raises(UserError, match="8 experts do not divide among 3 devices"):
+        dataclasses.replace(parts, devices=3)
+    asked = Asked(MATH, [gpus.find("H100"), gpus.find("A40")], STUDY, [price], GPUS, devices=(1, 2, 8))
+    assert [p.named for p in plan.plan(asked).options][:3] == ["H100", "2 x H100", "8 x H100"]

@@ -6,7 +6,7 @@ import pytest
 from support import ROOT
 
 from moejax import config, gpus
-from moejax.estimator import closed_form, ways
+from moejax.estimator import closed_form, links, spread, ways
 from moejax.estimator.sizes import architecture_of
 
 MIXTRAL, QWEN3 = "mixtral_8x7b", "qwen3_30b_a3b_24gb"
@@ -108,3 +108,23 @@ def test_the_sides_of_a_pair_stay_in_one_micro_batch():
     room = int(1.02 * given.peak(given.experiment, 9).total + 0.3e9)  # of which the closed form leaves 0.3 GB free
     found = ways.ways(replace(given, gpu=replace(given.gpu, usable_bytes=room)))
     assert all(way.rows % 2 == 0 and way.refused is None for way in found) and any(way.rows == 6 for way in found)
+
+
+def test_several_cards():
+    """What does not fit whole fits in parts; the step is the same; what goes between devices is in its seconds."""
+    given = asked(MIXTRAL, "L4", "data.batch_rows=4", "mesh.devices=2", "training.optimizer=lion", row_tokens=1024)
+    given = replace(given, link=links.between(given.gpu, 2))
+    found = ways.ways(given)
+    fits = {(w.experiment.mesh.weights, w.experiment.placement.experts) for w in found if w.refused is None}
+    assert {("spread", "device"), ("experts", "device"), ("experts", "host"), ("whole", "host")} <= fits and ("whole", "device") not in fits
+    assert not any(weights == "spread" and place != "device" for weights, place in fits)
+    for way in found:
+        total = way.experiment.training.gradient_accumulation * way.rows
+        assert total == 4 and way.rows % 2 == 0
+        moved = spread.traffic(way.experiment, given.config, way.rows * 1024).total
+        assert way.link_seconds == pytest.approx(moved / 25.2e9) and way.seconds > way.link_seconds > 0
+    assert "with one row on each" in next(w.refused for w in found if w.refused is not None)
+    on_device = [w for w in found if w.host_bytes == 0]
+    by_expert, by_rows = (next(w for w in on_device if w.experiment.mesh.weights == name) for name in ("experts", "spread"))
+    assert by_expert.link_seconds < by_rows.link_seconds  # of 2,048 tokens a device: docs/several_gpus.md
+    assert by_expert.compute_seconds < by_rows.compute_seconds  # half as many experts are dequantized

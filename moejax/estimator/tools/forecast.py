@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moejax.errors import UserError
-from moejax.estimator import closed_form, memory, own
+from moejax.estimator import closed_form, links, memory, own, spread
+from moejax.estimator.links import Link
 from moejax.estimator.memory import DoesNotFit
 from moejax.estimator.prices import Price
 from moejax.estimator.receipts import Receipt
@@ -48,21 +49,32 @@ class Forecast:
     measured: bool
     basis: str
     changes: str = ""
+    devices: int = 1
+    link: str | None = None
+    link_bytes: float = 0.0
+    link_seconds: float = 0.0
+
+    @property
+    def on(self) -> str:
+        return links.several(self.gpu, self.devices)
 
     @property
     def named(self) -> str:
-        """The card, marked where nothing was measured on it."""
-        return self.gpu if self.measured else f"{self.gpu} *"
+        """The cards, marked where nothing was measured on one."""
+        return self.on if self.measured else f"{self.on} *"
 
 
 @dataclass(frozen=True)
 class Forecasts:
-    """Of one software: `moejax`, or one of `OTHERS` (version: None, the newest with a receipt)."""
+    """Of one software: `moejax`, or one of `OTHERS` (version: None, the newest with a receipt). link: between several cards (None: by the
+    table); overlap: the share of its time that work hides."""
 
     tool: str
     receipts: Sequence[Receipt]
     table: dict[str, GPU]
     version: str | None = None
+    link: Link | None = None
+    overlap: float = 0.0
 
     @cached_property
     def _fitted(self) -> Fitted:
@@ -92,11 +104,16 @@ class Forecasts:
         told = own.estimate(own.program_seconds(e, job.config, gpu, job.rows, tokens), gpu, self.receipts)
         close = "" if held <= sure else "; whether it fits is too close to call (moejax estimate memory compiles)"
         gb = held / 1e9
-        error = memory.CLOSED_FORM_ERROR
-        return _forecast(
-            job, gpu, price, told.seconds, told.interval, job.steps, gb, (gb * (1 - error), gb * (1 + error)), told.measured,
-            told.basis + close,
+        error, n = memory.CLOSED_FORM_ERROR, spread.count(e)
+        link = None if n == 1 else self.link or links.between(gpu, n)
+        moved = spread.traffic(e, job.config, job.rows * job.row_tokens).total
+        waited = 0.0 if link is None else (1 - self.overlap) * moved / link.rate
+        low, high = told.interval
+        found = _forecast(
+            job, gpu, price, told.seconds + waited, (low + waited, high + waited), job.steps, gb, (gb * (1 - error), gb * (1 + error)),
+            told.measured, told.basis + close,
         )  # fmt: skip
+        return found if link is None else replace(found, devices=n, link=link.name, link_bytes=moved, link_seconds=waited)
 
     def _others(self, job: Workload, gpu: GPU, price: Price | None) -> Forecast:
         asked = recipe(job, self.tool, self.version)
@@ -144,7 +161,7 @@ def _forecast(
 ) -> Forecast:  # fmt: skip
     besides = [job.besides_seconds(s / job.accumulation) * by for s, by in zip((seconds, *interval), (1.0, *BESIDES), strict=True)]
     hours, low, high = ((steps * s + beside) / 3600 for s, beside in zip((seconds, *interval), besides, strict=True))
-    rate = None if price is None else price.usd_per_hour
+    rate = None if price is None else spread.count(job.experiment) * price.usd_per_hour
     tokens = job.queries * job.epochs * job.mean_tokens / steps if job.experiment.training.steps is None else (
         job.rows * job.accumulation * job.mean_tokens
     )  # fmt: skip
