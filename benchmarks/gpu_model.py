@@ -13,6 +13,9 @@ expert's matrix in bf16; fetched: what is copied out of the host's memory. Milli
 Hopper its data sheet in their place, in the same proportion; +-30 %, a difference of two programs is better than that.
 closed_form_error: the estimator's closed form over the compiler's peak, less 1.
 
+With `mesh.devices=8 mesh.weights=spread` (or experts, whole) rows are those of all devices, everything else is of one; received: what
+it gets from the others, and what the estimator says of it.
+
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
 
@@ -187,15 +190,19 @@ def _kernel_rate(i: Any) -> float | None:
 
 
 def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = False) -> tuple[dict[str, Any], Step, Any]:
-    """One step for one GPU: what is told of it, its counts, and the executable."""
-    from moejax.estimator import closed_form
+    """One step for one GPU, or for each of several: what is told of it, its counts, and the executable."""
+    from moejax.estimator import closed_form, spread
     from moejax.estimator.sizes import architecture_of
+    from moejax.profiling import collectives
+    from moejax.profiling.program import Program, module_of
     from moejax.training import experts
     from moejax.training.program import TrainProgram
 
     if experiment.training.remat == "auto":  # what it comes down to on a full card
         experiment = experiment.changed("training", remat="full")
-    sizes, tokens, card = architecture_of(experiment), rows * length, gpus.find(gpu)
+    sizes, card, mesh, n = architecture_of(experiment), gpus.find(gpu), experiment.mesh, spread.count(experiment)
+    each, dealt = rows // n, n if mesh is not None and mesh.weights == "experts" else 1
+    tokens = dealt * each * length
     together = experiment.training.together
     with tempfile.TemporaryDirectory() as folder:
         c = TrainProgram(experiment, sizes, gpu=gpu, dump=Path(folder)).compile(rows, length)
@@ -203,12 +210,24 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
     plan, closed = experts.plan(experiment, sizes, tokens, card), None
     if experiment.training.remat in closed_form.KNOWN:
         closed = closed_form.on(card, experiment, sizes, rows, length).total
-    loads = (experts.uniform_loads if even else experts.random_loads)(sizes, together * tokens)
+    loads = (experts.uniform_loads if even else experts.random_loads)(sizes, together * tokens)[..., : sizes.num_experts // dealt]
     rates = Rates.of(card)
     matrix = sizes.hidden_size * sizes.intermediate_size
-    s = step(c.executable, host, None if plan is None else experts.routed(plan, loads), rates, matrix)
-    floor = sum(stage.seconds(rates.products, rates.bandwidth)[0] for stage in floors.floors(experiment, sizes, rows, length))
-    useful = floors.model_flops(experiment, rows, length)
+    trips = None if plan is None else experts.routed(plan, loads)
+    s = step(c.executable, host, trips, rates, matrix)
+    floor = sum(stage.seconds(rates.products, rates.bandwidth)[0] for stage in floors.floors(experiment, sizes, each, length))
+    useful = floors.model_flops(experiment, each, length)
+    between = {}
+    if mesh is not None:
+        program = Program(module_of(c.executable))
+        found = collectives.of_program(program, n, trips)
+        between = {
+            "devices": n, "weights": mesh.weights, "moments": mesh.moments,
+            "collectives": {kind: round(k.count) for kind, k in found.items()},
+            "received_gb": round(sum(k.bytes for k in found.values()) / 1e9, 4),
+            "estimated_gb": round(spread.traffic(experiment, sizes, rows * length).total / 1e9, 4),
+            "under_data": collectives.under_data(program),
+        }  # fmt: skip
     return {
         "config": experiment.name, "gpu": gpu, "rows": rows, "row_tokens": length, "remat": experiment.training.remat,
         "backend": "dense" if plan is None else plan.backend, "tile": None if plan is None else [plan.tile, plan.small_tile],
@@ -218,7 +237,7 @@ def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = Fal
         "kernels": round(s.kernels), "outside": round(s.outside), "graphs": round(s.graphs), "syncs": round(s.syncs),
         "copies": round(s.copies),
         "derived_ms": round(1e3 * s.seconds, 1), "floor_ms": round(1e3 * floor, 1),
-        "useful_share": round(useful / s.seconds / rates.products, 4), "compile_seconds": round(c.seconds, 1),
+        "useful_share": round(useful / s.seconds / rates.products, 4), "compile_seconds": round(c.seconds, 1), **between,
     }, s, c.executable  # fmt: skip
 
 

@@ -115,7 +115,8 @@ def _show(
         columns = ["weights, experts", *columns[1:], "between, s"]
     cells = [
         (*_settings(way, layers), f"{way.rows} x {way.experiment.training.gradient_accumulation}", gigabytes(way.peak_bytes),
-         gigabytes(way.host_bytes), _between(seconds[id(way)]), way.seconds, way.bus_seconds, *(() if link is None else (way.link_seconds,)))
+         gigabytes(way.host_bytes), _between(seconds[id(way)]), way.seconds, way.bus_seconds,
+         *(() if link is None else (way.link_seconds,)))
         for way in fitting
     ]  # fmt: skip
     notes = [f"does not fit: experts {', '.join(_settings(way, layers))}: {way.refused}" for way in several if way.refused is not None]

@@ -100,9 +100,8 @@ class Oracle:
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
         }  # fmt: skip
-        peak, there = memory.cached(
-            key, lambda: TrainProgram(self.experiment, self.config, gpu=gpu).compile(rows, self.row_tokens).peak_bytes
-        )
+        asked = self.experiment.changed("data", batch_rows=rows)
+        peak, there = memory.cached(key, lambda: TrainProgram(asked, self.config, gpu=gpu).compile(rows, self.row_tokens).peak_bytes)
         self.hits, self.misses = self.hits + there, self.misses + (not there)
         return peak
 
@@ -126,6 +125,4 @@ class Oracle:
 def oracle(experiment: Experiment, architecture: Architecture, gpu: GPU, row_tokens: int, closed: bool) -> Oracle:
     """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
     reason = "--closed-form was given" if closed else why_not_compiled(gpu)
-    if reason is None and spread.count(experiment) > 1:
-        reason = "steps of several devices are not compiled yet"
     return Oracle(experiment, architecture, gpu, row_tokens, reason)

@@ -6,6 +6,7 @@ From shapes alone nothing is in memory, and the compiler says what a run will ta
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -138,8 +139,7 @@ class TrainProgram:
         batch: Batch | PairBatch = Batch(integers, integers, reals, integers, integers)
         if self.objective.preference is not None:
             batch = PairBatch(integers, integers, reals, integers, integers, integers)
-        operands = self.state, self.frozen, batch
-        given, results = self._given(*operands)
+        given, results = self._given(self.state, self.frozen, batch)
         start = time.perf_counter()
         try:
             lowering = jax.jit(self._step, donate_argnums=(0,), **results).lower(*given)
@@ -154,7 +154,7 @@ class TrainProgram:
             on = self._device or jax.local_devices()[0].device_kind
             raise UserError(f"{what} does not compile for {on}: {first_line(error)}. Try {advice(error)}") from error
         seconds, m = time.perf_counter() - start, executable.memory_analysis()
-        in_host = host.nbytes(self.frozen) + m.host_temp_size_in_bytes
+        in_host = self._host_bytes(given[1]) + m.host_temp_size_in_bytes
         compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds, in_host)
         self.compiled[rows, row_tokens] = compiled
         return compiled
@@ -170,6 +170,13 @@ class TrainProgram:
             places = jax.tree.map(lambda a, place: _Pinned(d.mesh, place.spec) if host.is_host(a) else place, operands, places)
         given = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), operands, places)
         return given, {"out_shardings": (places[0], NamedSharding(d.mesh, mesh.WHOLE))}
+
+    def _host_bytes(self, given: Any) -> int:
+        """Of weights in the host's memory, those of one device."""
+        if self.devices is None:
+            return host.nbytes(self.frozen)
+        arrays = [a for a, own in zip(jax.tree.leaves(given), jax.tree.leaves(self.frozen), strict=True) if host.is_host(own)]
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
     def _place(self, array: Any) -> Any:
         """Where an operand lies: of this machine what is on the device needs no word."""
@@ -258,13 +265,14 @@ class TrainProgram:
 
 
 def devices_of(experiment: Experiment, config: Architecture, there: Sequence[Any] | None = None) -> mesh.Devices | None:
-    """The mesh of a run (None: one device), of these devices or this machine's. Raises UserError for devices that are not there, and for
-    rows or experts that do not divide."""
+    """The mesh of a run (None: one device), of this machine's devices, or of these, for which any rows may be asked. Raises UserError for
+    devices that are not there, and for rows or experts that do not divide."""
     if experiment.mesh is None:
         return None
     devices = mesh.devices(experiment.mesh, there)
     try:
-        experiment.mesh.check_rows(devices.count, experiment)
+        if there is None:
+            experiment.mesh.check_rows(devices.count, experiment)
         experiment.mesh.check_experts(devices.count, config.num_experts)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -13,7 +13,9 @@ from moejax import config, gpus
 from moejax.data.batching import Batches
 from moejax.data.tokenize import Query
 from moejax.errors import UserError
-from moejax.estimator import bus, sizes
+from moejax.estimator import bus, closed_form, sizes
+from moejax.profiling import collectives
+from moejax.profiling.program import Program, module_of
 from moejax.training import experts, program
 from moejax.training.program import TrainProgram
 
@@ -135,3 +137,22 @@ def test_a_compile_that_fails_is_one_message(monkeypatch):
     message = str(told.value)
     assert message.startswith(f"the step of {e.name} (2 rows x 368 tokens) does not compile for NVIDIA L4: INTERNAL: ")
     assert "\n" not in message and "Try rows of a multiple of 16 tokens" in message
+
+
+@needs_aot
+@pytest.mark.long
+@pytest.mark.parametrize("weights", ["whole", "spread", "experts"])
+def test_what_goes_between_devices_is_what_the_estimate_says(weights):
+    """Of four: no collective in a branch or a loop of data; one sum of the gradients; bytes as by arithmetic."""
+    e = experiment("mixtral_8x7b_cs_sparse", "data.batch_rows=8", "mesh.devices=4", f"mesh.weights={weights}")
+    told, _, executable = gpu_model.compiled(e, "H100", 8, 512)
+    assert told["under_data"] == [] and told["syncs"] == 0 and told["devices"] == 4
+    assert told["received_gb"] == pytest.approx(told["estimated_gb"], rel=1e-3)
+    made = closed_form.on(gpus.find("H100"), e, sizes.architecture_of(e), 8, 512)
+    assert made.arguments == pytest.approx(1e9 * told["arguments_gb"], abs=1e6) and abs(told["closed_form_error"]) < 0.06
+    assert set(told["collectives"]) == {"whole": {"all-reduce"}, "spread": {"all-reduce", "all-gather"},
+                                        "experts": {"all-reduce", "all-gather", "reduce-scatter"}}[weights]  # fmt: skip
+    # Gradients are summed once, outside every loop, in as many sums as XLA makes of them (some tens of MB each), and norms and counts.
+    program = Program(module_of(executable))
+    sums = [i for i in program.instructions.values() if collectives.kind(program, i) == "all-reduce"]
+    assert told["collectives"]["all-reduce"] == len(sums) < 8
