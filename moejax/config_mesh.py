@@ -19,17 +19,20 @@ class MeshConfig(Section):
     )  # fmt: skip
     moments: Literal["whole", "spread"] = Field("whole", description="the optimizer's state: all on each device, or a part")
     coordinator: Annotated[str, Field(pattern=r"^[^\s:]+:\d+$")] | None = Field(
-        None, description="host:port of process 0, for several processes; null: one process, or as the scheduler's environment says"
+        None, description="host:port of process 0, for several processes; null: one process, or as srun's or mpirun's environment says"
     )
-    processes: Positive | None = Field(None, description="how many there are, with a coordinator")
+    processes: Positive | None = Field(None, description="how many there are, with a coordinator; null: as srun or mpirun says")
     process_id: Annotated[int, Field(ge=0)] | None = Field(None, description="which of them this is, from 0")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = {name: getattr(self, name) is not None for name in ("coordinator", "processes", "process_id")}
-        if any(given.values()) and not all(given.values()):
-            missing = ", ".join(name for name, there in given.items() if not there)
-            raise ValueError(f"{missing}: not set: coordinator, processes and process_id are given together, or none of them")
+        missing = ", ".join(name for name, there in given.items() if not there)
+        if (given["processes"] or given["process_id"]) and missing:
+            raise ValueError(
+                f"{missing}: not set: coordinator, processes and process_id are given together; under srun or mpirun, which say the rest, "
+                "the coordinator alone or none of them"
+            )
         if self.process_id is not None and self.processes is not None and self.process_id >= self.processes:
             raise ValueError(f"process_id = {self.process_id}: expected 0 to {self.processes - 1} of processes = {self.processes}")
         return self

@@ -55,6 +55,11 @@ class Listener:
 _heard_by = [Listener()]
 
 
+def listener() -> Listener:
+    """Who hears it now."""
+    return _heard_by[0]
+
+
 def listen(listener: Listener) -> None:
     """From now on this one hears it."""
     _heard_by[0] = listener

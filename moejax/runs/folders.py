@@ -67,7 +67,7 @@ def _with_our_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _FREE = (
-    "device", "runs_dir", "made_of", "checkpoint.resume_with_changed", "data.streaming", "model.download", "placement.experts",
+    "device", "mesh", "runs_dir", "made_of", "checkpoint.resume_with_changed", "data.streaming", "model.download", "placement.experts",
     "placement.tables", "logging",
 )  # fmt: skip
 """What may differ in a resumed run: where it computes, where it and its data lie, who hears of it, not what."""

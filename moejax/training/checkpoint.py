@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from moejax import processes
 from moejax.errors import UserError, first_line
 from moejax.progress import say
 from moejax.training.step import TrainState
@@ -95,7 +96,7 @@ class Checkpoints:
 
     def _set_aside(self, refused: dict[int, str], taken: int) -> None:
         folder = Path(self.manager.directory)
-        for step, reason in refused.items():
+        for step, reason in refused.items() if processes.is_first() else ():
             to = folder.parent / "damaged" / f"checkpoint-{step}"
             while to.exists():
                 to = to.with_name(f"{to.name}-again")
@@ -103,6 +104,7 @@ class Checkpoints:
             (folder / str(step)).rename(to)
             say(f"warning: {reason}. It was moved to {to}; the run goes on from step {taken}")
         if refused:
+            processes.wait_for_all("damaged checkpoints are set aside")
             self.manager.reload()
 
     def restore(self, state: TrainState, step: int) -> tuple[TrainState, Position]:
@@ -202,15 +204,17 @@ def _sums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
     element always shows, and several do but for a chance of 2^-64; sums of integers are the same on every device."""
 
     def mixed(x: jax.Array, seed: int) -> jax.Array:
-        place = jax.lax.iota(jnp.uint32, x.size) * jnp.uint32(2654435769) + jnp.uint32(seed)
-        x = x ^ place
+        number = jnp.zeros(x.shape, jnp.uint32)  # of each element: in its own shape, as a flat one would be gathered from a mesh
+        for axis, size in enumerate(x.shape):
+            number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        x = x ^ (number * jnp.uint32(2654435769) + jnp.uint32(seed))
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             x = (x ^ (x >> shift)) * jnp.uint32(factor)
         return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
 
     def sums(array: jax.Array) -> jax.Array:
         width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(array, width).reshape(-1).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
         return jnp.stack([mixed(bits, 0), mixed(bits, 0x5BD1E995)])
 
     return {name: sums(array) for name, array in named.items()}

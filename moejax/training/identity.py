@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from moejax import config
+from moejax import config, processes
 from moejax.config import Experiment
 from moejax.contents import MadeOf, base_content, files_content, records_content, tokenizer_content
 from moejax.data.pipeline import Dataset
@@ -58,7 +58,7 @@ class Identity:
         history = self.before.changed if self.resume and self.before is not None else ()
         made_of = self.now.model_copy(update={"changed": (*history, *self.changed)})
         experiment = experiment.model_copy(update={"made_of": made_of})
-        if not self.resume or self.before is None or self.changed or self.moved:
+        if processes.is_first() and (not self.resume or self.before is None or self.changed or self.moved):
             folders.write_config(experiment)
         return experiment
 

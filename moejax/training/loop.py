@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moejax import device, progress
+from moejax import device, processes, progress
 from moejax.config import Experiment
 from moejax.data.batch import segment_lengths
 from moejax.data.batching import Batches
@@ -55,12 +56,16 @@ def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
 
 def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = NOTHING_OWN) -> Trainer:
     """`run`, with what a caller brings of its own. Returns what has trained: `history`, `folder`, `step`, `stopped`."""
-    wandb_run.check(experiment)
-    check_device(experiment, jax.local_devices()[0])
-    folder = Path(experiment.runs_dir) / experiment.name
-    if resume and not folder.is_dir():
-        folders.prepare(experiment, resume=True)  # which says that there is no such run
-    with claimed(folder), folders.kept_if_begun(folder):
+    with ExitStack() as stack:
+        experiment = stack.enter_context(processes.joined(experiment))
+        wandb_run.check(experiment)
+        check_device(experiment, jax.local_devices()[0])
+        folder = Path(experiment.runs_dir) / experiment.name
+        if resume and not folder.is_dir():
+            folders.prepare(experiment, resume=True)  # which says that there is no such run
+        if processes.is_first():
+            stack.enter_context(claimed(folder))
+            stack.enter_context(folders.kept_if_begun(folder))
         trainer = Trainer(start(experiment, folder, resume=resume, own=own), resume=resume, keep=keep)
         trainer.train()
         return trainer
@@ -74,6 +79,9 @@ class Trainer:
         experiment, folder, program, dataset = started[:4]
         self.config, self.keep, self.total_steps = program.config, keep, total_steps(experiment, dataset)
         self._met: set[tuple[int, ...]] = set()  # shapes of batches that were trained on
+        # What a process writes that is not the first, nobody reads; checkpoints are written by all together.
+        self._scratch = None if processes.is_first() else tempfile.TemporaryDirectory(prefix="moejax-")
+        self.own_folder = folder if self._scratch is None else Path(self._scratch.name)
         c = experiment.checkpoint
         self.checkpoints = Checkpoints(folder / "checkpoints", c.keep, c.best and dataset.evaluation is not None)
         self.position, self.step = Position(0, 0), 0
@@ -90,14 +98,16 @@ class Trainer:
         elif resume:
             say(f"{folder} was stopped before its first checkpoint: starting at step 0")
         self.last_saved = self.step if saved else None
-        self.writer = MetricWriter(folder, experiment, self.step if resume else None)
-        self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder)
+        logged = experiment if processes.is_first() else experiment.model_copy(update={"logging": ()})
+        self.writer = MetricWriter(self.own_folder, logged, self.step if resume else None)
+        processes.wait_for_all("metrics of later steps are gone")
+        self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder, self.own_folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
         self.history: list[dict[str, Any]] = []
-        self.watch = Watch(folder, experiment)
+        self.watch = Watch(self.own_folder, experiment)
         p = experiment.profile
-        self.capture = Capture(folder, p.start_step, p.steps, self.step) if p else Capture(folder, 1, 0)
+        self.capture = Capture(self.own_folder, p.start_step, p.steps, self.step) if p else Capture(self.own_folder, 1, 0)
         self.traced: list[dict[str, Any]] = []  # the whole records of the traced steps, and their batches' shapes
         self.compiled_in: set[int] = set()  # steps that waited for the compiler
         self.eval_loss: float | None = None
@@ -106,7 +116,9 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step, or to a signal (`stopped`). Saves, exports, prints the summary."""
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Of several processes' signals all must hear: jax has listened for SIGTERM since they met.
+        own = (signal.SIGINT, signal.SIGTERM) if processes.count() == 1 else (signal.SIGINT,)
+        previous = {s: signal.signal(s, self._on_signal) for s in own}
         try:
             with progress.steps(self.total_steps, self.step) as self._show, out_of_memory(self._full):
                 self._loop()
@@ -158,6 +170,8 @@ class Trainer:
                 if traced:
                     jax.block_until_ready((self.program.state, metrics))
             self.step, self.position = self.step + 1, work.after
+            if processes.stop_agreed(self.step):
+                self.stopped = signal.SIGTERM
             if pending is not None:
                 self._finish(pending)
             pending = Pending(self.step, work, metrics)
@@ -187,7 +201,7 @@ class Trainer:
         self._met.add(tokens.shape)
         self.compiled_in.add(self.step + 1)
         prediction.announce(
-            self.experiment, self.config, self.folder, peak_bytes=self.program.peak_bytes,
+            self.experiment, self.config, self.own_folder, peak_bytes=self.program.peak_bytes,
             tokens=tokens.size, step=self.step + 1, last=self.total_steps, first=len(self._met) == 1,
         )  # fmt: skip
         self._finished_at = time.perf_counter()
@@ -267,18 +281,24 @@ class Trainer:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stopped is not None:  # the second time at once
             raise KeyboardInterrupt
-        self.stopped = number
+        if processes.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.stopped = number
         # Not told: the handler may have interrupted whoever shows it.
         os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n".encode())
 
     def _export(self, folder: Path | None = None) -> None:
         """adapter/ in PEFT's format, or model/ in the Hub's, in `folder` (default: the run's)."""
         folder, m = folder or self.folder, self.experiment.model
+        model = self.program.written()
+        if not processes.is_first():
+            return
         if self.experiment.adapter is not None:
-            peft.save_adapter(self.program.model(), folder / "adapter", m.source or "", m.revision)
+            peft.save_adapter(model, folder / "adapter", m.source or "", m.revision)
             beside.carry_added_tokens(folder / "adapter", self.experiment, self.tokenizer)
             return
-        save.save_weights(self.program.model(), folder / "model")
+        save.save_weights(model, folder / "model")
         try:
             base = None if m.source is None else weights.resolve(m.source, m.revision)
         except UserError:  # it was there at the start: a trained model is not lost for what lay beside it
@@ -333,4 +353,4 @@ class Trainer:
         lines += [*self.watch.conclude(), *([] if self.scoring is None else self.scoring.summary())]
         say(*lines)
         if totals:
-            say(*prediction.conclude(self.folder))
+            say(*prediction.conclude(self.own_folder))

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from moejax import installation, mesh
+from moejax import installation, mesh, processes
 from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch, PairBatch
@@ -231,6 +231,13 @@ class TrainProgram:
         """The model as it stands."""
         return nnx.merge(self.objective.graphdef, self.state.trainable, self.frozen)
 
+    def written(self) -> Model:
+        """The model as it stands, to be written: what is trained on a mesh is a copy in the host's memory, of the first process's alone.
+        All processes call it."""
+        if self.devices is None:
+            return self.model()
+        return nnx.merge(self.objective.graphdef, jax.tree.map(processes.on_host, self.state.trainable), self.frozen)
+
     def step(self, batch: Batch | PairBatch) -> dict[str, jax.Array]:
         """Send a batch [A, rows, T] and one step on it to the device. Returns its metrics, without waiting for them."""
         _, rows, row_tokens = batch.tokens.shape
@@ -240,7 +247,9 @@ class TrainProgram:
 
     def _sent(self, batch: Any, axis: int) -> Any:
         """A batch on the device, or each device's rows of it, which stand on this axis."""
-        return jax.device_put(batch, None if self.devices is None else self.devices.of_rows(batch, axis))
+        if self.devices is None:
+            return jax.device_put(batch)
+        return jax.tree.map(_sent_to, batch, self.devices.of_rows(batch, axis))
 
     def timed(self, batch: Batch | PairBatch) -> tuple[float, dict[str, Any]]:
         """Seconds of one step, from sending the batch to having its loss, and its metrics on the host."""
@@ -320,6 +329,12 @@ def initial_state(
     rest = _of_state(devices, jax.eval_shape(made, trainable))
     opt_state = jax.jit(optimizer.init, out_shardings=rest.opt_state)(trainable)
     return TrainState(trainable, opt_state, jax.device_put(jnp.zeros((), jnp.int32), rest.step))
+
+
+def _sent_to(array: np.ndarray, place: NamedSharding) -> jax.Array:
+    """To each device of this process what it has of an array that all processes have. (device_put would compare it over the network.)"""
+    parts = [jax.device_put(array[index], device) for device, index in place.addressable_devices_indices_map(array.shape).items()]
+    return jax.make_array_from_single_device_arrays(array.shape, place, parts)
 
 
 def _of_state(devices: mesh.Devices, state: TrainState) -> TrainState:

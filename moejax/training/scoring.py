@@ -155,11 +155,12 @@ class Stopped(Exception):
 class Scoring:
     """The evaluations of a run. `results`: step -> what metrics.jsonl says of it, those of an earlier process included.
 
-    steps: after which of them to evaluate (0: the untrained model).
+    steps: after which of them to evaluate (0: the untrained model). own: the folder that this process writes into, of several; None: the
+    run's.
     """
 
-    def __init__(self, held_out: HeldOut, steps: frozenset[int], folder: Path):
-        self.held_out, self.steps, self.folder = held_out, steps, folder
+    def __init__(self, held_out: HeldOut, steps: frozenset[int], folder: Path, own: Path | None = None):
+        self.held_out, self.steps, self.folder, self.own = held_out, steps, folder, own or folder
         self.metric = f"eval/{held_out.settings.metric}"
         self.results = recorded(folder)
 
@@ -189,7 +190,7 @@ class Scoring:
                 )  # fmt: skip
         except Stopped:
             return None
-        write(result, self.folder / "eval" / f"step-{step}")
+        write(result, self.own / "eval" / f"step-{step}")
         self.results[step] = {
             "eval/epoch": epoch, "eval/accuracy": result.accuracy, "eval/accuracy_low": result.low, "eval/accuracy_high": result.high,
             **loss, "eval/problems": result.n, "eval/seconds": result.seconds,
@@ -207,9 +208,10 @@ class Scoring:
         """RUN/best: a folder such as a run's, with the model as it stands, and evaluation.json that says of which step it is."""
         step = self.best()
         assert step is not None
-        folder = self.folder / BEST
+        folder = self.own / BEST
         (folder / "evaluation.json").unlink(missing_ok=True)  # it must not speak of a model that is being replaced
         export(folder)
+        folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_bytes((self.folder / "config.yaml").read_bytes())
         replace_text(folder / "evaluation.json", json.dumps({"step": step, "metric": self.metric, **self.results[step]}, indent=1) + "\n")
 

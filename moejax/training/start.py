@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moejax import device
+from moejax import device, processes
 from moejax.config import Experiment
 from moejax.data.examples import told
 from moejax.data.pipeline import Dataset
@@ -53,7 +53,8 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     """Read, check and load, in a folder that is this process's alone. Raises UserError."""
     if resume:
         experiment = pinning.adopted(remat.of_run(experiment))
-    begun = folders.prepare(experiment, resume=resume)
+    # Of several processes the first may have begun to write there.
+    begun = folders.prepare(experiment, resume=resume) if resume or processes.is_first() else None
     source = experiment.model.source
     model_folder = None if source is None else weights.resolve(source, experiment.model.revision, weights=False)
     experiment = tokens.with_rows(pinning.pinned(experiment, model_folder), model_folder)
@@ -76,6 +77,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = as_read(experiment, dataset)
     identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)
     say(*identity.of_data(tokenizer, asked, dataset, model_folder))
+    processes.same(identity.now.model_dump(mode="json", exclude={"platform", "changed", "base"}))
     steps = total_steps(experiment, dataset)
     if experiment.placement.experts == "auto":
         experiment = placement.resolve(experiment, config, steps)
@@ -95,6 +97,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
         continue_adapter(experiment, model, experiment.model.source)
     if model_folder is not None:
         say(*weights.report(model))
+    processes.same({"base": content.value})
     say(*identity.compare(base=content.value), *low_precision.warnings(experiment, model))
     program.load(model)
     return Started(identity.written(experiment), folder, program, dataset, tokenizer, asked)

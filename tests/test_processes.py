@@ -1,0 +1,120 @@
+"""Several processes: how they are found, and what is said where they do not meet. What two do together: training/test_two_processes.py."""
+
+import contextlib
+import json
+import socket
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import ROOT
+
+from moejax import config, processes, progress
+from moejax.config_mesh import MeshConfig
+from moejax.errors import UserError
+from moejax.runs import folders
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "environment", "several"),
+    [
+        (None, SLURM, False),
+        (MeshConfig(), {}, False),
+        (MeshConfig(), SLURM, True),
+        (MeshConfig(), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False),
+        (MeshConfig(), {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a batch script's own shell, outside srun
+        (MeshConfig(), {"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        (MeshConfig(coordinator="a:1", processes=2, process_id=0), {}, True),
+        (MeshConfig(coordinator="a:1", processes=1, process_id=0), SLURM, False),
+    ],
+)  # fmt: skip
+def test_who_says_that_there_are_several(mesh, environment, several, monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.started_with(mesh) == several
+
+
+def experiment(*changes):
+    return config.load(ROOT / "configs/demo.yaml", changes)
+
+
+@pytest.fixture
+def no_handler(monkeypatch):
+    monkeypatch.setattr(processes, "_at_abort", lambda message: None)
+
+
+def test_a_coordinator_that_does_not_answer(monkeypatch, no_handler):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0)
+    asked = experiment(f"mesh.coordinator=127.0.0.1:{port}", "mesh.processes=2", "mesh.process_id=1")
+    with pytest.raises(UserError, match=rf"127.0.0.1:{port} does not answer process 1 within 0 s .*refused.*start process 0 there"):
+        processes.joined(asked).__enter__()
+
+
+def test_a_coordinator_whose_host_is_not_known(monkeypatch, no_handler):
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(processes.socket, "create_connection", unknown)
+    asked = experiment("mesh.coordinator=nowhere.invalid:1234", "mesh.processes=2", "mesh.process_id=1")
+    with pytest.raises(UserError, match="no host of that name is known here"):
+        processes.joined(asked).__enter__()
+
+
+def test_one_process_is_alone(tmp_path):
+    asked = experiment("mesh.devices=2")
+    with processes.joined(asked) as found:
+        assert found is asked and processes.count() == 1 and processes.is_first()
+    processes.same({"config": "a"})
+    processes.wait_for_all("here")
+    assert not processes.stop_agreed(1)
+
+
+def test_what_differs_between_two_configs_is_named():
+    first, own = (json.loads(processes._text(experiment(f"training.learning_rate={rate}"))) for rate in ("1e-3", "2e-3"))
+    assert processes._differences(first, own) == ["training.learning_rate = 0.001 in process 0, 0.002 here"]
+
+
+def test_a_quiet_process_is_heard_with_warnings():
+    told = []
+
+    class Shown(progress.Listener):
+        say = note = lambda self, text: told.append(text)
+
+    quiet = processes._Quiet(Shown())
+    quiet.say("loss 1.0")
+    quiet.note("warning: the disk is full")
+    assert told == ["process 0: warning: the disk is full"]
+
+
+def test_a_run_goes_on_with_other_devices(tmp_path):
+    begun = experiment(f"runs_dir={tmp_path}", "mesh.devices=4", "mesh.weights=experts")
+    folders.write_config(begun)
+    for changes in ([], ["mesh.devices=1"], ["mesh.devices=4", "mesh.weights=spread"]):
+        folders.prepare(experiment(f"runs_dir={tmp_path}", *changes), resume=True)
+
+
+def test_a_part_of_an_array_is_whole_on_the_host(monkeypatch):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+    array = np.arange(24, dtype=np.float32).reshape(3, 4, 2)
+    there = jax.device_put(array, NamedSharding(mesh, P(None, "data")))
+    assert isinstance(processes.on_host(there), np.ndarray)
+
+    class Elsewhere:
+        """As an array of which other processes hold parts."""
+
+        is_fully_addressable = is_fully_replicated = False
+        sharding, shape, dtype, nbytes, ndim = there.sharding, there.shape, there.dtype, there.nbytes, there.ndim
+
+    real = processes._everywhere(mesh)
+    monkeypatch.setattr(processes, "_everywhere", lambda mesh: lambda a, *index: real(there, *index))
+    for at_once in (0, 1 << 20):
+        monkeypatch.setattr(processes, "_AT_ONCE", at_once)
+        np.testing.assert_array_equal(processes.on_host(Elsewhere()), array)
