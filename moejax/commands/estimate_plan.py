@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME[,NAME]", help=f"only these (or `{HERE}`); by default all of the table")
     parser.add_argument("--budget", type=float, metavar="USD", help="the fastest for at most so many dollars")
     parser.add_argument("--plot", metavar="DIR", help="draw hours and dollars (PNG) into this folder")
+    parser.add_argument("--html", metavar="FILE", help="write the plan as one page to send on (not of --tool study)")
     parser.add_argument("--deadline", type=float, metavar="HOURS", help="the cheapest that is done by then")
 
 

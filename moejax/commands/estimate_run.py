@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax import config, gpus
+from moejax import __version__, config, gpus
 from moejax.commands.arguments import check_counts, devices_of, names_of, on_devices, with_weights
 from moejax.commands.tables import draw, print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
@@ -251,14 +253,35 @@ def plan(options: argparse.Namespace) -> int:
     answers = _answers([p for p, _ in found], options.budget, options.deadline)
     title = f"{found[0][1].experiment.name} by {given.forecasts.tool} (grey: never measured on that card)"
     draw(options.plot, lambda figures, folder: figures.options(folder, title, [p for p, _ in found]))
+    every = [p for p, _ in found]
+    answered = {n: _least(n, every) if p is None else f"{p.named}{_never(p)}: {_hours(p)}, {_usd(p)}" for n, p in answers.items()}
+    if options.html is not None:
+        _page(options.html, given, found, answered, refusals(left_out))
     if options.json:
         chosen = {name: None if p is None else p.on for name, p in answers.items()}
         print_json(_facts(given, found) | {"answers": chosen, "left_out": {gpu: why.brief for gpu, why in left_out.items()}})
         return 0
     show(given, found, [f"left out: {why}" for why in refusals(left_out)], options)
-    for name, p in answers.items():
-        print(f"{name}: {_least(name, [p for p, _ in found]) if p is None else f'{p.named}{_never(p)}: {_hours(p)}, {_usd(p)}'}")
+    for name, answer in answered.items():
+        print(f"{name}: {answer}")
     return 0
+
+
+def _page(
+    file: str, given: Asked, found: Sequence[tuple[Forecast, Workload]], answers: dict[str, str], left_out: Sequence[str]
+) -> None:  # fmt: skip
+    from moejax.estimator.tools import page
+
+    software = f"Times are those of {SOFTWARE[given.forecasts.tool]}."
+    made = f"moejax {__version__}, {datetime.date.today().isoformat()}: moejax estimate plan --html"
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        page.write(
+            Path(file), title_of(found), software, [p for p, _ in found], answers, left_out, [*given.notes, *assumed(given, found)], made,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"--html {file}: {error.strerror}: expected a file that can be written, e.g. plan.html") from None
+    print(f"written: {file}", file=sys.stderr)
 
 
 def _answers(found: Iterable[Forecast], budget: float | None, deadline: float | None) -> dict[str, Forecast | None]:
@@ -330,8 +353,7 @@ def _never(p: Forecast) -> str:
 
 def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Sequence[str], options: argparse.Namespace) -> None:
     """Whose software, the table, and what holds of its rows."""
-    tool, (_, job) = given.forecasts.tool, found[0]
-    print(f"Times are those of {SOFTWARE[tool]}")
+    print(f"Times are those of {SOFTWARE[given.forecasts.tool]}")
     cells = [
         (
             p.named, f"{w.rows} x {w.accumulation}", _between(p.step_seconds, p.step_seconds_interval), round(p.tokens_per_second),
@@ -340,16 +362,28 @@ def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Seq
         )
         for p, w in found
     ]  # fmt: skip
+    columns = ("GPU", "rows", "s/step", "tokens/s", "hours", "USD", "GB", "price")
+    show_table(title_of(found), columns, cells, [*given.notes, *assumed(given, found), *left_out])
+
+
+def title_of(found: Sequence[tuple[Forecast, Workload]]) -> str:
+    job = found[0][1]
+    queries = counted(job.queries, "query", "queries")
+    return f"{job.experiment.name}: {queries} of {job.mean_tokens:.0f} tokens x {counted(job.epochs, 'epoch')}"
+
+
+def assumed(given: Asked, found: Sequence[tuple[Forecast, Workload]]) -> list[str]:
+    """What the figures rest on."""
+    tool, (first, w) = given.forecasts.tool, found[0]
     ending = ["In brackets: where a measured run lies with 90 %"]
     if not all(p.measured for p, _ in found):
         ending.append("* never measured on this card")
     if tool != "moejax":
         ending.append("rows are queries, padded to the longest of a micro-batch, whatever the config's batching")
-    first, w = found[0]
     ending.append(
         f"hours: {counted(first.steps, 'step')}, and {_number(first.besides_hours)} h of loading, compiling, "
         f"{counted(w.evaluations, 'evaluation')} and {counted(w.checkpoints, 'checkpoint')} (assumed rates); before that "
-        f"{job.download_bytes / 1e9:.1f} GB are downloaded ({job.download_bytes / workload.LINE / 60:.0f} min at 1 Gbit/s), and take disk"
+        f"{w.download_bytes / 1e9:.1f} GB are downloaded ({w.download_bytes / workload.LINE / 60:.0f} min at 1 Gbit/s), and take disk"
     )
     changes = said_once((p.on, f"does not fit as it is; taken with {p.changes}") for p, _ in found if p.changes)
     bases = {p.basis for p, _ in found}
@@ -360,7 +394,4 @@ def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Seq
                 f"{p.on}: weights {w.experiment.mesh.weights}: each card receives {told(p.link_bytes)} a step over {p.link}, "
                 f"{p.link_seconds:.3g} s, {given.forecasts.overlap:.0%} hidden behind work (--overlap)"
             )
-    columns = ("GPU", "rows", "s/step", "tokens/s", "hours", "USD", "GB", "price")
-    queries = counted(job.queries, "query", "queries")
-    title = f"{job.experiment.name}: {queries} of {job.mean_tokens:.0f} tokens x {counted(job.epochs, 'epoch')}"
-    show_table(title, columns, cells, [*given.notes, *ending, *notes, *left_out])
+    return [*ending, *notes]

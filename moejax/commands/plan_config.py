@@ -21,7 +21,7 @@ from moejax.estimator.ways import Asked, Way, ways, written
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
 
-_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "batch", "weights",
+_OF_A_JOB = ("dataset", "records", "length", "lengths", "epochs", "budget", "deadline", "plot", "html", "batch", "weights",
              "overlap")  # fmt: skip
 
 
