@@ -61,6 +61,7 @@ GROUPS = {
     },
     "this machine": {
         "doctor": Command("what this machine has, what is wrong with it, and what to do", "moejax.commands.doctor"),
+        "verify": Command("is everything that a run saved what was written", "moejax.commands.verify"),
         "selftest": Command("stop tiny runs at random moments, resume, compare the results", "moejax.commands.selftest"),
     },
 }

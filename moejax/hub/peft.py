@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moejax.files import lfs_pointer, replace_text
 from moejax.hub import peft_rows
 from moejax.hub.fused import check_patterns, checked, fuse, pair_of, patterns, unfuse
 from moejax.hub.names import Place, attribute, in_and_out, index_of, modules, target_of
-from moejax.hub.safetensors_file import write_file
+from moejax.hub.safetensors_file import Summed, write_file
 from moejax.hub.stored import AGAIN
 from moejax.hub.torch_file import TorchFile
 from moejax.models.build import Model
@@ -148,12 +149,16 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
             return older, {name: np.asarray(file.get_tensor(name)) for name in file.names()}
     try:
         path.open("rb").close()  # the library calls every failure to open "no such file"
-        return path, load_file(str(path))
+        tensors = load_file(str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except SafetensorError as error:
         what = lfs_pointer(path) or f"cannot be read ({error}): write or download the adapter again"
         raise UserError(f"{path} {what}") from None
+    with closing(Summed(path)) as file:  # of an adapter that was written here
+        for name, value in tensors.items():
+            file.check(name, value)
+    return path, tensors
 
 
 def continue_from(model: Model, folder: Path, base_name: str | None) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -106,32 +107,49 @@ class Reader:
 
 
 SUMS = "crc32"
+_DIGITS = 8  # of a CRC-32 in hexadecimal
 
 
 class Summed(Reader):
-    """A file whose tensor SUMS holds the CRC-32 of all others, in their order, where its metadata say so (`sums: crc32`); else any file.
-
-    Reading a tensor whole raises UserError where it is not what was written."""
+    """A file that holds the CRC-32 of its tensors, in their order: in its metadata (SUMS: 8 digits each), or where these say so (`sums:
+    crc32`) in a tensor SUMS; else any file. Reading a tensor whole raises UserError where it is not what was written."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self._sums: dict[str, int] = {}
+        values: list[int] = []
         if self.metadata.get("sums") == SUMS and SUMS in self._entries:
             values = super().read(SUMS).tolist()
             del self._entries[SUMS]
+        elif re.fullmatch(r"([0-9a-f]{8})+", self.metadata.get(SUMS, "")):
+            digits = self.metadata[SUMS]
+            values = [int(digits[i : i + _DIGITS], 16) for i in range(0, len(digits), _DIGITS)]
+        if len(values) == len(self._entries):
             self._sums = dict(zip(self._entries, values, strict=True))
 
     def read(self, name: str, into: np.ndarray | None = None, first: int = 0) -> np.ndarray:
         array = super().read(name, into, first)
-        whole = array.size == math.prod(self.shape(name))
-        if whole and name in self._sums and zlib.crc32(array.reshape(-1).view(np.uint8).data) != self._sums[name]:
-            raise UserError(f"{self.path}: tensor {name!r} is not what was written there: remove this file, and start again")
+        if array.size == math.prod(self.shape(name)):
+            self.check(name, array)
         return array
+
+    def check(self, name: str, array: np.ndarray) -> None:
+        """Raises UserError where a whole tensor that was read is not what was written."""
+        if name in self._sums and _crc(array) != self._sums[name]:
+            raise UserError(
+                f"{self.path}: tensor {name!r} is not what was written there: remove this file, and start again; of an adapter or an "
+                "export, copy or write it again"
+            )
+
+
+def _crc(array: np.ndarray, before: int = 0) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, before)
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray], check: Callable[[Path], None] | None = None) -> None:
     """Arrays as one file, with the rights that the umask gives. check: as `Writer`'s. Raises UserError where it cannot be written."""
-    with Writer(path, {name: (value.shape, value.dtype) for name, value in tensors.items()}, {"format": "pt"}, check) as writer:
+    shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    with Writer(path, shapes, {"format": "pt"}, check, sums=True) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
 
@@ -140,7 +158,8 @@ class Writer:
     """One file of tensors whose shapes are known before their values; written aside and renamed when it is whole.
 
     Used as a context: leaving it by an exception (also a full disk's) leaves no file. check: called with the whole file before it is
-    renamed; what it raises leaves the old file.
+    renamed; what it raises leaves the old file. sums: the metadata get the CRC-32 of each tensor, which is then written from its begin to
+    its end.
     """
 
     def __init__(
@@ -149,16 +168,18 @@ class Writer:
         tensors: Mapping[str, tuple[tuple[int, ...], Any]],
         metadata: Mapping[str, str],
         check: Callable[[Path], None] | None = None,
+        sums: bool = False,
     ):
         self._path, self._aside, self._check = path, aside(path), check
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        self._sums = dict.fromkeys(tensors, 0) if sums and tensors else {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata) | ({SUMS: self._digits()} if self._sums else {})}
         end = 0
         for name, (shape, dtype) in tensors.items():
             begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
             header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 64 + 56)  # data on a multiple of 64 bytes: a view of it is aligned for every dtype
-        self._entries, self._start, self._end = header, 8 + len(encoded), end
+        self._entries = header
+        encoded = self._header()
+        self._start = 8 + len(encoded)
         self._left = end
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +197,15 @@ class Writer:
         except OSError as error:
             raise self._failed(error) from None
         self._left -= data.nbytes
+        if self._sums:
+            self._sums[name] = _crc(data, self._sums[name] if start else 0)
+
+    def _digits(self) -> str:
+        return "".join(f"{value:0{_DIGITS}x}" for value in self._sums.values())
+
+    def _header(self) -> bytes:
+        encoded = json.dumps(self._entries).encode()
+        return encoded + b" " * (-len(encoded) % 64 + 56)  # data on a multiple of 64 bytes: a view of it is aligned for every dtype
 
     def _failed(self, error: OSError) -> UserError:
         return UserError(f"{self._path} cannot be written ({error.strerror}): nothing was left there; free space or choose another folder")
@@ -186,6 +216,10 @@ class Writer:
     def __exit__(self, kind: Any, *_: object) -> None:
         try:
             try:
+                if kind is None and self._sums:  # known now, and as long as what stood there
+                    self._entries["__metadata__"][SUMS] = self._digits()
+                    self._file.seek(8)
+                    self._file.write(self._header())
                 self._file.close()
                 if kind is None:
                     if self._left:

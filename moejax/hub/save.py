@@ -56,7 +56,7 @@ def write_model(
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in zip(files, shards, strict=True):
-        with Writer(folder / file, {name: (shapes[name], dtypes[name]) for name in names}, {"format": "pt"}) as writer:
+        with Writer(folder / file, {name: (shapes[name], dtypes[name]) for name in names}, {"format": "pt"}, sums=True) as writer:
             for name in names:
                 writer.write(name, value(name).astype(dtypes[name]))
                 progress(sizes[name])

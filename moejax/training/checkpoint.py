@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -161,6 +162,29 @@ class Checkpoints:
             raise UserError(
                 f"{self.manager.directory}: a checkpoint cannot be written: {why}. Make room, or set runs_dir to another disk; {kept}"
             ) from error
+
+
+def verify(run: Path) -> Iterator[tuple[int, str]]:
+    """(step, what is wrong with it, "" for nothing) of each checkpoint in a run's folder, read as numbers on the host: no model is made."""
+    _tell_once()
+    folder = (run / "checkpoints").absolute()
+    for step in sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()):
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                tree: Any = reader.metadata(folder / str(step) / "state")
+                numbers = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree.item_metadata.tree)
+                named = reader.restore(folder / str(step) / "state", ocp.args.PyTreeRestore(restore_args=numbers))
+            content = json.loads((folder / str(step) / "position" / "metadata").read_text())
+            sums, digest = content.get("checksums"), content.pop("sha256", None)
+            if digest is None:
+                yield step, "" if sums is None else "its data position is not what was written"
+                continue
+            found = _checksums(named)
+            changed = [name for name in sums if found.get(name) != sums[name]]
+            wrong = "its data position is not what was written" if digest != _digest(content) else ""
+            yield step, wrong or (f"{changed[0]} is not what was written ({len(changed)} of {len(sums)} arrays)" if changed else "")
+        except Exception as error:  # noqa: BLE001 (whatever orbax raises for a file that is not whole)
+            yield step, f"cannot be read: {first_line(error) or type(error).__name__}"
 
 
 @cache

@@ -68,7 +68,8 @@ class Watch:
         try:
             self._folder.mkdir(exist_ok=True)
             with replacing(path) as new, new.open("wb") as file:
-                np.savez_compressed(file, **{name: np.asarray(value) for name, value in batch._asdict().items()})
+                arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch._asdict().items()}
+                np.savez_compressed(file, **arrays)
         except OSError as error:
             return f" (its batch cannot be written: {error.strerror or error})"
         return f"; its batch: {path}"

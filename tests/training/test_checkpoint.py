@@ -157,3 +157,11 @@ def test_every_single_changed_element_changes_the_checksum(dtype):
         changed[place] = 1
         seen.add(tuple(_checksums({"x": jnp.asarray(changed)})["x"]))
     assert len(seen | {tuple(_checksums({"x": jnp.asarray(plain)})["x"])}) == 66
+
+
+@pytest.mark.parametrize("damage", [cut, zeros, flip])
+def test_verify_names_what_is_damaged_and_changes_nothing(damage, three):
+    assert list(checkpoint.verify(three.parent)) == [(1, ""), (2, ""), (3, "")]
+    damage(three / "2")
+    (first, second, third) = checkpoint.verify(three.parent)
+    assert (first, third) == ((1, ""), (3, "")) and second[1] and (three / "2").is_dir()
