@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moejax import gpus
@@ -86,6 +87,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def of_the_study(options: argparse.Namespace) -> bool:
     """Whether the study's way of predicting is asked for: its times, or coefficients in their place. Raises UserError for a mixture."""
+    if options.config is not None and options.file is None and "=" in options.config and not Path(options.config).is_file():
+        options.config, options.overrides = None, [options.config, *options.overrides]  # a change of what the options describe
     if options.config is not None or options.file is not None:
         settle_config(options)
     of_study = [f"--{name}" for name in ("coefficients", "memory") if getattr(options, name) is not None]

@@ -90,6 +90,8 @@ def asked(options: argparse.Namespace) -> Asked:
     tool = options.tool or "moejax"
     if options.tool_version is not None and tool == "moejax":
         raise UserError("--tool-version: of another tool: expected --tool unsloth or --tool e4b with it")
+    if options.tool_version is not None and not options.tool_version[:1].isdigit():
+        raise UserError(f"--tool-version {options.tool_version}: expected a number, as 2026.9.14 of unsloth or 0.49 of e4b")
     of_rows, rows, notes = _of_config(options) if options.config is not None else _of_options(options)
     offers = prices.load(options.prices, table)
     if options.spot and not any(price.spot for price in offers):

@@ -208,6 +208,27 @@ def test_the_script(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: unknown GPU 'V999'")
 
 
+def test_changes_without_a_config_and_tools(capsys):
+    """What options describe takes key.sub=value too; another tool's version must be one."""
+    given = ("predict", "--model", "olmoe-1b-7b", "--records", "800", "--length", "190", "--batch", "2", "--gpu", "A40", "--json")
+    seconds = {}
+    for changes in ((), ("training.gradient_accumulation=4",), ("training.gradient_accumulation=4", "placement.experts=host")):
+        code, out, _ = run(capsys, *given, *changes)
+        (found,) = json.loads(out)["predictions"]
+        seconds[len(changes)] = found["step_seconds"], found["peak_gb"], json.loads(out)["job"]["accumulation"]
+        assert code == 0 and found["step_seconds_interval"][0] < found["step_seconds"] < found["step_seconds_interval"][1]
+    assert seconds[1][0] == pytest.approx(4 * seconds[0][0]) and seconds[1][2] == 4 and seconds[2][1] < seconds[1][1]
+    for more, message in (
+        (("--tool-version", "0.49"), "--tool-version: of another tool"),
+        (("--tool", "e4b", "--tool-version", "new"), "--tool-version new: expected a number"),
+        (("--tool", "unsloth", "--coefficients", "x.json"), "which --tool unsloth has not"),
+        (("--receipts", "nowhere"), "--receipts nowhere does not exist"),
+        (("--model", "nothing"), "--model nothing: expected one of mixtral-8x7b"),
+    ):
+        code, _, err = run(capsys, *given, *more)
+        assert code == 2 and message in err
+
+
 def test_plan_of_a_config(capsys):
     config = str(ROOT / "configs/mixtral_8x7b.yaml")
     code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090,H100", "training.gradient_accumulation=4")
