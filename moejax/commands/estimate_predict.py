@@ -276,6 +276,6 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
         ending.append("In brackets: where one measured run would lie with 95 %.")
     if not all(p.measured for p in found):
         spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
-        ending.append(f"* not measured: carried over{spans} (docs/estimator.md)")
+        ending.append(f"* not measured: carried over{spans} (docs/study.md)")
     missing = without_price(list(dict.fromkeys(p.gpu for p in found if p.price is None)), options)
     show_table(job_title(job), columns, rows, [*ending, *sellers_ask(given.offers, found, options.spot), *missing, *notes])
