@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.files import save_figure
-from moejax.profiling.scopes import PHASES
+from moejax.profiling.scopes import COLLECTIVES, PHASES
 
 STUDY = Path(__file__).with_name("study_bars.json")  # written by `python -m moejax.study.publish`
 KERNELS = (
@@ -104,7 +104,7 @@ def _order(runs: Sequence[Bars], what: str) -> list[str]:
         for name, value in values.items():
             shares[name] = max(shares.get(name, 0.0), value / whole)
     if what == "phases":
-        return [p for p in PHASES if shares.get(p)]
+        return [p for p in (*PHASES, COLLECTIVES) if shares.get(p)]
     return [n for n in sorted(shares, key=lambda n: -shares[n]) if shares[n] > 0]
 
 

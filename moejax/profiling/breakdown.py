@@ -91,7 +91,7 @@ def analyze(trace: Trace) -> Breakdown:
                 program = programs[event.program]
                 received = collectives.received(program, program.instructions[event.instruction], len(devices))
                 between[kind] += Collective(each, received * each, (event.end - event.start) * PICO * each, time * PICO * each)
-                shares = {where._replace(phase=COLLECTIVES): share for where, share in shares.items()}
+                shares = {_between(where): share for where, share in shares.items()}
             else:
                 working[device] += time * PICO / steps
             mixed += time * PICO * each * (1 - max(shares.values()))
@@ -116,6 +116,11 @@ def _collective(event: Event, programs: dict[int, Program]) -> str | None:
     program = programs.get(event.program)
     instruction = None if program is None else program.instructions.get(event.instruction)
     return None if program is None or instruction is None else collectives.kind(program, instruction)
+
+
+def _between(where: Place) -> Place:
+    """Where a collective under this path counts: beside its layer's own stages, whose rates it has no part in."""
+    return Place(COLLECTIVES, where.stage if where.stage == OUTSIDE else f"{where.layer}/{COLLECTIVES}")
 
 
 def _step_program(trace: Trace, programs: dict[int, Program]) -> str:

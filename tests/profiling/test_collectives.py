@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from traces import trace_of
 
-from moejax.profiling import collectives, traced
+from moejax.profiling import bars, collectives, traced
 from moejax.profiling.breakdown import analyze
 from moejax.profiling.collectives import Collective
 from moejax.profiling.program import Program
@@ -72,6 +72,8 @@ def test_exposed_is_what_nothing_else_hides():
     assert each["all-gather"] == pytest.approx((40e-12, 30e-12)) and each["all-reduce"] == pytest.approx((10e-12, 10e-12))
     assert each["reduce-scatter"] == pytest.approx((30e-12, 20e-12))
     assert b.phases["collectives"] == pytest.approx(60e-12) and b.sums("stage", "forward") == pytest.approx({"moe/w1": 40e-12})
+    assert b.sums("stage", "collectives") == pytest.approx({"moe/collectives": 50e-12, "other": 10e-12})
+    assert bars._order([bars.Bars("several", b.phases, b.layers, b.moe_kernels)], "phases") == ["forward", "other", "collectives"]
     assert b.busy_seconds == pytest.approx(110e-12) and b.phases["idle"] == 0 and b.steps == 1
     assert b.working == pytest.approx({0: 50e-12, 1: 50e-12})  # with what the loop itself takes at its end
     assert b.collectives["all-gather"].bytes == 64  # of two devices the other's
