@@ -139,7 +139,8 @@ def _options(mesh: MeshConfig) -> dict[str, Any]:
     if mesh.coordinator is None:  # OpenMPI 5
         raise UserError("mpirun does not say where the first process runs: give mesh.coordinator=HOST:PORT, a free port of its host")
     count, number, local = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_RANK"))
-    return {**address, "num_processes": count, "process_id": number, "local_device_ids": [local]}
+    devices = {} if "JAX_LOCAL_DEVICE_IDS" in os.environ else {"local_device_ids": [local]}
+    return {**address, "num_processes": count, "process_id": number, **devices}
 
 
 def _wait_for(coordinator: str, process: int) -> None:

@@ -40,6 +40,25 @@ def test_who_says_that_there_are_several(mesh, environment, several, monkeypatch
     assert processes.started_with(mesh) == several
 
 
+def test_what_jax_is_given(monkeypatch):
+    """SLURM and OpenMPI 4 say all themselves, OpenMPI 5 not where the first process is."""
+    for name in ("OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    address, met = {"coordinator_address": "a:1"}, MeshConfig(coordinator="a:1")
+    by_hand = processes._options(MeshConfig(coordinator="a:1", processes=2, process_id=1))
+    assert by_hand == {**address, "num_processes": 2, "process_id": 1, "cluster_detection_method": "deactivate"}
+    assert processes._options(MeshConfig()) == {} and processes._options(met) == address
+    for name, value in {"SIZE": 8, "RANK": 5, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    assert processes._options(met) == {**address, "num_processes": 8, "process_id": 5, "local_device_ids": [1]}
+    with pytest.raises(UserError, match=r"mpirun does not say where .* mesh.coordinator=HOST:PORT"):
+        processes._options(MeshConfig())
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
+    assert "local_device_ids" not in processes._options(met)
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1.0;tcp://10.0.0.1:1")
+    assert processes._options(MeshConfig()) == {}
+
+
 def experiment(*changes):
     return config.load(ROOT / "configs/demo.yaml", changes)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moejax import processes
 from moejax.contents import sizes_content
 from moejax.documents import read_json
 from moejax.errors import UserError
@@ -79,7 +80,8 @@ def load_weights(
             for name, variable in base_variables(model):
                 variable.set_value(kept[name])
         else:
-            keep = stack.enter_context(Keeper(path, leaves, content))
+            # Several processes read one cache, and the first writes it.
+            keep = stack.enter_context(Keeper(path if processes.is_first() else None, leaves, content))
             total = sum(files[n].nbytes // len(p) for n, p in tensors(model.config).items() if n in files for _ in p)
             fill(model, files, folder, keep=keep, advance=stack.enter_context(bar("loading", total, "bytes")))
     return materialize_lora(model, lora_key)
