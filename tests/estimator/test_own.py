@@ -54,3 +54,11 @@ def test_every_family_on_every_card(capsys):
     for path in sorted(Path(ROOT / "configs").glob("*.yaml")):
         assert cli.estimate_main(["plan", str(path), "--records", "500", "--length", "60"]) == 0, path
         assert capsys.readouterr().out.startswith("Times are those of moejax")
+
+
+def test_own_receipts_answer_for_their_card(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text(run("A40", 2.0).model_dump_json())
+    given = ["predict", "--model", "olmoe-1b-7b", "--records", "90", "--length", "90", "--batch", "2", "--gpu", "A40,H100", "--receipts"]
+    assert cli.estimate_main([*given, str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "A40: a roofline of the program, fitted to 1 of your runs on this card" in out and "│ A40 │" in out and "│ H100 * │" in out

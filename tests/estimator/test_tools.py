@@ -93,3 +93,14 @@ def test_predict_of_another_tool(tool, capsys):
         assert cli.estimate_main(given) == 0
         out = capsys.readouterr().out
         assert out.startswith(f"Times are those of {tool}") and "B200 *" in out and "spread between cards and models" in out
+
+
+def test_contradictory_receipts_widen_the_interval():
+    """Both stay in the fit, and half of what lies between them is added on either side."""
+    one = next(r for r in receipts.shipped() if r.id == "tc2-unsloth")
+    again = one.model_copy(update={"id": "again", "step_seconds": 2 * one.step_seconds, "source": "another page"})
+    apart = fitted.Fitted(fitted.points([*receipts.shipped(), again], gpus.GPUS))
+    asked, card = recipe(apart.points, "again"), gpus.find("RTX-5090")
+    assert len(apart.points) == 21 and apart._contradicted(asked, card) == pytest.approx(np.log(2) / 2)
+    alone = fitted.Fitted(fitted.points(receipts.shipped(), gpus.GPUS))
+    assert alone._contradicted(asked, card) == 0 == apart._contradicted(asked, gpus.find("H100"))
