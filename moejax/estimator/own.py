@@ -35,6 +35,8 @@ its makers 30 %, of kernels that nobody timed, and of cards."""
 CARD_DEVIATION, RUN_DEVIATION = 0.25, 0.12
 """Of the part of it that is a card's own, and a run's own."""
 NORMAL_90 = 1.645
+FORWARD = 1 / 3
+"""Of a step's time what its forward pass takes: it is computed again, and then backward."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def program_seconds(experiment: Experiment, config: Architecture, gpu: GPU, rows
     law = published.read("program.json")["seconds"]
     card = sum(law[name] * value for name, value in zip(COLUMNS, counts(experiment, config, gpu, rows, row_tokens).columns, strict=True))
     card *= experiment.training.gradient_accumulation
+    if experiment.preference is not None:  # the reference's forward pass
+        card *= 1 + FORWARD
     if experiment.placement.experts == "device" and experiment.placement.tables == "device":
         return card
     held = closed_form.on(gpu, settled(experiment), config, all_rows, row_tokens).host

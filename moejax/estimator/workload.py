@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moejax.estimator import sizes
+from moejax.estimator import own, sizes
 from moejax.estimator.lengths import Lengths
 from moejax.models.config import Architecture
 
@@ -20,8 +20,6 @@ DISK, LINE = 1.5e9, 125e6
 COMPILE_SECONDS = 90.0
 BESIDES = 0.5, 3.0
 """Between which times what a run does besides its steps is taken to lie: none of it was measured."""
-FORWARD = 1 / 3
-"""Of a step's time what its forward pass takes: an evaluation has no other."""
 CHECKPOINT = 3
 """An adapter's bytes and its two moments'."""
 
@@ -74,7 +72,7 @@ class Workload:
         """Of loading, compiling, evaluations and checkpoints; micro_seconds: of a micro-batch."""
         stored = sizes.stored(self.experiment, self.config)
         trained = sum(w.bytes for w in stored if w.trained)
-        evaluating = self.evaluations * math.ceil(self.evaluated_rows / self.rows) * micro_seconds * FORWARD
+        evaluating = self.evaluations * math.ceil(self.evaluated_rows / self.rows) * micro_seconds * own.FORWARD
         return self.download_bytes / DISK + COMPILE_SECONDS + evaluating + self.checkpoints * CHECKPOINT * trained / DISK
 
     @property

@@ -28,6 +28,8 @@ def test_the_roofline_knows_cards_and_placements():
     assert program("mixtral_8x7b", "H100") < program("mixtral_8x7b", "A40")
     here, there = program("mixtral_8x7b", "B200"), program("mixtral_8x7b", "B200", "placement.experts=host")
     assert there > here and there > 23e9 * 2 / 51e9  # every expert over the bus, forward and backward
+    pairs, alone = (program("dpo_demo", "H100", *changes) for changes in ((), ("preference=null",)))
+    assert pairs == pytest.approx(alone * 4 / 3)  # the reference's forward pass
     four = program("mixtral_8x7b", "H100", "training.gradient_accumulation=4")
     assert four == pytest.approx(4 * program("mixtral_8x7b", "H100"))
 
