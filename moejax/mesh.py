@@ -24,6 +24,7 @@ from moejax.models.ops.spread import AXIS, RowsOf
 
 Tree = Any
 WHOLE = P()
+ROWS = P(AXIS)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Devices:
     @property
     def count(self) -> int:
         return int(self.mesh.size)
+
+    def whole_rows(self, rows: int) -> int:
+        """The next number of rows that the devices divide."""
+        return -(-rows // self.count) * self.count
 
     def of_weights(self, tree: Tree) -> Tree:
         """Of a model's state, trainable or frozen, or of a tree of the same variables (gradients).
@@ -140,6 +145,21 @@ def devices(config: MeshConfig, there: Sequence[Any] | None = None) -> Devices:
 def abstract(config: MeshConfig, count: int) -> Devices:
     """The same of so many devices that are nowhere: for shapes, bytes and lowering."""
     return Devices(AbstractMesh((count,), (AXIS,), (AxisType.Auto,)), config.weights, config.moments)
+
+
+def of_model(state: Tree) -> Devices | None:
+    """The mesh that a model's state lies on, and how; None for one device."""
+    arrays = [a for a in jax.tree.leaves(state) if isinstance(a, jax.Array)]
+    found = next((a.sharding for a in arrays if isinstance(a.sharding, NamedSharding) and a.sharding.mesh.axis_names == (AXIS,)), None)
+    if found is None:
+        return None
+
+    def fits(devices: Devices) -> bool:
+        places = jax.tree.leaves(devices.of_weights(state))
+        return all(a.sharding.is_equivalent_to(place, a.ndim) for a, place in zip(arrays, places, strict=True))
+
+    ways = [Devices(found.mesh, weights) for weights in ("whole", "spread", "experts")]
+    return next(filter(fits, ways), ways[0])
 
 
 def device_bytes(tree: Tree, shardings: Tree) -> int:

@@ -18,9 +18,11 @@ from flax import nnx
 from moejax.compiler_options import jit
 from moejax.data.ends import Ends
 from moejax.errors import UserError
+from moejax.mesh import ROWS, WHOLE, Devices, of_model
 from moejax.models.build import Model
 from moejax.models.cache import Cache, decode_step, init_cache, prefill
 from moejax.models.config import Architecture
+from moejax.models.ops.spread import AXIS
 
 End = int | Sequence[int]  # the token, or the tokens, that end an answer
 CHECKED = 16  # tokens between two questions whether every answer has stopped
@@ -81,7 +83,20 @@ def _choose(logits: jax.Array, step: jax.Array | int, draw: Draw | None) -> jax.
     return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
-@partial(jit, static_argnums=(0, 6), donate_argnums=4)
+def _of_cache(devices: Devices, cache: Cache) -> Cache:
+    """Where each device has a part of the sequences."""
+    return Cache(devices.of_rows(cache.layers, 1), devices.of_rows(cache.lengths))
+
+
+def _of_draw(devices: Devices, draw: Draw | None) -> Draw | None:
+    return None if draw is None else devices.whole(draw)._replace(keys=devices.of_rows(draw.keys))  # type: ignore[no-any-return]
+
+
+def _specs(places: Any) -> Any:
+    return jax.tree.map(lambda place: place.spec, places)
+
+
+@partial(jit, static_argnums=(0, 6, 8), donate_argnums=4)
 def _begin(
     graphdef: Any,
     state: nnx.State,
@@ -91,15 +106,28 @@ def _begin(
     draw: Draw | None,
     steps: int,
     end: jax.Array,
+    devices: Devices | None,
 ) -> tuple[jax.Array, Cache]:
     """Answers int32 [B, steps] to prompts of which the cache holds all before `tokens`: the first tokens, then the first of the end
-    tokens [M]; and the cache."""
-    model: Model = nnx.merge(graphdef, state)
-    logits, cache = prefill(model, tokens, lengths, cache)
-    return jnp.full((tokens.shape[0], steps), end[0]).at[:, 0].set(_choose(logits, 0, draw)), cache
+    tokens [M]; and the cache. devices: each has a part of the rows."""
+
+    def begin(
+        state: nnx.State, tokens: jax.Array, lengths: jax.Array, cache: Cache, draw: Draw | None, end: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        model: Model = nnx.merge(graphdef, state)
+        logits, cache = prefill(model, tokens, lengths, cache)
+        return jnp.full((tokens.shape[0], steps), end[0]).at[:, 0].set(_choose(logits, 0, draw)), cache
+
+    operands = state, tokens, lengths, cache, draw, end
+    if devices is None:
+        return begin(*operands)
+    rows, held = devices.of_rows((tokens, lengths)), _of_cache(devices, cache)
+    places = (devices.of_weights(state), *rows, held, _of_draw(devices, draw), None)
+    found: tuple[jax.Array, Cache] = devices.over_rows(begin, places, (ROWS, _specs(held)), *operands)
+    return found
 
 
-@partial(jit, static_argnums=0, donate_argnums=(2, 3))
+@partial(jit, static_argnums=(0, 8), donate_argnums=(2, 3))
 def _go_on(
     graphdef: Any,
     state: nnx.State,
@@ -109,23 +137,39 @@ def _go_on(
     until: jax.Array,
     draw: Draw | None,
     end: jax.Array,
+    devices: Devices | None,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """Tokens `step` … `until` - 1 of the answers, fewer where all rows have come to one of the end tokens [M], which then only repeats.
     Returns answers, cache and the number of the next token."""
-    model: Model = nnx.merge(graphdef, state)
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
-        step, token, _, _ = carry
-        return (step < until) & ~jnp.all(jnp.isin(token, end))
+    def go_on(
+        state: nnx.State, out: jax.Array, cache: Cache, step: jax.Array, until: jax.Array, draw: Draw | None, end: jax.Array
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        model: Model = nnx.merge(graphdef, state)
 
-    def body(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
-        step, token, out, cache = carry
-        logits, cache = decode_step(model, token, cache)
-        following = jnp.where(jnp.isin(token, end), token, _choose(logits, step, draw))
-        return step + 1, following, out.at[:, step].set(following), cache
+        def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> jax.Array:
+            step, token, _, _ = carry
+            ended = jnp.all(jnp.isin(token, end))
+            # Each goes on until all are done: they share their weights' way.
+            ended = ended if devices is None else jax.lax.pmin(ended.astype(jnp.int32), AXIS) > 0
+            return (step < until) & ~ended
 
-    step, _, out, cache = jax.lax.while_loop(unfinished, body, (step, out[:, step - 1], out, cache))
-    return out, cache, step
+        def body(carry: tuple[jax.Array, jax.Array, jax.Array, Cache]) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
+            step, token, out, cache = carry
+            logits, cache = decode_step(model, token, cache)
+            following = jnp.where(jnp.isin(token, end), token, _choose(logits, step, draw))
+            return step + 1, following, out.at[:, step].set(following), cache
+
+        step, _, out, cache = jax.lax.while_loop(unfinished, body, (step, out[:, step - 1], out, cache))
+        return out, cache, step
+
+    operands = state, out, cache, step, until, draw, end
+    if devices is None:
+        return go_on(*operands)
+    held = _of_cache(devices, cache)
+    places = (devices.of_weights(state), devices.of_rows(out), held, None, None, _of_draw(devices, draw), None)
+    found: tuple[jax.Array, Cache, jax.Array] = devices.over_rows(go_on, places, (ROWS, _specs(held), WHOLE), *operands)
+    return found
 
 
 def padded_length(config: Architecture, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
@@ -206,6 +250,8 @@ def generate(
     """
     padded_length(model.config, prompts, max_new_tokens)
     names, size, done = names_of(prompts), min(batch_size, len(prompts)), 0
+    devices = of_model(nnx.state(model))
+    size = size if devices is None else devices.whole_rows(size)
     answers: list[list[int]] = [[] for _ in prompts]
     piece = max_new_tokens if stopped is None else CHECKED
     for chosen in in_groups([bucket(len(p)) for p in prompts], batch_size):
@@ -265,11 +311,12 @@ def decoded(
     """The same, of prompts that go on behind what the cache holds; and the cache, which the next piece takes away. It holds the prompts
     and their answers but for each last token. model: as nnx.split has it; tokens int32 [B, T], right-padded; lengths int32 [B]."""
     ends = _array(end)
-    out, cache = _begin(*model, tokens, lengths, cache, draw, steps, ends)
+    devices = _over(model[1], tokens)
+    out, cache = _begin(*model, tokens, lengths, cache, draw, steps, ends, devices)
     step, until = jnp.int32(1), 1
     while True:
         if steps > 1:  # the first call decodes nothing: it compiles what the later ones run
-            out, cache, step = _go_on(*model, out, cache, step, jnp.int32(until), draw, ends)
+            out, cache, step = _go_on(*model, out, cache, step, jnp.int32(until), draw, ends, devices)
         so_far = np.asarray(out)[:, :until]
         yield so_far, cache
         if until == steps or np.isin(so_far, ends).any(axis=1).all():
@@ -281,7 +328,13 @@ def read(
     model: tuple[Any, nnx.State], tokens: np.ndarray, lengths: np.ndarray, cache: Cache, draw: Draw | None, steps: int, end: End
 ) -> Cache:
     """The cache with tokens behind which others of their prompts follow, by the program that `decoded` begins with."""
-    return _begin(*model, tokens, lengths, cache, draw, steps, _array(end))[1]
+    return _begin(*model, tokens, lengths, cache, draw, steps, _array(end), _over(model[1], tokens))[1]
+
+
+def _over(state: nnx.State, tokens: np.ndarray) -> Devices | None:
+    """The model's mesh, where its devices divide the rows; else each device computes all of them, as the compiler has it."""
+    devices = of_model(state)
+    return None if devices is None or len(tokens) % devices.count else devices
 
 
 def _array(end: End) -> np.ndarray:

@@ -14,6 +14,7 @@ from flax import nnx
 from moejax.compiler_options import jit
 from moejax.errors import UserError
 from moejax.evaluation.generate import bucket, in_groups
+from moejax.mesh import ROWS, Devices, of_model
 from moejax.models.build import Model
 
 CHUNK = 256  # places whose logits [CHUNK, V] exist at one time
@@ -28,12 +29,24 @@ class Score(NamedTuple):
     greedy: bool
 
 
-@partial(jit, static_argnums=(0, 6))
+@partial(jit, static_argnums=(0, 6, 7))
 def _score(
-    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, starts: jax.Array, targets: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
+    graphdef: Any, state: nnx.State, tokens: jax.Array, lengths: jax.Array, starts: jax.Array, targets: jax.Array, chunk: int,
+    devices: Devices | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """tokens: int32 [B, T], right-padded; lengths, starts: int32 [B]; targets: int32 [B, C], -1 for none, predicted from place
-    start, start + 1, …  Returns fp32 [B], bool [B]."""
+    start, start + 1, …  Returns fp32 [B], bool [B]. devices: each has a part of the rows."""
+    score = partial(_scored, graphdef, chunk)
+    if devices is None:
+        return score(state, tokens, lengths, starts, targets)
+    places = (devices.of_weights(state), *(devices.of_rows(a) for a in (tokens, lengths, starts, targets)))
+    found: tuple[jax.Array, jax.Array] = devices.over_rows(score, places, ROWS, state, tokens, lengths, starts, targets)
+    return found
+
+
+def _scored(
+    graphdef: Any, chunk: int, state: nnx.State, tokens: jax.Array, lengths: jax.Array, starts: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     model: Model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     real = (positions < lengths[:, None]).astype(jnp.int32)
@@ -79,11 +92,14 @@ def loglikelihoods(
                 f"pair {index} has {len(context) + len(continuation)} tokens, the model {limit} positions: shorten its context"
             )
     graphdef, state = nnx.split(model)
+    devices = of_model(state)
+    if devices is not None:
+        rows = devices.whole_rows(rows)
     scores: list[Score | None] = [None] * len(pairs)
     done = 0
     for chosen in in_groups([(bucket(len(a) + len(b) - 1), bucket(len(b))) for a, b in pairs], rows):
         contexts, continuations = zip(*(pairs[i] for i in chosen), strict=True)
-        likelihoods, greedy = _score(graphdef, state, *_arrays(contexts, continuations, rows), CHUNK)
+        likelihoods, greedy = _score(graphdef, state, *_arrays(contexts, continuations, rows), CHUNK, devices)
         for place, index in enumerate(chosen):
             scores[index] = Score(float(likelihoods[place]), bool(greedy[place]))
         done += len(chosen)

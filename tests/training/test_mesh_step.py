@@ -105,7 +105,8 @@ GRID = {
 @pytest.mark.parametrize("case", GRID)
 def test_every_case_is_that_of_one_device(case):
     result = run(BASE | {"evaluated": True} | GRID[case])
-    agrees(result)
+    # Adapters on attention as well, of two layers and more, and sums of several micro-batches round more on one device, too.
+    agrees(result, within=2e-5 if "preset" in GRID[case] else 6e-6 if "micro" in GRID[case] else 4e-6)
     (one, weight), (other, there) = result["evaluation"]
     assert abs(one - other) <= 4e-7 * one and weight == there > 0
 
