@@ -68,16 +68,16 @@ def by_rows(w: Stored, config: Architecture, n: int) -> dict[str, int]:
 
 def moment_bytes(experiment: Experiment, config: Architecture, weights: tuple[Stored, ...]) -> int:
     """The optimizer's state on one device; weights: of all devices. Where moments are spread, each array is by an axis that the devices
-    divide, but for those that lie by expert."""
+    divide, but for those that lie by expert. Moments in 8 bits do not: `moejax.mesh` knows theirs by no axes."""
     mesh, n, t = experiment.mesh, count(experiment), experiment.training
     trained = tuple(w for w in weights if w.trained)
-    found = sizes.optimizer_bytes(t, each(trained, config, mesh))
+    own = trained if t.optimizer == "adamw_8bit" else each(trained, config, mesh)
+    found = sizes.optimizer_bytes(t, own)
     if mesh is None or mesh.moments == "whole" or n == 1:
         return found
-    for w in trained:
-        if mesh.weights != "experts" or not lies_by_expert(w, config, n):
-            for shape, item in sizes.moments(t, w):
-                found -= item * math.prod(shape) * (n - 1) // n if any(axis % n == 0 for axis in shape) else 0
+    for w in (w for w, of_all in zip(own, trained, strict=True) if w.shape == of_all.shape):
+        for shape, item in sizes.moments(t, w):
+            found -= item * math.prod(shape) * (n - 1) // n if any(axis % n == 0 for axis in shape) else 0
     return found
 
 

@@ -38,6 +38,8 @@ MORE = {
     "moments of Lion": experiment(moments="spread", training={"optimizer": "lion", "moments_dtype": "bfloat16"}, **NF4),
     "moments of adafactor": experiment(moments="spread", training={"optimizer": "adafactor"}),
     "moments in 8 bits": experiment(moments="spread", training={"optimizer": "adamw_8bit"}),
+    "experts, moments in 8 bits": experiment(weights="experts", training={"optimizer": "adamw_8bit"}, **NF4),
+    "experts, moments in 8 bits, in parts": experiment(weights="experts", moments="spread", training={"optimizer": "adamw_8bit"}),
     "what two devices divide": experiment(weights="spread", moments="spread", devices=2, **NF4),
 }
 
