@@ -21,7 +21,7 @@ from moejax.hub import peft
 from moejax.hub.weights import load_weights, read_config
 from moejax.models.build import build
 from moejax.models.config import LoRAConfig
-from moejax.training.preference import Side, losses, pairs_in, sides_of
+from moejax.training.preference import Side, losses, numbered_anew, pairs_in, sides_of
 from moejax.training.program import split
 from moejax.training.step import Objective, sums
 
@@ -187,3 +187,13 @@ def test_a_side_a_row_is_the_same_as_packed(models, vectors):
     for found, packed in zip(sides(*models["mixtral"], padded), sides(*models["mixtral"], batch), strict=True):
         np.testing.assert_allclose(found.logps[:4], in_vectors_order(packed.logps, order), rtol=1e-6)
         assert not np.asarray(found.logps[4:]).any()
+
+
+def test_a_devices_rows_number_their_own_pairs():
+    """Of four rows whose pairs are numbered through, two devices have two each; the last row is empty."""
+    sides = np.array([[[1, 1, 2, 0], [3, 3, 4, 4], [5, 6, 7, 8], [0, 0, 0, 0]]], np.int32)
+    batch = PairBatch(*(sides,) * 5, sides)
+    parts = [jax.tree.map(lambda a, at=at: a[:, at : at + 2], batch) for at in (0, 2)]
+    found = [numbered_anew(part) for part in parts]
+    assert [part.sides.tolist() for part in found] == [[[[1, 1, 2, 0], [3, 3, 4, 4]]], [[[1, 2, 3, 4], [0, 0, 0, 0]]]]
+    assert sum(float(pairs_in(part)) for part in found) == float(pairs_in(batch)) == 4
