@@ -41,7 +41,7 @@ def main() -> None:
         print(f"checkpoint: {make(options) / 1e9:.2f} GB of {options.layers} layers", flush=True)
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        for mode in ("experts", *MODES):
+        for mode in ("experts", *MODES):  # the first one writes the cache
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--load", mode], env=environment, check=True)
     finally:
         shutil.rmtree(options.folder)
