@@ -1,13 +1,13 @@
 """This program's seconds: a roofline that knows placements and cards, and a factor that own runs move."""
 
-from pathlib import Path
-
 import pytest
 from support import ROOT
 
 from moejax import cli, config, gpus
-from moejax.estimator import own, receipts
+from moejax.estimator import lengths, own, receipts, workload
 from moejax.estimator.sizes import architecture_of
+from moejax.estimator.tools import fitted, forecast
+from moejax.models.config import FAMILIES, PRESETS
 
 
 def program(name, gpu, *changes):
@@ -51,11 +51,24 @@ def test_own_runs_move_and_narrow_the_factor():
 
 
 @pytest.mark.long
-def test_every_family_on_every_card(capsys):
-    """A roofline for every config of the repository on every card of the table, or a refusal in words."""
-    for path in sorted(Path(ROOT / "configs").glob("*.yaml")):
-        assert cli.estimate_main(["plan", str(path), "--records", "500", "--length", "60"]) == 0, path
-        assert capsys.readouterr().out.startswith("Times are those of moejax")
+def test_every_family_on_every_card_and_placement():
+    """Seconds of this program and of both tools, above 0 and more where experts come over the bus."""
+    several = [name for name in PRESETS if not name.endswith("-tiny")]
+    assert {type(PRESETS[name]) for name in several} == set(FAMILIES.values())
+    law = fitted.points(receipts.shipped(), gpus.GPUS).fit()
+    for name in several:
+        sizes = PRESETS[name]
+        adapter = {"adapter": {}, "quantization": {"format": "none" if sizes.expert_format else "nf4"}}
+        data = {"batching": "fixed", "row_tokens": 512, "max_length": 512}
+        given = {"name": "x", "model": {"preset": name}, "data": data, "training": {"steps": 1, "compute_dtype": "bfloat16"}, **adapter}
+        for gpu in gpus.GPUS.values():
+            seconds = []
+            for where in ("device", "host"):
+                experiment = config.of(given, "x", {"placement.experts": where}).with_defaults(sizes)
+                job = workload.of(experiment, sizes, lengths.constant(100, 500))
+                tools = [forecast.recipe(job, tool, None) for tool in forecast.OTHERS]
+                seconds.append([own.program_seconds(experiment, sizes, gpu, 1, 512), *law.seconds(tools, [gpu] * len(tools))])
+            assert all(0 < here <= there < 1e4 for here, there in zip(*seconds, strict=True)), (name, gpu.name, seconds)
 
 
 def test_own_receipts_answer_for_their_card(tmp_path, capsys):
