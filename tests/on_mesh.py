@@ -68,7 +68,7 @@ def model_of(case):
     if not full:
         leaves, form = jax.tree.flatten(trainable)
         rng = np.random.default_rng(1)
-        trainable = jax.tree.unflatten(form, [jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype) for a in leaves])
+        trainable = jax.tree.unflatten(form, [jnp.asarray(0.1 * rng.normal(size=a.shape), a.dtype) for a in leaves])
     return graphdef, trainable, frozen
 
 
