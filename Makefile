@@ -63,8 +63,8 @@ $(AOT)/.installed: $(STAMP)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $(AOT) jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 -c constraints.txt
 	@touch $@
 
-aot: $(AOT)/.installed ## compile every config's step for five GPUs that are not there, the study's at up to 18 shapes (goes on where it ended)
-	@$(AOT_ENVIRONMENT) $(BIN)/python benchmarks/aot_grid.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-aot-grid.jsonl)
+aot: $(AOT)/.installed ## compile every config's step for GPUs that are not there (goes on where it ended; OPTIONS=--every: at many shapes, hours)
+	@$(AOT_ENVIRONMENT) $(BIN)/python benchmarks/aot_grid.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-aot-grid.jsonl) $(OPTIONS)
 
 gpu-acceptance: ## the first 8 minutes on a card, with PYTHON as it is: is it in order, are the numbers right, what do the real steps take
 	@$(PYTHON) benchmarks/gpu_acceptance.py $(OPTIONS)

@@ -1,20 +1,24 @@
-"""Compile every distinct program of configs/ for GPUs that are not there, at many shapes: what fails, and each peak. `make aot`.
+"""Compile every distinct program of configs/ for GPUs that are not there: what fails, and each peak. `make aot`.
 
     python benchmarks/aot_grid.py --out benchmarks/results/<date>-aot-grid.jsonl            # goes on where the file ends
     python benchmarks/aot_grid.py --out FILE --table                                        # only the table of what is there
+    python benchmarks/aot_grid.py --out FILE --every                                        # at many shapes: hours
+
+By default each published model's config as it is, at its own rows, on `CARDS` and on the card that it is for; the study's models at the
+study's largest batches on its GPUs; the small models on one card. --every: all of `GPUS`, see `grid`.
 
 Each result is a line, written at once: program (the first config that has it), gpu, rows, row_tokens, layers, peak_gb or error, seconds,
 commit, versions, `sources` (a hash of what the step is made of). What other sources or versions made is compiled again. A process of its
-own compiles for one program and GPU: where the compiler aborts, the line says so and the rest goes on. Programs are compiled with two
-layers (they are scanned), and once as they are, at the config's own rows. With two layers LLVM and ptxas do not optimize: a quarter less
-time, the same passes of XLA and the same peak. All 18 shapes of every program on every GPU (--every) take two cores more than two hours;
-by default an hour: see `cells`. Needs the extra `aot`. Nothing runs.
+own compiles for one program and GPU: where the compiler aborts, the line says so and the rest goes on. At other rows than the config's own
+programs are compiled with two layers (they are scanned), and LLVM and ptxas do not optimize: a quarter less time, the same passes of XLA.
+Needs the extra `aot`. Nothing runs.
 """
 
 import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,8 +29,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-GPUS = "H100,L4,A100-80,A40,RTX-5090"
-ROWS, LENGTHS = "2,1,8", "368,128,720,528,1040,2048"  # most of them odd multiples of 16: the least that batching allows
+CARDS = ("H100", "L4", "RTX-5090")
+OWN = (*CARDS, "RTX-4060", "RTX-4070", "RTX-5080", "A40")
+"""Of each size one: the card that a config is for."""
+GPUS = ("H100", "L4", "A100-80", "A40", "RTX-5090")
+ROWS, LENGTHS = (2, 1, 8), (368, 128, 720, 528, 1040, 2048)  # most of them odd multiples of 16: the least that batching allows
 WHOLE = ("H100", "L4")
 DEPTH = 2
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_gpu_disable_gpuasm_optimizations=true"
@@ -64,23 +71,58 @@ def real(name: str) -> bool:
     return "8x7b" in name or "2.8b" in name
 
 
-def cells(name: str, gpu: str, rows: list[int], lengths: list[int], every: bool) -> Iterator[Cell]:
-    """Two layers at some shapes, and last the config's own shape. The study's models have every number of rows with every length on
-    `WHOLE`; on the other GPUs every length with one number of rows, another on each GPU; other published models three shapes, and
-    small ones one."""
+def published(name: str) -> bool:
+    """Whether it is a published model's config: more than a billion parameters."""
+    from moejax import config
+    from moejax.estimator import sizes
+
+    return sizes.architecture_of(config.load(ROOT / "configs" / f"{name}.yaml")).parameters[0] > 1e9
+
+
+def own_shape(name: str) -> Cell:
     from moejax import config
     from moejax.estimator import sizes
 
     experiment = config.load(ROOT / "configs" / f"{name}.yaml")
-    sizes = sizes.architecture_of(experiment)
-    place = GPUS.split(",").index(gpu) if gpu in GPUS.split(",") else 0
-    shapes = [(rows[(place + number) % len(rows)], length) for number, length in enumerate(lengths)]
-    if every or (real(name) and gpu in WHOLE):
-        shapes = list(itertools.product(rows, lengths))
-    elif not real(name):
-        shapes = shapes[:3] if sizes.parameters[0] > 1e9 else shapes[place % len(shapes) :][:1]
-    yield from ((r, n, min(DEPTH, sizes.num_layers)) for r, n in shapes if n <= sizes.max_position_embeddings)
-    yield experiment.data.batch_rows, experiment.data.longest_row, sizes.num_layers
+    return experiment.data.batch_rows, experiment.data.longest_row, sizes.architecture_of(experiment).num_layers
+
+
+def chosen(same: list[str]) -> dict[str, list[Cell]]:
+    """GPU -> what is compiled of a program by default; same: the configs that are it."""
+    from moejax import gpus
+    from moejax.study.cost import table_3
+
+    name, own = same[0], own_shape(same[0])
+    if not published(name):
+        return {CARDS[0]: [own]}
+    found: dict[str, list[Cell]] = {gpu: [] for gpu in CARDS}
+    said = re.search(r"card of (\d+) GB", (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if said:
+        found.setdefault(next(gpu for gpu in OWN if gpus.GPUS[gpu].memory_gb == int(said[1])), [])
+    for gpu in found:
+        found[gpu].append(own)
+    for cell in table_3.study_cells():
+        if cell.study is not None and cell.config in same:
+            found.setdefault(cell.gpu, []).insert(0, (cell.study, cell.row_tokens, DEPTH))
+    return found
+
+
+def grid(name: str, gpu: str) -> list[Cell]:
+    """Of --every: two layers at some shapes, and last the config's own shape. The study's models have every number of rows with every
+    length on `WHOLE`; on the other GPUs every length with one number of rows, another on each GPU; other published models three shapes,
+    and small ones one."""
+    from moejax import config
+    from moejax.estimator import sizes
+
+    most = sizes.architecture_of(config.load(ROOT / "configs" / f"{name}.yaml")).max_position_embeddings
+    place = GPUS.index(gpu)
+    shapes = [(ROWS[(place + number) % len(ROWS)], length) for number, length in enumerate(LENGTHS)]
+    if real(name):
+        shapes = list(itertools.product(ROWS, LENGTHS)) if gpu in WHOLE else shapes
+    else:
+        shapes = shapes[:3] if published(name) else shapes[place % len(shapes) :][:1]
+    own = own_shape(name)
+    return [*((r, n, min(DEPTH, own[2])) for r, n in shapes if n <= most), own]
 
 
 def worker(name: str, gpu: str, asked: list[Cell]) -> None:
@@ -152,10 +194,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-aot-grid.jsonl")
     parser.add_argument("--programs", help="comma-separated; default: all")
-    parser.add_argument("--gpu", default=GPUS, help=f"comma-separated; default: {GPUS}")
-    parser.add_argument("--rows", default=ROWS, help=f"comma-separated; default: {ROWS}")
-    parser.add_argument("--lengths", default=LENGTHS, help=f"comma-separated; default: {LENGTHS}")
-    parser.add_argument("--every", action="store_true", help="every program at every shape on every GPU")
+    parser.add_argument("--gpu", help="comma-separated; default: all that are compiled for")
+    parser.add_argument("--every", action="store_true", help="at many shapes: hours")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -170,16 +210,20 @@ def main() -> int:
     same = {"versions": installation.versions(), "sources": oracle._sources()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     known = told_before(options.out, {} if options.table else same)
-    rows, lengths = ([int(n) for n in text.split(",")] for text in (options.rows, options.lengths))
     asked = {} if options.table else {k: v for k, v in programs().items() if not options.programs or k in options.programs.split(",")}
+    work = [
+        (name, gpu, cells)
+        for name, same_program in asked.items()
+        for gpu, cells in ({gpu: grid(name, gpu) for gpu in GPUS} if options.every else chosen(same_program)).items()
+        if not options.gpu or gpu in options.gpu.split(",")
+    ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a", encoding="utf-8") as file:
-        order = [(gpu, name) for of_study in (True, False) for gpu in options.gpu.split(",") for name in asked if real(name) == of_study]
-        for gpu, name in order:
-            *shallow, own = cells(name, gpu, rows, lengths, options.every)
-            for asked_now, flags in ((shallow, UNOPTIMIZED), ([own], "")):
-                open_cells = [c for c in asked_now if (name, gpu, *c) not in known]
-                for told in compiled(name, gpu, open_cells, flags):
+        for name, gpu, cells in sorted(work, key=lambda part: not real(part[0])):
+            open_cells = [cell for cell in cells if (name, gpu, *cell) not in known]
+            shallow, deep = ([cell for cell in open_cells if (cell[2] <= DEPTH) == few] for few in (True, False))
+            for now, flags in ((deep, ""), (shallow, UNOPTIMIZED)):
+                for told in compiled(name, gpu, now, flags):
                     line = {"program": name, "configs": asked[name], "gpu": gpu} | told | {"commit": commit} | same
                     file.write(json.dumps(line) + "\n")
                     file.flush()

@@ -17,16 +17,27 @@ def test_configs_that_compile_to_the_same_instructions_are_one_program():
     assert sorted(name for same in found.values() for name in same) == sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 
 
-def test_shapes_are_of_whole_rows_and_the_own_one_is_in_full_depth():
-    made = list(aot_grid.cells("mixtral_8x7b_cs_sparse", "H100", [2, 8], [368, 2048], False))
-    assert made == [(2, 368, 2), (2, 2048, 2), (8, 368, 2), (8, 2048, 2), (1, 2048, 32)]
-    rows, lengths = [2, 1, 8], [int(n) for n in aot_grid.LENGTHS.split(",")]
-    elsewhere = [list(aot_grid.cells("mixtral_8x7b_cs_sparse", gpu, rows, lengths, False))[:-1] for gpu in ("A100-80", "A40", "RTX-5090")]
+def test_by_default_each_config_is_compiled_as_it_is_and_the_studys_at_its_batches():
+    found = aot_grid.programs()
+    study = aot_grid.chosen(found["mixtral_8x7b"])
+    assert [study[gpu] for gpu in aot_grid.CARDS] == [[(1, 2048, 32)]] * 3  # its config names no card
+    assert {gpu: sorted(study[gpu]) for gpu in study if gpu not in aot_grid.CARDS} == {
+        "A100-40": [(3, 1024, 2), (6, 512, 2)], "A40": [(4, 1024, 2), (8, 512, 2)], "A100-80": [(17, 1024, 2), (27, 512, 2)],
+    }  # fmt: skip
+    assert aot_grid.chosen(["mixtral_8x7b_8gb"])["RTX-4060"] == [(1, 4096, 32)]
+    assert set(aot_grid.chosen(["qwen3_30b_a3b_24gb"])) == set(aot_grid.CARDS)  # an L4 has 24 GB
+    assert aot_grid.chosen(["demo"]) == {"H100": [(8, 192, 4)]}
+    shapes = sum(len(cells) for same in found.values() for cells in aot_grid.chosen(same).values())
+    assert shapes < 4 * len(found)
+
+
+def test_every_shape_is_of_whole_rows():
+    made = aot_grid.grid("mixtral_8x7b_cs_sparse", "H100")
+    assert len(made) == 19 and made[0] == (2, 368, 2) and made[-1] == (1, 2048, 32)
+    elsewhere = [aot_grid.grid("mixtral_8x7b_cs_sparse", gpu)[:-1] for gpu in ("A100-80", "A40", "RTX-5090")]
     assert [len(c) for c in elsewhere] == [6, 6, 6] and len({cell for some in elsewhere for cell in some}) == 18  # each pair on one of them
-    small = list(aot_grid.cells("demo", "H100", rows, lengths, False))
-    assert small[:-1] == [(2, 368, 2)] and small[-1][2] == 4
-    assert len(list(aot_grid.cells("demo", "A40", rows, lengths, True))) == 3 * 6 + 1
-    assert all(int(n) % 16 == 0 for n in aot_grid.LENGTHS.split(","))
+    assert aot_grid.grid("demo", "H100") == [(2, 368, 2), (8, 192, 4)]
+    assert all(n % 16 == 0 for n in aot_grid.LENGTHS)
 
 
 def test_a_compiler_that_dies_costs_one_line(monkeypatch, tmp_path):

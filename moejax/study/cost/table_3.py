@@ -29,6 +29,12 @@ class Cell:
     row_tokens: int
     study: int | None
 
+    @property
+    def config(self) -> str:
+        """The name of the study's config."""
+        model = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[self.model]
+        return f"{model}_{'cs' if self.dataset == 'commonsense_15k' else 'math'}_{self.kind}"
+
 
 STUDY_GPUS = ("A100-40", "A40", "A100-80")  # 40, 48 and 80 GB
 
@@ -97,7 +103,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _oracle(cell: Cell, closed: bool) -> oracle.Oracle:
-    preset = {"mixtral": "mixtral_8x7b", "blackmamba": "blackmamba_2.8b"}[cell.model]
-    name = f"{preset}_{'cs' if cell.dataset == 'commonsense_15k' else 'math'}_{cell.kind}.yaml"
-    experiment = config.load(installation.CONFIGS / name)
+    experiment = config.load(installation.CONFIGS / f"{cell.config}.yaml")
     return oracle.oracle(experiment, sizes.architecture_of(experiment), GPUS[cell.gpu], cell.row_tokens, closed)
