@@ -182,7 +182,7 @@ class Architecture(ABC):
     @property
     def expert_layers(self) -> int:
         """Blocks that have experts."""
-        return len(self.expert_layer_numbers)
+        return sum(stack.repeats for stack in self.stacks if stack.block.feed_forward.experts)
 
     @property
     def expert_layer_numbers(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ _WAIT = 600.0  # seconds for one process
 
 @dataclass
 class Report:
-    """Of all rounds. lost: steps that were trained again, of each round: about SAVED_EVERY at most, none after SIGTERM or one SIGINT."""
+    """Of all rounds. lost: steps that were trained again, of each round; none after SIGTERM or one SIGINT."""
 
     rounds: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
@@ -84,7 +84,8 @@ def _round(config: Path, run: Path, kind: str, rng: random.Random, report: Repor
     process.check_orphans(report, run.name)
     done, saved = _done(run), _saved(run)
     again = max(0, done - saved) if code != 0 else 0
-    limit = 0 if kind in ("SIGTERM", "SIGINT") and code == 128 + KINDS[kind][0] else SAVED_EVERY + 1  # one step may be on its way
+    # A checkpoint that is being written is not one yet, and the next waits for it: at most two intervals are lost.
+    limit = 0 if kind in ("SIGTERM", "SIGINT") and code == 128 + KINDS[kind][0] else 2 * SAVED_EVERY
     if again > limit:
         report.faults.append(f"{run.name}: {kind} after step {done}, and the newest checkpoint is {saved}")
     report.lost.append(again)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import constants
@@ -18,6 +19,7 @@ from moejax import config, device
 from moejax.contents import MadeOf
 from moejax.errors import UserError
 from moejax.hub.peft import save_adapter
+from moejax.hub.safetensors_file import write_file
 from moejax.hub.save import save_weights
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig
@@ -152,11 +154,12 @@ def edited(path, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def flip_a_byte(path):
-    """Of the numbers, the lowest bit of one."""
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1
-    path.write_bytes(content)
+def flip_a_bit(path):
+    """Of the numbers, the lowest bit of one; its checksum too, as by who trained it on."""
+    tensors = load_file(path)
+    last = tensors[max(tensors)]
+    last.reshape(-1).view(np.uint8)[-4] ^= 1
+    write_file(path, tensors)
 
 
 def longer(path):
@@ -174,12 +177,12 @@ CHANGES = {
     "one word of the data": (lambda f: edited(f / "train.json", lambda r: [r[0] | {"output": "No."}, *r[1:]]), "Changed: data: sha256"),
     "evaluation": (lambda f: edited(f / "eval.json", lambda r: r[1:]), "Changed: evaluation: sha256"),
     "tokenizer": (lambda f: longer(f / "tokenizer.json"), "Changed: tokenizer: sha256"),
-    "adapter": (lambda f: flip_a_byte(f / "earlier/adapter/adapter_model.safetensors"), "Changed: adapter: sha256"),
+    "adapter": (lambda f: flip_a_bit(f / "earlier/adapter/adapter_model.safetensors"), "Changed: adapter: sha256"),
     "a setting of the base": (
         lambda f: edited(f / "base/config.json", lambda c: c | {"rms_norm_eps": 1e-3}), "Changed: base: config.json and generation_config"
     ),
     "another base": (lambda f: rewritten(f / "base/model.safetensors"), "Changed: base: names, sizes and index of its files"),
-    "a base of the same sizes": (lambda f: flip_a_byte(f / "base/model.safetensors"), "Changed: base: sha256"),
+    "a base of the same sizes": (lambda f: flip_a_bit(f / "base/model.safetensors"), "Changed: base: sha256"),
 }  # fmt: skip
 
 
@@ -229,7 +232,7 @@ def test_what_was_learned_is_not_put_on_another_base(copied):
     run = place_of(experiment)
     edited(folder / "base/config.json", lambda c: c)  # written otherwise, the same values
     loaded = opened.load(run)
-    flip_a_byte(folder / "base/model.safetensors")
+    flip_a_bit(folder / "base/model.safetensors")
     with pytest.raises(UserError, match=r"runs/run was made of another content\. Changed: base: sha256"):
         loaded.make()
     edited(folder / "base/config.json", lambda c: c | {"rope_theta": 1.0})
