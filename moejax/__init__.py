@@ -1,4 +1,4 @@
-"""moejax: fine-tune Mixture-of-Experts models on one GPU, in JAX. In Python (docs/api.md):
+"""moejax: fine-tune Mixture-of-Experts models on one GPU or several, in JAX. In Python (docs/api.md):
 
     import moejax
 

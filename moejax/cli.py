@@ -61,7 +61,7 @@ GROUPS = {
     },
     "this machine": {
         "doctor": Command("what this machine has, what is wrong with it, and what to do", "moejax.commands.doctor"),
-        "verify": Command("is everything that a run saved what was written", "moejax.commands.verify"),
+        "verify": Command("which parts of what a run saved are damaged", "moejax.commands.verify"),
         "selftest": Command("stop tiny runs at random moments, resume, compare the results", "moejax.commands.selftest"),
     },
 }
@@ -89,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 2 for a mistake of the user's, told in one message."""
-    return _main("moejax", Command("fine-tune Mixture-of-Experts models on one GPU, in JAX", commands=COMMANDS), arguments)
+    return _main("moejax", Command("fine-tune Mixture-of-Experts models on one GPU or several, in JAX", commands=COMMANDS), arguments)
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:

@@ -128,7 +128,7 @@ def devices(config: MeshConfig, there: Sequence[Any] | None = None) -> Devices:
     if count > len(there):
         kinds = ", ".join(sorted({device.device_kind for device in there}))
         raise UserError(
-            f"mesh.devices = {count}: there are {len(there)} ({kinds}): expected at most so many. To try it on a CPU: "
+            f"mesh.devices = {count}: expected at most {len(there)}, the number of devices here ({kinds}). To try it on a CPU: "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     chosen = list(there[:count])

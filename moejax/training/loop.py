@@ -105,7 +105,7 @@ class Trainer:
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
         self.history: list[dict[str, Any]] = []
-        self.watch = Watch(self.own_folder, experiment)
+        self.watch = Watch(folder, self.own_folder, experiment)
         p = experiment.profile
         self.capture = Capture(self.own_folder, p.start_step, p.steps, self.step) if p else Capture(self.own_folder, 1, 0)
         self.traced: list[dict[str, Any]] = []  # the whole records of the traced steps, and their batches' shapes

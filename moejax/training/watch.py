@@ -24,10 +24,11 @@ _NUMBERS = ("loss", "grad_norm", "update_norm", "param_norm")
 
 
 class Watch:
-    """Looks at each step's record, in order. Batches of bad steps and of loss spikes are written to `bad_steps/step-N.npz`."""
+    """Looks at each step's record, in order. Batches of bad steps and of loss spikes are written to `bad_steps/step-N.npz` in the folder
+    `own` (of a process that is not the first: of its own). run: the run's."""
 
-    def __init__(self, folder: Path, experiment: Experiment):
-        self._folder, self._skip = folder / "bad_steps", experiment.training.on_bad_step == "skip"
+    def __init__(self, run: Path, own: Path, experiment: Experiment):
+        self._run, self._folder, self._skip = run, own / "bad_steps", experiment.training.on_bad_step == "skip"
         self._recent: deque[float] = deque(maxlen=100)
         self._first: list[float] = []
         self.skipped, self._in_a_row = 0, 0
@@ -49,7 +50,7 @@ class Watch:
             what += f", the last of {BAD_IN_A_ROW} one after the other"
         saved = "no checkpoint was saved yet" if last_saved is None else f"the last good checkpoint is step {last_saved}"
         raise UserError(
-            f"{what}. The run stops; {saved} in {self._folder.parent}/checkpoints{at}. Try a lower training.learning_rate, or "
+            f"{what}. The run stops; {saved} in {self._run}/checkpoints{at}. Try a lower training.learning_rate, or "
             "compute_dtype=float32" + ("" if self._skip else "; training.on_bad_step=skip leaves such steps out") + "."
         )
 

@@ -18,7 +18,7 @@ GOOD = {"loss": 1.0, "grad_norm": 1.0, "update_norm": 1.0, "param_norm": 1.0}
 
 
 def watch(folder, on_bad_step="stop"):
-    return Watch(folder, SimpleNamespace(training=SimpleNamespace(on_bad_step=on_bad_step)))
+    return Watch(folder, folder, SimpleNamespace(training=SimpleNamespace(on_bad_step=on_bad_step)))
 
 
 @pytest.mark.parametrize("name", list(GOOD))
