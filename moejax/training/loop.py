@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moejax import device, processes, progress
+from moejax import device, json_lines, processes, progress
 from moejax.config import Experiment
 from moejax.data.batch import segment_lengths
 from moejax.data.batching import Batches
@@ -98,6 +98,9 @@ class Trainer:
         elif resume:
             say(f"{folder} was stopped before its first checkpoint: starting at step 0")
         self.last_saved = self.step if saved else None
+        # The untrained model was evaluated before there was a checkpoint: the record stays, and is not written again. All processes look.
+        records = json_lines.read(folder / "metrics.jsonl")[0] if resume and (folder / "metrics.jsonl").is_file() else []
+        self._begun = any(r["step"] == 0 and "eval_loss" in r for r in records)
         logged = experiment if processes.is_first() else experiment.model_copy(update={"logging": ()})
         self.writer = MetricWriter(self.own_folder, logged, self.step if resume else None)
         processes.wait_for_all("metrics of later steps are gone")
@@ -154,7 +157,7 @@ class Trainer:
     def _loop(self) -> None:
         t, c = self.experiment.training, self.experiment.checkpoint
         pending: Pending | None = None
-        if self.step == 0 and self.dataset.evaluation is not None and t.eval_every:
+        if self.step == 0 and self.dataset.evaluation is not None and t.eval_every and not self._begun:
             self._evaluate()
         self._score()
         if self.stopped is not None:  # before anything goes beyond the step whose evaluation is missing

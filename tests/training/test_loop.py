@@ -226,14 +226,17 @@ def test_padded_batchings_train_too(batching, make_experiment):
 
 
 def test_a_run_stopped_before_its_first_checkpoint_resumes_at_step_0(make_experiment, monkeypatch, capsys):
-    experiment = make_experiment(training={"steps": 2})
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loop", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            loop.run(experiment, resume=False)
+    """The untrained model is evaluated once, whenever it was stopped."""
+    experiment = make_experiment(training={"steps": 2, "eval_every": 1}, data={"holdout": 4})
+    for method in ("_loop", "_compile"):  # before the evaluation, and behind it
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(experiment, resume=method == "_compile")
     assert loop.run(experiment, resume=True) == 0
     assert "before its first checkpoint: starting at step 0" in capsys.readouterr().out
-    assert list(losses(folder_of(experiment))) == [1, 2]
+    records = [json.loads(line) for line in (folder_of(experiment) / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 1, 2] and [r["step"] for r in records if "loss" in r] == [1, 2]
 
 
 def test_resume_without_a_run(make_experiment):
