@@ -69,7 +69,7 @@ def test_own_experts_need_no_sum_of_their_adapters(steps):
 BAD = {
     "mesh.weights=whole data.batch_rows=6": "data.batch_rows = 6 are of all 4 devices together, and do not divide: expected 4 or 8",
     "mesh.devices=3 data.batch_rows=6 mesh.weights=experts": "expected mesh.devices=2 or 4",
-    "mesh.devices=9 data.batch_rows=9": "there are 4",
+    "mesh.devices=9 data.batch_rows=9": "mesh.devices = 9: expected at most 4, the number of devices here",
 }
 
 
