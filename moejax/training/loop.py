@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import indent
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from moejax import device, json_lines, processes, progress
-from moejax.config import Experiment
+from moejax.config import Experiment, dump
 from moejax.data.batch import segment_lengths
 from moejax.data.batching import Batches
 from moejax.errors import UserError, out_of_memory
@@ -103,6 +104,8 @@ class Trainer:
         self._begun = any(r["step"] == 0 and "eval_loss" in r for r in records)
         logged = experiment if processes.is_first() else experiment.model_copy(update={"logging": ()})
         self.writer = MetricWriter(self.own_folder, logged, self.step if resume else None)
+        if not resume:
+            self.writer.write_text(0, "config", indent(dump(experiment), "    "))
         processes.wait_for_all("metrics of later steps are gone")
         self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder, self.own_folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
@@ -278,6 +281,7 @@ class Trainer:
             if self.experiment.checkpoint.best and self.scoring.best() == self.step:
                 self.scoring.keep_best(self._export)
             self.writer.write(self.step, record)
+            self.writer.write_text(self.step, "answers", self.scoring.samples)
             say(self.scoring.told(self.step))
         self._finished_at = time.perf_counter()
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from moejax.config import EvalConfig, Experiment
@@ -163,6 +164,7 @@ class Scoring:
         self.held_out, self.steps, self.folder, self.own = held_out, steps, folder, own or folder
         self.metric = f"eval/{held_out.settings.metric}"
         self.results = recorded(folder)
+        self.samples = ""  # the first answers of the newest evaluation, as Markdown
 
     def due(self, step: int) -> bool:
         return step in self.steps and step not in self.results
@@ -191,6 +193,7 @@ class Scoring:
         except Stopped:
             return None
         write(result, self.own / "eval" / f"step-{step}")
+        self.samples = "\n\n".join(_sample(p) for p in result.predictions[:_SAMPLES])
         self.results[step] = {
             "eval/epoch": epoch, "eval/accuracy": result.accuracy, "eval/accuracy_low": result.low, "eval/accuracy_high": result.high,
             **loss, "eval/problems": result.n, "eval/seconds": result.seconds,
@@ -236,3 +239,12 @@ class Scoring:
     def _value(self, step: int) -> str:
         r = self.results[step]
         return percent(r) if self.metric == "eval/accuracy" else f"{r[self.metric]:.4f}"
+
+
+_SAMPLES = 5
+
+
+def _sample(prediction: dict[str, Any]) -> str:
+    """One prediction as evaluation/evaluate.py has it, as Markdown."""
+    verdict = "right" if prediction["correct"] else f"wrong, expected `{prediction['expected']}`"
+    return f"**prompt**\n\n{indent(prediction['prompt'], ' ' * 4)}\n\n**answer** ({verdict})\n\n{indent(prediction['output'], ' ' * 4)}"

@@ -65,7 +65,7 @@ def ask(server, path, accept, **arguments):
 
 def test_scalars_and_profile_side_by_side(server, profiled):
     name = profiled.folder.name
-    ask(server, "plugin/scalars/tags", lambda tags: "loss" in tags.get(name, {}))
+    ask(server, "plugin/scalars/tags", lambda tags: "loss/train" in tags.get(name, {}))
     runs = ask(server, "plugin/profile/runs", bool)
     (run,) = [run for run in runs if run.startswith(name)]
     tools = ask(server, "plugin/profile/run_tools", bool, run=run)

@@ -63,7 +63,7 @@ def test_when_it_comes_and_what_it_leaves(make_experiment, monkeypatch, capsys):
         assert record["eval/accuracy"] == sum(line["correct"] for line in lines) / 6
         assert record["eval/accuracy_low"] <= record["eval/accuracy"] <= record["eval/accuracy_high"]
     assert found[-1][1]["eval/loss"] < found[0][1]["eval/loss"]
-    assert {"eval/accuracy", "eval/loss"} <= set(EventAccumulator(str(folder)).Reload().Tags()["tensors"])
+    assert {"score/accuracy", "score/loss", "answers"} <= set(EventAccumulator(str(folder)).Reload().Tags()["tensors"])
     best = json.loads((folder / "best/evaluation.json").read_text())
     assert best["eval/loss"] == min(record["eval/loss"] for step, record in found if step)
     assert (folder / "best/adapter/adapter_model.safetensors").exists()

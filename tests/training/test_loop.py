@@ -175,7 +175,8 @@ def test_what_a_run_leaves_behind(finished):
     assert [sum(c) for c in steps[0]["expert_counts"]] == [2 * steps[0]["real_tokens"]] * 2
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
     events = EventAccumulator(str(folder)).Reload()
-    assert {"loss", "learning_rate", "eval_loss", "expert_load_variance"} <= set(events.Tags()["tensors"])
+    tags = {"loss/train", "training/learning_rate", "loss/evaluation", "router/expert_load_variance", "config"}
+    assert tags <= set(events.Tags()["tensors"])
     kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     assert kept[-2:] == [3, 4] and len(kept) <= 3
     # Adapters, moments and step: nothing of the frozen base.
