@@ -13,7 +13,7 @@ from moejax import __version__
 from moejax.profiling.bars import KERNELS, NO_LAYERS
 from moejax.profiling.scopes import PHASES
 from moejax.study.reference import REFERENCE
-from moejax.study.report import published, status, takeaways
+from moejax.study.report import advice, published, status, takeaways
 from moejax.study.report.compare import Source, role
 from moejax.study.report.grid import Grid
 from moejax.study.report.naming import Naming, Rows, family, grouped, rows_of, said
@@ -62,7 +62,7 @@ def build(sources: Sequence[Source]) -> Page:
     made = Code(shlex.join(["moejax", "report", *(str(s.folder) for s in sources)]))
     how = Paragraph(text("This page: ", made, f" (moejax {__version__}). All values, exactly: results.csv; commands: characterize.json."))
     sections.append(Section("Trials and environment", "environment", (*status.without_result(sources), how, *status.environment(sources))))
-    lead = (*status.unfinished(sources), Paragraph(text(_beside(sources))), *takeaways.table(sources))
+    lead = (*status.unfinished(sources), *advice.paragraphs(sources), Paragraph(text(_beside(sources))), *takeaways.table(sources))
     return Page(f"Fine-tuning mixtures of experts on {' and '.join(s.label for s in sources)}", lead, tuple(sections))
 
 
@@ -70,13 +70,13 @@ def _beside(sources: Sequence[Source]) -> str:
     """What of the study stands beside ours."""
     models = {m.name: m.family for source in sources for m in source.study.models}
     alone = [name for name, known in models.items() if known is None]
-    none = f"The study ({PAPER}) had no model like {' or '.join(alone)}: nothing of it stands there."
+    none = f"The study ({PAPER}) had no model like {' or '.join(alone)}: none of its numbers are shown there."
     if len(alone) == len(models):
         return none
     told = (
-        f"Beside ours stands the PyTorch reference of the study ({PAPER}), as its group says: Mixtral-8x7B or BlackMamba-2.8B, on an A40 "
-        "unless another GPU is named. It stands where it has the same setting or one of the same meaning: batch 1, the largest batch, or a "
-        "sparse batch as large as dense's largest."
+        f"Next to ours are the numbers of the study's PyTorch reference ({PAPER}), named in each group: Mixtral-8x7B or BlackMamba-2.8B, "
+        "on an A40 unless another GPU is named. They are there where it has the same setting or one of the same meaning: batch 1, the "
+        "largest batch, or a sparse batch as large as dense's largest."
     )
     return f"{told} {none.replace(f' ({PAPER})', '')}" if alone else told
 
