@@ -19,7 +19,7 @@ from typing import Any, Literal
 from moejax.errors import UserError
 
 DATA_SHEET = "vendor's data sheet"
-Platform = Literal["cpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
+Platform = Literal["cpu", "tpu", "sm80", "sm8", "sm9"]  # a GPU by compute capability: A100; other Ampere and Ada; Hopper and later
 
 
 @dataclass(frozen=True)

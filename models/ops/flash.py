@@ -21,8 +21,8 @@ def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None
     """Why these kernels cannot run; None where they can. lacking: what `unsupported` says of the attention."""
     if lacking is not None:
         return lacking
-    if platform == "cpu":
-        return "jax's flash attention is for GPUs, and this is a CPU"
+    if platform == "cpu" or platform.startswith("TPU"):
+        return f"jax's flash attention is for GPUs, and this is a {platform if platform != 'cpu' else 'CPU'}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"jax's flash attention computes in bfloat16 here, and training.compute_dtype is {jnp.dtype(dtype).name}"
     if head_dim not in HEADS:

@@ -7,6 +7,7 @@ From shapes alone nothing is in memory, and the compiler says what a run will ta
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from moejax import installation, mesh, processes
+from moejax import installation, mesh, processes, tpus
 from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit
 from moejax.config import ROW_MULTIPLE, Experiment
 from moejax.data.batch import Batch, PairBatch
@@ -93,7 +94,7 @@ class TrainProgram:
         several = 1 if experiment.mesh is None else experiment.mesh.devices
         there = None if gpu is None else devices(gpu, several or 1)
         self._sharding = None if there is None else SingleDeviceSharding(there[0])
-        card = GPUS[gpu] if isinstance(gpu, str) else gpu
+        self._card = card = GPUS[gpu] if isinstance(gpu, str) else gpu
         self._pinned = None if there is None else _Pinned(Mesh(np.array(there[:1]), ("device",)), PartitionSpec())
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
@@ -261,7 +262,7 @@ class TrainProgram:
 
     @property
     def _on_gpu(self) -> bool:
-        return self._device is not None or jax.default_backend() == "gpu"
+        return jax.default_backend() == "gpu" if self._card is None else self._card.platform != "tpu"
 
     @cached_property
     def _evaluate(self) -> Any:
@@ -371,11 +372,16 @@ def devices(gpu: str | GPU, count: int) -> list[Any]:
         gpu = GPUS[gpu]
     from jax.experimental import topologies
 
+    tpu = gpu.platform == "tpu"
     try:
+        if tpu:
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network what machine this is
+            return list(topologies.get_topology_desc(tpus.of(gpu, count).topology, platform="tpu").devices)[:count]
         topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology=f"1x1x{count}")
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        extra = "aot-tpu" if tpu else "aot"
         raise UserError(
-            f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra `aot` "
-            f"({installation.for_extra('aot')}), and set JAX_PLATFORMS=cpu"
+            f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra `{extra}` "
+            f"({installation.for_extra(extra)}), and set JAX_PLATFORMS=cpu"
         ) from error
     return list(topology.devices)
