@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -81,6 +82,25 @@ def test_labels_change_nothing_but_the_viewers_names(profiled, trace, tmp_path):
     step = {n for n, m in trace.programs.items() if m.name == "jit_step"}
     assert all(shown[e.instruction].endswith(f": {e.instruction}") for e in trace.events if e.program in step)
     assert any(name.startswith("moe/w1 backward: ") for name in shown.values())
+
+
+def test_a_line_of_phases_and_one_of_layers_stand_above_the_threads(profiled):
+    planes = xplane.MESSAGES["XSpace"].FromString(xplane.find(profiled.folder).read_bytes()).planes
+    (plane,) = [plane for plane in planes if plane.name == label.PLANE]
+    shown = {line.name: [plane.event_metadata[e.metadata_id].name for e in line.events] for line in plane.lines}
+    phases = [name for name in shown["phase"] if name in ("forward", "backward", "optimizer")]
+    assert set(phases) == {"forward", "backward", "optimizer"} and phases.index("forward") < phases.index("optimizer")
+    assert {"attention", "moe", "loss", "optimizer"} <= set(shown["kind of layer"])
+    for line in plane.lines:
+        ends = [(e.offset_ps, e.offset_ps + e.duration_ps) for e in line.events]
+        assert all(end <= start for (_, end), (start, _) in pairwise(ends))
+
+
+def test_a_block_is_a_run_of_one_name():
+    events = [(0, 4, "forward"), (3, 6, "forward"), (5, 9, "other"), (7, 8, "backward"), (8, 9, "forward")]
+    assert label.blocks(events) == [(0, 6, "forward"), (7, 8, "backward"), (8, 9, "forward")]
+    assert label.blocks([(0, 9, "a"), (5, 8, "b")]) == [(0, 5, "a"), (5, 8, "b")]
+    assert label.blocks([(0, 9, "a"), (9, 10, "b"), (10, 20, "a")], 2) == [(0, 20, "a")]
 
 
 def test_tracing_changes_no_number(profiled, plain):
