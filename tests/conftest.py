@@ -12,14 +12,16 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def quick_flags():
-    """Tests compile far more than they compute, and these flags take four fifths of the compile time away. XLA ends a process that names
-    a flag that it does not know: only flags whose names stand in its library."""
+def xla_flags(wanted):
+    """XLA ends a process that names a flag that it does not know: only those whose names stand in its library."""
     libraries = Path(find_spec("jaxlib").submodule_search_locations[0]).glob("libjax_common*")
     with next(libraries).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
-        return " ".join(f"--{name}={value}" for name, value in QUICK.items() if library.find(name.encode()) >= 0)
+        return " ".join(f"--{name}={value}" for name, value in wanted.items() if library.find(name.encode()) >= 0)
 
 
+# XLA ends a process in which a virtual device waits for another for 40 s, which a busy machine makes it do.
+PATIENT = {"xla_cpu_collective_call_terminate_timeout_seconds": 900, "xla_cpu_collective_timeout_seconds": 900}
+# Tests compile far more than they compute, and these take four fifths of the compile time away.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": "true",
@@ -27,14 +29,14 @@ QUICK = {
 }
 USUAL = os.environ.get("MOEJAX_TEST_XLA") == "usual"  # compiled as for a user
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done it
+    flags = ["--xla_force_host_platform_device_count=4", os.environ.get("XLA_FLAGS", ""), xla_flags(PATIENT | ({} if USUAL else QUICK))]
     # What one test compiles, others and their processes read; nothing is left in the user's cache, or comes from there.
     PROGRAMS = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        # Devices for meshes; what has none runs on the first, as on a machine with one.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')} {'' if USUAL else quick_flags()}".strip(),
+        "XLA_FLAGS": " ".join(filter(None, flags)),  # devices for meshes; what has none runs on the first, as on a machine with one
     }
 
 import jax
