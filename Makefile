@@ -74,9 +74,10 @@ $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb: $(VENV)/.%: $(S
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[$*]' -c constraints.txt
 	@touch $@
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, and the words of the docs
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python tests/lint_words.py
 
 bench: $(STAMP) reference4 reference5 ## one training step and PyTorch's, in turn, on this machine
 	@$(BIN)/python benchmarks/step_times.py --cpu --out benchmarks/results/$$(date +%F)-cpu-step.json

@@ -4,7 +4,7 @@
 
 Writes benchmarks/results/DATE-curves.json, docs/frameworks/curves.png, and the table between the marks in docs/frameworks.md. In fp32
 losses must agree within 1e-4 (relative) until a token chooses another expert on one side; where that happens the step, the token and the
-gap between its two candidates are printed. How far rounding alone drives this training apart, a control says: PyTorch beside itself, one
+gap between its two candidates are printed. How far rounding alone drives this training apart, a control says: PyTorch next to itself, one
 trained matrix changed by its last bit at the start. In bf16 both curves are shown and nothing is claimed. Threads: one each, unless
 OMP_NUM_THREADS says more.
 """
@@ -180,7 +180,7 @@ def between(page: Path, name: str, text: str) -> None:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| run | largest relative difference until routing differs | of all steps | routing first differs | control: PyTorch beside "
+        "| run | largest relative difference until routing differs | of all steps | routing first differs | control: PyTorch next to "
         "itself | mean loss of the last 50: moejax, PyTorch |",
         "|---|---|---|---|---|---|",
     ]
@@ -261,7 +261,7 @@ def main() -> int:
         options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
     figure(results, ROOT / "docs" / "frameworks" / "curves.png")
     between(ROOT / "docs" / "frameworks.md", "curves", table(results))
-    # What parts although PyTorch stays beside itself is no rounding.
+    # What parts although PyTorch stays next to itself is no rounding.
     return int(any(r["agrees"] is False and r["control"]["first_step_outside"] is None for r in results.values()))
 
 

@@ -300,7 +300,7 @@ def estimate_memory(
 ) -> MemoryEstimate:  # fmt: skip
     """What a training step takes on a GPU by name (`moejax estimate memory --help`), "here" for this machine.
 
-    rows: judge so many; None: find the largest number that fits. seq_len: tokens of a row (default: the config's longest). The compiler
+    rows: judge this many; None: find the largest number that fits. seq_len: tokens of a row (default: the config's longest). The compiler
     answers where it can (for another GPU with the extra `aot`), else the closed form, whose error is some 3 %. Raises UserError.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
