@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moejax import __version__, gpus, installation
-from moejax.estimator import comparison, own
+from moejax.errors import UserError
+from moejax.estimator import comparison, margin, own, receipts
 from moejax.estimator.receipts import RECEIPT as RECEIPT
 from moejax.estimator.receipts import Receipt
 from moejax.files import replace_text
@@ -45,14 +47,14 @@ def recipe(experiment: Experiment, config: Architecture, engagement: dict[str, A
     }  # fmt: skip
 
 
-def program(experiment: Experiment, config: Architecture, gpu: str, tokens: int, receipts: Iterable[Receipt]) -> dict[str, Any] | None:
+def program(experiment: Experiment, config: Architecture, gpu: str, tokens: int, known: Iterable[Receipt]) -> dict[str, Any] | None:
     """The roofline of a step of so many tokens on a card of the table, with what runs before said of it; None for another device."""
     if gpu not in gpus.GPUS or experiment.mesh is not None:
         return None
     rows = experiment.data.batch_rows
     length = max(1, tokens // (rows * experiment.training.gradient_accumulation))
     seconds = own.program_seconds(experiment, config, gpus.GPUS[gpu], rows, length)
-    found = own.estimate(seconds, gpus.GPUS[gpu], receipts)
+    found = own.estimate(seconds, gpus.GPUS[gpu], known)
     return {"seconds": seconds, "tokens": tokens, "predicted": found.seconds, "interval": list(found.interval), "basis": found.basis}
 
 
@@ -81,6 +83,20 @@ def write(folder: Path, document: comparison.Document) -> Path | None:
     path = folder / RECEIPT
     replace_text(path, json.dumps(receipt, indent=1) + "\n")
     return path
+
+
+def before(experiment: Experiment) -> list[Receipt]:
+    """Of earlier runs in the same folder; one that another version wrote is no reason to stop."""
+    found: list[Receipt] = []
+    for file in Path(experiment.runs_dir).glob(f"*/{RECEIPT}"):
+        with suppress(UserError):
+            found += receipts.read(file)
+    return found
+
+
+def margin_here(experiment: Experiment, gpu: str) -> margin.Margin:
+    """What of the memory of a card to leave free, by the runs before."""
+    return margin.of_card(gpu, installation.versions().get("jax"), before(experiment))
 
 
 @dataclass(frozen=True)

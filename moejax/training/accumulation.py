@@ -12,7 +12,7 @@ from moejax.models.config import Architecture
 from moejax.progress import say, waiting
 from moejax.training import oracle
 from moejax.training.program import NOTHING_OWN, Own
-from moejax.training.remat import HOPELESS, RESERVE
+from moejax.training.remat import HOPELESS, within
 
 PLAIN = "micro_batch_major"
 
@@ -51,7 +51,7 @@ def choose(experiment: Experiment, config: Architecture, own: Own) -> tuple[str,
         return PLAIN, f"layer_major: about {estimated / 1e9:.1f} of {limit / 1e9:.1f} GB by arithmetic"
     with waiting("compiling the step with training.accumulation = layer_major"):
         peak = asked.peak_bytes(rows)
-    fits = peak <= (1 - RESERVE) * limit
+    fits = peak <= within(experiment, limit)
     told = f"layer_major: {peak / 1e9:.1f} of {limit / 1e9:.1f} GB"
     if not fits:
         return PLAIN, told

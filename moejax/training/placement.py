@@ -10,7 +10,7 @@ from moejax.estimator import placing
 from moejax.models.config import Architecture
 from moejax.progress import say, waiting
 from moejax.training import oracle
-from moejax.training.remat import RESERVE
+from moejax.training.remat import within
 
 
 def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experiment:
@@ -41,7 +41,7 @@ def _choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[s
             tried[place] = asked.peak_bytes(rows)
         return tried[place]
 
-    found = placing.most_layers(peak_bytes, layers, placing.expert_bytes(experiment, config) / layers, (1 - RESERVE) * limit)
+    found = placing.most_layers(peak_bytes, layers, placing.expert_bytes(experiment, config) / layers, within(experiment, limit))
     chosen = {0: "host", layers: "device"}.get(found, found)
     return chosen, f"{', '.join(f'{place}: {peak / 1e9:.1f}' for place, peak in tried.items())} of {limit / 1e9:.1f} GB"
 

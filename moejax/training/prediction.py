@@ -12,8 +12,7 @@ from typing import Any
 from moejax import device, gpus
 from moejax.config import Experiment
 from moejax.errors import UserError
-from moejax.estimator import coefficients, comparison, fitting, prices, receipts, run_receipt, units
-from moejax.estimator.receipts import Receipt
+from moejax.estimator import coefficients, comparison, fitting, prices, run_receipt, units
 from moejax.models.config import Architecture
 from moejax.models.ops.choice import here
 from moejax.progress import say
@@ -46,7 +45,7 @@ def announce(
         "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": experiment.method, "share": share, "time": time,
         "why_no_time": why, "disturbed_steps": disturbed,
         "recipe": run_receipt.recipe(experiment, config, _engagement(experiment, config, tokens)),
-        "program": None if experiment.preference else run_receipt.program(experiment, config, gpu, tokens, _known(experiment)),
+        "program": None if experiment.preference else run_receipt.program(experiment, config, gpu, tokens, run_receipt.before(experiment)),
     }  # fmt: skip
     comparison.write_json(path, document)
     told = f"prediction: {units.told(peak_bytes)} by the compiled step"
@@ -89,15 +88,6 @@ def _engagement(experiment: Experiment, config: Architecture, tokens: int) -> di
         "attention": attention.removeprefix("attention: ") or None, "remat": experiment.training.remat,
         "accumulation": experiment.training.accumulation,
     }  # fmt: skip
-
-
-def _known(experiment: Experiment) -> list[Receipt]:
-    """Of runs before, in the same folder; one that another version wrote is no reason to stop."""
-    found: list[Receipt] = []
-    for file in Path(experiment.runs_dir).glob(f"*/{run_receipt.RECEIPT}"):
-        with suppress(UserError):
-            found += receipts.read(file)
-    return found
 
 
 def conclude(folder: Path) -> list[str]:

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import jax
 
-from moejax import device
+from moejax import device, gpus
 from moejax.config import Experiment, load
+from moejax.estimator import run_receipt
 from moejax.models.config import Architecture
 from moejax.models.layers import REMAT_POLICIES
 from moejax.models.ops import host
 from moejax.progress import say, waiting
 from moejax.training import oracle
 
-RESERVE = 0.03
-"""Of the usable memory, left free by a policy that is not the last resort: the compiler's peak may be so much below the allocator's."""
 HOPELESS = 1.2
 """What the closed form puts at more than this share of the memory is not compiled."""
 
@@ -61,6 +60,7 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
     told = []
     rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
     here = device.this_machine(experiment.device.memory_fraction)
+    most = within(experiment, limit)
     *others, last = policies()
     for policy in others:
         asked = oracle.Oracle(experiment.changed("training", remat=policy), config, here, row_tokens, None)
@@ -71,9 +71,14 @@ def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[st
         with waiting(f"compiling the step with training.remat = {policy}"):
             peak = asked.peak_bytes(rows)
         told.append(f"{policy}: {peak / 1e9:.1f}")
-        if peak <= (1 - RESERVE) * limit:
+        if peak <= most:
             return policy, told
     return last, told
+
+
+def within(experiment: Experiment, limit: int) -> float:
+    """Bytes that a step which is not the last resort may take of `limit`; the rest is for what the compiler's peak leaves out."""
+    return (1 - run_receipt.margin_here(experiment, gpus.gpu_name(device.name())).share) * limit
 
 
 def policies() -> tuple[str, ...]:

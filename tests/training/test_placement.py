@@ -206,7 +206,7 @@ def test_auto_is_the_device_where_the_step_fits(make_experiment, monkeypatch, ca
     sizes = experiment.model.architecture(None)
     assert placement.resolve(experiment, sizes, 3).placement.experts == "device"  # a CPU has one memory
     monkeypatch.setattr(device, "usable_bytes", lambda: 1_000)
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")])
     monkeypatch.setattr(device, "this_machine", lambda fraction: None)
     for peak, chosen in ((970, "device"), (971, "host")):  # 3 % stay free, as of `training.remat: auto`
         monkeypatch.setattr(oracle.Oracle, "peak_bytes", lambda self, rows, peak=peak: peak)
@@ -220,7 +220,7 @@ def test_auto_is_as_many_layers_as_fit(make_experiment, monkeypatch, capsys):
     of_layer = placing.expert_bytes(experiment, sizes) / 32
     card = SimpleNamespace(memory_gb=24, pcie=4, pcie_lanes=16)
     monkeypatch.setattr(device, "usable_bytes", lambda: 22e9)
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")])
     monkeypatch.setattr(device, "this_machine", lambda fraction: card)
 
     def peak_bytes(self, rows):
