@@ -131,6 +131,8 @@ def _options(mesh: MeshConfig) -> dict[str, Any]:
     """For `jax.distributed.initialize`, which asks SLURM and OpenMPI 4 itself for what is not given. A process that they start has the
     device of its number on its host, others have all that they see."""
     address = {} if mesh.coordinator is None else {"coordinator_address": mesh.coordinator}
+    if mesh.coordinator is not None and mesh.coordinator.rsplit(":", 1)[0] in _HERE:
+        address["coordinator_bind_address"] = mesh.coordinator  # jax would listen to every network
     if mesh.process_id is not None:
         own = {"num_processes": mesh.processes, "process_id": mesh.process_id}
         return {**address, **own, "cluster_detection_method": "deactivate"}
@@ -161,6 +163,8 @@ def _wait_for(coordinator: str, process: int) -> None:
                 ) from None
         time.sleep(0.5)
 
+
+_HERE = ("127.0.0.1", "localhost")
 
 _handlers: list[Any] = []
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moejax.errors import UserError, first_line
 
+LARGEST, _RATIO = 1 << 30, 100
+"""Bytes that any file may unpack to, and a record may have; more than that, and than _RATIO times the file's own size, is refused."""
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 
 
@@ -51,8 +53,14 @@ def unpacked(path: str, content: bytes) -> bytes:
     form = form_of(content)
     if form is None:
         return content
+    limit = max(LARGEST, _RATIO * len(content))
     with form.unpacking(path):
-        content = bytes(form.open(io.BytesIO(content)).read())
+        content = bytes(form.open(io.BytesIO(content)).read(limit + 1))
+    if len(content) > limit:
+        raise UserError(
+            f"{path} ({form.name}) unpacks to more than {limit:,} bytes, over {_RATIO} times its own size, which could fill the memory: "
+            "unpack it yourself if it is right"
+        )
     if not content:
         raise UserError(f"{path} is empty, once it is unpacked ({form.name})")
     if inner := form_of(content):

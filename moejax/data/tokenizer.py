@@ -47,8 +47,8 @@ def load_tokenizer(source: str, added: Sequence[str] = ()) -> Any:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
         elif path.is_dir():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+        else:  # code of a repository's own is never run: without False transformers would ask, in the terminal
+            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:

@@ -64,8 +64,9 @@ def _filled(file: BinaryIO, before: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _pieces(window: bytes, file: BinaryIO, border: bytes) -> Iterator[tuple[bytes, bool]]:
-    """What was read and the rest, in pieces that end behind a line break with which a `border` begins; whether each is the last."""
+def _pieces(path: str, window: bytes, file: BinaryIO, border: bytes) -> Iterator[tuple[bytes, bool]]:
+    """What was read and the rest, in pieces that end behind a line break with which a `border` begins; whether each is the last. Raises
+    UserError where there is none for too long."""
     while True:
         more = file.read(1)
         cut = len(window) if not more else window.rfind(border) + 1
@@ -73,13 +74,15 @@ def _pieces(window: bytes, file: BinaryIO, border: bytes) -> Iterator[tuple[byte
             yield window[:cut], not more
         if not more:
             return
+        if len(window) - cut > compression.LARGEST:
+            raise UserError(f"{path}: a record of more than {compression.LARGEST:,} bytes: expected an object a line, or a table")
         window = _filled(file, window[cut:] + more)
 
 
 def _objects(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
     """Pieces that end before a line that begins with an object: no object is cut there."""
     line, count = 0, 0
-    for piece, last in _pieces(head, file, b"\n{"):
+    for piece, last in _pieces(path, head, file, b"\n{"):
         try:
             records = parsing.objects(path, piece, last=last, count=count)
         except UserError as error:
@@ -95,7 +98,7 @@ def _further(error: UserError, lines: int) -> UserError:
 
 
 def _rows(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
-    pieces = _pieces(head.removeprefix(codecs.BOM_UTF8), file, b"\n")
+    pieces = _pieces(path, head.removeprefix(codecs.BOM_UTF8), file, b"\n")
     text = itertools.chain.from_iterable(io.StringIO(piece.decode(), newline="") for piece, _ in pieces)
     lines = itertools.dropwhile(lambda line: not line.strip(" \t\r\n\f\v\ufeff"), text)
     try:
