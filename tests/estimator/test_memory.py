@@ -265,7 +265,7 @@ def test_whatever_the_step_imports_makes_the_key(monkeypatch, tmp_path):
 
 
 def test_the_closed_form_beside_kept_compiled_figures():
-    """docs/estimator.md's table: the study's configs on three GPUs, and which cells miss the bar of 3 %."""
+    """docs/estimator.md: the study's configs on three GPUs, and which steps miss the bar of 3 %."""
     missed, compared = set(), 0
     for row in kept_result("gpu-program")["steps"]:
         card = gpus.find(row["gpu"])
