@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import json
 import mmap
 import os
@@ -93,9 +94,21 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)
 
 
+MOST_MAPPINGS = 40_000
+"""Linux allows a process 65,530 (vm.max_map_count), every compiled program takes some, and XLA ends the process where one fails."""
+_ended = itertools.count(1)
+
+
+def mappings():
+    """How many parts of this process's memory are mapped; 0 where the system does not say."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.is_file() else 0
+
+
 def pytest_runtest_teardown(item, nextitem):
-    """A folder's programs go with its last test: others share few of them, and all together are gigabytes."""
-    if nextitem is not None and nextitem.path.parent != item.path.parent:
+    """A folder's programs go with its last test: others share few of them, and all together are gigabytes. Earlier, where they are many."""
+    other_folder = nextitem is not None and nextitem.path.parent != item.path.parent
+    if other_folder or (next(_ended) % 20 == 0 and mappings() > MOST_MAPPINGS):
         jax.clear_caches()
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed
