@@ -140,7 +140,7 @@ def usable_bytes(gpu: GPU, fraction: float) -> float:
     return gpu.memory_bytes * fraction if gpu.usable_bytes is None else gpu.usable_bytes
 
 
-# Of programs that nothing was read off, the closed form was at most 3.1 % too low (docs/study.md, Table III beside ours).
+# Of programs that nothing was read off, the closed form was at most 3.1 % too low (docs/study.md, Table III next to ours).
 CLOSED_FORM_ERROR = 0.035
 LEAST_FREE_BYTES = 0.3e9
 COMPILE = "too close to call by the closed form: compile (extra `aot`)"
