@@ -1,4 +1,4 @@
-"""The `moejax` command: the table of commands, and how a mistake is told. A command's module is imported when it is asked for."""
+"""The `moejax` command: the table of commands, and how a mistake is reported. A command's module is imported when it runs."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ class Command(NamedTuple):
     commands: Mapping[str, Command] = {}
 
 
-# Names of moejax.study stand here and nowhere else in the tool (tests/test_imports.py): this is its door.
+# The only place in the tool that names modules of moejax.study (tests/test_imports.py).
 ESTIMATE = {
-    "memory": Command("the largest batch that fits, and what its peak is made of", "moejax.commands.estimate_memory"),
-    "predict": Command("throughput, hours and dollars of a run", "moejax.commands.estimate_predict"),
-    "plan": Command("which GPU is cheapest, fastest for a budget, cheapest in time", "moejax.commands.estimate_plan"),
-    "fit": Command("fit coefficients.json to several profiled runs of one model", "moejax.commands.estimate_fit"),
-    "compare": Command("a run's predicted memory and time, and measured (accuracy: compare)", "moejax.commands.estimate_compare"),
-    "receipts": Command("measured steps that estimates rest on: published ones, and your own", "moejax.commands.estimate_receipts"),
-    "reproduce": Command("the study's Tables III, IV and Figures 13 to 15; then our model", "moejax.study.cost.command"),
+    "memory": Command("find the largest batch that fits, and break down its peak memory", "moejax.commands.estimate_memory"),
+    "predict": Command("predict throughput, hours and dollars of a run", "moejax.commands.estimate_predict"),
+    "plan": Command("choose a GPU by price, budget or deadline; or placements for one", "moejax.commands.estimate_plan"),
+    "fit": Command("fit coefficients to several profiled runs of one model", "moejax.commands.estimate_fit"),
+    "compare": Command("compare predicted and measured memory and time of runs", "moejax.commands.estimate_compare"),
+    "receipts": Command("list the measurements that estimates use: published ones and yours", "moejax.commands.estimate_receipts"),
+    "reproduce": Command("recompute the study's Tables III, IV and Figures 13 to 15", "moejax.study.cost.command"),
 }
 GROUPS = {
     "train": {
         "init": Command("write a commented config for your own data", "moejax.commands.init"),
-        "data": Command("what a config trains on: counts, examples; no weights", "moejax.commands.data"),
-        "train": Command("fine-tune a model as a config file says", "moejax.commands.train"),
-        "export": Command("a run's adapter or merged model for PyTorch; reloaded, compared", "moejax.commands.export"),
+        "data": Command("show the training data of a config: counts and examples", "moejax.commands.data"),
+        "train": Command("fine-tune a model from a config file", "moejax.commands.train"),
+        "export": Command("export an adapter, merged model or GGUF file, and verify it", "moejax.commands.export"),
     },
     "ask the model": {
-        "chat": Command("a conversation with a finished run's model", "moejax.commands.chat"),
-        "generate": Command("what a finished run's model answers to a prompt", "moejax.commands.generate"),
-        "eval": Command("accuracy of a run or model on a task (gsm8k, piqa-generated, …)", "moejax.commands.eval"),
-        "exact-match": Command("answers of the base and of the tuned model on held-out problems", "moejax.commands.exact_match"),
-        "compare": Command("accuracy by epoch of runs (times: moejax estimate compare)", "moejax.study.report.accuracy"),
-        "expert-load": Command("tokens per expert and layer over a data set, base and tuned", "moejax.commands.expert_load"),
+        "chat": Command("chat with the model of a finished run", "moejax.commands.chat"),
+        "generate": Command("generate answers to prompts with the model of a finished run", "moejax.commands.generate"),
+        "eval": Command("measure accuracy on a task (gsm8k, piqa-generated, …)", "moejax.commands.eval"),
+        "exact-match": Command("score the base and the tuned model on held-out problems", "moejax.commands.exact_match"),
+        "compare": Command("compare accuracy by epoch of several runs", "moejax.study.report.accuracy"),
+        "expert-load": Command("count tokens per expert and layer, for base and tuned model", "moejax.commands.expert_load"),
     },
     "time and memory": {
-        "estimate": Command("what fits, how fast, how many dollars, on which GPU", commands=ESTIMATE),
-        "profile": Command("trace a config's first steps, say where a step's time goes", "moejax.commands.profile"),
-        "breakdown": Command("where the time of a profiled run's step goes, beside the study's", "moejax.commands.breakdown"),
+        "estimate": Command("estimate memory, time and cost of a run on a GPU", commands=ESTIMATE),
+        "profile": Command("trace a few training steps and break down their time", "moejax.commands.profile"),
+        "breakdown": Command("break down the step time of a profiled run, next to the study's", "moejax.commands.breakdown"),
     },
     "the whole study": {
-        "characterize": Command("the study's experiments on this machine, one resumable sweep", "moejax.study.characterize.command"),
-        "report": Command("one page (HTML, Markdown) of what `moejax characterize` measured", "moejax.study.report.command"),
+        "characterize": Command("run the study's experiments on this machine (resumable)", "moejax.study.characterize.command"),
+        "report": Command("write the results of `moejax characterize` as HTML and Markdown", "moejax.study.report.command"),
     },
     "this machine": {
-        "doctor": Command("what this machine has, what is wrong with it, and what to do", "moejax.commands.doctor"),
-        "verify": Command("which parts of what a run saved are damaged", "moejax.commands.verify"),
-        "selftest": Command("stop tiny runs at random moments, resume, compare the results", "moejax.commands.selftest"),
+        "doctor": Command("check this machine and its installation, and suggest fixes", "moejax.commands.doctor"),
+        "verify": Command("check the files of a run for damage", "moejax.commands.verify"),
+        "selftest": Command("stop and resume tiny runs at random, and compare the results", "moejax.commands.selftest"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
@@ -74,7 +74,7 @@ _OTHER_WORDS = {"init": "new create start", "data": "dataset preview inspect",
 
 
 class _Parser(argparse.ArgumentParser):
-    """What argparse has to say is one message, as every mistake is."""
+    """Reports argparse's errors in one message, like every other mistake."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -88,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 2 for a mistake of the user's, told in one message."""
+    """Run a command. Returns the exit code: 2 for a user's mistake, reported in one message."""
     return _main("moejax", Command("fine-tune Mixture-of-Experts models on one GPU or several, in JAX", commands=COMMANDS), arguments)
 
 
@@ -110,7 +110,7 @@ def _main(prog: str, command: Command, arguments: Sequence[str] | None) -> int:
 
 
 def _run(prog: str, command: Command, given: Sequence[str]) -> int:
-    """Follow the names of commands, parse the last one's arguments, run it. Without any argument the help is shown."""
+    """Resolve the (sub)command, parse its arguments and run it. Show the help where there is no argument."""
     bare = not given
     while command.commands:
         name, *given = given or ["--help"]
@@ -147,13 +147,13 @@ def _sentence(text: str) -> str:
 
 
 def _overview(prog: str, command: Command) -> str:
-    """The help of what has commands: each with what it does, in their groups."""
+    """The help of a command that has subcommands: what each does, by group."""
     groups = GROUPS if command.commands is COMMANDS else {"commands": command.commands}
     lines = [f"usage: {prog} [--help | --version] COMMAND …", "", _sentence(command.help)]
     width = max(map(len, command.commands))
     for group, members in groups.items():
         lines += ["", f"{group}:", *(f"  {name:<{width}}  {member.help}" for name, member in members.items())]
-    return "\n".join([*lines, "", f"{prog} COMMAND --help says what a command takes.", ""])
+    return "\n".join([*lines, "", f"{prog} COMMAND --help lists the options of a command.", ""])
 
 
 def _unknown_command(name: str, prog: str, commands: Mapping[str, Command]) -> str:
@@ -167,7 +167,7 @@ def _unknown_command(name: str, prog: str, commands: Mapping[str, Command]) -> s
 
 
 def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.ArgumentParser, configured: bool) -> str:
-    """What to say about an argument that a command does not take. configured: the command takes values of its config."""
+    """The message for an unknown argument. configured: the command accepts config values (key.sub=value)."""
     name, _, value = argument.partition("=")
     if not name.startswith("-"):
         configured = configured or any(action.dest == "config" for action in parser._actions)
@@ -191,7 +191,7 @@ def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.Argu
 
 
 def guarded(call: Callable[[], int], asked: str) -> int:
-    """The exit code of a command's call. What is wrong with the input, the machine or the installation is one message and no traceback."""
+    """Call a command and return its exit code. Faults of input, machine or installation give one message, no traceback."""
     try:
         code = call()
         sys.stdout.flush()
@@ -211,7 +211,7 @@ def guarded(call: Callable[[], int], asked: str) -> int:
 
 
 def _message(error: Exception, asked: str) -> str | None:
-    """What is wrong with the input, the machine or the installation; None where it is this program."""
+    """The message for a fault of input, machine or installation; None for a bug of this program."""
     match error:
         case UserError():
             return str(error)

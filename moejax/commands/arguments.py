@@ -1,4 +1,4 @@
-"""Arguments that several commands have: CONFIG with its changes, and RUN, by place or by the name that they had; names of GPUs; counts."""
+"""Arguments shared by several commands: CONFIG with overrides, RUN (positional, or by its old name), GPU names, counts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from moejax.models.config import Architecture
 
 MOST_DEVICES = 1024
-RECEIPTS_HELP = "a folder with your own measurements: receipts (*.json), or runs, each of which has its receipt.json"
+RECEIPTS_HELP = "folder with your own measurements: receipts (*.json), or runs with a receipt.json"
 
 
-def add_config(parser: argparse.ArgumentParser, changes: str = "change single values, e.g. training.epochs=3") -> None:
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="experiment in YAML (`moejax init` writes one)")
+def add_config(parser: argparse.ArgumentParser, changes: str = "override config values, e.g. training.epochs=3") -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="config file in YAML (`moejax init` writes one)")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=changes)
-    parser.add_argument("--config", dest="file", metavar="CONFIG", help="the same by name")
+    parser.add_argument("--config", dest="file", metavar="CONFIG", help="same as CONFIG")
 
 
 def settle_config(options: argparse.Namespace, otherwise: str = "") -> None:
@@ -49,7 +49,7 @@ def add_old(parser: argparse.ArgumentParser, name: str, now: str, **settings: An
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run, e.g. runs/demo, or of a model in Hub layout")
     add_old(parser, "--run", "RUN by itself", dest="folder")
 
 

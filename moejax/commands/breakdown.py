@@ -1,4 +1,4 @@
-"""`moejax breakdown RUN…`: the tables, the figures, the takeaways."""
+"""`moejax breakdown RUN…`: print tables, draw figures and list takeaways."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, a *.xplane.pb, or a step_profile.json")
-    parser.add_argument("--out", default=None, metavar="DIR", help="where the figures go (default: RUN/breakdown)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a profiled run, an *.xplane.pb or a step_profile.json")
+    parser.add_argument("--out", default=None, metavar="DIR", help="folder for the figures (default: RUN/breakdown)")
     parser.add_argument(
         "--reference",
         choices=("match", "all", "none"),
         default="match",
-        help="the study's bars beside: of the same model and k (default), of all its settings, or none",
+        help="which of the study's results to show: those of the same model and k (default), all, or none",
     )
-    parser.add_argument("--json", action="store_true", help="numbers to standard output instead of tables and figures")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables and figures")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`moejax chat RUN`: a conversation with a finished run's model in a terminal, or over a pipe."""
+"""`moejax chat RUN`: chat with the model of a finished run, in a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ LINES = "A line is a message. /reset forgets the conversation; /exit or Ctrl-D e
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--base", action="store_true", help="the model that the run began with, without its adapter")
-    parser.add_argument("--system", default="", metavar="TEXT", help="what the system says before the first message")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 512, at most half the model's positions)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token; 1: as the model has it")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that have this share together")
-    parser.add_argument("--top-k", type=int, default=None, help="draw from the likeliest so many tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--base", action="store_true", help="use the base model, without the adapter")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N",
+        help="maximum length of an answer (default: 512, at most half the model's positions)",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy decoding")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this total probability")
+    parser.add_argument("--top-k", type=int, default=None, help="sample from the K most likely tokens")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default: 0)")
     parser.epilog = LINES
 
 

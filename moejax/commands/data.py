@@ -1,4 +1,4 @@
-"""`moejax data CONFIG`: what a run would train on, counted, with examples. By a tokenizer alone: no weights, no jax, nothing written."""
+"""`moejax data CONFIG`: show counts and examples of the training data. Needs only a tokenizer: no weights, no jax; writes nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moejax.progress import say, waiting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser, "change single values, e.g. data.source=FILE")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_config(parser, "override config values, e.g. data.source=FILE")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`moejax doctor`: what this machine has, what is wrong with it, and what to do."""
+"""`moejax doctor`: check this machine and its installation, and suggest fixes."""
 
 from __future__ import annotations
 

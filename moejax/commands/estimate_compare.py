@@ -1,4 +1,4 @@
-"""`moejax estimate compare RUN…`: predicted against measured of finished runs."""
+"""`moejax estimate compare RUN…`: compare predicted and measured memory and time of finished runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from moejax.estimator.units import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished runs' folders, e.g. runs/demo; none: all of --runs-dir")
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where all runs are looked for (runs)")
-    parser.add_argument("--coefficients", metavar="FILE", help="of this model and device; by default those that the run was told")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, e.g. runs/demo (default: all in --runs-dir)")
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="folder with the runs to compare (default: runs)")
+    parser.add_argument("--coefficients", metavar="FILE", help="coefficients of this model and device (default: those the run used)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 

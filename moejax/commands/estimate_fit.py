@@ -1,4 +1,4 @@
-"""`moejax estimate fit RUN…`: coefficients.json from the step_profile.json of several runs of one model."""
+"""`moejax estimate fit RUN…`: fit coefficients.json to the step_profile.json of several runs of one model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moejax.profiling import schema
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a profiled run's folder, or a step_profile.json")
-    parser.add_argument("--out", default="coefficients.json", metavar="FILE", help="where the coefficients go (default: coefficients.json)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a profiled run, or a step_profile.json")
+    parser.add_argument("--out", default="coefficients.json", metavar="FILE", help="output file (default: coefficients.json)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 

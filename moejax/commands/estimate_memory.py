@@ -1,4 +1,4 @@
-"""`moejax estimate memory`: the largest batch, the peak and what it is made of."""
+"""`moejax estimate memory`: find the largest batch and break down its peak memory."""
 
 from __future__ import annotations
 
@@ -25,18 +25,24 @@ from moejax.training.oracle import Oracle, oracle
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]", help=f"GPUs by name, or `{HERE}`: this machine")
-    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
-    several = "so many of each, the weights on them as mesh.weights says: whole (default), spread or experts"
+    parser.add_argument(
+        "--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]",
+        help=f"GPU names, or `{HERE}` for this machine (default: A40,A100-80,H100)",
+    )  # fmt: skip
+    parser.add_argument("--gpu-file", metavar="FILE", help="YAML file that defines more GPUs")
+    several = "number of GPUs; mesh.weights sets how weights are placed: whole (default), spread or experts"
     parser.add_argument("--devices", type=int, metavar="N", help=several)
-    parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="of a row; by default the config's longest")
-    parser.add_argument("--rows", type=int, metavar="N", help="only so many rows: peak and breakdown; by default the largest that fits")
+    parser.add_argument("--seq-len", type=int, metavar="TOKENS", help="tokens per row (default: the config's longest)")
+    parser.add_argument(
+        "--rows", type=int, metavar="N",
+        help="number of rows: show peak and breakdown (default: find the largest that fits)",
+    )  # fmt: skip
     parser.add_argument(
         "--placements", action="store_true",
-        help="experts (of the layers that do not fit, or all), and tables too, in the host's memory: what fits, what the bus costs a step"
+        help="also try experts and tables in host memory: what fits, and transfer time per step"
     )
-    parser.add_argument("--closed-form", action="store_true", help="do not compile: by arithmetic (also without the extra `aot`)")
-    parser.add_argument("--study", action="store_true", help="the study's Table III beside ours on 40, 48 and 80 GB (without CONFIG)")
+    parser.add_argument("--closed-form", action="store_true", help="compute memory by formula instead of compiling (needs no extra `aot`)")
+    parser.add_argument("--study", action="store_true", help="show the study's Table III next to ours on 40, 48 and 80 GB (without CONFIG)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 

@@ -1,4 +1,4 @@
-"""`moejax estimate plan`: which GPU is cheapest, fastest under a budget, cheapest in time; with a CONFIG, how it fits on a GPU."""
+"""`moejax estimate plan`: choose a GPU by price, budget or deadline; with CONFIG, list the placements that fit a GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moejax.estimator.plan import Prediction
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     shared.add_job_arguments(parser)
-    parser.add_argument("--gpu", metavar="NAME[,NAME]", help=f"only these (or `{HERE}`); by default all of the table")
-    parser.add_argument("--budget", type=float, metavar="USD", help="the fastest for at most so many dollars")
-    parser.add_argument("--plot", metavar="DIR", help="draw hours and dollars (PNG) into this folder")
-    parser.add_argument("--html", metavar="FILE", help="write the plan as one page to send on (not of --tool study)")
-    parser.add_argument("--deadline", type=float, metavar="HOURS", help="the cheapest that is done by then")
+    parser.add_argument("--gpu", metavar="NAME[,NAME]", help=f"GPU names, or `{HERE}` for this machine (default: all known GPUs)")
+    parser.add_argument("--budget", type=float, metavar="USD", help="maximum cost: show the fastest GPU within it")
+    parser.add_argument("--plot", metavar="DIR", help="folder for a PNG figure of hours and dollars")
+    parser.add_argument("--html", metavar="FILE", help="write the plan as a self-contained HTML page (not with --tool study)")
+    parser.add_argument("--deadline", type=float, metavar="HOURS", help="maximum duration: show the cheapest GPU within it")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`moejax estimate predict`: throughput, hours and dollars. What it asks and shows, `estimate plan` does too."""
+"""`moejax estimate predict`: predict throughput, hours and dollars. `estimate plan` shares its arguments and tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moejax.estimator.room import Room
 from moejax.estimator.units import counted
 from moejax.gpus import GPU
 
-MEMORY = "whose memory limits the batch: the study's (default with its coefficients), or this project's (default with --coefficients)"
+MEMORY = "memory model that limits the batch: equation-1, the study's (default with its coefficients), or closed-form (with --coefficients)"
 EPOCHS, EXPERTS_PER_TOKEN = 10, 2  # the study's, where a command does not say
 MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackmamba", "blackmamba-2.8b": "blackmamba"}
 
@@ -30,7 +30,10 @@ MODELS = {"mixtral": "mixtral", "mixtral-8x7b": "mixtral", "blackmamba": "blackm
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add_job_arguments(parser)
-    parser.add_argument("--gpu", required=True, metavar="NAME[,NAME]", help=f"GPUs by name, e.g. A40,A100-80,H100, or `{HERE}`")
+    parser.add_argument(
+        "--gpu", required=True, metavar="NAME[,NAME]",
+        help=f"GPU names, e.g. A40,A100-80,H100, or `{HERE}` for this machine",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,35 +56,47 @@ def run(options: argparse.Namespace) -> int:
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     tools = ("moejax", "unsloth", "e4b", "study")
-    parser.add_argument("--tool", choices=tools, help="whose times: moejax (default), unsloth, e4b, or the study's (PyTorch of 2024)")
-    parser.add_argument("--tool-version", metavar="VERSION", help="of unsloth or e4b; by default the newest with a receipt")
+    parser.add_argument("--tool", choices=tools, help="software to predict: moejax (default), unsloth, e4b, or study (its PyTorch of 2024)")
+    parser.add_argument("--tool-version", metavar="VERSION", help="version of unsloth or e4b (default: the newest with a receipt)")
     parser.add_argument("--receipts", metavar="DIR", help=RECEIPTS_HELP)
-    parser.add_argument("--batch", type=int, help="queries a step; by default the fastest that fits")
-    parser.add_argument("--model", default="mixtral", help="without CONFIG: a preset (mixtral-8x7b), a folder with config.json, a Hub id")
-    parser.add_argument("--method", help="qlora, lora or full; by default the one the study measured")
-    parser.add_argument("--experts-per-token", type=int, metavar="K", help="1 to 8, the dense model; 2 by default, as in the study")
-    parser.add_argument("--dataset", help="the study's: commonsense_15k, math_14k, hellaswag, gsm8k")
-    parser.add_argument("--records", type=int, help="number of queries; with --length, or instead of a data set's own")
-    parser.add_argument("--length", type=int, metavar="TOKENS", help="of every query")
-    parser.add_argument("--lengths", metavar="FILE", help="tokens per query: a JSON list, or one number a line")
-    parser.add_argument("--epochs", type=float, help="10 by default, as in the study")
-    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, the study's), pad_bucket, pack or fixed")
-    cut = "of a row of `fixed` and `pack`; a longer query is cut there (by default only the study's own sets are cut, at 1024)"
+    parser.add_argument("--batch", type=int, help="queries per step (default: the fastest that fits)")
+    parser.add_argument(
+        "--model", default="mixtral",
+        help="model, without CONFIG: a preset (mixtral-8x7b), a folder with config.json, or a Hub id",
+    )  # fmt: skip
+    parser.add_argument("--method", help="qlora, lora or full (default: the one the study measured)")
+    parser.add_argument(
+        "--experts-per-token", type=int, metavar="K",
+        help="experts per token, 1 to 8 (8: the dense model; default: 2, as in the study)",
+    )  # fmt: skip
+    parser.add_argument("--dataset", help="data set of the study: commonsense_15k, math_14k, hellaswag or gsm8k")
+    parser.add_argument("--records", type=int, help="number of queries; needed with --length, overrides that of a data set")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="tokens per query, if all have the same length")
+    parser.add_argument("--lengths", metavar="FILE", help="file with the tokens of each query: a JSON list, or one number per line")
+    parser.add_argument("--epochs", type=float, help="number of epochs (default: 10, as in the study)")
+    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, as in the study), pad_bucket, pack or fixed")
+    cut = "row length of `fixed` and `pack`; longer queries are cut (default: only the study's data sets are cut, at 1024)"
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help=cut)
     add_old(parser, "--row-tokens", "--seq-len", type=int, dest="seq_len")
-    rounded = "what pad_longest rounds up to: 8, as in the study; with coefficients of this project's runs 16"
+    rounded = "multiple that pad_longest rounds up to (default: 8, as in the study; 16 with coefficients of moejax runs)"
     parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help=rounded)
-    several = "of each card so many, e.g. 2 or 1,2,4,8; prices and queries are of all together"
+    several = "number of GPUs of each kind, e.g. 2 or 1,2,4,8; prices and queries are totals"
     parser.add_argument("--devices", metavar="N[,N]", help=several)
-    parser.add_argument("--weights", choices=("whole", "spread", "experts"), help="on several, as mesh.weights: whole (default) …")
-    received = "what a card receives from others (nccl-tests' busbw); by default by table"
+    parser.add_argument(
+        "--weights", choices=("whole", "spread", "experts"),
+        help="placement on several GPUs, as mesh.weights (default: whole)",
+    )  # fmt: skip
+    received = "bandwidth between GPUs (busbw of nccl-tests; default: from a table)"
     parser.add_argument("--link", type=float, metavar="GB/S", help=received)
-    parser.add_argument("--overlap", type=float, metavar="SHARE", help="of that time, what work hides: 0 to 1 (0)")
-    parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients; by default those of the study's curves")
+    parser.add_argument("--overlap", type=float, metavar="SHARE", help="share of communication hidden by computation, 0 to 1 (default: 0)")
+    parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients (default: those of the study's curves)")
     parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
-    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
-    parser.add_argument("--prices", default="2026", metavar="SET|FILE", help="2026 (default), study, or a CSV (SkyPilot's columns)")
-    parser.add_argument("--spot", action="store_true", help="spot prices (of a file that has them)")
+    parser.add_argument("--gpu-file", metavar="FILE", help="YAML file that defines more GPUs")
+    parser.add_argument(
+        "--prices", default="2026", metavar="SET|FILE",
+        help="price list: 2026 (default), study, or a CSV file with SkyPilot's columns",
+    )  # fmt: skip
+    parser.add_argument("--spot", action="store_true", help="use spot prices (from a file that has them)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 

@@ -1,4 +1,4 @@
-"""`moejax estimate receipts`: measured steps that the estimates of other tools, and of this one, rest on."""
+"""`moejax estimate receipts`: list the measured steps that estimates use, of moejax and of other tools."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--receipts", metavar="DIR", help=RECEIPTS_HELP)
-    parser.add_argument("--tool", metavar="NAME", help="only of this software: moejax, unsloth, e4b, …")
-    parser.add_argument("--forms", action="store_true", help="every form of a step's seconds that was tried, its errors; some minutes")
-    parser.add_argument("--gpu-file", metavar="FILE", help="your own GPUs in YAML")
+    parser.add_argument("--tool", metavar="NAME", help="show only this software: moejax, unsloth, e4b, …")
+    parser.add_argument("--forms", action="store_true", help="show every step-time model that was tried, with its errors (takes minutes)")
+    parser.add_argument("--gpu-file", metavar="FILE", help="YAML file that defines more GPUs")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 

@@ -1,4 +1,4 @@
-"""`moejax eval RUN --task NAME --data FILE`: how often a run's or a model's answers are right, and where they are kept."""
+"""`moejax eval RUN --task NAME --data FILE`: measure the accuracy of a run or model, and store its answers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
-    parser.add_argument("--task", required=True, metavar="NAME", help="data set and rule, e.g. gsm8k, problems, hellaswag-generated")
-    parser.add_argument("--data", required=True, metavar="FILE", help="a .json, .jsonl, .csv or .parquet file, or a name for `datasets`")
-    parser.add_argument("--split", default=None, help="of a name for `datasets` (default: test)")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first N examples")
-    parser.add_argument("--base", action="store_true", help="the model that the run began with: without its adapter")
-    parser.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help="of a generated answer (default: the task's)")
-    parser.add_argument("--rows", type=int, default=16, metavar="N", help="examples computed together (default: 16)")
-    parser.add_argument("--out", default=None, metavar="DIR", help="default: RUN/eval/NAME, or NAME-base with --base")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo, or of a model in Hub layout")
+    parser.add_argument(
+        "--task", required=True, metavar="NAME",
+        help="task: data set and scoring rule, e.g. gsm8k, problems, hellaswag-generated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", required=True, metavar="FILE",
+        help="examples: a .json, .jsonl, .csv or .parquet file, or a `datasets` name",
+    )  # fmt: skip
+    parser.add_argument("--split", default=None, help="split of a `datasets` name (default: test)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="use only the first N examples")
+    parser.add_argument("--base", action="store_true", help="evaluate the base model, without the adapter")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=None, metavar="N",
+        help="maximum length of an answer (default: set by the task)",
+    )  # fmt: skip
+    parser.add_argument("--rows", type=int, default=16, metavar="N", help="batch size (default: 16)")
+    parser.add_argument("--out", default=None, metavar="DIR", help="output folder (default: RUN/eval/NAME, or NAME-base with --base)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`moejax exact-match RUN --data FILE`: guessing, the base and the tuned model on held-out problems."""
+"""`moejax exact-match RUN --data FILE`: score guessing, base and tuned model on held-out problems."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROWS = 64  # problems answered together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo")
     parser.add_argument("--data", required=True, metavar="FILE", help="held-out problems (.json, .jsonl, .csv, .parquet, with `answer`)")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first so many problems")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="use only the first N problems")
 
 
 def run(options: argparse.Namespace) -> int:

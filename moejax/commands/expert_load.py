@@ -1,4 +1,4 @@
-"""`moejax expert-load RUN --data FILE`: which experts the tokens of a data set visit, before and after tuning."""
+"""`moejax expert-load RUN --data FILE`: count tokens per expert over a data set, before and after tuning."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ MOST_COLUMNS = 12  # experts that a table of 80 columns shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
-    parser.add_argument("--data", required=True, metavar="FILE", help="records like those trained on (.json, .jsonl, .csv, .parquet)")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first so many records")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE",
+        help="records in the form of the training data (.json, .jsonl, .csv, .parquet)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="use only the first N records")
 
 
 def run(options: argparse.Namespace) -> int:

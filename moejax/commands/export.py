@@ -1,4 +1,4 @@
-"""`moejax export RUN --out DIR`: what a run trained, for PyTorch and llama.cpp."""
+"""`moejax export RUN --out DIR`: export a run's adapter or model for PyTorch, servers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _NO_FORMATS = _GGUF | {"vllm": "--for vllm", "sglang": "--for sglang", "adapter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a finished run's folder, e.g. runs/demo")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder; must not exist")
     kind = parser.add_mutually_exclusive_group()
     servers, formats = ("peft", "vllm", "sglang"), ("peft", "fused", "merged", "gguf")
     kind.add_argument(
-        "--for", dest="server", type=_meant("--for", _NO_SERVERS), choices=servers, help="an adapter as this loads it; refused where it "
-        "cannot"
+        "--for", dest="server", type=_meant("--for", _NO_SERVERS), choices=servers, help="write the adapter for this loader; "
+        "refuse what it cannot load"
     )  # fmt: skip
     kind.add_argument(
-        "--format", type=_meant("--format", _NO_FORMATS), choices=formats, help="default: the adapter if one was trained, else "
-        "the model; fused: an adapter for transformers 5 with PEFT 0.19 or later; gguf: the merged model for llama.cpp and Ollama"
+        "--format", type=_meant("--format", _NO_FORMATS), choices=formats, help="output format (default: the adapter if there is "
+        "one, else the model). fused: adapter for transformers 5 with PEFT 0.19 or later; gguf: merged model for llama.cpp and Ollama"
     )
-    parser.add_argument("--type", metavar="TYPE", help="of a GGUF file's matrices: f16 (default), bf16 or q8_0")
-    parser.add_argument("--without-tokenizer", action="store_true", help="a GGUF file that takes and gives token ids, where llama.cpp "
-        "does not know the tokenizer")  # fmt: skip
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="reload what was written, compare its logits")
-    parser.add_argument("--tolerance", type=float, metavar="SHARE", help="largest logit difference, as a share of the "
-        "largest logit (default: 0.05 of a model, 0.1 in q8_0, 0.00001 of an adapter)")  # fmt: skip
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload what was written to the Hub, as a private repository")
-    parser.add_argument("--public", action="store_true", help="with --push: as one that everybody sees")
+    parser.add_argument("--type", metavar="TYPE", help="data type of a GGUF file: f16 (default), bf16 or q8_0")
+    parser.add_argument("--without-tokenizer", action="store_true", help="write a GGUF file without tokenizer, for use with token ids, "
+        "where llama.cpp does not support the tokenizer")  # fmt: skip
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="reload the written files and compare logits")
+    parser.add_argument("--tolerance", type=float, metavar="SHARE", help="allowed logit difference as a share of the "
+        "largest logit (default: 0.05 for a model, 0.1 for q8_0, 0.00001 for an adapter)")  # fmt: skip
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the result to the Hub as a private repository")
+    parser.add_argument("--public", action="store_true", help="with --push: make the repository public")
 
 
 def _meant(option: str, others: Mapping[str, str]) -> Callable[[str], str]:

@@ -1,4 +1,4 @@
-"""`moejax generate RUN --prompt TEXT`: what a finished run's model says, or a model's folder."""
+"""`moejax generate RUN --prompt TEXT`: generate text with the model of a finished run or of a folder."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from moejax.runtime import prepare_jax_for
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, as it stands; may be given several times")
-    asked.add_argument("--instruction", action="append", metavar="TEXT", help="the same, put into the template the run was trained with")
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, without a template; may be repeated")
+    asked.add_argument(
+        "--instruction", action="append", metavar="TEXT",
+        help="instruction to answer, in the run's template; may be repeated",
+    )  # fmt: skip
     asked.add_argument(
         "--messages", action="append", metavar="FILE",
-        help="a conversation to answer: JSON, a list of messages or {messages: …, tools: …}; - reads it from standard input",
+        help="JSON file with a conversation to answer: a list of messages or {messages: …, tools: …}; -: standard input",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token; 1: as the model has it")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that have this share together")
-    parser.add_argument("--top-k", type=int, default=None, help="draw from the likeliest so many tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before this text; may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="maximum length of an answer (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy decoding")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this total probability")
+    parser.add_argument("--top-k", type=int, default=None, help="sample from the K most likely tokens")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default: 0)")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="text that ends an answer (not included); may be repeated")
 
 
 def run(options: argparse.Namespace) -> int:

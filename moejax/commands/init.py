@@ -1,4 +1,4 @@
-"""`moejax init`: a commented config for one's own data, from those of `configs/` that say `my_data.jsonl`."""
+"""`moejax init`: write a commented config for your own data, based on the configs in `configs/` that use `my_data.jsonl`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SMALL, _BYTES_PER_TOKEN = 20_000_000, 4  # larger files are not read; English t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", default="finetune.yaml", metavar="CONFIG.yaml", help="default: finetune.yaml")
-    parser.add_argument("--model", default=_MODEL, metavar="NAME", help="a Hub id, a model's folder, or a config that comes with moejax: "
+    parser.add_argument("config", nargs="?", default="finetune.yaml", metavar="CONFIG.yaml", help="file to write (default: finetune.yaml)")
+    parser.add_argument("--model", default=_MODEL, metavar="NAME", help="a Hub id, a model folder, or a bundled config: "
         f"{_MODEL} (default), qwen3_30b_a3b_24gb, olmoe_1b_7b, blackmamba_2.8b, mixtral_tiny (random weights, for a CPU), …")  # fmt: skip
-    parser.add_argument("--data", default=_DATA, metavar="FILE", help=f"records: a file or a folder (default: {_DATA})")
+    parser.add_argument("--data", default=_DATA, metavar="FILE", help=f"training data: a file or a folder (default: {_DATA})")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`moejax estimate plan CONFIG`: the ways to train it on a GPU; what fits, what each other lacks."""
+"""`moejax estimate plan CONFIG`: list the placements that fit a GPU, and how much memory the others lack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moejax profile CONFIG`: a config's first steps, some of them traced."""
+"""`moejax profile CONFIG`: run the first steps of a config and trace some of them."""
 
 from __future__ import annotations
 

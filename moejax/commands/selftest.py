@@ -1,4 +1,4 @@
-"""`moejax selftest`: does a run on this machine survive what happens to runs?"""
+"""`moejax selftest`: stop and resume tiny runs on this machine, and compare the results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from moejax.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faults", action="store_true", help="stop tiny runs at random moments and resume them (default)")
-    parser.add_argument("--rounds", type=int, default=50, metavar="N", help="number of runs that are stopped (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the runs to an empty folder that stays")
+    parser.add_argument("--rounds", type=int, default=50, metavar="N", help="number of runs to stop (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the stops (default: 0)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs in this (empty) folder")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What the rooms tell (moejax/progress.py), shown: results on standard output, notes and bars on standard error."""
+"""Print progress events (moejax/progress.py): results to standard output, notes and bars to standard error."""
 
 from __future__ import annotations
 

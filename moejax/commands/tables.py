@@ -1,4 +1,4 @@
-"""How commands show what they found: a table with notes, JSON, figures."""
+"""Output shared by commands: tables with notes, JSON, figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moejax train CONFIG`, `python train.py --config CONFIG`: a run, or with --dry-run what it would be."""
+"""`moejax train CONFIG`, `python train.py --config CONFIG`: train, or with --dry-run describe the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from moejax.runtime import prepare_jax
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="show parameters, memory and schedule; load and train nothing")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="show parameters, memory, schedule and data, then exit")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`moejax verify RUN`: is what a run saved what was written?"""
+"""`moejax verify RUN`: compare the files of a run with their checksums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
 
 
 def run(options: argparse.Namespace) -> int:

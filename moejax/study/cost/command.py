@@ -10,7 +10,7 @@ from moejax.commands.tables import draw, print_json, show_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    parser.add_argument("--plot", metavar="DIR", help="draw figures (PNG) into this folder")
+    parser.add_argument("--plot", metavar="DIR", help="folder for PNG figures")
 
 
 def run(options: argparse.Namespace) -> int:

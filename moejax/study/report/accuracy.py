@@ -23,8 +23,8 @@ WIDE = 120  # characters, where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, e.g. runs/demo_sparse")
-    parser.add_argument("--plot", default=None, metavar="FILE", help="draw the figure into this .png, .svg or .pdf")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, e.g. runs/demo_sparse")
+    parser.add_argument("--plot", default=None, metavar="FILE", help="output file for the figure: .png, .svg or .pdf")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,9 +11,10 @@ from moejax.files import replace_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="what `moejax characterize --out` wrote; several are compared")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folder of `moejax characterize`; several are compared")
     parser.add_argument(
-        "--out", default=None, metavar="FILE.html", help="default: DIR/report.html, or comparison.html here; FILE.md alongside it"
+        "--out", default=None, metavar="FILE.html",
+        help="output file (default: DIR/report.html, or comparison.html for several); FILE.md is written next to it",
     )
     return parser
 
