@@ -180,25 +180,22 @@ def between(page: Path, name: str, text: str) -> None:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| run | largest relative difference until routing differs | of all steps | routing first differs | control: PyTorch next to "
-        "itself | mean loss of the last 50: moejax, PyTorch |",
+        "| run | largest relative difference until routing differs | of all steps | routing first differs | control: largest "
+        "difference, outside from, routing differs | mean loss of the last 50: moejax, PyTorch |",
         "|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
         tie, control = r["routing_differs"], r.get("control")
-        where = "never" if tie is None else f"step {tie['step']}, layer {tie['layer']}"
-        if tie is not None and tie["explains"]:
-            where += f": experts {tie['experts'][0]} and {tie['experts'][1]} of one token are {tie['gap']:.1e} apart"
-        elif tie is not None:
-            where += ": several tokens"
+        where = "never" if tie is None else f"step {tie['step']}"
+        if tie is not None:
+            where += f", {tie['gap']:.1e} apart" if tie["explains"] else ", several tokens"
         mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else f" **(outside from step {r['first_step_outside']})**"
         before = "–" if tie is not None and tie["step"] == 1 else f"{r['largest_before_routing_differs']:.1e}"
         means = ", ".join(f"{mean:.4f}" for mean in r["mean_of_last"])
-        itself = "–" if control is None else f"{control['largest_relative_difference']:.1e}"
-        if control and control["first_step_outside"]:
-            itself += f", outside from step {control['first_step_outside']}"
-        if control and control["routing_differs_at"]:
-            itself += f", routing differs at step {control['routing_differs_at']}"
+        itself = "–"
+        if control:
+            steps = (control["first_step_outside"] or "never", control["routing_differs_at"] or "never")
+            itself = f"{control['largest_relative_difference']:.1e}, {steps[0]}, {steps[1]}"
         lines.append(f"| {name} | {before}{mark} | {r['largest_relative_difference']:.1e} | {where} | {itself} | {means} |")
     return "\n".join(lines) + "\n"
 

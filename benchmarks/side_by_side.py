@@ -82,16 +82,18 @@ NAMED, RATIO = "busy step, under a named stage", "dense step / sparse step"
 
 
 def shares(name: str, results: dict[str, Any]) -> dict[str, str]:
-    """One run's cells, each "paper, PyTorch, moejax"; of what the paper has none: "–"."""
+    """One run's cells, each "paper/PyTorch/moejax"; "–" where the paper has no figure."""
     paper, sides = [takeaways(bars) for bars in beside(name)], [results[name][side] for side in ("pytorch", "moejax")]
     three = [paper[0] if paper else {}, *(side["takeaways"] for side in sides)]
-    cells = {what: ", ".join(_cell(what, side.get(what)) for side in three) for what in three[-1]}
-    cells[NAMED] = ", ".join(_cell(NAMED, side["attributed"]) for side in sides)
+    cells = {what: _cell(what, *(side.get(what) for side in three)) for what in three[-1]}
+    cells[NAMED] = _cell(NAMED, *(side["attributed"] for side in sides))
     return cells | ({RATIO: ratio(name, results)} if name in _SPARSE else {})
 
 
-def _cell(what: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if "/" in what else f"{100 * value:.0f} %"
+def _cell(what: str, *values: float | None) -> str:
+    ratios = "/" in what
+    figures = "/".join("–" if value is None else f"{value:.2f}" if ratios else f"{100 * value:.0f}" for value in values)
+    return figures if ratios else f"{figures} %"
 
 
 _SPARSE = {"mixtral-dense": "mixtral-sparse", "blackmamba-dense": "blackmamba-sparse"}
@@ -104,7 +106,7 @@ def ratio(dense: str, results: dict[str, Any]) -> str:
     pair = (dense, _SPARSE[dense])
     paper = [sum(beside(name)[0].phases.values()) for name in pair]
     sides = [[results[n][side]["step_seconds"]["median"] for n in pair] for side in ("pytorch", "moejax")]
-    return ", ".join(f"{above / below:.2f}" for above, below in (paper, *sides))
+    return _cell(RATIO, *(above / below for above, below in (paper, *sides)))
 
 
 def table(results: dict[str, Any]) -> str:
