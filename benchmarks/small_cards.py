@@ -71,7 +71,7 @@ def cell(name: str, card: gpus.GPU) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row a model, a column a card."""
+    """Markdown: a row a model, a column a card. In a cell: tokens, the recipe, GB on the card + GB in the host's memory."""
     cards = [name for name in CARDS if any(line["gpu"] == name for line in lines)]
     found = [f"| | {' | '.join(f'{name} ({gpus.GPUS[name].memory_gb:g} GB)' for name in cards)} |", "|---" * (len(cards) + 1) + "|"]
     for name in CONFIGS:
@@ -82,8 +82,8 @@ def table(lines: list[dict[str, Any]]) -> str:
                 cells.append("" if line is None else "-")
                 continue
             way = [list(changes) for changes in CHANGES].index(list(line["changes"]))
-            host = f" + {line['host_gb']:.1f} in the host" if line["host_gb"] > 0.01 else ""
-            cells.append(f"**{line['row_tokens']:,}** ({way}) {line['peak_gb']:.1f} GB{host}")
+            host = f" + {line['host_gb']:.1f}" if line["host_gb"] > 0.01 else ""
+            cells.append(f"**{line['row_tokens']:,}** ({way}) {line['peak_gb']:.1f}{host}")
         found.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(found)
 
