@@ -64,5 +64,5 @@ def version(package: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Of what compiles."""
-    names = ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12")
+    names = ("jax", "jaxlib", "flax", "optax", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "libtpu")
     return {name: found for name in names if (found := version(name)) is not None}

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from moejax import compiler_options
+from moejax import compiler_options, libtpu
 from moejax.config import DeviceConfig, load
 from moejax.device import host_bytes
 from moejax.errors import UserError
@@ -49,7 +49,8 @@ def replace_unreadable(folder: Path) -> None:
 
 
 def prepare_jax(device: DeviceConfig) -> None:
-    """jax's settings, which it reads when it is imported. What the environment sets wins."""
+    """jax's settings, which it reads when it is imported. What the environment sets wins. Raises UserError for a TPU that it cannot use."""
+    libtpu.check()
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(device.memory_fraction))
     if (memory := host_bytes()) is not None:  # of pinned memory a GPU's client would take 64 GB at most, whatever there is
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory[0] // 2**30))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from moejax import __version__, installation
+from moejax import __version__, installation, libtpu
 from moejax.device import host_bytes
 from moejax.files import cache_folder, nearest
 from moejax.installation import version
@@ -41,7 +41,7 @@ def add_arguments(_: argparse.ArgumentParser) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Print the table. Returns 1 if something would make every run fail, else 0."""
-    findings = [*versions(), *devices(), *memory(), *plugin(), *caches(), hub()]
+    findings = [*versions(), *tpu(), *devices(), *memory(), *plugin(), *caches(), hub()]
     table = Table(title=f"moejax {__version__}", title_justify="left")
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
@@ -68,6 +68,16 @@ def versions() -> Iterable[Finding]:
             yield Finding("CUDA plugin", "error", f"{plugin} {installed}", remedy)
 
 
+def tpu() -> Iterable[Finding]:
+    """The TPU's library: of a machine that has one, and of one that compiles for it."""
+    chips, wrong = libtpu.here(), libtpu.problem()
+    if chips is not None:
+        found = f"{chips}; {wrong}" if wrong else f"{chips}, libtpu {version('libtpu')}"
+        yield Finding("TPU", "error" if wrong else "ok", found, installation.for_extra("tpu") if wrong else "")
+    elif wrong is not None and version("libtpu") is not None:
+        yield Finding("libtpu", "note", wrong, f"it compiles for TPUs in this version: {installation.for_extra('aot-tpu')}")
+
+
 def devices() -> Iterable[Finding]:
     """What jax computes on; a GPU that it does not see."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # looking must not take the memory of a run beside it
@@ -81,7 +91,9 @@ def devices() -> Iterable[Finding]:
         return
     kinds = ", ".join(sorted({f"{d.device_kind} ({d.platform})" for d in found}))
     status, advice = "ok", ""
-    if len(found) > 1 and found[0].platform != "cpu":
+    if len(found) > 1 and found[0].platform == "tpu":
+        status, advice = "note", f"a config without mesh uses one chip: mesh.devices={len(found)} mesh.weights=spread (docs/tpu.md)"
+    elif len(found) > 1 and found[0].platform != "cpu":
         status, advice = "note", "a config without mesh uses the first: choose it with CUDA_VISIBLE_DEVICES, or set mesh"
     elif found[0].platform == "cpu" and has_nvidia():
         status, advice = "note", f"the NVIDIA driver is there, but jax runs on the CPU: {gpu_install()}"

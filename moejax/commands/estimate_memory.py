@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from moejax import config, gpus
+from moejax import config, gpus, tpus
 from moejax.commands.arguments import add_config, check_counts, names_of, on_devices, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
-from moejax.estimator import bus, links, memory, placing, spread
+from moejax.estimator import bus, links, memory, placing, slices
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 from moejax.gpus import GPU
+from moejax.models.config import Architecture
+from moejax.tpus import Slice
 from moejax.training import flops
 from moejax.training.oracle import Oracle, oracle
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
         "--gpu", default="A40,A100-80,H100", metavar="NAME[,NAME]",
-        help=f"GPU names, or `{HERE}` for this machine (default: A40,A100-80,H100)",
+        help=f"GPU or TPU (v5e-8) names, or `{HERE}` for this machine (default: A40,A100-80,H100)",
     )  # fmt: skip
     parser.add_argument("--gpu-file", metavar="FILE", help="YAML file that defines more GPUs")
     several = "number of GPUs; mesh.weights sets how weights are placed: whole (default), spread or experts"
@@ -70,19 +72,36 @@ def run(options: argparse.Namespace) -> int:
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
     row_tokens = config.whole_row(row_tokens)
-    experiment = on_devices(experiment, architecture, options.devices)
-    if options.rows is not None and options.rows % spread.count(experiment):
-        raise UserError(f"--rows {options.rows}: of all {spread.count(experiment)} devices together, which do not divide them")
     cards = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
-    asked = dict.fromkeys(HERE if name == HERE else gpus.find(name, cards) for name in names_of(options.gpu))
-    found = []
+    asked = dict.fromkeys(HERE if name == HERE else tpus.find(name) or gpus.find(name, cards) for name in names_of(options.gpu))
+    found: list[Oracle] = []
+    refused: list[str] = []
     for card in asked:
-        gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
-        found.append(oracle(experiment, architecture, gpu, row_tokens, options.closed_form))
+        if isinstance(card, Slice):
+            on, of_modes = _on_slice(card, experiment, architecture, options)
+            refused += of_modes
+            gpu = card.chip
+        else:
+            on = [on_devices(experiment, architecture, options.devices)]
+            gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
+        found += [oracle(e, architecture, gpu, row_tokens, options.closed_form) for e in on]
+    for peaks in found:
+        if options.rows is not None and options.rows % peaks.devices:
+            raise UserError(f"--rows {options.rows}: of all {peaks.devices} devices together, which do not divide them")
     if options.placements:
         return show_placements(found, options)
     padded = options.seq_len is not None or experiment.data.batching != "pack"
-    return show(found, cards, queries_per_row(experiment, row_tokens, padded), options)
+    return show(found, cards, queries_per_row(experiment, row_tokens, padded), options, refused)
+
+
+def _on_slice(
+    card: Slice, experiment: Experiment, architecture: Architecture, options: argparse.Namespace
+) -> tuple[list[Experiment], list[str]]:
+    """The experiment on a slice by each mode, and why not by others. Raises UserError for what a TPU is not asked."""
+    if options.placements:
+        raise UserError(f"--placements: no rate of a TPU's link to its host is published ({card.name}): expected GPUs")
+    slices.check(card, experiment, devices=options.devices)
+    return slices.modes(card, experiment, architecture)
 
 
 def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> float | None:
@@ -95,9 +114,11 @@ def queries_per_row(experiment: Experiment, row_tokens: int, padded: bool) -> fl
     return row_tokens / lengths.of_study(dataset).mean if lengths.has_lengths(dataset) else None
 
 
-def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, options: argparse.Namespace) -> int:
+def show(
+    asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, options: argparse.Namespace, cannot: Sequence[str] = ()
+) -> int:  # fmt: skip
     """Print one line a GPU, and the breakdown at the largest batch (or at --rows). UserError where not one row fits on any GPU.
-    `cards`: those that may be named where one does not do; `per_row`: queries in a row."""
+    `cards`: those that may be named where one does not do; `per_row`: queries in a row; `cannot`: modes that the config cannot have."""
     lines = [_line(peaks, cards, options.rows, per_row) for peaks in asked]
     experiment, row_tokens = asked[0].experiment, asked[0].row_tokens
     problems = [str(line["problem"]) for line in lines if line["problem"]]
@@ -113,7 +134,10 @@ def show(asked: Sequence[Oracle], cards: dict[str, GPU], per_row: float | None, 
         "GPU": "gpu", "usable GB": "usable_gb", fitting: "rows", "queries": "queries", "peak GB": "peak_gb",
         "with one row more": "next_peak_gb", "free GB": "free_gb", "by": "by",
     }  # fmt: skip
-    notes = [*refused, *_what_devices_hold(experiment), _what_rows_are(row_tokens, per_row)]
+    on_tpus = any(peaks.gpu.platform == "tpu" for peaks in asked)
+    notes = [*refused, *cannot, *_what_devices_hold(asked), _what_rows_are(row_tokens, per_row)]
+    if on_tpus:
+        notes += ["a TPU's chip is taken whole; compiled for it or reckoned, run on none (docs/tpu.md)", *slices.precision(experiment)]
     if close := said_once((line["gpu"], line["close"].partition(":")[0]) for line in lines if line["close"]):
         notes.append(f"{'; '.join(close)}: {memory.COMPILE}")
     notes += said_once((line["gpu"], f"by the closed form, not by the compiler: {line['reason']}") for line in lines if line["reason"])
@@ -170,7 +194,8 @@ def _places(peaks: Oracle, rows: int, options: argparse.Namespace) -> Iterator[d
 
     limit = memory.usable_bytes(peaks.gpu, peaks.experiment.device.memory_fraction)
     of_layer = placing.expert_bytes(peaks.experiment, peaks.config) / layers
-    most = placing.most_layers(peak_bytes, layers, of_layer, memory.by_closed_form(limit)[0] if peaks.reason else limit)
+    sure = memory.by_closed_form(limit, memory.error_on(peaks.gpu))[0] if peaks.reason else limit
+    most = placing.most_layers(peak_bytes, layers, of_layer, sure)
     for experts, tables in bus.PLACEMENTS:
         yield {"experts": experts, "tables": tables}
         if experts == "device" and 0 < most < layers:
@@ -182,7 +207,7 @@ def _placed(peaks: Oracle, place: dict[str, str | int], rows: int, products: flo
     placed = peaks.experiment.changed("placement", **place)
     there = oracle(placed, peaks.config, peaks.gpu, peaks.row_tokens, closed_form)
     limit = memory.usable_bytes(peaks.gpu, placed.device.memory_fraction)
-    sure, possible = memory.by_closed_form(limit) if there.reason else (limit, limit)
+    sure, possible = memory.by_closed_form(limit, memory.error_on(peaks.gpu)) if there.reason else (limit, limit)
     peak, moved = there.peak_bytes(rows), bus.step_bytes(placed, peaks.config, rows, peaks.row_tokens)
     least, layers = products / peaks.gpu.flops_per_second, peaks.config.expert_layers
     split = isinstance(place["experts"], int)
@@ -205,12 +230,13 @@ def _said_once(refused: Sequence[str]) -> list[str]:
     return [*(head for head, _, _ in parts), parts[0][2]] if len(parts) > 1 and len({tail for *_, tail in parts}) == 1 else list(refused)
 
 
-def _what_devices_hold(experiment: Experiment) -> list[str]:
-    if (mesh := experiment.mesh) is None:
-        return []
-    held = {"whole": "all weights", "spread": "a part of the rows of each frozen matrix", "experts": "its own experts"}[mesh.weights]
-    moments = "" if mesh.moments == "whole" else ", of the optimizer's state a part"
-    return [f"bytes are each device's, rows those of all {mesh.devices}; each holds {held} (mesh.weights={mesh.weights}){moments}"]
+def _what_devices_hold(asked: Sequence[Oracle]) -> list[str]:
+    told = []
+    for mesh in (peaks.experiment.mesh for peaks in asked if peaks.experiment.mesh is not None):
+        held = {"whole": "all weights", "spread": "a part of the rows of each frozen matrix", "experts": "its own experts"}[mesh.weights]
+        moments = "" if mesh.moments == "whole" else ", of the optimizer's state a part"
+        told.append(f"bytes are each device's, rows those of all {mesh.devices}; each holds {held} (mesh.weights={mesh.weights}){moments}")
+    return list(dict.fromkeys(told))
 
 
 def _what_rows_are(row_tokens: int, per_row: float | None) -> str:
@@ -224,7 +250,7 @@ def _what_rows_are(row_tokens: int, per_row: float | None) -> str:
 def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float | None) -> dict[str, Any]:
     gpu, closed, least = peaks.gpu, peaks.reason is not None, peaks.devices
     limit = memory.usable_bytes(gpu, peaks.experiment.device.memory_fraction)
-    sure, possible = memory.by_closed_form(limit) if closed else (limit, limit)
+    sure, possible = memory.by_closed_form(limit, memory.error_on(gpu)) if closed else (limit, limit)
     after = problem = close = None
     undecided = False
     if not gpu.bf16 and peaks.experiment.training.asks_bf16:  # before anything is compiled for it
@@ -254,7 +280,9 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
 
 
 def _named(peaks: Oracle) -> str:
-    return links.several(peaks.gpu.name, peaks.devices)
+    """The card, or several; of a TPU its slice and mode."""
+    name, mesh = links.several(peaks.gpu.name, peaks.devices), peaks.experiment.mesh
+    return name if peaks.gpu.platform != "tpu" or mesh is None else f"{name}, {mesh.weights}"
 
 
 def _too_large(peaks: Oracle, cards: dict[str, GPU], rows: int, peak: float) -> str:
@@ -272,7 +300,7 @@ def _other_modes(peaks: Oracle, rows: int) -> str:
     """Which other places of the weights would do, by the closed form."""
     mesh, frozen = peaks.experiment.mesh, peaks.experiment.adapter is not None
     assert mesh is not None
-    sure = memory.by_closed_form(memory.usable_bytes(peaks.gpu, peaks.experiment.device.memory_fraction))[0]
+    sure = memory.by_gpu(peaks.gpu, peaks.experiment.device.memory_fraction)[0]
     possible = {"spread": frozen, "experts": peaks.config.num_experts % peaks.devices == 0}
     would = []
     for weights in (name for name, may in possible.items() if may and name != mesh.weights):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax import gpus
+from moejax import gpus, tpus
 from moejax.commands.arguments import RECEIPTS_HELP, add_config, add_old, check_counts, devices_of, names_of, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
@@ -190,6 +190,8 @@ def gpus_of(options: argparse.Namespace, table: dict[str, GPU]) -> list[GPU]:
     if options.gpu is None:
         return list(table.values())
     own, names = bool(options.coefficients), dict.fromkeys(names_of(options.gpu))
+    if slices := [name for name in names if tpus.find(name) is not None]:
+        raise UserError(f"--gpu {slices[0]}: a TPU, and these times are of GPUs: expected no --tool study, --coefficients or --memory")
     return list(dict.fromkeys(this_machine_timed(own) if name == HERE else gpus.find(name, table) for name in names))
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from moejax import __version__, config, gpus
+from moejax import __version__, config, gpus, tpus
 from moejax.commands.arguments import check_counts, devices_of, names_of, on_devices, with_weights
 from moejax.commands.tables import draw, print_json, said_once, show_table
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
-from moejax.estimator import lengths, links, prices, published, roofline, spread, ways, workload
+from moejax.estimator import lengths, links, prices, published, roofline, slices, spread, ways, workload
 from moejax.estimator.memory import DoesNotFit, refusals
 from moejax.estimator.sizes import architecture_of
 from moejax.estimator.tools.forecast import Forecast, Forecasts
@@ -43,18 +43,17 @@ class Asked:
     """A run on some cards. of_rows: the run with so many rows a micro-batch; rows: those to choose from."""
 
     forecasts: Forecasts
-    cards: Sequence[GPU]
+    cards: Sequence[tuple[GPU, int]]  # and how many of each
     of_rows: Callable[[int], Workload]
     rows: Sequence[int]
     offers: Sequence[prices.Price]
     spot: bool
     notes: Sequence[str] = ()
-    devices: Sequence[int] = (1,)
 
     def of(self, gpu: GPU, devices: int) -> tuple[Forecast, Workload]:
         """On so many of a card, with the rows that take the fewest hours of those that fit; where not one does, this program with the
         changes of `ways` that make it fit. Raises DoesNotFit where nothing does."""
-        price, found = prices.cheapest(self.offers, gpu.name, spot=self.spot), []
+        price, found = prices.cheapest(self.offers, gpu.name, spot=self.spot, devices=devices), []
         for rows in [rows for rows in self.rows if rows % devices == 0]:
             job = self.of_rows(rows)
             job = dataclasses.replace(job, experiment=on_devices(job.experiment, job.config, devices))
@@ -96,17 +95,24 @@ def asked(options: argparse.Namespace) -> Asked:
     offers = prices.load(options.prices, table)
     if options.spot and not any(price.spot for price in offers):
         raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
-    cards = list(table.values())
-    if options.gpu is not None:
-        cards = list(dict.fromkeys(this_machine_timed(True) if n == HERE else gpus.find(n, table) for n in names_of(options.gpu)))
     devices, link, overlap = devices_of(options)
-    mesh = of_rows(rows[0]).experiment.mesh
+    experiment = of_rows(rows[0]).experiment
+    mesh = experiment.mesh
     if options.devices is None and mesh is not None and mesh.devices is not None:
         devices = [mesh.devices]
+    cards: list[tuple[GPU, int]] = []
+    for name in [None] if options.gpu is None else names_of(options.gpu):
+        if name is not None and (tpu := tpus.find(name)) is not None:
+            slices.check(tpu, experiment, tool, options.devices)
+            cards.append((tpu.chip, tpu.count))
+            notes = [*notes, *slices.precision(experiment)]
+            continue
+        own = list(table.values()) if name is None else [this_machine_timed(True) if name == HERE else gpus.find(name, table)]
+        cards += itertools.product(own, devices)
     if tool != "moejax" and devices != [1]:
         raise UserError(f"--devices: what --tool {tool} does on several cards is not known here")
     made = Forecasts(tool, receipts.with_own(options.receipts, table), table, options.tool_version, link, overlap)
-    return Asked(made, cards, of_rows, rows, offers, options.spot, [*notes, *prices.old(offers, options.prices)], devices)
+    return Asked(made, list(dict.fromkeys(cards)), of_rows, rows, offers, options.spot, [*notes, *prices.old(offers, options.prices)])
 
 
 def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], Sequence[int], list[str]]:
@@ -312,7 +318,7 @@ def _dollars(p: Forecast) -> float:
 
 def _all(given: Asked) -> tuple[list[tuple[Forecast, Workload]], dict[str, DoesNotFit]]:
     found, left_out = [], {}
-    for gpu, n in itertools.product(given.cards, given.devices):
+    for gpu, n in given.cards:
         try:
             found.append(given.of(gpu, n))
         except DoesNotFit as error:
@@ -389,7 +395,8 @@ def assumed(given: Asked, found: Sequence[tuple[Forecast, Workload]]) -> list[st
     )
     changes = said_once((p.on, f"does not fit as it is; taken with {p.changes}") for p, _ in found if p.changes)
     bases = {p.basis for p, _ in found}
-    notes = [*changes, *(bases if len(bases) == 1 else said_once((p.on, p.basis) for p, _ in found))]
+    lent = [f"{p.on}: {weeks}" for p, _ in found if (weeks := prices.weeks(p.price, p.hours)) is not None]
+    notes = [*lent, *changes, *(bases if len(bases) == 1 else said_once((p.on, p.basis) for p, _ in found))]
     for p, w in found:
         if p.link is not None and w.experiment.mesh is not None:
             notes.append(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moejax import config, gpus
+from moejax import config, gpus, tpus
 from moejax.commands.arguments import check_counts, counts_of, names_of, on_devices
 from moejax.commands.tables import print_json, show_table
 from moejax.device import HERE, this_machine, with_peaks
 from moejax.errors import UserError
-from moejax.estimator import links, own, receipts
+from moejax.estimator import links, own, prices, receipts, slices, spread
 from moejax.estimator.links import Link
 from moejax.estimator.receipts import Receipt
 from moejax.estimator.sizes import architecture_of, model_folder
@@ -50,18 +51,13 @@ def plan(options: argparse.Namespace) -> int:
     in_mesh = experiment.mesh.devices if experiment.mesh else None
     counts = [in_mesh or 1] if options.devices is None else counts_of(options.devices)
     rows = experiment.data.batch_rows * experiment.training.gradient_accumulation
-    if uneven := [n for n in counts if rows % n]:
-        raise UserError(f"--devices {uneven[0]}: do not divide the step's {counted(rows, 'row')}: data.batch_rows is of all devices")
-    for name in names_of(options.gpu):
-        card = _here(experiment) if name == HERE else gpus.find(name, table)
-        if not card.bf16 and experiment.training.asks_bf16:
-            raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
-        for count in counts:
-            if links.several(card.name, count) in found:
-                continue
-            on = on_devices(experiment, sizes, count)
-            link = None if count == 1 else links.between(card, count) if options.link is None else links.given(options.link)
-            found[links.several(card.name, count)] = card, ways(Asked(on, sizes, card, row_tokens, others, link)), link
+    for card, count in _targets(options, experiment, table, counts):
+        name = links.several(card.name, count)
+        if rows % count:
+            raise UserError(f"{name} ({count} devices) do not divide the step's {counted(rows, 'row')}: data.batch_rows is of all devices")
+        on = on_devices(experiment, sizes, count)
+        link = None if count == 1 else links.between(card, count) if options.link is None else links.given(options.link)
+        found[name] = card, ways(Asked(on, sizes, card, row_tokens, others, link)), link
     known = receipts.with_own(options.receipts, table)
     if options.json:
         facts = {
@@ -73,8 +69,30 @@ def plan(options: argparse.Namespace) -> int:
     print("Times are those of moejax (this program), a roofline of the compiled program times an efficiency (docs/estimator.md#whose-time)")
     for gpu, (card, several, link) in found.items():
         seconds = {id(way): _seconds(way, sizes, card, known) for way in several if way.refused is None}
-        _show(experiment, gpu, several, link, options.config, sizes.expert_layers, seconds)
+        besides = slices.precision(experiment) if card.platform == "tpu" else []
+        lent = prices.cheapest(prices.load(options.prices, table), card.name, devices=spread.count(several[0].experiment))
+        if seconds and lent is not None and lent.hours_per_week is not None:
+            steps = lent.hours_per_week * 3600 / next(iter(seconds.values())).seconds
+            besides.append(f"{lent.told}: about {steps:,.0f} steps of the first a week (--resume goes on)")
+        _show(experiment, gpu, several, link, options.config, sizes.expert_layers, seconds, besides)
     return 0
+
+
+def _targets(
+    options: argparse.Namespace, experiment: config.Experiment, table: Mapping[str, GPU], counts: Sequence[int]
+) -> list[tuple[GPU, int]]:
+    """Each card, or slice of TPU chips, and how many. Raises UserError for what does not run there."""
+    found: list[tuple[GPU, int]] = []
+    for name in names_of(options.gpu):
+        if (tpu := tpus.find(name)) is not None:
+            slices.check(tpu, experiment, devices=options.devices)
+            found.append((tpu.chip, tpu.count))
+            continue
+        card = _here(experiment) if name == HERE else gpus.find(name, dict(table))
+        if not card.bf16 and experiment.training.asks_bf16:
+            raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
+        found += itertools.product([card], counts)
+    return list(dict.fromkeys(found))
 
 
 def _seconds(way: Way, sizes: Architecture, card: GPU, known: Sequence[Receipt]) -> own.Estimate:
@@ -105,7 +123,7 @@ def _facts(way: Way, told: own.Estimate | None) -> dict[str, Any]:
 
 def _show(
     experiment: config.Experiment, gpu: str, several: Sequence[Way], link: Link | None, path: str, layers: int,
-    seconds: Mapping[int, own.Estimate],
+    seconds: Mapping[int, own.Estimate], besides: Sequence[str],
 ) -> None:  # fmt: skip
     fitting = [way for way in several if way.refused is None]
     first = several[0]
@@ -128,6 +146,7 @@ def _show(
         rate = f"{link.name}, {link.rate / 1e9:.4g} GB/s that a card receives (--link)"
         notes.append(f"rows are of all devices, GB of each; between: over {rate}, nothing of it hidden behind work")
         notes.append("weights = experts: as if every device's experts had as many tokens; with the busiest all wait (docs/several_gpus.md)")
+    notes += besides
     if fitting:
         mesh = fitting[0].experiment.mesh
         changes = ({} if mesh is None or mesh == experiment.mesh else {"mesh.devices": mesh.devices}) | dict(fitting[0].changes)

@@ -62,7 +62,7 @@ class Breakdown:
 
 
 def platform_of(gpu: GPU) -> Platform:
-    """Which of the three kinds of programs the compiler makes for a GPU; Blackwell (10.0, and 12.0 of the RTX cards) gets Hopper's."""
+    """Which kind of program the compiler makes for a GPU or a TPU's chip; Blackwell (10.0, and 12.0 of the RTX cards) gets Hopper's."""
     return gpu.platform or ("sm9" if gpu.chip.startswith(("GH", "GB")) else "sm80" if gpu.chip == "GA100" else "sm8")
 
 
@@ -152,7 +152,7 @@ def breakdown(
         config.hidden_size, 4 if config.stream.fp32 else ITEM[t.compute_dtype], platform, device, memory_bytes,
         experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", "experts" in experiment.kinds(config),
-        platform != "cpu" and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
+        platform not in ("cpu", "tpu") and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
         _fetched(experiment, config), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
         n if by_expert else 1, _gathered(of_all, weights, config),
     )  # fmt: skip

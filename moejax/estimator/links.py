@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from moejax import tpus
 from moejax.errors import UserError
 from moejax.gpus import GPU
 
@@ -42,7 +43,9 @@ LINKS: dict[str, Link] = _read()
 
 
 def several(card: str, devices: int) -> str:
-    """`2 x L4`."""
+    """`2 x L4`; of a TPU's chips `v5e-8`, `v5p-8`."""
+    if card in tpus.CHIPS:
+        return tpus.of(tpus.CHIPS[card], devices).name
     return card if devices == 1 else f"{devices} x {card}"
 
 

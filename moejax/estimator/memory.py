@@ -136,20 +136,35 @@ def _meets(tried: dict[int, int], first: int, second: int, limit: float) -> int:
 
 
 def usable_bytes(gpu: GPU, fraction: float) -> float:
-    """What jax may take of a GPU: the memory that its driver reports (nominal GB where unknown) times device.memory_fraction."""
-    return gpu.memory_bytes * fraction if gpu.usable_bytes is None else gpu.usable_bytes
+    """What jax may take of a GPU: the memory that its driver reports (nominal GB where unknown) times device.memory_fraction; of a TPU's
+    chip all that its runtime leaves."""
+    if gpu.usable_bytes is not None:
+        return gpu.usable_bytes
+    return gpu.memory_bytes if gpu.platform == "tpu" else gpu.memory_bytes * fraction
+
+
+def by_gpu(gpu: GPU, fraction: float) -> tuple[float, float]:
+    """`by_closed_form` of what jax may take of a GPU."""
+    return by_closed_form(usable_bytes(gpu, fraction), error_on(gpu))
 
 
 # Of programs that nothing was read off, the closed form was at most 3.1 % too low (docs/study.md, Table III next to ours).
 CLOSED_FORM_ERROR = 0.035
+# A TPU's compiler keeps more (tiles, gathered matrices): docs/tpu.md.
+TPU_ERROR = 0.09
 LEAST_FREE_BYTES = 0.3e9
 COMPILE = "too close to call by the closed form: compile (extra `aot`)"
 
 
-def by_closed_form(usable: float) -> tuple[float, float]:
+def error_on(gpu: GPU) -> float:
+    """By how much the closed form may be too low, of a peak on this GPU."""
+    return TPU_ERROR if gpu.platform == "tpu" else CLOSED_FORM_ERROR
+
+
+def by_closed_form(usable: float, error: float = CLOSED_FORM_ERROR) -> tuple[float, float]:
     """(a peak by the closed form up to which a step fits whatever its error, one beyond which it does not), bytes. Between the two
     only the compiler can tell."""
-    return min(usable / (1 + CLOSED_FORM_ERROR), usable - LEAST_FREE_BYTES), usable / (1 - CLOSED_FORM_ERROR)
+    return min(usable / (1 + error), usable - LEAST_FREE_BYTES), usable / (1 - error)
 
 
 def cards(experiment: Experiment, config: Architecture) -> list[str]:
@@ -164,7 +179,7 @@ def cards(experiment: Experiment, config: Architecture) -> list[str]:
     found: dict[str, list[str]] = {"fits": [], "close": [], "small": [], "without": []}
     for gpu in GPUS.values():
         peak = closed_form.on(gpu, settled, config, rows, row_tokens).total
-        sure, possible = by_closed_form(usable_bytes(gpu, experiment.device.memory_fraction))
+        sure, possible = by_gpu(gpu, experiment.device.memory_fraction)
         kind = "without" if t.asks_bf16 and not gpu.bf16 else "fits" if peak <= sure else "close" if peak <= possible else "small"
         found[kind].append(gpu.name)
     share = f"{experiment.device.memory_fraction:g} of the memory"
@@ -200,7 +215,7 @@ def would_do(gpus: Iterable[GPU]) -> str:
 
 def roomy(gpus: Iterable[GPU], fraction: float, peak_on: Callable[[GPU], float]) -> str:
     """Which of these would do, by the closed form's bytes on each."""
-    return would_do(g for g in gpus if peak_on(g) <= by_closed_form(usable_bytes(g, fraction))[0])
+    return would_do(g for g in gpus if peak_on(g) <= by_gpu(g, fraction)[0])
 
 
 def too_large(
@@ -212,8 +227,9 @@ def too_large(
     """
     usable = usable_bytes(gpu, fraction)
     would = roomy((g for g in others if g.name != gpu.name), fraction, peak_on)
-    there = f"{usable / 1e9:.2f} GB usable on {gpu.name}" + (f" ({fraction:.0%} of its memory)" if gpu.usable_bytes is None else "")
-    if closed and needed <= by_closed_form(usable)[1]:
+    part = gpu.usable_bytes is None and gpu.platform != "tpu"
+    there = f"{usable / 1e9:.2f} GB usable on {gpu.name}" + (f" ({fraction:.0%} of its memory)" if part else "")
+    if closed and needed <= by_gpu(gpu, fraction)[1]:
         return DoesNotFit(f"{what} needs {needed / 1e9:.2f} GB of the {there}: {COMPILE}", would)
     by = " by the closed form" if closed else ""
     return DoesNotFit(f"{what} needs {needed / 1e9:.2f} GB{by}: {(needed - usable) / 1e9:.2f} GB more than the {there}", would)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moejax import tpus
 from moejax.estimator import bus, closed_form, published, spread
 from moejax.estimator.floors import floors
 from moejax.estimator.receipts import Receipt
@@ -32,6 +33,8 @@ PRODUCTS, BANDWIDTH = 790 / 989, 4.3 / 4.8
 FACTOR, FACTOR_DEVIATION = 1.2, 0.45
 """Measured seconds over the roofline's, and the deviation of its logarithm: what is believed before any run. The roofline's own error, by
 its makers 30 %, of kernels that nobody timed, and of cards."""
+TPU_DEVIATION = 0.45
+"""Of a TPU's besides: the roofline was fitted to programs of GPUs."""
 CARD_DEVIATION, RUN_DEVIATION = 0.25, 0.12
 """Of the part of it that is a card's own, and a run's own."""
 NORMAL_90 = 1.645
@@ -65,6 +68,8 @@ def counts(
     dealt = spread.count(experiment) if mesh is not None and mesh.weights == "experts" else 1
     rates = PRODUCTS * gpu.flops_per_second, BANDWIDTH * gpu.bytes_per_second
     floor = sum(stage.seconds(*rates)[0] for stage in floors(experiment, config, rows, row_tokens))
+    if gpu.platform == "tpu":  # the other columns are of kernels that a GPU launches
+        return Counts((floor, 0.0, 0.0, 0.0))
     visits = scans = 0.0
     for stack in config.stacks:
         mixer, half = stack.block.halves
@@ -110,8 +115,15 @@ def settled(experiment: Experiment) -> Experiment:
 
 def estimate(seconds: float, gpu: GPU, receipts: Iterable[Receipt]) -> Estimate:
     """Of the roofline's seconds, with what runs of this program took over theirs (`predicted.program_seconds`)."""
-    runs = [r for r in receipts if r.tool_name == "moejax" and r.gpu and r.step_seconds and (r.predicted or {}).get("program_seconds")]
+    tpu = gpu.platform == "tpu"
+    runs = [
+        r for r in receipts
+        if r.tool_name == "moejax" and r.gpu and r.step_seconds and (r.predicted or {}).get("program_seconds")
+        and (r.gpu in tpus.CHIPS) == tpu
+    ]  # fmt: skip
     mean, deviation = math.log(FACTOR), math.hypot(FACTOR_DEVIATION, CARD_DEVIATION)
+    if tpu and not runs:
+        deviation = math.hypot(deviation, TPU_DEVIATION)
     here = [r for r in runs if r.gpu == gpu.name]
     if runs:
         seen = np.array([math.log(float(r.step_seconds or 1) / float((r.predicted or {})["program_seconds"])) for r in runs])
@@ -127,6 +139,8 @@ def estimate(seconds: float, gpu: GPU, receipts: Iterable[Receipt]) -> Estimate:
         basis = f"a roofline of the program, fitted to {len(here)} of your runs on this card"
     elif runs:
         basis = f"a roofline of the program, fitted to {len(runs)} of your runs, none on the {gpu.name}: its interval is a prior's part"
+    elif tpu:
+        basis = "a floor by the chip's data sheet times an assumed efficiency: nothing of moejax has run on a TPU, the interval is a prior"
     else:
         basis = "a roofline of the compiled program times an assumed efficiency: no run of moejax was measured, the interval is a prior"
     return Estimate(middle, (middle * math.exp(-half), middle * math.exp(half)), bool(here), basis)

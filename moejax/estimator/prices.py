@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import datetime
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moejax import tpus
 from moejax.documents import read_text
 from moejax.errors import UserError
 from moejax.gpus import GPU, GPUS, find
@@ -19,7 +21,8 @@ from moejax.gpus import GPU, GPUS, find
 
 @dataclass(frozen=True)
 class Price:
-    """USD per GPU-hour. `gpus_rented`: how many GPUs the instance has that has to be rented; the price is one GPU's share of it."""
+    """USD per GPU-hour. `gpus_rented`: how many GPUs the instance has that has to be rented; the price is one GPU's share of it. What costs
+    nothing is lent as a whole: for runs on as many. `hours_per_week`: for how long; None: as long as one pays, or not stated."""
 
     gpu: str
     usd_per_hour: float
@@ -27,13 +30,25 @@ class Price:
     day: str
     spot: bool = False
     gpus_rented: int = 1
+    hours_per_week: float | None = None
 
     @property
     def told(self) -> str:
         """`1.67 USD/h, CUDO, 2024`: how a price is printed wherever dollars are."""
+        if self.usd_per_hour == 0:
+            limit = "hours not stated" if self.hours_per_week is None else f"{self.hours_per_week:g} h a week"
+            return f"free, {limit}, {self.seller}, {self.day}"
         spot = ", spot" if self.spot else ""
         share = f", 1 of {self.gpus_rented} GPUs" if self.gpus_rented > 1 else ""
         return f"{dollars(self.usd_per_hour)} USD/h, {self.seller}{spot}{share}, {self.day}"
+
+
+def weeks(price: Price | None, hours: float) -> str | None:
+    """How long a run of so many hours takes on what is lent for some hours a week; None of other prices."""
+    if price is None or price.hours_per_week is None:
+        return None
+    count = math.ceil(hours / price.hours_per_week)
+    return f"{hours:,.3g} h are {count:,} week{'' if count == 1 else 's'} of {price.seller}'s {price.hours_per_week:g} h (--resume goes on)"
 
 
 def dollars(usd_per_hour: float) -> str:
@@ -47,7 +62,7 @@ _SIMPLE = ("gpu", "usd_per_hour")
 
 def load(name_or_file: str, gpus: dict[str, GPU] | None = None) -> tuple[Price, ...]:
     """A set by name ("study", "2026"), or a CSV file of a user's, by SkyPilot's columns or by our own:
-    `gpu,usd_per_hour[,seller][,day][,spot][,gpus_rented]`.
+    `gpu,usd_per_hour[,seller][,day][,spot][,gpus_rented][,hours_per_week]`; of a TPU its chip, `v5e`.
 
     Rows of GPUs that the table does not know are left out of a catalog, and are mistakes in a simple file. Raises UserError for
     missing columns, another currency, or values that are not prices.
@@ -96,26 +111,28 @@ def _check(path: Path, columns: list[str], rows: list[dict[str, str]], needed: t
         )
 
 
-def _amount(path: Path, line: int, column: str, text: str) -> float:
+def _amount(path: Path, line: int, column: str, text: str, *, may_be_0: bool = False) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < float("inf"):
+    if not 0 <= value < float("inf") or (value == 0 and not may_be_0):
         raise UserError(f"--prices {path}, line {line}: {column} = {text[:40]!r}: expected US dollars, a number above 0 without a sign")
     return value
 
 
 def _simple(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GPU]) -> Iterable[Price]:
     for line, row in enumerate(rows, 2):
-        usd = _amount(path, line, "usd_per_hour", row["usd_per_hour"])
+        usd = _amount(path, line, "usd_per_hour", row["usd_per_hour"], may_be_0=True)
         spot = row.get("spot", "").lower() in ("1", "true", "yes")
         try:
-            gpu = find(row["gpu"], gpus)
+            gpu = tpus.CHIPS.get(row["gpu"]) or find(row["gpu"], gpus)
         except UserError as error:
             raise UserError(f"--prices {path}, line {line}: {error}") from None
         rented = round(_amount(path, line, "gpus_rented", row.get("gpus_rented") or "1"))
-        yield Price(gpu.name, usd, row.get("seller") or path.stem, row.get("day") or day, spot, max(1, rented))
+        lent = row.get("hours_per_week")
+        hours = _amount(path, line, "hours_per_week", lent) if lent else None
+        yield Price(gpu.name, usd, row.get("seller") or path.stem, row.get("day") or day, spot, max(1, rented), hours)
 
 
 def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, GPU]) -> Iterable[Price]:
@@ -134,7 +151,8 @@ def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, G
 
 
 # The study read CUDO Compute's prices in 2024; it names no day. The others: on demand, from the sellers' public price lists on the day
-# named; of AWS and Azure one GPU's share of the instance.
+# named; of AWS and Azure one GPU's share of the instance. TPUs: a chip in us-central1, by SkyPilot's catalog v9 (gcp/vms.csv, July 2026).
+# What is lent: Kaggle's v5e-8 for 20 hours a week as its users report, Colab's v5e-1 (github.com/jax-ml/jax-ai-stack pull 242).
 SETS = {name: _read(Path(__file__).with_name(f"prices_{name}.csv"), GPUS) for name in ("study", "2026")}
 STUDY, DATED = SETS.values()
 
@@ -144,7 +162,7 @@ OLD_DAYS = 60
 
 def old(prices: Iterable[Price], name: str, today: datetime.date | None = None) -> list[str]:
     """A line where the newest of a set's prices is older than `OLD_DAYS` days; a user's file without days is as old as it is."""
-    days = [day for price in prices if (day := _day(price)) is not None]
+    days = [day for price in prices if price.usd_per_hour and (day := _day(price)) is not None]
     age = ((today or datetime.date.today()) - max(days)).days if days else 0
     if age <= OLD_DAYS:
         return []
@@ -167,7 +185,8 @@ def _day(price: Price) -> datetime.date | None:
         return None
 
 
-def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False) -> Price | None:
-    """The lowest price of this GPU, or None. With `spot`, spot prices only: they are another good. One-GPU instances go first."""
-    offers = [p for p in prices if p.gpu == gpu and p.spot == spot]
-    return min(offers, key=lambda p: (p.gpus_rented > 1, p.usd_per_hour), default=None)
+def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False, devices: int = 1) -> Price | None:
+    """The lowest price of this GPU, or None. With `spot`, spot prices only: they are another good. What is free for as many goes first,
+    then instances of one GPU."""
+    offers = [p for p in prices if p.gpu == gpu and p.spot == spot and (p.usd_per_hour > 0 or p.gpus_rented == devices)]
+    return min(offers, key=lambda p: (p.usd_per_hour > 0, p.gpus_rented > 1, p.usd_per_hour), default=None)

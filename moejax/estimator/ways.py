@@ -2,7 +2,7 @@
 lacks. No jax.
 
 Every way does the same optimizer step: the config's rows in all, in as few micro-batches as fit. Bytes are the closed form's, its error
-allowed for (`memory.by_closed_form`). Seconds are a floor, by the data sheet's peaks and the bus: an order, not a forecast. What goes
+allowed for (`memory.by_gpu`). Seconds are a floor, by the data sheet's peaks and the bus: an order, not a forecast. What goes
 between devices is added whole: nothing is taken to hide it.
 """
 
@@ -82,12 +82,17 @@ class Asked:
     def devices(self) -> int:
         return spread.count(self.experiment)
 
+    @property
+    def by_host(self) -> bool:
+        """Whether weights and streams may lie in the host's memory: no rate of a TPU's link to it is published."""
+        return self.gpu.platform != "tpu"
+
     def peak(self, experiment: Experiment, rows: int, row_tokens: int | None = None, gpu: GPU | None = None) -> closed_form.Breakdown:
         return closed_form.on(gpu or self.gpu, experiment, self.config, rows, row_tokens or self.row_tokens)
 
     def limit(self, gpu: GPU | None = None) -> float:
         """Bytes up to which the closed form is sure."""
-        return memory.by_closed_form(memory.usable_bytes(gpu or self.gpu, self.experiment.device.memory_fraction))[0]
+        return memory.by_gpu(gpu or self.gpu, self.experiment.device.memory_fraction)[0]
 
 
 def ways(asked: Asked) -> list[Way]:
@@ -95,10 +100,10 @@ def ways(asked: Asked) -> list[Way]:
     experts do not fit on the device, also with the most layers' that do. What fits, fastest first, the config's own rank before lower ones,
     which train another adapter; then what does not, by what it lacks."""
     found = []
-    for changes in _settings(asked.experiment, asked.config):
-        may_split = changes["placement.experts"] == "device" and changes.get("mesh.weights") != "spread"
+    for changes in _settings(asked):
+        may_split = asked.by_host and changes["placement.experts"] == "device" and changes.get("mesh.weights") != "spread"
         for rank in _ranks(asked.experiment):
-            modes = [{**changes, **rank, **mode} for mode in _modes(asked.experiment)]
+            modes = [{**changes, **rank, **mode} for mode in _modes(asked)]
             tried = [_tried(asked, mode) for mode in modes]
             fitting = [way for way in tried if way.refused is None]
             if fitting:
@@ -119,19 +124,21 @@ def _order(way: Way) -> tuple[bool, bool, float]:
     return not fits, "adapter.rank" in way.changes, way.seconds if fits else way.peak_bytes
 
 
-def _modes(experiment: Experiment) -> Iterable[Mapping[str, Any]]:
+def _modes(asked: Asked) -> Iterable[Mapping[str, Any]]:
     """Without what the config excludes: the micro-batches of pairs pass one by one."""
-    if experiment.preference is not None:
-        return [mode for mode in MODES if mode["training.accumulation"] != "layer_major"]
-    return MODES
+    modes = MODES if asked.by_host else [mode for mode in MODES if mode["training.remat"] != "offload"]
+    if asked.experiment.preference is not None:
+        return [mode for mode in modes if mode["training.accumulation"] != "layer_major"]
+    return modes
 
 
-def _settings(experiment: Experiment, config: Architecture) -> Iterator[dict[str, Any]]:
+def _settings(asked: Asked) -> Iterator[dict[str, Any]]:
     """Placement, optimizer, and what each of several devices holds."""
-    t, p = experiment.training, experiment.placement
+    t, p = asked.experiment.training, asked.experiment.placement
     optimizers = (t.optimizer, "adamw_8bit") if _may_be_8bit(t) else (t.optimizer,)
-    placements = ("device", "host") if experiment.adapter is not None else (p.experts,)
-    for weights, placement, optimizer in itertools.product(_weights(experiment, config), placements, optimizers):
+    placements = ("device", "host") if asked.experiment.adapter is not None else (p.experts,)
+    placements = placements if asked.by_host else ("device",)
+    for weights, placement, optimizer in itertools.product(_weights(asked.experiment, asked.config), placements, optimizers):
         if weights.get("mesh.weights") != "spread" or placement == "device":
             yield {**weights, "placement.experts": placement, "training.optimizer": optimizer}
 
@@ -255,7 +262,7 @@ def _mended(asked: Asked, way: Way) -> Way:
     if fitting:
         return replace(way, refused=f"{way.refused}; rows of {lengths[fitting - 1]} tokens would fit")
     in_host = way.experiment.adapter is not None and way.experiment.placement.experts == "device" and not _is_spread(way.experiment)
-    if in_host and fits({"placement.experts": "host"}):
+    if asked.by_host and in_host and fits({"placement.experts": "host"}):
         return replace(way, refused=f"{way.refused}; placement.experts=host would fit")
     larger = [g for g in asked.others if asked.peak(way.experiment, asked.devices, gpu=g).total <= asked.limit(g)]
     return replace(way, refused=f"{way.refused}; {memory.would_do(sorted(larger, key=lambda g: g.memory_gb)[:1])}")

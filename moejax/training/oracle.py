@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moejax import installation
 from moejax.config import Experiment
-from moejax.estimator import closed_form, memory, spread
+from moejax.estimator import closed_form, links, memory, spread
 from moejax.estimator.closed_form import Breakdown
 from moejax.estimator.memory import Largest
 from moejax.estimator.targets import MULTIPROCESSORS, target_text
@@ -48,6 +48,9 @@ def why_not_compiled(gpu: GPU) -> str | None:
     """Why no compiler can answer for this GPU here; None where one can."""
     if gpu.usable_bytes is not None:
         return None
+    if gpu.platform == "tpu":
+        missing = f"the extra `aot-tpu` is missing ({installation.for_extra('aot-tpu')})"
+        return missing if importlib.util.find_spec("libtpu") is None else None
     if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
         return f"the extra `aot` is missing ({installation.for_extra('aot')})"
     if target_text(gpu) is not None:
@@ -95,7 +98,7 @@ class Oracle:
         from moejax.training.program import TrainProgram
 
         gpu = None if self.gpu.usable_bytes is not None else self.gpu
-        target = str(jax.local_devices()[0].device_kind) if gpu is None else target_text(gpu)
+        target = str(jax.local_devices()[0].device_kind) if gpu is None else target_text(gpu) or links.several(gpu.name, self.devices)
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
@@ -117,7 +120,7 @@ class Oracle:
             return self.peak_bytes(n * rows)
 
         if self.reason is not None:
-            return memory.largest_rows(peak, memory.by_closed_form(limit)[0]).times(n)
+            return memory.largest_rows(peak, memory.by_closed_form(limit, memory.error_on(self.gpu))[0]).times(n)
         guess = max(1, memory.largest_rows(lambda rows: int(ratio * closed(rows)), limit).rows)
         return memory.largest_rows(peak, limit, guess, closed(guess + 1) - closed(guess)).times(n)
 

@@ -95,8 +95,7 @@ class Forecasts:
     def _own(self, job: Workload, gpu: GPU, price: Price | None) -> Forecast:
         e, tokens = job.experiment, round(job.row_tokens)
         held = closed_form.on(gpu, own.settled(e), job.config, job.rows, job.longest_row).total
-        usable = memory.usable_bytes(gpu, e.device.memory_fraction)
-        sure, possible = memory.by_closed_form(usable)
+        sure, possible = memory.by_gpu(gpu, e.device.memory_fraction)
         if held > possible:
             others = [g for g in self.table.values() if g.bf16]
             raise memory.too_large(
@@ -106,7 +105,7 @@ class Forecasts:
         told = own.estimate(own.program_seconds(e, job.config, gpu, job.rows, tokens), gpu, self.receipts)
         close = "" if held <= sure else "; whether it fits is too close to call (moejax estimate memory compiles)"
         gb = held / 1e9
-        error, n = memory.CLOSED_FORM_ERROR, spread.count(e)
+        error, n = memory.error_on(gpu), spread.count(e)
         link = None if n == 1 else self.link or links.between(gpu, n)
         moved = spread.traffic(e, job.config, job.rows * job.row_tokens).total
         waited = 0.0 if link is None else (1 - self.overlap) * moved / link.rate
