@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,23 @@ def read_text(path: Path, given: str = "", remedy: str = "") -> str:
 def without_advice(error: Exception) -> str:
     """Python's own words, without its advice."""
     return str(error).partition(";")[0]
+
+
+SEAL = "sha256"
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a JSON file with its own hash in it, under SEAL."""
+    return dict(content) | {SEAL: _hash(content)}
+
+
+def unsealed(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The content without its hash; what others wrote has none. Raises UserError where the hash is of another content."""
+    bare = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content[SEAL] != _hash(bare):
+        raise UserError(f"{where} is not what was written there ({SEAL}): copy or write it again; if you changed it, take out `{SEAL}`")
+    return bare
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

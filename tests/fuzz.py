@@ -37,6 +37,7 @@ from moejax import config, gpus, json_lines
 from moejax.commands import breakdown
 from moejax.config import DataConfig
 from moejax.data import conversation, sources
+from moejax.documents import unsealed
 from moejax.errors import UserError
 from moejax.estimator import coefficients, comparison, prices
 from moejax.hub.peft import load_adapter
@@ -220,7 +221,8 @@ def coefficient_seeds() -> list[dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.json"
         coefficients.write(path, coefficients.study()[:2])
-        return [{"c.json": path.read_bytes()}]
+        content = unsealed(json.loads(path.read_bytes()), "")  # else its hash refuses each damage
+        return [{"c.json": json.dumps(content).encode()}]
 
 
 PRICES = b"gpu,usd_per_hour,provider,day\nH100,2.5,X,2026-11-01\nL4,0.5,Y,2026-11-02\n"

@@ -1,5 +1,6 @@
 """JSON and YAML of users and of runs: what they are instead is one message, through whichever door they come."""
 
+import json
 import shutil
 
 import pytest
@@ -94,3 +95,18 @@ def test_the_file_of_a_tokenizer_that_is_none_is_named(name, content, told, tmp_
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}.*{told}"):
         load_tokenizer(str(tmp_path))
+
+
+def test_each_number_that_was_written_is_what_is_read(tmp_path):
+    """One changed digit is noticed; what has no hash (another tool's, an older version's) is read."""
+    path = tmp_path / "c.json"
+    coefficients.write(path, coefficients.study()[:1])
+    assert coefficients.read(path)[0].named == coefficients.study()[0].named
+    content = json.loads(path.read_text())
+    content["entries"][0]["points"] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"c\.json is not what was written there \(sha256\)"):
+        coefficients.read(path)
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    coefficients.read(path)

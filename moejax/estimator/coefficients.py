@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moejax import gpus
-from moejax.documents import read_json
+from moejax.documents import read_json, sealed, unsealed
 from moejax.errors import UserError
 from moejax.estimator import published, transfer
 from moejax.estimator.least_squares import FloatArray, spread
@@ -154,7 +154,7 @@ def _with_gpus(entries: Sequence[Entry], table: dict[str, GPU]) -> list[tuple[En
 def read(path: str | Path) -> tuple[Entry, ...]:
     """Entries of a coefficients file. Raises UserError for a file that is none."""
     path = Path(path)
-    document = read_json(path, "--coefficients ", "expected what `moejax estimate fit` writes")
+    document = unsealed(read_json(path, "--coefficients ", "expected what `moejax estimate fit` writes"), f"--coefficients {path}")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"--coefficients {path}: expected a JSON object with schema_version {SCHEMA_VERSION}")
     entries = document.get("entries")
@@ -218,4 +218,4 @@ def write(path: str | Path, entries: Sequence[Entry], paper: dict[str, Any] | No
     document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "entries": [document_of(e) for e in entries]}
     if paper is not None:
         document["paper"] = paper
-    replace_text(Path(path), json.dumps(document, indent=1) + "\n")
+    replace_text(Path(path), json.dumps(sealed(document), indent=1) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +187,32 @@ def check_host_memory(model: Model) -> list[str]:
     return [f"placement: {disk.size(need)}{of} in the host's pinned memory"]
 
 
-def continue_adapter(experiment: Experiment, model: Model, source: str | None) -> None:
+def trained_on(experiment: Experiment, content: str | None = None) -> dict[str, str]:
+    """What an adapter's file says of its base: the hash of its weights, and how they were stored. Empty where it is not known.
+
+    content: the hash; None: the one of the experiment's `made_of`.
+    """
+    platform, made_of = jax.default_backend(), experiment.made_of
+    if content is None and made_of is not None and made_of.platform is not None:
+        platform, content = made_of.platform, made_of.base
+    if content is None:
+        return {}
+    sizes = experiment.model.model_dump(mode="json", exclude={"source", "revision", "ignored_settings", "experts_per_token"})
+    how = [sizes, experiment.quantization.kind, experiment.quantization.modules, experiment.training.param_dtype]
+    stored = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+    return {peft.BASE: content, peft.STORED: f"{platform} {stored[:16]}"}
+
+
+def continue_adapter(experiment: Experiment, model: Model, source: str | None, content: str | None = None) -> None:
     """The weights of `adapter.init_from`, where it is set, into the model's adapter; the model may be abstract.
 
-    source: the base model by name, which the adapter must be one of. Raises UserError.
+    source: the base model by name, which the adapter must be one of; content: the hash of its weights, once they are read. Raises
+    UserError.
     """
     a = experiment.adapter
     if a is not None and a.init_from is not None:
-        peft.continue_from(model, weights.resolve(a.init_from, field="adapter.init_from"), source)
+        base = trained_on(experiment, content) if content else None
+        peft.continue_from(model, weights.resolve(a.init_from, field="adapter.init_from"), source, base)
 
 
 def with_adapters_rows(experiment: Experiment, vocab_size: int) -> Experiment:
@@ -225,6 +245,7 @@ def load(source: str, config: Experiment) -> Model:
     config = with_adapters_rows(config, weights.read_config(folder, config.model.ignored_settings).vocab_size)
     sizes, name = architecture(config, folder), source if Path(source).is_dir() else source.partition("@")[0]
     continue_adapter(config, build(sizes, **model_arguments(config)), name)
-    model = create_model(config, sizes, folder)
-    continue_adapter(config, model, name)
+    content = Content()
+    model = create_model(config, sizes, folder, content)
+    continue_adapter(config, model, name, content.value)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,13 @@ def _by_target(model: Model) -> dict[str, Pair]:
     return {target: lora.pair() for target, lora in loras.items() if lora is not None}
 
 
-def save_adapter(model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False) -> None:
+def save_adapter(
+    model: Model, folder: Path, base_name: str, revision: str | None = None, fused: bool = False, base: Mapping[str, str] | None = None
+) -> None:
     """Write adapter_model.safetensors and adapter_config.json; the weights are read back and compared to the bit before they replace any.
 
     fused: in the format of transformers 5 with PEFT 0.19 or later, which is the only one of a family whose files hold all experts in one
-    tensor. Raises UserError where that cannot hold the adapter.
+    tensor. base: what its file says of the base's weights, for `continue_from`. Raises UserError where that cannot hold the adapter.
     """
     pairs = adapted(model)
     tensors = {}
@@ -97,7 +100,7 @@ def save_adapter(model: Model, folder: Path, base_name: str, revision: str | Non
         if written.keys() != tensors.keys() or any(not np.array_equal(written[k], tensors[k]) for k in tensors):
             raise UserError(f"{path} reads back differently from what was written: a full or failing disk?")
 
-    write_file(path, tensors, compare)
+    write_file(path, tensors, compare, base or {})
     replace_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -161,11 +164,16 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
     return path, tensors
 
 
-def continue_from(model: Model, folder: Path, base_name: str | None) -> None:
+BASE, STORED = "base_sha256", "base_stored"
+"""In an adapter's file: the hash of the base's weights as they were stored, and how that was. Hashes of another storage are others."""
+
+
+def continue_from(model: Model, folder: Path, base_name: str | None, base: Mapping[str, str] | None = None) -> None:
     """Read the adapter in `folder` into the model's LoRA weights (abstract or not), to be trained on.
 
-    Raises UserError where it was made for another base than `base_name`, where it is more than plain LoRA, and as `load_adapter`
-    does. Base names are compared by their last part, as a Hub id may lie in a folder of that name.
+    base: BASE and STORED of the model's base, where they are known. Raises UserError where the adapter was made for another base, by
+    name or by its weights, where it is more than plain LoRA, and as `load_adapter` does. Base names are compared by their last part, as
+    a Hub id may lie in a folder of that name.
     """
     config = read_adapter_config(folder)
     theirs = config.get("base_model_name_or_path")
@@ -174,6 +182,15 @@ def continue_from(model: Model, folder: Path, base_name: str | None) -> None:
             f"{folder} is an adapter of {theirs!r}, model.source = {base_name!r}: another base model. If they are the same under two "
             "names, set base_model_name_or_path in its adapter_config.json"
         )
+    path = folder / "adapter_model.safetensors"
+    if base and path.is_file():
+        with closing(Summed(path)) as file:
+            known = file.metadata
+        if known.get(STORED) == base[STORED] and known.get(BASE) != base[BASE]:
+            raise UserError(
+                f"{folder} was trained on {theirs or 'a base'} with other weights (sha256 {known.get(BASE, '')[:16]}…) than model.source = "
+                f"{base_name!r} has ({base[BASE][:16]}…): another base. Give the one that it was trained on"
+            )
     load_adapter(model, folder)
 
 

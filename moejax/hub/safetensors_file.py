@@ -146,10 +146,13 @@ def _crc(array: np.ndarray, before: int = 0) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, before)
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray], check: Callable[[Path], None] | None = None) -> None:
-    """Arrays as one file, with the rights that the umask gives. check: as `Writer`'s. Raises UserError where it cannot be written."""
+def write_file(
+    path: Path, tensors: Mapping[str, np.ndarray], check: Callable[[Path], None] | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Arrays as one file, with the rights that the umask gives. check: as `Writer`'s. metadata: besides the format. Raises
+    UserError where it cannot be written."""
     shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
-    with Writer(path, shapes, {"format": "pt"}, check, sums=True) as writer:
+    with Writer(path, shapes, {"format": "pt"} | dict(metadata or {}), check, sums=True) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from moejax.config_values import Section
-from moejax.documents import read_json
+from moejax.documents import read_json, sealed, unsealed
 from moejax.errors import UserError
 from moejax.files import replace_text
 
@@ -139,8 +139,8 @@ class StepProfile(Section):
 
 
 def write(profile: StepProfile, path: Path) -> None:
-    """Write the file: what is there is whole."""
-    replace_text(path, json.dumps(profile.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+    """Write the file, with the hash of what it says: what is there is whole."""
+    replace_text(path, json.dumps(sealed(profile.model_dump(mode="json")), indent=1, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> StepProfile:
@@ -150,7 +150,7 @@ def read(path: Path) -> StepProfile:
     again = "write it again with `moejax profile CONFIG`"
     if not path.is_file():
         raise UserError(f"{path} does not exist (expected the {FILE_NAME} of a profiled run): make one with `moejax profile CONFIG`")
-    content = read_json(path, remedy=again)
+    content = unsealed(read_json(path, remedy=again), str(path))
     version = content.get("schema_version")
     if type(version) is not int or not OLDEST <= version <= VERSION:
         found = "schema_version is missing" if version is None else f"schema_version = {version!r}"

@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.estimator.units import told
 from moejax.hub import merge, peft, servers, verification, weights
 from moejax.hub.layerwise import Checkpoint
-from moejax.hub.model import adapter_config, architecture, base_folder, quantization_config
+from moejax.hub.model import adapter_config, architecture, base_folder, quantization_config, trained_on
 from moejax.hub.names import in_and_out
 from moejax.hub.quantized_cache import Content
 from moejax.hub.servers import SERVERS
@@ -78,7 +78,7 @@ def export(
         aside.mkdir(parents=True)
         if not whole:
             model = _abstract(experiment, sizes, folder)
-            peft.save_adapter(model, aside, str(source), experiment.model.revision, fused=chosen == "fused")
+            peft.save_adapter(model, aside, str(source), experiment.model.revision, chosen == "fused", trained_on(experiment))
             beside.carry_added_tokens(aside, experiment, _tokenizer(experiment, base))
             if server is not None and server.names:
                 servers.rename_targets(server, aside)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from moejax import config, json_lines
 from moejax.errors import UserError
 from moejax.hub.safetensors_file import Summed
+from moejax.profiling import schema
 
 
 class Verified(NamedTuple):
@@ -20,13 +21,15 @@ class Verified(NamedTuple):
 
 
 def files(folder: Path) -> Iterator[Verified]:
-    """Config, metrics and trained weights of a run's folder. Raises UserError where there is no run."""
+    """Config, metrics, profile and trained weights of a run's folder. Raises UserError where there is no run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} holds no config.yaml: expected a run's folder, e.g. runs/demo")
     yield _judged("config.yaml", lambda: config.load(folder / "config.yaml"))
     if (folder / "metrics.jsonl").is_file():
         _, damaged = json_lines.read(folder / "metrics.jsonl")
         yield Verified("metrics.jsonl", f"line {damaged[0]} is not whole; --resume drops such lines" if damaged else "")
+    if (folder / schema.FILE_NAME).is_file():
+        yield _judged(schema.FILE_NAME, lambda: schema.read(folder))
     for path in sorted(folder.rglob("*.safetensors")):
         if "damaged" not in path.relative_to(folder).parts:
             yield _judged(str(path.relative_to(folder)), lambda path=path: _tensors(path))  # type: ignore[misc]

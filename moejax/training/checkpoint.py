@@ -58,7 +58,7 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         named = _named(state)
-        content = {"position": asdict(position), "checksums": _checksums(named)}
+        content = {"position": asdict(position), "checksums": checksums(named)}
         with self._writing():
             self.manager.save(
                 step,
@@ -122,7 +122,7 @@ class Checkpoints:
                 return _unnamed(state, leaves), Position(**content)
             if content.pop("sha256") != _digest(content):
                 raise UserError(f"{what} is damaged: its data position is not what was written")
-            found = _checksums(leaves)
+            found = checksums(leaves)
             changed = [name for name in leaves if found[name] != content["checksums"][name]]
             if changed:
                 raise UserError(f"{what} is damaged: {changed[0]} is not what was written ({len(changed)} of {len(leaves)} arrays)")
@@ -179,7 +179,7 @@ def verify(run: Path) -> Iterator[tuple[int, str]]:
             if digest is None:
                 yield step, "" if sums is None else "its data position is not what was written"
                 continue
-            found = _checksums(named)
+            found = checksums(named)
             changed = [name for name in sums if found.get(name) != sums[name]]
             wrong = "its data position is not what was written" if digest != _digest(content) else ""
             yield step, wrong or (f"{changed[0]} is not what was written ({len(changed)} of {len(sums)} arrays)" if changed else "")
@@ -217,7 +217,7 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _checksums(named: dict[str, jax.Array]) -> dict[str, list[int]]:
+def checksums(named: dict[str, jax.Array]) -> dict[str, list[int]]:
     """Two 32-bit sums of each array: computed where it lies, as fast as it can be read."""
     return {name: [int(part) for part in sums] for name, sums in jax.device_get(_sums(named)).items()}
 

@@ -22,13 +22,14 @@ from moejax.data.batching import Batches
 from moejax.errors import UserError, out_of_memory
 from moejax.estimator.units import counted
 from moejax.hub import peft, save, weights
-from moejax.hub.model import adapter_config
+from moejax.hub.model import adapter_config, trained_on
 from moejax.profiling.capture import Capture
 from moejax.progress import duration, say, waiting
 from moejax.runs import beside, folders
 from moejax.runs.claim import claimed
 from moejax.training import flops, prediction, step_profile, wandb_run
 from moejax.training.checkpoint import Checkpoints, Position
+from moejax.training.frozen import Frozen
 from moejax.training.metrics import MetricWriter, expert_load
 from moejax.training.program import NOTHING_OWN, Own
 from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
@@ -45,17 +46,19 @@ class Pending(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-def run(experiment: Experiment, *, resume: bool, keep: bool = True) -> int:
+def run(experiment: Experiment, *, resume: bool, keep: bool = True, check_frozen: bool = False) -> int:
     """Train as the experiment says. Returns the exit code: 0, or 128 + the signal that stopped the run.
 
-    keep: save checkpoints and the trained weights; without it the run leaves its measurements only. Raises UserError for every
-    mistake of the user's.
+    keep: save checkpoints and the trained weights; without it the run leaves its measurements only. check_frozen: compare the weights
+    that are not trained, after the run, with what they were before it. Raises UserError for every mistake of the user's.
     """
-    trainer = trained(experiment, resume=resume, keep=keep)
+    trainer = trained(experiment, resume=resume, keep=keep, check_frozen=check_frozen)
     return 0 if trainer.stopped is None else 128 + trainer.stopped
 
 
-def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = NOTHING_OWN) -> Trainer:
+def trained(
+    experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = NOTHING_OWN, check_frozen: bool = False
+) -> Trainer:
     """`run`, with what a caller brings of its own. Returns what has trained: `history`, `folder`, `step`, `stopped`."""
     with ExitStack() as stack:
         experiment = stack.enter_context(processes.joined(experiment))
@@ -68,7 +71,10 @@ def trained(experiment: Experiment, *, resume: bool, keep: bool = True, own: Own
             stack.enter_context(claimed(folder))
             stack.enter_context(folders.kept_if_begun(folder))
         trainer = Trainer(start(experiment, folder, resume=resume, own=own), resume=resume, keep=keep)
+        frozen = Frozen(trainer.program.frozen) if check_frozen else None
         trainer.train()
+        if frozen is not None:
+            say(frozen.check(trainer.program.frozen))
         return trainer
 
 
@@ -302,7 +308,7 @@ class Trainer:
         if not processes.is_first():
             return
         if self.experiment.adapter is not None:
-            peft.save_adapter(model, folder / "adapter", m.source or "", m.revision)
+            peft.save_adapter(model, folder / "adapter", m.source or "", m.revision, base=trained_on(self.experiment))
             beside.carry_added_tokens(folder / "adapter", self.experiment, self.tokenizer)
             return
         save.save_weights(model, folder / "model")

@@ -94,7 +94,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     content = Content()
     with waiting("loading the model"):
         model = create_model(experiment, config, model_folder, content, program.devices)
-        continue_adapter(experiment, model, experiment.model.source)
+        continue_adapter(experiment, model, experiment.model.source, content.value)
     if model_folder is not None:
         say(*weights.report(model))
     processes.same({"base": content.value})

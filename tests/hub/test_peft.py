@@ -151,3 +151,14 @@ def test_half_precision_is_widened_exactly(folder, reference_config):
     a = model.layers.moe.router.lora.a.get_value()
     assert a.dtype == jnp.float32
     np.testing.assert_array_equal(a[0], jax.device_get(halves[FIRST]).astype(np.float32))
+
+
+def test_a_base_of_the_same_name_with_other_weights_is_refused(folder, reference_config, tmp_path):
+    model = model_like(folder, reference_config)
+    first, other = ({peft.BASE: digit * 64, peft.STORED: "cpu 1"} for digit in "ab")
+    peft.continue_from(model, folder, "org/base", other)  # of another tool, which says nothing of its base
+    peft.save_adapter(model, tmp_path / "out", "org/base", base=first)
+    peft.continue_from(model, tmp_path / "out", "base", first)
+    peft.continue_from(model, tmp_path / "out", "base", other | {peft.STORED: "gpu 1"})  # whose hashes cannot be compared
+    with pytest.raises(UserError, match=r"out was trained on org/base with other weights \(sha256 a{16}…\) than .* 'base' has \(b{16}…"):
+        peft.continue_from(model, tmp_path / "out", "base", other)

@@ -8,6 +8,7 @@ import sys
 import pytest
 from support import ROOT
 
+from moejax.documents import unsealed
 from moejax.errors import UserError
 from moejax.profiling import schema, scopes
 
@@ -43,7 +44,7 @@ def test_round_trip(tmp_path):
     profile = schema.StepProfile.model_validate(copy.deepcopy(FIELDS))
     path = tmp_path / schema.FILE_NAME
     schema.write(profile, path)
-    assert json.loads(path.read_text()) == FIELDS
+    assert unsealed(json.loads(path.read_text()), "") == FIELDS
     assert schema.read(path) == schema.read(tmp_path) == profile
     assert [p.name for p in tmp_path.iterdir()] == [schema.FILE_NAME]
 

@@ -15,7 +15,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.training import checkpoint
-from moejax.training.checkpoint import Checkpoints, Position, _checksums
+from moejax.training.checkpoint import Checkpoints, Position, checksums
 from moejax.training.step import TrainState
 
 STATE = TrainState({"a": jax.random.normal(jax.random.key(0), (30, 400)), "b": jnp.ones(5, jnp.bfloat16)}, {}, jnp.zeros((), jnp.int32))
@@ -155,8 +155,8 @@ def test_every_single_changed_element_changes_the_checksum(dtype):
     for place in range(65):
         changed = plain.copy()
         changed[place] = 1
-        seen.add(tuple(_checksums({"x": jnp.asarray(changed)})["x"]))
-    assert len(seen | {tuple(_checksums({"x": jnp.asarray(plain)})["x"])}) == 66
+        seen.add(tuple(checksums({"x": jnp.asarray(changed)})["x"]))
+    assert len(seen | {tuple(checksums({"x": jnp.asarray(plain)})["x"])}) == 66
 
 
 @pytest.mark.parametrize("damage", [cut, zeros, flip])
