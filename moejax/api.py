@@ -1,6 +1,6 @@
-"""The Python API: a model with its tokenizer, a loss with its gradients, a training run, a memory estimate.
+"""The Python API: load models, compute losses and gradients, train, estimate memory.
 
-Everything here is reached as `moejax.NAME`. It prints nothing, and raises UserError for every mistake of the caller's.
+Everything here is available as `moejax.NAME`. It prints nothing and raises UserError for mistakes of the caller.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ __all__ = ["Batch", "LanguageModel", "MemoryEstimate", "Run", "estimate_memory",
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A model and what asks it.
+    """A model with its tokenizer and prompt template.
 
-    model: a flax.nnx module; `hidden, stats = model(tokens)` with tokens int32 [B, T], and `model.logits(hidden)`, fp32 [B, T, V].
-    tokenizer: transformers'. template: how an instruction becomes a prompt (data.template of the config). source: the base's name.
+    model: a flax.nnx module; `hidden, stats = model(tokens)` with tokens int32 [B, T]; `model.logits(hidden)` is fp32 [B, T, V].
+    tokenizer: from transformers. template: the config's data.template. source: name of the base model.
     """
 
     model: Model
@@ -71,10 +71,10 @@ class LanguageModel:
         self, prompt: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
         top_k: int | None = None, seed: int = 0, stop: Sequence[str] = (),
     ) -> Any:  # fmt: skip
-        """Continue a text (returns a text), or several (returns a list); each as it stands, without a template.
+        """Continue one text (returns a string) or several (returns a list), without a template.
 
-        temperature 0: always the likeliest token; else drawn from the top_k likeliest and of those from the fewest with the share
-        top_p. stop: texts before which an answer ends. Raises UserError for an empty prompt or one beyond the model's positions.
+        temperature 0: greedy decoding; else sampling with top_k and top_p. stop: texts that end an answer. Raises UserError for a
+        prompt that is empty or too long.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         asked = [encoded(self.tokenizer, text) for text in texts]
@@ -85,8 +85,7 @@ class LanguageModel:
         self, messages: str | Sequence[Mapping[str, Any]], *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
         top_k: int | None = None, seed: int = 0, stop: Sequence[str] = (),
     ) -> str:  # fmt: skip
-        """Answer a message, or a conversation `[{"role": "user", "content": …}, …]`, put into the template that the model was trained
-        with (a conversation has no form in text). Otherwise as `generate`."""
+        """Answer a message or a conversation `[{"role": "user", "content": …}, …]` in the model's template. Options as in `generate`."""
         if isinstance(messages, str):
             if self.template == "text":
                 raise UserError("this model was trained with data.template = text, which has no instructions: use generate")
@@ -102,10 +101,10 @@ class LanguageModel:
         return [said(self.tokenizer, answer, self.ends, stop)[0] for answer in tokens]
 
     def batch(self, records: Sequence[Mapping[str, Any] | str], *, max_length: int = 2048) -> Batch:
-        """Records as a training run reads them, one a row, padded on the right to a multiple of 16 tokens: Batch of [rows, T].
+        """Make a Batch of [rows, T] from records, one per row, padded on the right to a multiple of 16 tokens.
 
-        A record: `{"instruction": …, "output": …}` (with "input"), supervised on its output; `{"messages": […]}`, on the assistant's; or a
-        text, supervised whole. Longer ones are cut at `max_length`. Raises UserError that names a record by its number.
+        A record: `{"instruction": …, "output": …}` (optionally "input"), with the loss on the output; `{"messages": […]}`, on the
+        assistant's messages; or a string, on all of it. Longer ones are cut at `max_length`. Raises UserError with the record's number.
         """
         texts = [isinstance(record, str) for record in records]
         if not texts or any(texts) != all(texts):
@@ -116,8 +115,8 @@ class LanguageModel:
         return assemble([[query] for query in queries], len(queries), whole_row(max(len(query.ids) for query in queries)))
 
     def save_adapter(self, folder: str | Path, *, fused: bool = False) -> None:
-        """Write the model's adapter in PEFT's format; fused: in that of transformers 5 with PEFT 0.19 and later. Where it trains rows of
-        added tokens, the tokenizer goes with it."""
+        """Write the adapter in PEFT's format; fused: in that of transformers 5 with PEFT 0.19 and later. An adapter with rows of added
+        tokens includes the tokenizer."""
         if not has_adapter(self.model):
             raise UserError("this model has no adapter: load it with adapter={…}")
         peft.save_adapter(self.model, Path(folder), self.source, fused=fused)
@@ -137,12 +136,11 @@ def load(
     source: str | Path, *, base: bool = False, quantization: str | None = None, adapter: Mapping[str, Any] | None = None,
     dtype: str | None = None, seed: int = 0, download: str = "whole", placement: Mapping[str, Any] | None = None,
 ) -> LanguageModel:  # fmt: skip
-    """A finished run's folder (its tuned model; base: what it began with), a model's folder in Hub layout, or a Hub id, `org/name@REV`.
+    """Load a finished run (base: its base model), a model folder in Hub layout, or a Hub id, `org/name@REV`.
 
-    Of a model: quantization "nf4" stores its weights in 4 bits; adapter: keys of the config's adapter section, {} for its defaults, gives
-    it a new LoRA adapter from `seed`, or with "init_from" a saved one; dtype "bfloat16" or "float32" (default: bfloat16, on a CPU
-    float32) is what it computes in; download "stream": the config's model.download; placement: keys of its placement section. Raises
-    UserError for what is wrong with the files.
+    For models only: quantization "nf4": 4-bit weights; adapter: keys of the config's adapter section ({}: defaults), for a new LoRA
+    adapter from `seed`, or a saved one with "init_from"; dtype of computation, "bfloat16" or "float32" (default: bfloat16, on a CPU
+    float32); download and placement: as in the config. Raises UserError for bad files.
     """
     path = Path(source)
     if (path / "config.yaml").exists():
@@ -210,23 +208,22 @@ def _asked(model: Model, batch: Any, remat: str, loss: Loss | None) -> tuple[Obj
 def loss(model: Model, batch: Batch | Any, *, own: Loss | None = None) -> jax.Array:
     """Mean cross-entropy per supervised token: fp32 scalar, in nats.
 
-    batch: from `LanguageModel.batch`, or tokens int32 [B, T] of which each predicts the next. own: as `loss` of `train`.
+    batch: from `LanguageModel.batch`, or tokens int32 [B, T] for next-token prediction. own: a loss function, as in `train`.
     """
     return _mean(*_asked(model, batch, "none", own), False)  # type: ignore[no-any-return]
 
 
 def loss_and_grads(model: Model, batch: Batch | Any, *, remat: str = "full", own: Loss | None = None) -> tuple[jax.Array, nnx.State]:
-    """`loss` and its gradients by the adapter (nnx.LoRAParam), or, of a model without one, by every weight (nnx.Param).
+    """`loss` and its gradients for the adapter (nnx.LoRAParam), or without one for all weights (nnx.Param).
 
-    The gradients are a state as `nnx.Optimizer(model, …, wrt=nnx.LoRAParam).update(model, gradients)` takes it. Compiled once for each
-    shape of batch. remat: "none", "dots", "full" (recompute every layer in the backward pass) or "offload" (the same, with the stream
-    between layers in the host's memory).
+    The gradients fit `nnx.Optimizer(model, …, wrt=nnx.LoRAParam).update(model, gradients)`. Compiled once per batch shape. remat:
+    "none", "dots", "full" (recompute every layer in the backward pass) or "offload" (full, with saved activations in host memory).
     """
     return _mean(*_asked(model, batch, remat, own), True)  # type: ignore[no-any-return]
 
 
 class Run(NamedTuple):
-    """A run that has ended. folder: what it wrote; history: a record a step, as in metrics.jsonl; stopped: by a signal, and resumable."""
+    """A finished run. folder: its files; history: one record per step, as in metrics.jsonl; stopped: ended by a signal, resumable."""
 
     folder: Path
     steps: int
@@ -235,11 +232,11 @@ class Run(NamedTuple):
 
     @property
     def losses(self) -> list[float]:
-        """Of each step of this process's."""
+        """Loss of each step in this process."""
         return [record["loss"] for record in self.history]
 
     def load(self) -> LanguageModel:
-        """The tuned model."""
+        """Load the tuned model."""
         return load(self.folder)
 
 
@@ -256,13 +253,13 @@ def train(
     config: Config, changes: Changes = (), *, resume: bool = False, optimizer: optax.GradientTransformation | None = None,
     loss: Loss | None = None, batches: Sequence[Batch] | Callable[[int], Sequence[Batch]] | None = None,
 ) -> Run:  # fmt: skip
-    """Train as `python train.py --config` does, in a run's folder with checkpoints, metrics and the trained weights.
+    """Train like `python train.py --config`, into a run folder.
 
     config: a YAML file, its content as a dict, or an Experiment. changes: {"training.steps": 10} or ["training.steps=10"].
-    optimizer: in the place of the training section's optimizer, schedule and clipping. loss(model, batch, remat=…, dropout_key=…) ->
-    (sum over the supervised tokens of the micro-batch, stats of `model(…)`): in the place of cross-entropy; gradients are divided by the
-    supervised tokens of the whole step. batches: in the place of the data section, all [rows, T] alike in rows, T a multiple of 16; the
-    same in every epoch, or by its number. Own functions are not kept with the run: give them again to resume. Raises UserError.
+    optimizer: replaces the training section's optimizer, schedule and clipping. loss(model, batch, remat=…, dropout_key=…) ->
+    (sum over the micro-batch's supervised tokens, stats of `model(…)`): replaces cross-entropy; gradients are divided by the
+    supervised tokens of the step. batches: replaces the data section: [rows, T] with equal rows, T a multiple of 16; a sequence, or
+    a function of the epoch. To resume, pass the same objects again: they are not saved. Raises UserError.
     """
     experiment, given = experiment_of(config, changes), None
     if experiment.preference is not None and (loss is not None or batches is not None):
@@ -278,8 +275,8 @@ def train(
 
 
 class MemoryEstimate(NamedTuple):
-    """rows: of row_tokens tokens, the largest number that fits, or those asked for. Bytes: the peak of that step (None where not one row
-    fits), of the memory that a run may use. by: "compiler", or "closed form" with the reason in `why` (None if it was asked for)."""
+    """Peak memory of a training step. rows: as requested, or the largest number that fits; each has row_tokens tokens. peak_bytes: None
+    where no row fits. usable_bytes: memory available to a run. by: "compiler" or "closed form", with the reason in `why`."""
 
     gpu: str
     rows: int
@@ -298,10 +295,10 @@ def estimate_memory(
     config: Config, changes: Changes = (), *, gpu: str = HERE, rows: int | None = None, seq_len: int | None = None,
     closed_form: bool = False,
 ) -> MemoryEstimate:  # fmt: skip
-    """What a training step takes on a GPU by name (`moejax estimate memory --help`), "here" for this machine.
+    """Estimate the memory of a training step on a GPU by name ("here": this machine).
 
-    rows: judge this many; None: find the largest number that fits. seq_len: tokens of a row (default: the config's longest). The compiler
-    answers where it can (for another GPU with the extra `aot`), else the closed form, whose error is some 3 %. Raises UserError.
+    rows: number of rows (None: the largest that fits). seq_len: tokens per row (default: the config's longest). Uses the compiler where
+    possible (for another GPU with the extra `aot`), else the closed form, with an error of about 3 %. Raises UserError.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     experiment = experiment_of(config, changes)
