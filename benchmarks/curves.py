@@ -180,15 +180,12 @@ def between(page: Path, name: str, text: str) -> None:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| run | largest relative difference until routing differs | of all steps | routing first differs | control: largest "
-        "difference, outside from, routing differs | mean loss of the last 50: moejax, PyTorch |",
-        "|---|---|---|---|---|---|",
+        "| run | largest relative difference until routing differs | routing differs from step | control: largest difference, step "
+        "outside, step of other routing | mean loss of the last 50: moejax, PyTorch |",
+        "|---|---|---|---|---|",
     ]
     for name, r in results.items():
         tie, control = r["routing_differs"], r.get("control")
-        where = "never" if tie is None else f"step {tie['step']}"
-        if tie is not None:
-            where += f", {tie['gap']:.1e} apart" if tie["explains"] else ", several tokens"
         mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else f" **(outside from step {r['first_step_outside']})**"
         before = "–" if tie is not None and tie["step"] == 1 else f"{r['largest_before_routing_differs']:.1e}"
         means = ", ".join(f"{mean:.4f}" for mean in r["mean_of_last"])
@@ -196,7 +193,7 @@ def table(results: dict[str, Any]) -> str:
         if control:
             steps = (control["first_step_outside"] or "never", control["routing_differs_at"] or "never")
             itself = f"{control['largest_relative_difference']:.1e}, {steps[0]}, {steps[1]}"
-        lines.append(f"| {name} | {before}{mark} | {r['largest_relative_difference']:.1e} | {where} | {itself} | {means} |")
+        lines.append(f"| {name} | {before}{mark} | {'never' if tie is None else tie['step']} | {itself} | {means} |")
     return "\n".join(lines) + "\n"
 
 

@@ -78,15 +78,18 @@ def beside(name: str) -> list[Bars]:
     return [bars for bars in study(*name.split("-")[:2]) if f"batch {RUNS[name][3]}" in bars.name]
 
 
-NAMED, RATIO = "busy step, under a named stage", "dense step / sparse step"
+SHOWN = (
+    "MoE, of the layers' time", "matrix products, of the MoE's time", "dequantization, of the MoE's time",
+    "backward with recomputation / forward",
+)  # fmt: skip
+RATIO = "dense step / sparse step"
 
 
 def shares(name: str, results: dict[str, Any]) -> dict[str, str]:
     """One run's cells, each "paper/PyTorch/moejax"; "–" where the paper has no figure."""
     paper, sides = [takeaways(bars) for bars in beside(name)], [results[name][side] for side in ("pytorch", "moejax")]
     three = [paper[0] if paper else {}, *(side["takeaways"] for side in sides)]
-    cells = {what: _cell(what, *(side.get(what) for side in three)) for what in three[-1]}
-    cells[NAMED] = _cell(NAMED, *(side["attributed"] for side in sides))
+    cells = {what: _cell(what, *(side.get(what) for side in three)) for what in SHOWN}
     return cells | ({RATIO: ratio(name, results)} if name in _SPARSE else {})
 
 
