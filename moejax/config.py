@@ -68,35 +68,35 @@ class DataConfig(Section):
     bytes: Positive | None = Field(None, description="declared file size, checked")
     sha256: str | None = Field(None, description="declared hash of the file, checked")
     template: Literal["mistral", "alpaca", "chat", "chatml", "text"] | None = Field(
-        None, description="null: mistral for questions and answers, chat (the tokenizer's own) for conversations; the run keeps which"
+        None, description="null: mistral for questions and answers, chat (the tokenizer's own) for conversations; stored with the run"
     )
     template_args: dict[str, Any] = Field(
-        default_factory=dict, description="what the chat template is given besides the messages: {enable_thinking: false}"
+        default_factory=dict, description="further arguments of the chat template: {enable_thinking: false}"
     )
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
-        None, description="the day that a chat template takes for today; null: the run's first, which it keeps"
+        None, description="current date for chat templates; null: the run's first day, stored with the run"
     )
     turns: Literal["auto", "whole", "split", "last"] = Field(
         "auto",
-        description="of a conversation: auto: one query where all answers stand in it as at use, else one for each answer; whole: always "
-        "one; split: one for each answer; last: one, of the last answer",
+        description="queries per conversation: auto: one where its answers are as at inference, else one per answer; whole: always "
+        "one; split: one per answer; last: one, of the last answer",
     )
     train_on: TrainOn = TrainOn()
-    max_length: Positive = Field(1024, description="tokens of a query")
+    max_length: Positive = Field(1024, description="maximum tokens of a query")
     too_long: Literal["cut", "drop", "split"] = Field(
         "cut", description="a longer query is cut at its end, left out, or (template: text) split in queries of max_length; counted"
     )
     batching: Literal["pack", "pad_longest", "pad_bucket", "fixed"] = "pack"
-    row_tokens: Positive = Field(2048, description=f"tokens that a row holds for pack and fixed, {_PADDED}")
+    row_tokens: Positive = Field(2048, description=f"row length for pack and fixed, {_PADDED}")
     buckets: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = Field(
-        (128, 256, 512, 1024), description=f"lengths of rows for pad_bucket, {_PADDED}"
+        (128, 256, 512, 1024), description=f"row lengths for pad_bucket, {_PADDED}"
     )
     batch_rows: Positive = Field(1, description="rows of one micro-batch")
     shuffle: bool = True
     streaming: bool = Field(
-        False, description="for data larger than memory: files are read in windows, records and queries lie on disk (TMPDIR)"
+        False, description="for data larger than memory: read files in windows, store records and queries on disk (TMPDIR)"
     )
-    holdout: Annotated[int, Field(ge=0)] = Field(0, description="records taken from the end for the evaluation loss")
+    holdout: Annotated[int, Field(ge=0)] = Field(0, description="number of records at the end used for the evaluation loss")
     eval_source: Place | None = Field(None, description="a file or name with held-out records, instead of holdout")
 
     @model_validator(mode="after")
@@ -159,7 +159,7 @@ class CheckpointConfig(Section):
     keep: Positive = 2
     best: bool = True
     resume_with_changed: Annotated[tuple[Part, ...], BeforeValidator(as_tuple)] = Field(
-        default=(), description="of what a resumed run may have another content than it began with: data, base, tokenizer, …"
+        default=(), description="inputs that may differ when a run is resumed: data, base, tokenizer, …"
     )
 
 
@@ -207,16 +207,16 @@ class EvalConfig(Section):
     Score the untrained model, then as `each_epoch` and `every_steps` say, and the model at the end.
     """
 
-    task: str = Field(description="prompts and the rule by which an answer is right, by name: see moejax eval")
+    task: str = Field(description="task (prompts and scoring rule) by name: see moejax eval")
     data: Place = Field(description="held-out problems: a file, a folder or a glob of files, or a name for `datasets`")
     split: str | None = None
-    limit: Positive | None = Field(None, description="only the first so many problems")
+    limit: Positive | None = Field(None, description="number of problems to use; null: all")
     each_epoch: bool = False
     every_steps: Positive | None = None
-    max_new_tokens: Positive | None = Field(None, description="where an answer ends; null: as many tokens as the task allows")
-    rows: Positive = Field(64, description="problems answered at a time")
-    metric: Literal["accuracy", "loss"] = Field("accuracy", description="what decides which model is kept in best/")
-    allow_overlap: bool = Field(False, description="go on where held-out problems are in the training data too")
+    max_new_tokens: Positive | None = Field(None, description="maximum length of an answer; null: set by the task")
+    rows: Positive = Field(64, description="batch size")
+    metric: Literal["accuracy", "loss"] = Field("accuracy", description="metric that selects the model in best/")
+    allow_overlap: bool = Field(False, description="continue where held-out problems are in the training data too")
 
 
 class Experiment(Section):
@@ -231,22 +231,22 @@ class Experiment(Section):
     tokenizer: Place | None = Field(None, description="tokenizer.json, folder or Hub id; null: the model's")
     added_tokens: Annotated[Names, BeforeValidator(_tokens)] = Field(
         (),
-        description="special tokens behind the tokenizer's own, in this order; </s> ends a sequence, [PAD] pads; next to an adapter their "
-        "rows of embedding and head are trained; auto: those of data.template=chatml that are lacking",
+        description="special tokens added after the tokenizer's own, in this order; </s> ends a sequence, [PAD] pads; with an adapter "
+        "their rows of embedding and head are trained; auto: the missing ones of data.template=chatml",
     )
     data: DataConfig
     training: TrainingConfig
     preference: PreferenceConfig | None = Field(None, description="train on preferences (DPO); null: on answers")
-    eval: EvalConfig | None = Field(None, description="null: no answers are counted while training")
+    eval: EvalConfig | None = Field(None, description="scoring of answers during training; null: none")
     logging: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_tuple)] = Field(
-        ("tensorboard",), description="where metrics go besides metrics.jsonl; wandb: with the extra `wandb`"
+        ("tensorboard",), description="further destinations of metrics (always: metrics.jsonl); wandb needs the extra `wandb`"
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
     device: DeviceConfig = DeviceConfig()
     mesh: MeshConfig | None = Field(None, description="several devices; null: one")
-    profile: ProfileConfig | None = Field(None, description="null: nothing is traced, and nothing costs anything")
-    made_of: MadeOf | None = Field(None, description="written by the run: hashes of the contents that it was made of")
+    profile: ProfileConfig | None = Field(None, description="steps to trace; null: none")
+    made_of: MadeOf | None = Field(None, description="written by the run: hashes of its inputs")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,17 +12,17 @@ from moejax.config_values import Positive, Section
 class MeshConfig(Section):
     """Several devices. The rows of every batch are spread over them; data.batch_rows are those of all devices together."""
 
-    devices: Positive | None = Field(None, description="how many, of all processes together; null: all that there are")
+    devices: Positive | None = Field(None, description="number of devices in all processes; null: all")
     weights: Literal["whole", "spread", "experts"] = Field(
-        "whole", description="what each device holds: all; of frozen matrices a part of the rows, gathered as they are used; of experts "
-        "(and their adapters) its own ones"
+        "whole", description="weights on each device: all; a part of the rows of frozen matrices, gathered for use; or its own experts "
+        "with their adapters"
     )  # fmt: skip
-    moments: Literal["whole", "spread"] = Field("whole", description="the optimizer's state: all on each device, or a part")
+    moments: Literal["whole", "spread"] = Field("whole", description="optimizer state: all on each device, or spread")
     coordinator: Annotated[str, Field(pattern=r"^[^\s:]+:\d+$")] | None = Field(
-        None, description="host:port of process 0, for several processes; null: one process, or as srun's or mpirun's environment says"
+        None, description="host:port of process 0, for several processes; null: one process, or from the environment of srun or mpirun"
     )
-    processes: Positive | None = Field(None, description="how many there are, with a coordinator; null: as srun or mpirun says")
-    process_id: Annotated[int, Field(ge=0)] | None = Field(None, description="which of them this is, from 0")
+    processes: Positive | None = Field(None, description="number of processes, with a coordinator; null: from srun or mpirun")
+    process_id: Annotated[int, Field(ge=0)] | None = Field(None, description="index of this process, from 0")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -18,14 +18,14 @@ class ModelConfig(Section):
     source: Place | None = None
     revision: str | None = None
     download: Literal["whole", "stream"] = Field(
-        "whole", description="of a Hub id; stream: a shard at a time is fetched, quantized into quantization.cache, and deleted"
+        "whole", description="download of a Hub model; stream: fetch, quantize (into quantization.cache) and delete one shard at a time"
     )
-    preset: str | None = Field(None, description="architecture by name: without a source, and for --dry-run without a network")
+    preset: str | None = Field(None, description="architecture by name: without a source, or for --dry-run without a network")
     overrides: dict[str, Annotated[int | float | bool | str, BeforeValidator(number)]] = Field(
         default_factory=dict, description="fields of the architecture by name"
     )
     vocabulary: Positive | None = Field(
-        None, description="rows of embedding and head, where they are more than the source's: written by a run with added_tokens"
+        None, description="rows of embedding and head, where more than the source's: written by a run with added_tokens"
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
     moe_backend: Literal["auto", "loop", "capacity"] = "auto"
@@ -33,7 +33,7 @@ class ModelConfig(Section):
         "auto", description="blocks of queries by XLA, or jax's flash attention for GPUs; auto: flash where it can run"
     )
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
-    ignored_settings: Names = Field((), description="keys of the source's config.json that are not computed here and may be passed over")
+    ignored_settings: Names = Field((), description="keys of the source's config.json to ignore although moejax does not compute them")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,8 +83,8 @@ class QuantizationConfig(Section):
     double: bool = True
     modules: Names | None = Field(
         default=None,
-        description="some of attention, experts, router; null: attention and experts that are not in 4 bits already, of a Mixtral the "
-        "router as well",
+        description="some of attention, experts, router; null: attention, experts that are not in 4 bits already, and for a Mixtral the "
+        "router",
     )
     cache: str | None = "~/.cache/moejax/quantized"
 
@@ -106,8 +106,8 @@ class QuantizationConfig(Section):
 class AdapterConfig(Section):
     """LoRA: a pair A, B per expert and target; delta = alpha/rank · B A."""
 
-    rank: Positive | dict[str, Positive] = Field(default=16, description="one, or by target or group: {experts: 4, attention: 16}")
-    alpha: Real | dict[str, Real] = Field(default=32.0, description="likewise; delta = alpha/rank · B A, as PEFT's alpha_pattern")
+    rank: Positive | dict[str, Positive] = Field(default=16, description="one, or one per target or group: {experts: 4, attention: 16}")
+    alpha: Real | dict[str, Real] = Field(default=32.0, description="one, or one per target or group; delta = alpha/rank · B A, as in PEFT")
     dropout: Real = 0.0
     targets: Names | None = Field(
         None,

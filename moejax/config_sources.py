@@ -14,12 +14,12 @@ class FieldNames(Section):
     """The columns of a record's parts; null: known by their names (data/columns.py)."""
 
     instruction: str | None = Field(default=None, description="question or task")
-    input: str | None = Field(default=None, description="what the question is about, where there is something")
-    output: str | None = Field(default=None, description="the answer, which is trained on")
+    input: str | None = Field(default=None, description="context of the question")
+    output: str | None = Field(default=None, description="the answer (with the loss)")
     text: str | None = Field(default=None, description="the whole text, for template: text")
     messages: str | None = Field(default=None, description="a conversation")
     chosen: str | None = Field(default=None, description="the better of two answers, for `preference`")
-    rejected: str | None = Field(default=None, description="the other")
+    rejected: str | None = Field(default=None, description="the worse of two answers")
 
 
 class WeightedSource(Section):
