@@ -50,8 +50,13 @@ IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
 FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
 """FLOP/s of kernels of Pallas, which nobody has timed here."""
+SCAN_FORWARD, SCAN_BACKWARD = 1.2e12, 0.28e12
+"""States/s of the selective scan's kernel: its instructions over 2.4 a clock and multiprocessor. Nobody has timed it."""
 SHEET = 989e12, 4.8e12
 """The data sheet's figures of the same card: another card's constants are in proportion to its own."""
+_KERNELS = {
+    "mha_forward": FLASH_FORWARD, "mha_backward": FLASH_BACKWARD, "scan_forward": SCAN_FORWARD, "scan_backward": SCAN_BACKWARD
+}  # fmt: skip
 _THUNK = re.compile(r"^(\s*)(\d{3,}): (k\w+)\s")
 _NESTING = ("kCommandBuffer", "kWhile", "kConditional", "kSequential", "kDynamicSliceFusion")
 
@@ -152,6 +157,8 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
                 continue
             flops, moved, product = program.flops_of(i), program.bytes_of(i), program.is_product(i)
             rate = _kernel_rate(i) or (rates.products * EFFICIENCY if product else rates.others)
+            if states := _scanned(i):
+                flops, rate = states, rate * rates.others / OTHERS
             if computation in tiles and program.copies(i, matrix, BF16):
                 found.copies += count
             extra = IN_GRAPH if i.name in host.buffered else OUTSIDE
@@ -186,7 +193,17 @@ def _kernel_rate(i: Any) -> float | None:
     if i.opcode != "custom-call":
         return None
     name = f"{i.metadata.op_name} {i.name}"
-    return next((rate for word, rate in (("mha_forward", FLASH_FORWARD), ("mha_backward", FLASH_BACKWARD)) if word in name), None)
+    return next((rate for word, rate in _KERNELS.items() if word in name), None)
+
+
+def _scanned(i: Any) -> float:
+    """States that a kernel of the selective scan runs through: rows x tokens x channels x states; 0 of anything else."""
+    from moejax.profiling.program import elements
+
+    if i.opcode != "custom-call" or _kernel_rate(i) not in (SCAN_FORWARD, SCAN_BACKWARD):
+        return 0.0
+    results = i.shape.tuple_shapes
+    return float(elements(results[0]) * results[-1 if _kernel_rate(i) == SCAN_BACKWARD else 1].dimensions[1])
 
 
 def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = False) -> tuple[dict[str, Any], Step, Any]:

@@ -72,6 +72,8 @@ def measure(case: str, chunks: str, dtype: str, repeat: int, rate: float) -> lis
     # u, dt, B, C in and their gradients out, y out and its gradient in; states at the chunks' starts are few.
     floor = 2 * sum(x.nbytes for x in arguments) + 2 * weights.nbytes
     forms: list[tuple[str, int | None]] = [(f, int(c)) for c in chunks.split(",") for f in ("chunked", "chunked_associative")]
+    if choice.here() != "cpu":
+        forms.append(("kernel", choice.CHUNKS["kernel"]))
     if b * t * d * STATES <= LARGEST_WHOLE_ROW:
         forms.append(("associative", None))
     rows, calls = [], {}

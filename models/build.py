@@ -35,6 +35,7 @@ def build(
     frozen_dtype: Any = None,
     backend: str = "auto",
     attention: str = "auto",
+    scan: str = "auto",
     platform: str | None = None,
     memory_bytes: int | None = None,
     placement: Placement = ON_THE_DEVICE,
@@ -53,7 +54,7 @@ def build(
 
     def base() -> Model:
         return Decoder(
-            config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, attention=attention, platform=platform,
+            config, base_key, dtype=dtype, param_dtype=base_dtype, backend=backend, attention=attention, scan=scan, platform=platform,
             memory_bytes=memory_bytes, prefetch=placement.prefetch,
         )  # fmt: skip
 

@@ -154,12 +154,14 @@ class Decoder(nnx.Module):
         param_dtype: Any,
         backend: str = "auto",
         attention: str = "auto",
+        scan: str = "auto",
         platform: str | None = None,
         memory_bytes: int | None = None,
         prefetch: str = "auto",
     ):
         keys = jax.random.split(key, 3)
-        target = Target(backend, *((here(), memory_here()) if platform is None else (platform, memory_bytes)), attention, prefetch)
+        device = (here(), memory_here()) if platform is None else (platform, memory_bytes)
+        target = Target(backend, *device, attention, prefetch, scan)
         self.config, self.dtype, size = config, jnp.dtype(dtype), config.hidden_size
         self.embed = Embedding(keys[0], config.vocab_size, size, param_dtype)
         for number, stack in enumerate(config.stacks):

@@ -38,13 +38,15 @@ states), of the experts."""
 
 class Target(NamedTuple):
     """What a model is compiled for: the grouped products' backend ("auto": chosen by shape and memory), the platform and its memory, the
-    attention ("auto": flash where it can run), and by what experts in the host's memory are fetched (see `Placement`)."""
+    attention ("auto": flash where it can run), by what experts in the host's memory are fetched (see `Placement`), and the form of the
+    selective scan ("auto": `choice.scan`)."""
 
     backend: str
     platform: str
     memory_bytes: int | None = None
     attention: str = "auto"
     prefetch: str = "auto"
+    scan: str = "auto"
 
 
 class Placement(NamedTuple):

@@ -119,7 +119,8 @@ class Mamba(nnx.Module):
             dt = jnp.where(valid[..., None], dt, 0.0)
         with jax.named_scope("scan"):
             a, d = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d))
-            form, chunk = choice.scan(self.target.platform, *u.shape)
+            rows, length, channels = u.shape
+            form, chunk = choice.scan(self.target.platform, rows, length, channels, self.target.scan)
             y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=form, chunk=chunk)
         y = checkpoint_name(y, "mixed")
         gated = (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype)

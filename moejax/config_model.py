@@ -32,6 +32,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "blocks", "flash"] = Field(
         "auto", description="blocks of queries by XLA, or jax's flash attention for GPUs; auto: flash where it can run"
     )
+    scan: Literal["auto", "chunked", "chunked_associative", "kernel"] = Field(
+        "auto", description="the form of Mamba's selective scan; auto: measured, or by a rule; kernel: for GPUs, not yet timed"
+    )
     aux_loss_coef: Annotated[Real, Field(ge=0)] = Field(0.0, description="weight of the load-balancing loss")
     ignored_settings: Names = Field((), description="keys of the source's config.json to ignore although moejax does not compute them")
 

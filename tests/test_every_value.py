@@ -43,7 +43,7 @@ RUNS = {
     "whole, bf16": {
         **WHOLE,
         "seed": 3,
-        "model": {"moe_backend": "loop", "attention": "blocks", "aux_loss_coef": 0.01, "experts_per_token": 1},
+        "model": {"moe_backend": "loop", "attention": "blocks", "scan": "chunked", "aux_loss_coef": 0.01, "experts_per_token": 1},
         "added_tokens": ["<extra>"],
         "data": {"template": "alpaca", "batching": "pad_longest", "too_long": "drop", "shuffle": False, "eval_source": "RECORDS"},
         "training": {
@@ -56,7 +56,7 @@ RUNS = {
         **WHOLE,
         "model": {
             "preset": None, "source": "BLACKMAMBA", "moe_backend": "capacity", "overrides": {}, "revision": "main",
-            "ignored_settings": ["x"],
+            "ignored_settings": ["x"], "scan": "chunked_associative",
         },
         "data": {
             "source": "NAMED", "config_name": "main", "split": "some", "template": "chat", "batching": "pad_bucket", "buckets": [128, 256],
@@ -116,7 +116,7 @@ RUNS = {
 }  # fmt: skip
 
 
-ELSEWHERE = {("model.attention", "flash")}  # refused on a CPU (tests/models/test_flash.py)
+ELSEWHERE = {("model.attention", "flash"), ("model.scan", "kernel")}  # refused on a CPU (tests/training/test_experts.py)
 ELSEWHERE |= {(f"mesh.{key}", "SET") for key in ("coordinator", "processes", "process_id")}  # of several processes
 
 

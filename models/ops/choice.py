@@ -28,8 +28,9 @@ RULE = {"cpu": (128, 32), "gpu": (4096, 128)}
 bandwidth (117 on an RTX 5090, 180 on an H200, 400 on an L4) waits for its matrix: a smaller tile takes as long."""
 ONE_TILE = 256
 """A group of at most so many rows is one tile on a GPU."""
-CHUNKS = {"chunked": 16, "chunked_associative": 32}
-"""Tokens of a chunk of either form of the scan where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low."""
+CHUNKS = {"chunked": 16, "chunked_associative": 32, "kernel": 16}
+"""Tokens of a chunk of each form of the scan where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low; the
+kernel keeps a state every 16."""
 
 
 @cache
@@ -122,14 +123,16 @@ def _power_of_two_in(number: float) -> int:
     return 1 << max(int(number), 1).bit_length() - 1
 
 
-def scan(platform: str, rows: int, length: int, channels: int) -> tuple[str, int]:
-    """Form and tokens of a chunk for this device ("cpu", "gpu" or a GPU's kind) and operands [rows, length, channels].
+def scan(platform: str, rows: int, length: int, channels: int, asked: str = "auto") -> tuple[str, int]:
+    """Form and tokens of a chunk for this device ("cpu", "gpu" or a GPU's kind) and operands [rows, length, channels]. asked: a form by
+    name, which then runs, or "auto".
 
     The nearest measured shape's, in the width (rows times channels: what runs in parallel) and the length. A device without a
-    measurement: step by step inside a chunk on a CPU, whose cache likes it; associative elsewhere, where each step would be a launch.
+    measurement: step by step inside a chunk on a CPU, whose cache likes it; associative elsewhere, where each step would be a launch. The
+    kernel runs where it was measured, or is asked for.
     """
     nearest = _nearest("scan", platform, lambda e: _apart(e["rows"] * e["channels"], rows * channels) + _apart(e["length"], length))
-    if nearest is not None:
+    if nearest is not None and asked in ("auto", nearest["form"]):
         return nearest["form"], nearest["chunk"]
-    form = "chunked" if platform == "cpu" else "chunked_associative"
+    form = asked if asked != "auto" else "chunked" if platform == "cpu" else "chunked_associative"
     return form, CHUNKS[form]

@@ -4,11 +4,10 @@
     y_t = <h_t, C_t> + D u_t
 
 per channel d and state n, in fp32. One array of all states, [B, T, D, N], is what must never exist: 1.5 GB a layer at 2.8 B, batch 16,
-length 512. Both forms run over chunks and have their own gradient: the forward pass keeps the state at each chunk's start, the backward
-pass computes a chunk's states again and runs through them in reverse. They differ in the recurrence inside a chunk: `chunked` goes step
+length 512. All forms run over chunks and have their own gradient: the forward pass keeps the state at each chunk's start, the backward
+pass computes a chunk's states again and runs through them in reverse. Two differ in the recurrence inside a chunk: `chunked` goes step
 by step (a CPU's cache likes it), `chunked_associative` takes log(chunk) wide steps (a GPU would otherwise be launched for each);
-`choice.json` says which runs where. A kernel would be a third such form: the same arguments, resets and gradients, through
-`_chunk_forward` and `_chunk_backward`.
+`choice.json` says which runs where. `kernel` is the third, for GPUs: `scan_kernel.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax.models.ops import scan_kernel
 from moejax.models.ops.choice import CHUNKS
 
 
@@ -35,18 +35,22 @@ def selective_scan(
     *,
     form: str = "chunked",
     chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """y: fp32 [B, T, D], and the last state: fp32 [B, D, N].
 
     u, dt: [B, T, D] (dt after softplus); a: [D, N], negative; b, c: [B, T, N]; d: [D]; any float dtype, computed in fp32. starts: bool
     [B, T], true at a segment's first token (None: nowhere); state: [B, D, N] before the first token (None: zero). Gradients: all
-    but starts. form: one of `CHUNKS`; chunk: tokens of a chunk.
+    but starts. form: one of `CHUNKS`; chunk: tokens of a chunk (the kernel has its own); interpret: the kernel on a CPU, for tests.
     """
-    u, dt, a, b, c, d = (x.astype(jnp.float32) for x in (u, dt, a, b, c, d))
+    dt, a, d = (x.astype(jnp.float32) for x in (dt, a, d))
     if starts is None:
         starts = jnp.zeros(u.shape[:2], bool)
     if state is None:
         state = jnp.zeros((u.shape[0], *a.shape), jnp.float32)
+    if form == "kernel":
+        return scan_kernel.scan(u, dt, a, b, c, d, starts, state.astype(jnp.float32), interpret)
+    u, b, c = (x.astype(jnp.float32) for x in (u, b, c))
     # Inside, channels come last: [B, N, D]. All products and sums over states then run along contiguous memory.
     operands = (dt * u, dt, a.T, b, c, starts, jnp.swapaxes(state, 1, 2))
     y, last = _chunked(form == "chunked_associative", min(chunk or CHUNKS[form], u.shape[1]), *operands)

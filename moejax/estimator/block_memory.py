@@ -35,6 +35,7 @@ class Step:
     remat: bool
     quantized: bool  # experts are stored in 4 bits
     flash: bool  # attention by jax's kernel, where it can run
+    scan: str  # the selective scan's form, or "auto"
     fetched: float = 0  # bytes of an expert's weight that come from the host's memory
     prefetch: str = "auto"  # by what
     offloads: bool = False  # the saved streams lie in the host's memory
@@ -278,10 +279,10 @@ def _attention_backward(s: Step, a: _Attention, adapted: Adapted) -> int:
 def mamba(s: Step, m: specs.Mamba, moe: specs.MoE) -> Mixer:
     """The block is recomputed as a whole; where micro-batches pass it together, each half by itself."""
     n, inner = s.tokens, m.inner
-    chunk = choice.scan(s.device, s.rows, s.row_tokens, inner)[1]  # tokens of a chunk of the scan
+    form, chunk = choice.scan(s.device, s.rows, s.row_tokens, inner, s.scan)  # and tokens of a chunk of the scan
     unit = 4 * n * inner  # fp32 [N, I]
     states = unit * m.state // chunk  # what the scan keeps of every chunk
-    of_chunk = 4 * chunk * s.rows * m.state * inner  # a chunk's states, [chunk, rows, states, I]
+    of_chunk = 0 if form == "kernel" else 4 * chunk * s.rows * m.state * inner  # a chunk's states, [chunk, rows, states, I]
     return Mixer(
         streams=s.stream * (1 if s.together == 1 else 2),
         saved=17 * s.item * n * inner + states + 6 * 4 * n * s.width,

@@ -153,6 +153,7 @@ def breakdown(
         experiment.model.moe_backend, rows, row_tokens,
         ITEM[t.compute_dtype], None if adapter else ITEM[t.stored_dtype], t.remat != "none", "experts" in experiment.kinds(config),
         platform not in ("cpu", "tpu") and t.compute_dtype == "bfloat16" and experiment.model.attention != "blocks",
+        experiment.model.scan,
         _fetched(experiment, config), experiment.placement.prefetch, t.remat == "offload" and platform != "cpu", t.together,
         n if by_expert else 1, _gathered(of_all, weights, config),
     )  # fmt: skip

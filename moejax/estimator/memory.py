@@ -32,7 +32,7 @@ def relevant(experiment: Experiment) -> dict[str, Any]:
     """The part of a config that makes the compiled program; the model's sizes are given by its architecture, the rows by the caller."""
     whole = experiment.model_dump(mode="json")
     training = {k: v for k, v in whole["training"].items() if k not in _RUN_ONLY}
-    model = {k: whole["model"][k] for k in ("moe_backend", "attention", "aux_loss_coef")}
+    model = {k: whole["model"][k] for k in ("moe_backend", "attention", "scan", "aux_loss_coef")}
     sections = {name: whole[name] for name in ("quantization", "adapter", "preference", "placement")}
     sections["mesh"] = whole["mesh"] and {name: whole["mesh"][name] for name in ("devices", "weights", "moments")}
     return {"model": model, **sections, "training": training}

@@ -71,6 +71,7 @@ def model_arguments(experiment: Experiment) -> dict[str, Any]:
         "param_dtype": jnp.dtype(t.stored_dtype),
         "backend": experiment.model.moe_backend,
         "attention": experiment.model.attention,
+        "scan": experiment.model.scan,
         "placement": Placement(p.experts, p.tables, p.prefetch),
     }
 

@@ -1,5 +1,5 @@
-"""How a run's experts are multiplied, and by what it attends: said at its start. And how often a compiled step's loops over them run with a
-given routing."""
+"""How a run's experts are multiplied, by what it attends and scans: said at its start. And how often a compiled step's loops over experts
+run with a given routing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator.sizes import ITEM
-from moejax.gpus import GPU
-from moejax.models.config import Architecture
-from moejax.models.ops import flash
+from moejax.estimator.units import counted
+from moejax.gpus import GPU, of_device_kind
+from moejax.models.config import Architecture, specs
+from moejax.models.ops import choice, flash, scan_kernel
 from moejax.models.ops.choice import here, measured, memory_here
 from moejax.models.ops.grouped.matmul import Plan, choose
 from moejax.profiling.program import Trips
@@ -65,6 +66,31 @@ def check_attention(experiment: Experiment, config: Architecture, platform: str)
         reason = flash.refusal(platform, experiment.training.compute_dtype, head_dim, lacking)
         if reason is not None:
             raise UserError(f"model.attention = flash: {reason}. Expected auto (flash where it can run) or blocks")
+
+
+def announce_scan(experiment: Experiment, config: Architecture, platform: str) -> list[str]:
+    """One line for the start of a run on a GPU (`choice.here`), none on a CPU and of a model without a selective scan."""
+    channels = {stack.block.mixer.inner for stack in config.stacks if isinstance(stack.block.mixer, specs.Mamba)}
+    if platform == "cpu" or platform.startswith("TPU") or not channels:
+        return []
+    shape = experiment.data.batch_rows, experiment.data.longest_row, max(channels)
+    form, chunk = choice.scan(platform, *shape, experiment.model.scan)
+    why = "model.scan" if experiment.model.scan != "auto" else f"auto, {'' if choice.table('scan').get(platform) else 'not '}measured here"
+    return [f"selective scan: {form}, chunks of {counted(chunk, 'token')} ({why})"]
+
+
+def check_scan(experiment: Experiment, config: Architecture, platform: str) -> None:
+    """Raises UserError where the scan's kernel is asked for and cannot run on the platform (`choice.here`), or the model has no scan."""
+    if experiment.model.scan != "kernel":
+        return
+    if not any(isinstance(stack.block.mixer, specs.Mamba) for stack in config.stacks):
+        raise UserError("model.scan = kernel: this model has no selective scan. Expected auto")
+    card = of_device_kind(platform)
+    known = None if card is None or card.compiler is None else float(card.compiler.compute_capability)
+    reason = scan_kernel.refusal(platform, known)
+    if reason is not None:
+        form, chunk = choice.scan(platform, experiment.data.batch_rows, experiment.data.longest_row, 1)
+        raise UserError(f"model.scan = kernel: {reason}. Expected auto ({form}, chunks of {counted(chunk, 'token')}, runs instead)")
 
 
 def attending(config: Architecture) -> set[tuple[int, str | None]]:

@@ -99,6 +99,7 @@ class TrainProgram:
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
         experts.check_attention(experiment, config, self._device or choice.here())
+        experts.check_scan(experiment, config, self._device or choice.here())
         t = experiment.training
         schedule = make_schedule(t, t.steps or 1000) if own.optimizer is None else None
         self._optimizer = own.optimizer if schedule is None else make_optimizer(t, schedule)

@@ -152,7 +152,9 @@ def test_tiles_are_those_of_the_model(quantized):
             sizes = {"hidden": model.hidden_size, "intermediate": model.intermediate_size, "quantized": quantized}
             for tokens in (1, 37, 512, 4096, 65536):
                 plan = choose("auto", platform, tokens, model.num_experts, model.experts_per_token, **sizes)
-                step = block_memory.Step(model.hidden_size, 2, "sm9", platform, None, "auto", 1, tokens, 2, None, True, quantized, True)
+                step = block_memory.Step(
+                    model.hidden_size, 2, "sm9", platform, None, "auto", 1, tokens, 2, None, True, quantized, True, "auto"
+                )
                 block = block_memory.block_of(step, model.stacks[0].block, block_memory.Adapted())
                 assert block.grouped == (plan.backend, plan.tile, plan.small_tile, plan.capacity)
 

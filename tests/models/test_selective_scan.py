@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, assert_close_to_largest
 
 from moejax.models.config import PRESETS
 from moejax.models.layers import Target
@@ -16,6 +16,8 @@ from moejax.models.ops import choice
 from moejax.models.ops import selective_scan as ss
 
 B, T, D, N = 2, 37, 6, 4
+FORMS = [pytest.param(form, marks=pytest.mark.long) if form == "kernel" else form for form in ss.CHUNKS]
+"""Every test of values is every form's; a kernel is interpreted, which is slow."""
 
 
 def make(seed=0, t=T):
@@ -59,18 +61,18 @@ def starts_at(*places, t=T):
     return jnp.zeros((B, t), bool).at[:, list(places)].set(True).at[1, 5].set(True)
 
 
-@pytest.mark.parametrize("form", ss.CHUNKS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("t", [1, 8, 37])
 def test_values(form, t):
     operands, state = make(t=t), jnp.asarray(np.random.default_rng(9).normal(size=(B, D, N)), jnp.float32)
     starts = starts_at(*[p for p in (0, 11, 16, 17) if p < t], t=t) if t > 5 else jnp.zeros((B, t), bool)
-    y, last = jax.jit(partial(ss.selective_scan, form=form, chunk=8))(*operands, starts, state)
+    y, last = jax.jit(partial(ss.selective_scan, form=form, chunk=8, interpret=True))(*operands, starts, state)
     expected, expected_last = by_hand(*operands, np.asarray(starts), state)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(last, expected_last, rtol=1e-5, atol=1e-5 * np.abs(expected_last).max())
 
 
-@pytest.mark.parametrize("form", ss.CHUNKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_gradients_equal_automatic_differentiation_of_the_reference(form):
     rng = np.random.default_rng(3)
     operands, state = make(1), jnp.asarray(rng.normal(size=(B, D, N)), jnp.float32)
@@ -81,14 +83,64 @@ def test_gradients_equal_automatic_differentiation_of_the_reference(form):
         return jnp.sum(y * weights[0]) + jnp.sum(last * weights[1])
 
     found = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)(
-        partial(ss.selective_scan, form=form, chunk=8), operands, state
+        partial(ss.selective_scan, form=form, chunk=8, interpret=True), operands, state
     )
     expected = jax.grad(loss, argnums=(1, 2))(sequential, operands, state)
     for ours, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * max(1e-6, np.abs(reference).max()))
 
 
-@pytest.mark.parametrize("form", ss.CHUNKS)
+def drawn(rows, length, channels, states, dtype="float32"):
+    """Operands of `selective_scan` as a layer has them, segments that begin anywhere, and weights of y and the last state."""
+    rng = np.random.default_rng(length)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    row, read = (rows, length, channels), (rows, length, states)
+    dt = jnp.asarray(np.exp(rng.uniform(np.log(1e-3), np.log(0.1), row)), jnp.float32)
+    a = -jnp.asarray(np.arange(1, states + 1) * np.exp(0.1 * rng.normal(size=(channels, states))), jnp.float32)
+    u, b, c = (normal(*shape).astype(dtype) for shape in (row, read, read))
+    starts = jnp.asarray(rng.random((rows, length)) < 0.05).at[0, 0].set(False)
+    state = normal(rows, channels, states)
+    return (u, dt, a, b, c, normal(channels)), starts, state, (normal(*row), normal(rows, channels, states))
+
+
+def with_gradients(scan, operands, starts, state, weights):
+    """y, the last state, and the gradients of six operands and the first state."""
+    def run(operands, state):
+        out, pull = jax.vjp(lambda operands, state: scan(*operands, starts, state), operands, state)
+        return out, pull(weights)
+
+    return jax.tree.leaves(jax.jit(run)(operands, state))
+
+
+def in_fp32(u, dt, a, b, c, d, starts, state):
+    u, b, c = (x.astype(jnp.float32) for x in (u, b, c))
+    return sequential(u, dt, a, b, c, d, starts, state)
+
+
+SHAPES = [(1, 21, 3, 2), (2, 37, 40, 5), (1, 64, 32, 16), (3, 16, 97, 4), (1, 1, 1, 1)]
+"""Rows, tokens, channels, states: multiples of nothing, of everything, and one of each."""
+CASES = [(form, shape, dtype) for form in ss.CHUNKS for shape in SHAPES for dtype in ("float32", "bfloat16")]
+QUICK = [("kernel", SHAPES[0], "bfloat16"), *((form, SHAPES[0], "float32") for form in ss.CHUNKS if form != "kernel")]
+
+
+@pytest.mark.parametrize(
+    ("form", "shape", "dtype"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.long) for case in CASES]
+)
+def test_values_and_gradients_are_within_rounding_of_the_reference(form, shape, dtype):
+    """4e-7 of an array's largest number; where the gradient is bf16, as its operand, the two may round to neighbours."""
+    case = drawn(*shape, dtype)
+    found = with_gradients(partial(ss.selective_scan, form=form, interpret=True), *case)
+    expected = with_gradients(in_fp32, *case)
+    for name, ours, reference in zip(("y", "last", "u", "dt", "a", "b", "c", "d", "state"), found, expected, strict=True):
+        assert (ours.dtype, ours.shape) == (reference.dtype, reference.shape), name
+        as_numbers = (np.asarray(x, np.float32) for x in (ours, reference))
+        assert_close_to_largest(*as_numbers, 4e-7 if ours.dtype == jnp.float32 else 2**-8, name)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_segment_in_a_row_equals_the_segment_alone(form):
     """Values and gradients: nothing of a neighbour is left, not even as a factor of zero times infinity."""
     first, second = make(4, t=13), make(5, t=24)
@@ -98,7 +150,7 @@ def test_a_segment_in_a_row_equals_the_segment_alone(form):
     @jax.jit
     @jax.value_and_grad
     def loss(operands, starts):
-        return jnp.sum(jnp.sin(ss.selective_scan(*operands, starts, form=form, chunk=8)[0]))
+        return jnp.sum(jnp.sin(ss.selective_scan(*operands, starts, form=form, chunk=8, interpret=True)[0]))
 
     together = loss(tuple(packed), jnp.zeros((B, 37), bool).at[:, 0].set(True).at[:, 13].set(True))
     alone = [loss(o, jnp.zeros((B, o[0].shape[1]), bool)) for o in (first, second)]
@@ -135,6 +187,8 @@ def test_form_and_chunk_are_the_nearest_measured_shapes(monkeypatch):
     assert choice.scan("NVIDIA X", 16, 4096, 1024) == ("chunked", 128)
     assert choice.scan("cpu", 8, 256, 512) == ("chunked", 16)
     assert choice.scan("NVIDIA Y", 8, 256, 512) == ("chunked_associative", 32)
+    assert choice.scan("NVIDIA X", 1, 256, 1024, "kernel") == ("kernel", 16)
+    assert choice.scan("NVIDIA X", 1, 256, 1024, "chunked") == ("chunked", 8)
 
 
 def test_the_model_runs_the_tables_form(monkeypatch):

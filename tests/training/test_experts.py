@@ -1,9 +1,11 @@
 """The experts' backend: told at the start, refused where the compiler would make something else of it."""
 
 import numpy as np
+import pytest
 from support import ROOT
 
 from moejax import cli, config
+from moejax.errors import UserError
 from moejax.gpus import GPUS
 from moejax.models.config import PRESETS
 from moejax.models.ops import choice
@@ -54,6 +56,28 @@ def test_flash_that_cannot_run_is_refused_by_the_dry_run_and_before_anything_is_
     monkeypatch.setattr(start, "read_data", None)
     assert cli.main(["train", str(CONFIG), "model.attention=flash", f"runs_dir={tmp_path}"]) == 2
     assert "this is a CPU" in capsys.readouterr().err
+
+
+def test_the_scans_kernel_is_for_gpus_that_can_run_it():
+    """Asked for by name: refused with what runs instead. By itself it runs nowhere until it was measured there."""
+    scans = config.load(ROOT / "configs" / "blackmamba_2.8b_cs_sparse.yaml", ["model.scan=kernel"])
+    sizes = scans.model.architecture(None)
+    experts.check_scan(scans, sizes, "NVIDIA A100-SXM4-80GB")
+    experts.check_scan(scans, sizes, "NVIDIA of tomorrow")
+    instead = r"Expected auto \(chunked_associative, chunks of 32 tokens, runs instead\)"
+    with pytest.raises(UserError, match=r"needs compute capability 8\.0, and Tesla T4 has 7\.5\. " + instead):
+        experts.check_scan(scans, sizes, "Tesla T4")
+    with pytest.raises(UserError, match=r"model\.scan = kernel: .* this is a CPU\. Expected auto \(chunked, chunks of 16 tokens"):
+        experts.check_scan(scans, sizes, "cpu")
+    with pytest.raises(UserError, match=r"this is a TPU v5 lite\."):
+        experts.check_scan(scans, sizes, "TPU v5 lite")
+    mixtral = experiment()[1]
+    with pytest.raises(UserError, match=r"model\.scan = kernel: this model has no selective scan"):
+        experts.check_scan(scans, mixtral, "NVIDIA L4")
+    assert experts.announce_scan(scans, sizes, "NVIDIA L4") == ["selective scan: kernel, chunks of 16 tokens (model.scan)"]
+    told = experts.announce_scan(scans.changed("model", scan="auto"), sizes, "NVIDIA L4")
+    assert told == ["selective scan: chunked_associative, chunks of 32 tokens (auto, not measured here)"]
+    assert experts.announce_scan(scans, sizes, "cpu") == experts.announce_scan(scans, mixtral, "NVIDIA L4") == []
 
 
 def test_the_nearest_measured_shape_decides(monkeypatch):

@@ -22,6 +22,7 @@ from moejax.training.program import TrainProgram
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import gpu_model  # noqa: E402
+import kernel_table  # noqa: E402
 
 needs_aot = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed (BUILD.md)"
@@ -56,6 +57,15 @@ def test_the_step_compiles_and_wastes_nothing(name, gpu, rows, longest, most_pea
     assert told["arguments_gb"] < told["peak_gb"] < most_peak_gb
     assert told["syncs"] == 0 and (told["copies"] == 0 or (name.startswith("blackmamba") and gpu == "H100"))
     assert told["moved_gb"] < most_moved_gb and told["kernels"] < most_kernels
+
+
+@needs_aot
+@pytest.mark.long
+@pytest.mark.parametrize("gpu", ["A100-80", "A40", "L4", "H100", "RTX-5090"])
+def test_our_kernels_spill_no_register(gpu):
+    rows = [row for name, make in kernel_table.KERNELS.items() for row in kernel_table.compiled_for(gpu, name, *make())]
+    assert {row["kernel"] for row in rows} == {"scan_forward", "scan_backward"}
+    assert [row["spilled_bytes"] for row in rows] == [0, 0]
 
 
 @needs_aot
