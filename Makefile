@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 
-.PHONY: aot soak test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot soak supply test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -78,6 +78,9 @@ lint: $(STAMP) ## ruff, mypy, and the words of the docs
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python tests/lint_words.py
+
+supply: $(STAMP) ## licences of the packages that are used here, and their known weaknesses (pip-audit, if it is installed)
+	@$(BIN)/python benchmarks/supply.py
 
 bench: $(STAMP) reference4 reference5 ## one training step and PyTorch's, in turn, on this machine
 	@$(BIN)/python benchmarks/step_times.py --cpu --out benchmarks/results/$$(date +%F)-cpu-step.json

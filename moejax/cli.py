@@ -231,6 +231,8 @@ def _message(error: Exception, asked: str) -> str | None:
             return f"this machine's memory is full{why}: end other programs, or ask for less"
         case UnicodeEncodeError():  # of a name or an argument: texts of records are judged where they are read
             return f"{error.object!a} holds bytes that are not UTF-8: such a name cannot be written down; rename it"
+        case RuntimeError() if "home directory" in str(error):  # of a user whom the machine does not know, as in a container
+            return "this user has no home folder, where caches are kept: set HOME to a folder that can be written"
         case RuntimeError() | AssertionError():
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
             if frame.f_code.co_filename.endswith("xla_bridge.py"):  # where jax looks for devices

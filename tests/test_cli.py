@@ -267,3 +267,11 @@ def test_commands_on_a_run_keep_compiled_programs_where_its_config_says(command,
     )
     assert cli.main([*command, str(tmp_path)]) == 2 and cli.main([*command, str(tmp_path / "none")]) == 2
     assert told == ["/elsewhere", config.DeviceConfig().compilation_cache]
+
+
+def test_a_user_without_a_home_folder_is_one_message(capsys):
+    def call():
+        raise RuntimeError("Could not determine home directory.")
+
+    assert cli.guarded(call, "moejax") == 2
+    assert capsys.readouterr().err.startswith("error: this user has no home folder, where caches are kept: set HOME to")
