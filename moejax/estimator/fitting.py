@@ -20,7 +20,7 @@ from moejax.gpus import gpu_name
 
 C3 = {"mixtral": 1.8, "blackmamba": 2.5}  # fixed by the study's artifact, one per model
 COEFFICIENTS = 3  # t0, u, v
-TRUSTED_ERROR = 0.15  # of one of its own runs; on a quiet machine predictions miss by 2.4 % at most (docs/estimator.md)
+TRUSTED_ERROR = 0.15  # of one of its own runs; on a quiet machine predictions miss by 2.4 % at most
 
 
 def model_name(model: str) -> str:
