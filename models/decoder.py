@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.attention import Attention
 from moejax.models.config import Architecture, specs
-from moejax.models.gradient_sums import GradientSums, added, layer_in_place, marked, trained, without_gradients
+from moejax.models.gradient_sums import GradientSums, added, layer_in_place, marked, settled, trained, without_gradients
 from moejax.models.layers import (
     STREAM_NAME,
     Embedding,
@@ -85,27 +85,42 @@ class Layer(nnx.Module):
         setattr(self, self.mixer, mixer(keys[0], block.mixer, config, dtype, target))
         setattr(self, f"{self.feed_forward}_norm", RMSNorm(size, eps, dtype))
         setattr(self, self.feed_forward, feed_forward(keys[1], block.feed_forward, config, dtype, target))
-        self.compute, self.norm_after = compute, block.norm == "after"
+        self.compute, self.norm_after, self.lean = compute, block.norm == "after", lean(target.platform)
 
-    def __call__(
+    def mixed(
         self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None, remat: str,
         window: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats | None]:  # fmt: skip
-        """window: int32, how far this block attends, where the stack has windows."""
+    ) -> jax.Array:  # fmt: skip
+        """The stream after the first half. window: int32, how far this block attends, where the stack has windows."""
         mixer, more = getattr(self, self.mixer), () if window is None else (window,)
 
-        def mixed(x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
+        def half(x: jax.Array, segment_ids: jax.Array, positions: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
             return self._added(x, mixer(self._read(x, self.mixer), segment_ids, positions, dropout_key, *more), self.mixer)
 
         of_many = x.ndim == 4
-        if of_many:
-            one = rematerialized(mixed, remat)
-            x = jax.lax.map(lambda micro: one(*micro), (x, segment_ids, positions, dropout_key))
-        else:
-            x = mixed(x, segment_ids, positions, dropout_key)
-        if (of_many or mixer.splits_recomputation) and not self.norm_after:
-            x = checkpoint_name(x, "halfway")
-        return self._fed_forward(x, segment_ids > 0, dropout_key, remat in ("none", "dots"))
+        by_itself = of_many or mixer.splits_recomputation
+        # Not before its own gradient: attention's arrays would stand next to the experts'.
+        one = rematerialized(half, remat, apart=not of_many) if of_many or (by_itself and self._apart(x)) else half
+        operands = x, segment_ids, positions, dropout_key
+        x = jax.lax.map(lambda micro: one(*micro), operands) if of_many else one(*operands)
+        return checkpoint_name(x, "halfway") if by_itself and not self.norm_after else x
+
+    def _apart(self, x: jax.Array) -> bool:
+        """Whether the first half is recomputed after the second's gradient: not where all experts' matrices are there at once, which take
+        more than what that would save, and launches are what counts."""
+        experts, rows = getattr(self, self.feed_forward), math.prod(x.shape[:-1])
+        at_once = isinstance(experts, MoE) and experts.plan(rows, x.shape[-1], x.dtype).backend == "capacity"
+        return self.lean and not at_once
+
+    def fed_forward(
+        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """The stream after the second half. keep: the experts' hidden rows are saved for the backward pass."""
+        rows = self._read(x, self.feed_forward).reshape(-1, x.shape[-1])
+        micro_batches = x.shape[0] if x.ndim == 4 else None
+        feed_forward = getattr(self, self.feed_forward)
+        out, stats = feed_forward(rows, valid.reshape(-1), dropout_key, keep=keep, micro_batches=micro_batches)
+        return self._added(x, out.reshape(x.shape), self.feed_forward), stats
 
     def cached(
         self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: Any, number: jax.Array, window: jax.Array | None = None
@@ -113,7 +128,7 @@ class Layer(nnx.Module):
         """The same layer, `number` of its stack, for tokens [B, T] that follow what the cache holds. Returns the cache of all layers."""
         more = () if window is None else (window,)
         out, cache = getattr(self, self.mixer).cached(self._read(x, self.mixer), valid, positions, cache, number, *more)
-        return self._fed_forward(self._added(x, out, self.mixer), valid, None, False)[0], cache
+        return self.fed_forward(self._added(x, out, self.mixer), valid, None, False)[0], cache
 
     def _read(self, x: jax.Array, half: str) -> jax.Array:
         """What a half is given of the stream."""
@@ -125,15 +140,6 @@ class Layer(nnx.Module):
         nor w2 has to be done again for it."""
         norm: RMSNorm = getattr(self, f"{half}_norm")
         return x + (norm(checkpoint_name(out, "halfway")) if self.norm_after else out).astype(x.dtype)
-
-    def _fed_forward(
-        self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool
-    ) -> tuple[jax.Array, RouterStats | None]:
-        rows = self._read(x, self.feed_forward).reshape(-1, x.shape[-1])
-        micro_batches = x.shape[0] if x.ndim == 4 else None
-        feed_forward = getattr(self, self.feed_forward)
-        out, stats = feed_forward(rows, valid.reshape(-1), dropout_key, keep=keep, micro_batches=micro_batches)
-        return self._added(x, out.reshape(x.shape), self.feed_forward), stats
 
 
 class Decoder(nnx.Module):
@@ -178,6 +184,7 @@ class Decoder(nnx.Module):
         self.embed_rows: TokenRows | None = nnx.data(None)
         self.head_rows: TokenRows | None = nnx.data(None)
         self.gradient_sums: GradientSums | None = None
+        self.lean = lean(target.platform)
 
     def __call__(
         self,
@@ -206,7 +213,8 @@ class Decoder(nnx.Module):
                 state, key = without_gradients(state, through), dropout_key if number == 0 else fold(dropout_key, 2**16 + number)
                 for stretch in stretches:
                     layers = _over(stack, stretch, state)
-                    x, through, found = _scanned(stretch, state, layers, x, through, segment_ids, positions, key, remat)
+                    late = stack.block.feed_forward.module if self.lean else None
+                    x, through, found = _scanned(late, stretch, state, layers, x, through, segment_ids, positions, key, remat)
                     if found is not None:
                         stats.append(found)
                 if self.gradient_sums is not None and sums:
@@ -272,6 +280,12 @@ class Decoder(nnx.Module):
             check_padding(real)
 
 
+def lean(platform: str) -> bool:
+    """Whether a layer's backward pass is ordered for the least memory: barriers that a GPU does not notice, and that cost a CPU's step 3 to
+    9 % of its time."""
+    return platform != "cpu"
+
+
 def _over(stack: specs.Stack, stretch: Stretch, state: nnx.State) -> tuple[nnx.State | None, jax.Array, jax.Array | None]:
     """What a scan over a stretch of a stack runs over: its weights (None: they are read in place), each block's number, int32 [n], and its
     window where the stack has any."""
@@ -281,25 +295,40 @@ def _over(stack: specs.Stack, stretch: Stretch, state: nnx.State) -> tuple[nnx.S
 
 
 def _scanned(
-    stretch: Stretch, state: nnx.State, layers: Any, x: jax.Array, sums: Any, segment_ids: jax.Array, positions: jax.Array,
-    dropout_key: jax.Array | None, remat: str,
+    late: str | None, stretch: Stretch, state: nnx.State, layers: Any, x: jax.Array, sums: Any, segment_ids: jax.Array,
+    positions: jax.Array, dropout_key: jax.Array | None, remat: str,
 ) -> tuple[jax.Array, Any, RouterStats | None]:  # fmt: skip
     """The stream behind a stretch of a stack's layers, the sums that their gradients go to, and stats [n, …] (None: it has no experts).
-    layers: of `_over`."""
+    layers: of `_over`. late: the half whose gradients go to the sums before the other's are computed, for memory; None: all together."""
 
-    def body(x: jax.Array, weights: Any, index: jax.Array, window: Any) -> tuple[jax.Array, RouterStats | None]:
+    def to_sums(weights: Any, sums: Any, index: jax.Array) -> tuple[Any, Any]:
+        """Weights (read in place: marks of them) whose gradients go to sums."""
+        if stretch.in_place:
+            marks, sums = marked(sums, index) if sums else ({}, sums)
+            return marks | (weights or {}), sums
+        return added(weights, sums, index)
+
+    def made(weights: Any, index: jax.Array) -> Layer:
+        layer: Layer = stretch.layer(layer_in_place(state, weights, index) if stretch.in_place else weights, index)
+        return layer
+
+    def body(x: jax.Array, weights: Any, sums: Any, index: jax.Array, window: Any) -> tuple[jax.Array, Any, RouterStats | None]:
         x, key = checkpoint_name(x, STREAM_NAME), fold(dropout_key, index)
-        weights = layer_in_place(state, weights, index) if stretch.in_place else weights
-        out: tuple[jax.Array, RouterStats | None] = stretch.layer(weights, index)(x, segment_ids, positions, key, remat, window)
-        return out
+        x = made(weights, index).mixed(x, segment_ids, positions, key, remat, window)
+        if sums:  # an expert's gradients are not held while the first half's are computed
+            x, sums = settled(x, sums)
+            weights, sums = to_sums(weights, sums, index)
+        x, stats = made(weights, index).fed_forward(x, segment_ids > 0, key, remat in ("none", "dots"))
+        return x, sums, stats
 
-    run = rematerialized(body, remat, alone=stretch.layers == 1)
+    run = rematerialized(body, remat, apart=stretch.layers == 1)
 
     def step(carry: Any, layer: tuple[Any, jax.Array, Any]) -> Any:
         (x, sums), (weights, index, window) = carry, layer
-        weights, sums = marked(sums, index) if stretch.in_place else added(weights, sums, index)
-        x, of_layer = run(x, weights, index, window)
-        return (x, sums), of_layer
+        second = {path: value for path, value in sums.items() if path[0] == late}
+        weights, first = to_sums(weights, {path: value for path, value in sums.items() if path not in second}, index)
+        x, second, of_layer = run(x, weights, second, index, window)
+        return (x, first | second), of_layer
 
     (x, sums), stats = jax.lax.scan(step, (x, sums), layers)
     return x, sums, stats

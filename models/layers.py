@@ -241,11 +241,11 @@ def of_experts(variable: nnx.Variable) -> bool:
     return axes[:2] == ("layers", "experts") and len(axes) == 4
 
 
-def rematerialized(body: Callable[..., Any], remat: str, *, alone: bool = False) -> Callable[..., Any]:
+def rematerialized(body: Callable[..., Any], remat: str, *, apart: bool = False) -> Callable[..., Any]:
     """`none` keeps what autodiff keeps; `dots` the stream before each half of a layer, the routing, and what products computed (norms,
     activations and dequantization are done again); `full` the stream and the routing; `offload` the same, the stream in the host's memory,
-    where the body names it. alone: it runs once; XLA unrolls such a loop, and would keep what the forward pass computed where it sees that
-    the recomputation is the same. Raises ValueError for another name."""
+    where the body names it. apart: XLA cannot take for the recomputation what the forward pass computed, nor do it before the body's own
+    gradient is there, and hold it next to what is larger. Raises ValueError for another name."""
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
@@ -254,8 +254,8 @@ def rematerialized(body: Callable[..., Any], remat: str, *, alone: bool = False)
             names_which_can_be_saved=[*ROUTING_NAMES, *HALFWAY_NAMES[1:]], names_which_can_be_offloaded=[STREAM_NAME, HALFWAY_NAMES[0]],
             offload_src="device", offload_dst="pinned_host",
         )  # fmt: skip
-        return jax.checkpoint(body, policy=policy, prevent_cse=alone)
+        return jax.checkpoint(body, policy=policy, prevent_cse=apart)
     kept = {"dots": (*ROUTING_NAMES, *HALFWAY_NAMES, *DOT_NAMES), "full": (*ROUTING_NAMES, *HALFWAY_NAMES)}
     if remat not in kept:
         raise ValueError(f"remat = {remat!r}: expected one of {list(REMAT_POLICIES)}")
-    return jax.checkpoint(body, policy=policies.save_only_these_names(*kept[remat]), prevent_cse=alone)
+    return jax.checkpoint(body, policy=policies.save_only_these_names(*kept[remat]), prevent_cse=apart)

@@ -113,6 +113,15 @@ class MoE(nnx.Module):
         bias = self.router.choice_bias
         return probabilities if bias is None else probabilities + bias.get_value()
 
+    def plan(self, rows: int, width: int, dtype: Any, backend: str | None = None) -> gm.Plan:
+        """How this many rows pass the experts. backend: in the place of the model's."""
+        weight, target = self.w1.weight.get_value(), self.target
+        return gm.choose(
+            backend or target.backend, target.platform, rows, self.experts, self.k,
+            hidden=width, intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight), item=dtype.itemsize,
+            memory_bytes=target.memory_bytes,
+        )  # fmt: skip
+
     def _on_own_devices(
         self, x: jax.Array, indices: jax.Array, weights: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, keep: bool, held: int
     ) -> jax.Array:
@@ -139,11 +148,7 @@ class MoE(nnx.Module):
         backend = "loop" if prefetch == "experts" and linear.in_host(weight) else self.target.backend
         if prefetch == "auto":  # a CPU has one memory: nothing to wait for
             prefetch = "" if self.target.platform == "cpu" else "experts"
-        plan = gm.choose(
-            backend, self.target.platform, x.shape[0], self.experts, self.k,
-            hidden=x.shape[1], intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight), item=x.dtype.itemsize,
-            memory_bytes=self.target.memory_bytes,
-        )._replace(
+        plan = self.plan(x.shape[0], x.shape[1], x.dtype, backend)._replace(
             activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout, prefetch=prefetch
         )  # fmt: skip
         with jax.named_scope("dispatch"):

@@ -144,7 +144,7 @@ FAULTS = [
           f"{SCANS}::test_gradients_equal_automatic_differentiation_of_the_reference"),
     fault("scan: the last state's gradient is lost", SCAN, "_outer(dy, t.c), dstate, reverse=True)", "_outer(dy, t.c), 0 * dstate, reverse=True)",
           f"{SCANS}::test_gradients_equal_automatic_differentiation_of_the_reference"),
-    fault("a single layer is not recomputed", "models/decoder.py", "alone=stretch.layers == 1", "alone=False",
+    fault("a single layer is not recomputed", "models/decoder.py", "apart=stretch.layers == 1", "apart=False",
           "tests/models/test_structure.py::test_a_single_layer_is_recomputed_too"),
     fault("remat routes again", LAYERS, '"full": (*ROUTING_NAMES, *HALFWAY_NAMES)', '"full": HALFWAY_NAMES',
           "tests/models/test_structure.py::test_one_permutation_serves_all_projections"),

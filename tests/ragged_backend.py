@@ -52,7 +52,7 @@ def forward(
     plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, key: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O]. Hidden rows are never kept: the backward pass computes them again."""
-    return _mlp(plan, x, p, sizes, matrices(plan, weights_of(inputs, output), x.dtype), beside(inputs, output).pairs, key), []
+    return _mlp(plan, x, p, sizes, matrices(plan, weights_of(inputs, output), x.dtype), beside(inputs, output, x.dtype).pairs, key), []
 
 
 def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
@@ -64,7 +64,7 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
         return _mlp(plan, x, p, sizes, ws if trained is None else trained, pairs, key)
 
     live = jnp.arange(x.shape[0]) < jnp.sum(sizes)
-    _, pull = jax.vjp(of, x, p, beside(inputs, output).pairs, ws if plan.trainable else None)
+    _, pull = jax.vjp(of, x, p, beside(inputs, output, x.dtype).pairs, ws if plan.trainable else None)
     dx, dp, dpairs, dws = pull(jnp.where(live[:, None], dy, jnp.zeros((), dy.dtype)))
     transposed = [None if d is None else LoRAWeights(d.a, jnp.swapaxes(d.b, 1, 2)) for d in dpairs]
     return dx, dp, Gradients(dws, transposed)

@@ -1,5 +1,9 @@
 """Causal attention inside segments by jax's own Triton kernels for GPUs (`jax.experimental.pallas.ops.gpu.attention`): scores never leave a
-multiprocessor (FlashAttention, arXiv 2205.14135). Exact, as `attention.segment_attention` is."""
+multiprocessor (FlashAttention, arXiv 2205.14135). Exact, as `attention.segment_attention` is.
+
+The kernels are called as jax's `mha` calls them, but for what it lacks: names for what the backward pass needs, and grouped queries, whose
+heads read their group's keys and values where these are, not a copy for each.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 QUERIES, KEYS = 128, 64
-"""Rows of a block, forward; backward 64 and 32: no register is spilled on compute capability 8.0 and 9.0 at 128 numbers a head."""
-WARPS = 8
+"""Rows of a block, forward."""
+QUERIES_BACK, KEYS_BACK = (32, 64), (64, 32)
+"""Backward, for the gradients of keys and of queries: no register is spilled on compute capability 8.0 and 9.0 at 128 numbers a head."""
+WARPS, STAGES = 8, 2
 HEADS = (32, 64, 128)
 """Numbers of a head that the kernels were compiled for."""
 
@@ -51,25 +57,20 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.A
     Rows are padded to whole blocks. The output and one fp32 number per query are named for rematerialization policies ("mixed",
     "flash_log_sums"): the backward pass needs both. interpret: on a CPU, for tests.
     """
-    t, h, g = q.shape[1], q.shape[2], k.shape[2]
+    t = q.shape[1]
     more = -t % QUERIES
 
     def whole(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))) if more else x
 
-    def of_every_head(x: jax.Array) -> jax.Array:
-        wide = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], h // g, x.shape[3]))
-        return wide.reshape(*x.shape[:2], h, x.shape[3])
-
-    return _flash(*map(whole, (q, of_every_head(k), of_every_head(v), segment_ids)), interpret)[:, :t]
+    return _flash(*map(whole, (q, k, v, segment_ids)), interpret)[:, :t]
 
 
-def _settings() -> tuple[Any, Any]:
-    import jax.experimental.pallas.ops.gpu.attention as kernels  # at import it would cost every start on a CPU
-
-    return kernels, kernels.BlockSizes(
-        block_q=QUERIES, block_k=KEYS, block_q_dkv=32, block_kv_dkv=64, block_q_dq=64, block_kv_dq=32
-    )
+def _called(kernels: Any, kernel: Any, interpret: bool, **more: Any) -> Any:
+    """A kernel over a grid, its settings in `more`. A function of its own for jax, which leaves such a one out of a backward pass whose
+    policy has all that it gives."""
+    parameters = kernels.plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES)
+    return jax.jit(kernels.pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **more))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -78,20 +79,43 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, int
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, interpret: bool) -> tuple[jax.Array, Any]:
-    kernels, blocks = _settings()
-    out, log_sums = kernels.mha(
-        q, k, v, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, block_sizes=blocks, num_warps=WARPS, interpret=interpret,
-        return_residuals=True,
-    )  # fmt: skip
+    import jax.experimental.pallas.ops.gpu.attention as kernels  # at import it would cost every start on a CPU
+
+    (b, t, h, c), of_group, spec = q.shape, q.shape[2] // k.shape[2], kernels.pl.BlockSpec
+    block = spec((None, QUERIES, None, c), lambda i, row, head: (row, i, head, 0))
+    group = spec((None, t, None, c), lambda i, row, head: (row, 0, head // of_group, 0))
+    kernel = partial(kernels.mha_forward_kernel, sm_scale=c**-0.5, causal=True, block_q=QUERIES, block_k=KEYS, head_dim=c)
+    out, log_sums = _called(
+        kernels, kernel, interpret, grid=(t // QUERIES, b, h), name="mha_forward",
+        in_specs=[block, group, group, spec((None, t), lambda i, row, head: (row, 0))],
+        out_specs=[block, spec((None, None, QUERIES), lambda i, row, head: (row, head, i))],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)],
+    )(q, k, v, segment_ids)  # fmt: skip
     out, log_sums = checkpoint_name(out, "mixed"), checkpoint_name(log_sums, "flash_log_sums")
     return out, (q, k, v, segment_ids, out, log_sums)
 
 
 def _backward(interpret: bool, residuals: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    # jax's own rule, called here so that its residuals have names: `mha` by itself gives them none.
-    kernels, blocks = _settings()
-    scale = residuals[0].shape[-1] ** -0.5
-    dq, dk, dv, _ = kernels._mha_backward(scale, True, blocks, "triton", WARPS, 2, None, interpret, False, False, residuals, dout)
+    import jax.experimental.pallas.ops.gpu.attention as kernels
+
+    q, k, v, segment_ids, out, log_sums = residuals
+    (b, t, h, c), of_group, spec = q.shape, q.shape[2] // k.shape[2], kernels.pl.BlockSpec
+    delta = kernels._preprocess_backward(out, dout, log_sums, QUERIES, False, interpret)
+    (queries, queries_of_dq), (keys, keys_of_dq) = QUERIES_BACK, KEYS_BACK
+    whole = spec((None, t, None, c), lambda row, head, i: (row, 0, head, 0))
+    group = spec((None, t, None, c), lambda row, head, i: (row, 0, head // of_group, 0))
+    sums = spec((None, None, t), lambda row, head, i: (row, head, 0))
+    kernel = partial(
+        kernels.mha_backward_kernel, sm_scale=c**-0.5, causal=True, head_dim=c, block_q_dkv=queries, block_kv_dkv=keys,
+        block_q_dq=queries_of_dq, block_kv_dq=keys_of_dq,
+    )  # fmt: skip
+    dq, *of_heads = _called(
+        kernels, kernel, interpret, grid=(b, h, t // keys), name="mha_backward",
+        in_specs=[whole, group, group, spec((None, t), lambda row, head, i: (row, 0)), whole, whole, sums, sums],
+        out_specs=[spec((None, rows, None, c), lambda row, head, i: (row, i, head, 0)) for rows in (queries_of_dq, keys, keys)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, a.dtype) for a in (q, k, v)],
+    )(q, k, v, segment_ids, out, dout, log_sums, delta)  # fmt: skip
+    dk, dv = (jnp.sum(a.reshape(b, t, -1, of_group, c), axis=3) for a in of_heads)
     return dq, dk, dv, None
 
 

@@ -227,6 +227,7 @@ def _runner(layers: nnx.Module, length: int) -> Callable[..., tuple[jax.Array, l
         if moe is not None:
             choose = moe.choose
             object.__setattr__(moe, "choose", chosen)  # for this trace only
-        return layer(x, segment_ids, positions, None, False, window)[0], seen
+        x = layer.mixed(x, segment_ids, positions, None, "none", window)
+        return layer.fed_forward(x, segment_ids > 0, None, False)[0], seen
 
     return run

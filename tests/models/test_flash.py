@@ -32,6 +32,20 @@ def test_flash_is_exact(rows, length, heads, kv, head_dim):
         assert_close_to_largest(ours, reference, 2e-6, name)
 
 
+def test_grouped_queries_need_no_copy_of_keys():
+    """Nothing between the arguments and the kernel: it reads a group's keys and values where they are."""
+    q, k = jnp.zeros((1, 128, 4, 32)), jnp.zeros((1, 128, 2, 32))
+    traced = jax.make_jaxpr(lambda *given: flash.flash_attention(*given))(q, k, k, jnp.zeros((1, 128), jnp.int32))
+    assert "mha_forward" in str(traced) and not {"broadcast_in_dim", "reshape", "gather"} & primitives(traced.jaxpr)
+
+
+def primitives(jaxpr):
+    """Of a traced function, outside of kernels."""
+    found = {e.primitive.name for e in jaxpr.eqns}
+    inner = [v for e in jaxpr.eqns if e.primitive.name != "pallas_call" for v in jax.tree.leaves(list(e.params.values()))]
+    return found.union(*(primitives(getattr(v, "jaxpr", v)) for v in inner if hasattr(getattr(v, "jaxpr", v), "eqns")))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 128, 4, 4, 64), (1, 257, 4, 2, 128), (3, 384, 2, 1, 32)])

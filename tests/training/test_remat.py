@@ -3,18 +3,25 @@
 import json
 import re
 import sys
+from functools import partial
 
+import jax
+import numpy as np
+import optax
 import pytest
 import yaml
+from on_mesh import batch_of
 from support import ROOT, loss_and_gradients
 
 from moejax.errors import UserError
 from moejax.estimator import closed_form
+from moejax.hub.model import create_model
+from moejax.models import decoder
 from moejax.models.build import build
 from moejax.models.config import PRESETS
 from moejax.models.layers import REMAT_POLICIES
 from moejax.training import loop, oracle, remat
-from moejax.training.program import TrainProgram, split
+from moejax.training.program import Own, TrainProgram, split
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "pytorch")]
 
@@ -167,3 +174,22 @@ def test_auto_ends_with_the_host_where_a_device_has_two_memories(peaks, make_exp
     experiment = make_experiment(training={"remat": "auto"})
     assert remat.resolve(experiment, SIZES, 20).training.remat == "offload" and seen == ["dots", "full"]
     assert "training.remat: offload (none: about 80.0 by arithmetic, dots: 50.0, full: 40.0 of 30.0 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulation": "layer_major"}], ids=["micro_batch_major", "layer_major"])
+def test_a_gpus_order_of_the_backward_pass_changes_no_gradient(changes, make_experiment, monkeypatch):
+    """Its barriers, and its gradients that go to the sums half by half, on this CPU: one step of two micro-batches."""
+    experiment = make_experiment(
+        training={"remat": "full", "gradient_accumulation": 2} | changes, data={"source": None, "batching": "fixed", "holdout": 0},
+        tokenizer=None,
+    )  # fmt: skip
+    sizes = experiment.model.architecture(None)
+    batch = batch_of(2, 16, 2, sizes.vocab_size)
+    found = {}
+    for lean in (False, True):
+        monkeypatch.setattr(decoder, "lean", lambda platform, lean=lean: lean)
+        program = TrainProgram(experiment, sizes, own=Own(optax.sgd(1.0)))
+        program.load(create_model(experiment, sizes, None))
+        metrics = program.step(batch)
+        found[lean] = jax.device_get((metrics["loss"], metrics["grad_norm"], program.state.trainable))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), found[True], found[False])

@@ -70,11 +70,11 @@ def forward(
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
     places = _Places(plan, sizes, x.shape[0])
-    experts = (matrices(plan, weights_of(inputs, output), x.dtype), beside(inputs, output))
+    experts = (matrices(plan, weights_of(inputs, output), x.dtype), beside(inputs, output, x.dtype))
 
     def through(expert: Any, rows: jax.Array, p: jax.Array, of_rows: Any) -> list[jax.Array]:
         weights, others = expert
-        y, hidden = Expert(plan, weights, others, x.dtype).forward(rows, p, of_rows)
+        y, hidden = Expert(plan, weights, others).forward(rows, p, of_rows)
         return [y, *hidden] if keep else [y]
 
     def batch(expert: Any, row: jax.Array) -> list[jax.Array]:
@@ -92,13 +92,13 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
     """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
     x, p, sizes, inputs, output, keys = operands
     places = _Places(plan, sizes, x.shape[0])
-    experts = (matrices(plan, weights_of(inputs, output), x.dtype), beside(inputs, output))
+    experts = (matrices(plan, weights_of(inputs, output), x.dtype), beside(inputs, output, x.dtype))
 
     def through(expert: Any, read: Callable[[Any], Any], live: jax.Array) -> Any:
         dy_rows = jnp.where(live[:, None], read(dy), jnp.zeros((), dy.dtype))
         hidden = [read(k) for k in kept] if plan.keep else None
         weights, others = expert
-        return Expert(plan, weights, others, x.dtype).backward(read(x), read(p), dy_rows, read(keys), hidden)
+        return Expert(plan, weights, others).backward(read(x), read(p), dy_rows, read(keys), hidden)
 
     def batch(expert: Any, row: jax.Array, live: jax.Array) -> Any:
         return through(expert, lambda array: _spread(array, row), live)

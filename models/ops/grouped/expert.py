@@ -71,9 +71,11 @@ class Gradients(NamedTuple):
     biases: list[jax.Array | None] | None = None
 
 
-def beside(inputs: Sequence[Projection], output: Projection) -> Beside:
+def beside(inputs: Sequence[Projection], output: Projection, dtype: Any) -> Beside:
+    """In the dtype of the rows: an expert's is then cut out of them as it is used."""
     every = (*inputs, output)
-    return Beside(tuple(p.lora for p in every), tuple(p.bias for p in every))
+    found: Beside = jax.tree.map(lambda a: a.astype(dtype), Beside(tuple(p.lora for p in every), tuple(p.bias for p in every)))
+    return found
 
 
 class Adapters:
@@ -82,16 +84,16 @@ class Adapters:
     a: by the projection that has it; b: by projection; users: of each A. first: the number of the first projection, for dropout's masks.
     """
 
-    def __init__(self, plan: Plan, pairs: Pairs, dtype: Any, first: int = 0):
+    def __init__(self, plan: Plan, pairs: Pairs, first: int = 0):
         self.a: dict[int, jax.Array] = {}
         self.b: dict[int, jax.Array] = {}
         self.users: dict[int, list[int]] = {}
         for i, pair in enumerate(pairs):
             if pair is None:
                 continue
-            self.b[i] = pair.b.astype(dtype)
+            self.b[i] = pair.b
             if pair.a is not None:
-                owner, self.a[i] = i, pair.a.astype(dtype)
+                owner, self.a[i] = i, pair.a
             self.users.setdefault(owner, []).append(i)
         self.count = len(pairs)
         self.keep, self.first = 1.0 - plan.dropout, first
@@ -160,16 +162,16 @@ class Adapters:
 
 
 class Expert:
-    """One expert's matrices (`ws`, `w_out`, in the dtype of the rows) and adapters, and what they do to a tile of rows [t, I].
+    """One expert's matrices (`ws`, `w_out`), adapters and biases, in the dtype of the rows, and what they do to a tile of them [t, I].
 
     `keys` in the methods: of the rows, for dropout's masks, [t, …] (None: nothing is dropped); `p`: the rows' routing weights [t].
     """
 
-    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], others: Beside, dtype: Any):
+    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], others: Beside):
         *self.ws, self.w_out = matrices
-        *self.biases, self.bias_out = (None if b is None else b.astype(dtype) for b in others.biases)
+        *self.biases, self.bias_out = others.biases
         self.plan, pairs = plan, others.pairs
-        self.adapters, self.adapters_out = Adapters(plan, pairs[:-1], dtype), Adapters(plan, pairs[-1:], dtype, len(self.ws))
+        self.adapters, self.adapters_out = Adapters(plan, pairs[:-1]), Adapters(plan, pairs[-1:], len(self.ws))
 
     def _hidden(self, rows: jax.Array, keys: jax.Array | None) -> tuple[list[jax.Array], dict[int, jax.Array]]:
         """The input projections of a tile, and the low-rank rows on the way."""

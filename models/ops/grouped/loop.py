@@ -56,14 +56,14 @@ def _over_experts(
     most: no more experts than so many can have rows, and no more are visited; of weights that are spread over devices all are, since each
     device has rows for others.
     """
-    weights, others = weights_of(*projections), beside(*projections)
+    weights, others = weights_of(*projections), beside(*projections, dtype)
     if plan.prefetch == "layer" and any(map(in_host, weights)):
         weights = [part(w) for w in weights]
 
     def one(state: Any, xs: Any, held: Any = None) -> Any:
         e, start, size, others = xs
         found = matrices(plan, weights, dtype, e) if held is None else matrices(plan, held, dtype)
-        return body(state, Expert(plan, found, others, dtype), start, size)
+        return body(state, Expert(plan, found, others), start, size)
 
     xs = (jnp.arange(sizes.shape[0]), jnp.cumsum(sizes) - sizes, sizes, others)
     if most is not None and most < sizes.shape[0] and not any(map(is_spread, weights)):
@@ -115,16 +115,17 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
 
     def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
         def tile(row: jax.Array, first: jax.Array, count: int, state: Any) -> Any:
-            (dx, dp), sums = state
+            (rows, dp), sums = state
             inside = (first + jnp.arange(count) < size)[:, None]
             dy_rows = jnp.where(inside, _rows(dy, row, count), jnp.zeros((), dy.dtype))
             hidden = [_rows(k, row, count) for k in kept] if plan.keep else None
-            x_rows, p_rows, of_rows = (_rows(array, row, count) for array in (x, p, keys))
+            x_rows, p_rows, of_rows = (_rows(array, row, count) for array in (rows, p, keys))
             dx_rows, dp_rows, parts = expert.backward(x_rows, p_rows, dy_rows, of_rows, hidden)
-            return (_put(dx, dx_rows, row), _put(dp, dp_rows, row)), jax.tree.map(jnp.add, sums, parts)
+            rows = _put(rows, jnp.where(inside, dx_rows, x_rows), row)
+            return (rows, _put(dp, dp_rows, row)), jax.tree.map(jnp.add, sums, parts)
 
         return _over_tiles(plan, start, size, tile, (state, expert.zeros()))
 
-    zeros = (jnp.zeros_like(x), jnp.zeros_like(p))
-    (dx, dp), gradients = _over_experts(plan, expert, zeros, sizes, (inputs, output), x.dtype)
+    # A tile's gradient takes the place of its rows: no expert reads them again. Rows of no expert are zero, as their gradient is.
+    (dx, dp), gradients = _over_experts(plan, expert, (x, jnp.zeros_like(p)), sizes, (inputs, output), x.dtype)
     return dx, dp, gradients
