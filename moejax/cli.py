@@ -53,6 +53,7 @@ GROUPS = {
     "time and memory": {
         "estimate": Command("estimate memory, time and cost of a run on a GPU", commands=ESTIMATE),
         "profile": Command("trace a few training steps and break down their time", "moejax.commands.profile"),
+        "tune": Command("measure which kernels are exact and fastest on this machine", "moejax.commands.tune"),
         "breakdown": Command("break down the step time of a profiled run, next to the study's", "moejax.commands.breakdown"),
     },
     "the whole study": {

@@ -67,8 +67,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def settle() -> None:
     """Set `VARIABLE`, before jax takes the GPU's memory; nothing where it is set, or no GPU is asked for."""
-    platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
-    if VARIABLE in os.environ or not _DRIVER.is_file() or not {"", "cuda", "gpu"} & set(platforms):
+    if VARIABLE in os.environ or not nvidia_asked():
         return
     fine, why = answer(_key(), cache_folder() / "graph_loops.json", [sys.executable, "-m", "moejax.compiler_options"])
     if not fine:
@@ -104,7 +103,17 @@ def answer(key: str, file: Path, command: list[str], seconds: float = SECONDS) -
 def _key() -> str:
     from importlib.metadata import version
 
-    return f"{_DRIVER.read_text(encoding='utf-8', errors='replace').splitlines()[0]}, jaxlib {version('jaxlib')}"
+    return f"{driver()}, jaxlib {version('jaxlib')}"
+
+
+def nvidia_asked() -> bool:
+    """Whether there is NVIDIA's driver, and jax may take its GPU. Without touching it."""
+    return _DRIVER.is_file() and bool({"", "cuda", "gpu"} & set(os.environ.get("JAX_PLATFORMS", "").split(",")))
+
+
+def driver() -> str:
+    """NVIDIA's, as it names itself; empty where there is none."""
+    return _DRIVER.read_text(encoding="utf-8", errors="replace").splitlines()[0] if _DRIVER.is_file() else ""
 
 
 def difference(options: dict[str, Any]) -> float:

@@ -163,15 +163,24 @@ class CheckpointConfig(Section):
     )
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class DeviceConfig(Section):
     """memory_fraction: share of the GPU's memory that jax may take (jax's own default of 0.75 would leave a quarter unused).
 
     compilation_cache: where jax keeps compiled programs for the next start; null: nowhere. What another version of jax, another
     device or another program left there is not found, and compiled anew.
+
+    tune: at the first start on a card its kernels are measured at the run's shapes (`moejax tune`): auto: quickly, on a GPU; full: all of
+    them, on a CPU too; off: never, and what was measured is passed over.
     """
 
     memory_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.92
     compilation_cache: str | None = "~/.cache/moejax/xla"
+    tune: Annotated[Literal["auto", "off", "full"], BeforeValidator(_off)] = "auto"
 
 
 class ProfileConfig(Section):

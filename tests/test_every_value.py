@@ -37,7 +37,7 @@ RUNS = {
                      "optimizer": "adamw_8bit"},
         "eval": {**EVAL, "each_epoch": True, "every_steps": 1, "max_new_tokens": 3},
         "checkpoint": {"every": 1, "keep": 1},
-        "device": {"memory_fraction": 0.5},
+        "device": {"memory_fraction": 0.5, "tune": "off"},
         "mesh": {"devices": 1, "moments": "spread"},
     },
     "whole, bf16": {
@@ -68,7 +68,7 @@ RUNS = {
         },
         "checkpoint": {"best": False, "resume_with_changed": ["data"]},
         "eval": {**EVAL, "data": "NAMED", "split": "some", "limit": None, "metric": "loss", "allow_overlap": True},
-        "device": {"compilation_cache": "CACHE"},
+        "device": {"compilation_cache": "CACHE", "tune": "full"},
     },
     "random rows": {
         "tokenizer": None,

@@ -23,6 +23,7 @@ FLOORS = (
     ("base",),
     ("data", "hub", "profiling", "estimator"),
     ("runs",),
+    ("tuner",),
     ("evaluation",),
     ("training",),
     ("selftest",),

@@ -1,21 +1,24 @@
 """What was measured for the nearest shape: the backend and tiles of grouped products, the form and chunk of the selective scan.
 
 `choice.json` is written by `benchmarks/grouped_choice.py` and `benchmarks/scan_choice.py`: for an operation and a device ("cpu", or a
-GPU's kind as jax names it) the shapes that were measured, what was fastest, and the file with the seconds; else a rule. No jax at import:
-the memory estimate reads it too.
+GPU's kind as jax names it) the shapes that were measured, what was fastest, and the file with the seconds; else a rule. What `moejax tune`
+measured on this very machine comes first (`adopt`). No jax at import: the memory estimate reads it too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("choice.json")
-SHAPES = {"grouped": ("rows_per_expert", "hidden", "intermediate", "quantized"), "scan": ("rows", "length", "channels")}
+SHAPES: dict[str, tuple[str, ...]] = {
+    "grouped": ("rows_per_expert", "hidden", "intermediate", "quantized"), "scan": ("rows", "length", "channels"),
+    "attention": ("length", "head_dim"), "look_up": (), "graphs": (),
+}  # fmt: skip
 """Operation -> the names of what an entry was measured for."""
 MANY_EXPERTS = 32
 """From here on the loop's launches count on a GPU: experts x layers x tiles of them a pass."""
@@ -36,8 +39,22 @@ kernel keeps a state every 16."""
 @cache
 def table(operation: str) -> dict[str, list[dict[str, Any]]]:
     """Device -> entries."""
-    found: dict[str, list[dict[str, Any]]] = json.loads(FILE.read_text(encoding="utf-8"))[operation]
+    found: dict[str, list[dict[str, Any]]] = json.loads(FILE.read_text(encoding="utf-8")).get(operation, {})
     return found
+
+
+_adopted: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+
+def adopt(device: str, entries: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """From here on in this process these entries (operation -> entries) stand before the table's of the device; no others do."""
+    _adopted.clear()
+    _adopted.update({(operation, device): list(of_operation) for operation, of_operation in entries.items()})
+
+
+def adopted(device: str) -> dict[str, list[dict[str, Any]]]:
+    """What `adopt` was given for the device."""
+    return {operation: entries for (operation, of), entries in _adopted.items() if of == device and entries}
 
 
 def devices() -> tuple[str, ...]:
@@ -61,7 +78,8 @@ def memory_here() -> int | None:
 
 
 def _nearest(operation: str, platform: str, distance: Callable[[dict[str, Any]], float]) -> dict[str, Any] | None:
-    return min(table(operation).get(platform, []), key=distance, default=None)
+    entries = [*_adopted.get((operation, platform), ()), *table(operation).get(platform, ())]
+    return min(entries, key=distance, default=None)
 
 
 def _apart(one: float, other: float) -> float:
@@ -136,3 +154,15 @@ def scan(platform: str, rows: int, length: int, channels: int, asked: str = "aut
         return nearest["form"], nearest["chunk"]
     form = asked if asked != "auto" else "chunked" if platform == "cpu" else "chunked_associative"
     return form, CHUNKS[form]
+
+
+def attention(platform: str, length: int, head_dim: int) -> str | None:
+    """"blocks" or "flash": what was measured for the nearest length of a row, among heads of as many numbers; None where nothing was."""
+    nearest = _nearest("attention", platform, lambda e: 100 * (e["head_dim"] != head_dim) + _apart(e["length"], length))
+    return None if nearest is None or nearest["head_dim"] != head_dim else str(nearest["form"])
+
+
+def look_up() -> str | None:
+    """The look-up of 4-bit codes that was measured on this device (one of `nf4.LOOK_UPS`); None where none was."""
+    entries = [entry for (operation, _), of_device in _adopted.items() if operation == "look_up" for entry in of_device]
+    return str(entries[0]["form"]) if entries else None

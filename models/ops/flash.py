@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax.models.ops import choice
+
 QUERIES, KEYS = 128, 64
 """Rows of a block, forward."""
 QUERIES_BACK, KEYS_BACK = (32, 64), (64, 32)
@@ -21,6 +23,7 @@ QUERIES_BACK, KEYS_BACK = (32, 64), (64, 32)
 WARPS, STAGES = 8, 2
 HEADS = (32, 64, 128)
 """Numbers of a head that the kernels were compiled for."""
+MEASURED = "as `moejax tune` measured here"
 
 
 def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None) -> str | None:
@@ -44,11 +47,12 @@ def unsupported(sinks: bool, window: int | None) -> str | None:
 
 def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int, lacking: str | None = None) -> str | None:
     """Why rows of so many tokens go by blocks of queries (`attention.segment_attention`), as asked ("auto", "blocks", "flash") or where
-    these kernels cannot run; None: by these kernels."""
+    these kernels cannot run, or were measured and not chosen; None: by these kernels."""
     if asked == "blocks":
         return "model.attention"
     short = f"rows of {length} tokens, flash attention begins at {QUERIES}" if length < QUERIES else None
-    return refusal(platform, dtype, head_dim, lacking) or short
+    slower = MEASURED if asked == "auto" and choice.attention(platform, length, head_dim) == "blocks" else None
+    return refusal(platform, dtype, head_dim, lacking) or short or slower
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:

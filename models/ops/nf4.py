@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.models.ops import choice
 from moejax.models.ops.quantized import KINDS, Kind, QuantizedTensor
 
 BLOCK, NESTED_BLOCK = KINDS["nf4-double"].block, KINDS["nf4-double"].nested
@@ -194,7 +195,10 @@ LOOK_UPS: dict[str, Callable[[jax.Array], jax.Array]] = {"take": _take, "tree": 
 
 
 def _values(index: jax.Array) -> jax.Array:
-    """The look-up for the platform that is compiled for: a TPU has no fast gather; no GPU was measured."""
+    """The look-up that was measured here, else that for the platform that is compiled for: a TPU has no fast gather."""
+    form = choice.look_up()
+    if form is not None:
+        return LOOK_UPS[form](index)
     values: jax.Array = jax.lax.platform_dependent(index, tpu=_tree, default=_take)
     return values
 

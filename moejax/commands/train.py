@@ -26,5 +26,8 @@ def run(options: argparse.Namespace) -> int:
         dry_run.report(experiment)
         return 0
     from moejax.training import loop
+    from moejax.tuner import use
 
+    if not options.resume:
+        use.before_start(experiment)
     return loop.run(experiment, resume=options.resume, check_frozen=options.check_frozen)

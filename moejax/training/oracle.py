@@ -20,6 +20,7 @@ from moejax.estimator.memory import Largest
 from moejax.estimator.targets import MULTIPROCESSORS, target_text
 from moejax.gpus import GPU
 from moejax.models.config import Architecture
+from moejax.models.ops import choice
 
 
 def _sources() -> str:
@@ -102,6 +103,7 @@ class Oracle:
         key = {
             "experiment": memory.relevant(self.experiment), "architecture": [type(self.config).__name__, dataclasses.asdict(self.config)],
             "versions": installation.versions(), "sources": _sources(), "target": target, "rows": rows, "row_tokens": self.row_tokens,
+            "tuned": {} if gpu is not None else choice.adopted(choice.here()),
         }  # fmt: skip
         asked = self.experiment.changed("data", batch_rows=rows)
         peak, there = memory.cached(key, lambda: TrainProgram(asked, self.config, gpu=gpu).compile(rows, self.row_tokens).peak_bytes)

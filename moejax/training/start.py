@@ -34,6 +34,7 @@ from moejax.training.identity import Identity
 from moejax.training.optimizer import kept_wide
 from moejax.training.program import NOTHING_OWN, Own, TrainProgram, devices_of
 from moejax.training.run_steps import check_profile, check_steps, longest_row, total_steps
+from moejax.tuner import use
 
 OLDEST_WITH_BF16 = (8, 0)
 
@@ -61,6 +62,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     config = architecture(experiment, model_folder)
     experiment = experiment.with_defaults(config)
     devices_of(experiment, config)
+    use.for_run(experiment, folder, resume=resume)
     experts.check_attention(experiment, config, choice.here())
     experts.check_scan(experiment, config, choice.here())
     kernels = [line for told in (experts.announce_attention, experts.announce_scan) for line in told(experiment, config, choice.here())]
