@@ -90,7 +90,7 @@ RUNS = {
         },
     },
     "preferences, robust": {
-        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}, "holdout": 4},
+        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}, "holdout": 4, "batch_rows": 4},
         "adapter": {"rank": 2, "alpha": 4.0}, "training": {"eval_every": 1},
         "placement": {"experts": "auto", "prefetch": "layer"},
         "preference": {"loss": "robust", "beta": 0.5, "label_smoothing": 0.1},
@@ -101,7 +101,7 @@ RUNS = {
         "adapter": {"rank": 2, "alpha": 4.0}, "preference": {"loss": "sigmoid", "label_smoothing": 0.1},
     },
     "preferences, ipo": {
-        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}},
+        "data": {"source": "PAIRS", "max_length": 128, "fields": {"chosen": "output", "rejected": "worse"}, "batch_rows": 4},
         "adapter": {"rank": 2, "alpha": 4.0}, "preference": {"loss": "ipo"}, "mesh": {"weights": "spread"},
     },
     "conversations, whole": {

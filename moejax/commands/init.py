@@ -93,15 +93,18 @@ def _fitted(text: str, data: Path) -> str:
     except UserError as error:
         print(f"note: {error}")
         return text
-    held = min(said["data"]["holdout"], len(records) // 10)
+    held = min(said["data"].get("holdout", 0), len(records) // 10)
     rows = math.ceil(data.stat().st_size / _BYTES_PER_TOKEN / said["data"]["row_tokens"])
-    steps = said["training"]["epochs"] * math.ceil(rows / said["data"]["batch_rows"])
-    fitting = {"holdout": held, "every": min(said["checkpoint"]["every"], steps)}
-    fitting["warmup_steps"] = min(said["training"]["warmup_steps"], steps // 10)
-    fitting["eval_every"] = min(said["training"]["eval_every"], max(1, steps // 4)) if held else "null"
+    training = said["training"]
+    steps = training.get("steps") or training["epochs"] * math.ceil(rows / said["data"]["batch_rows"])
+    fitting: dict[str, int | str] = {"holdout": held}
+    if every := said.get("checkpoint", {}).get("every"):
+        fitting["every"] = min(every, steps)
+    fitting["warmup_steps"] = min(training.get("warmup_steps", 0), steps // 10)
+    fitting["eval_every"] = min(training.get("eval_every") or steps, max(1, steps // 4)) if held else "null"
     for key, value in fitting.items():
         text = re.sub(rf"^(  {key}:) \S+", rf"\1 {value}", text, count=1, flags=re.MULTILINE)
-    model = said["model"]["source"]
+    model = said["model"].get("source")
     if "conversation" in records[0] and "template" not in said["data"] and model is not None and Path(model).is_dir():
         try:
             own = load_tokenizer(model).chat_template

@@ -1,6 +1,7 @@
 """`moejax init`, and `moejax train CONFIG`."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -53,6 +54,14 @@ def test_a_small_file_gets_a_holdout_and_a_warmup_that_it_has_room_for(tmp_path,
         assert written.data.template == "mistral"  # the bundled tokenizer has no chat template
     assert cli.main(["init", "hub.yaml", "--model", "acme/large", "--data", data.name]) == 0
     assert config.load("hub.yaml").data.template is None
+
+
+def test_random_weights_with_a_users_file(tmp_path, monkeypatch):
+    """A config without a model's source, holdout, warm-up or checkpoints takes none from the file."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"instruction": "What is 2 plus 3?", "output": "5"}\n' * 40)
+    assert cli.main(["init", "tiny.yaml", "--model", "mixtral_tiny", "--data", "mine.jsonl"]) == 0
+    assert config.load("tiny.yaml").data.source == "mine.jsonl"
 
 
 @pytest.mark.parametrize(
