@@ -7,8 +7,11 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 # The CUDA plugin and ptxas, beside the environment: in it, every start of jax would look for a GPU and complain.
 AOT := .venv-aot
 AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
+# The TPU compiler, likewise.
+AOT_TPU := .venv-aot-tpu
+AOT_TPU_ENVIRONMENT := PYTHONPATH=$(AOT_TPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 
-.PHONY: aot soak supply test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot aot-tpu soak supply test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -62,6 +65,15 @@ $(AOT)/.installed: $(STAMP)
 	@rm -rf $(AOT)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $(AOT) jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 -c constraints.txt
 	@touch $@
+
+# For compiling for a TPU that is not there: 230 MB, libtpu in the version that jax[tpu] of this jax asks for.
+$(AOT_TPU)/.installed: $(STAMP)
+	@rm -rf $(AOT_TPU)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $(AOT_TPU) libtpu -c constraints.txt
+	@touch $@
+
+aot-tpu: $(AOT_TPU)/.installed ## compile the published models' steps for TPU slices that are not there: bytes, FLOPs, layouts
+	@$(AOT_TPU_ENVIRONMENT) $(BIN)/python benchmarks/tpu_programs.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-tpu-compiled.json) $(OPTIONS)
 
 aot: $(AOT)/.installed ## compile every config's step for GPUs that are not there (goes on where it ended; OPTIONS=--every: at many shapes, hours)
 	@$(AOT_ENVIRONMENT) $(BIN)/python benchmarks/aot_grid.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-aot-grid.jsonl) $(OPTIONS)
@@ -157,4 +169,4 @@ vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@for script in lora_fused mxfp4 families rope preferences token_rows; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
 
 clean: ## remove environments and generated text; runs/ stays
-	rm -rf $(VENV) $(AOT) $(JAX12) .venv-reference4 .venv-reference5 assets/generated
+	rm -rf $(VENV) $(AOT) $(AOT_TPU) $(JAX12) .venv-reference4 .venv-reference5 assets/generated

@@ -63,7 +63,7 @@ class Attention(nnx.Module):
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: jax.Array | None) -> jax.Array:
         asked, platform = self.target.attention, self.target.platform
         if flash.why_blocks(asked, platform, q.dtype, self.head_dim, q.shape[1], self.lacking) is None:
-            return flash.flash_attention(q, k, v, segment_ids)
+            return flash.attention(platform, q, k, v, segment_ids)
         return checkpoint_name(segment_attention(q, k, v, segment_ids, window=window, sinks=self._sinks), "mixed")
 
     @property

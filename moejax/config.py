@@ -277,9 +277,10 @@ class Experiment(Section):
                     f"placement.{what} = {getattr(self.placement, what)}: only frozen weights can lie in the host's memory, and without an "
                     "adapter all are trained. Add adapter: {}, or set it to device"
                 )
-        if self.placement.prefetch == "experts" and self.model.moe_backend == "capacity":
+        if self.placement.prefetch == "experts" and self.model.moe_backend in ("capacity", "ragged"):
             raise ValueError(
-                "placement.prefetch = experts: model.moe_backend = capacity multiplies a layer at once: set prefetch=layer, or that to loop"
+                f"placement.prefetch = experts: model.moe_backend = {self.model.moe_backend} multiplies a layer at once: set "
+                "prefetch=layer, or that to loop"
             )
         if self.preference is not None:
             self.preference.check(self)

@@ -28,9 +28,9 @@ class ModelConfig(Section):
         None, description="rows of embedding and head, where more than the source's: written by a run with added_tokens"
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
-    moe_backend: Literal["auto", "loop", "capacity"] = "auto"
+    moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
     attention: Literal["auto", "blocks", "flash"] = Field(
-        "auto", description="blocks of queries by XLA, or jax's flash attention for GPUs; auto: flash where it can run"
+        "auto", description="blocks of queries by XLA, or jax's flash attention for GPUs and TPUs; auto: flash where it can run"
     )
     scan: Literal["auto", "chunked", "chunked_associative", "kernel"] = Field(
         "auto", description="the form of Mamba's selective scan; auto: measured, or by a rule; kernel: for GPUs, not yet timed"

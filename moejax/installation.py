@@ -43,9 +43,14 @@ def pip_install(*wanted: str) -> str:
 
 
 def for_extra(extra: str) -> str:
-    """The command that installs what an extra adds; jax's plugins in the version of the jax that is installed."""
+    """The command that installs what an extra adds; jax's plugins in the version of the jax that is installed, and the libtpu that it asks
+    for."""
     jax = version("jaxlib")
-    return pip_install(*(re.sub(r"^(jax[\w\[\]-]*).*", rf"\1=={jax}", wanted) if jax else wanted for wanted in requirements(extra)))
+    if not jax:
+        return pip_install(*requirements(extra))
+    of_jax = {name_of(r): r.partition(";")[0].strip() for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")}
+    wanted = (of_jax.get(name_of(requirement), requirement) for requirement in requirements(extra))
+    return pip_install(*(re.sub(r"^(jax[\w\[\]-]*).*", rf"\1=={jax}", requirement) for requirement in wanted))
 
 
 def for_packages(names: list[str]) -> str:

@@ -4,7 +4,6 @@ import pytest
 
 from moejax import tpus
 from moejax.errors import UserError
-from moejax.models.ops import flash
 
 
 @pytest.mark.parametrize("name", ["v5e-8", "V5E-8", "tpu-v5e-8", "TPU v5e 8", "v5e8"])
@@ -17,9 +16,5 @@ def test_what_is_no_tpu_and_what_is_no_slice():
     assert tpus.find("V100-16") is None and tpus.find("H100") is None
     with pytest.raises(UserError, match="unknown TPU 'v5e-3': did you mean v5e-"):
         tpus.find("v5e-3")
-    with pytest.raises(UserError, match="2 TPU chips of v5p: expected one of v5p-4, v5p-8"):
+    with pytest.raises(UserError, match="2 TPU chips of v5p: expected one of v5p-8"):
         tpus.of(tpus.CHIPS["v5p"], 2)
-
-
-def test_no_kernel_of_a_gpu_runs_there():
-    assert "is for GPUs, and this is a TPU v5 lite" in flash.refusal(tpus.CHIPS["v5e"].cuda_name, "bfloat16", 128)

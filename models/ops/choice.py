@@ -24,6 +24,10 @@ MANY_EXPERTS = 32
 """From here on the loop's launches count on a GPU: experts x layers x tiles of them a pass."""
 MEMORY_SHARE = 24
 """`capacity` is chosen where a layer's dequantized experts take at most one part in so many of the device's memory."""
+TPU_MEMORY_SHARE = 12
+"""And `ragged`, on a TPU."""
+TPU_ROWS = 128
+"""`ragged`'s rows are filled up to a multiple of so many: of its kernel's smallest tile."""
 CAPACITY_DEVIATIONS = 4
 """How far above the mean load `capacity`'s batch reaches, in standard deviations of a random routing: one has next to no row beyond."""
 RULE = {"cpu": (128, 32), "gpu": (4096, 128)}
@@ -70,6 +74,11 @@ def here() -> str:
     return platform if platform == "cpu" else str(jax.local_devices()[0].device_kind)
 
 
+def is_tpu(platform: str) -> bool:
+    """Of what `here` says: jax names a TPU's kind so ("TPU v5 lite")."""
+    return platform.startswith("TPU")
+
+
 def memory_here() -> int | None:
     """Bytes of this device's memory that jax may use; None on a CPU."""
     import jax
@@ -106,10 +115,10 @@ def grouped(
 
     item: bytes of a number of the compute dtype; memory_bytes: of the device, None where unknown.
 
-    Without a measurement: the loop; on a GPU `capacity` for many experts with rows for each. Tiles are at most half the mean group if none
-    larger was measured (on a GPU, where each is dozens of launches, at most the mean group, or one for all of a small group), and small
-    ones take what is left of a group, so that padding stays at a few percent. `capacity`, measured or not, only where a layer's three
-    matrices an expert are a small part of the memory.
+    Without a measurement: the loop; on a GPU `capacity` for many experts with rows for each; on a TPU `ragged`. Tiles are at most half the
+    mean group if none larger was measured (on a GPU, where each is dozens of launches, at most the mean group, or one for all of a small
+    group), and small ones take what is left of a group, so that padding stays at a few percent. `capacity` and `ragged`, measured or not,
+    only where a layer's three matrices an expert are a small part of the memory.
     """
     load = tokens * experts_per_token / experts
     mean_group = max(1, int(load))
@@ -119,9 +128,13 @@ def grouped(
     if found is None:
         many = platform != "cpu" and experts >= MANY_EXPERTS and load >= 1
         found = dict(zip(("tile", "small_tile"), RULE["cpu" if platform == "cpu" else "gpu"], strict=True))
-        found["backend"] = "capacity" if many else "loop"
-    if platform != "cpu" and 3 * experts * hidden * intermediate * item * MEMORY_SHARE > (memory_bytes or 0):
+        found["backend"] = "ragged" if is_tpu(platform) else "capacity" if many else "loop"
+    share = TPU_MEMORY_SHARE if is_tpu(platform) else MEMORY_SHARE
+    if platform != "cpu" and 3 * experts * hidden * intermediate * item * share > (memory_bytes or 0):
         found = found | {"backend": "loop"}
+    if found["backend"] == "ragged":
+        more = -tokens * experts_per_token % TPU_ROWS
+        return "ragged", more, more, capacity
     most = _power_of_two_in(mean_group / 2)
     measured_for = found.get("rows_per_expert")
     if measured_for is None and platform != "cpu":

@@ -1,4 +1,6 @@
-"""Causal attention inside segments by jax's own Triton kernels for GPUs (`jax.experimental.pallas.ops.gpu.attention`): scores never leave a
+"""Where attention runs by a kernel of jax: on a TPU `splash`, and on a GPU those that stand here.
+
+Causal attention inside segments by jax's own Triton kernels for GPUs (`jax.experimental.pallas.ops.gpu.attention`): scores never leave a
 multiprocessor (FlashAttention, arXiv 2205.14135). Exact, as `attention.segment_attention` is.
 
 The kernels are called as jax's `mha` calls them, but for what it lacks: names for what the backward pass needs, and grouped queries, whose
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.ops import choice
+from moejax.models.ops.choice import is_tpu
+from moejax.models.ops.splash import splash_attention
 
 QUERIES, KEYS = 128, 64
 """Rows of a block, forward."""
@@ -23,6 +27,7 @@ QUERIES_BACK, KEYS_BACK = (32, 64), (64, 32)
 WARPS, STAGES = 8, 2
 HEADS = (32, 64, 128)
 """Numbers of a head that the kernels were compiled for."""
+TPU_HEADS = (64, 128, 256)
 MEASURED = "as `moejax tune` measured here"
 
 
@@ -30,12 +35,13 @@ def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None
     """Why these kernels cannot run; None where they can. lacking: what `unsupported` says of the attention."""
     if lacking is not None:
         return lacking
-    if platform == "cpu" or platform.startswith("TPU"):
-        return f"jax's flash attention is for GPUs, and this is a {platform if platform != 'cpu' else 'CPU'}"
+    if platform == "cpu":
+        return "jax's flash attention is for GPUs and TPUs, and this is a CPU"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"jax's flash attention computes in bfloat16 here, and training.compute_dtype is {jnp.dtype(dtype).name}"
-    if head_dim not in HEADS:
-        return f"jax's flash attention has heads of {', '.join(map(str, HEADS))} numbers, and the model's have {head_dim}"
+    heads = TPU_HEADS if is_tpu(platform) else HEADS
+    if head_dim not in heads:
+        return f"jax's flash attention has heads of {', '.join(map(str, heads))} numbers, and the model's have {head_dim}"
     return None
 
 
@@ -53,6 +59,11 @@ def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int
     short = f"rows of {length} tokens, flash attention begins at {QUERIES}" if length < QUERIES else None
     slower = MEASURED if asked == "auto" and choice.attention(platform, length, head_dim) == "blocks" else None
     return refusal(platform, dtype, head_dim, lacking) or short or slower
+
+
+def attention(platform: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """By the platform's kernels: see `flash_attention` and `splash_attention`."""
+    return (splash_attention if is_tpu(platform) else flash_attention)(q, k, v, segment_ids)
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:

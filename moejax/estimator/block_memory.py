@@ -160,18 +160,19 @@ class Block:
     def _in_flight(self) -> int:
         """What was fetched from the host's memory: an expert's matrices and the next one's, or a layer's; and of what is gathered from
         other devices an expert's matrix and the next one, or a layer's."""
-        whole = self.moe.dense or self.grouped[0] == "capacity"
+        whole = self.moe.dense or self.grouped[0] != "loop"
         fetched = 3 * self.step.fetched * (self.held if whole or self.step.prefetch == "layer" else 2)
         return int(self.matrix * (fetched + self.step.gathered * (3 * self.moe.experts if whole else 2)))
 
     def _sparse(self) -> int:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden
-        rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows.
+        rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows; `ragged`: all hidden rows.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         s, n, item, e, f = self.step, self.step.at_experts, self.step.item, self.held, self.moe.hidden
         backend, *_, capacity = self.grouped
-        at_once, together = (e, e * capacity) if backend == "capacity" else (1, self.tile)
-        rows = 3 * item * (self.sorted_rows + (together if at_once > 1 else 0)) * s.width
+        at_once = 1 if backend == "loop" else e
+        together = {"loop": self.tile, "capacity": e * capacity, "ragged": self.sorted_rows}[backend]
+        rows = 3 * item * (self.sorted_rows + (together if backend == "capacity" else 0)) * s.width
         hidden = 6 * item * together * f
         adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe) // s.devices  # sums of gradients; scaled
         if s.trained is None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moejax.profiling import scopes
 from moejax.profiling.scopes import NOWHERE, Place
 from moejax.profiling.xplane import MESSAGES
@@ -169,6 +171,8 @@ class Program:
         if i.opcode == "dot":
             lhs = self._by_id[i.operand_ids[0]].shape.dimensions
             return 2.0 * elements(i.shape) * math.prod(lhs[d] for d in i.dot_dimension_numbers.lhs_contracting_dimensions)
+        if i.opcode == "convolution":
+            return self._convolution_flops(i)
         if i.opcode == "custom-call":
             return self._library_flops(i)
         if i.opcode in ("reduce", "reduce-window"):
@@ -177,10 +181,30 @@ class Program:
             return 0.0
         return float(elements(i.shape))
 
+    def _convolution_flops(self, i: Any) -> float:
+        """Of a TPU's matrix product: products along a spatial axis (of a batch, mostly) count where the window meets a number, and not what
+        padding or dilation put there."""
+        base, kernel = (self._by_id[operand].shape.dimensions for operand in i.operand_ids[:2])
+        numbers, out = i.convolution_dimension_numbers, i.shape.dimensions
+        met = 1
+        for window, inner, outer in zip(
+            i.window.dimensions, numbers.input_spatial_dimensions, numbers.output_spatial_dimensions, strict=True
+        ):
+            dilation = window.base_dilation or 1
+            places = np.add.outer(
+                np.arange(out[outer]) * (window.stride or 1), np.arange(window.size) * (window.window_dilation or 1)
+            ) - window.padding_low
+            met *= int(np.sum((places >= 0) & (places <= (base[inner] - 1) * dilation) & (places % dilation == 0)))
+        features = out[numbers.output_batch_dimension] * out[numbers.output_feature_dimension]
+        return 2.0 * met * features * kernel[numbers.kernel_input_feature_dimension]
+
     def _library_flops(self, i: Any) -> float:
-        """Of a matrix product by a library (cuBLAS): its dimension numbers stand in the call's own settings."""
+        """Of a matrix product by a library (cuBLAS): its dimension numbers stand in the call's own settings. Of a TPU's kernel what it says
+        itself."""
         try:
             config = json.loads(i.backend_config or b"{}")
+            if "custom_call_config" in config:
+                return float(config["custom_call_config"]["cost_estimate"]["flops"])
             numbers = (config.get("gemm_backend_config") or config)["dot_dimension_numbers"]
             contracting = [int(d) for d in numbers["lhs_contracting_dimensions"]]
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -224,7 +248,7 @@ class Program:
         """Whether it is a matrix product, a library's or one inside a fusion included."""
         if i.opcode == "custom-call":
             return self._library_flops(i) > 0
-        return i.opcode == "dot" or (i.opcode == "fusion" and any(self.is_product(part) for part in self._fused(i)))
+        return i.opcode in ("dot", "convolution") or (i.opcode == "fusion" and any(self.is_product(part) for part in self._fused(i)))
 
     def written(self, i: Any) -> float:
         """Bytes that one execution writes; of an update in place, the update."""

@@ -41,6 +41,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "HloComputationProto": {"instructions": (2, "[HloInstructionProto]"), "id": (5, "int64"), "root_id": (6, "int64")},
     "HloInstructionProto": {
         "name": (1, "string"), "opcode": (2, "string"), "shape": (3, "ShapeProto"), "metadata": (7, "OpMetadata"),
+        "window": (15, "Window"), "convolution_dimension_numbers": (16, "ConvolutionDimensionNumbers"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"), "id": (35, "int64"), "operand_ids": (36, "[int64]"),
         "called_computation_ids": (38, "[int64]"), "backend_config": (43, "bytes"),
     },
@@ -49,6 +50,15 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "element_type": (2, "int32"), "dimensions": (3, "[int64]"), "tuple_shapes": (4, "[ShapeProto]"), "layout": (5, "LayoutProto"),
     },
     "LayoutProto": {"memory_space": (8, "int64")},
+    "Window": {"dimensions": (1, "[WindowDimension]")},
+    "WindowDimension": {
+        "size": (1, "int64"), "stride": (2, "int64"), "padding_low": (3, "int64"), "window_dilation": (5, "int64"),
+        "base_dilation": (6, "int64"),
+    },
+    "ConvolutionDimensionNumbers": {
+        "kernel_input_feature_dimension": (3, "int64"), "output_batch_dimension": (9, "int64"), "output_feature_dimension": (10, "int64"),
+        "input_spatial_dimensions": (11, "[int64]"), "output_spatial_dimensions": (12, "[int64]"),
+    },
     "DotDimensionNumbers": {"lhs_contracting_dimensions": (1, "[int64]")},
 }  # fmt: skip
 

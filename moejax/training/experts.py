@@ -12,7 +12,8 @@ from moejax.estimator.units import counted
 from moejax.gpus import GPU, of_device_kind
 from moejax.models.config import Architecture, specs
 from moejax.models.ops import choice, flash, scan_kernel
-from moejax.models.ops.choice import here, measured, memory_here
+from moejax.models.ops.choice import here, is_tpu, measured, memory_here
+from moejax.models.ops.grouped import ragged
 from moejax.models.ops.grouped.matmul import Plan, choose
 from moejax.profiling.program import Trips
 
@@ -43,19 +44,38 @@ def announce(experiment: Experiment, config: Architecture) -> str:
     why = f"auto, {source}" if experiment.model.moe_backend == "auto" else "model.moe_backend"
     what = {
         "loop": f"tiles of {chosen.tile} and {chosen.small_tile} rows",
+        "ragged": "one product of all rows",
         "capacity": f"{chosen.capacity} rows an expert in one batch, the rest in tiles of {chosen.tile}",
     }[chosen.backend]
     return f"experts: {chosen.backend}, {what} ({why})"
 
 
 def announce_attention(experiment: Experiment, config: Architecture, platform: str) -> list[str]:
-    """One line for the start of a run on a GPU (`choice.here`), none on a CPU and of a model that does not attend."""
+    """One line for the start of a run on a GPU or TPU (`choice.here`), none on a CPU and of a model that does not attend."""
     heads = attending(config)
     if platform == "cpu" or not heads:
         return []
     asked, dtype, length = experiment.model.attention, experiment.training.compute_dtype, experiment.data.longest_row
     reasons = {flash.why_blocks(asked, platform, dtype, head_dim, length, lacking) for head_dim, lacking in heads} - {None}
     return [f"attention: {f'blocks of queries ({reasons.pop()})' if reasons else 'flash, by the kernels of jax'}"]
+
+
+def precision(experiment: Experiment, platform: str) -> list[str]:
+    """A line for the start of a run, where products of fp32 numbers are not products in fp32 (`choice.here`)."""
+    if not is_tpu(platform) or experiment.training.compute_dtype != "float32":
+        return []
+    return [
+        f"precision: a {platform} multiplies bfloat16 numbers: products of training.compute_dtype = float32 round their operands to it "
+        "(JAX_DEFAULT_MATMUL_PRECISION=highest: fp32 in six products)"
+    ]
+
+
+def check(experiment: Experiment, config: Architecture, platform: str) -> None:
+    """Raises UserError where a kernel is asked for by name and cannot run on the platform (`choice.here`)."""
+    if experiment.model.moe_backend == "ragged" and (reason := ragged.refusal(platform)):
+        raise UserError(f"model.moe_backend = ragged is {reason}, and this is a {platform}. Expected auto, loop or capacity")
+    check_attention(experiment, config, platform)
+    check_scan(experiment, config, platform)
 
 
 def check_attention(experiment: Experiment, config: Architecture, platform: str) -> None:

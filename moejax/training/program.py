@@ -98,8 +98,7 @@ class TrainProgram:
         self._pinned = None if there is None else _Pinned(Mesh(np.array(there[:1]), ("device",)), PartitionSpec())
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
-        experts.check_attention(experiment, config, self._device or choice.here())
-        experts.check_scan(experiment, config, self._device or choice.here())
+        experts.check(experiment, config, self._device or choice.here())
         t = experiment.training
         schedule = make_schedule(t, t.steps or 1000) if own.optimizer is None else None
         self._optimizer = own.optimizer if schedule is None else make_optimizer(t, schedule)
@@ -377,6 +376,7 @@ def devices(gpu: str | GPU, count: int) -> list[Any]:
     try:
         if tpu:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network what machine this is
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: several processes may compile at once
             return list(topologies.get_topology_desc(tpus.of(gpu, count).topology, platform="tpu").devices)[:count]
         topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology=f"1x1x{count}")
     except (RuntimeError, NotImplementedError, ValueError) as error:

@@ -63,11 +63,10 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     experiment = experiment.with_defaults(config)
     devices_of(experiment, config)
     use.for_run(experiment, folder, resume=resume)
-    experts.check_attention(experiment, config, choice.here())
-    experts.check_scan(experiment, config, choice.here())
+    experts.check(experiment, config, choice.here())
     kernels = [line for told in (experts.announce_attention, experts.announce_scan) for line in told(experiment, config, choice.here())]
     wide = kept_wide(experiment, config) if own.optimizer is None else []
-    for line in (*kernels, *preference.told(experiment), *wide):
+    for line in (*kernels, *experts.precision(experiment, choice.here()), *preference.told(experiment), *wide):
         say(line)
     abstract = build(config, **model_arguments(experiment))
     say(*check_host_memory(abstract))

@@ -9,6 +9,7 @@ from hlo import dot_flops
 from traces import leaves, module
 
 from moejax.profiling.program import Program
+from moejax.profiling.xplane import MESSAGES
 
 
 def total(costs):
@@ -102,3 +103,21 @@ def test_a_librarys_product_is_counted_from_its_own_settings():
                 i.backend_config = b'{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
     flops, _ = total(Program(made).costs({}))
     assert flops == 2 * 32 * 64 * 16
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_convolution_is_the_product_that_a_tpu_makes_of_it(batch):
+    """A batch is a spatial axis whose window meets one matrix at each place: 2 x batch x 8 x 16 x 32. A kernel of a TPU says its own."""
+    numbers = ("HNC", "HIO", "HNC")
+    lhs, rhs = jnp.zeros((batch, 8, 16)), jnp.zeros((batch, 16, 32))
+
+    def product(lhs, rhs):
+        strides, dilation = max(batch - 1, 1), batch
+        return jax.lax.conv_general_dilated(lhs, rhs, (strides,), [(0, 0)], lhs_dilation=(dilation,), dimension_numbers=numbers)
+
+    lowered = jax.jit(product).lower(lhs, rhs).compiler_ir("hlo").as_serialized_hlo_module_proto()
+    program = Program(MESSAGES["HloModuleProto"].FromString(lowered))
+    (found,) = [i for i in program.instructions.values() if i.opcode == "convolution"]
+    assert found.shape.dimensions == [batch, 8, 32]
+    assert program.flops_of(found) == 2 * batch * 8 * 16 * 32
+    assert program.is_product(found)

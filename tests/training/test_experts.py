@@ -48,6 +48,17 @@ def test_a_gpu_says_by_what_it_attends():
     assert short == ["attention: blocks of queries (rows of 64 tokens, flash attention begins at 128)"]
 
 
+def test_a_tpu_says_what_it_multiplies_and_how():
+    """OLMoE by XLA's ragged product; fp32 with its precision; and another card refuses what is a TPU's."""
+    fp32 = experts.precision(*experiment()[:1], "TPU v5 lite")
+    assert "round their operands" in fp32[0] and not experts.precision(*experiment()[:1], "NVIDIA L4")
+    plan = gm.choose("auto", "TPU v5 lite", 1024, 64, 8, hidden=2048, intermediate=1024, quantized=True, memory_bytes=16 * 10**9)
+    assert (plan.backend, plan.tile) == ("ragged", 0)
+    assert gm.choose("auto", "TPU v5 lite", 1024, 8, 2, hidden=4096, intermediate=14336, memory_bytes=16 * 10**9).backend == "loop"
+    with pytest.raises(UserError, match=r"ragged is for a TPU: .* and this is a NVIDIA L4\. Expected auto, loop or capacity"):
+        experts.check(*experiment("model.moe_backend=ragged"), "NVIDIA L4")
+
+
 def test_flash_that_cannot_run_is_refused_by_the_dry_run_and_before_anything_is_read(tmp_path, monkeypatch, capsys):
     """The dry run refuses what no card can run; the run also what this machine cannot."""
     gpt_oss = ["train", str(ROOT / "configs/gpt_oss_20b.yaml"), "model.attention=flash", f"runs_dir={tmp_path}"]

@@ -31,3 +31,13 @@ def backward(dy: jax.Array, w: jax.Array) -> jax.Array:
 def gradient(dy: jax.Array, rows: jax.Array) -> jax.Array:
     """dW = dyᵀ x, fp32 [O, I]."""
     return jnp.einsum("to,ti->oi", dy, rows, preferred_element_type=jnp.float32)
+
+
+def with_bias(dy: jax.Array, bias: jax.Array) -> jax.Array:
+    """dp = dy · bias: [t, O], [O] -> [t]."""
+    return jnp.einsum("to,o->t", dy, bias)
+
+
+def bias_gradient(dy: jax.Array, by: jax.Array) -> jax.Array:
+    """Σ by_t dy_t, fp32 [O]."""
+    return jnp.einsum("to,t->o", dy, by, preferred_element_type=jnp.float32)

@@ -1,4 +1,8 @@
-"""Some rows through one expert's matrices, forward and backward: the part that the grouped matmul's backends share."""
+"""Some rows through one expert's matrices, forward and backward: the part that the grouped matmul's backends share.
+
+What multiplies is `products`: the functions of `dot`, by one expert's matrices, or the same by those of each row's expert (`ragged`), whose
+matrices, adapters and gradients have the experts for a first axis.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +88,8 @@ class Adapters:
     a: by the projection that has it; b: by projection; users: of each A. first: the number of the first projection, for dropout's masks.
     """
 
-    def __init__(self, plan: Plan, pairs: Pairs, first: int = 0):
+    def __init__(self, plan: Plan, pairs: Pairs, first: int = 0, products: Any = dot):
+        self.products = products
         self.a: dict[int, jax.Array] = {}
         self.b: dict[int, jax.Array] = {}
         self.users: dict[int, list[int]] = {}
@@ -100,10 +105,10 @@ class Adapters:
         self.groups = [[i] for i in self.a] if plan.dropout else [list(self.a)] * bool(self.a)
 
     def _joined(self, members: list[int]) -> jax.Array:
-        return jnp.concatenate([self.a[i] for i in members])  # [ΣR, I]
+        return jnp.concatenate([self.a[i] for i in members], axis=-2)  # [ΣR, I]
 
     def _split(self, x: jax.Array, members: list[int], axis: int) -> list[jax.Array]:
-        return jnp.split(x, np.cumsum([self.a[i].shape[0] for i in members])[:-1].tolist(), axis=axis)
+        return jnp.split(x, np.cumsum([self.a[i].shape[-2] for i in members])[:-1].tolist(), axis=axis)
 
     def _dropped(self, x: jax.Array, member: int, keys: jax.Array | None) -> jax.Array:
         """A row's mask is of its own key: the same in both passes, in any tile and order."""
@@ -121,7 +126,7 @@ class Adapters:
         low: dict[int, jax.Array] = {}
         with jax.named_scope("lora"):
             for members in self.groups:
-                product = jnp.einsum("ti,ri->tr", self._dropped(x, members[0], keys), self._joined(members))
+                product = self.products.forward(self._dropped(x, members[0], keys), self._joined(members))
                 for owner, rows in zip(members, self._split(product, members, 1), strict=True):
                     low |= dict.fromkeys(self.users[owner], rows)
         return low
@@ -131,7 +136,7 @@ class Adapters:
         if member not in low:
             return y
         with jax.named_scope("lora"):
-            return y + jnp.einsum("tr,or->to", low[member], self.b[member])
+            return y + self.products.forward(low[member], self.b[member])
 
     def zeros(self) -> list[LoRAWeights | None]:
         """Sums of the gradients, fp32. B's is summed up transposed, [R, O]: the product that compilers do well."""
@@ -150,14 +155,14 @@ class Adapters:
         with jax.named_scope("lora"):
             for members in self.groups:
                 dropped, a = self._dropped(x, members[0], keys), self._joined(members)
-                through = [[jnp.einsum("to,or->tr", dys[i], self.b[i]) for i in self.users[owner]] for owner in members]
+                through = [[self.products.backward(dys[i], self.b[i]) for i in self.users[owner]] for owner in members]
                 dlow = jnp.concatenate([reduce(jnp.add, parts) for parts in through], axis=1)
-                das = self._split(jnp.einsum("tr,ti->ri", dlow, dropped, preferred_element_type=jnp.float32), members, 0)
+                das = self._split(self.products.gradient(dlow, dropped), members, -2)
                 for owner, da in zip(members, das, strict=True):
                     for i in self.users[owner]:
-                        db = jnp.einsum("tr,to->ro", low[i], dys[i], preferred_element_type=jnp.float32)
+                        db = self.products.gradient(low[i], dys[i])
                         gradients[i] = LoRAWeights(da if i == owner else None, db)
-                dx = dx + self._dropped(jnp.einsum("tr,ri->ti", dlow, a), members[0], keys)
+                dx = dx + self._dropped(self.products.backward(dlow, a), members[0], keys)
         return dx, gradients
 
 
@@ -167,11 +172,12 @@ class Expert:
     `keys` in the methods: of the rows, for dropout's masks, [t, …] (None: nothing is dropped); `p`: the rows' routing weights [t].
     """
 
-    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], others: Beside):
+    def __init__(self, plan: Plan, matrices: Sequence[jax.Array], others: Beside, products: Any = dot):
         *self.ws, self.w_out = matrices
         *self.biases, self.bias_out = others.biases
-        self.plan, pairs = plan, others.pairs
-        self.adapters, self.adapters_out = Adapters(plan, pairs[:-1]), Adapters(plan, pairs[-1:], len(self.ws))
+        self.plan, self.products, pairs = plan, products, others.pairs
+        self.adapters = Adapters(plan, pairs[:-1], products=products)
+        self.adapters_out = Adapters(plan, pairs[-1:], len(self.ws), products)
 
     def _hidden(self, rows: jax.Array, keys: jax.Array | None) -> tuple[list[jax.Array], dict[int, jax.Array]]:
         """The input projections of a tile, and the low-rank rows on the way."""
@@ -179,7 +185,7 @@ class Expert:
         hidden = []
         for i, w in enumerate(self.ws):
             with jax.named_scope(self.plan.names[i]):
-                y = self.adapters.up(dot.forward(rows, w), low, i)
+                y = self.adapters.up(self.products.forward(rows, w), low, i)
                 bias = self.biases[i]
                 hidden.append(y if bias is None else y + bias)
         return hidden, low
@@ -193,7 +199,7 @@ class Expert:
         hidden, _ = self._hidden(rows, keys)
         act = self._activated(hidden, p)
         with jax.named_scope(self.plan.names[-1]):
-            y = self.adapters_out.up(dot.forward(act, self.w_out), self.adapters_out.down(act, keys), 0)
+            y = self.adapters_out.up(self.products.forward(act, self.w_out), self.adapters_out.down(act, keys), 0)
             y = y if self.bias_out is None else y + p[:, None] * self.bias_out
         return y, hidden
 
@@ -209,22 +215,22 @@ class Expert:
                 hidden, low = self._hidden(rows, keys)
         act, pull = jax.vjp(self._activated, hidden, p)
         with jax.named_scope(names[-1]):
-            dact = dot.backward(dy, self.w_out)
+            dact = self.products.backward(dy, self.w_out)
             through, out_gradients = self.adapters_out.backward(act, self.adapters_out.down(act, keys), [dy], keys)
         dhidden, dp = pull(dact + through)
         if self.bias_out is not None:
-            dp = dp + jnp.einsum("to,o->t", dy, self.bias_out)
+            dp = dp + self.products.with_bias(dy, self.bias_out)
         dx, gradients = self.adapters.backward(rows, low, dhidden, keys)
         for i, (w, dh) in enumerate(zip(self.ws, dhidden, strict=True)):
             with jax.named_scope(names[i]):
-                dx = dx + dot.backward(dh, w)
+                dx = dx + self.products.backward(dh, w)
         dws = dbs = None
         if self.plan.trainable:
             with jax.named_scope("dw"):
                 pairs = [*((dh, rows) for dh in dhidden), (dy, act)]
-                dws = [dot.gradient(g, r) for g, r in pairs]
+                dws = [self.products.gradient(g, r) for g, r in pairs]
                 sums = [*((dh, jnp.ones_like(p)) for dh in dhidden), (dy, p)]
-                dbs = [_bias_gradient(g, by) if there else None for (g, by), there in zip(sums, self._biased, strict=True)]
+                dbs = [self.products.bias_gradient(g, by) if there else None for (g, by), there in zip(sums, self._biased, strict=True)]
         return dx, dp, Gradients(dws, [*gradients, *out_gradients], dbs)
 
     def zeros(self) -> Gradients:
@@ -239,11 +245,6 @@ class Expert:
     @property
     def _biased(self) -> list[bool]:
         return [b is not None for b in (*self.biases, self.bias_out)]
-
-
-def _bias_gradient(dy: jax.Array, by: jax.Array) -> jax.Array:
-    """Σ by_t dy_t, fp32 [O]."""
-    return jnp.einsum("to,t->o", dy, by, preferred_element_type=jnp.float32)
 
 
 def weights_of(inputs: Sequence[Projection], output: Projection) -> list[Weight]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.ops import choice
-from moejax.models.ops.grouped import capacity, loop
+from moejax.models.ops.grouped import capacity, loop, ragged
 from moejax.models.ops.grouped.expert import LoRAWeights, Plan, Projection
 from moejax.models.ops.linear import Weight, dequantized, with_frozen
 
@@ -25,7 +25,7 @@ __all__ = [
     "row_keys", "sort_weights",
 ]  # fmt: skip
 
-_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity}
+_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity, "ragged": ragged}
 BACKENDS = (*_BACKENDS,)
 
 
