@@ -85,10 +85,11 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     target = tpus.find(case.target)
     assert target is not None
     chosen = [] if layers is None else [f"model.overrides.num_layers={layers}"]
+    rows = case.rows * target.count
     chosen += [] if case.weights is None else [f"mesh.devices={target.count}", f"mesh.weights={case.weights}"]
+    chosen.append(f"data.batch_rows={rows}")
     experiment = config.load(ROOT / "configs" / f"{case.config}.yaml", [*case.overrides, "training.remat=full", *chosen])
     sizes = architecture_of(experiment)
-    rows = case.rows * target.count
     c = TrainProgram(experiment, sizes, gpu=target.chip).compile(rows, case.row_tokens)
     dealt = target.count if case.weights == "experts" else 1
     tokens = case.rows * dealt * case.row_tokens
