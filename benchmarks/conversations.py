@@ -24,7 +24,7 @@ SEED, MEDIAN, SIGMA, LONGEST = 7, 450, 0.8, 2048
 
 
 def write(path: Path, count: int) -> None:
-    """So many conversations of one to five answers."""
+    """This many conversations of one to five answers."""
     problems = json.loads((ROOT / "assets/problems/train.json").read_text(encoding="utf-8"))
     words = " ".join(problem["instruction"] for problem in problems).split()
     per_word = 1.36  # tokens of the bundled tokenizer

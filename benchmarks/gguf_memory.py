@@ -2,7 +2,7 @@
 
     python benchmarks/gguf_memory.py [--layers 1] [--types f16 q8_0] [--out FILE.json]
 
-One layer: a base of 3.4 GB and as much in f16, in a folder that is removed. Told is by how much the process grew meanwhile at most (Linux's
+One layer: a base of 3.4 GB and as much in f16, in a folder that is removed. Printed is by how much the process grew at most (Linux's
 RssAnon: without what is mapped of the base), next to the largest tensor of the file.
 """
 

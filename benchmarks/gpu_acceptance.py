@@ -93,9 +93,9 @@ def doctor() -> dict[str, Any]:
 
 
 def run(arguments: list[str], seconds: float, why: str = "") -> dict[str, Any]:
-    """One step in a process of its own: its report, or what became of it. why: it is stopped after so many seconds.
+    """One step in a process of its own: its report, or what became of it. why: it is stopped after this many seconds.
 
-    All is compiled anew: compiling is timed, and of a program that comes from a cache on disk a trace says nothing."""
+    All is compiled again: compiling is timed, and of a program that comes from a cache on disk a trace says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         out, start = Path(folder) / "out.json", time.perf_counter()
         command = [sys.executable, *arguments, "--out", str(out)]
@@ -170,7 +170,7 @@ def main() -> int:
     if platform == "cpu" and not options.tiny:
         print("error: jax sees no GPU here: `moejax doctor`, BUILD.md. --tiny rehearses on a CPU", file=sys.stderr)
         return 2
-    if known and not same:  # of another device, commit or version: kept beside
+    if known and not same:  # of another device, commit or version: kept next to
         kept_at = next(p for n in range(1, 1000) if not (p := options.out.with_suffix(f".{n}.json")).exists())
         options.out.rename(kept_at)
         print(f"{kept_at}: what was there (device, commit or versions differ)", flush=True)

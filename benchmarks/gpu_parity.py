@@ -79,7 +79,7 @@ def gradients_of(name: str, ours: dict[str, Any], known: dict[str, np.ndarray], 
 
 
 def whole(family: str, cases: dict[str, int], folder: Path) -> Iterator[Check]:
-    """A family's model, all of it trained, with so many experts a token in each case."""
+    """A family's model, all of it trained, with this many experts a token in each case."""
     known = read_vectors(family)
     batch, sizes = batch_of(known), read_config(hub_folder(known, folder))
     real = np.asarray(batch.segment_ids) > 0

@@ -7,8 +7,8 @@
 A shape is TOKENSxHIDDENxINTERMEDIATE, 8 experts, k = 2, or TOKENSxHIDDENxINTERMEDIATExEXPERTSxK. Each candidate runs forward and backward
 (frozen weights, rank-16 adapters on all projections, hidden rows recomputed) under a uniform and a skewed routing (loads of the study's
 Figure 11: one expert with three times its share); the sum of the two medians decides, and the loop is beaten only by more than `MARGIN`.
-Candidates take turns, so that all meet the same noise. Beside each time: the rate of useful FLOPs, and of one dense product of the same
-useful size; beside each candidate: the largest difference of output and gradients from the loop in fp32.
+Candidates take turns, so that all meet the same noise. Next to each time: the rate of useful FLOPs, and of one dense product of the same
+useful size; next to each candidate: the largest difference of output and gradients from the loop in fp32.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python benchmarks/scan_choice.py --tiny                                                               # a small one, in seconds
 
 A case is ROWSxLENGTHxCHANNELS, 16 states; forward and backward. Candidates take turns, so that all meet the same noise; what runs without a
-measurement is beaten only by more than `MARGIN`. Beside each time: the floor of the bytes that must move (every operand and gradient once,
+measurement is beaten only by more than `MARGIN`. Next to each time: the floor of the bytes that must move (every operand and gradient once,
 in the compute dtype's bytes, and boundary states) at the device's measured copy rate, temporary memory by the compiler, and the largest
 difference from the scan in chunks of one token on the device, relative to that one's largest element, over the output and all gradients.
 """

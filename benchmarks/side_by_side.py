@@ -1,4 +1,4 @@
-"""Where a step's time goes in both frameworks, beside what the paper printed: `make frameworks`.
+"""Where a step's time goes in both frameworks, next to what the paper printed: `make frameworks`.
 
     python benchmarks/side_by_side.py [--only RUN …] [--reference4 PYTHON] [--reference5 PYTHON]
 
@@ -49,7 +49,7 @@ RUNS: dict[str, tuple[str, str, list[str], int]] = {
     "olmoe-sparse": (OLMOE, "study", [], 10),
     "olmoe-sparse-lora": (OLMOE, "today", SHARED, 10),
 }
-"""Run (model, kind, …): config, stack, overrides, and the batch of the study's bars beside it, where it has that model. 4-bit weights are
+"""Run (model, kind, …): config, stack, overrides, and the batch of the study's bars next to it, where it has that model. 4-bit weights are
 bitsandbytes' own."""
 
 

@@ -152,7 +152,7 @@ def reason(error: Exception) -> dict[str, Any]:
 
 
 def same_batch(names: list[str], case: Case, rows: int, settings: Settings, begin: Callable[..., Side]) -> dict[str, Any]:
-    """All sides at so many rows, step by step in turn. One that cannot run leaves the others in the game."""
+    """All sides at this many rows, step by step in turn. One that cannot run leaves the others in the game."""
     cells: dict[str, Any] = {}
     fraction = 1.0 / len(names)
     with ExitStack() as stack:

@@ -48,7 +48,7 @@ class Side:
 
     def step(self) -> dict[str, Any]:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # why it ended is told where its answer is awaited
+        with suppress(BrokenPipeError):  # why it ended is reported where its answer is awaited
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
         return self._answer()

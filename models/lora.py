@@ -16,7 +16,7 @@ from moejax.models.ops.grouped.matmul import LoRAWeights
 class LoRA(nnx.Module):
     """A: [..., R, in], uniform as PEFT draws it (±1/sqrt(in)); B: [..., out, R], zero. fp32; leading axes are layers, experts.
 
-    shares: the module beside it whose adapter's A it takes; then it has none of its own.
+    shares: the module next to it whose adapter's A it takes; then it has none of its own.
     """
 
     def __init__(self, key: jax.Array, leading: tuple[int, ...], in_size: int, out_size: int, pair: Pair, dropout: float, axes: Any):

@@ -62,7 +62,7 @@ class MoE(nnx.Module):
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None, *, keep: bool = False, micro_batches: int | None = None
     ) -> tuple[jax.Array, RouterStats]:
         """x: [N, D]; valid: bool [N], false for padding, which visits no expert; keep: save hidden rows for the backward pass.
-        micro_batches: the tokens are of so many, one after the other, with a key each; stats are then [A, E]."""
+        micro_batches: the tokens are of this many, one after the other, with a key each; stats are then [A, E]."""
         with jax.named_scope("moe"):
             indices, weights, stats = self._route(x, valid, dropout_key, () if micro_batches is None else (micro_batches,))
             held = linear.count(self.w1.weight.get_value())

@@ -69,7 +69,7 @@ GROUPS = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 _TABLE_3 = "moejax.study.cost.table_3"  # what `estimate memory --study` runs
 _OTHER_WORDS = {"init": "new create start", "data": "dataset preview inspect",
-                "train": "finetune fine-tune sft run tune lora", "eval": "evaluate test lm-eval",
+                "train": "finetune fine-tune sft run lora", "eval": "evaluate test lm-eval",
                 "generate": "infer inference", "chat": "talk converse repl", "estimate": "memory fit", "export": "merge save convert",
                 "doctor": "info env check"}  # fmt: skip
 
@@ -160,11 +160,11 @@ def _overview(prog: str, command: Command) -> str:
 def _unknown_command(name: str, prog: str, commands: Mapping[str, Command]) -> str:
     if name.startswith("-"):
         return f"{name} is no option of {prog}: expected a command first, one of {', '.join(commands)} ({prog} --help)"
-    near = difflib.get_close_matches(name.replace("_", "-"), commands, n=1)
-    near = near or [ours for ours, theirs in _OTHER_WORDS.items() if ours in commands and name in theirs.split()]
+    near = [ours for ours, theirs in _OTHER_WORDS.items() if ours in commands and name in theirs.split()]
+    near = near or difflib.get_close_matches(name.replace("_", "-"), commands, n=1)
     near = near or [f"estimate {name}"] * (name in ESTIMATE and commands is COMMANDS)
     told = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(commands)}"
-    return f"{name!r} is no command of {prog}: {told} ({prog} --help tells what each does)"
+    return f"{name!r} is no command of {prog}: {told} ({prog} --help says what each does)"
 
 
 def _unknown_argument(argument: str, given: Sequence[str], parser: argparse.ArgumentParser, configured: bool) -> str:
@@ -197,7 +197,7 @@ def guarded(call: Callable[[], int], asked: str) -> int:
         code = call()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read standard output is gone, as in `| head`
+    except BrokenPipeError:  # anyone who read standard output is gone, as in `| head`
         streams.silence()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

@@ -23,12 +23,12 @@ from moejax.errors import UserError
 from moejax.models.config import Architecture
 
 ROW_MULTIPLE = 16
-"""Every batch has rows of a multiple of so many tokens. XLA's products for a GPU work in tiles of at least 16 tokens, and a tile may
+"""Every batch has rows of a multiple of this many tokens. XLA's products for a GPU work in tiles of at least 16 tokens, and a tile may
 not cross from one row of the batch into the next: products of two rows of 372 tokens, joined by XLA, compiled for no GPU."""
 
 
 def whole_row(tokens: int) -> int:
-    """The length of a row that holds so many tokens: the next multiple of ROW_MULTIPLE."""
+    """The length of a row that holds this many tokens: the next multiple of ROW_MULTIPLE."""
     return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -172,7 +172,7 @@ class DeviceConfig(Section):
     """memory_fraction: share of the GPU's memory that jax may take (jax's own default of 0.75 would leave a quarter unused).
 
     compilation_cache: where jax keeps compiled programs for the next start; null: nowhere. What another version of jax, another
-    device or another program left there is not found, and compiled anew.
+    device or another program left there is not found, and compiled again.
 
     tune: at the first start on a card its kernels are measured at the run's shapes (`moejax tune`): auto: quickly, on a GPU; full: all of
     them, on a CPU too; off: never, and what was measured is passed over.
@@ -202,7 +202,7 @@ class ProfileConfig(Section):
         return self.start_step + self.steps - 1
 
     def check(self, total_steps: int) -> None:
-        """Raises ValueError if a run of so many steps ends before the traced ones do."""
+        """Raises ValueError if a run of this many steps ends before the traced ones do."""
         if self.last_step > total_steps:
             raise ValueError(
                 f"profile traces steps {self.start_step} to {self.last_step}, but the run has {total_steps}: lower "

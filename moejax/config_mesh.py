@@ -53,7 +53,7 @@ class MeshConfig(Section):
             self.check_rows(self.devices, experiment)
 
     def check_rows(self, devices: int, experiment: Any) -> None:
-        """Raises ValueError for rows of a batch that so many devices do not divide."""
+        """Raises ValueError for rows of a batch that this many devices do not divide."""
         rows, apart = experiment.data.batch_rows, experiment.preference is not None and experiment.data.batching != "pack"
         multiple = devices * 2 if apart else devices
         if rows % multiple:
@@ -64,7 +64,7 @@ class MeshConfig(Section):
             )
 
     def check_experts(self, devices: int, experts: int) -> None:
-        """Raises ValueError for experts that so many devices do not divide, where each is to hold its own ones."""
+        """Raises ValueError for experts that this many devices do not divide, where each is to hold its own ones."""
         if self.weights == "experts" and experts % devices:
             fits = [count for count in range(1, experts + 1) if experts % count == 0]
             below, above = max(c for c in fits if c < devices), min((c for c in fits if c > devices), default=0)

@@ -134,5 +134,5 @@ class PlacementConfig(Section):
             )
 
     def on_device(self, layers: int) -> int:
-        """Of so many layers with experts, those whose lie on the device."""
+        """Of this many layers with experts, those whose lie on the device."""
         return self.experts if isinstance(self.experts, int) else 0 if self.experts == "host" else layers

@@ -90,7 +90,7 @@ def tokenizer_content(source: str, tokenizer: Any) -> str:
 
 
 def base_content(folder: Path) -> str:
-    """Of what a model's folder says of its model, beside the weights: by its values, not by how they are written."""
+    """Of what a model's folder says of its model, next to the weights: by its values, not by how they are written."""
     files = [path for path in (folder / "config.json", folder / "generation_config.json") if path.is_file()]
     return records_content(_values(path.read_text(encoding="utf-8-sig", errors="replace")) for path in files)
 
@@ -98,7 +98,7 @@ def base_content(folder: Path) -> str:
 def _values(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # whoever uses it says so
+    except (ValueError, RecursionError):  # anyone who uses it says so
         return text
 
 

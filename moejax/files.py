@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all: written beside their place under a name that no other writer has, then renamed.
+"""Files that are replaced whole or not at all: written next to their place under a name that no other writer has, then renamed.
 
 What is renamed is on the disk before it: a machine that stops leaves the old file or the new one, not the new name with half a content.
 """
@@ -25,7 +25,7 @@ _NUMBERS = count()  # next() is atomic: two threads get two
 
 
 def aside(path: Path) -> Path:
-    """A file or folder beside `path` that only this call's writer writes: NAME.HOST-PID-NUMBER.tmp. The caller removes or renames it.
+    """A file or folder next to `path` that only this call's writer writes: NAME.HOST-PID-NUMBER.tmp. The caller removes or renames it.
 
     Those that writers of the same one left behind when they were killed on this machine are removed.
     """
@@ -46,7 +46,7 @@ def settle(new: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end of the block replaces `path`. A failure leaves the old file and nothing beside it.
+    """A path to write to; what is there at the end of the block replaces `path`. A failure leaves the old file and nothing next to it.
 
     An OSError that names no file (a full disk's), or the one that was written to, names `path` then.
     """
@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str, *, newline: str | None = None) -> None:
-    """Write UTF-8 text, in place of what was there. A failure (OSError) leaves the old file and nothing beside it."""
+    """Write UTF-8 text, in place of what was there. A failure (OSError) leaves the old file and nothing next to it."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8", newline=newline)
 

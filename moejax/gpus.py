@@ -24,7 +24,7 @@ Platform = Literal["cpu", "tpu", "sm80", "sm8", "sm9"]  # a GPU by compute capab
 
 @dataclass(frozen=True)
 class CompilerFigures:
-    """What a compiler asks beside the memory. compute_capability: as in "8.6"; l2_mb: MiB of second-level cache; clock_ghz: boost clock."""
+    """What a compiler asks besides the memory. compute_capability: as in "8.6"; l2_mb: MiB of L2 cache; clock_ghz: boost clock."""
 
     compute_capability: str
     multiprocessors: int

@@ -143,7 +143,7 @@ def devices(config: MeshConfig, there: Sequence[Any] | None = None) -> Devices:
 
 
 def abstract(config: MeshConfig, count: int) -> Devices:
-    """The same of so many devices that are nowhere: for shapes, bytes and lowering."""
+    """The same of this many devices that are nowhere: for shapes, bytes and lowering."""
     return Devices(AbstractMesh((count,), (AXIS,), (AxisType.Auto,)), config.weights, config.moments)
 
 

@@ -36,7 +36,7 @@ class Listener:
         """A result."""
 
     def note(self, text: str) -> None:
-        """What is said beside the results: warnings."""
+        """What is said next to the results: warnings."""
         warnings.warn(text.removeprefix("warning: "), stacklevel=3)
 
     def waiting(self, what: str) -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """What jax reads when it is imported, and its folder of compiled programs. What another version, device or program left there has another
 name, and is not found.
 
-An entry that cannot be read (a run was killed while jax wrote it) jax compiles anew, with a warning, but does not write again: every later
+An entry that cannot be read (a run was killed while jax wrote it) jax compiles again, with a warning, but does not write again: every later
 start would compile too. Here such entries are removed, and so written again.
 """
 
@@ -24,9 +24,9 @@ _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for 
 
 
 def replace_unreadable(folder: Path) -> None:
-    """From here on in this process; that entries cannot be written is told once.
+    """From here on in this process; that entries cannot be written is reported once.
 
-    Entries of one function are told apart by hashes alone, so all of that function's go."""
+    Entries of one function are distinguished by hashes alone, so all of that function's go."""
     plain, told = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:

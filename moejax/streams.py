@@ -15,7 +15,7 @@ def prepare() -> None:
     """Let standard output take every character: what its encoding lacks becomes `?`. Call it first in every command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this process
+        if stream is None:  # closed by anyone who started this process
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process)
         elif hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":  # as standard error is from the start
             stream.reconfigure(errors="replace")
@@ -32,5 +32,5 @@ def silence() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
-        except (OSError, ValueError):  # a full disk, or closed: whoever wrote has been told
+        except (OSError, ValueError):  # a full disk, or closed: anyone who wrote has been reported
             continue

@@ -59,7 +59,7 @@ def find(name: str) -> Slice | None:
 
 
 def of(chip: GPU, count: int) -> Slice:
-    """The slice of so many of a chip. Raises UserError where there is none."""
+    """The slice of this many of a chip. Raises UserError where there is none."""
     there = [s for s in SLICES.values() if s.chip.name == chip.name]
     if (found := next((s for s in there if s.count == count), None)) is not None:
         return found

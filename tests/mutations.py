@@ -1,6 +1,6 @@
 """Faults put into the code one by one, each of which the quick tests must notice: python tests/mutations.py [words of the faults' names]
 
-Each is a few changed words in a copy of the checkout. The tests beside it run there; one of them has to fail by an assertion or an
+Each is a few changed words in a copy of the checkout. The tests next to it run there; one of them has to fail by an assertion or an
 error, not for want of the words (then this script says so) or because nothing could be collected.
 """
 

@@ -32,7 +32,7 @@ VOCABULARY = 64
 
 
 def elsewhere(cases, devices):
-    """What a process with so many devices finds."""
+    """What a process with this many devices finds."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, json.dumps(cases)]

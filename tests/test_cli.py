@@ -171,7 +171,7 @@ def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatc
 
 
 def test_dry_run_judges_records_whose_tokenizer_is_not_here(capsys, tmp_path):
-    """A model of the Hub, and the user's own file: its columns are told before anything is downloaded."""
+    """A model of the Hub, and the user's own file: its columns are reported before anything is downloaded."""
     arguments = ["--config", str(ROOT / "configs/qwen3_30b_a3b_24gb.yaml"), "--dry-run", "data.batching=pad_longest"]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"{n}?", "output": "yes"}) for n in range(1001)))
@@ -197,7 +197,7 @@ def test_a_backend_that_is_not_there_is_refused_by_name(capsys, tmp_path):
     assert cli.train_main([*arguments, "model.moe_backend=rugged"]) == 2
     assert "model.moe_backend = 'rugged': expected 'auto', 'loop', 'capacity' or 'ragged'" in capsys.readouterr().err
     assert cli.train_main([*arguments, "model.attention=flash"]) == 2
-    assert "model.attention = flash: jax's flash attention is for GPUs, and this is a CPU. Expected auto" in capsys.readouterr().err
+    assert "model.attention = flash: jax's flash attention is for GPUs and TPUs, and this is a CPU. Expected auto" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -142,7 +142,7 @@ def leaves(section, at=()):
 
 
 def words_of(kind):
-    """Of a choice, or of one beside another kind of value."""
+    """Of a choice, or of one next to another kind of value."""
     parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]
     return {word for part in parts if get_origin(part) is Literal for word in get_args(part)}
 

@@ -56,7 +56,7 @@ def test_a_model_s_own_code_is_not_run(code, tmp_path):
 
 
 def test_a_repository_s_own_tokenizer_is_not_run(code, tmp_path, monkeypatch):
-    """Of the Hub, in its cache: without a question to whoever sits at the terminal, too."""
+    """Of the Hub, in its cache: without a question to anyone who sits at the terminal, too."""
     from huggingface_hub import constants
 
     source, ran = code

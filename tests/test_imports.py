@@ -140,7 +140,7 @@ def test_nothing_of_the_tool_names_the_study_but_its_door():
 
 
 def test_the_models_have_one_name():
-    """`models` beside `moejax.models` would be every class twice."""
+    """`models` next to `moejax.models` would be every class twice."""
     files = [p for folder in ("moejax", "models", "tests", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py")]
     assert not [
         (file, name)

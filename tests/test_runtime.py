@@ -1,4 +1,4 @@
-"""The folder of compiled programs: what is cut off, or of another version, is compiled anew."""
+"""The folder of compiled programs: what is cut off, or of another version, is compiled again."""
 
 import os
 import subprocess

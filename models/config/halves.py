@@ -31,7 +31,7 @@ class Matrix:
 @dataclass(frozen=True)
 class GQA:
     """Grouped-query attention with rotary positions. qk_norm: an RMSNorm of q and k, of each head by itself or of all heads together; bias:
-    of all four projections; sinks: one more logit a head, whose weight goes nowhere; window: so many positions, its own among them, are
+    of all four projections; sinks: one more logit a head, whose weight goes nowhere; window: this many positions, its own among them, are
     seen in the blocks that the stack says (`Stack.windowed`)."""
 
     heads: int
@@ -242,4 +242,4 @@ class MoE:
 Mixer = GQA | MLA | Mamba
 FeedForward = MoE | MLP
 HALVES: tuple[type[Mixer | FeedForward], ...] = (GQA, MLA, Mamba, MoE, MLP)
-"""Every kind; `module` is its attribute and its scope, `scopes` what is told apart inside it."""
+"""Every kind; `module` is its attribute and its scope, `scopes` what is distinguished inside it."""

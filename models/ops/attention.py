@@ -48,7 +48,7 @@ def segment_attention(
     """
     b, t, h, c = q.shape
     g = k.shape[2]
-    # The queries of a group stand beside each other: one product serves them all. [B, G, H/G, T, C] and [B, G, T, C].
+    # The queries of a group stand next to each other: one product serves them all. [B, G, H/G, T, C] and [B, G, T, C].
     grouped = q.reshape(b, t, g, h // g, c).transpose(0, 2, 3, 1, 4)
     of_group = None if sinks is None else sinks.astype(jnp.float32).reshape(g, h // g)
     out = _attend(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), of_group, segment_ids, window)

@@ -23,18 +23,18 @@ SHAPES: dict[str, tuple[str, ...]] = {
 MANY_EXPERTS = 32
 """From here on the loop's launches count on a GPU: experts x layers x tiles of them a pass."""
 MEMORY_SHARE = 24
-"""`capacity` is chosen where a layer's dequantized experts take at most one part in so many of the device's memory."""
+"""`capacity` is chosen where a layer's dequantized experts take at most one part in this many of the device's memory."""
 TPU_MEMORY_SHARE = 12
 """And `ragged`, on a TPU."""
 TPU_ROWS = 128
-"""`ragged`'s rows are filled up to a multiple of so many: of its kernel's smallest tile."""
+"""`ragged`'s rows are filled up to a multiple of this many: of its kernel's smallest tile."""
 CAPACITY_DEVIATIONS = 4
 """How far above the mean load `capacity`'s batch reaches, in standard deviations of a random routing: one has next to no row beyond."""
 RULE = {"cpu": (128, 32), "gpu": (4096, 128)}
 """Rows of the largest tile and of a small one where nothing was measured. On a GPU a product of fewer rows than its matrix rate over its
 bandwidth (117 on an RTX 5090, 180 on an H200, 400 on an L4) waits for its matrix: a smaller tile takes as long."""
 ONE_TILE = 256
-"""A group of at most so many rows is one tile on a GPU."""
+"""A group of at most this many rows is one tile on a GPU."""
 CHUNKS = {"chunked": 16, "chunked_associative": 32, "kernel": 16}
 """Tokens of a chunk of each form of the scan where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low; the
 kernel keeps a state every 16."""

@@ -52,7 +52,7 @@ def unsupported(sinks: bool, window: int | None) -> str | None:
 
 
 def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int, lacking: str | None = None) -> str | None:
-    """Why rows of so many tokens go by blocks of queries (`attention.segment_attention`), as asked ("auto", "blocks", "flash") or where
+    """Why rows of this many tokens go by blocks of queries (`attention.segment_attention`), as asked ("auto", "blocks", "flash") or where
     these kernels cannot run, or were measured and not chosen; None: by these kernels."""
     if asked == "blocks":
         return "model.attention"

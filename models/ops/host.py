@@ -1,6 +1,6 @@
 """Weights in the host's pinned memory, and how they come to the device.
 
-An array in pinned memory says so in its type, in a traced program too: whoever uses a weight takes a slice of it and fetches that. On a
+An array in pinned memory says so in its type, in a traced program too: anyone who uses a weight takes a slice of it and fetches that. On a
 GPU the fetch is an asynchronous copy over the bus; on a CPU the two memories are one, and the program computes the same numbers.
 """
 
@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 KIND = "pinned_host"
 ROW_BYTES = 1 << 18
-"""The bus takes as long for so many bytes as a single row of a table waits for it: about 10 µs at 25 GB/s."""
+"""The bus takes as long for this many bytes as a single row of a table waits for it: about 10 µs at 25 GB/s."""
 
 
 def sharding(device: Any = None) -> NamedSharding:
-    """Pinned memory beside a device (None: this process's first). Raises ValueError where that has none."""
+    """Pinned memory next to a device (None: this process's first). Raises ValueError where that has none."""
     device = jax.local_devices()[0] if device is None else device
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if KIND not in kinds:
@@ -63,7 +63,7 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def empty(shape: tuple[int, ...], dtype: Any, device: Any = None) -> tuple[jax.Array, np.ndarray]:
-    """An array in the host's memory, beside a device, and a view through which it is filled before anybody reads it: nothing of it is ever
+    """An array in the host's memory, next to a device, and a view through which it is filled before anybody reads it: nothing of it is ever
     elsewhere."""
     # Pages of zeros that were never touched take no memory: what is copied from is nothing.
     array = jax.block_until_ready(jax.device_put(np.zeros(shape, dtype), sharding(device)))

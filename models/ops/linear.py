@@ -67,7 +67,7 @@ def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
             weight = weight.gathered()  # type: ignore[union-attr]
     if isinstance(weight, QuantizedTensor):
         with jax.named_scope(scope):
-            # The barrier keeps this from melting into the product that follows: one dequantization per matrix, told apart.
+            # The barrier keeps this from melting into the product that follows: one dequantization per matrix, with its own scope.
             return jax.lax.optimization_barrier(weight.dequantize(dtype))
     return weight.astype(dtype)  # type: ignore[union-attr]
 

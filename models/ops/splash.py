@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
-"""A row is filled up to a multiple of so many tokens."""
+"""A row is filled up to a multiple of this many tokens."""
 BLOCKS = (512, 384, 256, 128)
 """Queries and keys of a block: the largest that divides the row."""
 

@@ -273,7 +273,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
 
-# Of bars.takeaways, in its order: what fits beside a run's name in 80 characters.
+# Of bars.takeaways, in its order: what fits next to a run's name in 80 characters.
 _HEADINGS = ("MoE /\nlayers", "matmul\n/ MoE", "dequant\n/ MoE", "optim.\n/ step", "backw.+rec.\n/ forward", "recomp.\n/ step")
 
 

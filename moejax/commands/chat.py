@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 def _messages(terminal: bool) -> Iterator[str]:
     """The lines of standard input, but for blank ones."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 is told with its message
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 is reported with its message
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  (lets `input` edit lines and find earlier ones)
@@ -119,7 +119,7 @@ def _messages(terminal: bool) -> Iterator[str]:
 
 @contextmanager
 def _stopping() -> Iterator[list[int]]:
-    """Within it Ctrl-C is kept in the list, for whoever looks there; a second time it ends the program."""
+    """Within it Ctrl-C is kept in the list, for anyone who looks there; a second time it ends the program."""
     kept: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:

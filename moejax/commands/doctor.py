@@ -80,7 +80,7 @@ def tpu() -> Iterable[Finding]:
 
 def devices() -> Iterable[Finding]:
     """What jax computes on; a GPU that it does not see."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # looking must not take the memory of a run beside it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # looking must not take the memory of a run next to it
     try:
         import jax
 

@@ -127,7 +127,7 @@ def asked(options: argparse.Namespace) -> Asked:
         raise UserError(f"--spot: {options.prices} has no spot price; --prices FILE with SpotPrice brings one")
     devices, link, overlap = devices_of(options)
     for n in devices:
-        dataclasses.replace(job, devices=n)  # what so many cannot do is told at once
+        dataclasses.replace(job, devices=n)  # what this many cannot do is reported at once
     given = (job, gpus_of(options, table), entries, offers, table, options.spot, room_of(options))
     return Asked(*given, tuple(devices), link, overlap)
 
@@ -234,7 +234,7 @@ def facts(options: argparse.Namespace, given: Asked) -> dict[str, Any]:
 
 
 def _number(value: float, decimals: int) -> str:
-    """With so many decimals; below the first of them with two digits: 109.0, 0.0042."""
+    """With this many decimals; below the first of them with two digits: 109.0, 0.0042."""
     return f"{value:,.{decimals}f}" if value == 0 or value >= 10**-decimals else f"{value:.2g}"
 
 

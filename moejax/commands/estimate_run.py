@@ -40,7 +40,7 @@ _SHORT = {"mixtral": "mixtral-8x7b", "blackmamba": "blackmamba-2.8b"}
 
 @dataclass(frozen=True)
 class Asked:
-    """A run on some cards. of_rows: the run with so many rows a micro-batch; rows: those to choose from."""
+    """A run on some cards. of_rows: the run with this many rows a micro-batch; rows: those to choose from."""
 
     forecasts: Forecasts
     cards: Sequence[tuple[GPU, int]]  # and how many of each
@@ -51,7 +51,7 @@ class Asked:
     notes: Sequence[str] = ()
 
     def of(self, gpu: GPU, devices: int) -> tuple[Forecast, Workload]:
-        """On so many of a card, with the rows that take the fewest hours of those that fit; where not one does, this program with the
+        """On this many of a card, with the rows that take the fewest hours of those that fit; where not one does, this program with the
         changes of `ways` that make it fit. Raises DoesNotFit where nothing does."""
         price, found = prices.cheapest(self.offers, gpu.name, spot=self.spot, devices=devices), []
         for rows in [rows for rows in self.rows if rows % devices == 0]:

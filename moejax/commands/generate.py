@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the answers (a single one as it comes) to standard output and tokens/s to standard error."""
+    """Prints the answers (a single one unchanged) to standard output and tokens/s to standard error."""
     settle_run(options)
     prepare_jax_for(options.run)
     from moejax.data.records import blank, unicode
@@ -112,6 +112,6 @@ def _conversation(name: str) -> Any:
 
 
 def show(text: str) -> int:
-    """Print it as it comes. Returns its length."""
+    """Print it unchanged. Returns its length."""
     print(text, end="", flush=True)
     return len(text)

@@ -72,7 +72,7 @@ def written(file: Path, model: str, data: str) -> str:
 def _fitted(text: str, data: Path) -> str:
     """With a hold-out, a warm-up and evaluations that a small file leaves room for, and a template that its conversations need.
 
-    A file that is missing or larger than `_SMALL` leaves the text as it is, and so does one whose columns are not known: that is told.
+    A file that is missing or larger than `_SMALL` leaves the text as it is, and so does one whose columns are not known: that is reported.
     Raises UserError for a file that holds no records, with the line.
     """
     import yaml

@@ -15,7 +15,7 @@ PAIRS = (
     ("query", "answer"), ("problem", "solution"), ("input", "output"),
 )  # fmt: skip
 PROMPTS = ("prompt", "question", "instruction", "query", "problem")  # what two answers of a preference answer
-CONTEXTS = ("input", "context")  # what a question is about: read beside it where it is there
+CONTEXTS = ("input", "context")  # what a question is about: read next to it where it is there
 TEXTS = ("text", "content", "document")
 _ANSWERS = tuple(dict.fromkeys(answer for _, answer in PAIRS))
 _QUESTIONS = tuple(dict.fromkeys(question for question, _ in PAIRS))
@@ -73,7 +73,7 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
     could be meant.
     """
     if not isinstance(record, dict):
-        return Columns("instruction", None, "output", "text")  # whoever judges the record says what it is
+        return Columns("instruction", None, "output", "text")  # anyone who judges the record says what it is
     known, known_in_any = _knower(where, record), _knower(where, keys)
     if template == "text":
         found = [fields.text] if fields.text else [column for name in TEXTS if (column := known(name))]
@@ -99,7 +99,7 @@ def find(where: str, record: Any, keys: Iterable[Any], fields: FieldNames, templ
             return _made(record, fields, messages=known(talk))
         other = listed is not None and not isinstance(record[listed], str)
         if other and not any(known(question) and known(answer) for question, answer in PAIRS):
-            return _made(record, fields, messages=listed)  # whoever judges the record says that it is null, or an object
+            return _made(record, fields, messages=listed)  # anyone who judges the record says that it is null, or an object
         question, answer = _pair(where, record, known)
     context = fields.input or next((c for name in CONTEXTS if (c := known_in_any(name)) and c not in (question, answer)), None)
     return _made(record, fields, instruction=question, input=context, output=answer)
@@ -148,7 +148,7 @@ def _made(record: dict[str, Any], fields: FieldNames, **parts: str | None) -> Co
 def _pair(where: str, record: dict[str, Any], known: Any) -> tuple[str, str]:
     """The columns of questions and answers by their names."""
     there = [(question, answer) for question, answer in PAIRS if known(question) and known(answer)]
-    if ("instruction", "output") in there:  # the form of the studies: whatever else is beside it (`answer` is what is scored)
+    if ("instruction", "output") in there:  # the form of the studies: whatever else is next to it (`answer` is what is scored)
         there = [("instruction", "output")]
     if len(there) > 1:
         there = [pair for pair in there if pair[0] != "input"]  # the context of another question

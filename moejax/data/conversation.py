@@ -1,4 +1,4 @@
-"""Conversations: the shapes in which people write them, told apart by their keys and made one.
+"""Conversations: the shapes in which people write them, distinguished by their keys and made one.
 
 Every shape becomes OpenAI's: messages with role and content, tool_calls whose arguments are objects, and reasoning_content. That is done
 here and not left to a version of `transformers`, whose own clean-up differs between versions (nulls, `arguments`, names of the thinking).

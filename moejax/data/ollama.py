@@ -76,7 +76,7 @@ def _texts(pieces: _Pieces) -> tuple[str, ...]:
 
 
 def _pieces(tokenizer: Any, template: str, adds_bos: bool) -> _Pieces | None:
-    """None where the template is not told by such pieces."""
+    """None where the template is not reported by such pieces."""
 
     def prompt(kinds: str) -> str | None:
         try:

@@ -164,7 +164,7 @@ def _value(path: str, text: str, at: int) -> tuple[Any, int]:
 
 
 def _why(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong, in the words of whoever wrote the file; json's own where that is not known."""
+    """What is wrong, in the words of anyone who wrote the file; json's own where that is not known."""
     at = error.pos
     before, here = text[max(0, at - 200) : at].rstrip()[-1:], text[at : at + 5]
     if error.msg.startswith("Illegal trailing comma") or (before == "," and here[:1] in ("]", "}")):

@@ -139,7 +139,7 @@ class Dataset:
         }
 
     def notes(self) -> list[str]:
-        """What a user should know beside the table."""
+        """What a user should know next to the table."""
         t, found = self.tokenized, []
         for one in self.sources:
             found += [f"columns of {one.source.name}: {one.source.columns.told()}", *one.source.notes]

@@ -44,7 +44,7 @@ class Source:
         return sum(len(part.records) for part in self.parts)
 
     def parted(self, held_out: int) -> tuple[Source, Source]:
-        """All but the last so many records, and those."""
+        """All but the last N records, and those."""
         border = self.count - held_out
         before, after = [], []
         for part in self.parts:

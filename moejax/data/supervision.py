@@ -52,11 +52,11 @@ class Talks:
     asked_split: bool = False
 
     def noted(self) -> dict[str, Sequence[Any]]:
-        """What of records is told in the notes, by its kind."""
+        """What of records is reported in the notes, by its kind."""
         return {"empty": self.empty, "unanswered": self.unanswered, **self.left_out}
 
     def notes(self, files: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-        """What a user should know beside the counts. files: what says of a kind in which file its first is, where there are several."""
+        """What a user should know next to the counts. files: what says of a kind in which file its first is, where there are several."""
         found = []
         if self.split and self.asked_split:
             found.append(

@@ -132,7 +132,7 @@ class TextTokens:
         text, done = "", 0
         for id_, (start, end) in zip(seen.ids, seen.offsets, strict=True):
             control = self._controls.get(id_)
-            # White space beside it may belong to the match, and the tokenizer may look at small letters; what is <unk> is not written so.
+            # White space next to it may belong to the match, and the tokenizer may look at small letters; what is <unk> is not written so.
             place = -1 if control is None else bare[start:end].lower().find(control.lower())
             if control is not None and place >= 0 and start >= done:
                 text += bare[done : start + place] + self._name(control)

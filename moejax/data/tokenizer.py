@@ -111,7 +111,7 @@ def _check_files(path: Path) -> None:
 
 
 def _beside(tokenizer: Any, path: Path) -> None:
-    """The chat template in a file beside tokenizer.json, where the tokenizer was loaded without its folder's other files."""
+    """The chat template in a file next to tokenizer.json, where the tokenizer was loaded without its folder's other files."""
     file = (path.parent if path.is_file() else path) / "chat_template.jinja"
     if not tokenizer.chat_template and file.is_file():
         try:

@@ -93,7 +93,7 @@ def _objects(path: str, head: bytes, file: BinaryIO) -> Iterator[list[Any]]:
 
 
 def _further(error: UserError, lines: int) -> UserError:
-    """The same of a piece of a file behind so many lines."""
+    """The same of a piece of a file behind this many lines."""
     return UserError(re.sub(r"(?<=, line )\d+", lambda found: str(int(found[0]) + lines), str(error), count=1))
 
 

@@ -85,13 +85,13 @@ class Mixer(NamedTuple):
     backward: int
     forward: int  # of the last layer's forward pass, without rematerialization …
     forward_numbers: int  # … and numbers of the compute dtype where experts are sparse
-    beside: int = 0  # … and beside them and the routing
+    beside: int = 0  # … and next to them and the routing
     kept: int = 0  # what the expert half finds of the mixer's recomputation
 
 
 @dataclass(frozen=True)
 class Block:
-    """A mixer and experts. Everything is in bytes; a moment's, what is alive beside arguments, saved activations and gradients."""
+    """A mixer and experts. Everything is in bytes; a moment's, what is alive next to arguments, saved activations and gradients."""
 
     step: Step
     adapted: Adapted
@@ -137,7 +137,7 @@ class Block:
         return 4 * (3 * self.step.at_experts * self.moe.experts_per_token + self.sorted_rows + 2 * self.moe.experts)
 
     def saved(self, layers: int) -> int:
-        """For the backward pass, of so many. `full`: the stream before each part that is recomputed by itself, and the routing. `none`:
+        """For the backward pass, of this many. `full`: the stream before each part that is recomputed by itself, and the routing. `none`:
         every operand of a product or activation."""
         s, n, e, f = self.step, self.step.tokens_together, self.moe.experts, self.moe.hidden
         if s.remat:
@@ -149,7 +149,7 @@ class Block:
         return layers * (s.together * self.mixer.saved + experts + 4 * n * e + self.adapted.low_rank * s.item * n)
 
     def in_host(self, layers: int) -> int:
-        """Saved in the host's memory, of so many."""
+        """Saved in the host's memory, of this many."""
         return layers * self.step.together * self.mixer.streams if self.step.offloads else 0
 
     def experts(self) -> int:
@@ -224,7 +224,7 @@ def _attention(step: Step, m: specs.GQA) -> _Attention:
 
 
 def latent_attention(s: Step, m: specs.MLA, adapted: Adapted) -> Mixer:
-    """As `attention` by blocks of as many keys as queries, of the mean of a key's and a value's numbers. Beside them: what kv_b_proj gave,
+    """As `attention` by blocks of as many keys as queries, of the mean of a key's and a value's numbers. Next to them: what kv_b_proj gave,
     the keys that are made of it, and the gradients of both."""
     keys, values = m.heads * m.head_dim, m.heads * m.v_dim
     like = _attention(s, specs.GQA(m.heads, m.heads, m.head_dim, m.rope))._replace(kv=(keys + values) // 2)

@@ -44,7 +44,7 @@ class Breakdown:
     saved: int
     temporaries: int
     moment: str
-    host: int = 0  # in the host's memory, beside all this
+    host: int = 0  # in the host's memory, next to all this
 
     @property
     def arguments(self) -> int:
@@ -104,7 +104,7 @@ def _loss(step: Step, vocabulary: int, chunk: int) -> int:
 
 
 def _scaled(experts: int, dtype: str, platform: Platform) -> int:
-    """What the optimizer holds beside the gradients of a full fine-tuning: nothing of fp32, nor on Hopper, where they are clipped in place;
+    """What the optimizer holds next to the gradients of a full fine-tuning: nothing of fp32, nor on Hopper, which clips them in place;
     of bf16 before Hopper the experts' scaled, one of their three matrices at a time, in fp32."""
     return 2 * experts // 3 if dtype != "float32" and platform in ("sm80", "sm8") else 0
 
@@ -134,7 +134,7 @@ def breakdown(
     experiment: Experiment, config: Architecture, *, rows: int, row_tokens: int, platform: Platform, device: str | None = None,
     memory_bytes: int | None = None,
 ) -> Breakdown:  # fmt: skip
-    """The closed form for one step of this experiment with so many rows a micro-batch. Of several devices: what each holds; rows are
+    """The closed form for one step of this experiment with this many rows a micro-batch. Of several devices: what each holds; rows are
     those of all together.
 
     device, memory_bytes: see `choice.grouped`; None: a CPU, or a GPU on which nothing was measured, of unknown memory.
@@ -163,7 +163,7 @@ def breakdown(
     for w in weights:
         by_dtype.update({} if w.adapter else w.on_device)
     gradients = sum(w.bytes for w in trained)
-    # Those of layers are added to the sums in place; what stands in no stack, and all that is rounded stochastically, has its own beside.
+    # Those of layers are added to the sums in place; what is in no stack, and all that is rounded stochastically, has its own.
     stacks = {stack.name for stack in config.stacks} if t.param_dtype != "bfloat16_stochastic" else set()
     in_stacks = sum(w.bytes for w in trained if w.module[0] in stacks)
     several = t.gradient_accumulation > t.together

@@ -29,7 +29,7 @@ from moejax.gpus import GPU
 
 SCHEMA_VERSION = 1
 _NUMBERS = ("t0_seconds", "token_seconds", "expert_token_seconds")
-FAR = 1.5  # so many times beyond what was measured a prediction is called an extrapolation
+FAR = 1.5  # this many times beyond what was measured a prediction is called an extrapolation
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Entry:
     scatter: FloatArray
     source: str
     points: int
-    only_share: float | None = None  # k/E of all points, where u and v could not be told apart: then u holds both, and v is 0
+    only_share: float | None = None  # k/E of all points, where u and v could not be distinguished: then u holds both, and v is 0
     framework: str | None = None  # whose steps were measured: "jax" (this project), "pytorch"; None: not known
     range: Range | None = None
     doubt: str | None = None  # why not to trust them

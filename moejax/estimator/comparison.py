@@ -1,4 +1,4 @@
-"""What a run was predicted to take beside what it took. Reads a run's folder; keeps comparison.json in it.
+"""What a run was predicted to take next to what it took. Reads a run's folder; keeps comparison.json in it.
 
 `prediction.json` is written by the run at its start: the compiled step's peak, and coefficients where they were known.
 `metrics.jsonl` holds what was measured, step by step. Steps that the run calls disturbed (they warmed up, waited for the compiler, or were
@@ -90,7 +90,7 @@ def read_steps(folder: Path, disturbed: list[int]) -> list[Document]:
 
 def compare(folder: Path, entry: Entry | None = None) -> Document:
     """Errors in memory and step time, and so in dollars (predicted over measured, less 1), written to comparison.json. `entry`:
-    coefficients to predict with instead of those that the run was told. What was not predicted is null, with the reason."""
+    coefficients to predict with instead of those that the run printed. What was not predicted is null, with the reason."""
     told = read_prediction(folder)
     steps = read_steps(folder, told["disturbed_steps"])
     time = told["time"] if entry is None else time_prediction(entry, told["share"])

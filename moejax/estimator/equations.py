@@ -7,7 +7,7 @@ memory in GB of 1e9 bytes, throughput in queries per second.
     equation 2, printed  throughput = C2·ln(batch / (sparsity·C3)) + C4
     equation 2, fitted   throughput = C2·ln(batch^(1/(sparsity·C3))) + C4        C3 fixed: 1.8 Mixtral, 2.5 BlackMamba
 
-The artifact's plots fit the second form. In the first, C3 and C4 cannot be told apart (C2·ln C3 is a constant like C4), so C3 stays
+The artifact's plots fit the second form. In the first, C3 and C4 cannot be distinguished (C2·ln C3 is a constant like C4), so C3 stays
 at the artifact's value there too.
 """
 

@@ -121,14 +121,14 @@ def mamba(item: int, d: int, spec: specs.Mamba, n: float, trained: bool) -> list
 
 
 def ends(item: int, c: Architecture, n: float, trained: bool, weights: float, param_bytes: int) -> list[Stage]:
-    """The loss in chunks of 1024 tokens, which read the head anew; Adam: weight, two moments, read and written, and the gradient twice."""
+    """The loss in chunks of 1024 tokens, which read the head again; Adam: weight, two moments, read and written, and the gradient twice."""
     chunks = -(-n // 1024)
     head = product(item, n, c.hidden_size, c.vocab_size, 2 + trained, chunks)
     return [Stage("loss", head.flops, head.bytes), Stage("optimizer", 14 * weights, weights * param_bytes * 8)]
 
 
 def floors(experiment: Experiment, config: Architecture, rows: int, length: int) -> list[Stage]:
-    """All stages of one optimizer step with one micro-batch of rows x length tokens. Of several devices: of one, with so many rows."""
+    """All stages of one optimizer step with one micro-batch of rows x length tokens. Of several devices: of one, with this many rows."""
     t, adapter, kinds = experiment.training, experiment.adapter, experiment.kinds(config)
     item, d, n, full = SIZES[t.compute_dtype], config.hidden_size, rows * length, adapter is None
     mesh = experiment.mesh

@@ -1,4 +1,4 @@
-"""What is to be trained, and what of its queries a step really computes: each cut is told, with the option that changes it."""
+"""What is to be trained, and what of its queries a step really computes: each cut is reported, with the option that changes it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Job:
         positions = self.config.max_position_embeddings
         if self.row_tokens is not None and self.row_tokens > positions:
             raise UserError(f"rows of {self.row_tokens} tokens exceed {self.preset}'s max_position_embeddings = {positions}")
-        self.tokens(1)  # a batching that cannot be meant is told at once
+        self.tokens(1)  # a batching that cannot be meant is reported at once
 
     @property
     def preset(self) -> str:
@@ -92,7 +92,7 @@ class Job:
         return min(self.lengths.cut(self.row_tokens), self.config.max_position_embeddings)
 
     def tokens(self, batch: int) -> float:
-        """Tokens that a step of so many queries computes."""
+        """Tokens that a step of this many queries computes."""
         row = self.row_tokens if self.batching == "fixed" else self.cut
         return self.lengths.batch_tokens(batch, self.batching, row_tokens=row, multiple=self.multiple)
 

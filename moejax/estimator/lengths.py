@@ -115,7 +115,7 @@ class Lengths:
 
 
 def _bucket(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The smallest of 128, 256, 512 … that holds so many tokens."""
+    """The smallest of 128, 256, 512 … that holds this many tokens."""
     return np.array([SMALLEST_BUCKET << max(0, math.ceil(math.log2(n / SMALLEST_BUCKET))) for n in tokens.tolist()], np.int64)
 
 

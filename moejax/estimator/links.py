@@ -63,7 +63,7 @@ def pcie(gpu: GPU) -> Link:
 
 
 def between(gpu: GPU, devices: int) -> Link:
-    """The link that so many of these cards work over: the fastest that joins them all in one machine; of more than that, the network's
+    """The link that this many of these cards work over: the fastest that joins them all in one machine; of more than that, the network's
     ports of a machine together, or what joins its cards, whichever is slower. Raises UserError where no network is known of the card.
 
     In a ring over machines each brings its cards' parts over all its ports at once, and each card gets them over the link inside.

@@ -112,7 +112,7 @@ def largest_rows(peak_of: Callable[[int], int], limit: float, guess: int = 1, sl
 
 
 def _next(tried: dict[int, int], low: int, high: int, limit: float, slope: float) -> int:
-    """Strictly between low and high: where a line meets the limit, or beside what is known. The line goes through the two known points
+    """Strictly between low and high: where a line meets the limit, or next to what is known. The line goes through the two known points
     nearest to the limit or, where it leads out of what is left, through low and high."""
     if len(tried) > LINES:
         return min(2 * low, high - 1) if high == ROWS_LIMIT else (low + high) // 2

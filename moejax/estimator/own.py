@@ -62,7 +62,7 @@ class Estimate:
 def counts(
     experiment: Experiment, config: Architecture, gpu: GPU, rows: int, row_tokens: int, *, backend: str | None = None
 ) -> Counts:
-    """backend: of the grouped products; None: the one that is chosen for the card. Of several devices: of one, with so many rows; of the
+    """backend: of the grouped products; None: the one that is chosen for the card. Of several devices: of one, with this many rows; of the
     experts that it has it visits those that any device's tokens chose."""
     tokens, mesh = rows * row_tokens, experiment.mesh
     dealt = spread.count(experiment) if mesh is not None and mesh.weights == "experts" else 1

@@ -152,7 +152,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _Between:
-    """What goes between the cards of a job in a step of so many tokens. link None: there is one."""
+    """What goes between the cards of a job in a step of this many tokens. link None: there is one."""
 
     job: Job
     link: Link | None
@@ -188,7 +188,7 @@ def _between(job: Job, gpu: GPU, link: Link | None, overlap: float) -> _Between:
 
 class Asked(NamedTuple):
     """A job on each of these GPUs. entries: of the software whose times are predicted; offers: prices, of which those on demand count, or
-    the `spot` ones; table: GPUs that may be named where one does not do. devices: of each GPU so many; link, overlap: as of `predict`."""
+    the `spot` ones; table: GPUs that may be named where one does not do. devices: of each GPU this many; link, overlap: as of `predict`."""
 
     job: Job
     gpus: Sequence[GPU]

@@ -44,7 +44,7 @@ class Price:
 
 
 def weeks(price: Price | None, hours: float) -> str | None:
-    """How long a run of so many hours takes on what is lent for some hours a week; None of other prices."""
+    """How long a run of this many hours takes on what is lent for some hours a week; None of other prices."""
     if price is None or price.hours_per_week is None:
         return None
     count = math.ceil(hours / price.hours_per_week)

@@ -41,7 +41,7 @@ def by_equation_1(job: Job, gpu: GPU, table: dict[str, GPU]) -> int:
     """Queries that fit by the study's equation 1 with the longest row's tokens, or more where the study ran more.
 
     Raises DoesNotFit where weights, gradients and optimizer alone exceed the GPU, or not one query fits: by how much, and where it
-    would. Of several cards each holds all: so many times the queries.
+    would. Of several cards each holds all: this many times the queries.
     """
     fitted = published.read("batches.json")[job.model]
     c0, c1 = fitted["c0"], fitted["c1"]

@@ -48,7 +48,7 @@ def recipe(experiment: Experiment, config: Architecture, engagement: dict[str, A
 
 
 def program(experiment: Experiment, config: Architecture, gpu: str, tokens: int, known: Iterable[Receipt]) -> dict[str, Any] | None:
-    """The roofline of a step of so many tokens on a card of the table, with what runs before said of it; None for another device."""
+    """The roofline of a step of this many tokens on a card of the table, with what runs before said of it; None for another device."""
     if gpu not in gpus.GPUS or experiment.mesh is not None:
         return None
     rows = experiment.data.batch_rows

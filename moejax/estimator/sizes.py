@@ -156,7 +156,7 @@ def adapters(experiment: Experiment, config: Architecture) -> tuple[Stored, ...]
 
 
 def in_8_bits(size: int, parameters: int) -> bool:
-    """Whether a weight of so many numbers has moments in 8 bits."""
+    """Whether a weight of this many numbers has moments in 8 bits."""
     return size // parameters >= SMALLEST_8BIT
 
 

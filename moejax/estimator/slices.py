@@ -16,7 +16,7 @@ MODES = ("spread", "experts", "whole")
 
 
 def check(slice_: Slice, experiment: Experiment, tool: str = "moejax", devices: object = None) -> None:
-    """Raises UserError for what is asked that runs on GPUs alone, by what runs there, and for --devices beside a slice's own number."""
+    """Raises UserError for what is asked that runs on GPUs alone, by what runs there, and for --devices next to a slice's own number."""
     if tool != "moejax":
         raise UserError(f"--tool {tool}: has no receipt of a TPU ({slice_.name}): expected --tool moejax, or GPUs")
     if devices is not None:

@@ -107,7 +107,7 @@ def traffic(experiment: Experiment, config: Architecture, tokens: float) -> Traf
     gathered = sent = 0.0
     if mesh.weights == "spread":
         for w in weights:
-            # Forward and backward (what is recomputed stands beside the backward pass, and shares it); micro-batches that pass a layer
+            # Forward and backward (what is recomputed stands next to the backward pass, and shares it); micro-batches that pass a layer
             # together need the experts' matrices once.
             times = 2 * (micro // t.together if w.module in config.groups["experts"] else micro)
             gathered += times * sum(by_rows(w, config, n).values()) * part

@@ -211,7 +211,7 @@ def _rows(own: Experiment) -> list[int]:
 
 
 def _way(asked: Asked, changes: Mapping[str, Any], rows: int) -> Way:
-    """With so many rows a micro-batch."""
+    """With this many rows a micro-batch."""
     own, gpu = asked.experiment, asked.gpu
     total = own.data.batch_rows * own.training.gradient_accumulation
     # What a run's own choice comes down to on a full card is no change.

@@ -25,7 +25,7 @@ AT_ONCE = (32, 128, 512)  # lengths that what is read is padded to; longer promp
 class Held:
     """One sequence in a cache: a prompt that begins like it is read from where it differs.
 
-    The cache has 16, 32, 64, … places and is made anew, twice as large, when prompt and answer exceed it. So few programs are compiled:
+    The cache has 16, 32, 64, … places and is made again, twice as large, when prompt and answer exceed it. So few programs are compiled:
     one to decode for each size of the cache, and one to read for each length of what is new.
     """
 
@@ -126,7 +126,7 @@ class Dialogue:
         if len(ids) <= self.room:
             return ids
         turns = self.turns
-        while turns and len(ids) > self.room // 2:  # not to the brim: else everything had to be read anew for each message from here on
+        while turns and len(ids) > self.room // 2:  # not to the brim: else everything had to be read again for each message from here on
             turns = turns[2:]
             ids = rendered(*self._asking, turns, message)
         if len(ids) > self.room:

@@ -36,7 +36,7 @@ def load_variance(load: np.ndarray) -> float:
     """Sample variance (the sum over E - 1) of tokens per query over the experts, load [E].
 
     The study's figure 11 shows tokens per query, mean over queries and layers, of the experts 0 to 7, and prints this variance for
-    BlackMamba and for one of Mixtral's four data sets and models; beside the other three stands the population variance (over E).
+    BlackMamba and for one of Mixtral's four data sets and models; next to the other three stands the population variance (over E).
     """
     return float(load.var(ddof=1)) if load.size > 1 else 0.0
 

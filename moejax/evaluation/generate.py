@@ -53,7 +53,7 @@ class Sampling:
 
 
 class Draw(NamedTuple):
-    """Sampling as arrays: a change of them compiles nothing anew. keys: [B], one per row."""
+    """Sampling as arrays: a change of them compiles nothing again. keys: [B], one per row."""
 
     temperature: jax.Array
     top_p: jax.Array
@@ -279,7 +279,7 @@ def stream(
     sampling: Sampling = Sampling(),
     piece: int = 4,
 ) -> Iterator[np.ndarray]:
-    """The tokens of `generate` as they come, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
+    """The tokens of `generate` unchanged, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
     token, only that token. Everything is compiled before the first piece. Raises UserError as `generate` does."""
     length, draw = padded_length(model.config, prompts, max_new_tokens), draw_of(model, sampling, names_of(prompts))
     shown = 0

@@ -93,7 +93,7 @@ SETS = {
     "hellaswag": ("ending", 4), "boolq": ("", 0), "piqa": ("solution", 2), "siqa": ("answer", 5), "winogrande": ("option", 2),
     "arc-easy": ("answer", 5), "arc-challenge": ("answer", 5), "openbookqa": ("answer", 5),
 }  # fmt: skip
-"""The eight commonsense sets: answers are called word1, word2, … up to so many; those of BoolQ true and false."""
+"""The eight commonsense sets: answers are called word1, word2, … up to this many; those of BoolQ true and false."""
 
 
 def _tasks() -> dict[str, Task]:

@@ -1,6 +1,6 @@
 """Checkpoints that bitsandbytes quantized: NF4 codes and scales taken as they are.
 
-Beside a `NAME` of packed codes lie `NAME.absmax`, `NAME.quant_map`, with double quantization `NAME.nested_absmax` and
+Next to a `NAME` of packed codes lie `NAME.absmax`, `NAME.quant_map`, with double quantization `NAME.nested_absmax` and
 `NAME.nested_quant_map`, and `NAME.quant_state.bitsandbytes__nf4`: JSON as bytes, with shape, block sizes and the offset of the scales.
 """
 
@@ -99,7 +99,7 @@ class Quantized:
 
 
 def gather(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Sources by name, with every quantized matrix and what lies beside it as one `Quantized`. Raises UserError for fp4 and int8."""
+    """Sources by name, with every quantized matrix and what lies next to it as one `Quantized`. Raises UserError for fp4 and int8."""
     states = {name.partition(STATE)[0]: name for name in found if STATE in name}
     for name in found:
         if name.endswith(".SCB"):

@@ -12,7 +12,7 @@ from moejax.files import nearest
 
 
 class Need(NamedTuple):
-    """Of so many bytes in a folder, which may not be there yet. elsewhere: what sets another folder."""
+    """Of this many bytes in a folder, which may not be there yet. elsewhere: what sets another folder."""
 
     what: str
     nbytes: int

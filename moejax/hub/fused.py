@@ -24,7 +24,7 @@ _FUSED = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.(gate|router
 
 
 def parameters(sizes: Architecture) -> dict[str, str]:
-    """What an adapter can be on beside attention -> transformers 5's parameter."""
+    """What an adapter can be on next to attention -> transformers 5's parameter."""
     router = next(name for block in sizes.names.blocks for name, ours in block.renamed.items() if ours == "moe.router.weight")
     return {"gate": f"mlp.{router.split('.')[-2]}.weight", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 

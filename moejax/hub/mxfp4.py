@@ -1,7 +1,7 @@
 """Checkpoints whose experts are in MXFP4, as gpt-oss's: codes and scales taken as they are.
 
 In the place of a tensor over all experts, `NAME`, lie `NAME_blocks`, uint8 [E, out, in/32, 16], and `NAME_scales`, uint8 [E, out, in/32].
-One expert's matrix is some of its rows, and rows have no scale in common: w1 and w3 are told apart without a change.
+One expert's matrix is some of its rows, and rows have no scale in common: w1 and w3 are distinguished without a change.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def save_adapter(
     if fused or in_and_out(model.config):
         tensors, config = fuse(tensors, config, model.config, by_target)
     else:
-        # transformers 5 has the router as a parameter: gate.weight. What an expert and others have is told apart by where it stands.
+        # transformers 5 has the router as a parameter: gate.weight. What an expert and others have is distinguished by where it stands.
         several = {t: rf"experts\.\d+\.{n}" for t, n in names.items() if any(other.endswith(f".{n}") for other in names.values())}
         not_meant = sorted(n for t, n in names.items() if t not in by_target and n.endswith(tuple(f".{names[own]}" for own in by_target)))
         config |= {"exclude_modules": not_meant} if not_meant else {}

@@ -1,7 +1,7 @@
 """Frozen weights on disk in the form of `moejax.models.ops.quantized`: the second start reads a quarter of the bytes, and quantizes none.
 
 A file is found by what it was made from: the checkpoint's files (size, time of change, header, and samples of the data), our storage
-format, and every variable's shape and dtype. What another version wrote has another name, and is made anew.
+format, and every variable's shape and dtype. What another version wrote has another name, and is made again.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ _SUMS = "crc32"  # another one: of each tensor, in their order
 def read(path: Path, variables: Mapping[str, Any], content: Content | None = None) -> dict[str, Any] | None:
     """The values of (abstract) variables from a cache, and into `content` the hash that is kept with them.
 
-    None where there is none, or it is not what was asked for or (which is told) not what was written: it is then made anew."""
+    None where there is none, or it is not what was asked for or (which is reported) not what was written: it is then made again."""
     if not path.is_file():
         return None
     try:
@@ -170,7 +170,7 @@ def _held(
 
 
 def _pieces(shape: tuple[int, ...], numbers: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(index of the leading axes, shape) of what is read at a time: so many numbers, in whole entries of the first axis, or of the second
+    """(index of the leading axes, shape) of what is read at a time: this many numbers, in whole entries of the first axis, or of the second
     where one entry is larger (a layer of experts)."""
     if len(shape) == 1:
         yield (), shape

@@ -32,7 +32,7 @@ _PIECE = 1 << 24  # bytes asked for at once
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of any numbers at an address that is a multiple of 64: on a CPU jax takes it as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    # Not numpy's own memory: it asks for huge pages, which the kernel may spend seconds a gigabyte on making beside a full page cache.
+    # Not numpy's own memory: it asks for huge pages, which the kernel may spend seconds a gigabyte on making next to a full page cache.
     memory = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
     return memory[:size].view(dtype).reshape(shape)
 

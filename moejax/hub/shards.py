@@ -1,5 +1,5 @@
 """A Hub model shard by shard: fetched, quantized, deleted. What stays is a folder of the same model with NF4 matrices as bitsandbytes
-stores them, and every other tensor as it was: whoever reads a checkpoint reads it.
+stores them, and every other tensor as it was: anyone who reads a checkpoint reads it.
 
 A shard's file in the folder is there whole, or not at all, and the index is written last: cut at any moment, the next start goes on with
 the shards that are lacking.
@@ -95,7 +95,7 @@ def lacking(folder: Path, shards: Mapping[str, int]) -> dict[str, int]:
 def fetch(source: str, small: Path, folder: Path, shards: Mapping[str, int], model: Model) -> None:
     """Make `folder` whole. small: the Hub's snapshot of `source` without weights; a shard that lies there is read there, and stays.
 
-    model: abstract, says what is quantized. On the disk lies at most one shard beside what is kept. Raises UserError, with file and
+    model: abstract, says what is quantized. On the disk lies at most one shard next to what is kept. Raises UserError, with file and
     tensor, for a tensor that is no part of the model, has another shape, or holds NaN or infinity; before anything is fetched where the
     index tells.
     """
@@ -168,7 +168,7 @@ def _refuse_quantized(names: Iterable[str], where: Path) -> None:
 
 
 def _remove_damaged(folder: Path, shards: Mapping[str, int]) -> None:
-    """Files that are not what was written: whoever goes on reads each once."""
+    """Files that are not what was written: anyone who goes on reads each once."""
     there, staging = [folder / name for name in shards if (folder / name).is_file()], Staging()
     if not there:
         return

@@ -1,4 +1,4 @@
-"""Where a step's time goes, as the study draws it: stacked bars by phase (Figure 4), layer (5) and MoE kernel (6), the study's beside ours.
+"""Where a step's time goes, as the study draws it: bars by phase (Figure 4), layer (5) and MoE kernel (6), the study's next to ours.
 
 The study's seconds are an A40's; bars are shares of a whole, with the seconds above them.
 """

@@ -119,7 +119,7 @@ def _collective(event: Event, programs: dict[int, Program]) -> str | None:
 
 
 def _between(where: Place) -> Place:
-    """Where a collective under this path counts: beside its layer's own stages, whose rates it has no part in."""
+    """Where a collective under this path counts: next to its layer's own stages, whose rates it has no part in."""
     return Place(COLLECTIVES, where.stage if where.stage == OUTSIDE else f"{where.layer}/{COLLECTIVES}")
 
 

@@ -76,7 +76,7 @@ class Capture:
 
 
 def broken_down(steps: int, run: Callable[[int], object]) -> Breakdown:
-    """The breakdown of so many steps, of a program that was compiled for a trace. run: makes a step and waits for it."""
+    """The breakdown of this many steps, of a program that was compiled for a trace. run: makes a step and waits for it."""
     with tempfile.TemporaryDirectory() as folder:
         capture = Capture(Path(folder), 1, steps, after=-1)
         for number in range(steps):

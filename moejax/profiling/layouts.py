@@ -14,7 +14,7 @@ from typing import NamedTuple
 LARGE = 16 * 10**6
 """Bytes from which on a buffer's padding matters."""
 PADDED = 1.1
-"""Padded is what takes so many times the bytes of its numbers: rows of 2880 take 2944."""
+"""Padded is what takes this many times the bytes of its numbers: rows of 2880 take 2944."""
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
@@ -49,7 +49,7 @@ def buffers(text: str) -> Iterator[Buffer]:
 
 
 def padded(text: str, at_least: int = LARGE, factor: float = PADDED) -> list[Buffer]:
-    """The buffers of a program that take so many bytes and `factor` times what their numbers need, the largest first."""
+    """The buffers of a program that take this many bytes and `factor` times what their numbers need, the largest first."""
     found = {b.shape: b for b in buffers(text) if b.padded_bytes >= at_least and b.bytes and b.factor > factor}
     return sorted(found.values(), key=lambda b: -b.padded_bytes)
 

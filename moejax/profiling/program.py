@@ -227,7 +227,7 @@ class Program:
         return size(i.shape) + sum(size(o.shape) for o in self.operands(i))
 
     def copies(self, i: Any, count: int, kind: int) -> bool:
-        """Whether it reads an array of so many elements of a type (xla.PrimitiveType) that its computation was given, writes at least as
+        """Whether it reads an array of this many elements of a type (xla.PrimitiveType) that its computation was given, writes at least as
         much, and is no product."""
         given = (o.shape for o in self.operands(i) if o.opcode == "get-tuple-element")
         reads = any(not s.tuple_shapes and s.element_type == kind and math.prod(s.dimensions) == count for s in given)

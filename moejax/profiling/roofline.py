@@ -1,4 +1,4 @@
-"""What each stage reached: FLOPs and bytes from the compiled program, over the measured time, beside the device's peaks.
+"""What each stage reached: FLOPs and bytes from the compiled program, over the measured time, next to the device's peaks.
 
 The columns are shares of the device's peak matrix rate and memory bandwidth. They are not "SM utilization" (the share of time in which a
 multiprocessor had anything to do, which the study's Figure 9 shows): that only Nsight Compute's counters can say. Bytes are what must move

@@ -26,7 +26,7 @@ SCOPES: dict[str, tuple[str, ...]] = {
     "loss": (),
     "optimizer": (),
 }
-"""Layer kinds, and the parts that are told apart inside them: the names under which `models` and the train step run."""
+"""Layer kinds, and the parts that are distinguished inside them: the names under which `models` and the train step run."""
 
 OUTSIDE = "other"
 """Stage of what runs under none of these names, and of other programs."""

@@ -1,4 +1,4 @@
-"""What is made of any trace, whoever took it: busy time by phase and stage. Python's library alone."""
+"""What is made of any trace, anyone who took it: busy time by phase and stage. Python's library alone."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from moejax.hub.stored import AGAIN
 
 
 def carry(folder: Path, base: Path | None, tokenizer: Any, template: str) -> None:
-    """Write the tokenizer's files and generation_config.json beside a model's weights in `folder` (`hub.save`, `hub.merge`).
+    """Write the tokenizer's files and generation_config.json next to a model's weights in `folder` (`hub.save`, `hub.merge`).
 
     base: the folder that the model began with, where there is one: its generation_config.json comes along, and its chat template where
     `tokenizer` knows its tokens and has none. tokenizer: None writes no tokenizer. template: the run's data.template. What ends an answer

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time: claimed before anything dear, by a lock that a dead process does not hold."""
+"""A run's folder belongs to one process at a time: claimed before anything expensive, by a lock that a dead process does not hold."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         if held is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is gone
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: anyone who opened it meanwhile sees that it is gone
             os.close(held)
         for path in reversed(made):
             with suppress(OSError):

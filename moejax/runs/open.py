@@ -78,7 +78,7 @@ def tuned(experiment: Experiment, sizes: Architecture, folder: Path, base: Model
 
 
 def load(folder: Path, base: bool = False) -> Loaded:
-    """What makes a run's tuned model (adapter beside the weights, not merged into them), its sizes, tokenizer, template and ends.
+    """What makes a run's tuned model (adapter next to the weights, not merged into them), its sizes, tokenizer, template and ends.
 
     base: the model that the run began with, as it was then (in 4 bits where the run has it so). A model's folder in Hub layout is loaded
     in bf16 (on a CPU in fp32), and asked by `own_template`. Raises UserError where there is nothing of the kind.

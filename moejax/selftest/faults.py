@@ -137,7 +137,7 @@ class _Process:
         return code if code >= 0 else 128 - code
 
     def check_orphans(self, report: Report, name: str) -> None:
-        """It was the first of its session: whoever is left of it is an orphan."""
+        """It was the first of its session: anyone who is left of it is an orphan."""
         for _ in range(40):
             try:
                 os.killpg(self._process.pid, 0)

@@ -1,7 +1,7 @@
 """Checkpoints by orbax: trainable weights, optimizer, step and data position; never the frozen base.
 
 Each holds checksums of what is in it, taken on the device before it is written and compared with what is restored: what a disk, or
-whoever copied it, has changed does not train. A checkpoint that is not whole is set aside, and the one before it is taken.
+anyone who copied it, has changed does not train. A checkpoint that is not whole is set aside, and the one before it is taken.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Checkpoints:
         return self.manager.best_step()
 
     def newest(self, state: TrainState) -> tuple[TrainState, Position]:
-        """The newest checkpoint that is whole, as `restore` gives it. Newer ones are moved to RUN/damaged, and that is told.
+        """The newest checkpoint that is whole, as `restore` gives it. Newer ones are moved to RUN/damaged, and that is reported.
 
         Raises UserError, with what is wrong with the newest, where none is whole.
         """

@@ -19,7 +19,7 @@ from moejax.profiling.program import Trips
 
 
 def plan(experiment: Experiment, config: Architecture, tokens: int, card: GPU | None = None) -> Plan | None:
-    """What `moejax.models.moe` will choose for micro-batches of so many tokens, on this card or here; None where all experts see all
+    """What `moejax.models.moe` will choose for micro-batches of this many tokens, on this card or here; None where all experts see all
     tokens."""
     tokens *= experiment.training.together
     if config.experts_per_token == config.num_experts:

@@ -32,13 +32,13 @@ class FlopCount:
     within: Mapping[int, float] = field(default_factory=dict)
 
     def step(self, tokens: int, lengths: list[int]) -> float:
-        """Model FLOPs of a step with so many real tokens, in segments of these lengths."""
+        """Model FLOPs of a step with this many real tokens, in segments of these lengths."""
         of_windows = sum(flops * visible_pairs(lengths, window) for window, flops in self.within.items())
         return self.per_token * tokens + self.per_pair * visible_pairs(lengths) + of_windows
 
 
 def _apart(half: specs.Mixer | specs.FeedForward) -> tuple[int, int]:
-    """Multiply-adds a token beside the matrices, and FLOPs a pair."""
+    """Multiply-adds a token next to the matrices, and FLOPs a pair."""
     match half:
         case specs.GQA(heads=heads, head_dim=c):
             return 0, 4 * heads * c

@@ -18,10 +18,10 @@ from moejax.training.scoring import HeldOut
 
 
 class Identity:
-    """What this process reads, beside what the run was made of. What compares returns lines to be told.
+    """What this process reads, next to what the run was made of. What compares returns lines to be reported.
 
     before: of the run that is resumed, or of the run whose config.yaml a new run repeats; None where nobody says. A resumed run is
-    refused (UserError) where contents differ that it was not asked to change; a new run is told.
+    refused (UserError) where contents differ that it was not asked to change; a new run is reported.
     """
 
     def __init__(self, experiment: Experiment, before: MadeOf | None, *, resume: bool):

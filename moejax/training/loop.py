@@ -298,7 +298,7 @@ class Trainer:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.stopped = number
-        # Not told: the handler may have interrupted whoever shows it.
+        # Not reported: the handler may have interrupted anyone who shows it.
         os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n".encode())
 
     def _export(self, folder: Path | None = None) -> None:
@@ -314,7 +314,7 @@ class Trainer:
         save.save_weights(model, folder / "model")
         try:
             base = None if m.source is None else weights.resolve(m.source, m.revision)
-        except UserError:  # it was there at the start: a trained model is not lost for what lay beside it
+        except UserError:  # it was there at the start: a trained model is not lost for what lay next to it
             base = None
         beside.carry(folder / "model", base, self.tokenizer, self.experiment.data.template or "mistral")
 

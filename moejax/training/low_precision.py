@@ -1,4 +1,4 @@
-"""Weights in bf16: rounded stochastically (arXiv 1502.02551), what is added to one arrives on average, however small it is beside it.
+"""Weights in bf16: rounded stochastically (arXiv 1502.02551), what is added to one arrives on average, however small it is next to it.
 
 Rounded to the nearest, the loss would hardly move where the learning rate is too small, and nothing else would show it: that is said.
 """
@@ -32,7 +32,7 @@ SHARE = 0.25
 def stochastic(x: jax.Array, bits: jax.Array) -> jax.Array:
     """x, fp32, as one of the two bf16 numbers around it. bits: uint16 of x's shape, evenly distributed.
 
-    Of the 65,536 values of `bits` exactly so many round away from zero as x lies 65,536ths of the way: the mean is x itself, for
+    Of the 65,536 values of `bits` exactly this many round away from zero as x lies 65,536ths of the way: the mean is x itself, for
     subnormal numbers too. Infinities and NaN stay what they are, and nothing finite becomes infinite. All in integers: no device
     flushes or contracts them.
     """

@@ -23,7 +23,7 @@ class MetricWriter:
     """Appends one JSON line per record to `metrics.jsonl` in `folder`, and sends the same numbers to TensorBoard's events there and to
     Weights & Biases, as the experiment says (`logging`).
 
-    resume_step: of a run that goes on; later lines, and what is left of a cut one, go first, and that is told. Raises UserError
+    resume_step: of a run that goes on; later lines, and what is left of a cut one, go first, and that is reported. Raises UserError
     where something cannot be written.
     """
 

@@ -1,7 +1,7 @@
 """Preference training (DPO, arXiv 2305.18290): the loss of pairs of answers, from the log-probabilities of model and reference.
 
 The reference is the frozen base: the same weights with every adapter off, the router's too. Its log-probabilities are computed in the
-step itself, on the same rows. So nothing is kept beside the run that a resumed one would have to find again, a packed pair meets the
+step itself, on the same rows. So nothing is kept next to the run that a resumed one would have to find again, a packed pair meets the
 reference in the very batch in which it meets the model, and no second model is in memory; a step takes one forward pass more.
 """
 

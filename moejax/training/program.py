@@ -129,7 +129,7 @@ class TrainProgram:
         return sum(c.seconds for c in self.compiled.values())
 
     def compile(self, rows: int, row_tokens: int) -> Compiled:
-        """The step for micro-batches of so many rows. Raises UserError, in one message, where the compiler fails."""
+        """The step for micro-batches of this many rows. Raises UserError, in one message, where the compiler fails."""
         if (rows, row_tokens) in self.compiled:
             return self.compiled[rows, row_tokens]
         if rows % self.device_count:
@@ -290,7 +290,7 @@ def devices_of(experiment: Experiment, config: Architecture, there: Sequence[Any
 
 
 class _Pinned(NamedSharding):
-    """Pinned host memory beside a device that is not there. Such a device names no memories, and jax then forgets the kind that a sharding
+    """Pinned host memory next to a device that is not there. Such a device names no memories, and jax then forgets the kind that a sharding
     is given: this one says it whenever jax asks, and the program is lowered as on a machine that has the device."""
 
     @property

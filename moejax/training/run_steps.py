@@ -71,7 +71,7 @@ def scored_steps(experiment: Experiment, dataset: Dataset) -> frozenset[int]:
 
 
 def check_steps(experiment: Experiment, dataset: Dataset) -> list[str]:
-    """What can be judged only now that the number of steps is known. Lines of what comes never, or is mostly padding, to be told.
+    """What can be judged only now that the number of steps is known. Lines of what comes never, or is mostly padding, to be reported.
 
     Raises UserError where the warm-up takes the whole run.
     """

@@ -150,7 +150,7 @@ def _plain(text: str) -> str:
 
 
 class Stopped(Exception):
-    """The run is to end: an evaluation is not finished for it; a resumed run makes it anew."""
+    """The run is to end: an evaluation is not finished for it; a resumed run makes it again."""
 
 
 class Scoring:
@@ -228,7 +228,7 @@ class Scoring:
         )
 
     def summary(self) -> list[str]:
-        """The best model of the run beside the untrained one."""
+        """The best model of the run next to the untrained one."""
         step = self.best()
         if step is None:
             return []

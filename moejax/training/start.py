@@ -74,7 +74,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
         weights.check_files(abstract, model_folder)
     elif model_folder is not None:
         check_disk(experiment, model_folder)
-    continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is told before data and weights are read
+    continue_adapter(experiment, abstract, experiment.model.source)  # one that does not fit is reported before data and weights are read
     tokenizer, asked, dataset = read_data(experiment, config, model_folder, own)
     experiment = as_read(experiment, dataset)
     identity = Identity(experiment, begun if resume else experiment.made_of, resume=resume)

@@ -1,4 +1,4 @@
-"""A run's metrics in Weights & Biases, for whoever sets `logging: [tensorboard, wandb]`: the extra `wandb`, imported here alone."""
+"""A run's metrics in Weights & Biases, for anyone who sets `logging: [tensorboard, wandb]`: the extra `wandb`, imported here alone."""
 
 from __future__ import annotations
 

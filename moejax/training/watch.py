@@ -18,7 +18,7 @@ from moejax.files import replacing
 from moejax.progress import say
 
 BAD_IN_A_ROW = 10
-"""So many skipped steps one after the other end a run: the next will be no better."""
+"""This many skipped steps one after the other end a run: the next will be no better."""
 _SPIKE = 6.0  # standard deviations of the losses before
 _NUMBERS = ("loss", "grad_norm", "update_norm", "param_norm")
 

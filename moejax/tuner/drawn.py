@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Drawn:
-    """The same numbers for the same seed, whoever asks."""
+    """The same numbers for the same seed, anyone who asks."""
 
     def __init__(self, seed: int):
         self._rng = np.random.default_rng(seed)

@@ -33,7 +33,7 @@ def before_start(experiment: Experiment) -> None:
 
 
 def measure(experiment: Experiment, *, full: bool, anew: bool = False) -> list[dict[str, Any]]:
-    """Measure what is not known for this run's shapes (anew: all of it), and store it. Returns all that is known of them."""
+    """Measure what is not known for this run's shapes (again: all of it), and store it. Returns all that is known of them."""
     experiment, config = sizes(experiment)
     device = store.device_asked()
     made_on, path = store.about(device), store.place(device)

@@ -112,7 +112,7 @@ def test_out_of_memory_is_recorded_and_the_others_go_on():
 
 
 def test_of_a_cpu_s_case_the_own_batch_is_run_once(capsys, monkeypatch, tmp_path):
-    """Beside PyTorch, from the config's own weights; the ratio is of the medians."""
+    """Next to PyTorch, from the config's own weights; the ratio is of the medians."""
     found = step_times.measure("olmoe", settings(cpu=True), None, beginner({"moejax": 20, "study": 64}))
     assert found["row_tokens"] == 512 and "best batch" not in found and found["times_as_fast"] == {"same batch": 1.0}
     assert [cell["rows"] for cell in found["same batch"].values()] == [4, 4]

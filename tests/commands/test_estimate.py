@@ -71,7 +71,7 @@ def test_plan(capsys, tmp_path):
     assert out.count("holds 28.1 GB before any activation") == 1, "what is the same of several cards is said once"
     (unpriced,) = re.findall(r"no price known in 2026: (.*?); --prices FILE brings your own", " ".join(out.split()))
     assert "RTX-6000-Ada" in unpriced and "L40S" not in unpriced  # both fit, and one has a price
-    assert "RTX-4090" not in unpriced and "L4," not in unpriced and "V100" not in unpriced  # of what does not fit no price is told
+    assert "RTX-4090" not in unpriced and "L4," not in unpriced and "V100" not in unpriced  # of what does not fit no price is reported
     assert out.count("no price known") == 1 + len(unpriced.split(", "))
     code, out, _ = run(capsys, "predict", *STUDY, "--dataset", "math_14k", "--gpu", "A6000,H100", "--prices", "study")
     assert code == 0 and "no price known in study: A6000 (--prices 2026 has one); --prices FILE brings your own" in out

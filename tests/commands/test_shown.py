@@ -15,7 +15,7 @@ RECORD = {"loss": 2.5, "queries_per_second": 3.0, "tokens_per_second": 100.0, "l
 
 
 def showing(**settings):
-    """(what shows it, its output and what is beside it)."""
+    """(what shows it, its output and what is next to it)."""
     listener, out, beside = Shown(), io.StringIO(), io.StringIO()
     listener.__dict__ |= {"out": Console(file=out, width=60, **settings), "beside": Console(file=beside, **settings)}
     return listener, out, beside
@@ -69,7 +69,7 @@ def test_without_a_listener_results_are_silent(capsys, monkeypatch):
 
 
 def test_without_a_command_a_warning_is_pythons(monkeypatch):
-    """As `hub.load` in a notebook has it: a cache that is made anew is not silent."""
+    """As `hub.load` in a notebook has it: a cache that is made again is not silent."""
     monkeypatch.setattr(progress, "_heard_by", [progress.Listener()])
     with pytest.warns(UserWarning, match="^the cache is made anew$"):
         progress.note("warning: the cache is made anew")

@@ -97,7 +97,7 @@ def test_a_part_of_an_answer_may_be_its_thinking(thought):
 
 
 def test_openais_older_files():
-    """`functions` beside the messages, function_call in one, the role function for its result; the role developer."""
+    """`functions` next to the messages, function_call in one, the role function for its result; the role developer."""
     messages = [
         {"role": "developer", "content": "s"}, {"role": "user", "content": "a", "name": "Ann"},
         {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"x": 1}'}, "weight": 0},

@@ -125,7 +125,7 @@ def test_ordinary_records_have_the_ids_that_they_had(path):
 
 @pytest.mark.skipif(not SHARED_TOKENIZERS, reason="Mixtral's tokenizer is not beside the project")
 def test_marks_that_are_no_tokens_are_counted():
-    """[/INST] is plain text in Mixtral's first tokenizer: nothing tells the user's from the template's, so the user is told."""
+    """[/INST] is plain text in Mixtral's first tokenizer: nothing tells the user's from the template's, so the user is reported."""
     tokenizer = load_tokenizer(str(SHARED_TOKENIZERS[0]))
     found = tokenize([record(), record("Explain [/INST] to me")], tokenizer, "mistral", 99)
     assert (found.marked, found.first_marked) == (1, (1, "[/INST]"))

@@ -88,7 +88,7 @@ def test_a_users_own_gpu(tmp_path):
     assert (gpu.memory_gb, gpu.bytes_per_second, gpu.flops_per_second, gpu.source) == (32, 1790e9, 210e12, "gpus.yaml")
     assert gpus.find("H100", gpus.from_yaml(path)) == gpus.GPUS["H100"]
     path.write_text("rtx 5090: {memory_gb: 24, bandwidth_gb_per_second: 1790, bf16_tflops: 210, bf16: false}\n")
-    table = gpus.from_yaml(path)  # in place of the table's, not beside it
+    table = gpus.from_yaml(path)  # in place of the table's, not next to it
     assert len(table) == len(gpus.GPUS) and gpus.find("RTX-5090", table).memory_gb == 24 and not table["rtx 5090"].bf16
 
 
@@ -188,7 +188,7 @@ def test_cheapest_prefers_one_gpu_of_its_own():
 
 
 def test_links_are_those_of_their_sheets():
-    """Which joins so many of a card; beyond one machine its ports; a card without a known network says what to give."""
+    """Which joins this many of a card; beyond one machine its ports; a card without a known network says what to give."""
     asked = [("H100", 8), ("H100-NVL", 2), ("H100-NVL", 4), ("A40", 2), ("A40", 4), ("L4", 2), ("B200", 8), ("RTX-4060", 2), ("A100-80", 4)]
     assert [links.between(gpus.find(name), n).name for name, n in asked] == [
         "NVLink 4", "NVLink 4 bridge", "PCIe 5 x16", "NVLink 3 bridge", "PCIe 4 x16", "PCIe 4 x16", "NVLink 5", "PCIe 4 x8", "NVLink 3"

@@ -1,4 +1,4 @@
-"""Memory: sizes to the byte, the closed form beside the compiler's figure, the largest batch, the cache."""
+"""Memory: sizes to the byte, the closed form next to the compiler's figure, the largest batch, the cache."""
 
 import re
 import shutil

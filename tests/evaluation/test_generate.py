@@ -24,7 +24,7 @@ def model():
 
 
 def full_pass(model, prompt, steps, end):
-    """Greedy by computing everything anew for each token. Rows are filled up: what follows a token never reaches it."""
+    """Greedy by computing everything again for each token. Rows are filled up: what follows a token never reaches it."""
     graphdef, state = nnx.split(model)
     length, ids = len(prompt) + steps, np.zeros((1, 24), np.int32)
     ids[0, : len(prompt)] = prompt

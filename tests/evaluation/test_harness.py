@@ -194,7 +194,7 @@ def test_stops_lengths_and_sampling(model, monkeypatch):
         ask(text, max_gen_toks=16, do_sample=True, temperature=3.0, seed=seed) for seed in (1, 2)
     }
     repeats = [Instance("generate_until", {}, (text, {"max_gen_toks": 16, "do_sample": True, "temperature": 3.0}), 0)] * (2 * model.rows)
-    assert len(set(model.generate_until(repeats))) > model.rows  # drawn anew in every batch, not only inside one
+    assert len(set(model.generate_until(repeats))) > model.rows  # drawn again in every batch, not only inside one
     with pytest.raises(UserError, match="generation_kwargs num_beams: not known"):
         ask(text, num_beams=4)
     with pytest.raises(UserError, match="3000 new tokens: the model has 2048 positions"):

@@ -1,4 +1,4 @@
-"""model.download=stream: a shard at a time, with the values of whole files, cut anywhere; what a disk must hold is told first."""
+"""model.download=stream: a shard at a time, with the values of whole files, cut anywhere; what a disk must hold is reported first."""
 
 import errno
 import fcntl

@@ -50,7 +50,7 @@ def test_a_tensor_that_reaches_beyond_its_data_is_refused(change):
 
 
 def test_a_folder_with_a_bin(blackmamba_folder, tmp_path):
-    """The config beside a checkpoint that lacks this model's tensors: the message names the first one."""
+    """The config next to a checkpoint that lacks this model's tensors: the message names the first one."""
     (tmp_path / "config.json").write_text((blackmamba_folder / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes((VECTORS / "tensors.bin").read_bytes())
     with pytest.raises(UserError, match=r"6 tensors have no place in a BlackMamba of 4 layers and 4 experts, first 'bf16'"):

@@ -71,7 +71,7 @@ def test_hub_load_continues_from_an_adapter(folder, tmp_path):
     for ours, theirs in ((model.layers.moe.w1, trained.layers.moe.w1), (model.layers.moe.router, trained.layers.moe.router)):
         np.testing.assert_array_equal(ours.lora.a.get_value(), theirs.lora.a.get_value())
         np.testing.assert_array_equal(ours.lora.b.get_value(), theirs.lora.b.get_value())
-    (folder / "model.safetensors").unlink()  # an adapter that does not fit is told before weights are read
+    (folder / "model.safetensors").unlink()  # an adapter that does not fit is reported before weights are read
     for changes, message in (
         ({"rank": 4}, r"rank 2, alpha 8.*the model's adapter has rank 4.*set adapter\.rank"),
         ({"targets": ["w1"]}, r"adapts gate, w1; the model's adapter w1: set adapter\.targets"),

@@ -103,7 +103,7 @@ def test_a_tensor_of_another_shape_is_named(saved, tmp_path):
 
 
 def test_experts_in_mxfp4(tmp_path):
-    """Blocks and scales in the place of both matrices, rows in turn; biases beside them."""
+    """Blocks and scales in the place of both matrices, rows in turn; biases next to them."""
     config, draw = SMALL.replace(intermediate_size=32), np.random.default_rng(0)
     tensors = {n: weight(n, s) for n, s in stored_shapes(build(config)).items()}
     for name, rows in (("gate_up_proj", 64), ("down_proj", 32)):

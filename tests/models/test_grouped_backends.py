@@ -1,4 +1,4 @@
-"""Every backend of the grouped matmul beside the plain fp32 product: all patterns of empty groups, sizes that are multiples of nothing,
+"""Every backend of the grouped matmul next to the plain fp32 product: all patterns of empty groups, sizes that are multiples of nothing,
 both precisions, all kinds of weights; values and gradients."""
 
 from functools import cache, partial

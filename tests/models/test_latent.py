@@ -161,7 +161,7 @@ class TestAdaptersOfWhatEveryTokenMeets:
     ADAPTER = LoRAConfig({"attention": 2, "mlp": 4}, 4.0, 0.0, ("o_proj", "shared_w1", "shared_experts.down_proj", "mlp.up_proj"))
 
     def test_names(self, tmp_path):
-        """By either name; in PEFT's file the experts' own gate_proj is kept out, and one rank is told apart from another."""
+        """By either name; in PEFT's file the experts' own gate_proj is kept out, and one rank is distinguished from another."""
         config = LoRAConfig({"experts": 2, "mlp": 4, "w2": 3}, 4.0, 0.0, ("w1", "w2", "shared_w1", "shared_w2"))
         peft.save_adapter(build(TINY, key=jax.random.key(0), adapter=config), tmp_path, "org/base")
         settings = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""What is computed in fp32 although the stream is bf16, beside float64 from the same rounded inputs: a bf16 sum would be a thousand times
+"""What is computed in fp32 although the stream is bf16, next to float64 from the same rounded inputs: a bf16 sum would be a thousand times
 further away."""
 
 import jax

@@ -23,7 +23,7 @@ WRITERS = {"fusion", "copy", "gather", "concatenate", "convert", "transpose", "d
 
 
 def writers(program, at_least):
-    """Instructions outside fusions that write so many elements."""
+    """Instructions outside fusions that write this many elements."""
     found = []
     for computation in program.executions({}):
         instructions = program.computations[computation].instructions

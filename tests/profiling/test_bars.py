@@ -100,14 +100,14 @@ def test_a_run_of_another_framework_is_drawn_from_its_profile(tmp_path, capsys, 
     assert cli.main(["breakdown", TRACE, str(folder), "--out", str(tmp_path / "figures")]) == 0
     assert "(pytorch)" in capsys.readouterr().out
     assert (tmp_path / "figures/moe_kernels.svg").is_file()
-    # PyTorch chooses and dispatches with k = E too: k says which of the study's bars stand beside, not the stages.
+    # PyTorch chooses and dispatches with k = E too: k says which of the study's bars stand next to, not the stages.
     monkeypatch.setattr(breakdown, "draw", lambda bars, folder: [])
     for k, beside in ((2, "sparse, batch"), (8, "dense, batch")):
         schema.write(profile.model_copy(update={"moe": schema.Moe(experts=8, top_k=k, backend="eager")}), folder / schema.FILE_NAME)
         assert cli.main(["breakdown", str(folder), "--out", str(tmp_path / "figures")]) == 0
         out = capsys.readouterr().out
         assert all((kind in out) == (kind == beside) for kind in ("sparse, batch", "dense, batch"))
-    # The study has no model of 128 experts: nothing of it stands beside one.
+    # The study has no model of 128 experts: nothing of it stands next to one.
     schema.write(profile.model_copy(update={"moe": schema.Moe(experts=128, top_k=8, backend="eager")}), folder / schema.FILE_NAME)
     assert cli.main(["breakdown", str(folder), "--out", str(tmp_path / "figures")]) == 0
     assert "study:" not in capsys.readouterr().out

@@ -34,7 +34,7 @@ def test_partition_gives_a_container_only_what_is_left():
 
 
 def test_partition_counts_tasks_on_other_threads():
-    # The second operation runs alone at first, then beside two tasks of the first.
+    # The second operation runs alone at first, then next to two tasks of the first.
     assert partition(events((0, 10, (10, 40), (20, 40)), (10, 40)), [False, False]) == pytest.approx([10 + 5 + 40 / 3, 5 + 20 / 3])
 
 

@@ -131,7 +131,7 @@ def test_none_is_whole(three):
 
 
 def test_reads_and_writes_that_were_given_up_print_no_traceback_each(tmp_path, monkeypatch):
-    """As threads of tensorstore, and asyncio, would after the first that failed; what else cannot be raised is told as ever."""
+    """As threads of tensorstore, and asyncio, would after the first that failed; what else cannot be raised is reported as ever."""
     told: list[str] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
     monkeypatch.setattr(checkpoint, "_tell_once", checkpoint._tell_once.__wrapped__)

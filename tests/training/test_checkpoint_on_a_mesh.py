@@ -15,7 +15,7 @@ EXPERTS, WHOLE = P(None, "data"), P()
 
 
 def state(count, spec, seed=0):
-    """An adapter of eight experts with its moments, and a shared one, on so many devices; None: on the first, without a mesh."""
+    """An adapter of eight experts with its moments, and a shared one, on this many devices; None: on the first, without a mesh."""
     rng = np.random.default_rng(seed)
     arrays = [rng.normal(size=(2, 8, 3, 5)).astype(np.float32), rng.normal(size=(2, 3, 5)).astype(jnp.bfloat16)]
     specs, placed = [spec, WHOLE], arrays

@@ -35,7 +35,7 @@ def experiment(name, *overrides):
 
 
 def padded(e, longest):
-    """Tokens of the rows that `pad_longest` makes of a batch whose longest query has so many."""
+    """Tokens of the rows that `pad_longest` makes of a batch whose longest query has this many."""
     section = e.data.model_copy(update={"batching": "pad_longest", "batch_rows": 2})
     queries = [Query.after(1, np.ones(n, np.int32)) for n in (longest, 7)]
     return next(Batches(queries, section, 0).iterate(0)).tokens.shape[1]

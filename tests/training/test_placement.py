@@ -164,7 +164,7 @@ def test_weights_are_read_straight_into_the_hosts_memory(quantization, tmp_path,
 
 @pytest.mark.parametrize("quantization", [Quantization(), None], ids=["4 bits", "bf16"])
 def test_a_layers_weights_are_read_to_its_place(quantization, tmp_path):
-    """Of four layers the last one's experts go to the host's memory; no cache is made anew for them."""
+    """Of four layers the last one's experts go to the host's memory; no cache is made again for them."""
     folder = ROOT / "assets/tiny-mixtral"
     sizes, key = read_config(folder), jax.random.key(0)
 
@@ -224,7 +224,7 @@ def test_auto_is_as_many_layers_as_fit(make_experiment, monkeypatch, capsys):
     monkeypatch.setattr(device, "this_machine", lambda fraction: card)
 
     def peak_bytes(self, rows):
-        """2.5 GB beside the experts, and two experts' codes where any are fetched."""
+        """2.5 GB next to the experts, and two experts' codes where any are fetched."""
         n = self.experiment.placement.on_device(32)
         asked.append(n)
         return int(2.5e9 + n * of_layer + (n < 32) * of_layer / 4)
@@ -242,7 +242,7 @@ def test_auto_is_as_many_layers_as_fit(make_experiment, monkeypatch, capsys):
 @pytest.mark.parametrize(("beside", "buffers"), [(0, 0), (3, 0), (3, 7), (3, 25), (9, 95), (70, 0), (95, 8), (200, 9)])
 @pytest.mark.parametrize("limit", [100, 150, 299])
 def test_the_most_layers_are_found_in_four_compiles(beside, buffers, limit):
-    """Of 20 layers of 10 each; beside: what is never fetched; buffers: of what is."""
+    """Of 20 layers of 10 each; next to: what is never fetched; buffers: of what is."""
     asked = []
 
     def peak_bytes(n):

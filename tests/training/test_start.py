@@ -1,4 +1,4 @@
-"""How a run starts: what is refused before anything dear, and what a refused start leaves."""
+"""How a run starts: what is refused before anything expensive, and what a refused start leaves."""
 
 import errno
 import json
@@ -191,7 +191,7 @@ def test_a_run_is_resumed_with_its_own_contents_alone(what, copied, monkeypatch)
     folder, experiment = copied
     change, message = CHANGES[what]
     change(folder)
-    # Told before anything is compiled or loaded.
+    # Reported before anything is compiled or loaded.
     monkeypatch.setattr(TrainProgram, "compile_within", not_compiled if "same sizes" in what else None)
     monkeypatch.setattr(loop, "Trainer", None)
     before = {p: p.read_bytes() for p in place_of(experiment).rglob("*") if p.is_file()}
@@ -245,7 +245,7 @@ def test_what_was_learned_is_not_put_on_another_base(copied):
 
 
 def test_another_place_with_the_same_content(copied, capsys, monkeypatch):
-    """It is told, and written: what comes later finds the run's parts where they are now."""
+    """It is reported, and written: what comes later finds the run's parts where they are now."""
     monkeypatch.setattr(TrainProgram, "compile_within", not_compiled)
     folder, experiment = copied
     (folder / "moved").mkdir()
@@ -270,7 +270,7 @@ def test_a_run_of_a_version_that_kept_no_hashes(copied, capsys, monkeypatch):
 
 
 def test_weights_come_last(make_experiment, tmp_path, monkeypatch):
-    """Of a Hub id of which only the small files are here: data that are wrong and a step that does not fit are told first."""
+    """Of a Hub id of which only the small files are here: data that are wrong and a step that does not fit are reported first."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub/models--org--name/snapshots" / ("a" * 40)

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches are one batch, clipping comes after their sum, dropout is drawn anew and seeded."""
+"""One optimizer step: micro-batches are one batch, clipping comes after their sum, dropout is drawn again and seeded."""
 
 import jax
 import jax.numpy as jnp

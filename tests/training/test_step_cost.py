@@ -146,7 +146,7 @@ def test_dots_computes_no_large_product_twice(model, patched, monkeypatch):
 
 
 def test_what_dots_keeps_is_bounded():
-    """Beside what `full` keeps: the results of the layers' products, each once. Nothing dequantized, no scores, no logits."""
+    """Next to what `full` keeps: the results of the layers' products, each once. Nothing dequantized, no scores, no logits."""
     experiment, c, compiled_step = once("mixtral", 2, "loop", "dots")
     tokens = ROWS * TOKENS
     sorted_rows = tokens * c.experts_per_token + experts.plan(experiment, c, tokens).tile

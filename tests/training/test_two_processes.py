@@ -30,7 +30,7 @@ def free_port():
 
 
 def begin(folder, name, devices, *changes, cwd=ROOT):
-    """A training process with so many virtual devices; its output lies in a file."""
+    """A training process with this many virtual devices; its output lies in a file."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/demo.yaml"), f"runs_dir={folder}", f"name={name}"]
     output = (folder / f"{name}-{len(list(folder.iterdir()))}.out").open("w+")

@@ -19,7 +19,7 @@ ON = {"device": "cpu", "card": "a CPU", "driver": "", "versions": {"jax": "0.10.
 
 @pytest.fixture
 def toy(monkeypatch):
-    """The toy operation, registered beside the others with its sabotaged candidates."""
+    """The toy operation, registered next to the others with its sabotaged candidates."""
     monkeypatch.syspath_prepend(str(HERE))
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     monkeypatch.setitem(registry.OPERATIONS, "toy", "toy_operation")

@@ -22,7 +22,7 @@ from moejax.models.ops.linear import Weight
 class Plan(NamedTuple):
     """Static choices of one grouped MLP.
 
-    backend, tile, small_tile: `loop`'s products have so many rows, and those for what is left of a group; capacity: rows of each
+    backend, tile, small_tile: `loop`'s products have this many rows, and those for what is left of a group; capacity: rows of each
     expert in `capacity`'s batch; activation: the hidden row from the rows of the input projections;
     names: the profile's scopes of the projections, output last; trainable: the weights want gradients too; keep: hidden rows are
     saved for the backward pass, not computed again; dropout: of the adapters' inputs, active with a key; prefetch: weights in the host's
@@ -61,7 +61,7 @@ Pairs = tuple[LoRAWeights | None, ...]
 
 
 class Beside(NamedTuple):
-    """Of all projections, output last, what is small beside their matrices: adapters and biases."""
+    """Of all projections, output last, what is small next to their matrices: adapters and biases."""
 
     pairs: Pairs
     biases: tuple[jax.Array | None, ...]

@@ -53,7 +53,7 @@ def _over_experts(
 ) -> Any:  # fmt: skip
     """Scan `body(state, expert, first row, rows)`. Weights are sliced and dequantized inside, where they are used.
 
-    most: no more experts than so many can have rows, and no more are visited; of weights that are spread over devices all are, since each
+    most: no more experts than this many can have rows, and no more are visited; of weights that are spread over devices all are, since each
     device has rows for others.
     """
     weights, others = weights_of(*projections), beside(*projections, dtype)

@@ -117,7 +117,7 @@ sort_weights.defvjp(lambda weights, groups: (sort_weights(weights, groups), grou
 
 def row_keys(key: jax.Array | None, groups: Groups) -> jax.Array | None:
     """Of the dropout of each sorted row: uint32 [M, …], or none of none. key: one, or [A], of as many micro-batches that the tokens are of,
-    one after the other. A choice has the key of its micro-batch and its own number in it, whatever stands beside it."""
+    one after the other. A choice has the key of its micro-batch and its own number in it, whatever stands next to it."""
     if key is None:
         return None
     of_micro_batch = groups.position.size // key.size

@@ -100,7 +100,7 @@ def _card(recipe: Recipe) -> GPU:
 
 
 def half_width(ratios: FloatArray, level: float = LEVEL) -> float:
-    """The conformal one of so many errors: of n the ceil((n + 1) · level)-th smallest."""
+    """The conformal one of this many errors: of n the ceil((n + 1) · level)-th smallest."""
     ordered = np.sort(np.abs(ratios))
     return float(ordered[min(len(ordered), math.ceil((len(ordered) + 1) * level)) - 1])
 

@@ -14,7 +14,7 @@ from moejax.estimator.tools.forecast import Forecast
 from moejax.files import replace_text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 330, 40, 366, 22, 286
-"""Of the chart: as wide as a phone, and text in it as large as beside it."""
+"""Of the chart: as wide as a phone, and text in it as large as next to it."""
 
 
 @dataclass(frozen=True)

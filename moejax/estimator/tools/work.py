@@ -82,7 +82,7 @@ def adapter_weights(config: Architecture, rank: int, experts: bool = True) -> in
 
 
 def padding(rows: int) -> float:
-    """How much longer the longest of so many rows is than a row on average: of the study's commonsense queries, which are as spread as
+    """How much longer the longest of this many rows is than a row on average: of the study's commonsense queries, which are as spread as
     other instructions are."""
     spread = lengths.of_study("commonsense_15k")
     return spread.expected_longest(rows, multiple=1) / spread.mean

@@ -86,7 +86,7 @@ def _fitting_session(t: Trial, traced: bool = False) -> Session:
 
 
 def throughput(t: Trial, rows: int) -> Result:
-    """Train on so many queries of the data, every program compiled and run once before the clock starts."""
+    """Train on this many queries of the data, every program compiled and run once before the clock starts."""
     s = t.task.setting
     session = Session(s, t.limit)
     if t.task.batching == "pack":

@@ -35,7 +35,7 @@ class Session:
         self.program = TrainProgram(setting.experiment, setting.architecture, traced=traced)
 
     def compile(self, rows: int, row_tokens: int) -> Compiled:
-        """The step for so many rows. Raises OutOfMemory where it exceeds the limit: before any weight is there."""
+        """The step for this many rows. Raises OutOfMemory where it exceeds the limit: before any weight is there."""
         compiled = self.program.compile(rows, row_tokens)
         if self.limit is not None and compiled.peak_bytes > self.limit:
             told = "RESOURCE_EXHAUSTED (artificial limit, --memory-limit)" if self.artificial else "more than the device has"
@@ -46,7 +46,7 @@ class Session:
         return compiled
 
     def compile_fitting(self, rows: int, row_tokens: int) -> tuple[int, Compiled]:
-        """(rows, the step): so many rows, or a few less. For rows of another length than the largest batch was found with: as many tokens
+        """(rows, the step): this many rows, or a few less. For rows of another length than the largest batch was found with: as many tokens
         may take a little more memory. Raises OutOfMemory where not one row fits."""
         while True:
             try:

@@ -17,7 +17,7 @@ class Sizes:
     """What a sweep runs of each config. Lengths in tokens, padded up to whole rows (config.ROW_MULTIPLE); a batch is a number of
     queries, or a share of the largest ("1/4", "largest").
 
-    batches, packed: of throughput, padded to the longest query and packed (there a batch is worth so many of the longest queries).
+    batches, packed: of throughput, padded to the longest query and packed (there a batch is worth this many of the longest queries).
     queries: trained on in each throughput trial. breakdown_tokens: of a row in the breakdown at batch 1 and at the largest.
     lengths, dense_lengths: of rows at the largest batch, sparse and dense. tune_steps: between the two counts of the experts' load, over
     load_queries. timed, traced: steps of a breakdown. Seconds and counts, nothing of the model.

@@ -74,7 +74,7 @@ class Setting:
         return self.closed_form_rows(self.longest, sure, closed_form.platform_of(gpu))
 
     def queries(self, at_least: int = 1) -> list[Query]:
-        """The tokenized queries; of random ones so many, with the lengths of the study's data set."""
+        """The tokenized queries; of random ones this many, with the lengths of the study's data set."""
         from moejax.data import pipeline
         from moejax.data.tokenize import Query
         from moejax.data.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""Figures 13 to 15 beside both models."""
+"""Figures 13 to 15 next to both models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study's Tables III and IV and Figures 13, 14 and 15 recomputed from its published data, beside what it prints; then our model.
+"""The study's Tables III and IV and Figures 13, 14 and 15 recomputed from its published data, next to what it prints; then our model.
 
 Titles, columns and notes are in `reproduce.toml`.
 """

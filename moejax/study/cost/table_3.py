@@ -1,4 +1,4 @@
-"""The study's Table III beside ours: `estimate.py memory --study`."""
+"""The study's Table III next to ours: `estimate.py memory --study`."""
 
 from __future__ import annotations
 

@@ -195,13 +195,13 @@ def sequence_length_sensitivity(quantity: Literal["latency_seconds", "sm_percent
 
 
 def length_histogram(dataset: str) -> list[list[int]]:
-    """Figure 2 (figure data): [tokens by GPT-NeoX's tokenizer, how many queries have so many] of "commonsense_15k" or "math_14k". Raises
+    """Figure 2 (figure data): [tokens by GPT-NeoX's tokenizer, how many queries have this many] of "commonsense_15k" or "math_14k". Raises
     KeyError for another data set: the study drew none."""
     return raw()["fig2_sequence_length_histogram"][dataset]
 
 
 def max_batches() -> tuple[MaxBatch, ...]:
-    """Table III, beside the largest batch of the artifact's sweep in the same setting."""
+    """Table III, next to the largest batch of the artifact's sweep in the same setting."""
     swept = {(c.model, c.dataset, kind): max(b for b, _ in c.kind(kind)) for c in curves() for kind in EXPERTS_PER_TOKEN}
     group = raw()["table3_max_batch_size_a40"]
     return tuple(

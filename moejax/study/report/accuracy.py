@@ -1,4 +1,4 @@
-"""Accuracy by epoch of several runs, beside the study's Figure 3: `moejax compare`."""
+"""Accuracy by epoch of several runs, next to the study's Figure 3: `moejax compare`."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def build(sources: Sequence[Source]) -> Page:
 
 
 def _beside(sources: Sequence[Source]) -> str:
-    """What of the study stands beside ours."""
+    """What of the study stands next to ours."""
     models = {m.name: m.family for source in sources for m in source.study.models}
     alone = [name for name, known in models.items() if known is None]
     none = f"The study ({PAPER}) had no model like {' or '.join(alone)}: none of its numbers are shown there."
@@ -107,7 +107,7 @@ def _grid(sources: Sequence[Source], spec: Spec, naming: Naming, rows: Rows) -> 
             apart[model] = other
     for model, other in apart.items():
         _put(grid, spec, f"{REFERENCE[model]}, {said('data', 'cs')}", None, other, REFERENCE[model])
-    if spec.line[0] in ("batch", "seq_len"):  # smallest first, whoever measured it
+    if spec.line[0] in ("batch", "seq_len"):  # smallest first, anyone who measured it
         for group, lines in grid.cells.items():
             grid.cells[group] = dict(sorted(lines.items(), key=lambda item: float(re.findall(r"[\d.]+", item[0])[0])))
     return grid

@@ -43,7 +43,7 @@ def said(column: str, value: Any) -> str:
 
 
 def family(sources: Sequence[Source], model: str) -> str | None:
-    """The study's model beside which this one stands; None: the study had none of its kind."""
+    """The study's model next to which this one stands; None: the study had none of its kind."""
     return next((known.family for source in sources for known in source.study.models if known.name == model), None)
 
 

@@ -1,4 +1,4 @@
-"""The study's numbers as rows of our results: what stands beside ours, experiment by experiment."""
+"""The study's numbers as rows of our results: what stands next to ours, experiment by experiment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moejax.study.report.results import Row
 BACKWARD = "backward with recomputation"
 """The study's backward pass holds its recomputation."""
 DATA = {"commonsense_15k": "cs", "math_14k": "math"}
-_LOAD = {"cs": "HE", "math": "GS", "problems": "GS"}  # Figure 11's HellaSwag and GSM8K, beside which our data stand
+_LOAD = {"cs": "HE", "math": "GS", "problems": "GS"}  # Figure 11's HellaSwag and GSM8K, next to which our data stand
 _GPUS = {"A40": "A40", "A100": "A100-80", "H100": "H100"}
 _LENGTH = {"step_seconds": "latency_seconds", "compute_utilization": "sm_percent", "memory_utilization": "dram_percent"}
 MOE = "moe (time-weighted)"
@@ -65,7 +65,7 @@ def _steps() -> Iterator[Row]:
 
 
 def _curves() -> Iterator[Row]:
-    """Figures 8 and 14: the A40's throughput, and equation 2 fitted to it anew."""
+    """Figures 8 and 14: the A40's throughput, and equation 2 fitted to it again."""
     for curve in reference.curves():
         if curve.gpu != "a40":
             continue

@@ -1,4 +1,4 @@
-"""How numbers are rounded for reading. The exact one always stays beside it."""
+"""How numbers are rounded for reading. The exact one always stays next to it."""
 
 from __future__ import annotations
 

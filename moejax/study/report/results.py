@@ -16,7 +16,7 @@ A row is one value; what does not apply to it is empty. Experiments, and the met
     expert_load     scope "before/0", "after/0" … (expert, mean over layers): tokens_per_query (tokens/query), share (share of all choices);
                     scope "before", "after": variance ((tokens/query)^2, over the experts), largest_share (share). Figure 11.
     length          as throughput; and compute_utilization, memory_utilization (scope "step (time-weighted)" and "moe (time-weighted)").
-    fit_batch       equation 1: c0, c1 (tokens/GB, share), model_gb, rmse_gb (GB), points; predicted_batch (queries, beside largest_batch's
+    fit_batch       equation 1: c0, c1 (tokens/GB, share), model_gb, rmse_gb (GB), points; predicted_batch (queries, next to largest_batch's
                     proved_batch). Figure 13. c1 is missing where one routing was measured.
     fit_throughput  scope "equation 2 (printed)", "equation 2 (fitted)": c2, c3, c4, rmse (queries/s), points; scope "moejax": t0_seconds,
                     token_seconds, expert_token_seconds, rmse (queries/s), mean_error (share of the measured step seconds), points.
@@ -82,7 +82,7 @@ COLUMNS = tuple(f.name for f in fields(Row))
 
 @dataclass(frozen=True)
 class Model(_Strict):
-    """What was trained. family: whose figures of the study it stands beside, if any; weights: "random", or where they came from."""
+    """What was trained. family: whose figures of the study it stands next to, if any; weights: "random", or where they came from."""
 
     name: str
     family: Literal["mixtral", "blackmamba"] | None

@@ -26,7 +26,7 @@ PACKED = "throughput/mixtral-tiny/problems/sparse/packed/largest"
 
 
 def run(sweep):
-    """Run what waits; returns the trials that were told as ended, with their status."""
+    """Run what waits; returns the trials that were reported as ended, with their status."""
     ended = []
     sweep.run(lambda task, result, left: ended.append((task.name, result.status)) if result else None)
     return ended
@@ -81,7 +81,7 @@ def test_a_trial_that_dies_says_so_and_the_others_go_on(open_sweep, ran, tmp_pat
     study = results.read(tmp_path / "out")
     assert study.finished and told in study.trials[PADDED + "1"].message
     assert PADDED + "1" not in {r.trial for r in study.rows}
-    # The same command tries the failed one again, and computes anew what depends on all.
+    # The same command tries the failed one again, and computes again what depends on all.
     before = ran()
     sweep = open_sweep()
     ended = run(sweep)

@@ -1,4 +1,4 @@
-"""Table III beside ours."""
+"""Table III next to ours."""
 
 from support import kept_result
 

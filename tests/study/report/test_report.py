@@ -140,7 +140,7 @@ def test_the_reference_stands_beside_by_meaning(one):
         ):
             row = stages.row(model, kind, batch).values
             assert study_cells(page, "stages", f"{model}-made, {group}", "forward") == [row["forward"]]
-            # The study's backward pass holds its recomputation: it must not stand beside ours without.
+            # The study's backward pass holds its recomputation: it must not stand next to ours without.
             assert study_cells(page, "stages", f"{model}-made, {group}", "backward") == []
             assert study_cells(page, "stages", f"{model}-made, {group}", "backward with recomputation") == [row["backward"]]
     table = {(m.model, m.dataset, m.kind): m for m in reference.max_batches()}
@@ -191,7 +191,7 @@ def test_every_reference_says_its_model(which, request):
 
 
 def test_a_model_of_no_family_of_the_studys_stands_alone(tmp_path):
-    """The study has no number for it: none stands on a page of such models, nor in its rows and figures beside others'."""
+    """The study has no number for it: none stands on a page of such models, nor in its rows and figures next to others'."""
     alone, mixtral = (("qwen-made", None, "qlora"),), made.MODELS[0]
     folders, page, file = report(tmp_path / "alone", made.study(models=alone, experts=128))
     check_values(folders, page)
@@ -300,14 +300,14 @@ def test_two_are_compared(two):
     assert any("made-up GPU</th>" in h and "made-up bigger GPU</th>" in h and "2nd / 1st" in h and "study: PyTorch" in h for h in heads)
     ratios = [c for c in page.cells if (c.section, c.group, c.line) == ("largest-batch", "mixtral-made, commonsense", "sparse")]
     assert [(c.source, float(c.value)) for c in ratios] == [("ours", 8), ("ours", 16), ("study", 8), ("derived", 2)]
-    # By meaning, not by size: largest beside largest.
+    # By meaning, not by size: largest next to largest.
     group = "mixtral-made, sparse, largest batch"
     cells = [c for c in page.cells if (c.section, c.group, c.line, c.source) == ("stages", group, "forward", "ours")]
     assert [c.head for c in cells] == ["made-up GPU", "made-up bigger GPU"]
 
 
 def test_the_studys_batch_stands_with_its_own_data_and_apart_from_others(tmp_path):
-    """A folder on the study's data beside one on word problems."""
+    """A folder on the study's data next to one on word problems."""
     _, page, _ = report(tmp_path, *(replace(s, rows=s.of("largest_batch")) for s in (made.study(), results.read(DEMO))))
     for group in ("mixtral-made, commonsense, 1024 tokens", "Mixtral-8x7B, commonsense"):
         assert study_cells(page, "largest-batch", group, "sparse") == [8], {c.group for c in page.cells}

@@ -99,7 +99,7 @@ def cut(folder):
 
 
 def of_another_moment(folder):
-    """Results of a later moment beside the plan of an earlier: killed between two renames."""
+    """Results of a later moment next to the plan of an earlier: killed between two renames."""
     before = (folder / "characterize.json").read_text()
     study = made.study()
     results.write(replace(study, rows=study.rows[:-1]), folder)

@@ -47,7 +47,7 @@ def opened(request, browser, tmp_path_factory):
 
 def test_no_error_and_nothing_fetched(opened):
     time.sleep(0.5)
-    opened.run("0")  # an answer: what was told before it has been read
+    opened.run("0")  # an answer: what was reported before it has been read
     methods = [e["method"] for e in opened.events]
     assert "Page.loadEventFired" in methods  # the events are heard at all
     assert not [e for e in opened.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
