@@ -197,7 +197,8 @@ def test_a_backend_that_is_not_there_is_refused_by_name(capsys, tmp_path):
     assert cli.train_main([*arguments, "model.moe_backend=rugged"]) == 2
     assert "model.moe_backend = 'rugged': expected 'auto', 'loop', 'capacity' or 'ragged'" in capsys.readouterr().err
     assert cli.train_main([*arguments, "model.attention=flash"]) == 2
-    assert "model.attention = flash: jax's flash attention is for GPUs and TPUs, and this is a CPU. Expected auto" in capsys.readouterr().err
+    told = "model.attention = flash: jax's flash attention is for GPUs and TPUs, and this is a CPU. Expected auto"
+    assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
