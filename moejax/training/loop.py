@@ -24,11 +24,12 @@ from moejax.estimator.units import counted
 from moejax.hub import peft, save, weights
 from moejax.hub.model import adapter_config, trained_on
 from moejax.profiling.capture import Capture
-from moejax.progress import duration, say, waiting
+from moejax.progress import duration, note, say, waiting
 from moejax.runs import beside, folders
 from moejax.runs.claim import claimed
 from moejax.training import flops, prediction, step_profile, wandb_run
 from moejax.training.checkpoint import Checkpoints, Position
+from moejax.training.engaged import Engaged
 from moejax.training.frozen import Frozen
 from moejax.training.metrics import MetricWriter, expert_load
 from moejax.training.program import NOTHING_OWN, Own
@@ -116,6 +117,7 @@ class Trainer:
         self.scoring = None if asked is None else Scoring(asked, scored_steps(experiment, dataset), folder, self.own_folder)
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
+        self.engaged = Engaged(experiment, self.config)
         self.history: list[dict[str, Any]] = []
         self.watch = Watch(folder, self.own_folder, experiment)
         p = experiment.profile
@@ -230,6 +232,7 @@ class Trainer:
         self.history.append({k: v for k, v in record.items() if not isinstance(v, list)})
         if self.capture.covers(pending.step):
             self.traced.append(record | {"shape": pending.work.batch.tokens.shape})
+        self.engaged.step(*pending.work.batch.tokens.shape)
         self._show(pending.step, record)
         self.watch.look(pending.step, record, pending.work.batch, self.last_saved)
 
@@ -363,7 +366,8 @@ class Trainer:
                 f"TFLOP/s ({self.peak_source})",
                 f"memory: compiler peak {self.program.peak_bytes / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",
             ]
-        lines += [*self.watch.conclude(), *([] if self.scoring is None else self.scoring.summary())]
+        lines += [*self.engaged.report(), *self.watch.conclude(), *([] if self.scoring is None else self.scoring.summary())]
         say(*lines)
+        note(*self.engaged.warnings())
         if totals:
             say(*prediction.conclude(self.own_folder))
