@@ -1,4 +1,4 @@
-"""docs/colab.ipynb, its cells as they are, on the bundled model."""
+"""docs/colab.ipynb and docs/tpu.ipynb, their cells as they are, on the bundled model; a TPU's on 8 virtual devices."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ import pytest
 from nbclient import NotebookClient
 from support import ROOT
 
-NOTEBOOK = ROOT / "docs/colab.ipynb"
+NOTEBOOKS = [ROOT / "docs/colab.ipynb", ROOT / "docs/tpu.ipynb"]
 
 
 def settings(cell):
@@ -20,8 +20,9 @@ def settings(cell):
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
 
 
-def test_it_is_a_notebook_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_a_notebook_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
@@ -29,7 +30,8 @@ def test_it_is_a_notebook_without_outputs():
 
 
 @pytest.mark.long
-def test_its_cells(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_cells(path, tmp_path, monkeypatch):
     records = json.loads((ROOT / "assets/problems/train.json").read_text())[:40]
     says = ("user", "instruction"), ("assistant", "output")
     talks = [{"messages": [{"role": role, "content": record[key]} for role, key in says]} for record in records]
@@ -41,7 +43,7 @@ def test_its_cells(tmp_path, monkeypatch):
     written["chat_template"] = f"{{% for m in messages %}}{turn}{{% endfor %}}"
     (model / "tokenizer_config.json").write_text(json.dumps(written))
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     small = "training.steps=4 training.compute_dtype=float32 data.row_tokens=256 data.max_length=256 adapter.rank=2"
     given = settings(first)
@@ -49,6 +51,8 @@ def test_its_cells(tmp_path, monkeypatch):
     given["GGUF"] = "--type f16 --without-tokenizer"  # llama.cpp does not know the bundled one
     first.source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if "mesh.devices=8" in given["OPTIONS"]:
+        monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
