@@ -35,6 +35,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done i
     PROGRAMS = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
+        "MOEJAX_CACHE": f"{PROGRAMS.name}/moejax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": " ".join(filter(None, flags)),  # devices for meshes; what has none runs on the first, as on a machine with one
