@@ -25,9 +25,11 @@ def run(options: argparse.Namespace) -> int:
     from moejax.tuner import run as tuner
     from moejax.tuner import store, use
 
+    device = store.device_asked()
+    if device.startswith("TPU"):
+        raise UserError(f"moejax tune on a {device}: there are candidates for GPUs and CPUs only; on a TPU the program's own rules choose")
     if options.plan:
         experiment, sizes = use.sizes(experiment)
-        device = store.device_asked()
         known = [] if options.again else use.known_of(store.place(device), store.about(device))
         say(tuner.plan_table(tuner.plan(experiment, sizes, device, known, full=options.full)))
         return 0
