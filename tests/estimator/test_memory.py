@@ -167,7 +167,7 @@ def test_tiles_are_those_measured_on_the_target_not_here(monkeypatch):
         return shape | {"backend": "loop", "tile": tile, "small_tile": 8}
 
     table = {"cpu": [entry(16)], "NVIDIA H100 80GB HBM3": [entry(64)]}
-    monkeypatch.setattr(choice, "table", {"grouped": table, "scan": {}}.get)
+    monkeypatch.setattr(choice, "table", lambda operation: table if operation == "grouped" else {})
     own = gpus.GPU("mine", 80.0, 1e12, 1e15, "mine")
     assert [closed_form.device_of(gpu) for gpu in (gpus.GPUS["H100"], gpus.GPUS["A100-80"], own)] == ["NVIDIA H100 80GB HBM3", "gpu", "gpu"]
     loaded = config.load(SPARSE)

@@ -109,7 +109,7 @@ def test_plan():
     priced = [p for p in made.options if p.usd is not None]
     assert [p.usd for p in priced] == sorted(p.usd for p in priced) and made.cheapest is priced[0]
     unpriced = made.options[len(priced) :]  # shown for their time, behind those with a price; no answer
-    assert {"L40S", "RTX-6000-Ada"} <= {p.gpu for p in unpriced} and all(p.usd is None and p.hours > 0 for p in unpriced)
+    assert "RTX-6000-Ada" in {p.gpu for p in unpriced} and all(p.usd is None and p.hours > 0 for p in unpriced)
     within = [p for p in priced if p.usd <= 40]
     assert made.fastest_under_budget.hours == min(p.hours for p in within)
     in_time = [p for p in priced if p.hours <= 10]
@@ -135,6 +135,7 @@ def test_coefficients_file(tmp_path):
     theirs, ours = plan.predict(MATH, GPUS["H100"], again, GPUS), predict()
     assert theirs.queries_per_second_interval == pytest.approx(ours.queries_per_second_interval)
     bare = json.loads(path.read_text())
+    del bare["sha256"]  # as one does who changes it
     for entry in bare["entries"]:
         del entry["samples"], entry["scatter"]
     path.write_text(json.dumps(bare))
@@ -288,6 +289,7 @@ def test_what_was_measured_is_kept_and_extrapolation_told(tmp_path):
     assert not any("extrapolated" in note for note in predict(gpu="A40").notes)
     document = json.loads((tmp_path / "c.json").read_text())
     document["entries"][0]["range"] = {"tokens": [1]}
+    del document["sha256"]
     (tmp_path / "c.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"entries\[0\]: range = "):
         coefficients.read(tmp_path / "c.json")
