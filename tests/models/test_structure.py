@@ -125,7 +125,6 @@ def test_w2_is_not_done_again(preset, request):
     assert "moe/w1" in again and "moe/w2" not in again
 
 
-@pytest.mark.long
 def test_a_single_layer_is_recomputed_too():
     """XLA unrolls a loop of one layer: it must not find that the recomputation is the forward pass, and keep what that made of weights."""
     sizes = dict(vocab_size=64, num_layers=2, num_experts=4, experts_per_token=2, dense_size=64)
