@@ -1,34 +1,24 @@
 """jax's flash attention kernels, in interpret mode, against attention by blocks."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_pair import both
 from support import assert_close_to_largest
 
 from moejax.models import layers
 from moejax.models.ops import flash
-from moejax.models.ops.attention import segment_attention
 
-
-def both(rows, length, heads, kv, head_dim, dtype=jnp.float32):
-    """Output and gradients of q, k, v by the kernels, and by blocks; segments end anywhere, padding is the last."""
-    drawn = np.random.default_rng(length)
-    q, k, v, dy = (jnp.asarray(drawn.standard_normal((rows, length, n, head_dim)), dtype) for n in (heads, kv, kv, heads))
-    segments = np.sort(drawn.integers(1, 5, (rows, length)), axis=1).astype(np.int32)
-    segments[:, -5:] = 0
-
-    def through(attend):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments), q, k, v)
-        return out, *pull(dy)
-
-    return through(lambda *given: flash.flash_attention(*given, interpret=True)), jax.jit(lambda: through(segment_attention))()
+FLASH = partial(flash.flash_attention, interpret=True)
 
 
 @pytest.mark.parametrize(("rows", "length", "heads", "kv", "head_dim"), [(2, 150, 2, 1, 32)])
 def test_flash_is_exact(rows, length, heads, kv, head_dim):
     """A length that is no whole block, grouped queries, segments inside of blocks."""
-    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(rows, length, heads, kv, head_dim), strict=True):
+    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(FLASH, rows, length, heads, kv, head_dim), strict=True):
         assert_close_to_largest(ours, reference, 2e-6, name)
 
 
@@ -50,7 +40,7 @@ def primitives(jaxpr):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 128, 4, 4, 64), (1, 257, 4, 2, 128), (3, 384, 2, 1, 32)])
 def test_flash_is_exact_at_more_shapes(shape, dtype):
-    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(*shape, dtype), strict=True):
+    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(FLASH, *shape, dtype), strict=True):
         as_numbers = (np.asarray(a, np.float32) for a in (ours, reference))
         assert_close_to_largest(*as_numbers, 2e-6 if dtype == "float32" else 2e-2, name)
 

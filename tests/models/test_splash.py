@@ -1,30 +1,19 @@
 """jax's splash attention kernels and its grouped product of a TPU, in interpret mode, against attention by blocks and plain products."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_pair import both
 from support import assert_close_to_largest
 
 from moejax.models.ops import flash
-from moejax.models.ops.attention import segment_attention
 from moejax.models.ops.grouped import ragged
 from moejax.models.ops.splash import splash_attention
 
-
-def both(rows, length, heads, kv, head_dim, dtype=jnp.float32):
-    """Output and gradients of q, k, v by the kernels, and by blocks; segments end anywhere, padding is the last."""
-    drawn = np.random.default_rng(length)
-    q, k, v, dy = (jnp.asarray(drawn.standard_normal((rows, length, n, head_dim)), dtype) for n in (heads, kv, kv, heads))
-    segments = np.sort(drawn.integers(1, 5, (rows, length)), axis=1).astype(np.int32)
-    segments[:, -5:] = 0
-
-    def through(attend):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments), q, k, v)
-        return out, *pull(dy)
-
-    by_kernels = jax.jit(lambda: through(lambda *given: splash_attention(*given, interpret=True)))()
-    return by_kernels, jax.jit(lambda: through(segment_attention))()
+SPLASH = jax.jit(partial(splash_attention, interpret=True))
 
 
 @pytest.mark.long
@@ -32,7 +21,7 @@ def both(rows, length, heads, kv, head_dim, dtype=jnp.float32):
 @pytest.mark.parametrize("shape", [(2, 150, 2, 1, 64), (1, 128, 4, 4, 128), (1, 257, 4, 2, 128), (3, 384, 2, 1, 128)])
 def test_splash_is_exact(shape, dtype):
     """Lengths that are no whole block, grouped queries, segments inside of blocks."""
-    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(*shape, dtype), strict=True):
+    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(SPLASH, *shape, dtype), strict=True):
         as_numbers = (np.asarray(a, np.float32) for a in (ours, reference))
         assert_close_to_largest(*as_numbers, 2e-6 if dtype == "float32" else 2e-2, name)
 
