@@ -8,6 +8,7 @@ from typing import Any
 
 from moejax import compiler_options, processes
 from moejax.config import Experiment
+from moejax.errors import UserError
 from moejax.hub import weights
 from moejax.hub.model import architecture
 from moejax.models.config import Architecture
@@ -25,8 +26,11 @@ def sizes(experiment: Experiment) -> tuple[Experiment, Architecture]:
 
 
 def before_start(experiment: Experiment) -> None:
-    """At the first start on a card, before this process takes its memory: `device.tune` auto (quick) or full. On a CPU full alone."""
+    """At the first start on a card, before this process takes its memory: `device.tune` auto (quick) or full. On a CPU full alone. A run
+    whose folder is there is refused later: nothing is measured for it."""
     asked = experiment.device.tune
+    if (Path(experiment.runs_dir) / experiment.name).exists():
+        return
     if asked == "off" or (asked == "auto" and not compiler_options.nvidia_asked()) or processes.started_with(experiment.mesh):
         return
     say(*run.gains(measure(experiment, full=asked == "full")))
@@ -44,7 +48,6 @@ def measure(experiment: Experiment, *, full: bool, anew: bool = False) -> list[d
     found = []
     if new:
         say(f"tuning for {made_on['card']}, once for these shapes: at most {run.LIMITS[form] / 60:.0f} minutes (device.tune=off: never)")
-
         found = run.tune(new, device, seconds=run.LIMITS[form])
         say(run.table(found))
         try:
@@ -81,4 +84,7 @@ def for_run(experiment: Experiment, folder: Path, *, resume: bool) -> None:
         winners = [f"{site['operation']} {site['winner']}" for site in sites]
         say(f"tuned on this machine ({own.name}): {', '.join(winners)}")
         if not resume:
-            store.write(own, made_on, sites)
+            try:
+                store.write(own, made_on, sites)
+            except OSError as error:
+                raise UserError(f"{own} cannot be written ({error.strerror}): make room there, or set device.tune=off") from None

@@ -175,15 +175,18 @@ def test_a_run_that_goes_on_has_the_choices_that_it_began_with(tmp_path):
     assert not choice.adopted("cpu")
 
 
-def test_at_first_start_a_cpu_measures_only_if_asked(monkeypatch):
+def test_at_first_start_a_cpu_measures_only_if_asked(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(use, "measure", lambda experiment, full: asked.append(full) or [])
     for tune in ("auto", "off", "full"):
-        use.before_start(tiny(**{"device.tune": tune}))
+        use.before_start(tiny(**{"device.tune": tune, "runs_dir": str(tmp_path)}))
     monkeypatch.setattr(use.compiler_options, "nvidia_asked", lambda: True)
     for tune in ("auto", "off", "full"):
-        use.before_start(tiny(**{"device.tune": tune}))
+        use.before_start(tiny(**{"device.tune": tune, "runs_dir": str(tmp_path)}))
     assert asked == [True, False, True]
+    (tmp_path / "there").mkdir()
+    use.before_start(tiny(**{"device.tune": "full", "runs_dir": str(tmp_path), "name": "there"}))
+    assert len(asked) == 3  # that start is refused: nothing is measured before
 
 
 def test_the_command(toy, monkeypatch, capsys):
