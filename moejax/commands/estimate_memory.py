@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     quiet_compiler(options.gpu)
     settle_config(options, ", or --study")
     check_counts(options, "devices", "seq_len", "rows")
+    cards = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
+    asked = dict.fromkeys(HERE if name == HERE else tpus.find(name) or gpus.find(name, cards) for name in names_of(options.gpu))
     experiment = config.load(options.config, options.overrides)
     if experiment.training.remat == "auto":  # the largest batch is that of the policy that keeps least
         experiment = config.load(options.config, [*options.overrides, "training.remat=full"])
@@ -72,8 +74,6 @@ def run(options: argparse.Namespace) -> int:
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
     row_tokens = config.whole_row(row_tokens)
-    cards = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
-    asked = dict.fromkeys(HERE if name == HERE else tpus.find(name) or gpus.find(name, cards) for name in names_of(options.gpu))
     found: list[Oracle] = []
     refused: list[str] = []
     for card in asked:
