@@ -29,9 +29,11 @@ import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -42,6 +44,7 @@ import kept
 
 from moejax import config, gpus, installation
 from moejax.errors import UserError
+from moejax.estimator.own import H200_CLOCKS, SCAN_BACKWARD, SCAN_FORWARD
 
 PRODUCTS, EFFICIENCY, BANDWIDTH, OTHERS = 790e12, 0.85, 4.3e12, 60e12
 """Of one H200: FLOP/s of a large bf16 product, what of it products of a step reach, bytes/s of a copy, FLOP/s outside of products."""
@@ -50,13 +53,8 @@ IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
 FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
 """FLOP/s of kernels of Pallas, which nobody has timed here."""
-SCAN_FORWARD, SCAN_BACKWARD = 1.2e12, 0.28e12
-"""States/s of the selective scan's kernel: its instructions over 2.4 a clock and multiprocessor. Nobody has timed it."""
 SHEET = 989e12, 4.8e12
 """The data sheet's figures of the same card: another card's constants are in proportion to its own."""
-_KERNELS = {
-    "mha_forward": FLASH_FORWARD, "mha_backward": FLASH_BACKWARD, "scan_forward": SCAN_FORWARD, "scan_backward": SCAN_BACKWARD
-}  # fmt: skip
 _THUNK = re.compile(r"^(\s*)(\d{3,}): (k\w+)\s")
 _NESTING = ("kCommandBuffer", "kWhile", "kConditional", "kSequential", "kDynamicSliceFusion")
 
@@ -74,7 +72,7 @@ class Rates:
         if card.compiler is None or card.compiler.compute_capability == "9.0":
             return cls()
         products, bandwidth = card.flops_per_second / SHEET[0], card.bytes_per_second / SHEET[1]
-        units = card.compiler.multiprocessors * card.compiler.clock_ghz / (132 * 1.98)
+        units = card.compiler.multiprocessors * card.compiler.clock_ghz / H200_CLOCKS
         return cls(PRODUCTS * products, OTHERS * units, BANDWIDTH * bandwidth)
 
 
@@ -156,9 +154,9 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
             if i.opcode in CONTAINERS or not (kernels or program.bytes_of(i)):
                 continue
             flops, moved, product = program.flops_of(i), program.bytes_of(i), program.is_product(i)
-            rate = _kernel_rate(i) or (rates.products * EFFICIENCY if product else rates.others)
-            if states := _scanned(i):
-                flops, rate = states, rate * rates.others / OTHERS
+            rate = rates.products * EFFICIENCY if product else rates.others
+            if (kernel := _kernel(i)) is not None:
+                flops, rate = kernel.work(i), kernel.rate * getattr(rates, kernel.follows) / getattr(Rates(), kernel.follows)
             if computation in tiles and program.copies(i, matrix, BF16):
                 found.copies += count
             extra = IN_GRAPH if i.name in host.buffered else OUTSIDE
@@ -188,22 +186,45 @@ def _fetched(i: Any) -> float:
     return size(result) if source.layout.memory_space == HOST_SPACE != result.layout.memory_space else 0.0
 
 
-def _kernel_rate(i: Any) -> float | None:
-    """Of a kernel of our own or of jax's, by its name."""
+class Kernel(NamedTuple):
+    """One of Pallas. rate: its FLOP/s (of a scan states/s) on an H200; follows: which of a card's rates it goes with; work: what a call of
+    it computes, in the same."""
+
+    rate: float
+    follows: str
+    work: Callable[[Any], float]
+
+
+def _attended(i: Any, products: int) -> float:
+    """FLOPs of causal products of queries with keys, half of the square: the first result is [rows, tokens, heads, numbers of a head]."""
+    from moejax.profiling.program import elements
+
+    first = i.shape.tuple_shapes[0]
+    return products * elements(first) * first.dimensions[1]
+
+
+def _scanned(i: Any, states: int) -> float:
+    """States that the scan runs through: rows x tokens x channels (the first result) x states (of the result with this number)."""
+    from moejax.profiling.program import elements
+
+    results = i.shape.tuple_shapes
+    return elements(results[0]) * results[states].dimensions[1]
+
+
+KERNELS = {
+    "mha_forward": Kernel(FLASH_FORWARD, "products", partial(_attended, products=2)),
+    "mha_backward": Kernel(FLASH_BACKWARD, "products", partial(_attended, products=5)),  # as FlashAttention's rates are given
+    "scan_forward": Kernel(SCAN_FORWARD, "others", partial(_scanned, states=1)),
+    "scan_backward": Kernel(SCAN_BACKWARD, "others", partial(_scanned, states=-1)),
+}
+"""By what stands in its name."""
+
+
+def _kernel(i: Any) -> Kernel | None:
     if i.opcode != "custom-call":
         return None
     name = f"{i.metadata.op_name} {i.name}"
-    return next((rate for word, rate in _KERNELS.items() if word in name), None)
-
-
-def _scanned(i: Any) -> float:
-    """States that a kernel of the selective scan runs through: rows x tokens x channels x states; 0 of anything else."""
-    from moejax.profiling.program import elements
-
-    if i.opcode != "custom-call" or _kernel_rate(i) not in (SCAN_FORWARD, SCAN_BACKWARD):
-        return 0.0
-    results = i.shape.tuple_shapes
-    return float(elements(results[0]) * results[-1 if _kernel_rate(i) == SCAN_BACKWARD else 1].dimensions[1])
+    return next((kernel for word, kernel in KERNELS.items() if word in name), None)
 
 
 def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = False) -> tuple[dict[str, Any], Step, Any]:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 COLUMNS = ("floor", "block_seconds", "visit_seconds", "scan_seconds")
 PRODUCTS, BANDWIDTH = 790 / 989, 4.3 / 4.8
 """Of a data sheet's figures what large products and copies reach: benchmarks/gpu_model.py's, of an H200."""
+SCAN_FORWARD, SCAN_BACKWARD = 1.2e12, 0.28e12
+"""States/s of the selective scan's kernel on an H200: its instructions over 2.4 a clock and multiprocessor. Nobody has timed it."""
+H200_CLOCKS = 132 * 1.98
+"""Multiprocessors times GHz."""
 FACTOR, FACTOR_DEVIATION = 1.2, 0.45
 """Measured seconds over the roofline's, and the deviation of its logarithm: what is believed before any run. The roofline's own error, by
 its makers 30 %, of kernels that nobody timed, and of cards."""
@@ -44,9 +48,11 @@ FORWARD = 1 / 3
 
 @dataclass(frozen=True)
 class Counts:
-    """One micro-batch: seconds of the floor at the rates above; blocks; experts visited in loops; blocks x chunks of scans."""
+    """One micro-batch: seconds of the floor at the rates above; blocks; experts visited in loops; blocks x chunks of scans (one by the
+    scan's kernel). kernel_seconds: of that kernel, beyond its launches."""
 
     columns: tuple[float, float, float, float]
+    kernel_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def counts(
     floor = sum(stage.seconds(*rates)[0] for stage in floors(experiment, config, rows, row_tokens))
     if gpu.platform == "tpu":  # the other columns are of kernels that a GPU launches
         return Counts((floor, 0.0, 0.0, 0.0))
-    visits = scans = 0.0
+    visits = scans = kernel = 0.0
     for stack in config.stacks:
         mixer, half = stack.block.halves
         met_by = dealt * tokens
@@ -78,8 +84,20 @@ def counts(
             met = 1 - (1 - half.experts_per_token / half.experts) ** met_by
             visits += stack.repeats * half.experts / dealt * met
         if isinstance(mixer, specs.Mamba):
-            scans += stack.repeats * row_tokens / choice.CHUNKS["chunked_associative"]
-    return Counts((floor, float(config.blocks), visits, scans))
+            shape = rows * experiment.training.together, row_tokens, mixer.inner
+            if choice.scan(closed_form.device_of(gpu), *shape, experiment.model.scan)[0] == "kernel":
+                scans += stack.repeats
+                kernel += stack.repeats * tokens * mixer.inner * mixer.state * (2 / SCAN_FORWARD + 1 / SCAN_BACKWARD) / _clocks(gpu)
+            else:
+                scans += stack.repeats * row_tokens / choice.CHUNKS["chunked_associative"]
+    return Counts((floor, float(config.blocks), visits, scans), kernel)
+
+
+def _clocks(gpu: GPU) -> float:
+    """Instructions of a card next to an H200's; without its compiler's target, as its data sheet's FLOP/s."""
+    if gpu.compiler is None:
+        return gpu.flops_per_second / 989e12
+    return gpu.compiler.multiprocessors * gpu.compiler.clock_ghz / H200_CLOCKS
 
 
 def _backend(experiment: Experiment, config: Architecture, gpu: GPU, half: specs.MoE, tokens: int) -> str:
@@ -97,7 +115,8 @@ def program_seconds(experiment: Experiment, config: Architecture, gpu: GPU, rows
     several devices: of each, without what goes between them; rows are those of all."""
     all_rows, rows = rows, -(-rows // spread.count(experiment))
     law = published.read("program.json")["seconds"]
-    card = sum(law[name] * value for name, value in zip(COLUMNS, counts(experiment, config, gpu, rows, row_tokens).columns, strict=True))
+    counted = counts(experiment, config, gpu, rows, row_tokens)
+    card = counted.kernel_seconds + sum(law[name] * value for name, value in zip(COLUMNS, counted.columns, strict=True))
     card *= experiment.training.gradient_accumulation
     if experiment.preference is not None:  # the reference's forward pass
         card *= 1 + FORWARD

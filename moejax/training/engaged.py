@@ -41,7 +41,7 @@ class Engaged:
         why = flash.why_blocks(asked, self._platform, dtype, mixer.head_dim, length, lacking)
         ran = "attention", "flash" if why is None else "blocks"
         self.passes[ran] += passes
-        if why is not None and asked == "auto" and self._platform != "cpu" and why != flash.MEASURED:
+        if why not in (None, lacking, flash.MEASURED) and asked == "auto" and self._platform != "cpu":  # the model's own: said at start
             self.fallbacks[ran] = why
 
     def report(self) -> list[str]:

@@ -34,6 +34,15 @@ def test_the_roofline_knows_cards_and_placements():
     assert four == pytest.approx(4 * program("mixtral_8x7b", "H100"))
 
 
+@pytest.mark.parametrize(("gpu", "derived"), [("H100", 0.2349), ("A100-80", 0.5619)])
+def test_the_scans_kernel_is_counted_where_it_runs(gpu, derived):
+    """Next to the seconds of the compiled program (benchmarks/results/2026-12-01-scan-kernel.json)."""
+    size = "data.batch_rows=16", "data.row_tokens=512", "data.max_length=512", "model.scan=kernel"
+    assert program("blackmamba_2.8b_cs_sparse", gpu, *size) == pytest.approx(derived, rel=0.15)
+    if gpu == "H100":
+        assert program("blackmamba_2.8b_cs_sparse", gpu, *size) < 0.95 * program("blackmamba_2.8b_cs_sparse", gpu, *size[:3])
+
+
 def test_own_runs_move_and_narrow_the_factor():
     card, other = gpus.find("A40"), gpus.find("H100")
 

@@ -5,6 +5,7 @@ from support import ROOT
 
 from moejax import config
 from moejax.hub.model import architecture
+from moejax.training import experts
 from moejax.training.engaged import Engaged
 
 
@@ -35,3 +36,12 @@ def test_a_fallback_nobody_asked_for_is_a_warning(changes, warned):
     if warned:
         assert "bfloat16" in found.warnings()[0] and "model.attention=blocks" in found.warnings()[0]
     assert (("attention", "flash") in found.passes) == ("training.compute_dtype" in changes)
+
+
+def test_what_a_model_has_and_flash_attention_has_not_is_no_warning():
+    """gpt-oss: sinks and windows; the start of a run says it, in the same words."""
+    found = engaged("NVIDIA X", "gpt_oss_20b")
+    found.step(1, 2, 512)
+    assert set(found.passes) >= {("attention", "blocks")} and found.warnings() == []
+    [said] = experts.announce_attention(found._experiment, found._config, "NVIDIA X")
+    assert said == "attention: blocks of queries (jax's flash attention has no sinks and no window (here of 128 positions))"
