@@ -1,4 +1,4 @@
-"""Peak memory by other calculators and by this estimator, next to published peaks (`estimate.py receipts`): docs/calculators.md's table.
+"""Peak memory by other calculators and by this estimator, next to published peaks (`estimate.py receipts`): the table of docs/estimator.md.
 
     python benchmarks/calculators.py
 

@@ -1,4 +1,4 @@
-"""docs/api.md's reference, from the docstrings. `python docs/make_api.py`; a test holds the page against it."""
+"""docs/api.md's reference, from the docstrings' first paragraphs. `python docs/make_api.py`; a test holds the page against it."""
 
 import inspect
 import re
@@ -8,28 +8,23 @@ from typing import Any
 import moejax
 
 PAGE = Path(__file__).parent / "api.md"
-HEAD = "Made from the docstrings by `python docs/make_api.py`.\n"
-
-
-class Written(str):
-    """An annotation as its source has it, without the modules of types."""
-
-    def __repr__(self) -> str:
-        return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", self)
+HEAD = "Made by `python docs/make_api.py`. Arguments, shapes, units and errors: `help(moejax.train)` and so on.\n"
 
 
 def signature(thing: Any) -> str:
+    """Arguments with their defaults and the result's type, of this package or of Python, by its own name."""
     found = inspect.signature(thing)
-    own = [p.replace(annotation=Written(p.annotation)) for name, p in found.parameters.items() if name != "self"]
-    return str(found.replace(parameters=own, return_annotation=Written(found.return_annotation)))
+    own = [p.replace(annotation=p.empty) for name, p in found.parameters.items() if name != "self"]
+    result = f" -> {found.return_annotation}" if found.return_annotation not in (None, "None", "Any") else ""
+    return str(found.replace(parameters=own, return_annotation=found.empty)) + re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", result)
 
 
 def entry(name: str, thing: Any, level: int) -> str:
-    """A heading, the signature of what is called, the docstring."""
+    """A heading, the signature of what is called, the docstring's first paragraph."""
     what = f"{'#' * level} `{name}`\n\n"
     if inspect.isfunction(thing):
         what += f"```python\n{name}{signature(thing)}\n```\n\n"
-    return what + inspect.cleandoc(thing.__doc__ or "") + "\n"
+    return what + inspect.cleandoc(thing.__doc__ or "").partition("\n\n")[0] + "\n"
 
 
 def reference() -> str:

@@ -1,8 +1,4 @@
-"""Draw the figures of README and docs from finished runs.
-
-python docs/make_figures.py demo runs/demo
-python docs/make_figures.py curves docs/real_math.png "sparse (k = 2)=runs/real_math_sparse" "dense (k = 8)=runs/real_math_dense"
-"""
+"""Draw README's figure, docs/demo.png, from a finished run of the demo: python docs/make_figures.py runs/demo"""
 
 import argparse
 import json
@@ -46,27 +42,7 @@ def demo(run: Path) -> None:
     figure.savefig(HERE / "demo.png", dpi=150)
 
 
-def curves(out: Path, runs: list[str]) -> None:
-    """Training and evaluation losses of several runs."""
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    for color, item in zip((BLUE, ORANGE, GREY), runs, strict=False):
-        label, folder = item.rsplit("=", 1)
-        axes.plot(*read(Path(folder), "loss"), color=color, linewidth=0.8, alpha=0.5)
-        axes.plot(*read(Path(folder), "eval_loss"), color=color, marker="o", label=f"{label}, held out")
-    axes.set(xlabel="step", ylabel="loss per supervised token")
-    axes.legend(frameon=False)
-    clean(axes)
-    figure.tight_layout()
-    figure.savefig(out, dpi=150)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("figure", choices=["demo", "curves"])
-    parser.add_argument("path", type=Path, help="demo: the run; curves: the picture to write")
-    parser.add_argument("runs", nargs="*", metavar="LABEL=RUN")
-    options = parser.parse_args()
-    if options.figure == "demo":
-        demo(options.path)
-    else:
-        curves(options.path, options.runs)
+    parser.add_argument("run", type=Path)
+    demo(parser.parse_args().run)

@@ -1,11 +1,11 @@
-"""Links of README and docs arrive: at a file of the repository, and at a heading of it."""
+"""Links of pages arrive: at a file of the repository, and at a heading of it."""
 
 import re
 
 import pytest
 from support import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def anchors(page):
