@@ -97,10 +97,10 @@ supply: $(STAMP) ## licences of the packages that are used here, and their known
 bench: $(STAMP) reference4 reference5 ## one training step and PyTorch's, in turn, on this machine
 	@$(BIN)/python benchmarks/step_times.py --cpu --out benchmarks/results/$$(date +%F)-cpu-step.json
 
-curves: $(STAMP) reference4 reference5 ## learning curves beside PyTorch's, from one initialization on the same batches (some 15 minutes)
+curves: $(STAMP) reference4 reference5 ## learning curves next to PyTorch's, from one initialization on the same batches (some 15 minutes)
 	@$(BIN)/python benchmarks/curves.py
 
-frameworks: $(STAMP) reference4 reference5 ## where a step's time goes beside PyTorch's and the paper's; the table of docs/frameworks.md
+frameworks: $(STAMP) reference4 reference5 ## where a step's time goes next to PyTorch's and the paper's; the table of benchmarks/results/frameworks.md
 	@$(BIN)/python benchmarks/side_by_side.py
 
 bench-gpu: $(STAMP) reference4 reference5 ## both frameworks on this GPU at the real shapes, random weights
@@ -132,7 +132,7 @@ demo-dpo: $(STAMP) ## preference training (DPO) of the bundled Mixtral on pairs 
 	@rm -rf runs/dpo_demo
 	@$(BIN)/python train.py --config configs/dpo_demo.yaml
 
-demo-sparse-vs-dense: $(STAMP) ## the demo's task for ten epochs with 2 of 8 experts and with all; accuracy by epoch beside the study's
+demo-sparse-vs-dense: $(STAMP) ## the demo's task for ten epochs with 2 of 8 experts and with all; accuracy by epoch next to the study's
 	@rm -rf runs/demo_sparse runs/demo_dense
 	@$(BIN)/python train.py --config configs/demo_sparse_vs_dense.yaml name=demo_sparse
 	@$(BIN)/python train.py --config configs/demo_sparse_vs_dense.yaml name=demo_dense model.experts_per_token=8

@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py [--steps 200] [--only CASE …] [--reference4 PYTHON] [--reference5 PYTHON]
 
-Writes benchmarks/results/DATE-curves.json, docs/frameworks/curves.png, and the table between the marks in docs/frameworks.md. In fp32
+Writes benchmarks/results/DATE-curves.json, docs/frameworks/curves.png, and the table between the marks in results/frameworks.md. In fp32
 losses must agree within 1e-4 (relative) until a token chooses another expert on one side; where that happens the step, the token and the
 gap between its two candidates are printed. How far rounding alone drives this training apart, a control says: PyTorch next to itself, one
 trained matrix changed by its last bit at the start. In bf16 both curves are shown and nothing is claimed. Threads: one each, unless
@@ -185,8 +185,10 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, r in results.items():
+        if r["agrees"] is None:  # bf16: nothing is claimed
+            continue
         tie, control = r["routing_differs"], r.get("control")
-        mark = " (no claim)" if r["agrees"] is None else "" if r["agrees"] else f" **(outside from step {r['first_step_outside']})**"
+        mark = "" if r["agrees"] else f" **(outside from step {r['first_step_outside']})**"
         before = "–" if tie is not None and tie["step"] == 1 else f"{r['largest_before_routing_differs']:.1e}"
         means = ", ".join(f"{mean:.4f}" for mean in r["mean_of_last"])
         itself = "–"
@@ -254,7 +256,7 @@ def main() -> int:
         report = kept.about("make curves", device=cpu_name(), tolerance=TOLERANCE, cases=ordered)
         options.out.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
     figure(results, ROOT / "docs" / "frameworks" / "curves.png")
-    between(ROOT / "docs" / "frameworks.md", "curves", table(results))
+    between(HERE / "results" / "frameworks.md", "curves", table(results))
     # What parts although PyTorch stays next to itself is no rounding.
     return int(any(r["agrees"] is False and r["control"]["first_step_outside"] is None for r in results.values()))
 

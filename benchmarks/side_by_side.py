@@ -3,7 +3,7 @@
     python benchmarks/side_by_side.py [--only RUN …] [--reference4 PYTHON] [--reference5 PYTHON]
 
 Profiles small models on this machine on both sides (moejax profile; benchmarks/torch_run.py --profile), draws them as `moejax breakdown`
-does (one of the figures goes to docs/frameworks/), and writes a table between marks in docs/frameworks.md and
+does (one of the figures goes to docs/frameworks/), and writes a table between marks in results/frameworks.md and
 benchmarks/results/DATE-side-by-side.json. Shares compare with the paper's; seconds do not (another model, another machine).
 """
 
@@ -141,7 +141,7 @@ def main() -> int:
         print(f"{name}: done, figures in {options.runs / 'figures' / name}", flush=True)
         results = {n: results[n] for n in RUNS if n in results}
         kept.write(options.out, kept.about("make frameworks", device=cpu_name(), runs=results))
-    between(ROOT / "docs" / "frameworks.md", "shares", table(results))
+    between(HERE / "results" / "frameworks.md", "shares", table(results))
     return 0
 
 

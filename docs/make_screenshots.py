@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 SIZE = (1280, 800)
-# Where the trace viewer is zoomed, and by how many strokes of W (each makes events 1.5 times as wide); what is then selected. It is the
-# backward pass of an MoE layer in docs' own trace; in another one, something else is there.
-ZOOMS = (((512, 478), 14), ((900, 478), 5))
-SELECTED = 1010, 478
+# Where the trace viewer is zoomed, by how many strokes of W (each makes events 1.5 times as wide), and what is then selected: in docs' own
+# trace the second step, and a layer's backward pass in it; in another one, something else is there.
+STEP, STROKES = (600, 300), 2
+LAYER, MORE = (760, 320), 4
+SELECTED = 760, 320
 
 
 class Browser:
@@ -111,12 +112,18 @@ class Browser:
 PLUGIN = "document.querySelector('iframe').contentDocument"
 
 
-TOOLS, MODULES = 1, 3  # places of the lists among the plugin's
+TRACE = """(function holds(node) {
+    if (node.nodeType === 3) return node.data.includes("kind of layer");
+    return [...node.childNodes, node.shadowRoot, node.tagName === "IFRAME" && node.contentDocument].some(part => part && holds(part));
+})(document)"""
+"""Whether the trace viewer shows a trace of ours."""
+
+TOOLS = 1  # place of the list among the plugin's
 
 
-def choose(browser: Browser, place: int, text: str) -> None:
-    """Pick the entry that begins with `text` in one of the plugin's lists."""
-    trigger = f"{PLUGIN}.querySelectorAll('.mat-mdc-select-trigger')[{place}]"
+def choose(browser: Browser, text: str) -> None:
+    """Pick the entry that begins with `text` in the plugin's list of tools."""
+    trigger = f"{PLUGIN}.querySelectorAll('.mat-mdc-select-trigger')[{TOOLS}]"
     option = f"[...{PLUGIN}.querySelectorAll('mat-option')].find(o => o.textContent.trim().startsWith('{text}'))"
     for _ in range(20):  # a list that is still being filled does not open
         browser.until(f"!!{trigger}")
@@ -139,24 +146,28 @@ def opened(browser: Browser, address: str) -> None:
     time.sleep(3)
 
 
-def photographs(browser: Browser, address: str, out: Path) -> None:
-    opened(browser, address)
-    browser.photograph(out / "overview.png")
-    choose(browser, TOOLS, "Memory Viewer")
-    choose(browser, MODULES, "jit_step")
-    browser.photograph(out / "memory_viewer.png")
-    opened(browser, address)
-    choose(browser, TOOLS, "Trace Viewer")
-    browser.photograph(out / "trace_viewer.png")
-    for (x, y), strokes in ZOOMS:  # a click gives the viewer the keyboard
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            browser.mouse(kind, x, y, button="none" if kind == "mouseMoved" else "left", clickCount=1)
-        browser.key("w", strokes)
-        time.sleep(8)
-    x, y = SELECTED
+def clicked(browser: Browser, x: float, y: float) -> None:
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         browser.mouse(kind, x, y, button="none" if kind == "mouseMoved" else "left", clickCount=1)
-    browser.mouse("mouseMoved", x, 780, button="none")
+
+
+def zoomed(browser: Browser, place: tuple[float, float], strokes: int) -> None:
+    """Zoom the trace viewer in where the mouse is; a click gives it the keyboard."""
+    clicked(browser, *place)
+    browser.key("w", strokes)
+    time.sleep(8)
+
+
+def photographs(browser: Browser, address: str, out: Path) -> None:
+    opened(browser, address)
+    choose(browser, "Trace Viewer")
+    browser.until(TRACE, 180)
+    time.sleep(5)
+    zoomed(browser, STEP, STROKES)
+    browser.photograph(out / "trace_viewer.png")
+    zoomed(browser, LAYER, MORE)
+    clicked(browser, *SELECTED)
+    browser.mouse("mouseMoved", SELECTED[0], 780, button="none")
     time.sleep(2)
     browser.photograph(out / "trace_viewer_zoomed.png")
 
