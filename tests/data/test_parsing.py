@@ -34,6 +34,10 @@ def arrow(records, kind=pyarrow.ipc.new_file):
     return sink.getvalue().to_pybytes()
 
 
+def gzipped(content):
+    return gzip.compress(content, mtime=0)  # the bytes are names of tests: every process has to collect the same ones
+
+
 def zstd(content):
     return pyarrow.compress(content, "zstd", asbytes=True)
 
@@ -55,15 +59,15 @@ STREAM = arrow([A, B], pyarrow.ipc.new_stream)
         ("pretty.json", f"{json.dumps(A, indent=2)}\n{json.dumps(B, indent=2)}".encode()),
         ("crlf.jsonl", LINES.replace("\n", "\r\n\r\n").encode()),
         ("upper.JSONL", LINES.encode()),
-        ("packed.jsonl.gz", gzip.compress(LINES.encode())),
-        ("packed.json", gzip.compress(LIST.encode())),
+        ("packed.jsonl.gz", gzipped(LINES.encode())),
+        ("packed.json", gzipped(LIST.encode())),
         ("packed.jsonl.zst", zstd(LINES[: LINES.index("\n")].encode()) + zstd(LINES[LINES.index("\n") :].encode())),
         ("packed.jsonl.bz2", bz2.compress(LINES.encode())),
         ("packed.jsonl.xz", lzma.compress(LINES.encode())),
         ("packed.csv.zst", zstd(b'instruction,input,output\nAdd 1 and 2.,,3 \xc3\xa9\n"Add\n2, ""and"" 3.",,NA\n')),
         ("a.arrow", arrow([A, B])),
         ("stream.arrow", STREAM),
-        ("arrow.json", gzip.compress(arrow([A, B]))),
+        ("arrow.json", gzipped(arrow([A, B]))),
         ("no_suffix", LINES.encode()),
         ("separators.jsonl", LINES.replace("}\n", ', "x": "\u2028"}\n').encode()),
         ("huge.jsonl", LINES.replace("}\n", ', "id": ' + "7" * 5000 + ', "nan": [NaN, Infinity, 1e999]}\n').encode()),
@@ -125,15 +129,15 @@ FAULTS = [
     ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "compressed with zstd, and damaged or cut off"),
     ("a.jsonl.bz2", bz2.compress(LINES.encode())[:-3], "compressed with bzip2, and damaged or cut off"),
     ("a.jsonl.xz", lzma.compress(LINES.encode())[:-3], "compressed with xz, and damaged or cut off"),
-    ("a.jsonl.gz", gzip.compress(b""), r"is empty, once it is unpacked \(gzip\)"),
-    ("a.tar.gz", gzip.compress(b"a.json".ljust(257, b"\0") + b"ustar\0" + bytes(249)), "is a tar archive: unpack it"),
+    ("a.jsonl.gz", gzipped(b""), r"is empty, once it is unpacked \(gzip\)"),
+    ("a.tar.gz", gzipped(b"a.json".ljust(257, b"\0") + b"ustar\0" + bytes(249)), "is a tar archive: unpack it"),
     ("a.arrow", arrow([A])[:-9], "an Arrow file, and damaged or cut off"),
     ("a.arrow", STREAM[:-8], "an Arrow stream without the mark of its end"),
     ("a.arrow", b"404: Not Found", "is no Arrow file: it begins with"),
     ("a.parquet", parquet([A])[:200], "a Parquet file, and damaged or cut off"),
     ("a.json", b"PK\x03\x04\x14\x00\x00\x00", "is a zip archive"),
     ("a.xlsx", b"PK\x03\x04\x14\x00\x06\x00", "is an Excel workbook"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "compressed with gzip, and damaged or cut off"),
+    ("a.jsonl.gz", gzipped(LINES.encode())[:-12], "compressed with gzip, and damaged or cut off"),
     ("a.parquet", parquet([A])[:-9], "a Parquet file, and damaged or cut off"),
     ("a.csv", b"instruction,output\na,b,c\n", "line 2: the row has more cells than the 2 columns"),
     ("a.csv", b"instruction,output\na\n", "line 2: the row has fewer cells"),
@@ -144,7 +148,7 @@ FAULTS = [
     ("a.csv", b"<!DOCTYPE html>\n<html>", "is no CSV: it is an HTML page"),
     ("a.json", b'{"0": {"output": "x"}, "1": {"output": "y"}}', r"the records seem to lie under keys of their own \(0, 1 …\)"),
     ("a.jsonl", b'[{"role": "user"}]\n[{"role": "user"}]\n', r"line 2: each line is a list, where a record is an object \(of a"),
-    ("a.jsonl.gz", gzip.compress(gzip.compress(LINES.encode())), r"is compressed twice \(gzip in gzip\): unpack it once"),
+    ("a.jsonl.gz", gzipped(gzipped(LINES.encode())), r"is compressed twice \(gzip in gzip\): unpack it once"),
     ("a.json", b"null", "holds no records: it begins with 'null'"),
 ]
 
