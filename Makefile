@@ -86,10 +86,10 @@ $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb: $(VENV)/.%: $(S
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[$*]' -c constraints.txt
 	@touch $@
 
-lint: $(STAMP) ## ruff, mypy, and the words of the docs
+lint: $(STAMP) ## ruff, mypy, and words, links and commands of the docs
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python tests/lint_words.py
+	@$(BIN)/python tests/lint_docs.py
 
 supply: $(STAMP) ## licences of the packages that are used here, and their known weaknesses (pip-audit, if it is installed)
 	@$(BIN)/python benchmarks/supply.py
