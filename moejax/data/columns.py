@@ -110,7 +110,8 @@ def find_pairs(where: str, record: Any, keys: Iterable[Any], fields: FieldNames)
     if not isinstance(record, dict):
         return Columns(chosen="chosen", rejected="rejected")
     known, known_in_any = _knower(where, record), _knower(where, keys)
-    chosen, rejected = fields.chosen or known("chosen"), fields.rejected or known("rejected")
+    chosen = fields.chosen or known("chosen") or known("preferred_output")
+    rejected = fields.rejected or known("rejected") or known("non_preferred_output")
     lacking = [column or name for name, column in (("chosen", chosen), ("rejected", rejected)) if column not in record]
     if lacking:
         raise UserError(
@@ -119,6 +120,8 @@ def find_pairs(where: str, record: Any, keys: Iterable[Any], fields: FieldNames)
         )
     asked = fields.instruction or (None if fields.messages else next((c for name in PROMPTS if (c := known(name))), None))
     talk = None if asked else fields.messages or next((c for name in conversation.LISTS if (c := known(name))), None)
+    if asked is None and talk is None and isinstance(record.get(known("input") or ""), dict):
+        talk = known("input")  # OpenAI's: {"messages": […], "tools": […]}
     context = fields.input or (next((c for name in CONTEXTS if (c := known_in_any(name))), None) if asked else None)
     return _made(record, fields, instruction=asked, input=context, messages=talk, chosen=chosen, rejected=rejected)
 

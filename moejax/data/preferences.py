@@ -15,7 +15,7 @@ from moejax.errors import UserError
 
 SIDES = ("chosen", "rejected")
 _ASK = "a preference is between two answers to the same prompt: mend the record or leave it out"
-
+_SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 _ADVICE = (
     "there is nothing to prefer; give them another rejected answer, or leave them out",
@@ -59,18 +59,23 @@ class Refused:
 
 
 def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
-    """Both sides of a record: texts, messages, or one message; with their prompt in a column of its own (a text or messages), or as whole
-    conversations, whose prompt are the messages that they begin with alike (TRL's `extract_prompt`). where: begins every error.
+    """Both sides of a record: texts, messages, or one message; with their prompt in a column of its own (a text, messages, or OpenAI's
+    object of messages and tools), or as whole conversations, messages or hh-rlhf's transcripts, whose prompt are the messages that they
+    begin with alike (TRL's `extract_prompt`). where: begins every error.
 
     Raises UserError for a side that is missing, a prompt that is, and sides whose prompts differ.
     """
     alongside = {str(key).strip().lower(): value for key, value in record.items()}
     system = alongside.get("system") or alongside.get("system_prompt")
-    asked = _asked(record, columns)
+    asked, tools = _asked(record, columns), alongside.get("tools")
+    if isinstance(asked, dict):
+        asked, tools = asked.get("messages"), asked.get("tools", tools)
     sides: list[Conversation] = []
     begins: list[int] = []
     for side, column in zip(SIDES, (columns.chosen, columns.rejected), strict=True):
         value = _messages(record.get(str(column)))
+        if asked is None and isinstance(value, str):
+            value = _turns(value)
         if value is None:
             has = ", ".join(str(key) for key, found in record.items() if found is not None) or "nothing"
             raise UserError(
@@ -88,7 +93,7 @@ def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
                 "before the answers under messages or conversations, or whole conversations as chosen and rejected; "
                 "data.fields='{instruction: COLUMN}' or '{messages: COLUMN}' names the prompt's column"
             )
-        given = {"prompt": prompt, "chosen": value, "system": system, "tools": alongside.get("tools")}
+        given = {"prompt": prompt, "chosen": value, "system": system, "tools": tools}
         talk = conversation.read(given, f"{where}, {side}")
         assert talk is not None
         begins.append(_length(prompt, talk))
@@ -135,6 +140,14 @@ def _messages(value: Any) -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _turns(text: str) -> str | list[dict[str, str]]:
+    """The messages of a transcript as of hh-rlhf: paragraphs that begin with Human: or Assistant:, the first with Human:. Else the text."""
+    before, *parts = _SPEAKER.split(text.strip())
+    if before or parts[:1] != ["Human"]:
+        return text
+    return [{"from": who.lower(), "value": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _whole(side: str | list[Any]) -> bool:
