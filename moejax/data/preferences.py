@@ -67,7 +67,8 @@ def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
     """
     alongside = {str(key).strip().lower(): value for key, value in record.items()}
     system = alongside.get("system") or alongside.get("system_prompt")
-    asked, tools = _asked(record, columns), alongside.get("tools")
+    asked: Any = _asked(record, columns)
+    tools: Any = alongside.get("tools")
     if isinstance(asked, dict):
         asked, tools = asked.get("messages"), asked.get("tools", tools)
     sides: list[Conversation] = []

@@ -57,7 +57,8 @@ def data(tmp_path, records, tokenizer, **settings):
          "rejected": {"from": "gpt", "value": "c"}},
         {"messages": [USER], "chosen": GOOD, "rejected": BAD, "system": None, "tools": ""},
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-        {"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        {"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [GOOD],
+         "non_preferred_output": [BAD]},
     ],
 )
 def test_every_shape_is_the_same_pair(record, tmp_path):
@@ -72,7 +73,7 @@ def test_a_transcript_ends_its_prompt_where_the_answers_part(tmp_path):
     (found,) = read(tmp_path, [{"chosen": f"{begin} g", "rejected": f"{begin} h\n"}]).records
     assert [message["content"] for message in found["conversation"].messages] == ["a\n\nb: Human: c", "d\n\ne", "f", "g"]
     assert found["rejected"].messages[-1] == BAD | {"content": "h"} and found["rejected"].trained == (False, False, False, True)
-    with pytest.raises(UserError, match="no prompt .it has chosen, rejected."):
+    with pytest.raises(UserError, match=r"no prompt \(it has chosen, rejected\)"):
         read(tmp_path, [{"chosen": "Assistant: b", "rejected": "Assistant: c"}])
 
 
