@@ -17,7 +17,8 @@ def xla_flags(wanted):
     """XLA ends a process that names a flag that it does not know: only those whose names stand in its library."""
     libraries = Path(find_spec("jaxlib").submodule_search_locations[0]).glob("libjax_common*")
     with next(libraries).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
-        return " ".join(f"--{name}={value}" for name, value in wanted.items() if library.find(name.encode()) >= 0)
+        # As a whole string: a flag that is gone may remain as a field of a message.
+        return " ".join(f"--{name}={value}" for name, value in wanted.items() if library.find(f"\0{name}\0".encode()) >= 0)
 
 
 # XLA ends a process in which a virtual device waits for another for 40 s, which a busy machine makes it do.

@@ -1,5 +1,6 @@
 """Frozen weights in the host's memory: the same numbers to the bit, wherever they lie; what is refused, and before what."""
 
+import os
 import re
 import signal
 from types import SimpleNamespace
@@ -48,7 +49,11 @@ def results(experiment):
 
 
 AS_FOR_A_USER = {
-    "xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True
+    name: value
+    for name, value in (
+        ("xla_backend_optimization_level", 3), ("xla_llvm_disable_expensive_passes", False), ("xla_cpu_use_fusion_emitters", True)
+    )
+    if name in os.environ["XLA_FLAGS"]
 }  # fmt: skip
 """In the place of what makes the tests' compiler quick: with that, a sum's order is another in another program."""
 
