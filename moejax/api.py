@@ -21,7 +21,8 @@ from flax import nnx
 from moejax import config as experiments
 from moejax import gpus
 from moejax.compiler_options import jit
-from moejax.config import DataConfig, Experiment, whole_row
+from moejax.config import Experiment
+from moejax.config_data import DataConfig, whole_row
 from moejax.config_file import read
 from moejax.data import conversation
 from moejax.data.batch import Batch

@@ -35,7 +35,7 @@ from safetensors.numpy import save
 
 from moejax import config, gpus, json_lines
 from moejax.commands import breakdown
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data import conversation, sources
 from moejax.documents import unsealed
 from moejax.errors import UserError

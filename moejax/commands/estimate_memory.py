@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from moejax import config, gpus, tpus
+from moejax import config, config_data, gpus, tpus
 from moejax.commands.arguments import add_config, check_counts, names_of, on_devices, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     row_tokens = options.seq_len or experiment.data.longest_text
     if row_tokens > architecture.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {architecture.max_position_embeddings}")
-    row_tokens = config.whole_row(row_tokens)
+    row_tokens = config_data.whole_row(row_tokens)
     found: list[Oracle] = []
     refused: list[str] = []
     for card in asked:

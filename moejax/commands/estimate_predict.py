@@ -172,7 +172,7 @@ def _multiple(entries: Sequence[Entry]) -> int:
     """What the software rounds rows up to whose times are predicted."""
     if not all(e.framework == "jax" for e in entries):
         return lengths.STUDY_MULTIPLE
-    from moejax.config import ROW_MULTIPLE  # pydantic: a quarter of a second
+    from moejax.config_data import ROW_MULTIPLE  # pydantic: a quarter of a second
 
     return ROW_MULTIPLE
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moejax import config, gpus, tpus
+from moejax import config, config_data, gpus, tpus
 from moejax.commands.arguments import check_counts, counts_of, names_of, on_devices
 from moejax.commands.tables import print_json, show_table
 from moejax.device import HERE, this_machine, with_peaks
@@ -44,7 +44,7 @@ def plan(options: argparse.Namespace) -> int:
     row_tokens = options.seq_len or experiment.data.longest_text
     if row_tokens > sizes.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {sizes.max_position_embeddings}")
-    row_tokens = config.whole_row(row_tokens)
+    row_tokens = config_data.whole_row(row_tokens)
     table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
     others = tuple(gpu for gpu in table.values() if gpu.bf16)
     found: dict[str, tuple[GPU, list[Way], Link | None]] = {}

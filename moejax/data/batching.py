@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moejax.config import ROW_MULTIPLE, DataConfig, whole_row
+from moejax.config_data import ROW_MULTIPLE, DataConfig, whole_row
 from moejax.data.batch import Batch, PairBatch
 from moejax.data.tokenize import Query
 from moejax.errors import UserError

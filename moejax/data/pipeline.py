@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.contents import records_content
 from moejax.data import chat
 from moejax.data.batching import Batches, GivenBatches, synthetic

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.config_sources import FieldNames, WeightedSource
 from moejax.data import places
 from moejax.data.columns import Columns, find, find_pairs

@@ -90,7 +90,7 @@ def of(
     evaluated_rows: int = 0,
 ) -> Workload:  # fmt: skip
     """Of queries of these lengths. queries: how many, where the lengths are a part's; rows_an_epoch: where the data were read."""
-    from moejax.config import ROW_MULTIPLE
+    from moejax.config_data import ROW_MULTIPLE
 
     d, t = experiment.data, experiment.training
     many = queries or found.queries

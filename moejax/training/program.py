@@ -24,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from moejax import installation, mesh, processes, tpus
 from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit
-from moejax.config import ROW_MULTIPLE, Experiment
+from moejax.config import Experiment
+from moejax.config_data import ROW_MULTIPLE
 from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import GivenBatches
 from moejax.errors import UserError, first_line

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.config_sources import FieldNames
 from moejax.data.columns import find
 from moejax.data.sources import load_records, load_sources

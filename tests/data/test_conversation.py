@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data.conversation import read
 from moejax.data.sources import load_records
 from moejax.errors import UserError

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data.parsing import parse
 from moejax.data.sources import load_records
 from moejax.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import ROOT, SHARED
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data.batching import Batches, assemble, pack, stack
 from moejax.data.pipeline import load
 from moejax.data.sources import load_records

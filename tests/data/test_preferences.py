@@ -8,7 +8,7 @@ from data.chat_templates import SPLIT, TEMPLATES, make, records, talks
 from pydantic import ValidationError
 from support import ROOT, read_vectors, tiny_experiments
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data.batch import PairBatch
 from moejax.data.columns import Columns
 from moejax.data.pipeline import load

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from support import ROOT
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data import parsing, pipeline, windows
 from moejax.data.shelf import Shelf
 from moejax.data.sources import load_sources
@@ -141,7 +141,7 @@ def test_a_folder_for_records_that_is_not_there_is_told(monkeypatch):
 
 CHILD = """
 import resource, sys
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data import pipeline, windows
 from moejax.data.tokenizer import load_tokenizer
 windows.BYTES, pipeline.WINDOW = 1 << 20, 256

@@ -139,7 +139,7 @@ def test_what_is_not_seen_is_dropped_and_counted(seen, tokenizer, tmp_path):
     records = [record(), record(output=seen), record(seen), record(seen, input="Tom"), record(output="0")]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records))
-    from moejax.config import DataConfig
+    from moejax.config_data import DataConfig
 
     data = load(DataConfig(source=str(path), row_tokens=64, max_length=64), tokenizer, 0, 512)
     counts = data.statistics()
@@ -162,7 +162,7 @@ def test_a_tokenizer_that_cuts_does_not(tmp_path):
 
 
 def test_the_user_is_told(tokenizer, tmp_path):
-    from moejax.config import DataConfig
+    from moejax.config_data import DataConfig
 
     path = tmp_path / "a.json"
     path.write_text(json.dumps([record(), record(output="The tag <s>.")]))
@@ -171,7 +171,7 @@ def test_the_user_is_told(tokenizer, tmp_path):
 
 
 def test_letters_that_the_tokenizer_lacks_are_counted(tokenizer, tmp_path):
-    from moejax.config import DataConfig
+    from moejax.config_data import DataConfig
 
     path = tmp_path / "a.json"
     talk = {"messages": [{"role": "user", "content": "Tom"}, {"role": "assistant", "content": "is \u65e5"}]}

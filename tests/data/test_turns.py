@@ -8,7 +8,7 @@ import pytest
 from data.chat_templates import DAY, SPLIT, TEMPLATES, make, records, rendered, talks
 from support import ROOT
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.data import chat
 from moejax.data.chat_template import ChatTemplate, TooMuch
 from moejax.data.ends import Ends, ends_of

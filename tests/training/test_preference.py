@@ -12,7 +12,7 @@ from oracles.drawn import weight
 from safetensors.numpy import load_file, save_file
 from support import assert_close_to_largest, hub_folder, read_vectors
 
-from moejax.config import DataConfig
+from moejax.config_data import DataConfig
 from moejax.config_preference import PreferenceConfig
 from moejax.data.batch import PairBatch
 from moejax.data.batching import Batches

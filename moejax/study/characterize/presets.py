@@ -14,7 +14,7 @@ Batch = int | str  # queries, or a share of the largest batch: "1/2"; "largest"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a sweep runs of each config. Lengths in tokens, padded up to whole rows (config.ROW_MULTIPLE); a batch is a number of
+    """What a sweep runs of each config. Lengths in tokens, padded up to whole rows (config_data.ROW_MULTIPLE); a batch is a number of
     queries, or a share of the largest ("1/4", "largest").
 
     batches, packed: of throughput, padded to the longest query and packed (there a batch is worth this many of the longest queries).
@@ -83,7 +83,7 @@ def override(sizes: Sizes, overrides: Sequence[str]) -> tuple[Sizes, list[str]]:
     import yaml
     from pydantic import ValidationError
 
-    from moejax.config import whole_row  # not above: `moejax --help` need not wait for pydantic
+    from moejax.config_data import whole_row  # not above: `moejax --help` need not wait for pydantic
     from moejax.yaml_file import parse_yaml
 
     rest: list[str] = []

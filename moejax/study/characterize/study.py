@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 
 from moejax import config as experiments
 from moejax import gpus, installation
-from moejax.config import Experiment, whole_row
+from moejax.config import Experiment
+from moejax.config_data import whole_row
 from moejax.data.batching import Batches
 from moejax.data.places import is_here
 from moejax.errors import UserError, first_line
