@@ -22,7 +22,7 @@ def paragraphs(sources: Sequence[Source]) -> tuple[Block, ...]:
             named = ", ".join(filter(None, (model, said("method", best.method), said("data", data) if data else "")))
             batch = Number(f"{best.batch:g}", repr(best.batch), "derived")
             rate = (source.number(best), " queries/s, the fastest measured.")
-            fastest = text(f"{named}: train{where} with a batch of ", batch, f" ({how}): ", *rate)
+            fastest = text(f"{named}: train{where} with a batch of ", batch, f" queries ({how}): ", *rate)
             costs = [r for r in source.study.of("cost", model=model, data=data, routing=best.routing) if r.metric in ("hours", "usd")]
             blocks.append(Paragraph((*fastest, *_run(source, costs))))
     return tuple(blocks)
@@ -30,17 +30,17 @@ def paragraphs(sources: Sequence[Source]) -> tuple[Block, ...]:
 
 def _run(source: Source, costs: list[Row]) -> Text:
     """Of the config's whole run: the least dollars and the least hours, each with its card and whether it was measured there."""
-    answers: list[Text] = []
+    words: dict[str, list[str]] = {}  # a card's name -> what the run is there
     for metric, word in (("usd", "cheapest"), ("hours", "fastest")):
         least = min((r for r in costs if r.metric == metric), key=lambda r: r.value, default=None)
         if least is not None:
-            other = next((r for r in costs if (r.scope, r.metric) == (least.scope, "hours" if metric == "usd" else "usd")), None)
-            measured = any(r.scope == least.scope and r.value for r in source.study.of("cost", metric="measured", model=least.model))
-            both = (*_with_unit(source, least), *((" and ", *_with_unit(source, other)) if other is not None else ()))
-            ends = "." if measured else ", carried over, not measured there."
-            answers.append((f" The whole run is {word} on {least.scope}: ", *both, ends))
+            words.setdefault(least.scope, []).append(word)
+    answers: list[Text] = []
+    for card, found in words.items():
+        there = sorted((r for r in costs if r.scope == card), key=lambda r: (r.metric == "usd") != (found[0] == "cheapest"))
+        measured = any(r.scope == card and r.value for r in source.study.of("cost", metric="measured", model=there[0].model))
+        first, *second = (text(source.number(r), *(() if r.metric == "usd" else (" hours",))) for r in there)  # dollars have their sign
+        both = (*first, *(part for more in second for part in (" and ", *more)))
+        ends = "." if measured else " (carried over, not measured there)."
+        answers.append(text(f" The whole run is {' and '.join(found)} on {card}: ", *both, ends))
     return tuple(part for answer in answers for part in answer)
-
-
-def _with_unit(source: Source, row: Row) -> Text:
-    return text("$", source.number(row)) if row.metric == "usd" else text(source.number(row), " hours")

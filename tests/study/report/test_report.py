@@ -161,7 +161,8 @@ def test_the_reference_stands_beside_by_meaning(one):
 @pytest.mark.parametrize("which", ["one", "demo"])
 def test_the_page_begins_with_what_to_do(which, request):
     """For each model and data set: the fastest batch that was measured, and the card on which the run costs or takes least."""
-    folders, page, _ = request.getfixturevalue(which)
+    folders, page, file = request.getfixturevalue(which)
+    assert "$<data" not in file.read_text()  # a number of dollars brings its sign
     lines = shown(folders)
     told = [lines[cell.place] for cell in page.cells if cell.source == "ours" and not cell.section]
     rates = [row for row in told if row["experiment"] == "throughput"]
