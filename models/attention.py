@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(keys[3], heads, d, dtype, scope=scope, axes=("embed", "heads"), bias=bias)
         self.sinks: nnx.Variable | None = nnx.data(nnx.Param(jnp.zeros(spec.heads, dtype), axes=("heads",)) if spec.sinks else None)
         self.target, self.lacking = target, flash.unsupported(spec.sinks, spec.window)
-        self.head_dim, self.rope, self.qk_norm = spec.head_dim, spec.rope, spec.qk_norm
+        self.head_dim, self.rope, self.qk_norm, self.reach = spec.head_dim, spec.rope, spec.qk_norm, spec.window
         if spec.qk_norm is not None:
             sizes = (spec.head_dim, spec.head_dim) if spec.qk_norm == "head" else (heads, kv)
             self.q_norm, self.k_norm = (RMSNorm(size, config.stream.norm_eps, dtype, axis="heads") for size in sizes)
@@ -63,7 +63,8 @@ class Attention(nnx.Module):
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, window: jax.Array | None) -> jax.Array:
         asked, platform = self.target.attention, self.target.platform
         if flash.why_blocks(asked, platform, q.dtype, self.head_dim, q.shape[1], self.lacking) is None:
-            return flash.attention(platform, q, k, v, segment_ids)
+            reach = None if window is None else self.reach
+            return flash.attention(platform, q, k, v, segment_ids, window=window, reach=reach, sinks=self._sinks)
         return checkpoint_name(segment_attention(q, k, v, segment_ids, window=window, sinks=self._sinks), "mixed")
 
     @property

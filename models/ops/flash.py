@@ -33,7 +33,7 @@ MEASURED = "as `moejax tune` measured here"
 
 def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None) -> str | None:
     """Why these kernels cannot run; None where they can. lacking: what `unsupported` says of the attention."""
-    if lacking is not None:
+    if lacking is not None and not is_tpu(platform):
         return lacking
     if platform == "cpu":
         return "jax's flash attention is for GPUs and TPUs, and this is a CPU"
@@ -46,7 +46,7 @@ def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None
 
 
 def unsupported(sinks: bool, window: int | None) -> str | None:
-    """What an attention needs that these kernels do not have; None: nothing."""
+    """What an attention needs that the kernels for GPUs do not have; None: nothing."""
     needed = [name for name, there in (("sinks", sinks), (f"window (here of {window} positions)", window is not None)) if there]
     return f"jax's flash attention has no {' and no '.join(needed)}" if needed else None
 
@@ -61,9 +61,14 @@ def why_blocks(asked: str, platform: str, dtype: Any, head_dim: int, length: int
     return refusal(platform, dtype, head_dim, lacking) or short or slower
 
 
-def attention(platform: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """By the platform's kernels: see `flash_attention` and `splash_attention`."""
-    return (splash_attention if is_tpu(platform) else flash_attention)(q, k, v, segment_ids)
+def attention(
+    platform: str, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, window: jax.Array | None = None,
+    reach: int | None = None, sinks: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """By the platform's kernels: see `flash_attention` and `splash_attention`, which alone has windows and sinks."""
+    if is_tpu(platform):
+        return splash_attention(q, k, v, segment_ids, window=window, reach=reach, sinks=sinks)
+    return flash_attention(q, k, v, segment_ids)
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -1,8 +1,10 @@
 """Causal attention inside segments by jax's own kernels for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`): scores never leave a
-core's memory, a group's queries read its keys where they are. Exact, as `attention.segment_attention` is."""
+core's memory, a group's queries read its keys where they are, blocks outside a window are not read. Exact, as
+`attention.segment_attention` is."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,32 +16,56 @@ BLOCKS = (512, 384, 256, 128)
 """Queries and keys of a block: the largest that divides the row."""
 
 
-def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """q: [B, T, H, C]; k: [B, T, G, C]; v: [B, T, G, V] (H a multiple of G); segment_ids: int32 [B, T]. Returns [B, T, H, V] in q's dtype.
+def splash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, window: jax.Array | None = None, reach: int | None = None,
+    sinks: jax.Array | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """q: [B, T, H, C]; k: [B, T, G, C]; v: [B, T, G, V] (H a multiple of G); segment_ids: int32 [B, T]; sinks: [H], one more logit of every
+    query of a head, whose weight goes nowhere. Returns [B, T, H, V] in q's dtype.
+
+    A kernel's window is part of its program. reach: how many positions a query sees, its own among them (None: all before it); window:
+    int32, that number or one of at least T, in a program whose layers have either: then both kernels are in it and one of them runs.
 
     The output and its softmax's sums are named "mixed" for rematerialization policies. interpret: on a CPU, for tests.
     """
-    import jax.experimental.pallas.ops.tpu.splash_attention as kernels  # at import it would cost every start
-
-    t, h = q.shape[1:3]
+    t = q.shape[1]
     whole = t + -t % LANES
-    block = next(b for b in BLOCKS if whole % b == 0)
-    sizes = kernels.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
-    mask = kernels.MultiHeadMask([kernels.CausalMask((whole, whole))] * h)
-    attend: Any = kernels.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name="mixed", interpret=interpret
-    )
 
     def filled(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, whole - t), *[(0, 0)] * (x.ndim - 2))) if whole > t else x
 
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    operands = *(jnp.swapaxes(filled(x), 1, 2) for x in (scaled, k, v)), filled(segment_ids), sinks  # [B, H, T, C]
+    everywhere, near = (partial(_attend, within, interpret) for within in (None, reach))
+    if reach is None or reach >= t:
+        out = everywhere(*operands)
+    elif window is None:
+        out = near(*operands)
+    else:
+        out = jax.lax.cond(window < t, near, everywhere, *operands)
+    return jnp.swapaxes(out, 1, 2)[:, :t]
+
+
+def _attend(
+    reach: int | None, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: jax.Array | None
+) -> jax.Array:
+    """Of scaled queries and whole blocks: [B, H, T, C] each."""
+    import jax.experimental.pallas.ops.tpu.splash_attention as kernels  # at import it would cost every start
+
+    h, t = q.shape[1:3]
+    block = next(b for b in BLOCKS if t % b == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = kernels.CausalMask((t, t)) if reach is None else kernels.LocalMask((t, t), (reach - 1, 0), offset=0)
+    attend: Any = kernels.make_splash_mha(
+        kernels.MultiHeadMask([mask] * h), head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name="mixed",
+        interpret=interpret,
+    )  # fmt: skip
+
     def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        out: jax.Array = attend(q, k, v, kernels.SegmentIds(segment_ids, segment_ids))
+        out: jax.Array = attend(q, k, v, kernels.SegmentIds(segment_ids, segment_ids), sinks)
         return out
 
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    q, k, v = (jnp.swapaxes(filled(x), 1, 2) for x in (scaled, k, v))  # [B, H, T, C]
-    return jnp.swapaxes(jax.vmap(of_row)(q, k, v, filled(segment_ids)), 1, 2)[:, :t]
+    return jax.vmap(of_row)(q, k, v, segment_ids)

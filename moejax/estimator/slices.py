@@ -21,8 +21,8 @@ def check(slice_: Slice, experiment: Experiment, tool: str = "moejax", devices: 
         raise UserError(f"--tool {tool}: has no receipt of a TPU ({slice_.name}): expected --tool moejax, or GPUs")
     if devices is not None:
         raise UserError(f"--devices {devices}: {slice_.name} is a slice of {slice_.count} chips: expected no --devices with it")
-    if experiment.model.attention == "flash":
-        raise UserError(f"model.attention = flash is a kernel for GPUs, and {slice_.name} is a TPU: expected auto or blocks")
+    if experiment.model.scan == "kernel":
+        raise UserError(f"model.scan = kernel is a kernel for GPUs, and {slice_.name} is a TPU: expected auto (chunked_associative runs there)")
 
 
 def precision(experiment: Experiment) -> list[str]:

@@ -17,6 +17,7 @@ from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.hub.stored import weight_files
 from moejax.hub.weights import check_files
 from moejax.models.build import build
+from moejax.models.ops import choice
 from moejax.progress import Table, say
 from moejax.runs import folders, tokens
 from moejax.training import experts, low_precision, preference, scoring, wandb_run
@@ -34,7 +35,8 @@ def report(experiment: Experiment) -> None:
     sizes = architecture(experiment, folder)
     if folder is not None and weight_files(folder):
         check_files(build(sizes, **model_arguments(experiment)), folder)
-    experts.check_attention(experiment, sizes, "a GPU")  # what no card can run; this machine need not have one
+    platform = choice.here()  # what no card can run; this machine need not have one
+    experts.check_attention(experiment, sizes, platform if choice.is_tpu(platform) else "a GPU")
     groups: dict[str, list[Stored]] = {}
     for w in stored(experiment, sizes):
         kind = sizes.kind_of((*w.module, w.name)) + (" LoRA" if w.name in ("a", "b") else "")

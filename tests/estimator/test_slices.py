@@ -9,6 +9,7 @@ from moejax.errors import UserError
 from moejax.estimator import links, prices, slices
 from moejax.gpus import GPUS
 
+MAMBA = str(installation.CONFIGS / "blackmamba_2.8b_cs_sparse.yaml")
 SPARSE = str(installation.CONFIGS / "mixtral_8x7b_cs_sparse.yaml")
 OLMOE = str(installation.CONFIGS / "olmoe_1b_7b.yaml")
 PREDICT = (OLMOE, "data.batch_rows=8", "training.remat=full", "--records", "20000", "--length", "400")
@@ -76,7 +77,7 @@ def test_modes_that_a_config_cannot_have(capsys):
     ("arguments", "message"),
     [(("memory", SPARSE, "--gpu", "v5e-8", "--devices", "4"), "v5e-8 is a slice of 8 chips: expected no --devices"),
      (("memory", SPARSE, "--gpu", "v5e-8", "--placements"), "--placements: no rate of a TPU's link to its host"),
-     (("memory", SPARSE, "--gpu", "v5e-8", "model.attention=flash"), "flash is a kernel for GPUs, and v5e-8 is a TPU: expected auto"),
+     (("memory", MAMBA, "--gpu", "v6e-1", "model.scan=kernel"), "kernel is a kernel for GPUs, and v6e-1 is a TPU: expected auto (chunked_"),
      (("memory", SPARSE, "--gpu", "v5e-8", "--rows", "9"), "--rows 9: of all 8 devices"),
      (("memory", SPARSE, "--gpu", "v5e-32"), "unknown TPU 'v5e-32'"),
      (("plan", SPARSE, "--gpu", "v5e-8", "data.batch_rows=12"), r"v5e-8 (8 devices) do not divide the step's"),

@@ -129,10 +129,11 @@ def test_gate_and_up_have_one_adapter(adapter):
         build(SMALL, adapter=LoRAConfig(**adapter))
 
 
-def test_flash_has_no_sinks_and_no_windows():
+def test_flash_has_no_sinks_and_no_windows_on_a_gpu():
     ((head_dim, lacking),) = attending(SMALL)
     assert "has no sinks and no window (here of 16 positions)" in flash.refusal("NVIDIA L4", jnp.bfloat16, 64, lacking)
     assert flash.why_blocks("auto", "NVIDIA L4", jnp.bfloat16, 64, 512, lacking) == lacking
+    assert flash.why_blocks("auto", "TPU v5 lite", jnp.bfloat16, 64, 512, lacking) is None  # and on a TPU it has both
     assert head_dim == 16 and {lacking for _, lacking in attending(PRESETS["qwen3-moe-tiny"])} == {None}
 
 

@@ -7,23 +7,81 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_pair import both
+from flax import nnx
 from support import assert_close_to_largest
 
+from moejax.models.build import build
+from moejax.models.config import PRESETS
 from moejax.models.ops import flash
 from moejax.models.ops.grouped import ragged
 from moejax.models.ops.splash import splash_attention
 
-SPLASH = jax.jit(partial(splash_attention, interpret=True))
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+def check(shape, dtype, sinks=None, reach=None, window=None):
+    """window: where it is a number that the program is given."""
+    given = None if window is None else jnp.asarray(window, jnp.int32)
+    ours = jax.jit(partial(splash_attention, interpret=True, reach=reach, window=given))
+    names = ("out", "dq", "dk", "dv", *(() if sinks is None else ("dsinks",)))
+    found = both(ours, *shape, dtype, sinks, reach if window is None else window)
+    for name, ours, reference in zip(names, *found, strict=True):
+        as_numbers = (np.asarray(a, np.float32) for a in (ours, reference))
+        assert_close_to_largest(*as_numbers, TOLERANCE[dtype], name)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(2, 150, 2, 1, 64), (1, 128, 4, 4, 128), (1, 257, 4, 2, 128), (3, 384, 2, 1, 128)])
 def test_splash_is_exact(shape, dtype):
     """Lengths that are no whole block, grouped queries, segments inside of blocks."""
-    for name, ours, reference in zip(("out", "dq", "dk", "dv"), *both(SPLASH, *shape, dtype), strict=True):
-        as_numbers = (np.asarray(a, np.float32) for a in (ours, reference))
-        assert_close_to_largest(*as_numbers, 2e-6 if dtype == "float32" else 2e-2, name)
+    check(shape, dtype)
+
+
+def test_splash_with_a_window_and_sinks():
+    check((1, 120, 2, 1, 64), "float32", sinks=[-30.0, 1.5], reach=20)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("reach", [1, 100, 385, 1150])
+@pytest.mark.parametrize("window", ["fixed", "near", "everywhere"])
+def test_splash_with_windows_and_sinks(window, reach, dtype):
+    """Three blocks of 384: windows of one token, inside of a block, over a border, and over the whole row; sinks that nothing reaches and
+    above all scores; in a program that has one kernel, and in one that has both."""
+    number = {"fixed": None, "near": reach, "everywhere": 2**30}[window]
+    check((1, 1100, 4, 2, 64), dtype, sinks=[-30.0, 0.0, 1.5, 9.0], reach=reach, window=number)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reach", [20, 128])
+def test_splash_with_a_window_or_sinks_alone(reach):
+    check((2, 300, 4, 2, 128), "float32", reach=reach)
+    check((2, 300, 4, 2, 128), "float32", sinks=np.linspace(-2, 3, 4))
+
+
+@pytest.mark.long
+def test_layers_of_gpt_oss_with_and_without_a_window(monkeypatch):
+    """One scan over both, its windows numbers that it carries: what each weight's gradient is by blocks, that of sinks among them."""
+    monkeypatch.setattr(flash, "splash_attention", partial(splash_attention, interpret=True))
+    config = PRESETS["gpt-oss-tiny"].replace(
+        vocab_size=32, hidden_size=32, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=2, head_dim=64
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 140)), jnp.int32)
+
+    def gradients(attention):
+        model = build(config, key=jax.random.key(0), platform="TPU v5 lite", attention=attention, param_dtype=jnp.float32)
+        graph, state = nnx.split(model)
+
+        def loss(state):
+            return jnp.square(nnx.merge(graph, state)(tokens, remat="full")[0].astype(jnp.float32) - 1).mean()
+
+        return jax.tree.map(np.asarray, nnx.to_pure_dict(jax.jit(jax.grad(loss))(state)))
+
+    by_splash, by_blocks = gradients("auto"), gradients("blocks")
+    assert np.abs(by_blocks["layers"]["attention"]["sinks"]).min() > 0
+    for (path, found), expected in zip(jax.tree.leaves_with_path(by_splash), jax.tree.leaves(by_blocks), strict=True):
+        assert_close_to_largest(found, expected, 4e-2, jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("rows", [128, pytest.param(300, marks=pytest.mark.long)])
