@@ -35,7 +35,7 @@ def splash_attention(
         return jnp.pad(x, ((0, 0), (0, whole - t), *[(0, 0)] * (x.ndim - 2))) if whole > t else x
 
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    operands = *(jnp.swapaxes(filled(x), 1, 2) for x in (scaled, k, v)), filled(segment_ids), sinks  # [B, H, T, C]
+    operands: tuple[Any, ...] = *(jnp.swapaxes(filled(x), 1, 2) for x in (scaled, k, v)), filled(segment_ids), sinks  # [B, H, T, C]
     everywhere, near = (partial(_attend, within, interpret) for within in (None, reach))
     if reach is None or reach >= t:
         out = everywhere(*operands)

@@ -22,7 +22,7 @@ def check(slice_: Slice, experiment: Experiment, tool: str = "moejax", devices: 
     if devices is not None:
         raise UserError(f"--devices {devices}: {slice_.name} is a slice of {slice_.count} chips: expected no --devices with it")
     if experiment.model.scan == "kernel":
-        raise UserError(f"model.scan = kernel is a kernel for GPUs, and {slice_.name} is a TPU: expected auto (chunked_associative runs there)")
+        raise UserError(f"model.scan = kernel is for GPUs, and {slice_.name} is a TPU: expected auto (there chunked_associative)")
 
 
 def precision(experiment: Experiment) -> list[str]:

@@ -77,7 +77,7 @@ def test_modes_that_a_config_cannot_have(capsys):
     ("arguments", "message"),
     [(("memory", SPARSE, "--gpu", "v5e-8", "--devices", "4"), "v5e-8 is a slice of 8 chips: expected no --devices"),
      (("memory", SPARSE, "--gpu", "v5e-8", "--placements"), "--placements: no rate of a TPU's link to its host"),
-     (("memory", MAMBA, "--gpu", "v6e-1", "model.scan=kernel"), "kernel is a kernel for GPUs, and v6e-1 is a TPU: expected auto (chunked_"),
+     (("memory", MAMBA, "--gpu", "v6e-1", "model.scan=kernel"), "kernel is for GPUs, and v6e-1 is a TPU: expected auto (there chunked_"),
      (("memory", SPARSE, "--gpu", "v5e-8", "--rows", "9"), "--rows 9: of all 8 devices"),
      (("memory", SPARSE, "--gpu", "v5e-32"), "unknown TPU 'v5e-32'"),
      (("plan", SPARSE, "--gpu", "v5e-8", "data.batch_rows=12"), r"v5e-8 (8 devices) do not divide the step's"),
