@@ -78,7 +78,7 @@ aot-tpu: $(AOT_TPU)/.installed ## compile the published models' steps for TPU sl
 aot: $(AOT)/.installed ## compile every config's step for GPUs that are not there (goes on where it ended; OPTIONS=--every: at many shapes, hours)
 	@$(AOT_ENVIRONMENT) $(BIN)/python benchmarks/aot_grid.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-aot-grid.jsonl) $(OPTIONS)
 
-gpu-acceptance: ## the first 8 minutes on a card, with PYTHON as it is: is it in order, are the numbers right, what do the real steps take
+gpu-acceptance: ## the first 20 minutes on a card, with PYTHON as it is: is it in order, are the numbers right, what do the real steps take, what is fastest
 	@$(PYTHON) benchmarks/gpu_acceptance.py $(OPTIONS)
 
 # For tests: TensorBoard's Profile tab, which one asks for a trace, lm-evaluation-harness, llama.cpp, Weights & Biases (none needs PyTorch).

@@ -18,6 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moejax.errors import UserError
 from moejax.files import replace_text
 
+RANDOM = [
+    "model.source=null", "data.source=null", "data.records=null", "data.bytes=null", "data.sha256=null", "data.batching=fixed",
+    "training.steps=1000000", "training.epochs=null", "checkpoint.every=null",
+]  # fmt: skip
+"""Overrides: weights and tokens are random, one query fills a row."""
+
+
+def of_rows(rows: int, length: int) -> list[str]:
+    """Overrides: a batch of this many rows and tokens of each."""
+    return [f"data.batch_rows={rows}", f"data.row_tokens={length}", f"data.max_length={length}"]
+
 
 def refusing(main: Callable[[], int]) -> Callable[[], int]:
     """`main`, with a mistake of the user's told in one message: exit code 2."""

@@ -4,7 +4,8 @@
     python benchmarks/step.py --config configs/mixtral_8x7b_cs_sparse.yaml --cases 2x32:2 model.preset=mixtral-tiny   # in seconds, on a CPU
     python benchmarks/step.py --config configs/demo.yaml --serve [--random]
 
-A case is ROWSxLENGTH:K, one query a row, k experts a token. `--trace`: one more step of each under jax's profiler, by phase and stage; all
+A case is ROWSxLENGTH:K, one query a row, k experts a token; with its seconds comes a receipt (moejax/estimator/receipts.py). `--tuned`:
+kernels as `moejax tune` measured them here. `--trace`: one more step of each under jax's profiler, by phase and stage; all
 steps are then without CUDA graphs, as traces want it. `--serve` says {"ready": true, …} once the step is compiled, then answers every line
 "step" on stdin with one step's JSON line, always on the first batch, as benchmarks/pytorch/run.py --serve does.
 """
@@ -26,6 +27,7 @@ import kept
 import turns
 from clock import copy_rate, matrix_rate
 from floors import model_flops
+from kept import RANDOM
 
 from moejax import config as configuration
 from moejax import device as machine
@@ -35,15 +37,12 @@ from moejax.data.batching import stack
 from moejax.data.pipeline import load as load_data
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError
+from moejax.estimator import run_receipt
 from moejax.hub.model import architecture, base_folder, create_model
 from moejax.profiling.capture import broken_down
+from moejax.training import prediction
 from moejax.training.program import TrainProgram
-
-RANDOM = [
-    "model.source=null", "data.source=null", "data.records=null", "data.bytes=null", "data.sha256=null", "data.batching=fixed",
-    "training.steps=1000000", "training.epochs=null", "checkpoint.every=null",
-]  # fmt: skip
-"""Overrides: weights and tokens are random, one query fills a row."""
+from moejax.tuner import use
 
 
 class Server:
@@ -51,7 +50,7 @@ class Server:
 
     def __init__(self, experiment: Experiment, *, random: bool = False, traced: bool = False):
         folder = base_folder(experiment)
-        config = architecture(experiment, folder)
+        self.config = config = architecture(experiment, folder)
         tokenizer = (
             load_tokenizer(experiment.tokenizer or str(folder), experiment.added_tokens) if experiment.data.source else None
         )
@@ -88,8 +87,8 @@ def rates(dtype: str) -> dict[str, Any]:
     return {"device": device.device_kind, "platform": device.platform} | reached
 
 
-def run_case(experiment: Experiment, steps: int, trace: bool) -> dict[str, Any]:
-    """Compile, run and time one case; with `trace`, where the time of one more step goes, in seconds."""
+def run_case(experiment: Experiment, steps: int, trace: bool, matrix_rate: float) -> dict[str, Any]:
+    """Compile, run and time one case; with `trace`, where the time of one more step goes, in seconds. matrix_rate: FLOP/s reached here."""
     server = Server(experiment, random=True, traced=trace)
     before = machine.memory_bytes()  # random weights may take more than a step
     taken = [server.step() for _ in range(steps + 2)][2:]
@@ -97,6 +96,13 @@ def run_case(experiment: Experiment, steps: int, trace: bool) -> dict[str, Any]:
     peak, source = machine.peak_flops(experiment.training.compute_dtype)
     result["peak_flops"] = {"value": peak, "source": source}
     result["model_flop_utilization"] = model_flops(experiment) / result["median"] / peak
+    result["useful_share"] = model_flops(experiment) / result["median"] / matrix_rate
+    measured = result.get("device_peak_bytes")
+    result["receipt"] = run_receipt.of_step(
+        experiment.with_defaults(server.config), server.config, prediction.engagement(experiment, server.config, server.batch.tokens.size),
+        machine.name(), seconds=result["median"], real_tokens=taken[-1]["real_tokens"], steps=steps,
+        peak_bytes=None if measured == before.get("device_peak_bytes") else measured, compiler_peak_bytes=server.program.peak_bytes,
+    )  # fmt: skip
     if trace:
         batch = jax.device_put(server.batch)
         b = broken_down(1, lambda _: jax.block_until_ready((server.program.step(batch), server.program.state)))
@@ -113,10 +119,12 @@ def run_cases(options: argparse.Namespace) -> int:
         shape, k = case.split(":")
         rows, length = (int(n) for n in shape.split("x"))
         row: dict[str, Any] = {"rows": rows, "row_tokens": length, "experts_per_token": int(k)}
-        sizes = [f"data.batch_rows={rows}", f"data.row_tokens={length}", f"data.max_length={length}", f"model.experts_per_token={k}"]
+        sizes = [*kept.of_rows(rows, length), f"model.experts_per_token={k}"]
         try:
             experiment = configuration.load(options.config, [*RANDOM, *sizes, *options.overrides])
-            row |= run_case(experiment, options.steps, options.trace)
+            if options.tuned:
+                row["tuned"] = [f"{site['operation']} {site['winner']}" for site in use.adopt_stored()]
+            row |= run_case(experiment, options.steps, options.trace, report["matrix_rate_flops"])
         except (UserError, jax.errors.JaxRuntimeError) as error:  # out of memory in one cell: the others go on
             row["error"] = str(error)[:300]
         report["cases"].append(row)
@@ -158,6 +166,7 @@ def main() -> int:
     parser.add_argument("--random", action="store_true", help="with --serve: weights made on the device, of the preset's sizes")
     parser.add_argument("--steps", type=int, default=5, help="with --cases: timed steps of each")
     parser.add_argument("--trace", action="store_true", help="with --cases: one more step, under the profiler")
+    parser.add_argument("--tuned", action="store_true", help="with --cases: kernels as `moejax tune` chose here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_intermixed_args()

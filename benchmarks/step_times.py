@@ -36,7 +36,7 @@ import kept
 import torch_run
 import turns
 from floors import model_flops
-from step import RANDOM
+from kept import RANDOM
 from turns import Side, Stopped
 
 from moejax import config as configuration

@@ -17,7 +17,7 @@ from typing import Any
 FILE = Path(__file__).with_name("choice.json")
 SHAPES: dict[str, tuple[str, ...]] = {
     "grouped": ("rows_per_expert", "hidden", "intermediate", "quantized"), "scan": ("rows", "length", "channels"),
-    "attention": ("length", "head_dim"), "look_up": (), "graphs": (),
+    "attention": ("length", "head_dim"), "look_up": (), "graphs": (), "remat": ("digest",),
 }  # fmt: skip
 """Operation -> the names of what an entry was measured for."""
 MANY_EXPERTS = 32

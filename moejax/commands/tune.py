@@ -26,8 +26,6 @@ def run(options: argparse.Namespace) -> int:
     from moejax.tuner import store, use
 
     device = store.device_asked()
-    if device.startswith("TPU"):
-        raise UserError(f"moejax tune on a {device}: there are candidates for GPUs and CPUs only; on a TPU the program's own rules choose")
     if options.plan:
         experiment, sizes = use.sizes(experiment)
         known = [] if options.again else use.known_of(store.place(device), store.about(device))

@@ -18,7 +18,7 @@ import numpy as np
 
 from moejax import __version__, gpus, installation
 from moejax.errors import UserError
-from moejax.estimator import comparison, margin, own, receipts
+from moejax.estimator import comparison, fitting, margin, own, receipts
 from moejax.estimator.receipts import RECEIPT as RECEIPT
 from moejax.estimator.receipts import Receipt
 from moejax.files import replace_text
@@ -72,17 +72,45 @@ def write(folder: Path, document: comparison.Document) -> Path | None:
     predicted = {"step_seconds": seconds["predicted"], "peak_gb_allocator": memory["predicted_bytes"] / 1e9}
     if told.get("program"):
         predicted["program_seconds"] = told["program"]["seconds"] * computed / told["program"]["tokens"]
-    receipt = {
-        "id": folder.name, "model": told["model"], "tool": f"moejax {kept['versions']['moejax']}", "tool_name": "moejax",
-        "tool_version": kept["versions"]["moejax"], "gpu": told["gpu"] if told["gpu"] in gpus.GPUS else None, **kept,
-        "row_tokens_mean": real / (kept["micro_batch"] * kept["accumulation"]), "step_seconds": seconds["measured"],
-        "tokens_per_second": real / seconds["measured"], "peak_gb_allocator": memory["measured_bytes"] / 1e9 if on_card else None,
-        "source": "this run's metrics.jsonl", "note": f"{len(steps)} steps on {told['gpu']}", "day": datetime.date.today().isoformat(),
-        "predicted": predicted,
-    }  # fmt: skip
+    receipt = _measured(
+        folder.name, told["model"], told["gpu"], kept, real=real, seconds=seconds["measured"],
+        peak_bytes=memory["measured_bytes"] if on_card else None, source="this run's metrics.jsonl",
+        note=f"{len(steps)} steps on {told['gpu']}", predicted=predicted,
+    )  # fmt: skip
     path = folder / RECEIPT
     replace_text(path, json.dumps(receipt, indent=1) + "\n")
     return path
+
+
+def of_step(
+    experiment: Experiment, config: Architecture, engagement: dict[str, Any], device: str, *, seconds: float, real_tokens: int, steps: int,
+    peak_bytes: int | None, compiler_peak_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Of steps that were timed without a run. device: as jax names it; seconds: of a step; peak_bytes: the allocator's, None where another
+    peak hides it."""
+    kept, gpu = recipe(experiment, config, engagement), gpus.gpu_name(device)
+    model = fitting.model_name(experiment.model.source or str(experiment.model.preset))
+    told = program(experiment, config, gpu, kept["micro_batch"] * kept["accumulation"] * experiment.data.longest_row, ())
+    predicted = {"peak_gb_allocator": compiler_peak_bytes / 1e9} | ({"program_seconds": told["seconds"]} if told else {})
+    name = f"{model}-{kept['accumulation']}x{kept['micro_batch']}x{experiment.data.longest_row}-{gpu}"
+    return _measured(
+        name, model, gpu, kept, real=real_tokens, seconds=seconds, peak_bytes=peak_bytes, source="benchmarks/step.py",
+        note=f"{steps} steps on {device}, random weights and tokens", predicted=predicted,
+    )  # fmt: skip
+
+
+def _measured(
+    name: str, model: str, gpu: str, kept: dict[str, Any], *, real: float, seconds: float, peak_bytes: float | None, source: str, note: str,
+    predicted: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """kept: `recipe`; real: tokens of a step without padding."""
+    version = kept["versions"]["moejax"]
+    return {
+        "id": name, "model": model, "tool": f"moejax {version}", "tool_name": "moejax", "tool_version": version,
+        "gpu": gpu if gpu in gpus.GPUS else None, **kept, "row_tokens_mean": real / (kept["micro_batch"] * kept["accumulation"]),
+        "step_seconds": seconds, "tokens_per_second": real / seconds, "peak_gb_allocator": None if peak_bytes is None else peak_bytes / 1e9,
+        "source": source, "note": note, "day": datetime.date.today().isoformat(), "predicted": predicted,
+    }  # fmt: skip
 
 
 def before(experiment: Experiment) -> list[Receipt]:

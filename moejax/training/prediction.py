@@ -44,7 +44,7 @@ def announce(
     document = {
         "compiler_peak_bytes": peak_bytes, "gpu": gpu, "model": model, "method": experiment.method, "share": share, "time": time,
         "why_no_time": why, "disturbed_steps": disturbed,
-        "recipe": run_receipt.recipe(experiment, config, _engagement(experiment, config, tokens)),
+        "recipe": run_receipt.recipe(experiment, config, engagement(experiment, config, tokens)),
         "program": None if experiment.preference else run_receipt.program(experiment, config, gpu, tokens, run_receipt.before(experiment)),
     }  # fmt: skip
     comparison.write_json(path, document)
@@ -79,13 +79,14 @@ def _disturbed(experiment: Experiment, folder: Path, step: int) -> list[int]:
     return sorted({*known, *traced, step, step - 1} - {0})
 
 
-def _engagement(experiment: Experiment, config: Architecture, tokens: int) -> dict[str, Any]:
+def engagement(experiment: Experiment, config: Architecture, tokens: int) -> dict[str, Any]:
     """Which kernels a step runs, as far as it is known at its start."""
     chosen = experts.plan(experiment, config, tokens // experiment.training.gradient_accumulation)
-    attention = " ".join(experts.announce_attention(experiment, config, here()))
+    attention, scan = (" ".join(told(experiment, config, here())) for told in (experts.announce_attention, experts.announce_scan))
     return {
         "experts": "dense" if chosen is None else chosen.backend, "tile": None if chosen is None else chosen.tile,
-        "attention": attention.removeprefix("attention: ") or None, "remat": experiment.training.remat,
+        "attention": attention.removeprefix("attention: ") or None, "scan": scan.removeprefix("selective scan: ") or None,
+        "remat": experiment.training.remat,
         "accumulation": experiment.training.accumulation,
     }  # fmt: skip
 

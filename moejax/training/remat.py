@@ -14,9 +14,10 @@ from moejax.config import Experiment, load
 from moejax.estimator import run_receipt
 from moejax.models.config import Architecture
 from moejax.models.layers import REMAT_POLICIES
-from moejax.models.ops import host
+from moejax.models.ops import choice, host
 from moejax.progress import say, waiting
 from moejax.training import oracle
+from moejax.tuner import remat as tuned
 
 HOPELESS = 1.2
 """What the closed form puts at more than this share of the memory is not compiled."""
@@ -57,11 +58,13 @@ def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experim
 def choose(experiment: Experiment, config: Architecture, limit: int) -> tuple[str, list[str]]:
     """(policy, what each one tried takes) within `limit` bytes. The last one is taken unseen: if it does not fit either, the check of the
     compiled step says so. Figures that were compiled before, by the same versions for the same device, come from the cache on disk."""
-    told = []
+    told: list[str] = []
     rows, row_tokens = experiment.data.batch_rows, experiment.data.longest_row
     here = device.this_machine(experiment.device.memory_fraction)
     most = within(experiment, limit)
-    *others, last = policies()
+    fastest = tuned.measured(experiment, config, choice.here())
+    *others, last = tuned.not_slower(policies(), fastest)
+    told += [] if fastest is None else [f"{fastest} was fastest when measured here"]
     for policy in others:
         asked = oracle.Oracle(experiment.changed("training", remat=policy), config, here, row_tokens, None)
         estimated = asked.breakdown(rows).total if policy == "none" else 0

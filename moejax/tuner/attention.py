@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from moejax.config import Experiment
@@ -37,7 +38,7 @@ def build(device: str, shape: dict[str, Any], entry: dict[str, Any]) -> Any:
 
     from moejax.models.ops.attention import segment_attention
 
-    attend: Any = {"blocks": segment_attention, "flash": flash.flash_attention}[entry["form"]]
+    attend: Any = {"blocks": segment_attention, "flash": partial(flash.attention, device)}[entry["form"]]
 
     def run(q: Any, k: Any, v: Any, dout: Any, segment_ids: Any) -> Any:
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v)

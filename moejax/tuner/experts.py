@@ -14,8 +14,8 @@ from moejax.tuner.drawn import Drawn
 from moejax.tuner.registry import Candidate, Case
 from moejax.tuner.shapes import tokens_of
 
-TILES = {"cpu": (32, 64, 128, 256), "gpu": (256, 512, 1024, 2048, 4096)}
-SMALL = {"cpu": (32, 64), "gpu": (64, 128, 256)}
+TILES = {"cpu": (32, 64, 128, 256), "gpu": (256, 512, 1024, 2048, 4096), "tpu": (1024, 4096)}
+SMALL = {"cpu": (32, 64), "gpu": (64, 128, 256), "tpu": (128,)}
 SKEW = (0.375, 0.15, 0.125, 0.1, 0.1, 0.075, 0.05, 0.025)
 """Shares of experts in the study's Figure 11: one in eight has three times its share."""
 
@@ -36,8 +36,8 @@ def shapes(experiment: Experiment, config: Architecture) -> list[dict[str, Any]]
 
 
 def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
-    """The loop with the tiles that run without a measurement, the loop with others, and `capacity`."""
-    platform = "cpu" if device == "cpu" else "gpu"
+    """The loop with the tiles that run without a measurement, the loop with others, and `capacity`; on a TPU `ragged` too."""
+    platform = "cpu" if device == "cpu" else "tpu" if choice.is_tpu(device) else "gpu"
     rows = shape["rows_per_expert"]
     _, tile, small, _ = choice.grouped(
         device, shape["tokens"], shape["experts"], shape["k"], hidden=shape["hidden"], intermediate=shape["intermediate"],
@@ -48,7 +48,8 @@ def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
     found = [
         Candidate(f"loop {t}/{s}", {"backend": "loop", "tile": t, "small_tile": s}, best=number < 3) for number, (t, s) in enumerate(loops)
     ]
-    return [*found, Candidate("capacity", {"backend": "capacity", "tile": tile, "small_tile": small})]
+    others = [name for name in ("capacity", "ragged") if name == "capacity" or platform == "tpu"]
+    return [*found, *(Candidate(name, {"backend": name, "tile": tile, "small_tile": small}) for name in others)]
 
 
 def plan_of(device: str, shape: dict[str, Any], entry: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ An operation's module has
     candidates(device, shape) -> Candidates, the portable path first
     build(device, shape, entry) -> a function of a case's operands to values and gradients, as `choice` with this entry would run it
     cases(shape) -> Cases: hostile operands, and those that are timed
+    EXACT, NORM: results agree to the bit; or each as a whole, in place of its numbers one by one
 and is imported where it is used: only a child process computes.
 """
 
@@ -20,6 +21,7 @@ OPERATIONS = {
     "attention": "moejax.tuner.attention",
     "look_up": "moejax.tuner.look_up",
     "graphs": "moejax.tuner.graphs",
+    "remat": "moejax.tuner.remat",
 }
 """Operation, as `moejax.models.ops.choice` calls it -> its module."""
 MARGIN, UNSTABLE_MARGIN = 1.05, 1.10

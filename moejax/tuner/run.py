@@ -77,7 +77,7 @@ def result_of(one: dict[str, Any]) -> str:
 
 
 def told(shape: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in shape.items())
+    return ", ".join(f"{name} {value}" for name, value in shape.items() if not isinstance(value, dict))
 
 
 def plan_table(asked: list[Asked]) -> Table:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moejax import compiler_options, installation
+from moejax import compiler_options, installation, libtpu
 from moejax.device import cpu_name
 from moejax.files import cache_folder, replace_text
 from moejax.tuner import trials
@@ -34,8 +34,8 @@ def about(device: str) -> dict[str, Any]:
 
 
 def device_asked() -> str:
-    """`choice.here`, without taking a GPU's memory where there may be one."""
-    if compiler_options.nvidia_asked():
+    """`choice.here`, without taking a GPU's memory, or a TPU, where there may be one."""
+    if compiler_options.nvidia_asked() or libtpu.here() is not None:
         return trials.device()
     from moejax.models.ops import choice
 

@@ -46,8 +46,10 @@ def settled(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in leaves(tree)]
 
 
-def compare(name: str, found: list[np.ndarray], again: list[np.ndarray], expected: list[np.ndarray], limit: float) -> float:
-    """The largest difference. Raises Wrong."""
+def compare(
+    name: str, found: list[np.ndarray], again: list[np.ndarray], expected: list[np.ndarray], limit: float, *, norm: bool = False
+) -> float:  # fmt: skip
+    """The largest difference, over the result's largest number; norm: the root of the sum of squares, over the result's. Raises Wrong."""
     worst = 0.0
     for number, (one, two, right) in enumerate(zip(found, again, expected, strict=True)):
         where = f"{name}: result {number + 1} of {len(expected)}"
@@ -59,10 +61,11 @@ def compare(name: str, found: list[np.ndarray], again: list[np.ndarray], expecte
             raise Wrong(f"{where} has {int(bad.sum())} numbers that are not finite")
         if not np.array_equal(a, b, equal_nan=True):
             raise Wrong(f"{where} has other bits when it is computed again")
-        whole = float(np.max(np.abs(e), initial=0.0, where=np.isfinite(e)))
-        apart = float(np.max(np.abs(a - e), initial=0.0, where=np.isfinite(e))) / (whole or 1.0)
+        real = np.isfinite(e)
+        apart, whole = (float(np.linalg.norm(x[real]) if norm else np.max(np.abs(x), initial=0.0, where=real)) for x in (a - e, e))
+        apart /= whole or 1.0
         if apart > limit:
-            raise Wrong(f"{where} differs by {apart:.2g} of its largest, allowed is {limit:g}")
+            raise Wrong(f"{where} differs by {apart:.2g} of its {'norm' if norm else 'largest'}, allowed is {limit:g}")
         worst = max(worst, apart)
     return worst
 
@@ -100,6 +103,7 @@ def limit_of(device: str, dtype: str, exact: bool) -> float:
 def measured(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The result of a request (see `trials.request`)."""
     module, device, shape = importlib.import_module(request["module"]), request["device"], request["shape"]
+    norm = getattr(module, "NORM", False)
     limit = limit_of(device, shape.get("dtype", "float32"), getattr(module, "EXACT", False))
     built_by, _, function = request["built_by"].partition(":")
     tell("building the portable path")
@@ -116,7 +120,7 @@ def measured(request: dict[str, Any], tell: Callable[[str], None]) -> dict[str, 
         tell(case.name)
         poison(right)
         found = settled(candidate(*case.operands))
-        worst = max(worst, compare(case.name, found, settled(candidate(*case.operands)), expected, limit))
+        worst = max(worst, compare(case.name, found, settled(candidate(*case.operands)), expected, limit, norm=norm))
         if case.timed:
             timed.append(case)
     for case in timed:

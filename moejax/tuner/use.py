@@ -67,12 +67,8 @@ def known_of(path: Path, made_on: dict[str, Any]) -> list[dict[str, Any]]:
         return []
 
 
-def for_run(experiment: Experiment, folder: Path, *, resume: bool) -> None:
-    """Adopt what is stored for this machine, or, in a run that goes on, what it began with. The run's folder remembers it."""
-    device = choice.here()
-    made_on, own = store.about(device), folder / store.IN_RUN
-    off = experiment.device.tune == "off" or processes.count() > 1
-    sites = [] if off else known_of(own if resume else store.place(device), made_on)
+def adopt(device: str, sites: list[dict[str, Any]]) -> None:
+    """From here on this process's programs are made so."""
     entries: dict[str, list[dict[str, Any]]] = {}
     for site in sites:
         shape = {name: site["shape"][name] for name in choice.SHAPES[site["operation"]]}
@@ -80,6 +76,23 @@ def for_run(experiment: Experiment, folder: Path, *, resume: bool) -> None:
     choice.adopt(device, entries)
     if any(entry["loops"] == "host" for entry in entries.get("graphs", ())):
         os.environ[compiler_options.VARIABLE] = "0"
+
+
+def adopt_stored() -> list[dict[str, Any]]:
+    """What is stored for this machine, outside of a run."""
+    device = choice.here()
+    sites = known_of(store.place(device), store.about(device))
+    adopt(device, sites)
+    return sites
+
+
+def for_run(experiment: Experiment, folder: Path, *, resume: bool) -> None:
+    """Adopt what is stored for this machine, or, in a run that goes on, what it began with. The run's folder remembers it."""
+    device = choice.here()
+    made_on, own = store.about(device), folder / store.IN_RUN
+    off = experiment.device.tune == "off" or processes.count() > 1
+    sites = [] if off else known_of(own if resume else store.place(device), made_on)
+    adopt(device, sites)
     if sites:
         winners = [f"{site['operation']} {site['winner']}" for site in sites]
         say(f"tuned on this machine ({own.name}): {', '.join(winners)}")

@@ -6,8 +6,12 @@ import sys
 import pytest
 from support import ROOT
 
+from moejax import config
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bars
 import gpu_acceptance
+import kept
 
 WRITES = "import json, pathlib, sys; pathlib.Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps({'checks': []}))"
 
@@ -21,7 +25,9 @@ def called(monkeypatch, tmp_path):
     def call(**steps):
         for name, code in steps.items():
             (tmp_path / f"{name}.py").write_text(code)
-        monkeypatch.setattr(gpu_acceptance, "steps", lambda tiny: {n: ([str(tmp_path / f"{n}.py")], 60) for n in steps})
+        monkeypatch.setattr(gpu_acceptance, "steps", lambda tiny: {
+            n: gpu_acceptance.Step([str(tmp_path / f"{n}.py")], 60, 1 + n.startswith("later")) for n in steps
+        })  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--out", str(out)])
         code = gpu_acceptance.main()
         return code, json.loads(out.read_text())
@@ -64,6 +70,58 @@ def test_what_is_missing_is_named_with_its_wheels(monkeypatch, capsys):
 
 
 def test_every_step_is_a_command_that_exists():
-    for arguments, seconds in gpu_acceptance.steps(tiny=False).values():
-        assert (ROOT / arguments[0]).is_file() and seconds <= 240
-    assert next(iter(gpu_acceptance.steps(tiny=True))) == "doctor" and not gpu_acceptance.missing()
+    for tiny in (False, True):
+        for arguments, seconds, part in gpu_acceptance.steps(tiny).values():
+            assert (ROOT / arguments[0]).is_file() and seconds <= 300 and part in (1, 2)
+    parts = [step.part for step in gpu_acceptance.steps(False).values()]
+    assert next(iter(gpu_acceptance.steps(tiny=True))) == "doctor" and not gpu_acceptance.missing() and parts == sorted(parts)
+
+
+def test_the_second_part_has_its_own_minutes(called, monkeypatch, capsys):
+    limits = []
+    monkeypatch.setattr(gpu_acceptance, "run", lambda arguments, seconds, why: limits.append(seconds) or {"exit": 0, "seconds": 1})
+    monkeypatch.setattr(gpu_acceptance, "LEAST_SECONDS", 0)
+    called(first=WRITES, later=WRITES)
+    assert limits == [60, 60]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--more-minutes", "0"])
+    assert gpu_acceptance.main() == 0 and "later" not in capsys.readouterr().out
+
+
+CASE = {"median": 0.25, "compile_seconds": 40.0, "useful_share": 0.4, "device_peak_bytes": 30e9}
+
+
+def test_every_bar_is_of_a_program_that_loads_and_a_step_that_is_run():
+    for program in bars.PROGRAMS.values():
+        rows, length = map(int, program["shape"].split("x"))
+        config.load(ROOT / "configs" / f"{program['config']}.yaml", [*kept.of_rows(rows, length), *program["overrides"]])
+    for bar in bars.BARS:
+        assert ("least" in bar) != ("most" in bar) and ("result" in bar or {bar["program"]} <= set(bars.PROGRAMS))
+        assert bar.get("measured", {"step": "doctor"})["step"] in gpu_acceptance.steps(tiny=False)
+
+
+def test_the_table_of_bars_has_what_was_reached():
+    """A card has the last word; what nobody compiled or ran is unknown."""
+    compiled = {"mixtral 1x128": {"derived_ms": 190.0}, "mixtral 8x512": {"useful_share": 0.3}}
+    found = {line.what: line for line in bars.lines(compiled, {})}
+    assert found["mixtral 1x128 (H100): ms, derived"].met == "met" and found["mixtral 8x512 (H100): useful share"].met == "MISSED"
+    assert found["mixtral 8x512 (H100): kernels"].met == "unknown"
+    report = {"steps": {name: {"report": {"cases": [CASE]}} for name in ("mixtral 1x128", "mixtral 8x512")}}
+    measured = {line.what: line for line in bars.lines(compiled, report)}
+    assert measured["mixtral 1x128 (H100): ms, derived"][2:] == (190.0, 250.0, "MISSED")
+    assert measured["mixtral 8x512 (H100): useful share"].met == "met"
+    assert "| at most 200 | 190 | 250 | MISSED |" in bars.table(list(measured.values()))
+    assert bars.measured_of({"steps": {"x": {"report": {"cases": [{"error": "out of memory"}]}}}}, "x", "ms") is None
+
+
+def test_receipts_are_of_timed_steps_once_each():
+    """Not of a traced step, and not twice of one program."""
+    one = {"id": "a", "engagement": {"experts": "loop"}}
+    other = one | {"engagement": {"experts": "capacity"}}
+    report = {"steps": {
+        "doctor": {"report": {}}, "a": {"report": {"cases": [{"receipt": one}, {"error": "x"}]}},
+        "b": {"report": {"cases": [{"receipt": other}]}},
+        "again": {"report": {"cases": [{"receipt": one}]}}, "traced": {"report": {"cases": [{"receipt": one, "trace": {}}]}},
+        "torch": {"report": {"cases": {"Mixtral": {}}}}, "stopped": {"exit": -1},
+    }}  # fmt: skip
+    assert [receipt["id"] for receipt in gpu_acceptance.receipts_of(report)] == ["a-1", "a-2"]

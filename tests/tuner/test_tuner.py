@@ -9,9 +9,11 @@ import pytest
 from support import ROOT
 
 from moejax import cli, config
+from moejax.models.config import PRESETS
 from moejax.models.ops import choice, flash
 from moejax.models.ops.grouped import matmul
-from moejax.tuner import attention, experts, look_up, registry, run, scan, store, trial, trials, use
+from moejax.training import remat as training_remat
+from moejax.tuner import attention, experts, look_up, registry, remat, run, scan, store, trial, trials, use
 
 HERE = Path(__file__).parent
 ON = {"device": "cpu", "card": "a CPU", "driver": "", "versions": {"jax": "0.10.2", "moejax": "1"}}
@@ -88,6 +90,11 @@ def test_zeros_are_compared_too():
     assert trial.compare("case", zeros, zeros, zeros, 1e-5) == 0
     with pytest.raises(trial.Wrong):
         trial.compare("case", some, some, zeros, 1e-5)
+    flat, bump = [np.ones(10_000, np.float32)], [np.ones(10_000, np.float32)]
+    bump[0][3] = 1.5
+    assert trial.compare("case", bump, bump, flat, 1e-2, norm=True) == pytest.approx(5e-3)
+    with pytest.raises(trial.Wrong, match="of its norm"):
+        trial.compare("case", bump, bump, flat, 1e-3, norm=True)
     with pytest.raises(trial.Wrong, match="shape"):
         trial.compare("case", [np.zeros(2)], [np.zeros(2)], zeros, 1e-5)
 
@@ -102,6 +109,61 @@ def test_the_shapes_are_the_runs():
     assert not attention.shapes(tiny(**{"model.attention": "blocks"}), sizes)
     mamba = use.sizes(config.load(ROOT / "configs/bench_blackmamba_tiny.yaml"))
     assert scan.shapes(*mamba) and not attention.shapes(*mamba) and not look_up.shapes(*mamba)
+
+
+def test_a_tpus_candidates_are_its_own():
+    """`ragged` and splash; the scan's kernel and CUDA graphs are a GPU's."""
+    experiment, sizes = use.sizes(tiny(**{"training.compute_dtype": "bfloat16"}))
+    asked = {one.operation: one for one in run.plan(experiment, sizes, "TPU v5 lite", [], full=True)}
+    names = [one.name for one in asked["grouped"].candidates]
+    assert names[0].startswith("loop ") and names[-2:] == ["capacity", "ragged"] and "graphs" not in asked
+    [flash_there] = [one for one in asked["attention"].candidates if one.name == "flash"]
+    assert flash_there.why_not is None
+    mamba = use.sizes(config.load(ROOT / "configs/bench_blackmamba_tiny.yaml"))
+    [kernel] = [one for one in run.plan(*mamba, "TPU v5 lite", [], full=True)[-1].candidates if one.name == "kernel 16"]
+    assert "for GPUs" in kernel.why_not
+
+
+def remat_shape(**changes):
+    experiment, sizes = use.sizes(tiny(**{"training.remat": "auto", "model.preset": "mixtral-tiny", "model.overrides": "{}", **changes}))
+    [shape] = remat.shapes(experiment, sizes)
+    return experiment, sizes, shape
+
+
+def test_remat_is_measured_by_the_first_layers_of_the_runs_model():
+    experiment, sizes, shape = remat_shape()
+    assert remat.whole(shape)[1] == sizes and remat.sliced(shape)[1].blocks == 2
+    assert not remat.shapes(experiment.changed("training", remat="full"), sizes)
+    assert json.loads(json.dumps(shape)) == shape and "recipe" not in run.told(shape)
+    assert [one.name for one in remat.candidates("cpu", shape)] == ["full", "none", "dots"]
+    large = config.load(ROOT / "configs/mixtral_8x7b_cs_sparse.yaml", ["training.remat=auto", "data.batch_rows=64"])
+    [of_large] = remat.shapes(large, PRESETS["mixtral-8x7b"])
+    _, none, dots = remat.candidates("NVIDIA H100 80GB HBM3", of_large)
+    assert "GB, by arithmetic" in none.why_not and dots.why_not is None
+
+
+def test_auto_tries_no_policy_that_is_slower_and_takes_more(monkeypatch):
+    """Only for the very model, recipe and shape that was measured."""
+    experiment, sizes, shape = remat_shape()
+    choice.adopt("cpu", {"remat": [{"digest": shape["digest"], "policy": "dots"}]})
+    assert remat.measured(experiment, sizes, "cpu") == "dots"
+    assert remat.measured(experiment.changed("data", batch_rows=11), sizes, "cpu") is None
+    policies = ("none", "dots", "full", "offload")
+    assert remat.not_slower(policies, "dots") == ("dots", "full", "offload") and remat.not_slower(policies, None) == policies
+    monkeypatch.setattr(training_remat.oracle.Oracle, "peak_bytes", lambda self, rows: 50)
+    chosen, told = training_remat.choose(experiment, sizes, 100)
+    assert chosen == "dots" and told == ["dots was fastest when measured here", "dots: 0.0"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["mixtral-tiny", "blackmamba-tiny"])
+def test_remat_policies_are_exact(preset):
+    name = f"bench_{preset.replace('-', '_')}"
+    small = ["data.batch_rows=2", "data.row_tokens=64", "data.max_length=64", "training.remat=auto", "training.compute_dtype=float32"]
+    [shape] = remat.shapes(*use.sizes(config.load(ROOT / f"configs/{name}.yaml", small)))
+    full, *others = registry.candidates("remat", "cpu", shape)
+    for one in others:
+        assert trial.measured(trials.request("remat", "cpu", shape, full, one), lambda stage: None)["status"] == "measured"
 
 
 def test_quick_tries_fewer_and_what_is_known_is_not_tried_again():
