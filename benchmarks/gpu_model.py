@@ -53,6 +53,8 @@ IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
 FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
 """FLOP/s of kernels of Pallas, which nobody has timed here."""
+DECODE = 2.0e12
+"""4-bit weights/s of the kernels of `decode` on Hopper: 8.2 instructions each, 2.4 a clock and multiprocessor. Nobody has timed it."""
 SHEET = 989e12, 4.8e12
 """The data sheet's figures of the same card: another card's constants are in proportion to its own."""
 _THUNK = re.compile(r"^(\s*)(\d{3,}): (k\w+)\s")
@@ -154,13 +156,16 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
             if i.opcode in CONTAINERS or not (kernels or program.bytes_of(i)):
                 continue
             flops, moved, product = program.flops_of(i), program.bytes_of(i), program.is_product(i)
-            rate = rates.products * EFFICIENCY if product else rates.others
+            rate, least = rates.products * EFFICIENCY if product else rates.others, 0.0
             if (kernel := _kernel(i)) is not None:
                 flops, rate = kernel.work(i), kernel.rate * getattr(rates, kernel.follows) / getattr(Rates(), kernel.follows)
+            if (decoded := _decoded(i, program.operands(i))) is not None:
+                flops, moved, weights = decoded
+                rate, least = rates.products * EFFICIENCY, weights / DECODE * OTHERS / rates.others
             if computation in tiles and program.copies(i, matrix, BF16):
                 found.copies += count
             extra = IN_GRAPH if i.name in host.buffered else OUTSIDE
-            seconds = count * (max(flops / rate, moved / rates.bandwidth) + kernels * extra)
+            seconds = count * (max(flops / rate, moved / rates.bandwidth, least) + kernels * extra)
             found.flops += count * flops
             found.bytes += count * moved
             found.kernels += count * kernels
@@ -225,6 +230,27 @@ def _kernel(i: Any) -> Kernel | None:
         return None
     name = f"{i.metadata.op_name} {i.name}"
     return next((kernel for word, kernel in KERNELS.items() if word in name), None)
+
+
+def _decoded(i: Any, operands: list[Any]) -> tuple[float, float, float] | None:
+    """Of a kernel of the backend `decode`: FLOPs, bytes, and how many weights it decodes: once for each tile of rows of an expert. Of the
+    stack of layers it reads one. None of anything else."""
+    from moejax.models.ops.grouped import kernels
+    from moejax.profiling.program import elements, size
+
+    name = re.search(r"decode_(forward|backward|gradient)", f"{i.metadata.op_name} {i.name}")
+    if i.opcode != "custom-call" or name is None:
+        return None
+    shapes, result = [o.shape for o in operands], i.shape.tuple_shapes[0] if i.shape.tuple_shapes else i.shape
+    (rows, columns), experts = shapes[1 if name[1] == "gradient" else 2].dimensions, shapes[0].dimensions[0] - 1
+    if name[1] == "gradient":
+        return 2 * rows * elements(result) / experts, size(result) + sum(map(size, shapes)), 0.0
+    read = [size(s) / (s.dimensions[0] if len(s.dimensions) > 2 else 1) for s in shapes]
+    stack = shapes[3]
+    weights = 2 * elements(stack) / stack.dimensions[0] if len(shapes) > 4 else 0.0
+    tiles = max(1.0, rows / experts / kernels.rows_of_tile(rows, experts, "bfloat16"))
+    flops = 2.0 * elements(result) / result.dimensions[0] * columns
+    return flops, size(result) + sum(read), weights * tiles
 
 
 def compiled(experiment: Any, gpu: str, rows: int, length: int, even: bool = False) -> tuple[dict[str, Any], Step, Any]:

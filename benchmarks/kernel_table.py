@@ -2,8 +2,9 @@
 
     python benchmarks/kernel_table.py [--gpus A100-80,A40,L4,H100,RTX-5090] [--out FILE]
 
-Each kernel is compiled by XLA for the card, at BlackMamba-2.8B's sizes in bf16, and its PTX by ptxas for the card's own chip. A kernel that
-spills ends the command with exit code 1. warps: that fit on a multiprocessor by their registers. A new kernel is a line in `KERNELS`.
+Each kernel is compiled by XLA for the card, at the sizes of BlackMamba-2.8B and Mixtral-8x7B in bf16, and its PTX by ptxas for the card's
+own chip. A kernel that spills ends the command with exit code 1. warps: that fit on a multiprocessor by their registers. A new kernel is a
+line in `KERNELS`.
 
 Needs the extra: pip install -e '.[aot]'; JAX_PLATFORMS=cpu is set here.
 """
@@ -58,7 +59,28 @@ def selective_scan() -> tuple[Callable[..., Any], list[Any]]:
     return both, [starts, *(jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds, strict=True))]
 
 
-KERNELS = {"scan": selective_scan}
+def decode() -> tuple[Callable[..., Any], list[Any]]:
+    """Products by a layer's w1 of Mixtral-8x7B in NF4, forward and backward, of the rows of 128 tokens; and the sum over them."""
+    import jax
+    import jax.numpy as jnp
+
+    from moejax.models.ops import quantized
+    from moejax.models.ops.grouped import decode
+    from moejax.models.ops.linear import OfLayer
+
+    experts, out, inner, rows = 8, 14336, 4096, 256
+
+    def all_three(weight: Any, layer: Any, sizes: Any, x: Any, dy: Any) -> Any:
+        products = decode.Products.of(sizes)
+        w = decode.stack(OfLayer(weight, layer), x.dtype)
+        return products.forward(x, w), products.backward(dy, w), products.gradient(dy, x)
+
+    arrays = [((), jnp.int32), ((experts,), jnp.int32), ((rows, inner), jnp.bfloat16), ((rows, out), jnp.bfloat16)]
+    weight = quantized.abstract("nf4-double", (2, experts, out, inner))
+    return all_three, [weight, *(jax.ShapeDtypeStruct(shape, kind) for shape, kind in arrays)]
+
+
+KERNELS = {"scan": selective_scan, "decode": decode}
 """How the names of its kernels begin -> a program that has them, and its arguments."""
 
 
@@ -82,7 +104,7 @@ def compiled_for(gpu: str, name: str, function: Callable[..., Any], arguments: l
     assert card.compiler is not None  # `devices` refuses such a card
     capability = card.compiler.compute_capability
     chip = f"sm_{capability.replace('.', '')}{'a' if capability in ('9.0', '10.0') else ''}"
-    given = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
     with tempfile.TemporaryDirectory() as folder:
         jax.jit(function).lower(*given).compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         ours = [path for path in sorted(Path(folder).glob("*.ptx")) if f".entry {name}" in path.read_text()]

@@ -157,7 +157,7 @@ class Experiment(Section):
                     f"placement.{what} = {getattr(self.placement, what)}: only frozen weights can lie in the host's memory, and without an "
                     "adapter all are trained. Add adapter: {}, or set it to device"
                 )
-        if self.placement.prefetch == "experts" and self.model.moe_backend in ("capacity", "ragged"):
+        if self.placement.prefetch == "experts" and self.model.moe_backend in ("capacity", "ragged", "decode"):
             raise ValueError(
                 f"placement.prefetch = experts: model.moe_backend = {self.model.moe_backend} multiplies a layer at once: set "
                 "prefetch=layer, or that to loop"

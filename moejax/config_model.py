@@ -28,7 +28,9 @@ class ModelConfig(Section):
         None, description="rows of embedding and head, where more than the source's: written by a run with added_tokens"
     )
     experts_per_token: Positive | None = Field(None, description="k; null: the model's own; all experts: the dense model")
-    moe_backend: Literal["auto", "loop", "capacity", "ragged"] = "auto"
+    moe_backend: Literal["auto", "loop", "capacity", "ragged", "decode"] = Field(
+        "auto", description="ragged: for TPUs; decode: kernels for GPUs that multiply by 4-bit codes, for small batches, not yet timed"
+    )
     attention: Literal["auto", "blocks", "flash"] = Field(
         "auto", description="blocks of queries by XLA, or jax's flash attention for GPUs and TPUs; auto: flash where it can run"
     )

@@ -120,6 +120,12 @@ def of_device_kind(device_kind: str, table: dict[str, GPU] | None = None) -> GPU
     return None
 
 
+def capability(device_kind: str) -> float | None:
+    """CUDA's compute capability of a card as jax names it; None where it is unknown."""
+    card = of_device_kind(device_kind)
+    return None if card is None or card.compiler is None else float(card.compiler.compute_capability)
+
+
 _NEEDED = ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops")
 _NUMBERS = (*_NEEDED, *_COMPILER_KEYS[1:])
 _LINK = {"pcie": (3, 4, 5), "pcie_lanes": (1, 2, 4, 8, 16)}

@@ -195,7 +195,7 @@ def test_a_backend_that_is_not_there_is_refused_by_name(capsys, tmp_path):
     data = f"data.source={ROOT}/assets/problems/train.json"
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), f"runs_dir={tmp_path}", f"model.source={ROOT}/assets/tiny-mixtral", data]
     assert cli.train_main([*arguments, "model.moe_backend=rugged"]) == 2
-    assert "model.moe_backend = 'rugged': expected 'auto', 'loop', 'capacity' or 'ragged'" in capsys.readouterr().err
+    assert "model.moe_backend = 'rugged': expected 'auto', 'loop', 'capacity', 'ragged' or 'decode'" in capsys.readouterr().err
     assert cli.train_main([*arguments, "model.attention=flash"]) == 2
     told = "model.attention = flash: jax's flash attention is for GPUs and TPUs, and this is a CPU. Expected auto"
     assert told in capsys.readouterr().err

@@ -116,7 +116,7 @@ RUNS = {
 }  # fmt: skip
 
 
-ELSEWHERE = {("model.attention", "flash"), ("model.scan", "kernel"), ("model.moe_backend", "ragged")}
+ELSEWHERE = {("model.attention", "flash"), ("model.scan", "kernel"), ("model.moe_backend", "ragged"), ("model.moe_backend", "decode")}
 """Refused on a CPU: tests/training/test_experts.py."""
 ELSEWHERE |= {(f"mesh.{key}", "SET") for key in ("coordinator", "processes", "process_id")}  # of several processes
 

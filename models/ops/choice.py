@@ -109,11 +109,13 @@ def measured(platform: str, rows_per_expert: int, matrix: int, quantized: bool) 
 def grouped(
     platform: str, tokens: int, experts: int, experts_per_token: int, *,
     hidden: int = 1024, intermediate: int = 1024, quantized: bool = False, item: int = 2, memory_bytes: int | None = None,
+    asked: str = "auto",
 ) -> tuple[str, int, int, int]:  # fmt: skip
     """For this device ("cpu", "gpu" or a GPU's kind) and size: the backend, and rows of a tile, of a small tile and of each expert in
     `capacity`'s batch.
 
-    item: bytes of a number of the compute dtype; memory_bytes: of the device, None where unknown.
+    item: bytes of a number of the compute dtype; memory_bytes: of the device, None where unknown; asked: a backend by name, which then runs
+    with the table's tiles, or "auto".
 
     Without a measurement: the loop; on a GPU `capacity` for many experts with rows for each; on a TPU `ragged`. Tiles are at most half the
     mean group if none larger was measured (on a GPU, where each is dozens of launches, at most the mean group, or one for all of a small
@@ -130,8 +132,12 @@ def grouped(
         found = dict(zip(("tile", "small_tile"), RULE["cpu" if platform == "cpu" else "gpu"], strict=True))
         found["backend"] = "ragged" if is_tpu(platform) else "capacity" if many else "loop"
     share = TPU_MEMORY_SHARE if is_tpu(platform) else MEMORY_SHARE
-    if platform != "cpu" and 3 * experts * hidden * intermediate * item * share > (memory_bytes or 0):
+    if platform != "cpu" and found["backend"] != "decode" and 3 * experts * hidden * intermediate * item * share > (memory_bytes or 0):
         found = found | {"backend": "loop"}
+    if asked != "auto":
+        found = found | {"backend": asked}
+    if found["backend"] == "decode":  # masks its rows
+        return "decode", 0, 0, capacity
     if found["backend"] == "ragged":
         more = -tokens * experts_per_token % TPU_ROWS
         return "ragged", more, more, capacity

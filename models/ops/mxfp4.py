@@ -6,6 +6,7 @@ of transformers 5.24's `integrations.mxfp4.convert_moe_packed_tensors` (`tests/o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,24 +37,33 @@ class Tensor(QuantizedTensor):
     def dequantize(self, dtype: Any) -> jax.Array:
         return dequantize(self, dtype)
 
+    @staticmethod
+    def scales_at(parts: Mapping[str, Callable[[Any], Any]], tables: tuple[Any, ...], blocks: jax.Array) -> jax.Array:
+        return parts["scales"](blocks)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def values(code: jax.Array, scales: jax.Array, tables: tuple[Any, ...], dtype: Any) -> jax.Array:
+        return _numbers(code, scales, dtype)
+
 
 def dequantize(weight: Tensor, dtype: Any = jnp.float32) -> jax.Array:
-    """[..., out, in] in `dtype`; the values themselves, which fp32 and bf16 both hold. Infinite where they end.
+    """[..., out, in] in `dtype`; the values themselves, which fp32 and bf16 both hold. Infinite where they end."""
+    code = weight.indices().reshape(*weight.scales.shape, BLOCK)
+    return _numbers(code, weight.scales[..., None], dtype).reshape(weight.shape)
 
-    A number is put together from its bits: by integers, because a CPU's program takes the smallest numbers for zero in any product.
-    """
+
+def _numbers(code: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """A number is put together from its bits: by integers, because a CPU's program takes the smallest numbers for zero in any product."""
     made: Any = jnp.dtype(dtype) if jnp.dtype(dtype) == jnp.bfloat16 else jnp.dtype(jnp.float32)
     bits, word = jnp.finfo(made).nmant, jnp.dtype(f"uint{8 * made.itemsize}")
-    code = weight.indices().reshape(*weight.scales.shape, BLOCK).astype(word)
-    scale = weight.scales[..., None].astype(word)
+    code, scale = code.astype(word), scale.astype(word)
     size = code & 7  # exponent and the one bit of the mantissa
     normal = ((scale - 1) << bits) + (jnp.where(size == 1, 0, size) << (bits - 1))  # 0.5 is 1 x 2^-1
     infinite = np.array(np.inf, made).view(word)
     # Below the smallest normal number (and for zero) the mantissa is all there is: its last place is 2^-126 or 2^-127 … of 0.5.
     low = jnp.minimum(scale, 2)
     positive = jnp.where((size << low) < 4, size << (low + (bits - 2)), jnp.minimum(normal, infinite))
-    value = jax.lax.bitcast_convert_type(positive | ((code & 8) << (8 * made.itemsize - 4)), made)
-    return value.reshape(weight.shape).astype(dtype)
+    return jax.lax.bitcast_convert_type(positive | ((code & 8) << (8 * made.itemsize - 4)), made).astype(dtype)
 
 
 def is_finite(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

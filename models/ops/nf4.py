@@ -7,7 +7,7 @@ into a codebook of 16 normal quantiles (QLoRA, arXiv 2305.14314). Double quantiz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,21 @@ class Tensor(QuantizedTensor):
     def kind(self) -> str:
         return "nf4" if self.offset is None else "nf4-double"
 
+    tables = CODEBOOK, DYNAMIC_MAP
+
     def dequantize(self, dtype: Any) -> jax.Array:
         return dequantize(self, dtype)
+
+    @staticmethod
+    def scales_at(parts: Mapping[str, Callable[[Any], Any]], tables: tuple[Any, ...], blocks: jax.Array) -> jax.Array:
+        absmax = parts["absmax"](blocks)
+        if "offset" not in parts:
+            return absmax  # type: ignore[no-any-return]
+        return _scale(tables[1][absmax.astype(jnp.int32)], parts["nested_absmax"](blocks // NESTED_BLOCK), parts["offset"](0))
+
+    @staticmethod
+    def values(code: jax.Array, scales: jax.Array, tables: tuple[Any, ...], dtype: Any) -> jax.Array:
+        return (tables[0][code] * scales).astype(dtype)  # type: ignore[no-any-return]
 
 
 def encode(weight: jax.Array | np.ndarray, kind: Kind) -> dict[str, Any]:
@@ -169,10 +182,14 @@ def block_scales(weight: Tensor) -> jax.Array:
     offset = weight.offset[(..., *(None,) * (weight.absmax.ndim - weight.offset.ndim))]
     blocks = math.prod(weight.absmax.shape[weight.offset.ndim :])
     nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, axis=-1)[..., :blocks].reshape(weight.absmax.shape)
-    product = _look_up(DYNAMIC_MAP, weight.absmax) * nested
+    return _scale(_look_up(DYNAMIC_MAP, weight.absmax), nested, offset)
+
+
+def _scale(number: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
+    """A block's fp32 scale, of what its code stands for."""
     # Product and sum round separately in the reference. The maximum changes no value, but a compiler that would contract the
     # two into a fused multiply-add (another last bit) cannot do it through it.
-    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset
+    return jnp.maximum(number * nested, jnp.finfo(jnp.float32).min) + offset
 
 
 def _take(index: jax.Array) -> jax.Array:

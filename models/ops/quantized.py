@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -137,6 +137,19 @@ class QuantizedTensor:
         """[..., out, in] in `dtype`."""
         raise NotImplementedError
 
+    tables: ClassVar[tuple[np.ndarray, ...]] = ()
+    """What the two functions below look up: a kernel (`grouped/kernels.py`) takes constants as operands."""
+
+    @staticmethod
+    def scales_at(parts: Mapping[str, Callable[[Any], Any]], tables: tuple[Any, ...], blocks: jax.Array) -> jax.Array:
+        """The scales of one matrix's blocks, as `values` takes them. parts: the entries of a part by their numbers, flat."""
+        raise NotImplementedError
+
+    @staticmethod
+    def values(code: jax.Array, scales: jax.Array, tables: tuple[Any, ...], dtype: Any) -> jax.Array:
+        """What `dequantize` gives for codes (int32) under these scales, to the bit."""
+        raise NotImplementedError
+
     def indices(self) -> jax.Array:
         """Each weight's code: uint8 [..., out, in]."""
         import jax.numpy as jnp
@@ -219,7 +232,7 @@ def abstract(kind: str, shape: tuple[int, ...]) -> QuantizedTensor:
     import jax
 
     parts = {name: jax.ShapeDtypeStruct(*part) for name, part in KINDS[kind].parts(shape).items()}
-    tensor: QuantizedTensor = _module(kind).Tensor(**parts, matrix=tuple(shape[-2:]), layout=layout())
+    tensor: QuantizedTensor = tensor_type(kind)(**parts, matrix=tuple(shape[-2:]), layout=layout())
     return tensor
 
 
@@ -236,6 +249,11 @@ def quantize(kind: str, weight: Any) -> QuantizedTensor:
     if weight.ndim > 2:
         return jax.tree.map(lambda *parts: jnp.stack(parts), *(quantize(kind, matrix) for matrix in weight))  # type: ignore[no-any-return]
     return jax.tree.map(jnp.asarray, encode(kind, weight).tensor())  # type: ignore[no-any-return]
+
+
+def tensor_type(kind: str) -> Any:
+    """The class of a kind's tensors."""
+    return _module(kind).Tensor
 
 
 def _module(kind: str) -> Any:

@@ -108,12 +108,10 @@ class Block:
     def grouped(self) -> tuple[str, int, int, int]:
         """Backend, tiles and capacity of the grouped products, as the step takes them."""
         s, moe = self.step, self.moe
-        found, tile, small_tile, capacity = choice.grouped(
+        return choice.grouped(
             s.device, s.at_experts, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
-            item=s.item, memory_bytes=s.memory_bytes,
+            item=s.item, memory_bytes=s.memory_bytes, asked="loop" if s.fetched and s.prefetch == "experts" else s.backend,
         )  # fmt: skip
-        backend = "loop" if s.fetched and s.prefetch == "experts" else found if s.backend == "auto" else s.backend
-        return backend, tile, small_tile, capacity
 
     @property
     def tile(self) -> int:
@@ -166,12 +164,13 @@ class Block:
 
     def _sparse(self) -> int:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden
-        rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows; `ragged`: all hidden rows.
+        rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows; `ragged`: all hidden rows; `decode` too,
+        and no matrix.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         s, n, item, e, f = self.step, self.step.at_experts, self.step.item, self.held, self.moe.hidden
         backend, *_, capacity = self.grouped
-        at_once = 1 if backend == "loop" else e
-        together = {"loop": self.tile, "capacity": e * capacity, "ragged": self.sorted_rows}[backend]
+        at_once = {"loop": 1, "decode": 0}.get(backend, e)
+        together = {"loop": self.tile, "capacity": e * capacity, "ragged": self.sorted_rows, "decode": self.sorted_rows}[backend]
         rows = 3 * item * (self.sorted_rows + (together if backend == "capacity" else 0)) * s.width
         hidden = 6 * item * together * f
         adapters = (4 + item) * self.adapted.on_experts(s.width, self.moe) // s.devices  # sums of gradients; scaled

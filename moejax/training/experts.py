@@ -9,11 +9,11 @@ from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.estimator.sizes import ITEM
 from moejax.estimator.units import counted
-from moejax.gpus import GPU, of_device_kind
+from moejax.gpus import GPU, capability
 from moejax.models.config import Architecture, specs
 from moejax.models.ops import choice, flash, scan_kernel
 from moejax.models.ops.choice import here, is_tpu, measured, memory_here
-from moejax.models.ops.grouped import ragged
+from moejax.models.ops.grouped import decode, ragged
 from moejax.models.ops.grouped.matmul import Plan, choose
 from moejax.profiling.program import Trips
 
@@ -45,6 +45,7 @@ def announce(experiment: Experiment, config: Architecture) -> str:
     what = {
         "loop": f"tiles of {chosen.tile} and {chosen.small_tile} rows",
         "ragged": "one product of all rows",
+        "decode": "one kernel a product for all rows, which decodes 4-bit codes itself",
         "capacity": f"{chosen.capacity} rows an expert in one batch, the rest in tiles of {chosen.tile}",
     }[chosen.backend]
     return f"experts: {chosen.backend}, {what} ({why})"
@@ -74,6 +75,8 @@ def check(experiment: Experiment, config: Architecture, platform: str) -> None:
     """Raises UserError where a kernel is asked for by name and cannot run on the platform (`choice.here`)."""
     if experiment.model.moe_backend == "ragged" and (reason := ragged.refusal(platform)):
         raise UserError(f"model.moe_backend = ragged is {reason}, and this is a {platform}. Expected auto, loop or capacity")
+    if experiment.model.moe_backend == "decode" and (reason := decode.refusal(platform, capability(platform))):
+        raise UserError(f"model.moe_backend = decode is {reason}. Expected auto, loop or capacity")
     check_attention(experiment, config, platform)
     check_scan(experiment, config, platform)
 
@@ -105,9 +108,7 @@ def check_scan(experiment: Experiment, config: Architecture, platform: str) -> N
         return
     if not any(isinstance(stack.block.mixer, specs.Mamba) for stack in config.stacks):
         raise UserError("model.scan = kernel: this model has no selective scan. Expected auto")
-    card = of_device_kind(platform)
-    known = None if card is None or card.compiler is None else float(card.compiler.compute_capability)
-    reason = scan_kernel.refusal(platform, known)
+    reason = scan_kernel.refusal(platform, capability(platform))
     if reason is not None:
         form, chunk = choice.scan(platform, experiment.data.batch_rows, experiment.data.longest_row, 1)
         raise UserError(f"model.scan = kernel: {reason}. Expected auto ({form}, chunks of {counted(chunk, 'token')}, runs instead)")
@@ -137,6 +138,7 @@ def routed(plan: Plan, loads: np.ndarray) -> Trips:
     The loops over tiles: an expert's two, or of the backend `capacity` a layer's one. For anything else the answer raises ValueError.
     """
     loads = loads.reshape(-1, loads.shape[-1])
+    plan = plan._replace(tile=max(plan.tile, 1), small_tile=max(plan.small_tile, 1))  # of a backend without loops it is 0
     whole = (loads + (plan.tile - 1 if plan.small_tile == plan.tile else plan.tile // 2)) // plan.tile
     small = -(-np.maximum(loads - whole * plan.tile, 0) // plan.small_tile)
     if plan.backend == "capacity":

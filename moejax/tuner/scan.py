@@ -33,8 +33,7 @@ def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
     """The form that runs where nothing was measured, and every other of `choice.CHUNKS`, with several chunks."""
     from moejax.models.ops import scan_kernel
 
-    card = gpus.of_device_kind(device)
-    why = scan_kernel.refusal(device, None if card is None or card.compiler is None else float(card.compiler.compute_capability))
+    why = scan_kernel.refusal(device, gpus.capability(device))
     usual = "chunked" if device == "cpu" else "chunked_associative"
     first = (usual, choice.CHUNKS[usual])
     chunks = dict.fromkeys(choice.CHUNKS, CHUNKS) | {"kernel": (choice.CHUNKS["kernel"],)}  # it has its own

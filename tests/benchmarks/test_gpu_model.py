@@ -30,3 +30,23 @@ def test_states_of_a_scan():
     last = gpu_model._kernel(call("scan_backward")).work(call("scan_backward", forward, forward, backward))
     assert last == 2 * 512 * 96 * 16
     assert gpu_model._kernel(call("dot_general")) is None
+
+
+def test_weights_of_a_product_by_codes():
+    """256 rows of 8 experts by [96, 128] in NF4, the second of 3 layers: a layer's codes are read once and decoded once for 64 rows."""
+    kinds = {"s32": 4, "u8": 6, "bf16": 16, "f32": 11}  # xla.PrimitiveType
+
+    def shape(kind, *dimensions):
+        return SimpleNamespace(tuple_shapes=(), element_type=kinds[kind], dimensions=dimensions)
+
+    given = [("s32", 9), ("s32", 1), ("bf16", 256, 128), ("u8", 3, 8, 96, 64), ("f32", 3, 8, 192), ("f32", 16)]
+    operands = [SimpleNamespace(shape=shape(*of)) for of in given]
+    forward = call("decode_forward")
+    forward.shape = shape("bf16", 1, 256, 96)
+    flops, moved, weights = gpu_model._decoded(forward, operands)
+    assert (flops, weights) == (2 * 256 * 128 * 96, 8 * 96 * 128)
+    assert moved == 4 * 10 + 2 * 256 * (128 + 96) + 8 * 96 * 64 + 4 * 8 * 192 + 64
+    dense = gpu_model._decoded(forward, operands[:4])
+    assert dense[2] == 0.0 and gpu_model._decoded(call("scan_forward"), operands) is None
+    operands[2] = SimpleNamespace(shape=shape("bf16", 2048, 128))
+    assert gpu_model._decoded(forward, operands)[2] == 4 * weights

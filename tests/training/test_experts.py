@@ -59,6 +59,19 @@ def test_a_tpu_says_what_it_multiplies_and_how():
         experts.check(*experiment("model.moe_backend=ragged"), "NVIDIA L4")
 
 
+def test_kernels_that_decode_are_for_gpus_that_can_run_them():
+    """Asked for by name, at any size; without a measurement `auto` never takes them."""
+    asked = experiment("model.moe_backend=decode")
+    plan = gm.choose("decode", "NVIDIA L4", 128, 8, 2, hidden=4096, intermediate=14336, quantized=True, memory_bytes=24 * 10**9)
+    assert (plan.backend, plan.tile) == ("decode", 0)
+    what = "one kernel a product for all rows, which decodes 4-bit codes itself"
+    assert experts.announce(*asked) == f"experts: decode, {what} (model.moe_backend)"
+    experts.check(*asked, "NVIDIA A100-SXM4-80GB")
+    for platform, why in (("cpu", "this is a CPU"), ("TPU v5 lite", "this is a TPU v5 lite"), ("Tesla T4", "Tesla T4 has 7.5")):
+        with pytest.raises(UserError, match=rf"model\.moe_backend = decode is for .*{why}\. Expected auto, loop or capacity"):
+            experts.check(*asked, platform)
+
+
 def test_flash_that_cannot_run_is_refused_by_the_dry_run_and_before_anything_is_read(tmp_path, monkeypatch, capsys):
     """The dry run refuses what no card can run; the run also what this machine cannot."""
     gpt_oss = ["train", str(ROOT / "configs/gpt_oss_20b.yaml"), "model.attention=flash", f"runs_dir={tmp_path}"]

@@ -3,7 +3,7 @@
 `dispatch` sorts token rows by expert, `grouped_mlp` sends each group through its own expert's matrices, `combine` adds the rows of
 one token up again. `dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
 
-Two backends do the middle part: `loop` and `capacity`; `choose` says which, by what `choice` has of the device.
+Backends do the middle part (`_BACKENDS`); `choose` says which, by what `choice` has of the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.ops import choice
-from moejax.models.ops.grouped import capacity, loop, ragged
+from moejax.models.ops.grouped import capacity, decode, loop, ragged
 from moejax.models.ops.grouped.expert import LoRAWeights, Plan, Projection
 from moejax.models.ops.linear import Weight, dequantized, with_frozen
 
@@ -25,7 +25,7 @@ __all__ = [
     "row_keys", "sort_weights",
 ]  # fmt: skip
 
-_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity, "ragged": ragged}
+_BACKENDS: dict[str, Any] = {"loop": loop, "capacity": capacity, "ragged": ragged, "decode": decode}
 BACKENDS = (*_BACKENDS,)
 
 
@@ -44,16 +44,15 @@ def choose(
 ) -> Plan:
     """The plan for this device and size. Raises ValueError for a backend that does not exist.
 
-    platform: "cpu", "gpu", or a GPU's kind; item, memory_bytes: see `choice.grouped`. A forced backend takes its tile from the table all
-    the same.
+    platform: "cpu", "gpu", or a GPU's kind; item, memory_bytes: see `choice.grouped`.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
     found, tile, small_tile, capacity = choice.grouped(
         platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized, item=item,
-        memory_bytes=memory_bytes,
+        memory_bytes=memory_bytes, asked=backend,
     )  # fmt: skip
-    return Plan(found if backend == "auto" else backend, tile, small_tile, capacity=capacity)
+    return Plan(found, tile, small_tile, capacity=capacity)
 
 
 class Groups(NamedTuple):

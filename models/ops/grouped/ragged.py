@@ -7,7 +7,7 @@ A layer's matrices are dequantized at once, as `capacity` has them. No row is pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from moejax.models.ops import choice
 from moejax.models.ops.grouped.expert import Beside, Expert, Gradients, Plan, Projection, beside, matrices, weights_of
+from moejax.models.ops.linear import Weight
+
+Made = Callable[[Plan, Sequence[Weight], jax.Array, Any], tuple[Any, Sequence[Any]]]
 
 
 def refusal(platform: str) -> str | None:
@@ -72,7 +75,14 @@ def kernel_gradient(sizes: jax.Array, dy: jax.Array, rows: jax.Array, *, interpr
     return found
 
 
-def _expert(plan: Plan, x: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection) -> tuple[Expert, jax.Array]:
+def _made(plan: Plan, weights: Sequence[Weight], sizes: jax.Array, dtype: Any) -> tuple[Any, Sequence[Any]]:
+    """What multiplies, and the matrices as it takes them."""
+    return _Products(sizes), matrices(plan, weights, dtype)
+
+
+def _expert(
+    plan: Plan, x: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, made: Made
+) -> tuple[Expert, jax.Array]:
     """All experts as one, whose biases are of each row's; and which rows are of any, bool [M]."""
     others, ends = beside(inputs, output, x.dtype), jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])
@@ -80,8 +90,8 @@ def _expert(plan: Plan, x: jax.Array, sizes: jax.Array, inputs: Sequence[Project
     if any(b is not None for b in biases):
         of_row = jnp.sum(row[:, None] >= ends, axis=1)
         biases = tuple(None if b is None else jnp.take(b, of_row, axis=0, mode="clip") for b in biases)
-    ws = matrices(plan, weights_of(inputs, output), x.dtype)
-    return Expert(plan, ws, Beside(others.pairs, biases), _Products(sizes)), row < ends[-1]
+    products, ws = made(plan, weights_of(inputs, output), sizes, x.dtype)
+    return Expert(plan, ws, Beside(others.pairs, biases), products), row < ends[-1]
 
 
 def _live(live: jax.Array, rows: jax.Array) -> jax.Array:
@@ -89,17 +99,20 @@ def _live(live: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def forward(
-    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, keys: Any
-) -> tuple[jax.Array, list[jax.Array]]:
-    """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
-    expert, live = _expert(plan, x, sizes, inputs, output)
+    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, keys: Any,
+    made: Made = _made,
+) -> tuple[jax.Array, list[jax.Array]]:  # fmt: skip
+    """The output rows [M, O], and the hidden rows [M, F] if `keep`. made: another backend's `_made`."""
+    expert, live = _expert(plan, x, sizes, inputs, output, made)
     y, hidden = expert.forward(x, p, keys)
     return _live(live, y), hidden if keep else []
 
 
-def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
+def backward(
+    plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array, made: Made = _made
+) -> tuple[jax.Array, jax.Array, Gradients]:
     """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
     x, p, sizes, inputs, output, keys = operands
-    expert, live = _expert(plan, x, sizes, inputs, output)
+    expert, live = _expert(plan, x, sizes, inputs, output, made)
     dx, dp, gradients = expert.backward(x, p, dy, keys, kept if plan.keep else None)
     return _live(live, dx), _live(live, dp), gradients
