@@ -62,23 +62,23 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="queries per step (default: the fastest that fits)")
     parser.add_argument(
         "--model", default="mixtral",
-        help="model, without CONFIG: a preset (mixtral-8x7b), a folder with config.json, or a Hub id",
+        help="model, without CONFIG: a preset (default: mixtral-8x7b), a folder with config.json, or a Hub id",
     )  # fmt: skip
-    parser.add_argument("--method", help="qlora, lora or full (default: the one the study measured)")
+    parser.add_argument("--method", help="without CONFIG: qlora (default), lora or full (default for BlackMamba)")
     parser.add_argument(
         "--experts-per-token", type=int, metavar="K",
-        help="experts per token, 1 to 8 (8: the dense model; default: 2, as in the study)",
+        help="experts per token (all of them: the dense model; default: the model's; with --tool study 2)",
     )  # fmt: skip
     parser.add_argument("--dataset", help="data set of the study: commonsense_15k, math_14k, hellaswag or gsm8k")
     parser.add_argument("--records", type=int, help="number of queries; needed with --length, overrides that of a data set")
     parser.add_argument("--length", type=int, metavar="TOKENS", help="tokens per query, if all have the same length")
     parser.add_argument("--lengths", metavar="FILE", help="file with the tokens of each query: a JSON list, or one number per line")
-    parser.add_argument("--epochs", type=float, help="number of epochs (default: 10, as in the study)")
-    parser.add_argument("--batching", default="pad_longest", help="pad_longest (default, as in the study), pad_bucket, pack or fixed")
+    parser.add_argument("--epochs", type=float, help="number of epochs (default: the config's, or 1; with --tool study 10)")
+    parser.add_argument("--batching", default="pad_longest", help="without CONFIG: pad_longest (default), pad_bucket, pack or fixed")
     cut = "row length of `fixed` and `pack`; longer queries are cut (default: only the study's data sets are cut, at 1024)"
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help=cut)
     add_old(parser, "--row-tokens", "--seq-len", type=int, dest="seq_len")
-    rounded = "multiple that pad_longest rounds up to (default: 8, as in the study; 16 with coefficients of moejax runs)"
+    rounded = "with --tool study: multiple that pad_longest rounds up to (default: 8; 16 with coefficients of moejax runs)"
     parser.add_argument("--pad-multiple", type=int, metavar="TOKENS", help=rounded)
     several = "number of GPUs of each kind, e.g. 2 or 1,2,4,8; prices and queries are totals"
     parser.add_argument("--devices", metavar="N[,N]", help=several)
@@ -89,7 +89,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     received = "bandwidth between GPUs (busbw of nccl-tests; default: from a table)"
     parser.add_argument("--link", type=float, metavar="GB/S", help=received)
     parser.add_argument("--overlap", type=float, metavar="SHARE", help="share of communication hidden by computation, 0 to 1 (default: 0)")
-    parser.add_argument("--coefficients", metavar="FILE", help="measured coefficients (default: those of the study's curves)")
+    parser.add_argument("--coefficients", metavar="FILE", help="coefficients of your own runs (`estimate fit`), instead of --tool")
     parser.add_argument("--memory", choices=("equation-1", "closed-form"), help=MEMORY)
     parser.add_argument("--gpu-file", metavar="FILE", help="YAML file that defines more GPUs")
     parser.add_argument(

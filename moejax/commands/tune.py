@@ -13,9 +13,9 @@ from moejax.runtime import prepare_jax
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--plan", action="store_true", help="say what would be tried; try nothing")
-    parser.add_argument("--full", action="store_true", help="every candidate, at most 8 minutes (default: the likeliest, at most 3)")
-    parser.add_argument("--again", action="store_true", help="also what was measured before")
+    parser.add_argument("--plan", action="store_true", help="list the candidates, then exit")
+    parser.add_argument("--full", action="store_true", help="try every candidate, at most 8 minutes (default: the likeliest, at most 3)")
+    parser.add_argument("--again", action="store_true", help="measure again what is stored")
 
 
 def run(options: argparse.Namespace) -> int:
