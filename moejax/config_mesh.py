@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from moejax.config_values import Positive, Section
 
+AUTO = "auto"
+
 
 class MeshConfig(Section):
     """Several devices. The rows of every batch are spread over them; data.batch_rows are those of all devices together."""
@@ -18,9 +20,10 @@ class MeshConfig(Section):
         "with their adapters"
     )  # fmt: skip
     moments: Literal["whole", "spread"] = Field("whole", description="optimizer state: all on each device, or spread")
-    coordinator: Annotated[str, Field(pattern=r"^[^\s:]+:\d+$")] | None = Field(
-        None, description="host:port of process 0, for several processes; null: one process, or from the environment of srun or mpirun"
-    )
+    coordinator: Annotated[str, Field(pattern=r"^(auto|[^\s:]+:\d+)$")] | None = Field(
+        None, description="host:port of process 0, for several processes; null: one process, or from the environment of srun or mpirun; "
+        "auto: as jax finds it, e.g. on the hosts of a TPU slice"
+    )  # fmt: skip
     processes: Positive | None = Field(None, description="number of processes, with a coordinator; null: from srun or mpirun")
     process_id: Annotated[int, Field(ge=0)] | None = Field(None, description="index of this process, from 0")
 
@@ -33,6 +36,8 @@ class MeshConfig(Section):
                 f"{missing}: not set: coordinator, processes and process_id are given together; under srun or mpirun, which say the rest, "
                 "the coordinator alone or none of them"
             )
+        if self.coordinator == AUTO and given["processes"]:
+            raise ValueError("coordinator = auto: jax finds processes and process_id too: leave them out")
         if self.process_id is not None and self.processes is not None and self.process_id >= self.processes:
             raise ValueError(f"process_id = {self.process_id}: expected 0 to {self.processes - 1} of processes = {self.processes}")
         return self

@@ -138,6 +138,11 @@ def devices(config: MeshConfig, there: Sequence[Any] | None = None) -> Devices:
         raise UserError(
             f"mesh: the devices are not of one kind ({each}): every one does the same work. Name those of one kind in CUDA_VISIBLE_DEVICES"
         )
+    if idle := sorted({d.process_index for d in there} - {d.process_index for d in chosen}):
+        raise UserError(
+            f"mesh.devices = {count} of {len(there)} leaves processes without a device ({', '.join(map(str, idle))}): expected "
+            "null (all), or fewer processes"
+        )
     # Auto: with jax's own default, Explicit, a gather from a whole table is refused.
     return Devices(Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,)), config.weights, config.moments)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moejax.config import Experiment
-from moejax.config_mesh import MeshConfig
+from moejax.config_mesh import AUTO, MeshConfig
 from moejax.errors import UserError, first_line
 from moejax.progress import Listener, listen, listener
 
@@ -51,35 +51,49 @@ def count() -> int:
     return jax.process_count()
 
 
+def scheduled() -> int:
+    """The number of processes that SLURM's srun or OpenMPI's mpirun started, by their environment; 1 without them."""
+    return max(int(os.environ.get(name) or 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+
+
 def started_with(mesh: MeshConfig | None) -> bool:
-    """Whether there are several processes: by the config, or by the environment that SLURM's srun and OpenMPI's mpirun give."""
+    """Whether there are several processes: by the config, or by the scheduler's environment. With `auto` jax knows when they have met."""
     if mesh is None:
         return False
-    if mesh.processes is not None:
-        return mesh.processes > 1
-    return any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    if mesh.coordinator == AUTO:
+        return True
+    return (scheduled() if mesh.processes is None else mesh.processes) > 1
 
 
 @contextmanager
 def joined(experiment: Experiment) -> Iterator[Experiment]:
-    """Around all that several processes do together, before anything asks jax for devices. Gives the experiment without what is this
-    process's alone; without several processes nothing happens.
-
-    Processes but the first report warnings only. Raises UserError where they do not meet in time, have other configs, or one is lost.
-    """
-    mesh = experiment.mesh
-    if not started_with(mesh):
+    """`together`, of those that train. Gives the experiment without what is this process's alone."""
+    if not started_with(experiment.mesh):
         yield experiment
+        return
+    own = experiment.changed("mesh", coordinator=None, processes=None, process_id=None)
+    with together(experiment.mesh, {"config": _text(own)}):
+        yield own
+
+
+@contextmanager
+def together(mesh: MeshConfig | None, asked: Mapping[str, str]) -> Iterator[None]:
+    """Around all that several processes do together, before anything asks jax for devices; without several processes nothing happens.
+
+    asked: by name, JSON that all must have alike. Processes but the first report warnings only. Raises UserError where they do not meet in
+    time, were asked for different things, or one is lost.
+    """
+    if not started_with(mesh):
+        yield
         return
     assert mesh is not None
     _meet(mesh)
-    experiment = experiment.changed("mesh", coordinator=None, processes=None, process_id=None)
     heard = listener()
     if not is_first():
         listen(_Quiet(heard))
     try:
-        same({"config": _text(experiment)}, texts=True)
-        yield experiment
+        same(asked, texts=True)
+        yield
     except BaseException as error:
         # The others are not waited for: they do not come to where this process would wait.
         atexit.register(_leave)
@@ -105,7 +119,7 @@ class _Quiet(Listener):
 def _meet(mesh: MeshConfig) -> None:
     import jax
 
-    where = mesh.coordinator or "the scheduler's first host"
+    where = "the scheduler's first host" if mesh.coordinator in (None, AUTO) else mesh.coordinator
     many = "" if mesh.processes is None else f" of {mesh.processes}"
     missing = (
         f"the processes{many} have not met at {where} within {JOIN_SECONDS} s: start all of them, with one mesh.coordinator that each can "
@@ -123,13 +137,16 @@ def _meet(mesh: MeshConfig) -> None:
         )  # fmt: skip
         jax.devices()  # where each hears of the others' devices
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"several processes: {first_line(error)}") from error
+        found = "jax finds neither a scheduler nor a TPU slice here: give HOST:PORT. " if mesh.coordinator == AUTO else ""
+        raise UserError(f"several processes: {found}{first_line(error)}") from error
     _at_abort(_GONE)
 
 
 def _options(mesh: MeshConfig) -> dict[str, Any]:
     """For `jax.distributed.initialize`, which asks SLURM and OpenMPI 4 itself for what is not given. A process that they start has the
     device of its number on its host, others have all that they see."""
+    if mesh.coordinator == AUTO:  # on a TPU slice by its hosts' metadata
+        return {}
     address = {} if mesh.coordinator is None else {"coordinator_address": mesh.coordinator}
     if mesh.coordinator is not None and mesh.coordinator.rsplit(":", 1)[0] in _HERE:
         address["coordinator_bind_address"] = mesh.coordinator  # jax would listen to every network
@@ -226,6 +243,18 @@ def same(parts: Mapping[str, Any], *, texts: bool = False) -> None:
     raise UserError(f"the processes have not the same {name}: {hashes}{where}. Start all with the same")
 
 
+def gathered(text: str) -> list[str]:
+    """The texts of all processes, in their order. All call it."""
+    if count() == 1:
+        return [text]
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    longest = int(np.max(process_allgather(np.array([data.size]))))
+    found = np.asarray(process_allgather(np.pad(data, (0, longest - data.size))))
+    return [row.tobytes().rstrip(b"\0").decode() for row in found]
+
+
 def _differences(first: Any, own: Any, path: str = "") -> list[str]:
     if isinstance(first, dict) and isinstance(own, dict):
         keys = sorted(first.keys() | own.keys())
@@ -247,6 +276,12 @@ def on_host(array: Any) -> Any:
         if found is not None:
             found[index] = np.asarray(layer)
     return array if found is None else found
+
+
+def everywhere(array: Any) -> np.ndarray:
+    """An array in the memory of every process, which may hold parts of it on their devices. All call it, for the same arrays."""
+    whole = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array if whole else _everywhere(array.sharding.mesh)(array))
 
 
 _AT_ONCE = 1 << 26

@@ -30,6 +30,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}
         (MeshConfig(), {"OMPI_COMM_WORLD_SIZE": "2"}, True),
         (MeshConfig(coordinator="a:1", processes=2, process_id=0), {}, True),
         (MeshConfig(coordinator="a:1", processes=1, process_id=0), SLURM, False),
+        (MeshConfig(coordinator="auto"), {}, True),
     ],
 )  # fmt: skip
 def test_who_says_that_there_are_several(mesh, environment, several, monkeypatch):
@@ -48,6 +49,7 @@ def test_what_jax_is_given(monkeypatch):
     by_hand = processes._options(MeshConfig(coordinator="a:1", processes=2, process_id=1))
     assert by_hand == {**address, "num_processes": 2, "process_id": 1, "cluster_detection_method": "deactivate"}
     assert processes._options(MeshConfig()) == {} and processes._options(met) == address
+    assert processes._options(MeshConfig(coordinator="auto")) == {}  # jax asks a TPU's hosts
     for name, value in {"SIZE": 8, "RANK": 5, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
     assert processes._options(met) == {**address, "num_processes": 8, "process_id": 5, "local_device_ids": [1]}

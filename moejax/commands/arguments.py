@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
+    from moejax.config_mesh import MeshConfig
     from moejax.estimator.links import Link
     from moejax.models.config import Architecture
 
@@ -58,6 +64,39 @@ def settle_run(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.folder is None):
         raise UserError("which run? Give one RUN: a finished run's folder, e.g. runs/demo, or a model's in Hub layout")
     options.run = options.folder or options.run
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="mesh.key=value",
+        help="devices and processes, e.g. mesh.devices=2 (default: all, with the run's own mesh; mesh=null: one device)",
+    )  # fmt: skip
+
+
+@contextmanager
+def on_mesh(options: argparse.Namespace) -> Iterator[MeshConfig | None]:
+    """Around a command that asks the model of `options.run`: gives how it is to lie on devices. Several processes meet here; the first
+    one alone prints. Raises UserError where a scheduler started several that do not know of each other."""
+    from moejax import processes
+    from moejax.runs.devices import mesh_of
+
+    mesh = mesh_of(Path(options.run), options.overrides)
+    if mesh is None and "mesh=null" not in options.overrides and (many := processes.scheduled()) > 1:
+        raise UserError(
+            f"srun or mpirun started {many} processes, and {options.run} has no mesh: give mesh.weights=whole and they share the work, or "
+            "mesh=null and each does all of it"
+        )
+    if not processes.started_with(mesh):
+        yield mesh
+        return
+    asked = {name: value for name, value in vars(options).items() if name != "overrides"}
+    assert mesh is not None
+    asked["mesh"] = mesh.model_dump(mode="json", include={"devices", "weights"})
+    with ExitStack() as stack:
+        stack.enter_context(processes.together(mesh, {"command": json.dumps(asked, sort_keys=True, default=str)}))
+        if not processes.is_first():
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        yield mesh
 
 
 def counts_of(devices: str) -> list[int]:

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from moejax.commands.arguments import add_run, check_counts, settle_run
+from moejax.commands.arguments import add_mesh, add_run, check_counts, settle_run
 from moejax.commands.generate import show
 from moejax.errors import UserError
 from moejax.estimator.units import counted
@@ -22,6 +22,7 @@ LINES = "A line is a message. /reset forgets the conversation; /exit or Ctrl-D e
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    add_mesh(parser)
     parser.add_argument("--base", action="store_true", help="use the base model, without the adapter")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument(
@@ -40,18 +41,23 @@ def run(options: argparse.Namespace) -> int:
     settle_run(options)
     folder = Path(options.run)
     prepare_jax_for(options.run)
+    from moejax import processes
     from moejax.data.records import unicode
     from moejax.evaluation.dialogue import Dialogue, has_turns
     from moejax.evaluation.generate import Sampling
+    from moejax.runs.devices import mesh_of
     from moejax.runs.open import load
 
+    mesh = mesh_of(folder, options.overrides)
+    if processes.started_with(mesh):
+        raise UserError("moejax chat is one process with all devices of its machine: start it without srun, mpirun and mesh.processes")
     if sys.stdin is None:
         raise UserError("standard input is closed, and messages are read from it: call it in a terminal, or give it a pipe or a file")
     terminal = sys.stdin.isatty()
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     check_counts(options, "max_new_tokens")
     unicode("--system", options.system)
-    make, _, tokenizer, template, ends = load(folder, options.base)
+    make, _, tokenizer, template, ends = load(folder, options.base, mesh)
     if template == "text":
         raise UserError(f"{folder} was trained with data.template = text, which has no messages: moejax generate {folder} --prompt TEXT")
     if not (folder / "config.yaml").is_file() and not getattr(tokenizer, "chat_template", None):

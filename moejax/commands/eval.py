@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moejax.commands.arguments import check_counts
+from moejax.commands.arguments import add_mesh, check_counts, on_mesh
 from moejax.errors import UserError, out_of_memory
 from moejax.runtime import prepare_jax_for
 
 if TYPE_CHECKING:
+    from moejax.config_mesh import MeshConfig
     from moejax.evaluation.evaluate import Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo, or of a model in Hub layout")
+    add_mesh(parser)
     parser.add_argument(
         "--task", required=True, metavar="NAME",
         help="task: data set and scoring rule, e.g. gsm8k, problems, hellaswag-generated",
@@ -38,8 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints accuracy, interval and speed; writes predictions.jsonl and result.json to --out or RUN/eval/TASK (see `larger`)."""
     prepare_jax_for(options.run)
+    with on_mesh(options) as mesh:
+        return _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: MeshConfig | None) -> int:
     from rich.progress import Progress
 
+    from moejax import processes
     from moejax.evaluation.evaluate import evaluate, prompts_of, write
     from moejax.evaluation.tasks import find
     from moejax.evaluation.tasks import load as load_examples
@@ -53,23 +61,26 @@ def run(options: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: expected a finished run's, or a model's in Hub layout")
     examples = load_examples(task, options.data, options.split, options.limit)
+    processes.same({"examples": examples})
     out = _out(folder, task.name, options, len(examples))
-    make, sizes, tokenizer, template, ends = load(folder, options.base)
+    make, sizes, tokenizer, template, ends = load(folder, options.base, mesh)
     prompts_of(tokenizer, task, examples, template, new, sizes.max_position_embeddings)  # before a large model is loaded for nothing
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if processes.is_first():
+            out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: the answers could not be kept there") from None
     model = make()
     full = out_of_memory(lambda why: f"out of memory: {why}. Lower --rows ({options.rows}) or --max-new-tokens ({new})")
-    with Progress(console=Console(stderr=True), transient=True) as bars, full:
+    with Progress(console=Console(stderr=True), transient=True, disable=not processes.is_first()) as bars, full:
         bar = bars.add_task(task.name, total=len(examples))
         result = evaluate(
             model, tokenizer, task, examples, max_new_tokens=new, rows=options.rows, template=template, ends=ends,
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
         )  # fmt: skip
     try:
-        write(result, out)
+        if processes.is_first():
+            write(result, out)
     finally:  # a disk that is full does not cost the result
         Console().print(report(result, "base" if options.base else None), soft_wrap=True)
     Console().print(f"{out}/predictions.jsonl, result.json", soft_wrap=True)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moejax.commands.arguments import check_counts
+from moejax.commands.arguments import add_mesh, check_counts, on_mesh
 from moejax.errors import UserError
 from moejax.files import replace_text
 from moejax.runtime import prepare_jax_for
+
+if TYPE_CHECKING:
+    from moejax.config_mesh import MeshConfig
 
 ROWS = 64  # problems answered together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo")
+    add_mesh(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="held-out problems (.json, .jsonl, .csv, .parquet, with `answer`)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="use only the first N problems")
 
@@ -24,8 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints a table and writes every prompt, output and verdict to RUN/predictions.jsonl and the figures to exact_match.json."""
     prepare_jax_for(options.run)
+    with on_mesh(options) as mesh:
+        return _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: MeshConfig | None) -> int:
     import jax
 
+    from moejax import processes
     from moejax.data.sources import load_records
     from moejax.evaluation.answers import commonest, correct, wilson_interval
     from moejax.evaluation.evaluate import evaluate, larger, prompts_of
@@ -41,13 +51,14 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{folder} was trained with data.template = text, which has no questions and answers to compare")
     check_counts(options, "limit")
     records = load_records(experiment.data, data)[:limit]
+    processes.same({"data": records})
     unanswered = next((i for i, r in enumerate(records) if _answer(r) is None), None)
     if unanswered is not None:
         raise UserError(f"{data}, record {unanswered} has no `answer` that is a number: exact match needs one")
     task = find("problems")
     examples = [example(task, data, i, r) for i, r in enumerate(records)]
     known = [answer for r in load_records(experiment.data, pairs=experiment.preference is not None) if (answer := _answer(r)) is not None]
-    make, sizes, tokenizer, template, ends = load(folder, base=True)
+    make, sizes, tokenizer, template, ends = load(folder, True, mesh)
     longest = task.max_new_tokens
     prompts_of(tokenizer, task, examples, template, longest, sizes.max_position_embeddings)
     model = make()
@@ -74,8 +85,9 @@ def run(options: argparse.Namespace) -> int:
     part = f"-first-{len(records)}" if limit is not None and larger(folder / "exact_match.json", "problems", len(records)) else ""
     shown = next(p for p in predictions if p["model"] == "tuned")
     try:
-        replace_text(folder / f"predictions{part}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-        replace_text(folder / f"exact_match{part}.json", json.dumps(summary, indent=2) + "\n")
+        if processes.is_first():
+            replace_text(folder / f"predictions{part}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+            replace_text(folder / f"exact_match{part}.json", json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: the answers could not be kept there ({error.strerror}): free some space") from None
     finally:  # a disk that is full does not cost the result

@@ -7,18 +7,21 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moejax.commands.arguments import check_counts
+from moejax.commands.arguments import add_mesh, check_counts, on_mesh
 from moejax.files import replace_text
 from moejax.runtime import prepare_jax_for
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from moejax.config_mesh import MeshConfig
+
 MOST_COLUMNS = 12  # experts that a table of 80 columns shows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo")
+    add_mesh(parser)
     parser.add_argument(
         "--data", required=True, metavar="FILE",
         help="records in the form of the training data (.json, .jsonl, .csv, .parquet)",
@@ -29,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Counts by the base and by the tuned model, as table, JSON, figure and TensorBoard image in the run's folder."""
     prepare_jax_for(options.run)
+    with on_mesh(options) as mesh:
+        return _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: MeshConfig | None) -> int:
+    from moejax import processes
     from moejax.data.pipeline import in_order
     from moejax.data.sources import load_records
     from moejax.evaluation.expert_load import count, draw, summarize, write_image
@@ -39,15 +48,16 @@ def run(options: argparse.Namespace) -> int:
     experiment = open_run(folder)
     check_counts(options, "limit")
     records = load_records(experiment.data, data)[: options.limit]
-    make, sizes, tokenizer, *_ = load(folder, base=True)
+    processes.same({"data": records})
+    make, sizes, tokenizer, *_ = load(folder, True, mesh)
     batches = in_order(experiment.data, records, tokenizer, experiment.seed, data)
     model = make()
     counts = {"base": count(model, batches)}  # a fresh adapter's B is zero: the model is its base
     counts["tuned"] = count(tuned(experiment, sizes, folder, model), batches)
     result = summarize(counts, batches, data, sizes)
-    replace_text(folder / "expert_load.json", json.dumps(result, indent=1) + "\n")
-    picture = draw(result, folder)
-    write_image(folder, picture)
+    if processes.is_first():
+        replace_text(folder / "expert_load.json", json.dumps(result, indent=1) + "\n")
+        write_image(folder, draw(result, folder))
     console = Console()
     for name in counts:
         console.print(table(result, name))

@@ -7,16 +7,20 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moejax.commands.arguments import add_run, check_counts, settle_run
+from moejax.commands.arguments import add_mesh, add_run, check_counts, on_mesh, settle_run
 from moejax.errors import UserError, first_line
 from moejax.estimator.units import counted
 from moejax.runtime import prepare_jax_for
 
+if TYPE_CHECKING:
+    from moejax.config_mesh import MeshConfig
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    add_mesh(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue, without a template; may be repeated")
     asked.add_argument(
@@ -39,6 +43,12 @@ def run(options: argparse.Namespace) -> int:
     """Prints the answers (a single one unchanged) to standard output and tokens/s to standard error."""
     settle_run(options)
     prepare_jax_for(options.run)
+    with on_mesh(options) as mesh:
+        return _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: MeshConfig | None) -> int:
+    from moejax import processes
     from moejax.data.records import blank, unicode
     from moejax.data.tokenize import prompts
     from moejax.evaluation.generate import Answers, Sampling, padded_length, stream
@@ -56,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     for name, texts in (("--prompt", options.prompt), ("--instruction", options.instruction), ("--stop", stops)):
         for text in texts or ():
             unicode(name, text)
-    make, sizes, tokenizer, template, ends = load(Path(options.run))
+    make, sizes, tokenizer, template, ends = load(Path(options.run), mesh=mesh)
     if options.prompt is None:
         if template == "text":
             raise UserError(f"{options.run} was trained with data.template = text, which has no instructions: use --prompt")
@@ -65,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
         _, asked = prompts(records, tokenizer, template, "--messages" if talks else "--instruction")
     else:
         asked = [encoded(tokenizer, text) for text in written]
+    processes.same({"prompts": asked})  # a file or standard input may be another
     padded_length(sizes, asked, options.max_new_tokens)  # before a large model is loaded for nothing
     model = make()
     answers = Answers(tokenizer, stops, len(asked), ends)
@@ -84,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         for row, text in enumerate(written):
             print(f"--- {text}\n{answers.text(row)[0]}")
-    if count:
+    if count and processes.is_first():
         print(
             f"{counted(count, 'token')} in {seconds:.2f} s: {count / seconds:.1f} tokens/s (decoding, without prefill and compile)",
             file=sys.stderr,

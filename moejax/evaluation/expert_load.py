@@ -14,8 +14,10 @@ from flax import nnx
 from moejax.compiler_options import jit
 from moejax.data.batching import Batches
 from moejax.files import replacing, save_figure
+from moejax.mesh import WHOLE, of_model
 from moejax.models.build import Model
 from moejax.models.config import Architecture
+from moejax.models.ops.spread import AXIS
 
 COLORS = {"base": "#a0aec0", "tuned": "#2b6cb0"}
 
@@ -23,13 +25,24 @@ COLORS = {"base": "#a0aec0", "tuned": "#2b6cb0"}
 def count(model: Model, batches: Batches) -> np.ndarray:
     """int64 [L, E]: how often each layer's experts were chosen, by real tokens only."""
     graphdef, state = nnx.split(model)
+    devices = of_model(state)
 
-    @jit
     def choices(state: Any, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(tokens, segment_ids, positions)[1].counts
 
-    parts = [np.asarray(choices(state, b.tokens, b.segment_ids, b.positions), np.int64) for b in batches.iterate(0)]
-    return np.sum(parts, axis=0)
+    @jit
+    def over_devices(state: Any, *rows: jax.Array) -> Any:
+        if devices is None:
+            return choices(state, *rows)
+        places = devices.of_weights(state), *devices.of_rows(rows)
+        return devices.over_rows(lambda *own: jax.lax.psum(choices(*own), AXIS), places, WHOLE, state, *rows)
+
+    found = np.zeros((), np.int64)
+    for b in batches.iterate(0):
+        more = 0 if devices is None else devices.whole_rows(len(b.tokens)) - len(b.tokens)  # rows of padding
+        rows = (np.pad(part, ((0, more), (0, 0))) for part in (b.tokens, b.segment_ids, b.positions))
+        found = found + np.asarray(over_devices(state, *rows), np.int64)
+    return found
 
 
 def load_variance(load: np.ndarray) -> float:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax import processes
 from moejax.compiler_options import jit
 from moejax.data.ends import Ends
 from moejax.errors import UserError
@@ -281,10 +282,12 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` unchanged, all prompts in one batch: int32 [B, 1], then [B, up to `piece`]; after a row's end
     token, only that token. Everything is compiled before the first piece. Raises UserError as `generate` does."""
-    length, draw = padded_length(model.config, prompts, max_new_tokens), draw_of(model, sampling, names_of(prompts))
-    shown = 0
-    for out in _decode(model, prompts, length, draw, max_new_tokens, end, piece):
-        yield out[:, shown:]
+    length, devices = padded_length(model.config, prompts, max_new_tokens), of_model(nnx.state(model))
+    more = 0 if devices is None else devices.whole_rows(len(prompts)) - len(prompts)
+    rows = [*range(len(prompts)), *[len(prompts) - 1] * more]  # the copies end when their row does
+    draw, shown = draw_of(model, sampling, names_of(prompts)[rows]), 0
+    for out in _decode(model, [prompts[i] for i in rows], length, draw, max_new_tokens, end, piece):
+        yield out[: len(prompts), shown:]
         shown = out.shape[1]
 
 
@@ -293,9 +296,18 @@ def _decode(
 ) -> Iterator[np.ndarray]:
     """All tokens so far, after the first one and then after every `piece` more: int32 [B, 1 …]. Ends when all rows have."""
     tokens, lengths = padded(prompts, length)
-    cache = init_cache(model, len(prompts), length + steps)
+    cache = _empty_cache(model, len(prompts), length + steps)
     for so_far, _ in decoded(nnx.split(model), tokens, lengths, cache, draw, steps, end, piece):
         yield so_far
+
+
+def _empty_cache(model: Model, rows: int, length: int) -> Cache:
+    """`init_cache`, where the model's devices have their rows of it."""
+    devices = of_model(nnx.state(model))
+    if devices is None:
+        return init_cache(model, rows, length)
+    shapes: Cache = jax.eval_shape(lambda: init_cache(model, rows, length))
+    return jax.tree.map(lambda a, place: jnp.zeros(a.shape, a.dtype, device=place), shapes, _of_cache(devices, shapes))
 
 
 def decoded(
@@ -317,7 +329,7 @@ def decoded(
     while True:
         if steps > 1:  # the first call decodes nothing: it compiles what the later ones run
             out, cache, step = _go_on(*model, out, cache, step, jnp.int32(until), draw, ends, devices)
-        so_far = np.asarray(out)[:, :until]
+        so_far = processes.everywhere(out)[:, :until]
         yield so_far, cache
         if until == steps or np.isin(so_far, ends).any(axis=1).all():
             return

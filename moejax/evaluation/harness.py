@@ -22,12 +22,14 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"lm-evaluation-harness is not installed: {installation.for_extra('eval')}", name=error.name) from error
 from tqdm import tqdm
 
+from moejax import processes
 from moejax.data import chat
 from moejax.data.ends import ends_of
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, generate, in_groups, said
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
 from moejax.models.build import Model
+from moejax.runs.devices import mesh_of
 from moejax.runs.open import load
 
 MAX_NEW_TOKENS = 256  # the harness's own default, where a task names no length
@@ -36,7 +38,8 @@ KNOWN = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "
 
 
 class MoejaxLM(TemplateLM):
-    """A finished run (its adapter applied) or a model's folder. batch_size: requests computed together. base: without the adapter.
+    """A finished run (its adapter applied; on all devices, where it was trained on a mesh) or a model's folder.
+    batch_size: requests computed together. base: without the adapter.
 
     Give `model` and `tokenizer` instead of a folder for a model that is loaded already. Raises UserError as `moejax eval` does.
     """
@@ -54,7 +57,10 @@ class MoejaxLM(TemplateLM):
         if (run is None) == (model is None):
             raise UserError("MoejaxLM: give a folder (run=…), or a model and its tokenizer")
         if run is not None:
-            loaded = load(Path(run), base)
+            mesh = mesh_of(Path(run))
+            if processes.started_with(mesh):
+                raise UserError("lm-evaluation-harness is one process with all devices of its machine: start it without srun and mpirun")
+            loaded = load(Path(run), base, mesh)
             model, tokenizer, ends = loaded.make(), loaded.tokenizer, loaded.ends
         else:
             ends = ends_of(tokenizer, "mistral")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax import processes
 from moejax.compiler_options import jit
 from moejax.errors import UserError
 from moejax.evaluation.generate import bucket, in_groups
@@ -99,7 +100,8 @@ def loglikelihoods(
     done = 0
     for chosen in in_groups([(bucket(len(a) + len(b) - 1), bucket(len(b))) for a, b in pairs], rows):
         contexts, continuations = zip(*(pairs[i] for i in chosen), strict=True)
-        likelihoods, greedy = _score(graphdef, state, *_arrays(contexts, continuations, rows), CHUNK, devices)
+        found = _score(graphdef, state, *_arrays(contexts, continuations, rows), CHUNK, devices)
+        likelihoods, greedy = map(processes.everywhere, found)
         for place, index in enumerate(chosen):
             scores[index] = Score(float(likelihoods[place]), bool(greedy[place]))
         done += len(chosen)

@@ -15,6 +15,7 @@ from moejax import device
 from moejax.config import Experiment
 from moejax.errors import UserError
 from moejax.hub import disk, peft, peft_rows, shards, snapshot, weights
+from moejax.hub.buffers import moved
 from moejax.hub.disk import Need
 from moejax.hub.quantized_cache import Content, leaves_of
 from moejax.mesh import Devices
@@ -170,6 +171,14 @@ def laid_out(model: Model, devices: Devices) -> None:
     state = nnx.state(model)
     places = devices.of_weights(state)
     nnx.update(model, jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places))
+
+
+def placed(model: Model, devices: Devices | None) -> Model:
+    """The model, with what does not lie where it is to on a mesh moved there (a new adapter, random weights). In place."""
+    if devices is not None:
+        state = nnx.state(model)
+        nnx.update(model, moved(state, devices.of_weights(state)))
+    return model
 
 
 def check_host_memory(model: Model) -> list[str]:
