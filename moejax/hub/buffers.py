@@ -37,6 +37,10 @@ class Buffer:
         """Whether it is one array of one device, without a sharding."""
         return self._leaf.sharding is None
 
+    def own(self, axis: int) -> tuple[int, int]:
+        """From where to where on an axis this process's devices have anything."""
+        return min(part.start[axis] for part in self._parts), max(part.start[axis] + part.shape[axis] for part in self._parts)
+
     def device(self, at: tuple[int, ...]) -> Any:
         """The device that alone has what lies at an index of the leading axes; None where several have, or none of this process's."""
         end = tuple(i + 1 for i in at) + self._leaf.shape[len(at) :]
@@ -62,6 +66,14 @@ class Buffer:
         if self.whole:
             return arrays[0]
         return jax.make_array_from_single_device_arrays(self._leaf.shape, self._leaf.sharding, arrays)
+
+
+def is_here(leaf: Any, at: tuple[int, ...]) -> bool:
+    """Whether a device of this process is to have anything of what lies at an index of an abstract array's leading axes."""
+    if leaf.sharding is None:
+        return True
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    return any(all(i in range(*s.indices(n)) for i, s, n in zip(at, index, leaf.shape, strict=False)) for index in places)
 
 
 def moved(tree: Any, places: Any) -> Any:

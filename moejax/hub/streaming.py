@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.hub.buffers import Buffer
+from moejax.hub.buffers import Buffer, is_here
 from moejax.hub.names import Place, attribute, tensors
 from moejax.hub.quantized_cache import ahead, part_name
 from moejax.hub.safetensors_file import Staging
@@ -39,25 +39,50 @@ def fill(
     under: str | None = None,
     keep: Keep | None = None,
     advance: Callable[[int], None] = lambda _: None,
-) -> None:
+    every: bool = True,
+) -> bool:
     """Give the base weights of an abstract model (those under attribute `under`, or all) their values from `files`.
 
-    keep: gets a copy of each part as it is stored. advance: called with the bytes of each tensor. Raises UserError, with file and
-    tensor, where one is missing, has another shape, or holds NaN.
+    keep: gets a copy of each part as it is stored. advance: called with the bytes of each tensor. every: read all tensors; else not the
+    experts that lie on other processes' devices alone. Returns whether all were read. Raises UserError, with file and tensor, where one is
+    missing, has another shape, or holds NaN.
     """
     targets = {(path, attr): parts for (path, attr), parts in by_variable(model).items() if under in (None, path[0])}
     values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}
+    wanted = {target: [every or _is_here(values[target], place) for _, place in parts] for target, parts in targets.items()}
     staging = Staging()
     calls = (
-        partial(_read, files, name, place, tuple(values[target].shape[_leading(place) :]), folder, staging.lend, new_rows(model, place))
+        partial(_read, files, name, place, tuple(values[target].shape[leading(place) :]), folder, staging.lend, new_rows(model, place))
         for target, parts in targets.items()
-        for name, place in parts
+        for (name, place), here in zip(parts, wanted[target], strict=True)
+        if here
     )
     with ThreadPoolExecutor(1) as pool:
         read = ahead(pool, calls)
         for (path, attr), parts in targets.items():
             variable = getattr(attribute(model, path), attr)
-            variable.set_value(_value(".".join((*path, attr)), values[path, attr], parts, read, files, keep, advance))
+            for (name, place), here in zip(parts, wanted[path, attr], strict=True):
+                if not here:
+                    advance(_bytes_of(files[name], place))
+            own = [part for part, here in zip(parts, wanted[path, attr], strict=True) if here]
+            variable.set_value(_value(".".join((*path, attr)), values[path, attr], own, read, files, keep, advance))
+    return all(map(all, wanted.values()))
+
+
+def _is_here(abstract: Any, place: Place) -> bool:
+    """Whether this process's devices are to have anything of a variable's matrix."""
+    index = _index(place)
+    first, piece = next((first, piece) for first, piece in reversed([*pieces_of(abstract)]) if not index or first <= index[0])
+    return is_here(jax.tree.leaves(piece)[0], (index[0] - first, *index[1:]) if index else ())
+
+
+def _index(place: Place) -> tuple[int, ...]:
+    """Of a tensor in its variable: layer, expert."""
+    return tuple(i for i in (place.layer, place.expert) if i is not None)
+
+
+def _bytes_of(source: Any, place: Place) -> int:
+    return int(source.nbytes) // (2 if place.half is not None else 1)
 
 
 def by_variable(model: Model) -> dict[tuple[tuple[str, ...], str], list[tuple[str, Place]]]:
@@ -77,7 +102,7 @@ def _value(
     found = [_Filled(first, piece) for first, piece in pieces]
     own = pieces[0][1]  # all are stored in the same way
     for name, place in parts:
-        index = tuple(i for i in (place.layer, place.expert) if i is not None)
+        index = _index(place)
         into = next(one for one in reversed(found) if not index or one.first <= index[0])
         stored = _stored(next(read), own, name, files, into.device(index))
         if keep is not None:
@@ -87,7 +112,7 @@ def _value(
         into.put(held, index)
         if keep is not None:
             keep.wait()
-        advance(files[name].nbytes // (2 if place.half is not None else 1))
+        advance(_bytes_of(files[name], place))
     return joined(one.value() for one in found)
 
 
@@ -211,9 +236,9 @@ def whole_shape(model: Model, places: tuple[Place, ...]) -> tuple[int, ...]:
     """The shape of a tensor as the checkpoint stores it."""
     place = places[0]
     value = getattr(attribute(model, place.path), place.attr).get_value()
-    return stored_shape(place, tuple(value.shape[_leading(place) :]))
+    return stored_shape(place, tuple(value.shape[leading(place) :]))
 
 
-def _leading(place: Place) -> int:
+def leading(place: Place) -> int:
     """How many axes of a variable stand before those of one tensor: layer, expert."""
-    return (place.layer is not None) + (place.expert is not None)
+    return len(_index(place))

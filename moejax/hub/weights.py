@@ -19,7 +19,7 @@ from moejax.hub.names import attribute, index_of, tensors, whole_of
 from moejax.hub.quantized_cache import Content, Keeper
 from moejax.hub.snapshot import resolve
 from moejax.hub.stored import AGAIN, MADE_FROM, open_tensors, weight_files
-from moejax.hub.streaming import by_variable, checked, fill, new_rows, whole_shape
+from moejax.hub.streaming import by_variable, checked, fill, leading, new_rows, whole_shape
 from moejax.models.build import Model, materialize_lora
 from moejax.models.config import Architecture, from_hub_config
 from moejax.models.ops.quantized import is_quantized, storage
@@ -75,15 +75,21 @@ def load_weights(
         ready = any(isinstance(source, bitsandbytes.Quantized | mxfp4.Matrix) for source in files.values())
         if cache is not None and not ready and any(is_quantized(whole(value)) for value in abstract.values()):
             path = cache / f"{quantized_cache.key(weight_files(folder), leaves, repr(model.config))}.safetensors"
-        kept = None if path is None else quantized_cache.read(path, abstract, content)
+        stacked = {".".join((*path, attr)): leading(parts[0][1]) for (path, attr), parts in by_variable(model).items()}
+        kept = None if path is None else quantized_cache.read(path, abstract, content, stacked)
         if kept is not None:
             for name, variable in base_variables(model):
                 variable.set_value(kept[name])
         else:
             # Several processes read one cache, and the first writes it.
-            keep = stack.enter_context(Keeper(path if processes.is_first() else None, leaves, content))
+            keep = stack.enter_context(Keeper(path if processes.is_first() else None, leaves, content, stacked))
             total = sum(files[n].nbytes // len(p) for n, p in tensors(model.config).items() if n in files for _ in p)
-            fill(model, files, folder, keep=keep, advance=stack.enter_context(bar("loading", total, "bytes")))
+            advance = stack.enter_context(bar("loading", total, "bytes"))
+            read_all = fill(model, files, folder, keep=keep, advance=advance, every=keep.writes)
+            if content is not None:
+                content.partial = not read_all
+    if content is not None:
+        content.agree()
     return materialize_lora(model, lora_key)
 
 
