@@ -23,7 +23,8 @@ def test_a_model_with_rows_is_one_with_other_tables(tied):
     model, plain = (build(sizes, key=jax.random.key(0), adapter=LoRAConfig(2, token_rows=rows), dtype=jnp.float32) for rows in (ids, ()))
     tokens = jnp.asarray([[3, 38, 39, 7, 3, 0], [1, 2, 39, 39, 4, 5]])
     begun = full_logits(model, tokens)
-    np.testing.assert_array_equal(begun, full_logits(plain, tokens))  # they begin as the tables' own
+    apart = 0 if jax.__version_info__ < (0, 11) else 6e-8  # a newer compiler's product of three columns has another order of sums
+    np.testing.assert_allclose(begun, full_logits(plain, tokens), rtol=0, atol=apart)  # they begin as the tables' own
     for rows, table in ((model.embed_rows, plain.embed), (model.output_rows, None if tied else plain.head)):
         if table is not None:
             rows.rows.set_value(drawn(3, 16))
