@@ -34,8 +34,9 @@ test: lint $(VENV)/.profile $(VENV)/.eval $(AOT)/.installed ## ruff, mypy and th
 	@MOEJAX_TEST_XLA=usual $(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 tests/training/test_gpu_compile.py
 
 # As a user compiles (without XLA's flags of tests/conftest.py), the tests marked `long` too; faults that the quick tests must notice.
-test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)
+test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb $(AOT_TPU)/.installed ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)
 	@MOEJAX_TEST_XLA=usual $(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
+	@MOEJAX_TEST_XLA=usual $(AOT_TPU_ENVIRONMENT) $(BIN)/python -m pytest -q -m long tests/training/test_tpu_compile.py
 	@$(BIN)/python tests/mutations.py
 	@rm -rf runs/characterize-demo
 	@$(MAKE) --no-print-directory characterize-demo
@@ -75,8 +76,9 @@ $(AOT_TPU)/.installed: $(STAMP)
 aot-tpu: $(AOT_TPU)/.installed ## compile the published models' steps for TPU slices that are not there: bytes, FLOPs, layouts
 	@$(AOT_TPU_ENVIRONMENT) $(BIN)/python benchmarks/tpu_programs.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-tpu-compiled.json) $(OPTIONS)
 
-aot: $(AOT)/.installed ## compile every config's step for GPUs that are not there (goes on where it ended; OPTIONS=--every: at many shapes, hours)
+aot: $(AOT)/.installed ## compile every config's step for GPUs and TPUs that are not there (goes on where it ended; OPTIONS=--every: at many shapes, hours)
 	@$(AOT_ENVIRONMENT) $(BIN)/python benchmarks/aot_grid.py --out $(or $(OUT),benchmarks/results/$$(date +%F)-aot-grid.jsonl) $(OPTIONS)
+	@$(MAKE) --no-print-directory aot-tpu OUT= OPTIONS=
 
 gpu-acceptance: ## the first 20 minutes on a card, with PYTHON as it is: is it in order, are the numbers right, what do the real steps take, what is fastest
 	@$(PYTHON) benchmarks/gpu_acceptance.py $(OPTIONS)

@@ -43,7 +43,7 @@ import runpy, sys
 layout, script, sys.argv[1:] = sys.argv[1], sys.argv[2], sys.argv[3:]
 sys.path.insert(0, script.rpartition("/")[0])
 from moejax.models.ops import quantized
-quantized.layout = lambda: layout
+quantized.layout = lambda platform: layout
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -71,8 +71,7 @@ def ours(out: int, inner: int) -> None:
     canonical = quantized.encode("nf4", one)
     calls = {}
     for layout in quantized.LAYOUTS:
-        held = quantized.abstract("nf4", (out, inner))
-        held = type(held)(**held.parts(), matrix=held.matrix, layout=layout)
+        held = quantized.abstract("nf4", (out, inner), layout)
         tensor = jax.device_put(held.with_parts({name: held.pack(name, part) for name, part in canonical.parts.items()}))
         for dtype in DTYPES:
             compiled = jax.jit(lambda t, dtype=dtype: nf4.dequantize(t, dtype)).lower(tensor).compile()

@@ -66,7 +66,7 @@ def trips(repeats: dict[str, int], routed: Any, path: str, branch: int | None) -
     if branch is None and "tiles" not in path:
         if "searchsorted" in path:  # of the kernels' tables: no product in it
             return 1
-        where = path.removesuffix("/while").rsplit("/", 1)[-1]
+        where = next(part for part in reversed(path.removesuffix("/while").split("/")) if part != "closed_call")
         found = next((count for name, count in repeats.items() if name in where), None)
         if found is not None:
             return found
@@ -95,7 +95,8 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     tokens = case.rows * dealt * case.row_tokens
     plan = experts.plan(experiment, sizes, tokens, target.chip)
     routed = None if plan is None else experts.routed(plan, experts.random_loads(sizes, tokens)[..., : sizes.num_experts // dealt])
-    repeats = {"layers": sizes.num_layers, "moe": sizes.num_experts // dealt}
+    chunks = -(-case.rows * case.row_tokens // experiment.training.loss_chunk(sizes.vocab_size))
+    repeats = {"layers": sizes.num_layers, "moe": sizes.num_experts // dealt, "loss": chunks}
     counted = gpu_model.step(c.executable, gpu_model.Thunks(), partial(trips, repeats, routed), gpu_model.Rates())
     again = 4 / 3 if experiment.adapter is None else 3 / 2
     flops = again * floors.model_flops(experiment, case.rows, case.row_tokens)

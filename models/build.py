@@ -16,8 +16,8 @@ from moejax.models.config.adapters import Pair
 from moejax.models.decoder import Decoder
 from moejax.models.layers import ON_THE_DEVICE, ExpertLinear, Frozen, Linear, Placement, of_experts
 from moejax.models.lora import LoRA
-from moejax.models.ops import host
-from moejax.models.ops.quantized import KINDS, abstract, is_quantized, quantize
+from moejax.models.ops import choice, host
+from moejax.models.ops.quantized import KINDS, abstract, is_quantized, layout, quantize
 from moejax.models.ops.split import joined
 from moejax.models.token_rows import TokenRows
 
@@ -60,17 +60,18 @@ def build(
 
     model: Model = nnx.eval_shape(base) if key is None else base()
     if frozen:
-        freeze(model, quantization)
+        freeze(model, quantization, choice.here() if platform is None else platform)
         place(model, placement)
     if adapter is not None:
         add_lora(model, adapter, None if key is None else lora_key)
     return model
 
 
-def freeze(model: Model, quantization: Quantization | None = None) -> None:
-    """Make every weight `Frozen`, and 4 bits where asked, or where its checkpoint has it so. In place; works on abstract models too."""
+def freeze(model: Model, quantization: Quantization | None, platform: str) -> None:
+    """Make every weight `Frozen`, and 4 bits where asked, or where its checkpoint has it so, as they lie on a device (`choice.here`). In
+    place; works on abstract models too."""
     kinds = model.config.kinds(*(quantization.kind, quantization.modules) if quantization else (None,))
-    modules = _modules_of(model, kinds)
+    modules, laid = _modules_of(model, kinds), layout(platform)
     for _, node in nnx.iter_modules(model):
         module: Any = node
         for name, variable in list(vars(module).items()):
@@ -78,7 +79,7 @@ def freeze(model: Model, quantization: Quantization | None = None) -> None:
                 value, axes = variable.get_value(), variable.get_metadata("axes")
                 if name == "weight" and id(module) in modules:
                     kind = modules[id(module)]
-                    value = abstract(kind, value.shape) if isinstance(value, jax.ShapeDtypeStruct) else quantize(kind, value)
+                    value = (abstract(kind, value.shape, laid) if isinstance(value, jax.ShapeDtypeStruct) else quantize(kind, value, laid))
                 setattr(module, name, Frozen(value, axes=axes))
 
 
@@ -213,7 +214,7 @@ def _random_in_host(leaf: Any, key: jax.Array) -> Any:
 
     def draw(shape: tuple[int, ...], k: jax.Array) -> Any:
         if is_quantized(leaf):
-            return abstract(leaf.kind, shape).random(k)
+            return abstract(leaf.kind, shape, leaf.layout).random(k)
         return (0.02 * jax.random.normal(k, shape, jnp.float32)).astype(leaf.dtype)
 
     if leaf.ndim == 2:

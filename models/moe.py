@@ -113,13 +113,13 @@ class MoE(nnx.Module):
         bias = self.router.choice_bias
         return probabilities if bias is None else probabilities + bias.get_value()
 
-    def plan(self, rows: int, width: int, dtype: Any, backend: str | None = None) -> gm.Plan:
-        """How this many rows pass the experts. backend: in the place of the model's."""
+    def plan(self, rows: int, width: int, dtype: Any, backend: str | None = None, dealt: bool = False) -> gm.Plan:
+        """How this many rows pass the experts. backend: in the place of the model's; dealt: each device has some of them."""
         weight, target = self.w1.weight.get_value(), self.target
         return gm.choose(
             backend or target.backend, target.platform, rows, self.experts, self.k,
             hidden=width, intermediate=linear.out_size(weight), quantized=linear.in_4_bits(weight), item=dtype.itemsize,
-            memory_bytes=target.memory_bytes,
+            memory_bytes=target.memory_bytes, dealt=dealt,
         )  # fmt: skip
 
     def _on_own_devices(
@@ -148,7 +148,7 @@ class MoE(nnx.Module):
         backend = "loop" if prefetch == "experts" and linear.in_host(weight) else self.target.backend
         if prefetch == "auto":  # a CPU has one memory: nothing to wait for
             prefetch = "" if self.target.platform == "cpu" else "experts"
-        plan = self.plan(x.shape[0], x.shape[1], x.dtype, backend)._replace(
+        plan = self.plan(x.shape[0], x.shape[1], x.dtype, backend, held < self.experts)._replace(
             activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout, prefetch=prefetch
         )  # fmt: skip
         with jax.named_scope("dispatch"):

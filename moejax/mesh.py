@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from moejax.config_mesh import MeshConfig
 from moejax.errors import UserError
 from moejax.models.layers import Frozen
-from moejax.models.ops import host
+from moejax.models.ops import host, tiles
+from moejax.models.ops.quantized import is_quantized
 from moejax.models.ops.spread import AXIS, RowsOf
 
 Tree = Any
@@ -52,7 +53,8 @@ class Devices:
 
         `experts`: stacks of experts' matrices (all their parts), biases and adapters [layers, experts, …] by expert. `spread`: codes and
         scales of frozen matrices, and frozen matrices of experts and linear layers that are not in 4 bits, by their rows […, out, in];
-        scales of scales, embedding, head, router, norms and biases are whole. So is whatever the devices do not divide.
+        scales of scales, embedding, head, router, norms and biases are whole. So is whatever the devices do not divide. On a TPU all parts
+        of matrices in 4 bits, by the axis that leaves the least to fill up.
         """
         return self._of(tree, self._of_weight)
 
@@ -104,8 +106,8 @@ class Devices:
             return P(None, AXIS)
         if self.weights == "spread" and isinstance(variable, Frozen) and _of_matrices(path, axes):
             row = 1 if len(axes) == 3 else 2  # behind layers, or layers and experts
-            if leaf.ndim == row + 2 and self._divides(leaf, row):
-                return P(*(None,) * row, AXIS)
+            if leaf.ndim == row + 2 and (axis := self._dealt(variable.get_value(), leaf.shape)) is not None:
+                return P(*(None,) * axis, AXIS)
         return WHOLE
 
     def _of_moment(self, path: Any, variable: Any, leaf: Any) -> P:
@@ -115,6 +117,13 @@ class Devices:
         axes = [axis for axis in range(leaf.ndim) if self._divides(leaf, axis)]
         axis = max(axes, key=lambda axis: leaf.shape[axis], default=None)
         return WHOLE if axis is None else P(*(None,) * axis, AXIS)
+
+    def _dealt(self, value: Any, shape: tuple[int, ...]) -> int | None:
+        """The axis of a matrix, or of its codes or scales, that each device has a part of."""
+        if is_quantized(value) and value.layout == "columns":
+            last = tiles.dealt(shape[-2], shape[-1], self.count)
+            return None if last is None else len(shape) + last
+        return len(shape) - 2 if shape[-2] > 0 and shape[-2] % self.count == 0 else None
 
     def _divides(self, leaf: Any, axis: int) -> bool:
         return leaf.ndim > axis and leaf.shape[axis] > 0 and leaf.shape[axis] % self.count == 0

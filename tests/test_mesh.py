@@ -1,6 +1,7 @@
 """Where every array of a run lies on a mesh: by shapes alone."""
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
@@ -10,7 +11,8 @@ from moejax.config_mesh import MeshConfig
 from moejax.errors import UserError
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
-from moejax.models.layers import Placement
+from moejax.models.layers import Frozen, Placement
+from moejax.models.ops import quantized
 from moejax.training.program import split
 
 
@@ -63,6 +65,24 @@ def test_spread_takes_frozen_matrices_by_their_rows(preset):
         assert not spec or (shape[rows] % 4 == 0 and not {"router", "embed", "head", "conv"} & set(name.split("."))), name
         assert not (name.endswith(".codes") and ".router" not in name and shape[-2] % 4 == 0 and not spec), name
     assert any(".moe.w1" in name and spec for name, (_, spec, _) in found.items())
+
+
+def test_a_tpus_parts_are_gathered_as_they_were():
+    """Of four devices: codes by blocks, folded scales by what pads least; and each device has the whole matrix's values."""
+    weight = quantized.quantize("nf4-double", jax.random.normal(jax.random.key(0), (1, 256, 768)), "columns")
+    tree = {"weight": Frozen(weight, axes=("layers", "out", "in"))}
+    devices = mesh.devices(MeshConfig(devices=4, weights="spread"))
+    places = devices.of_weights(tree)
+    placed = places["weight"].get_value()
+    assert [tuple(getattr(placed, name).spec) for name in weight.parts()] == [(None, "data"), (None, "data"), (None, None, "data"), ()]
+
+    def whole(tree):
+        part = tree["weight"].get_value()
+        assert not part.is_whole and part.shape == weight.shape
+        return part.gathered().dequantize(jnp.float32)
+
+    found = jax.jit(lambda tree: devices.over_rows(whole, (places,), mesh.WHOLE, tree))(tree)
+    assert jnp.array_equal(found, weight.dequantize(jnp.float32))
 
 
 def test_what_does_not_divide_is_whole():

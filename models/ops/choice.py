@@ -28,6 +28,10 @@ TPU_MEMORY_SHARE = 12
 """And `ragged`, on a TPU."""
 TPU_ROWS = 128
 """`ragged`'s rows are filled up to a multiple of this many: of its kernel's smallest tile."""
+TPU_TILES = 4
+"""`loop`'s tiles there are all of one size, this many to a mean group: a second size is as much again to compile."""
+TPU_TILE = 1024
+"""Rows of the largest."""
 CAPACITY_DEVIATIONS = 4
 """How far above the mean load `capacity`'s batch reaches, in standard deviations of a random routing: one has next to no row beyond."""
 RULE = {"cpu": (128, 32), "gpu": (4096, 128)}
@@ -109,13 +113,14 @@ def measured(platform: str, rows_per_expert: int, matrix: int, quantized: bool) 
 def grouped(
     platform: str, tokens: int, experts: int, experts_per_token: int, *,
     hidden: int = 1024, intermediate: int = 1024, quantized: bool = False, item: int = 2, memory_bytes: int | None = None,
-    asked: str = "auto",
+    asked: str = "auto", dealt: bool = False,
 ) -> tuple[str, int, int, int]:  # fmt: skip
     """For this device ("cpu", "gpu" or a GPU's kind) and size: the backend, and rows of a tile, of a small tile and of each expert in
     `capacity`'s batch.
 
     item: bytes of a number of the compute dtype; memory_bytes: of the device, None where unknown; asked: a backend by name, which then runs
-    with the table's tiles, or "auto".
+    with the table's tiles, or "auto"; dealt: each device has some of the experts, and among its rows those for others', which `ragged` has
+    the room of.
 
     Without a measurement: the loop; on a GPU `capacity` for many experts with rows for each; on a TPU `ragged`. Tiles are at most half the
     mean group if none larger was measured (on a GPU, where each is dozens of launches, at most the mean group, or one for all of a small
@@ -134,13 +139,16 @@ def grouped(
     share = TPU_MEMORY_SHARE if is_tpu(platform) else MEMORY_SHARE
     if platform != "cpu" and found["backend"] != "decode" and 3 * experts * hidden * intermediate * item * share > (memory_bytes or 0):
         found = found | {"backend": "loop"}
-    if asked != "auto":
-        found = found | {"backend": asked}
+    if asked != "auto" or (dealt and found["backend"] == "ragged"):
+        found = found | {"backend": "loop" if asked == "auto" else asked}
     if found["backend"] == "decode":  # masks its rows
         return "decode", 0, 0, capacity
     if found["backend"] == "ragged":
         more = -tokens * experts_per_token % TPU_ROWS
         return "ragged", more, more, capacity
+    if is_tpu(platform):
+        tile = min(max(_power_of_two_in(mean_group / TPU_TILES), TPU_ROWS), TPU_TILE)
+        return found["backend"], tile, tile, capacity
     most = _power_of_two_in(mean_group / 2)
     measured_for = found.get("rows_per_expert")
     if measured_for is None and platform != "cpu":

@@ -68,7 +68,7 @@ def dequantized(weight: Weight, dtype: jnp.dtype, scope: str) -> jax.Array:
     if isinstance(weight, QuantizedTensor):
         with jax.named_scope(scope):
             # The barrier keeps this from melting into the product that follows: one dequantization per matrix, with its own scope.
-            return jax.lax.optimization_barrier(weight.dequantize(dtype))
+            return weight.turned(jax.lax.optimization_barrier(weight.as_laid(dtype)))
     return weight.astype(dtype)  # type: ignore[union-attr]
 
 

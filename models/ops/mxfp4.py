@@ -26,7 +26,7 @@ BIAS, NAN = 127, 255
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tensor(QuantizedTensor):
-    """A weight in MXFP4. scales: the blocks' exponents, uint8 [..., out, in/32]."""
+    """A weight in MXFP4. scales: the blocks' exponents, uint8 [..., out, in/32], in columns as `quantized.LAYOUTS` has it."""
 
     scales: jax.Array
 
@@ -34,8 +34,8 @@ class Tensor(QuantizedTensor):
     def kind(self) -> str:
         return "mxfp4"
 
-    def dequantize(self, dtype: Any) -> jax.Array:
-        return dequantize(self, dtype)
+    def as_laid(self, dtype: Any) -> jax.Array:
+        return as_laid(self, dtype)
 
     @staticmethod
     def scales_at(parts: Mapping[str, Callable[[Any], Any]], tables: tuple[Any, ...], blocks: jax.Array) -> jax.Array:
@@ -47,8 +47,17 @@ class Tensor(QuantizedTensor):
 
 
 def dequantize(weight: Tensor, dtype: Any = jnp.float32) -> jax.Array:
-    """[..., out, in] in `dtype`; the values themselves, which fp32 and bf16 both hold. Infinite where they end."""
-    code = weight.indices().reshape(*weight.scales.shape, BLOCK)
+    """[..., out, in] in `dtype`."""
+    return weight.turned(as_laid(weight, dtype))
+
+
+def as_laid(weight: Tensor, dtype: Any = jnp.float32) -> jax.Array:
+    """The values themselves, which fp32 and bf16 both hold, in memory's order. Infinite where they end."""
+    out, inner = weight.matrix
+    index = weight.indices()
+    if weight.layout == "columns":
+        return _numbers(index, weight.scales.reshape(*index.shape[:-4], inner // BLOCK, 1, 1, out), dtype)
+    code = index.reshape(*weight.scales.shape, BLOCK)
     return _numbers(code, weight.scales[..., None], dtype).reshape(weight.shape)
 
 

@@ -71,7 +71,7 @@ class Tensor(QuantizedTensor):
     """A weight in NF4, `offset` and `nested_absmax` where its scales are quantized too.
 
     absmax: the blocks' scales, [..., out, in/64] where rows are whole blocks, else [..., ceil(n/64)]: fp32, or uint8 indices into
-    DYNAMIC_MAP; nested_absmax: fp32 [..., ceil(n/64/256)]; offset: fp32 [...].
+    DYNAMIC_MAP; nested_absmax: fp32 [..., ceil(n/64/256)]; offset: fp32 [...]. In columns as `quantized.LAYOUTS` has it.
     """
 
     absmax: jax.Array
@@ -84,8 +84,8 @@ class Tensor(QuantizedTensor):
 
     tables = CODEBOOK, DYNAMIC_MAP
 
-    def dequantize(self, dtype: Any) -> jax.Array:
-        return dequantize(self, dtype)
+    def as_laid(self, dtype: Any) -> jax.Array:
+        return as_laid(self, dtype)
 
     @staticmethod
     def scales_at(parts: Mapping[str, Callable[[Any], Any]], tables: tuple[Any, ...], blocks: jax.Array) -> jax.Array:
@@ -176,7 +176,9 @@ def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def block_scales(weight: Tensor) -> jax.Array:
-    """fp32 scales in the shape of `absmax`, with the second quantization undone."""
+    """fp32 scales in the shape of `absmax`, of columns [..., in/64, out], with the second quantization undone."""
+    if weight.layout == "columns":
+        return _scales_of_columns(weight)
     if weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
     offset = weight.offset[(..., *(None,) * (weight.absmax.ndim - weight.offset.ndim))]
@@ -192,6 +194,25 @@ def _scale(number: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array
     return jnp.maximum(number * nested, jnp.finfo(jnp.float32).min) + offset
 
 
+def _scales_of_columns(weight: Tensor) -> jax.Array:
+    *leading, out, inner = weight.shape
+    absmax = weight.absmax.reshape(*leading, inner // BLOCK, out)
+    if weight.nested_absmax is None or weight.offset is None:
+        return absmax
+    groups = KINDS[weight.kind].nested_groups(inner)
+    nested = weight.nested_absmax.reshape(*leading, groups, 1, out)
+    value = _dynamic(absmax).reshape(*leading, groups, -1, out)
+    return _scale(value, nested, weight.offset[..., None, None, None]).reshape(absmax.shape)
+
+
+def _dynamic(index: jax.Array) -> jax.Array:
+    """DYNAMIC_MAP[index] by selects: its negative half is the positive one, but for 1."""
+    place = index.astype(jnp.int32) - 127
+    size = jnp.abs(place)
+    value = jnp.where(size == 128, 1.0, _select(DYNAMIC_MAP[127:255], size & 127))
+    return jnp.where(place < 0, -value, value)
+
+
 def _take(index: jax.Array) -> jax.Array:
     """One look-up for each weight, in the table of 16."""
     return _look_up(CODEBOOK, index)
@@ -199,8 +220,13 @@ def _take(index: jax.Array) -> jax.Array:
 
 def _tree(index: jax.Array) -> jax.Array:
     """15 selects, by the bits of the code from the lowest. A CPU's compiler hoists the constants out of a loop, as whole arrays."""
-    values: list[Any] = [jnp.float32(value) for value in CODEBOOK]
-    for bit in range(4):
+    return _select(CODEBOOK, index)
+
+
+def _select(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """table[index] by selects, of a table of 2^n numbers."""
+    values: list[Any] = [jnp.float32(value) for value in table]
+    for bit in range(len(table).bit_length() - 1):
         is_set = (index >> bit) & 1 != 0
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
     value: jax.Array = values[0]
@@ -221,14 +247,21 @@ def _values(index: jax.Array) -> jax.Array:
 
 
 def dequantize(weight: Tensor, dtype: Any = jnp.float32, look_up: Callable[[jax.Array], jax.Array] = _values) -> jax.Array:
-    """[..., out, in] in `dtype`: codebook value times block scale in fp32, then cast. look_up: one of `LOOK_UPS`; all give the same."""
+    """[..., out, in] in `dtype`: `as_laid`, by one of `LOOK_UPS`; all give the same."""
+    return weight.turned(as_laid(weight, dtype, look_up))
+
+
+def as_laid(weight: Tensor, dtype: Any = jnp.float32, look_up: Callable[[jax.Array], jax.Array] = _values) -> jax.Array:
+    """Codebook value times block scale in fp32, then cast, in memory's order."""
     out, inner = weight.matrix
-    values, scales = look_up(weight.indices()), block_scales(weight)
+    found, scales = look_up(weight.indices()), block_scales(weight)
+    if weight.layout == "columns":
+        return (found * scales[..., None, None, :]).astype(dtype)
     if inner % BLOCK:  # a block runs over the end of a row
         scales = jnp.repeat(scales, BLOCK, axis=-1)[..., : out * inner].reshape(weight.shape)
     else:
-        values, scales = values.reshape(*scales.shape, BLOCK), scales[..., None]
-    return (values * scales).reshape(weight.shape).astype(dtype)
+        found, scales = found.reshape(*scales.shape, BLOCK), scales[..., None]
+    return (found * scales).reshape(weight.shape).astype(dtype)
 
 
 def _torch_mean(x: np.ndarray) -> np.float32:

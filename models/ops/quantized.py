@@ -1,8 +1,8 @@
 """Frozen weights in 4 bits, as everything outside `ops` knows them. No jax at import: the estimator counts bytes by it.
 
 Outside (on disk, in caches, exports and hashes) a matrix is its canonical parts: bitsandbytes' own bytes of NF4, gpt-oss's of MXFP4.
-Inside, a `QuantizedTensor` holds the same codes as [..., out, in/2]: a TPU pads a small last axis sixty-fourfold. Values are equal to the
-bit.
+Inside, a `QuantizedTensor` holds the same codes as [..., out, in/2], and on a TPU, which pads a small last axis sixty-fourfold, as
+[..., in/2, out]. Values are equal to the bit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from moejax.models.ops import choice, tiles
+
 if TYPE_CHECKING:
     import jax
 
-LAYOUTS = ("halves", "pairs")
-"""Byte j of a row of codes holds weights j and j + in/2, or 2j and 2j + 1; the first of the two in the high nibble."""
+LAYOUTS = ("halves", "pairs", "columns")
+"""Byte j of a row of codes holds weights j and j + in/2, or 2j and 2j + 1; the first of the two in the high nibble. Columns: the axes of a
+matrix changed, codes [..., in/2, out], where a block is halves (of one of 64 bytes j to j + 31 hold its weights j and j + 32); scales by
+block and row, `tiles.folded`; scales of scales repeated for each row. So nothing but the shift depends on the place in a block."""
 
 
-def layout() -> str:
-    """How codes lie in memory. Halves: nothing has to be interleaved, and on a TPU it is the only form that is not padded; a GPU's
-    compiled program takes the same bytes for both."""
-    return "halves"
+def layout(platform: str) -> str:
+    """How codes lie in memory on a device (as `choice.here` says it). Halves: nothing has to be interleaved; a GPU's compiled program takes
+    the same bytes for pairs. Columns: nothing but wide last axes, and a scale is one lane's along a block."""
+    return "columns" if choice.is_tpu(platform) else "halves"
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,31 @@ class Kind:
         """The parts that take the bytes: a code a weight, a scale a block."""
         return "codes", self.scales
 
-    def parts(self, shape: tuple[int, ...], *, canonical: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of what stores a weight [..., out, in] in memory, or in canonical form. Raises ValueError for rows that
-        the format does not have."""
+    def fitting(self, shape: tuple[int, ...], layout: str) -> str:
+        """The layout that a weight [..., out, in] has where this one is asked for: columns are for rows of whole blocks, and many."""
+        return "halves" if layout == "columns" and (shape[-1] % self.block or shape[-2] < tiles.LANES) else layout
+
+    def nested_groups(self, inner: int) -> int:
+        """Of a row's blocks: groups of neighbours that have one scale of scales in every row."""
+        blocks = inner // self.block
+        return blocks // math.gcd(blocks, self.nested)
+
+    def parts(self, shape: tuple[int, ...], layout: str = "halves", *, canonical: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, dtype) of what stores a weight [..., out, in] in memory, or in canonical form. layout: one that is `fitting`.
+        Raises ValueError for rows that the format does not have."""
         *leading, out, inner = shape
         if self.rows and inner % self.block:
             raise ValueError(f"a row of {inner} weights in {self.title}: expected a multiple of {self.block}")
         blocks = -(-out * inner // self.block)
         codes = (-(-out * inner // 2),) if canonical else (out, -(-inner // 2))
         scales = (blocks,) if canonical or inner % self.block else (out, inner // self.block)
-        found: dict[str, tuple[tuple[int, ...], str]] = {"codes": (codes, "uint8")}
-        found[self.scales] = (scales, self.scale_dtype)
+        nested: tuple[int, ...] = (-(-blocks // self.nested),) if self.nested else ()
+        if layout == "columns" and not canonical:
+            codes, scales = (inner // 2, out), tiles.folded(inner // self.block, out)
+            nested = tiles.folded(self.nested_groups(inner), out) if self.nested else ()
+        found: dict[str, tuple[tuple[int, ...], str]] = {"codes": (codes, "uint8"), self.scales: (scales, self.scale_dtype)}
         if self.nested:
-            found |= {"nested_absmax": ((-(-blocks // self.nested),), "float32"), "offset": ((), "float32")}
+            found |= {"nested_absmax": (nested, "float32"), "offset": ((), "float32")}
         return {name: ((*leading, *part), dtype) for name, (part, dtype) in found.items()}
 
     def nbytes(self, shape: tuple[int, ...]) -> dict[str, int]:
@@ -111,7 +127,7 @@ class QuantizedTensor:
 
     def parts(self) -> dict[str, Any]:
         """In memory, by name."""
-        return {name: getattr(self, name) for name in KINDS[self.kind].parts(self.shape)}
+        return {name: getattr(self, name) for name in KINDS[self.kind].parts(self.shape, self.layout)}
 
     def with_parts(self, parts: Mapping[str, Any]) -> Self:
         return dataclasses.replace(self, **parts)
@@ -122,20 +138,38 @@ class QuantizedTensor:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of its rows are here, and not a part of them on each device of a mesh."""
-        return self.codes.shape[-2] == self.matrix[0]
+        """Whether all of it is here, and not a part on each device of a mesh."""
+        return bool(self.codes.shape[-2:] == self._shapes()["codes"][-2:])
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in KINDS[self.kind].parts(self.shape, self.layout).items()}
 
     def gathered(self) -> Self:
-        """All rows of a weight of which this device has a part."""
+        """All of a weight of which this device has a part."""
         from moejax.models.ops.spread import all_rows
 
-        shapes = {name: shape for name, (shape, _) in KINDS[self.kind].parts(self.shape).items()}
-        row = self.codes.ndim - 2
-        return self.with_parts({name: a if a.shape == shapes[name] else all_rows(a, row) for name, a in self.parts().items()})
+        def gather(part: jax.Array, whole: tuple[int, ...]) -> jax.Array:
+            own = next((axis for axis, (a, b) in enumerate(zip(part.shape, whole, strict=True)) if a != b), None)
+            return part if own is None else all_rows(part, own)
+
+        shapes = self._shapes()
+        return self.with_parts({name: gather(part, shapes[name]) for name, part in self.parts().items()})
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """[..., out, in] in `dtype`."""
+        return self.turned(self.as_laid(dtype))
+
+    def as_laid(self, dtype: Any) -> jax.Array:
+        """The weights in `dtype` in memory's order: [..., out, in], of columns [..., in/block, 2, block/2, out]."""
         raise NotImplementedError
+
+    def turned(self, values: jax.Array) -> jax.Array:
+        """What `as_laid` gives, as [..., out, in]. (Apart from it: a TPU's compiler would take the change of shape before the products, and
+        make an array of the scales of all weights.)"""
+        if self.layout != "columns":
+            return values
+        *leading, out, inner = self.shape
+        return values.reshape(*leading, inner, out).swapaxes(-1, -2)
 
     tables: ClassVar[tuple[np.ndarray, ...]] = ()
     """What the two functions below look up: a kernel (`grouped/kernels.py`) takes constants as operands."""
@@ -151,29 +185,63 @@ class QuantizedTensor:
         raise NotImplementedError
 
     def indices(self) -> jax.Array:
-        """Each weight's code: uint8 [..., out, in]."""
+        """Each weight's code, uint8, in memory's order."""
         import jax.numpy as jnp
 
         *leading, out, inner = self.shape
+        if self.layout == "columns":
+            half = KINDS[self.kind].block // 2
+            both = self.codes.reshape(*leading, inner // half // 2, 1, half, out)
+            return (both >> jnp.array([4, 0], jnp.uint8)[:, None, None]) & 15
         high, low = self.codes >> 4, self.codes & 15
         # A CPU writes the halves' codes to memory, a byte each, and is still twice as fast as by any form in one loop.
         found = jnp.concatenate([high, low], -1) if self.layout == "halves" else jnp.stack([high, low], -1).reshape(*leading, out, -1)
         return found[..., :inner]
 
     def pack(self, name: str, part: Any, *, in_place: bool = False) -> Any:
-        """A canonical part, with any leading axes, as it lies in memory. Codes are repacked on the host; in_place: where they are."""
+        """A canonical part, with any leading axes, as it lies in memory. Codes, and columns, are repacked on the host; in_place: where
+        they are, if `packs_in_place` says so."""
+        kind = KINDS[self.kind]
         if name == "codes":
-            return pack(np.asarray(part), self.matrix, self.layout, low_first=KINDS[self.kind].low_first, in_place=in_place)
-        shape = KINDS[self.kind].parts(self.matrix)[name][0]
-        return part.reshape((*part.shape[: part.ndim - (name != "offset")], *shape))
+            if self.layout == "columns":
+                rows = pack(np.asarray(part), self._blocks, "halves", low_first=kind.low_first, in_place=in_place)
+                return np.ascontiguousarray(rows.reshape(*rows.shape[:-2], self.matrix[0], -1).swapaxes(-1, -2))
+            return pack(np.asarray(part), self.matrix, self.layout, low_first=kind.low_first, in_place=in_place)
+        leading = part.shape[: part.ndim - (name != "offset")]
+        shape = kind.parts(self.matrix, self.layout)[name][0]
+        if self.layout == "columns" and name != "offset":
+            out, inner = self.matrix
+            if name == "nested_absmax":
+                groups = kind.nested_groups(inner)
+                part = np.repeat(part, kind.nested * groups * kind.block // inner, axis=-1)[..., : out * groups]
+            part = np.ascontiguousarray(np.asarray(part).reshape(*leading, out, -1).swapaxes(-1, -2))
+        return part.reshape((*leading, *shape))
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        block = KINDS[self.kind].block
+        return self.matrix[0] * self.matrix[1] // block, block
+
+    def packs_in_place(self, name: str) -> bool:
+        """Whether `pack` in place leaves its result in the memory that it is given."""
+        return name == "offset" or (self.layout != "columns" and (name != "codes" or self.matrix[1] % 4 == 0))
 
     def canonical(self) -> Canonical:
         """Its parts as they are on disk, in the host's memory."""
-        kind = KINDS[self.kind]
+        kind, (*leading, out, inner) = KINDS[self.kind], self.shape
         shapes = kind.parts(self.shape, canonical=True)
-        parts = {name: np.asarray(part).reshape(shapes[name][0]) for name, part in self.parts().items() if name != "codes"}
-        codes = unpack(np.asarray(self.codes), self.matrix, self.layout, low_first=kind.low_first)
-        return Canonical(self.kind, self.shape, {"codes": codes} | parts)
+
+        def flat(name: str, part: np.ndarray) -> np.ndarray:
+            if self.layout == "columns" and name != "offset":
+                part = part.reshape(*leading, -1, out).swapaxes(-1, -2)
+            if name == "codes":
+                matrix, laid = (self._blocks, "halves") if self.layout == "columns" else (self.matrix, self.layout)
+                return unpack(part.reshape(*leading, matrix[0], -1), matrix, laid, low_first=kind.low_first)
+            if self.layout == "columns" and name == "nested_absmax":
+                part = part.reshape(*leading, -1)[..., :: kind.nested * kind.nested_groups(inner) * kind.block // inner]
+            return part.reshape(shapes[name][0])
+
+        return Canonical(self.kind, self.shape, {name: flat(name, np.asarray(part)) for name, part in self.parts().items()})
 
     def random(self, key: jax.Array) -> QuantizedTensor:
         """Of an abstract one: random codes, and scales that give weights the standard deviation of an initialized model."""
@@ -197,9 +265,9 @@ class Canonical(NamedTuple):
     shape: tuple[int, ...]
     parts: Mapping[str, Any]
 
-    def tensor(self) -> QuantizedTensor:
+    def tensor(self, layout: str = "halves") -> QuantizedTensor:
         """In memory's form."""
-        held = abstract(self.kind, self.shape)
+        held = abstract(self.kind, self.shape, layout)
         return held.with_parts({name: held.pack(name, part) for name, part in self.parts.items()})
 
 
@@ -227,12 +295,13 @@ def dequantized(value: Any, dtype: Any) -> jax.Array:
     return array
 
 
-def abstract(kind: str, shape: tuple[int, ...]) -> QuantizedTensor:
+def abstract(kind: str, shape: tuple[int, ...], layout: str = "halves") -> QuantizedTensor:
     """The shapes and dtypes (`jax.ShapeDtypeStruct`) that `quantize` gives for a weight [..., out, in]."""
     import jax
 
-    parts = {name: jax.ShapeDtypeStruct(*part) for name, part in KINDS[kind].parts(shape).items()}
-    tensor: QuantizedTensor = tensor_type(kind)(**parts, matrix=tuple(shape[-2:]), layout=layout())
+    fitting = KINDS[kind].fitting(shape, layout)
+    parts = {name: jax.ShapeDtypeStruct(*part) for name, part in KINDS[kind].parts(shape, fitting).items()}
+    tensor: QuantizedTensor = tensor_type(kind)(**parts, matrix=tuple(shape[-2:]), layout=fitting)
     return tensor
 
 
@@ -241,14 +310,15 @@ def encode(kind: str, weight: Any) -> Canonical:
     return Canonical(kind, tuple(weight.shape), _module(kind).encode(weight, KINDS[kind]))
 
 
-def quantize(kind: str, weight: Any) -> QuantizedTensor:
+def quantize(kind: str, weight: Any, layout: str = "halves") -> QuantizedTensor:
     """`encode` of every matrix of [..., out, in], in memory's form."""
     import jax
     import jax.numpy as jnp
 
     if weight.ndim > 2:
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *(quantize(kind, matrix) for matrix in weight))  # type: ignore[no-any-return]
-    return jax.tree.map(jnp.asarray, encode(kind, weight).tensor())  # type: ignore[no-any-return]
+        parts = (quantize(kind, matrix, layout) for matrix in weight)
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *parts)  # type: ignore[no-any-return]
+    return jax.tree.map(jnp.asarray, encode(kind, weight).tensor(layout))  # type: ignore[no-any-return]
 
 
 def tensor_type(kind: str) -> Any:

@@ -45,4 +45,4 @@ def whole(value: Any) -> Any:
     if not isinstance(value, Split):
         return value
     piece = value.pieces[0]
-    return abstract(piece.kind, value.shape) if is_quantized(piece) else jax.ShapeDtypeStruct(value.shape, piece.dtype)
+    return abstract(piece.kind, value.shape, piece.layout) if is_quantized(piece) else jax.ShapeDtypeStruct(value.shape, piece.dtype)

@@ -183,7 +183,7 @@ def _held(
     stored, held = stored_parts(variable)[part], variable.parts()[part] if part else variable
     shape, dtype = stored.shape or (1,), np.dtype(stored.dtype)
     buffer, limit = Buffer(held), _at_once_bytes()
-    in_place = part != "codes" or variable.matrix[1] % 4 == 0
+    in_place = not part or variable.packs_in_place(part)
     at_once = aligned(shape, dtype) if buffer.whole and (math.prod(shape) * dtype.itemsize <= limit or len(shape) == 1) else None
     numbers = int(min(limit, _PIECE_BYTES)) // dtype.itemsize
     own = buffer.own(1) if stacked == 2 else None

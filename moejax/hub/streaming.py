@@ -108,7 +108,7 @@ def _value(
         if keep is not None:
             for part, array in stored_parts(stored).items():
                 keep.put(part_name(variable, part), array, index)
-        held = stored.tensor() if isinstance(stored, Canonical) else stored
+        held = stored.tensor(own.layout) if isinstance(stored, Canonical) else stored
         into.put(held, index)
         if keep is not None:
             keep.wait()

@@ -25,10 +25,11 @@ def plan(experiment: Experiment, config: Architecture, tokens: int, card: GPU | 
     if config.experts_per_token == config.num_experts:
         return None
     device, memory_bytes = (here(), memory_here()) if card is None else (card.cuda_name, card.memory_bytes)
+    dealt = experiment.mesh is not None and experiment.mesh.weights == "experts" and experiment.mesh.devices != 1
     return choose(
         experiment.model.moe_backend, device, tokens, config.num_experts, config.experts_per_token,
         hidden=config.hidden_size, intermediate=config.intermediate_size, quantized="experts" in experiment.kinds(config),
-        item=ITEM[experiment.training.compute_dtype], memory_bytes=memory_bytes,
+        item=ITEM[experiment.training.compute_dtype], memory_bytes=memory_bytes, dealt=dealt,
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """MXFP4 against transformers 5.24's own dequantization, to the bit (tests/oracles/mxfp4.py), and against ml_dtypes' e2m1 and e8m0."""
 
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +8,16 @@ import pytest
 from support import read_vectors
 
 from moejax.models.ops import mxfp4, quantized
-from moejax.models.ops.quantized import LAYOUTS
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ("halves", "pairs"))
 @pytest.mark.parametrize("case", ["every", "gpt_oss", "one_block", "three_blocks"])
 def test_values_are_transformers_to_the_bit(case, layout):
     """Every byte under every scale but NaN, what overflows and the smallest numbers too; and the checkpoint's bytes come back."""
     known = read_vectors("mxfp4")
     blocks, scales = known[f"{case}/blocks"], known[f"{case}/scales"]
     experts, rows, count, _ = blocks.shape
-    held = replace(quantized.abstract("mxfp4", (experts, rows, 32 * count)), layout=layout)
+    held = quantized.abstract("mxfp4", (experts, rows, 32 * count), layout)
     parts = {"codes": blocks.reshape(experts, -1), "scales": scales.reshape(experts, -1)}
     tensor = held.with_parts({name: jnp.asarray(held.pack(name, part)) for name, part in parts.items()})
     assert tensor.codes.shape == (experts, rows, 16 * count) and tensor.scales.shape == (experts, rows, count)

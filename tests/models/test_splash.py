@@ -85,15 +85,21 @@ def test_layers_of_gpt_oss_with_and_without_a_window(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [128, pytest.param(300, marks=pytest.mark.long)])
-def test_the_kernel_of_gradients_is_the_sum_over_each_group(rows):
-    """Empty groups are zero, and rows behind the last one are of none."""
+def test_the_kernels_of_groups_are_plain_products(rows):
+    """The gradient is a sum over each group: empty groups are zero, and rows behind the last one are of none."""
     drawn, sizes = np.random.default_rng(rows), np.array([0, 70, 0, 37, 5])
     dy, x = (drawn.standard_normal((rows, width)).astype(np.float32) for width in (16, 40))
     dy[sizes.sum() :] = np.nan
-    found = ragged.kernel_gradient(jnp.asarray(sizes, jnp.int32), jnp.asarray(dy), jnp.asarray(x), interpret=True)
+    of_groups = jnp.asarray(sizes, jnp.int32)
+    found = ragged.kernel_gradient(of_groups, jnp.asarray(dy), jnp.asarray(x), interpret=True)
     ends = np.cumsum(sizes)
     expected = np.stack([dy[end - size : end].T @ x[end - size : end] for end, size in zip(ends, sizes, strict=True)])
     assert_close_to_largest(found, expected, 2e-6, "gradient")
+    w = drawn.standard_normal((len(sizes), 16, 40)).astype(np.float32)
+    found = ragged.kernel_narrow(of_groups, jnp.asarray(x), jnp.asarray(w), interpret=True)
+    expected = np.concatenate([x[end - size : end] @ w[e].T for e, (end, size) in enumerate(zip(ends, sizes, strict=True))])
+    assert found.shape == (rows, 16)
+    assert_close_to_largest(found[: sizes.sum()], expected, 2e-6, "product")
 
 
 def test_where_the_kernels_of_a_tpu_run():

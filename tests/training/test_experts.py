@@ -1,5 +1,7 @@
 """The experts' backend: told at the start, refused where the compiler would make something else of it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from support import ROOT
@@ -52,8 +54,12 @@ def test_a_tpu_says_what_it_multiplies_and_how():
     """OLMoE by XLA's ragged product; fp32 with its precision; and another card refuses what is a TPU's."""
     fp32 = experts.precision(*experiment()[:1], "TPU v5 lite")
     assert "round their operands" in fp32[0] and not experts.precision(*experiment()[:1], "NVIDIA L4")
-    plan = gm.choose("auto", "TPU v5 lite", 1024, 64, 8, hidden=2048, intermediate=1024, quantized=True, memory_bytes=16 * 10**9)
+    olmoe = partial(gm.choose, hidden=2048, intermediate=1024, quantized=True, memory_bytes=16 * 10**9)
+    plan = olmoe("auto", "TPU v5 lite", 1024, 64, 8)
     assert (plan.backend, plan.tile) == ("ragged", 0)
+    # Of rows that are mostly other devices' tiles of one size: a quarter of a mean group, as many as its kernels' or more.
+    plans = olmoe("auto", "TPU v5 lite", 8192, 64, 8, dealt=True), olmoe("loop", "TPU v5 lite", 1024, 64, 8)
+    assert [(p.backend, p.tile, p.small_tile) for p in plans] == [("loop", 256, 256), ("loop", 128, 128)]
     assert gm.choose("auto", "TPU v5 lite", 1024, 8, 2, hidden=4096, intermediate=14336, memory_bytes=16 * 10**9).backend == "loop"
     with pytest.raises(UserError, match=r"ragged is for a TPU: .* and this is a NVIDIA L4\. Expected auto, loop or capacity"):
         experts.check(*experiment("model.moe_backend=ragged"), "NVIDIA L4")

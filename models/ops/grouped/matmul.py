@@ -41,16 +41,17 @@ def choose(
     quantized: bool = False,
     item: int = 2,
     memory_bytes: int | None = None,
+    dealt: bool = False,
 ) -> Plan:
     """The plan for this device and size. Raises ValueError for a backend that does not exist.
 
-    platform: "cpu", "gpu", or a GPU's kind; item, memory_bytes: see `choice.grouped`.
+    platform: "cpu", "gpu", or a GPU's kind; item, memory_bytes, dealt: see `choice.grouped`.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"moe_backend = {backend!r}: expected one of {['auto', *BACKENDS]}")
     found, tile, small_tile, capacity = choice.grouped(
         platform, tokens, experts, experts_per_token, hidden=hidden, intermediate=intermediate, quantized=quantized, item=item,
-        memory_bytes=memory_bytes, asked=backend,
+        memory_bytes=memory_bytes, asked=backend, dealt=dealt,
     )  # fmt: skip
     return Plan(found, tile, small_tile, capacity=capacity)
 

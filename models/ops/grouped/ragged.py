@@ -1,6 +1,7 @@
 """Backend `ragged`: all rows in one product, each by its expert's matrix, by XLA's `ragged_dot`. Of a TPU, whose compiler has it: there the
 FLOPs are the useful ones. Elsewhere XLA expands it to the product with every expert, so that a run refuses it (`refusal`). It does so on a
-TPU too where the sum is over a group's rows: gradients are by jax's kernel (`megablox`).
+TPU too where the sum is over a group's rows, and pads matrices of few columns there: gradients and adapters are by jax's kernels
+(`megablox`).
 
 A layer's matrices are dequantized at once, as `capacity` has them. No row is padded and none is dropped, for any routing.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.models.ops import choice
+from moejax.models.ops import choice, tiles
 from moejax.models.ops.grouped.expert import Beside, Expert, Gradients, Plan, Projection, beside, matrices, weights_of
 from moejax.models.ops.linear import Weight
 
@@ -42,10 +43,16 @@ class _Products(NamedTuple):
 
     def forward(self, rows: jax.Array, w: jax.Array) -> jax.Array:
         """[M, I], [E, O, I] -> [M, O]."""
-        return self._product(rows, w, (1, 2), [0], rows.dtype)
+        by_xla = partial(self._product, contracted=(1, 2), of_groups=[0], dtype=rows.dtype)
+        if w.shape[1] >= tiles.LANES:
+            return by_xla(rows, w)
+        found: jax.Array = jax.lax.platform_dependent(rows, w, tpu=partial(kernel_narrow, self.sizes), default=by_xla)
+        return found
 
     def backward(self, dy: jax.Array, w: jax.Array) -> jax.Array:
         """[M, O], [E, O, I] -> [M, I]."""
+        if w.shape[2] < tiles.LANES:
+            return self.forward(dy, w.swapaxes(1, 2))
         return self._product(dy, w, (1, 1), [0], dy.dtype)
 
     def gradient(self, dy: jax.Array, rows: jax.Array) -> jax.Array:
@@ -67,12 +74,28 @@ def kernel_gradient(sizes: jax.Array, dy: jax.Array, rows: jax.Array, *, interpr
     """dyᵀ x of every group: [M, O], [M, I] -> fp32 [E, O, I]. interpret: on a CPU, for tests."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # at import it would cost every start
 
-    more = -dy.shape[0] % choice.TPU_ROWS
-    dy, rows = (jnp.pad(a, ((0, more), (0, 0))) if more else a for a in (dy, rows))
-    m, o, i = *dy.shape, rows.shape[1]
-    tile = next(t for t in (4 * choice.TPU_ROWS, 2 * choice.TPU_ROWS, choice.TPU_ROWS) if m % t == 0)
+    (dy, rows), tile = _whole_tiles(dy, rows)
+    o, i = dy.shape[1], rows.shape[1]
     found: jax.Array = tgmm(dy.T, rows, sizes, jnp.float32, (tile, min(o, 512), min(i, 1024)), interpret=interpret)
     return found
+
+
+def kernel_narrow(sizes: jax.Array, rows: jax.Array, w: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """x Wᵀ of every group for few columns: [M, I], [E, R, I] -> [M, R]; the matrices stay wide in memory. interpret: as above."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    m, (padded, *_), tile = rows.shape[0], *_whole_tiles(rows)
+    tiling = (tile, min(w.shape[2], 1024), w.shape[1])
+    found: jax.Array = gmm(padded, w, sizes, rows.dtype, tiling, transpose_rhs=True, interpret=interpret)
+    return found[:m]
+
+
+def _whole_tiles(*arrays: jax.Array) -> tuple[list[jax.Array], int]:
+    """Arrays [M, …] filled up to whole tiles of rows, and the rows of a tile."""
+    m = arrays[0].shape[0]
+    more = -m % choice.TPU_ROWS
+    tile = next(t for t in (4 * choice.TPU_ROWS, 2 * choice.TPU_ROWS, choice.TPU_ROWS) if (m + more) % t == 0)
+    return [jnp.pad(a, ((0, more), (0, 0))) if more else a for a in arrays], tile
 
 
 def _made(plan: Plan, weights: Sequence[Weight], sizes: jax.Array, dtype: Any) -> tuple[Any, Sequence[Any]]:
