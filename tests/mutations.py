@@ -63,7 +63,7 @@ FAULTS = [
     fault("YaRN's factor is not in the scores of a cache", MLA, "scale = spec.score_scale * ", "scale = ", f"{CACHED}[deepseek_v2]"),
     fault("a choice's bias is stored in bf16", "moejax/hub/save.py", "jnp.float32 if name in buffers else dtype", "dtype",
           "tests/models/test_latent.py"),
-    fault("8 bits: blocks run over the matrices of a stack", ADAM8, "return math.prod(shape[:stacked])", "return 1", EIGHT_BITS),
+    fault("8 bits: blocks run over the matrices of a stack", ADAM8, 'return 0 if axes[:1] != ("layers",) else', "return 0 if True else", EIGHT_BITS),
     fault("8 bits: between two the odd code", ADAM8, "np.where(np.arange(255) % 2,", "np.where(np.arange(255) % 2 == 0,", EIGHT_BITS),
     fault("8 bits: a small negative moment becomes zero", ADAM8, "_ZERO - 1, code) if signed", "_ZERO, code) if signed", EIGHT_BITS),
     fault("moments in bf16 are rounded to the nearest", "moejax/config_training.py", ' or self.moments_dtype is not None', "",

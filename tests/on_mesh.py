@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,16 @@ import numpy as np
 import optax
 
 from moejax import mesh
+from moejax.config import TrainingConfig
 from moejax.config_mesh import MeshConfig
-from moejax.data.batch import Batch
+from moejax.config_preference import PreferenceConfig
+from moejax.data.batch import Batch, PairBatch
 from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.models.layers import Placement
 from moejax.profiling.collectives import kind, under_data
 from moejax.profiling.program import CONTAINERS, Program, module_of, size
+from moejax.training.optimizer import make_optimizer
 from moejax.training.program import initial_state, split
 from moejax.training.step import Objective, make_eval_step, make_train_step
 
@@ -55,10 +60,22 @@ def batch_of(rows, tokens, micro, vocab, seed=0):
     return Batch(*ids, ((rng.random(shape) < 0.7) & (segments > 0)).astype(np.float32), segments, positions)
 
 
+def pairs_of(batch):
+    """Each row of a batch as a pair, the first segment the side that is preferred."""
+    row = np.arange(batch.tokens.shape[1], dtype=np.int32)[:, None]
+    return PairBatch(*batch, np.where(batch.segment_ids > 0, 2 * row + batch.segment_ids, 0).astype(np.int32))
+
+
+def by_columns(key, p, shape):
+    """In the place of `jax.random.bernoulli`: a mask of each column, whatever the row and the key. Devices draw masks of their own: with
+    these they have those of one."""
+    return jnp.broadcast_to(np.random.default_rng(shape[-1]).random(shape[-1]) < p, shape)
+
+
 def model_of(case):
     """(graphdef, trainable, frozen) as drawn from a seed, adapters' B too."""
     full, sizes = case.get("full", False), PRESETS[case["preset"]].replace(vocab_size=VOCABULARY, **case.get("sizes", {}))
-    adapter = None if full else LoRAConfig(2, 4.0, case.get("dropout", 0.0), case.get("targets"), case.get("share"))
+    adapter = None if full else LoRAConfig(case.get("rank", 2), 4.0, case.get("dropout", 0.0), case.get("targets"), case.get("share"))
     model = build(
         sizes, key=jax.random.key(0), adapter=adapter, dtype=jnp.float32, backend=case.get("backend", "auto"),
         quantization=Quantization(True, case.get("modules")) if case.get("quantized", not full) else None,
@@ -96,8 +113,10 @@ def run(case):
     graphdef, trainable, frozen = model_of(case)
     count, micro = case.get("devices", 4), case.get("micro", 1)
     batch = batch_of(case.get("rows", count), case.get("tokens", 16), micro, VOCABULARY)
+    batch = pairs_of(batch) if "preference" in case else batch
     held_out = jax.tree.map(lambda a: a[0], batch)
     settings = {name: case[name] for name in ("remat", "aux_loss_coef", "layer_major") if name in case}
+    settings |= {"preference": PreferenceConfig(loss=case["preference"])} if "preference" in case else {}
     objective = Objective(graphdef, full=case.get("full", False), dropout=case.get("dropout", 0.0), **settings)
 
     def stepped(devices, trainable, frozen, batch, held_out):
@@ -105,7 +124,8 @@ def run(case):
         optimizer, evaluation = gradients_kept(), None
         state = initial_state(trainable, optimizer, devices)
         step = make_train_step(objective, optimizer, optax.constant_schedule(1.0), 0, devices)
-        compiled = jax.jit(step).lower(state, frozen, batch).compile()
+        with mock.patch("jax.random.bernoulli", by_columns) if "dropout" in case else nullcontext():
+            compiled = jax.jit(step).lower(state, frozen, batch).compile()
         after, metrics = compiled(state, frozen, batch)
         if case.get("evaluated"):
             sums, weight = jax.jit(make_eval_step(objective, devices))(trainable, frozen, held_out)
@@ -137,6 +157,24 @@ def run(case):
         "part": mesh.device_bytes(frozen, places[1]) / max(1, mesh.device_bytes(frozen, devices.whole(frozen))),
         "shared_bytes": sum(a.nbytes for a, there in zip(jax.tree.leaves(trainable), shared, strict=True) if there),
     }
+
+
+def trained(case, devices=None, steps=3):
+    """The losses of some steps with the case's optimizer, the weights behind them, and the bytes of its state on a device."""
+    graphdef, trainable, frozen = model_of(case)
+    batch = batch_of(4, 16, 1, VOCABULARY)
+    optimizer = make_optimizer(TrainingConfig(steps=steps, optimizer=case["optimizer"], learning_rate=1e-2), optax.constant_schedule(1e-2))
+    if devices is not None:
+        trainable, frozen = jax.device_put((trainable, frozen), (devices.of_weights(trainable), devices.of_weights(frozen)))
+        batch = jax.device_put(batch, devices.of_rows(batch, 1))
+    state, losses = initial_state(trainable, optimizer, devices), []
+    nbytes = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state.opt_state))
+    objective = Objective(graphdef, full=case.get("full", False))
+    step = jax.jit(make_train_step(objective, optimizer, optax.constant_schedule(1e-2), 0, devices))
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(jax.tree.leaves(state.trainable)), nbytes
 
 
 if __name__ == "__main__":

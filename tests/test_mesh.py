@@ -13,6 +13,7 @@ from moejax.models.build import build
 from moejax.models.config import PRESETS, LoRAConfig, Quantization
 from moejax.models.layers import Frozen, Placement
 from moejax.models.ops import quantized
+from moejax.training.adam8 import adamw_8bit
 from moejax.training.program import split
 
 
@@ -101,6 +102,17 @@ def test_moments_are_spread_by_their_longest_axis():
         assert len(shape) == 0 or shape[spec.index("data")] == max(size for size in shape if size % 4 == 0), name
     whole, part = (mesh.device_bytes(state, d.of_optimizer(state)) for d in (on(), devices))
     assert part - 4 == (whole - 4) / 4  # all but the count
+
+
+def test_moments_in_8_bits_lie_with_their_experts():
+    """Codes, and the scales of blocks, which do not run over a matrix's end."""
+    trainable = split(build(PRESETS["mixtral-tiny"]), full=True)[1]
+    rule = adamw_8bit(optax.constant_schedule(1e-3), 0.9, 0.999, 1e-8, 0.0, lambda weights: jax.tree.map(lambda _: False, weights))
+    state = jax.eval_shape(rule.init, trainable)
+    found = specs(state, on(weights="experts").of_optimizer(state))
+    for name, (shape, spec, _) in found.items():
+        assert spec == ((None, "data") if ".moe.w" in name else ()) and (not spec or shape[1] == 8), name
+    assert sum(".moe.w" in name and name.endswith(("codes", "largest")) for name in found) == 3 * 2 * 2
 
 
 def test_experts_in_the_hosts_memory_stay_there():

@@ -10,6 +10,7 @@ repository's configs that compute in bf16.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -126,7 +127,7 @@ def _gathered(of_all: tuple[sizes.Stored, ...], weights: tuple[sizes.Stored, ...
 
 def _in_8_bits(w: sizes.Stored) -> int:
     """A weight's clipped gradient, in whose place it is changed piece after piece, and both moments of a piece in fp32."""
-    pieces = sizes.pieces(w.shape, w.parameters)
+    pieces = math.prod(sizes.pieces(w.shape, sizes.stacked_in(w)))
     return (w.bytes if pieces > 1 else 0) + 8 * w.size // pieces
 
 

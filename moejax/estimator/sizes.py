@@ -160,11 +160,23 @@ def in_8_bits(size: int, parameters: int) -> bool:
     return size // parameters >= SMALLEST_8BIT
 
 
-def pieces(shape: Shape, parameters: int) -> int:
-    """In how many a weight with moments in 8 bits is changed, one after another: some matrices at a time, or rows that are whole blocks."""
-    size, units = math.prod(shape), parameters if parameters > 1 else shape[0]
-    found = [n for n in range(1, min(units, 4096) + 1) if units % n == 0 and (n == 1 or parameters > 1 or size // n % BLOCK_8BIT == 0)]
-    return next((n for n in found if size // n <= AT_ONCE), found[-1])
+def stacked_in(w: Stored) -> int:
+    """Over how many leading axes its parameters are stacked."""
+    return next(axes for axes in range(3) if math.prod(w.shape[:axes]) == w.parameters)
+
+
+def pieces(shape: Shape, stacked: int) -> tuple[int, int]:
+    """In how many a weight with moments in 8 bits is changed, one after another: groups of layers, and in a layer parts of each matrix that
+    are whole blocks. stacked: over how many leading axes its matrices are."""
+    size, layers, matrix = math.prod(shape), shape[0] if stacked else 1, math.prod(shape[stacked:])
+    blocks = matrix // BLOCK_8BIT if matrix % BLOCK_8BIT == 0 else 1
+    groups = next((n for n in _divisors(layers) if size // n <= AT_ONCE), layers)
+    parts = _divisors(blocks)
+    return groups, next((n for n in parts if size // groups // n <= AT_ONCE), parts[-1])
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, min(number, 4096) + 1) if number % n == 0]
 
 
 def moments(training: TrainingConfig, w: Stored) -> list[tuple[Shape, int]]:
@@ -178,7 +190,7 @@ def moments(training: TrainingConfig, w: Stored) -> list[tuple[Shape, int]]:
     if training.optimizer == "adamw_8bit":
         if not in_8_bits(w.size, w.parameters):
             return [(w.shape, 4)] * 2
-        return [(w.shape, 1), ((w.parameters, -(-w.size // w.parameters // BLOCK_8BIT)), 4)] * 2
+        return [(w.shape, 1), ((*w.shape[: stacked_in(w)], -(-w.size // w.parameters // BLOCK_8BIT)), 4)] * 2
     axes = sorted(range(len(w.shape)), key=lambda a: w.shape[a])
     if len(axes) >= 2 and w.shape[axes[-2]] >= 128:
         row, column = (w.shape[:a] + w.shape[a + 1 :] for a in (axes[-1], axes[-2]))

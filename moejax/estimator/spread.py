@@ -68,10 +68,10 @@ def by_rows(w: Stored, config: Architecture, n: int) -> dict[str, int]:
 
 def moment_bytes(experiment: Experiment, config: Architecture, weights: tuple[Stored, ...]) -> int:
     """The optimizer's state on one device; weights: of all devices. Where moments are spread, each array is by an axis that the devices
-    divide, but for those that lie by expert. Moments in 8 bits do not: `moejax.mesh` knows theirs by no axes."""
+    divide, but for those that lie by expert."""
     mesh, n, t = experiment.mesh, count(experiment), experiment.training
     trained = tuple(w for w in weights if w.trained)
-    own = trained if t.optimizer == "adamw_8bit" else each(trained, config, mesh)
+    own = each(trained, config, mesh)
     found = sizes.optimizer_bytes(t, own)
     if mesh is None or mesh.moments == "whole" or n == 1:
         return found

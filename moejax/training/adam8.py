@@ -35,18 +35,19 @@ _ZERO = 127  # the signed map's code of 0
 
 
 class Moments(NamedTuple):
-    """Of one kind. codes: uint8, of the weight's shape; largest: fp32 [parameters, blocks], 1 where all of a block are zero."""
+    """Of one kind. codes: uint8, of the weight's shape; largest: fp32 [(layers, (experts,)) blocks], 1 where all of a block are zero."""
 
     codes: jax.Array
     largest: jax.Array
 
 
 class Adam8State(NamedTuple):
-    """steps: int32, how many are done; moments by the paths of the weights, of small parameters fp32 arrays of the weight's shape."""
+    """steps: int32, how many are done; moments: trees of the weights' form, `Moments` in the places of arrays, and of small parameters fp32
+    arrays of the weight's shape. So whoever knows where a weight lies knows where its moments do."""
 
     steps: jax.Array
-    first: dict[str, Moments | jax.Array]
-    second: dict[str, Moments | jax.Array]
+    first: Any
+    second: Any
 
 
 _map = cache(dynamic_map)
@@ -81,32 +82,31 @@ def nearest(x: jax.Array, signed: bool) -> jax.Array:
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """[parameters, numbers] -> [parameters, blocks, 256], zeros behind each parameter's."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK_8BIT))).reshape(len(x), -1, BLOCK_8BIT)
+    """[…, numbers] -> […, blocks, 256], zeros behind each parameter's."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK_8BIT)]).reshape(*x.shape[:-1], -1, BLOCK_8BIT)
 
 
 def quantized(x: jax.Array, signed: bool) -> Moments:
-    """x: fp32 [parameters, numbers]."""
+    """x: fp32 […, numbers], the last axis of one parameter."""
     blocks = _blocks(x)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
     largest = jnp.where(largest > 0, largest, 1)
     codes = nearest(blocks / largest[..., None], signed)
-    return Moments(codes.astype(jnp.uint8).reshape(len(x), -1)[:, : x.shape[1]], largest)
+    return Moments(codes.astype(jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], largest)
 
 
 def dequantized(moments: Moments, signed: bool) -> jax.Array:
-    """fp32 [parameters, numbers], of codes so."""
+    """fp32 […, numbers], of codes so."""
     codes, largest = moments
     numbers = _blocks(jnp.asarray(_map(signed)).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds"))
-    return (numbers * largest[..., None]).reshape(len(codes), -1)[:, : codes.shape[1]]
+    return (numbers * largest[..., None]).reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]]
 
 
-def parameters_in(weight: Any, shape: tuple[int, ...]) -> int:
-    """How many of PyTorch's parameters a weight holds: its layers, and of experts' matrices those of each. weight: the variable, or an
-    array, which is one."""
+def stacked_in(weight: Any) -> int:
+    """Over how many leading axes of a weight PyTorch's parameters are stacked: its layers, and of experts' matrices those of each. weight:
+    the variable, or an array, which is one."""
     axes = weight.get_metadata("axes", ()) if isinstance(weight, nnx.Variable) else ()
-    stacked = 0 if axes[:1] != ("layers",) else 2 if axes[:2] == ("layers", "experts") and len(axes) == 4 else 1
-    return math.prod(shape[:stacked])
+    return 0 if axes[:1] != ("layers",) else 2 if axes[:2] == ("layers", "experts") and len(axes) == 4 else 1
 
 
 def adamw_8bit(
@@ -115,16 +115,16 @@ def adamw_8bit(
     """The whole rule: its updates are what is added to the weights. decayed: weights -> a tree of bool."""
 
     def init(weights: Any) -> Adam8State:
-        def zeros(parameters: int, weight: jax.Array) -> Moments | jax.Array:
-            if not in_8_bits(weight.size, parameters):
-                return jnp.zeros(weight.shape, jnp.float32)
-            blocks = -(-weight.size // parameters // BLOCK_8BIT)
-            return Moments(jnp.zeros(weight.shape, jnp.uint8), jnp.zeros((parameters, blocks), jnp.float32))
+        def zeros(weight: Any) -> Any:
+            array, lead = _array(weight), _array(weight).shape[: stacked_in(weight)]
+            parameters = math.prod(lead)
+            if not in_8_bits(array.size, parameters):
+                return _in_place_of(weight, jnp.zeros(array.shape, jnp.float32))
+            blocks = -(-array.size // parameters // BLOCK_8BIT)
+            return _in_place_of(weight, Moments(jnp.zeros(array.shape, jnp.uint8), jnp.zeros((*lead, blocks), jnp.float32)))
 
-        def all_of() -> dict[str, Moments | jax.Array]:
-            return {path: zeros(parameters, weight) for path, parameters, weight in _parameters(weights)}
-
-        return Adam8State(jnp.zeros((), jnp.int32), all_of(), all_of())
+        first, second = (jax.tree.map(zeros, weights, is_leaf=_is_one) for _ in range(2))
+        return Adam8State(jnp.zeros((), jnp.int32), first, second)
 
     def update(gradients: Any, state: optax.OptState, weights: Any = None) -> tuple[Any, Adam8State]:
         assert isinstance(state, Adam8State) and weights is not None
@@ -139,50 +139,62 @@ def adamw_8bit(
             # The difference is exact where a weight hardly changes: what adds it to the weight rounds as if this had stored the weight.
             return (w + change) * (1 - decay) - w, m, v
 
-        updates, first, second = [], {}, {}
-        keeps = jax.tree.leaves(decayed(weights))
-        for (path, parameters, w), g, is_decayed in zip(_parameters(weights), jax.tree.leaves(gradients), keeps, strict=True):
-            decay, m, v = rate * weight_decay if is_decayed else 0.0, state.first[path], state.second[path]
-            if isinstance(m, Moments) and isinstance(v, Moments):
-                u, first[path], second[path] = _in_pieces(partial(_in_8_bits, partial(changed, decay=decay)), parameters, w, g, m, v)
+        trees = weights, gradients, decayed(weights), state.first, state.second
+        found = []
+        for variable, *others in zip(*(jax.tree.leaves(tree, is_leaf=_is_one) for tree in trees), strict=True):
+            w, g, is_decayed, m, v = map(_array, (variable, *others))
+            decay = rate * weight_decay if is_decayed else 0.0
+            if isinstance(m, Moments):
+                new = _in_pieces(partial(_in_8_bits, partial(changed, decay=decay)), stacked_in(variable), w, g, m, v)
             else:
-                assert not isinstance(m, Moments) and not isinstance(v, Moments)
-                u, first[path], second[path] = changed(w.astype(jnp.float32), g.astype(jnp.float32), m, v, decay)
-            updates.append(u)
-        return jax.tree.unflatten(jax.tree.structure(weights), updates), Adam8State(steps, first, second)
+                new = changed(w.astype(jnp.float32), g.astype(jnp.float32), m, v, decay)
+            found.append([_in_place_of(variable, value) for value in new])
+        form = jax.tree.structure(weights, is_leaf=_is_one)
+        updates, first, second = (jax.tree.unflatten(form, values) for values in zip(*found, strict=True))
+        return updates, Adam8State(steps, first, second)
 
     return optax.GradientTransformation(init, update)
 
 
 def _in_8_bits(changed: Callable[..., Any], w: jax.Array, g: jax.Array, m: Moments, v: Moments) -> tuple[jax.Array, Moments, Moments]:
-    """[parameters, numbers] each."""
+    """[…, numbers] each."""
     u, wide_m, wide_v = changed(w.astype(jnp.float32), g.astype(jnp.float32), dequantized(m, True), dequantized(v, False))
     return u.astype(g.dtype), quantized(wide_m, True), quantized(wide_v, False)
 
 
-def _in_pieces(changed: Callable[..., Any], parameters: int, w: jax.Array, g: jax.Array, m: Moments, v: Moments) -> Any:
-    """`changed` of a weight, some matrices after others where it is large, in the gradient's and the moments' own places: XLA holds both
-    moments of what is changed at once in fp32."""
-    count = pieces(w.shape, parameters)
-
-    def piece(index: Any, carry: Any) -> Any:
-        now = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (cut(w), *jax.tree.leaves(carry))]
-        new = changed(now[0], *jax.tree.unflatten(jax.tree.structure(carry), now[1:]))
-        return jax.tree.map(lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), carry, new)
+def _in_pieces(changed: Callable[..., Any], stacked: int, w: jax.Array, g: jax.Array, m: Moments, v: Moments) -> Any:
+    """`changed` of a weight, some layers or parts of matrices after others where it is large, in the gradient's and the moments' own
+    places: XLA holds both moments of what is changed at once in fp32. The experts' axis is not cut: it may lie on several devices."""
+    groups, parts = pieces(w.shape, stacked)
+    lead = w.shape[:stacked] or (1,)
 
     def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(count, max(1, parameters // count), -1)
+        return x.reshape(groups, lead[0] // groups, *lead[1:], parts, -1)
+
+    def at(index: Any, x: jax.Array) -> tuple[Any, ...]:
+        return (index // parts, *(0,) * (x.ndim - 3), index % parts, 0)
+
+    def piece(index: Any, carry: Any) -> Any:
+        def of(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(x, at(index, x), (1, *x.shape[1:-2], 1, x.shape[-1]))
+
+        return jax.tree.map(
+            lambda x, part: jax.lax.dynamic_update_slice(x, part, at(index, x)), carry, changed(of(cut(w)), *jax.tree.map(of, carry))
+        )
 
     carry = jax.tree.map(cut, (g, m, v))
-    carry = piece(0, carry) if count == 1 else jax.lax.fori_loop(0, count, piece, carry)
+    carry = piece(0, carry) if groups * parts == 1 else jax.lax.fori_loop(0, groups * parts, piece, carry)
     return jax.tree.map(lambda x, like: x.reshape(like.shape), carry, (g, m, v))
 
 
-def _parameters(weights: Any) -> list[tuple[str, int, jax.Array]]:
-    """Of each weight: its path, how many parameters it holds, its array."""
-    variables = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    arrays = jax.tree_util.tree_leaves_with_path(weights)
-    return [
-        (jax.tree_util.keystr(path), parameters_in(variable, array.shape), array)
-        for (path, array), variable in zip(arrays, variables, strict=True)
-    ]
+def _is_one(node: Any) -> bool:
+    """Whether it stands for one weight."""
+    return isinstance(node, nnx.Variable | Moments)
+
+
+def _array(weight: Any) -> Any:
+    return weight.get_value() if isinstance(weight, nnx.Variable) else weight
+
+
+def _in_place_of(weight: Any, value: Any) -> Any:
+    return weight.replace(value) if isinstance(weight, nnx.Variable) else value

@@ -1,15 +1,17 @@
 """A step on a mesh is the step on one device: loss, every gradient, counts; and what the devices say to each other on the way."""
 
 import jax
+import numpy as np
 import optax
 import pytest
-from on_mesh import batch_of, elsewhere, gradients_kept, model_of, run
+from on_mesh import batch_of, elsewhere, gradients_kept, model_of, run, trained
 from support import ROOT
 
-from moejax import config
+from moejax import config, mesh
+from moejax.config_mesh import MeshConfig
 from moejax.errors import UserError
 from moejax.training.program import devices_of, initial_state
-from moejax.training.step import Objective, make_train_step
+from moejax.training.step import Objective, make_train_step, sums
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1}
 BASE = {"preset": "mixtral-tiny", "sizes": TINY, "backend": "loop", "devices": 4}
@@ -97,6 +99,11 @@ GRID = {
     "a shared A, experts": {"share": ["w1", "w3"], "weights": "experts"},
     **{f"{preset}, {mode}": {"preset": preset, "sizes": {}, "weights": mode} for mode in MODES
        for preset in ("gpt-oss-tiny", "deepseek-v3-tiny", "qwen3-moe-tiny", "olmoe-tiny")},
+    **{f"dropout, {mode}": {"dropout": 0.5, "weights": mode} for mode in MODES},
+    **{f"dropout, dense, {mode}": {"dropout": 0.5, "sizes": TINY | {"experts_per_token": 8}, "weights": mode} for mode in ("experts",)},
+    **{f"pairs, {loss}, {mode}": {"preference": loss, "micro": 2, "weights": mode} for loss in ("sigmoid", "ipo") for mode in MODES},
+    **{f"remat offload, {mode}": {"remat": "offload", "sizes": TINY | {"num_layers": 2}, "weights": mode} for mode in MODES},
+    **{f"2 devices, {mode}": {"devices": 2, "dropout": 0.5, "preference": "ipo", "remat": "offload", "weights": mode} for mode in MODES},
     **{f"blackmamba, {mode}": {"preset": "blackmamba-tiny", "sizes": {}, "full": True, "weights": mode} for mode in ("whole", "experts")},
 }  # fmt: skip
 
@@ -108,6 +115,53 @@ def test_every_case_is_that_of_one_device(case):
     agrees(result)
     (one, weight), (other, there) = result["evaluation"]
     assert abs(one - other) <= 4e-7 * one and weight == there > 0
+
+
+EIGHT_BITS = {
+    **{f"adapters, {mode}": (mode, "whole", {"rank": 64}) for mode in MODES},
+    **{f"adapters, in parts, {mode}": (mode, "spread", {"rank": 64}) for mode in MODES},
+    **{f"all trained, {mode}": (mode, "whole", {"full": True}) for mode in ("whole", "experts")},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_moments_in_8_bits(name):
+    """Three steps: a code may be another where a gradient's last bit is."""
+    mode, moments, more = EIGHT_BITS[name]
+    case = BASE | {"optimizer": "adamw_8bit"} | more
+    losses, weights, nbytes = trained(case)
+    for count in (2, 4):
+        devices = mesh.devices(MeshConfig(devices=count, weights=mode, moments=moments))
+        found, there, on_device = trained(case, devices)
+        assert all(abs(a - b) <= 1e-5 * abs(a) for a, b in zip(losses, found, strict=True))
+        off = [np.mean(np.abs(a - b) > 1e-3 * np.abs(a).max()) for a, b in zip(weights, there, strict=True)]
+        assert max(off) < 2e-3
+        assert (on_device < nbytes) == (mode == "experts" or moments == "spread")
+
+
+@pytest.mark.long
+def test_each_device_drops_by_masks_of_its_own():
+    """The key of a device's rows is folded with its number: their gradients are those of one device that has them and this key."""
+    case = BASE | {"dropout": 0.5}
+    graphdef, trainable, frozen = model_of(case)
+    objective, batch = Objective(graphdef, full=False, dropout=0.5), batch_of(4, 16, 1, 64)
+    devices = mesh.devices(MeshConfig(devices=2))
+    step = make_train_step(objective, gradients_kept(), optax.constant_schedule(1.0), 0, devices)
+    given = jax.device_put((trainable, frozen), (devices.of_weights(trainable), devices.of_weights(frozen)))
+    state = initial_state(given[0], gradients_kept(), devices)
+    after, _ = jax.jit(step)(state, given[1], jax.device_put(batch, devices.of_rows(batch, 1)))
+
+    @jax.jit
+    def alone(rows, number):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), number)
+        return jax.grad(lambda weights: sums(objective, weights, frozen, rows, key)[0])(trainable)
+
+    parts = [alone(jax.tree.map(lambda a, i=i: a[0, 2 * i : 2 * i + 2], batch), i) for i in range(2)]
+    weight = float(np.sum(batch.loss_mask))
+    for one, other, found in zip(*map(jax.tree.leaves, (*parts, jax.device_get(after.opt_state))), strict=True):
+        expected = np.asarray(one + other) / weight
+        assert np.abs(expected - found).max() <= 4e-6 * np.abs(expected).max()
 
 
 @pytest.mark.long
