@@ -78,6 +78,8 @@ def trips(repeats: dict[str, int], routed: Any, path: str, branch: int | None) -
 def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     """One step's program, and what is read from it. Raises UserError where it does not compile."""
     from moejax.estimator.sizes import architecture_of
+    from moejax.models.config import specs
+    from moejax.models.ops import choice
     from moejax.profiling import layouts
     from moejax.training import experts
     from moejax.training.program import TrainProgram
@@ -96,7 +98,10 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     plan = experts.plan(experiment, sizes, tokens, target.chip)
     routed = None if plan is None else experts.routed(plan, experts.random_loads(sizes, tokens)[..., : sizes.num_experts // dealt])
     chunks = -(-case.rows * case.row_tokens // experiment.training.loss_chunk(sizes.vocab_size))
-    repeats = {"layers": sizes.num_layers, "moe": sizes.num_experts // dealt, "loss": chunks}
+    repeats = {"layers": sizes.blocks, "moe": sizes.num_experts // dealt, "loss": chunks}
+    if isinstance(mixer := sizes.stacks[0].block.mixer, specs.Mamba):
+        scan = choice.scan(target.chip.cuda_name or "", case.rows, case.row_tokens, mixer.inner, experiment.model.scan)[1]
+        repeats["scan"] = -(-case.row_tokens // scan)
     counted = gpu_model.step(c.executable, gpu_model.Thunks(), partial(trips, repeats, routed), gpu_model.Rates())
     again = 4 / 3 if experiment.adapter is None else 3 / 2
     flops = again * floors.model_flops(experiment, case.rows, case.row_tokens)
