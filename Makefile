@@ -11,7 +11,7 @@ AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 AOT_TPU := .venv-aot-tpu
 AOT_TPU_ENVIRONMENT := PYTHONPATH=$(AOT_TPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 
-.PHONY: aot aot-tpu soak supply test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot aot-tpu soak supply versions test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -96,6 +96,9 @@ lint: $(STAMP) ## ruff, mypy, and words, links and commands of the docs
 supply: $(STAMP) ## licences of the packages that are used here, and their known weaknesses (pip-audit, if it is installed)
 	@$(BIN)/python benchmarks/supply.py
 
+versions: $(STAMP) ## the quick tests with the lowest and newest jax, flax and transformers, by each Python on the path (hours on 2 cores)
+	@$(BIN)/python benchmarks/versions.py
+
 bench: $(STAMP) reference4 reference5 ## one training step and PyTorch's, in turn, on this machine
 	@$(BIN)/python benchmarks/step_times.py --cpu --out benchmarks/results/$$(date +%F)-cpu-step.json
 
@@ -171,4 +174,4 @@ vectors: reference4 reference5 ## remake tests/vectors with PyTorch
 	@for script in lora_fused mxfp4 families rope preferences token_rows; do OMP_NUM_THREADS=1 .venv-reference5/bin/python tests/oracles/$$script.py; done
 
 clean: ## remove environments and generated text; runs/ stays
-	rm -rf $(VENV) $(AOT) $(AOT_TPU) $(JAX12) .venv-reference4 .venv-reference5 assets/generated
+	rm -rf $(VENV) $(AOT) $(AOT_TPU) $(JAX12) .venv-versions .venv-reference4 .venv-reference5 assets/generated

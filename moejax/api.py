@@ -272,7 +272,7 @@ def train(
         experiment = experiments.of(experiment.model_dump(mode="json") | {"data": data}, "config with own batches")
     prepare_jax(experiment.device)
     trainer = loop.trained(experiment, resume=resume, own=Own(optimizer, loss, given))
-    return Run(trainer.folder, trainer.step, trainer.history, trainer.stopped is not None)
+    return Run(trainer.folder, trainer.step, list(trainer.history), trainer.stopped is not None)
 
 
 class MemoryEstimate(NamedTuple):

@@ -95,8 +95,8 @@ def answer(key: str, file: Path, command: list[str], seconds: float = SECONDS) -
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(file, json.dumps({key: found}) + "\n")  # of another driver or jax: of no use any more
-    except OSError:
-        pass
+    except OSError as error:
+        print(f"warning: {file} cannot be written ({error.strerror}): loops are tried again at the next start", file=sys.stderr)
     return found
 
 

@@ -62,6 +62,14 @@ def usable_bytes() -> int | None:
     return host[1] if device.platform == "cpu" and host else None
 
 
+def free_bytes() -> int | None:
+    """What is left of `usable_bytes` by the device's allocator; None where it does not say."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    return int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) if stats and "bytes_limit" in stats else None
+
+
 def host_bytes() -> tuple[int, int] | None:
     """The machine's memory, and what of it the system says is available; None where it does not say."""
     information = Path("/proc/meminfo")

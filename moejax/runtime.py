@@ -7,6 +7,7 @@ start would compile too. Here such entries are removed, and so written again.
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import sys
@@ -20,23 +21,24 @@ from moejax.device import host_bytes
 from moejax.errors import UserError
 
 _UNWRITABLE = "Error writing persistent compilation cache entry"
-_UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'")
+_UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([^']+)'(?:: (\w+): .*)?")
 
 
 def replace_unreadable(folder: Path) -> None:
-    """From here on in this process; that entries cannot be written is reported once.
+    """From here on in this process; of a folder that cannot be used, that is reported once.
 
     Entries of one function are distinguished by hashes alone, so all of that function's go."""
     plain, told = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
-        if str(message).startswith(_UNWRITABLE):  # one of them for each program would follow
-            if not told:
+        unreadable = _UNREADABLE.match(str(message))
+        kind = getattr(builtins, (unreadable and unreadable[2]) or "", None)
+        if str(message).startswith(_UNWRITABLE) or (isinstance(kind, type) and issubclass(kind, OSError)):
+            if not told:  # one of them for each program would follow
                 told.add(_UNWRITABLE)
                 reason = str(message).partition("': ")[2]
                 print(f"warning: {folder}: compiled programs are not kept for the next start: {reason}", file=sys.stderr)
             return
-        unreadable = _UNREADABLE.match(str(message))
         if unreadable is None:
             plain(message, *where, **more)
             return

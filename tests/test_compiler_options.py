@@ -26,6 +26,12 @@ def test_a_verdict_is_found_and_kept(code, fine, why, tmp_path, monkeypatch):
         compiler_options.answer("driver 2", file, ["nothing that could be run"])
 
 
+def test_a_verdict_that_cannot_be_kept_is_reported(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert compiler_options.answer("driver 1", tmp_path / "file/verdict.json", [sys.executable, "-c", ""])[0]
+    assert "file/verdict.json cannot be written (" in capsys.readouterr().err
+
+
 def test_a_wrong_loop_would_be_seen(monkeypatch):
     """The program is one in which a tile that is left out shows."""
     import jax

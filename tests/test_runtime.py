@@ -56,8 +56,8 @@ def test_what_another_version_left_is_not_found(tmp_path):
 def test_a_folder_that_is_full_is_told_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     runtime.replace_unreadable(tmp_path)
-    for name in ("jit_a", "jit_b"):
-        text = f"Error writing persistent compilation cache entry for '{name}': OSError: [Errno 28] No space left on device"
+    for name, what in (("jit_a", "writing"), ("jit_b", "writing"), ("jit_c", "reading")):
+        text = f"Error {what} persistent compilation cache entry for '{name}': OSError: [Errno 28] No space left on device"
         warnings.showwarning(UserWarning(text), UserWarning, "file", 1)
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}: compiled programs are not kept for the next start: OSError: [Errno 28] No space left on device\n"

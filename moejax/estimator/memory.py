@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from moejax.estimator import closed_form
 from moejax.estimator.units import counted
 from moejax.files import cache_folder, replace_text
 from moejax.gpus import GPU, GPUS
+from moejax.progress import note
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -48,7 +50,7 @@ def digest(files: Iterable[Path]) -> str:
 
 def cached(key: dict[str, Any], compile_it: Callable[[], int], *, folder: Path | None = None) -> tuple[int, bool]:
     """(the compiler's peak in bytes, whether it was there already), kept in `cache_folder`. A file that is not whole is
-    made again; a folder that cannot be written is done without."""
+    made again; that a folder cannot be written is said once."""
     text = json.dumps(key, sort_keys=True)
     folder = folder or cache_folder()
     path = folder / "peaks" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
@@ -62,9 +64,15 @@ def cached(key: dict[str, Any], compile_it: Callable[[], int], *, folder: Path |
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({"key": key, "peak_bytes": peak}, indent=1) + "\n")
-    except OSError:
-        pass
+    except OSError as error:
+        _unwritten(str(path.parent), error.strerror or str(error))
     return peak, False
+
+
+@cache
+def _unwritten(folder: str, why: str) -> None:
+    """Once: a search compiles for many numbers of rows."""
+    note(f"warning: {folder} cannot be written ({why}): what was compiled is compiled again the next time")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -187,7 +188,13 @@ class Writer:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._aside.open("wb")
-            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+            try:
+                self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+            except OSError:  # nobody will leave this context: it is not entered
+                with suppress(OSError):
+                    self._file.close()
+                self._aside.unlink()
+                raise
         except OSError as error:
             raise self._failed(error) from None
 

@@ -66,8 +66,14 @@ def _lock(folder: Path, made: list[Path]) -> int:
                     raise
                 raise UserError(f"{_taken(folder, who)}. If it runs no longer, remove {path}") from None
         if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+            try:
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+            except OSError as error:  # the disk is full
+                path.unlink(missing_ok=True)
+                os.close(file)
+                error.filename = str(path)
+                raise
             return file
         os.close(file)  # its holder ended, and removed it, between the two calls
 

@@ -144,10 +144,11 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
+        with self._writing():
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()  # which raises the same once more
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

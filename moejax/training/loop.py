@@ -6,7 +6,8 @@ import os
 import signal
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from operator import itemgetter
 from pathlib import Path
 from textwrap import indent
 from types import FrameType
@@ -27,10 +28,11 @@ from moejax.profiling.capture import Capture
 from moejax.progress import duration, note, say, waiting
 from moejax.runs import beside, folders
 from moejax.runs.claim import claimed
-from moejax.training import flops, prediction, step_profile, wandb_run
+from moejax.training import flops, prediction, room, step_profile, wandb_run
 from moejax.training.checkpoint import Checkpoints, Position
 from moejax.training.engaged import Engaged
 from moejax.training.frozen import Frozen
+from moejax.training.history import History
 from moejax.training.metrics import MetricWriter, expert_load
 from moejax.training.program import NOTHING_OWN, Own
 from moejax.training.run_steps import Work, scored_steps, steps_in, total_steps, works
@@ -118,7 +120,7 @@ class Trainer:
         self.flop_count = flops.count(self.config, adapter_config(experiment), reference=experiment.preference is not None)
         self.peak_flops, self.peak_source = device.peak_flops(experiment.training.compute_dtype)
         self.engaged = Engaged(experiment, self.config)
-        self.history: list[dict[str, Any]] = []
+        self.history = History()
         self.watch = Watch(folder, self.own_folder, experiment)
         p = experiment.profile
         self.capture = Capture(self.own_folder, p.start_step, p.steps, self.step) if p else Capture(self.own_folder, 1, 0)
@@ -160,9 +162,21 @@ class Trainer:
         self._report_profile()
 
     def _full(self, why: str) -> str:
+        """What to say where the device has no room for a step that compiled: something else lies there, or it lies in pieces."""
+        compiled = self.program.compiled
+        (rows, row_tokens), peak = max(((shape, one.peak_bytes) for shape, one in compiled.items()), key=itemgetter(1))
+        wanted, free = room.read(why)
+        free = device.free_bytes() if free is None else free
+        less = "Lower data.batch_rows"
+        if wanted is not None and free is not None and wanted > free:
+            with suppress(UserError):
+                fits = self.program.rows_within(rows, row_tokens, peak - (wanted - free))
+                less = f"{free / 1e9:.2f} GB were free: data.batch_rows={fits} would fit" if fits else "Not even one row would fit"
+        usable = device.usable_bytes()
         return (
-            f"out of memory at step {self.step + 1}: {why}. The compiler had asked for {self.program.peak_bytes / 1e9:.2f} GB; another "
-            "process may hold memory. Lower data.batch_rows and raise training.gradient_accumulation"
+            f"out of memory at step {self.step + 1}: {why}. The compiler had asked for {peak / 1e9:.2f} GB with {counted(rows, 'row')}"
+            f"{'' if usable is None else f', {usable / 1e9:.2f} GB are usable'}; another process may hold memory. {less} (keep the batch "
+            "by training.gradient_accumulation)"
         )
 
     def _loop(self) -> None:
@@ -333,7 +347,7 @@ class Trainer:
 
     def _steady(self) -> list[dict[str, Any]]:
         """Records of steps that neither compiled nor were traced, as far as there are others."""
-        return [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or self.history
+        return [r for r in self.history[1:] if not self.capture.disturbs(r["step"])] or list(self.history)
 
     def _totals(self) -> dict[str, float]:
         """What this process's steps were together."""

@@ -61,7 +61,7 @@ class MetricWriter:
             self._wandb.summarize(values)
 
     def close(self) -> None:
-        with ExitStack() as closing, self._writing():
+        with self._writing(), ExitStack() as closing:
             for log in (self._wandb, self._lines, self._events):
                 if log is not None:
                     closing.callback(log.close)

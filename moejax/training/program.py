@@ -38,7 +38,7 @@ from moejax.models.build import Model, build, random_weights
 from moejax.models.config import Architecture
 from moejax.models.ops import choice, host
 from moejax.profiling.capture import compile_profiled
-from moejax.training import experts
+from moejax.training import experts, room
 from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.step import Loss, Objective, TrainState, make_eval_step, make_train_step
 
@@ -154,7 +154,9 @@ class TrainProgram:
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             what = f"the step of {self.experiment.name} ({'' if micro == 1 else f'{micro} x '}{counted(rows, 'row')} x {row_tokens} tokens)"
             on = self._device or jax.local_devices()[0].device_kind
-            raise UserError(f"{what} does not compile for {on}: {first_line(error)}. Try {advice(error)}") from error
+            told = f"{what} does not compile for {on}: {first_line(error)}. Try {advice(error)}"
+            wanted, available = room.read(str(error))
+            raise (UserError(told) if wanted is None or available is None else room.NoRoom(told, wanted, available)) from error
         seconds, m = time.perf_counter() - start, executable.memory_analysis()
         in_host = self._host_bytes(given[1]) + m.host_temp_size_in_bytes
         compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds, in_host)
@@ -196,26 +198,29 @@ class TrainProgram:
         return compile_profiled(lowering, options) if self.traced else lowering.compile(compiler_options=options or None)
 
     def compile_within(self, rows: int, row_tokens: int, limit: int | None) -> Compiled:
-        """`compile`. Raises UserError with the batch that would fit, where the peak exceeds `limit` bytes.
-
-        Peak memory is nearly affine in the rows: two compiles give the largest batch that fits.
-        """
-        compiled = self.compile(rows, row_tokens)
-        peak = compiled.peak_bytes
-        if limit is None or peak <= limit:
-            return compiled
-        fits, n = 0, self.device_count
-        if rows > n:
-            fewer = max(1, rows // n // 2) * n
-            half = self.compile(fewer, row_tokens).peak_bytes
-            slope = (peak - half) / (rows - fewer)
-            fits = max(0, min(rows - 1, int((limit - (half - slope * fewer)) // slope))) // n * n if slope > 0 else 0
+        """`compile`. Raises UserError with the batch that would fit, where the peak exceeds `limit` bytes, or the compiler's own limit."""
+        peak, allowed = self._needs(rows, row_tokens)
+        usable = min(allowed, math.inf if limit is None else limit)
+        if peak <= usable:
+            return self.compile(rows, row_tokens)
+        fits, n = self.rows_within(rows, row_tokens, usable), self.device_count
         one = "one row" if n == 1 else "a row a device"
         less = f"data.batch_rows={fits} would fit" if fits else f"not even {one} fits: use a shorter data.row_tokens or a larger device"
         raise UserError(
-            f"out of memory: the step asks for {peak / 1e9:.2f} GB with {counted(rows, 'row')}, {limit / 1e9:.2f} GB are usable on "
+            f"out of memory: the step asks for {peak / 1e9:.2f} GB with {counted(rows, 'row')}, {usable / 1e9:.2f} GB are usable on "
             f"{jax.local_devices()[0].device_kind}; {less} (keep the batch by training.gradient_accumulation)"
         )
+
+    def rows_within(self, rows: int, row_tokens: int, limit: float) -> int:
+        """`room.rows_within` of this step."""
+        return room.rows_within(lambda n: self._needs(n, row_tokens)[0], rows, limit, self.device_count)
+
+    def _needs(self, rows: int, row_tokens: int) -> tuple[float, float]:
+        """Peak bytes of the step, and what the compiler allows: a TPU's compiles nothing that exceeds the chip."""
+        try:
+            return self.compile(rows, row_tokens).peak_bytes, math.inf
+        except room.NoRoom as error:
+            return error.wanted, error.available
 
     def load(self, model: Model) -> None:
         """Weights in the places of shapes, and the optimizer's state as training begins with it."""

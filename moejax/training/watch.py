@@ -19,6 +19,8 @@ from moejax.progress import say
 
 BAD_IN_A_ROW = 10
 """This many skipped steps one after the other end a run: the next will be no better."""
+MOST_BATCHES = 100
+"""Of spikes and skipped steps; that of a step which ends the run is always written."""
 _SPIKE = 6.0  # standard deviations of the losses before
 _NUMBERS = ("loss", "grad_norm", "update_norm", "param_norm")
 
@@ -31,7 +33,7 @@ class Watch:
         self._run, self._folder, self._skip = run, own / "bad_steps", experiment.training.on_bad_step == "skip"
         self._recent: deque[float] = deque(maxlen=100)
         self._first: list[float] = []
-        self.skipped, self._in_a_row = 0, 0
+        self.skipped, self._in_a_row, self._written = 0, 0, 0
 
     def look(self, step: int, record: Mapping[str, Any], batch: Batch | PairBatch, last_saved: int | None) -> None:
         """Raises UserError for numbers that are not finite, where the run is to stop at them or has skipped BAD_IN_A_ROW."""
@@ -41,7 +43,7 @@ class Watch:
             self._spike(step, record["loss"], batch)
             return
         what = f"step {step}: {', '.join(bad)}: not finite"
-        at = self._write(step, batch)
+        at = self._write(step, batch, last=not record.get("skipped"))
         if record.get("skipped"):
             self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
             if self._in_a_row < BAD_IN_A_ROW:
@@ -63,8 +65,11 @@ class Watch:
             self._first.append(loss)
         self._recent.append(loss)
 
-    def _write(self, step: int, batch: Batch | PairBatch) -> str:
-        """Where the batch was written, as the end of a message; nothing where it cannot be."""
+    def _write(self, step: int, batch: Batch | PairBatch, last: bool = False) -> str:
+        """Where the batch was written, as the end of a message; nothing where it cannot be, or where many were."""
+        if self._written == MOST_BATCHES and not last:
+            return ""
+        self._written += 1
         path = self._folder / f"step-{step}.npz"
         try:
             self._folder.mkdir(exist_ok=True)

@@ -226,7 +226,7 @@ def test_the_largest_batch_is_proved_with_few_questions():
         memory.largest_rows(lambda rows: 1, 50)
 
 
-def test_the_cache_is_whole_or_made_again(tmp_path):
+def test_the_cache_is_whole_or_made_again(tmp_path, capsys):
     calls = []
 
     def compile_it():
@@ -241,7 +241,9 @@ def test_the_cache_is_whole_or_made_again(tmp_path):
     assert memory.cached({"rows": 1}, compile_it, folder=tmp_path)[1] is False and len(calls) == 3
     assert not list(tmp_path.rglob("*.tmp"))
     (tmp_path / "file").write_text("")
-    assert memory.cached({"rows": 1}, compile_it, folder=tmp_path / "file")[0] == 5  # nowhere to write: done without
+    for rows in (1, 2):  # nowhere to write: done without, and said once
+        assert memory.cached({"rows": rows}, compile_it, folder=tmp_path / "file")[0] == 5
+    assert capsys.readouterr().err.count(f"{tmp_path}/file/peaks cannot be written (Not a directory)") == 1
 
 
 def test_what_makes_the_program_makes_the_key():
