@@ -1,6 +1,9 @@
 """Runs that are stopped and resumed in processes of their own (`moejax selftest`); 50 rounds: `make soak`."""
 
 import json
+import os
+import random
+from contextlib import nullcontext
 
 import pytest
 
@@ -40,6 +43,9 @@ class Fake:
 
     send = check_orphans = lambda self, *_: None
 
+    def ended_on_errors(self):
+        return nullcontext()
+
 
 def add(path, text):
     path.write_text(path.read_text() + text)
@@ -60,6 +66,23 @@ def test_what_went_wrong_is_a_fault(tmp_path, monkeypatch, change, fault):
     report = faults.Report()
     list(faults.rounds(tmp_path, 1, 0, report))
     assert len(report.faults) == (fault is not None) and all(f.endswith(f": {fault}") for f in report.faults)
+
+
+def test_ctrl_c_leaves_no_process(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\nsleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    numbers = []
+
+    def interrupted(self, run, step):
+        numbers.append(self._process.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(faults.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(faults._Process, "until_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        faults._round(tmp_path / "config.yaml", tmp_path / "run", "SIGKILL", random.Random(0), faults.Report(), {})
+    with pytest.raises(ProcessLookupError):
+        os.kill(numbers[0], 0)
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):

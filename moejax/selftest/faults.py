@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,13 @@ def rounds(folder: Path, count: int, seed: int, report: Report) -> Iterator[str]
 def _round(config: Path, run: Path, kind: str, rng: random.Random, report: Report, wanted: dict[str, Any]) -> str:
     step, delay = rng.randint(0, STEPS), rng.random()
     process = _Process(config, run)
-    process.until_step(run, step)
-    time.sleep(delay if step == STEPS else delay / 4)
-    for number in KINDS[kind]:
-        process.send(number)
-        time.sleep(0.05)
-    code = process.wait()
+    with process.ended_on_errors():
+        process.until_step(run, step)
+        time.sleep(delay if step == STEPS else delay / 4)
+        for number in KINDS[kind]:
+            process.send(number)
+            time.sleep(0.05)
+        code = process.wait()
     process.check_orphans(report, run.name)
     done, saved = _done(run), _saved(run)
     again = max(0, done - saved) if code != 0 else 0
@@ -127,14 +128,19 @@ class _Process:
 
     def wait(self) -> int:
         """Its exit code as a shell has it. Kills it after ten minutes."""
-        try:
-            code = self._process.wait(_WAIT)
-        except BaseException as error:  # Ctrl-C of this command too: its run is in another session, and hears nothing of it
-            self.end()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            code = self._process.returncode
+        with suppress(subprocess.TimeoutExpired), self.ended_on_errors():
+            self._process.wait(_WAIT)
+        code = self._process.returncode
         return code if code >= 0 else 128 - code
+
+    @contextmanager
+    def ended_on_errors(self) -> Iterator[None]:
+        """Ctrl-C of this command among them: its run is in another session, and hears nothing of it."""
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise
 
     def check_orphans(self, report: Report, name: str) -> None:
         """It was the first of its session: anyone who is left of it is an orphan."""
