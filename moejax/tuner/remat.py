@@ -27,20 +27,26 @@ NORM = True
 PORTABLE = "full"
 VOCABULARY = 1024
 DEPTHS = (2, 4, 8)
-_SECTIONS = ("model", "quantization", "adapter", "placement")
-_TRAINING = ("compute_dtype", "param_dtype")
+_SECTIONS = {
+    "model": {"experts_per_token", "overrides", "moe_backend", "attention", "scan"}, "quantization": {"format", "double", "modules"},
+    "adapter": {"rank", "alpha", "dropout", "targets", "share"}, "placement": True, "training": {"compute_dtype", "param_dtype"},
+}  # fmt: skip
+"""What of a config counts. Not where weights come from, nor the vocabulary: a run pins and extends those at its start."""
 
 
 def shapes(experiment: Experiment, config: Architecture) -> list[dict[str, Any]]:
     t = experiment.training
     if t.remat != "auto" or t.together > 1 or experiment.mesh is not None or experiment.preference is not None:
         return []
+    if experiment.placement.experts == "auto":
+        return []
     rows, length = rows_of(experiment)
-    of_model = experiment.model_dump(mode="json", include={*_SECTIONS})
-    of_model |= {"training": {"steps": 1} | {name: getattr(t, name) for name in _TRAINING}, "sizes": config.to_hub_config()}
-    of_model |= {"expert_format": config.expert_format}
-    digest = hashlib.sha256(json.dumps([of_model, rows, length], sort_keys=True).encode()).hexdigest()[:16]
-    return [{"rows": rows, "length": length, "layers": config.blocks, "dtype": t.compute_dtype, "digest": digest, "recipe": of_model}]
+    recipe = experiment.model_dump(mode="json", include=_SECTIONS)
+    recipe |= {"sizes": config.to_hub_config(), "expert_format": config.expert_format}
+    counts = recipe | {"sizes": config.replace(vocab_size=VOCABULARY, new_rows=0).to_hub_config()}
+    counts["model"] = counts["model"] | {"overrides": {}}  # the sizes have them
+    digest = hashlib.sha256(json.dumps([counts, rows, length], sort_keys=True).encode()).hexdigest()[:16]
+    return [{"rows": rows, "length": length, "layers": config.blocks, "dtype": t.compute_dtype, "digest": digest, "recipe": recipe}]
 
 
 def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
@@ -58,7 +64,9 @@ def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
 def whole(shape: dict[str, Any]) -> tuple[Experiment, Architecture]:
     """The run's, as far as it counts here."""
     rows = {"source": None, "batching": "fixed", "batch_rows": shape["rows"], "row_tokens": shape["length"], "max_length": shape["length"]}
-    sections = {name: shape["recipe"][name] for name in (*_SECTIONS, "training")}
+    sections = {name: shape["recipe"][name] for name in _SECTIONS}
+    sections["model"] = sections["model"] | {"source": "as the sizes say"}
+    sections["training"] = sections["training"] | {"steps": 1}
     experiment = Experiment.model_validate({"name": "tuned", "data": rows, **sections})
     sizes = from_hub_config(shape["recipe"]["sizes"]).replace(expert_format=shape["recipe"]["expert_format"])
     config = experiment.model.architecture(sizes)

@@ -147,7 +147,10 @@ def test_auto_tries_no_policy_that_is_slower_and_takes_more(monkeypatch):
     experiment, sizes, shape = remat_shape()
     choice.adopt("cpu", {"remat": [{"digest": shape["digest"], "policy": "dots"}]})
     assert remat.measured(experiment, sizes, "cpu") == "dots"
+    pinned = experiment.changed("model", revision="0" * 40, vocabulary=sizes.vocab_size + 2)
+    assert remat.measured(pinned, sizes.replace(vocab_size=sizes.vocab_size + 2, new_rows=2), "cpu") == "dots"
     assert remat.measured(experiment.changed("data", batch_rows=11), sizes, "cpu") is None
+    assert remat.measured(experiment, sizes.replace(num_layers=3), "cpu") is None
     policies = ("none", "dots", "full", "offload")
     assert remat.not_slower(policies, "dots") == ("dots", "full", "offload") and remat.not_slower(policies, None) == policies
     monkeypatch.setattr(training_remat.oracle.Oracle, "peak_bytes", lambda self, rows: 50)
