@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ PROGRAMS: dict[str, dict[str, Any]] = CONTENT["programs"]
 BARS: list[dict[str, Any]] = CONTENT["bars"]
 UNITS = {
     "moved_gb": "GB moved", "kernels": "kernels", "graphs": "graph launches", "syncs": "times the host is asked",
-    "useful_share": "useful share", "compile_seconds": "s of compiling", "derived_ms": "ms, derived", "peak_gb": "GB, the compiler's peak",
+    "useful_share": "useful share", "compile_cpu_seconds": "CPU-seconds of compiling (of two cores)", "derived_ms": "ms, derived",
+    "peak_gb": "GB, the compiler's peak",
 }  # fmt: skip
 
 
@@ -62,8 +64,7 @@ def measured_of(report: dict[str, Any], step: str, figure: str) -> float | None:
         return None
     peak = case.get("device_peak_bytes")
     return {
-        "ms": 1e3 * case["median"], "compile_seconds": case["compile_seconds"], "useful_share": case["useful_share"],
-        "peak_gb": None if peak is None else peak / 1e9,
+        "ms": 1e3 * case["median"], "useful_share": case["useful_share"], "peak_gb": None if peak is None else peak / 1e9,
     }[figure]  # fmt: skip
 
 
@@ -101,6 +102,11 @@ def table(found: list[Line]) -> str:
     return "\n".join([*head, *rows, "", f"{count['met']} of {len(found)} met, {count['MISSED']} missed, {count['unknown']} unknown"])
 
 
+def _cpu_seconds() -> float:
+    """Of this process and those that it waited for: on a busy machine they say more than a clock."""
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
 def compile_all(out: Path, only: str) -> None:
     """Each program that the file does not have, written at once."""
     import gpu_model
@@ -114,8 +120,9 @@ def compile_all(out: Path, only: str) -> None:
         rows, length = map(int, program["shape"].split("x"))
         overrides = [*kept.of_rows(rows, length), *program["overrides"]]
         experiment = config.load(HERE.parent / "configs" / f"{program['config']}.yaml", overrides)
+        before = _cpu_seconds()
         told, _, _ = gpu_model.compiled(experiment, program["gpu"], rows, length)
-        report["programs"][name] = program | told
+        report["programs"][name] = program | told | {"compile_cpu_seconds": round(_cpu_seconds() - before, 1)}
         print(f"{name}: {json.dumps(told)}", flush=True)
         kept.write(out, report)
 

@@ -71,7 +71,7 @@ def steps(tiny: bool) -> dict[str, Step]:
         return ["benchmarks/step.py", "--config", f"configs/{config}.yaml", "--cases", cases, "--steps", "3", *more, *small]
 
     mixtral, blackmamba = "mixtral_8x7b_cs_sparse", "blackmamba_2.8b_cs_sparse"
-    kernel = [] if tiny else ["model.scan=kernel"]  # a CPU has none
+    kernel, decode = ([], []) if tiny else (["model.scan=kernel"], ["model.moe_backend=decode"])  # a CPU has none
     torch = ["--seq-len", "32", "--rows", "2", "--most-rows", "2", "--tiny"] if tiny else ["--seq-len", "512", "--most-rows", "8"]
     return {
         "doctor": Step(["benchmarks/gpu_acceptance.py", "--doctor"], 60),
@@ -84,6 +84,7 @@ def steps(tiny: bool) -> dict[str, Step]:
         "tune": Step(["benchmarks/gpu_acceptance.py", "--tune", *(["--tiny"] if tiny else [])], 220, 2),
         "mixtral 8x512 as tuned": Step(step("8x512:2", mixtral, "--tuned"), 120, 2),
         "blackmamba 16x512, the scan's kernel": Step(step("16x512:2", blackmamba, *kernel), 150, 2),
+        "mixtral 1x128, decode": Step(step("1x128:2", mixtral, *decode), 100, 2),
         "mixtral 24x2048": Step(step("24x2048:2", mixtral), 150, 2),
         "qwen3 2x2048": Step(step("2x2048:8", "qwen3_30b_a3b_48gb", "training.remat=full"), 150, 2),
         "gpt-oss 1x2048": Step(step("1x2048:4", "gpt_oss_20b_24gb"), 150, 2),

@@ -27,7 +27,7 @@ NORM = True
 PORTABLE = "full"
 VOCABULARY = 1024
 DEPTHS = (2, 4, 8)
-_SECTIONS = {
+_SECTIONS: dict[str, Any] = {
     "model": {"experts_per_token", "overrides", "moe_backend", "attention", "scan"}, "quantization": {"format", "double", "modules"},
     "adapter": {"rank", "alpha", "dropout", "targets", "share"}, "placement": True, "training": {"compute_dtype", "param_dtype"},
 }  # fmt: skip
