@@ -41,16 +41,14 @@ def run(options: argparse.Namespace) -> int:
     settle_run(options)
     folder = Path(options.run)
     prepare_jax_for(options.run)
-    from moejax import processes
     from moejax.data.records import unicode
     from moejax.evaluation.dialogue import Dialogue, has_turns
     from moejax.evaluation.generate import Sampling
-    from moejax.runs.devices import mesh_of
+    from moejax.runs.devices import alone, mesh_of
     from moejax.runs.open import load
 
     mesh = mesh_of(folder, options.overrides)
-    if processes.started_with(mesh):
-        raise UserError("moejax chat is one process with all devices of its machine: start it without srun, mpirun and mesh.processes")
+    alone(mesh, "moejax chat")
     if sys.stdin is None:
         raise UserError("standard input is closed, and messages are read from it: call it in a terminal, or give it a pipe or a file")
     terminal = sys.stdin.isatty()

@@ -58,8 +58,10 @@ def run(options: argparse.Namespace) -> int:
     if options.push is not None:
         check_name(options.push)
     prepare_jax_for(options.run)
+    from moejax.runs.devices import alone, mesh_of
     from moejax.runs.export import export
 
+    alone(mesh_of(Path(options.run)), "moejax export")
     out = Path(options.out)
     file = (options.type, not options.without_tokenizer)
     export(Path(options.run), out, options.format, options.verify, options.tolerance, options.server, *file)

@@ -22,14 +22,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"lm-evaluation-harness is not installed: {installation.for_extra('eval')}", name=error.name) from error
 from tqdm import tqdm
 
-from moejax import processes
 from moejax.data import chat
 from moejax.data.ends import ends_of
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, generate, in_groups, said
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
 from moejax.models.build import Model
-from moejax.runs.devices import mesh_of
+from moejax.runs.devices import alone, mesh_of
 from moejax.runs.open import load
 
 MAX_NEW_TOKENS = 256  # the harness's own default, where a task names no length
@@ -58,8 +57,7 @@ class MoejaxLM(TemplateLM):
             raise UserError("MoejaxLM: give a folder (run=…), or a model and its tokenizer")
         if run is not None:
             mesh = mesh_of(Path(run))
-            if processes.started_with(mesh):
-                raise UserError("lm-evaluation-harness is one process with all devices of its machine: start it without srun and mpirun")
+            alone(mesh, "lm-evaluation-harness")
             loaded = load(Path(run), base, mesh)
             model, tokenizer, ends = loaded.make(), loaded.tokenizer, loaded.ends
         else:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from moejax import config as experiments
 from moejax import mesh as meshes
+from moejax import processes
 from moejax.config import Experiment
 from moejax.config_file import apply, explain
 from moejax.config_mesh import MeshConfig
@@ -36,6 +37,12 @@ def mesh_of(folder: Path, changes: Sequence[str] = ()) -> MeshConfig | None:
         return _Asked.model_validate(content).mesh
     except ValidationError as error:
         raise UserError(explain(error, _Asked)) from None
+
+
+def alone(mesh: MeshConfig | None, what: str) -> None:
+    """Raises UserError where several processes were started for what one does."""
+    if processes.started_with(mesh):
+        raise UserError(f"{what} is one process with all devices of its machine: start it without srun, mpirun and mesh.processes")
 
 
 def devices_of(mesh: MeshConfig | None, sizes: Architecture, experiment: Experiment | None = None) -> meshes.Devices | None:

@@ -236,6 +236,13 @@ def test_a_blackmamba():
     assert found[0] == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_it_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    finished_run(tmp_path / "run", mesh={}, adapter=None, quantization={"format": "none"})
+    with pytest.raises(UserError, match="lm-evaluation-harness is one process with all devices of its machine"):
+        MoejaxLM(tmp_path / "run")
+
+
 def test_bad_models(tmp_path):
     with pytest.raises(UserError, match="give a folder"):
         MoejaxLM()

@@ -64,7 +64,8 @@ def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch):
         assert mesh is None
 
 
-def test_a_conversation_is_of_one_process(trained, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [["chat"], ["export", "--out", "elsewhere"]])
+def test_what_one_process_does(more, trained, monkeypatch, capsys):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    assert cli.main(["chat", str(trained)]) == 2
-    assert "moejax chat is one process with all devices of its machine" in capsys.readouterr().err
+    assert cli.main([*more, str(trained)]) == 2
+    assert f"moejax {more[0]} is one process with all devices of its machine" in capsys.readouterr().err

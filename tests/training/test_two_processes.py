@@ -20,6 +20,9 @@ COMMON = (
     "training.warmup_steps=0", "checkpoint.every=2", "checkpoint.best=false",
 )  # fmt: skip
 STEPS = 4
+SCORED = (
+    "eval.task=problems", f"eval.data={ROOT}/assets/problems/test.json", "eval.limit=4", "eval.rows=4", "eval.max_new_tokens=4",
+)  # fmt: skip
 
 
 def free_port():
@@ -41,7 +44,7 @@ def begin(folder, name, devices, *changes, cwd=ROOT):
     return process
 
 
-def end(process, seconds=400):
+def end(process, seconds=900):
     """(exit code, what it said)."""
     code = process.wait(seconds)
     process.output.seek(0)
@@ -68,13 +71,14 @@ def close(found, expected, within=2e-6):
 
 @pytest.mark.parametrize("mode", ["whole", "spread", "experts"])
 def test_two_train_as_one_does_with_as_many_devices(mode, tmp_path):
-    changes = (f"mesh.weights={mode}", f"training.steps={STEPS}", "training.eval_every=2")
+    changes = (f"mesh.weights={mode}", f"training.steps={STEPS}", "training.eval_every=2", *(SCORED if mode == "experts" else ()))
     code, said = end(begin(tmp_path, "one", 4, *changes))
     assert code == 0, said
     first, second = (end(process) for process in begin_two(tmp_path, "two", *changes))
     assert (first[0], second[0]) == (0, 0), first[1] + second[1]
-    for key in ("loss", "eval_loss", "grad_norm"):
+    for key in ("loss", "eval_loss", "grad_norm", "eval/loss", "eval/accuracy"):
         close(metrics(tmp_path / "two", key), metrics(tmp_path / "one", key))
+    assert bool(metrics(tmp_path / "two", "eval/loss")) == (mode == "experts")
     assert f"step {STEPS}/{STEPS}" in first[1] and "step" not in second[1]  # one shows, and one writes
     assert len(list((tmp_path / "two").glob("events.*"))) == 1
     found, expected = (load_file(str(tmp_path / name / "adapter" / "adapter_model.safetensors")) for name in ("two", "one"))
