@@ -61,8 +61,11 @@ CASES = (
 )
 
 
-def trips(repeats: dict[str, int], routed: Any, path: str, branch: int | None) -> float:
-    """How often a loop runs: libtpu's programs do not say. Raises ValueError for one that is not known."""
+def trips(repeats: dict[str, int], windowed: float, routed: Any, path: str, branch: int | None) -> float:
+    """How often a loop or a branch runs: libtpu's programs do not say. windowed: of the layers those whose attention has a window. Raises
+    ValueError for one that is not known."""
+    if branch is not None and "attention" in path.split("/"):
+        return windowed if branch else 1 - windowed
     if branch is None and "tiles" not in path:
         if "searchsorted" in path:  # of the kernels' tables: no product in it
             return 1
@@ -102,7 +105,9 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     if isinstance(mixer := sizes.stacks[0].block.mixer, specs.Mamba):
         scan = choice.scan(target.chip.cuda_name or "", case.rows, case.row_tokens, mixer.inner, experiment.model.scan)[1]
         repeats["scan"] = -(-case.row_tokens // scan)
-    counted = gpu_model.step(c.executable, gpu_model.Thunks(), partial(trips, repeats, routed), gpu_model.Rates())
+    windows = [window != specs.EVERYWHERE for stack in sizes.stacks for window in stack.windows or ()]
+    of_windows = partial(trips, repeats, sum(windows) / sizes.blocks)
+    counted = gpu_model.step(c.executable, gpu_model.Thunks(), partial(of_windows, routed), gpu_model.Rates())
     again = 4 / 3 if experiment.adapter is None else 3 / 2
     flops = again * floors.model_flops(experiment, case.rows, case.row_tokens)
     padded = layouts.padded(c.executable.as_text())
