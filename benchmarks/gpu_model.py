@@ -153,7 +153,7 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
                 found.syncs += 0 if known_trips(i) is not None else count + body
             found.fetched += count * _fetched(i)
             kernels = host.kernels.get(i.name, 0)
-            if i.opcode in CONTAINERS or not (kernels or program.bytes_of(i)):
+            if i.opcode in CONTAINERS or not (kernels or program.bytes_of(i) or program.flops_of(i)):
                 continue
             flops, moved, product = program.flops_of(i), program.bytes_of(i), program.is_product(i)
             rate, least = rates.products * EFFICIENCY if product else rates.others, 0.0

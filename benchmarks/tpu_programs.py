@@ -4,8 +4,9 @@ FLOPs, padded arrays. Compiled, never run: there are no seconds. `make aot-tpu`.
     python benchmarks/tpu_programs.py --out benchmarks/results/<date>-tpu-compiled.json [--only mixtral] [--layers 2]
 
 flops_ratio: FLOPs of a chip's program, its loops counted, over those of a step that computes the forward pass twice (attention by kernels
-is in neither). padded: arrays of more than 16 MB that take a tenth more than their numbers. usable_gb: what libtpu leaves of a chip's
-memory. Needs libtpu (pip install -e '.[aot-tpu]', make .venv-aot-tpu/.installed); JAX_PLATFORMS=cpu is set here.
+is in the second alone). moved_gb: of the chip's memory, next to the least (floor_gb, moejax/estimator/floors.py). padded: arrays of more
+than 16 MB that take a tenth more than their numbers. usable_gb: what libtpu leaves of a chip's memory. compile_cpu_seconds: of all
+threads; they keep two cores busy. Needs libtpu (pip install -e '.[aot-tpu]', make .venv-aot-tpu/.installed); JAX_PLATFORMS=cpu is set here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +82,7 @@ def trips(repeats: dict[str, int], windowed: float, routed: Any, path: str, bran
 
 def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     """One step's program, and what is read from it. Raises UserError where it does not compile."""
+    from moejax.estimator.floors import floors as of_memory
     from moejax.estimator.sizes import architecture_of
     from moejax.models.config import specs
     from moejax.models.ops import choice
@@ -95,7 +98,9 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
     chosen.append(f"data.batch_rows={rows}")
     experiment = config.load(ROOT / "configs" / f"{case.config}.yaml", [*case.overrides, "training.remat=full", *chosen])
     sizes = architecture_of(experiment)
-    c = TrainProgram(experiment, sizes, gpu=target.chip).compile(rows, case.row_tokens)
+    program, begun = TrainProgram(experiment, sizes, gpu=target.chip), time.process_time()
+    c = program.compile(rows, case.row_tokens)
+    cpu_seconds = time.process_time() - begun
     dealt = target.count if case.weights == "experts" else 1
     tokens = case.rows * dealt * case.row_tokens
     plan = experts.plan(experiment, sizes, tokens, target.chip)
@@ -116,8 +121,10 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
         "attention": " ".join(experts.announce_attention(experiment, sizes, target.chip.cuda_name or "")),
         "peak_gb": round(c.peak_bytes / 1e9, 3), "arguments_gb": round(c.argument_bytes / 1e9, 3),
         "temporaries_gb": round(c.temporary_bytes / 1e9, 3), "usable_gb": round((target.chip.memory_bytes or 0) / 1e9, 2),
-        "compile_seconds": round(c.seconds, 1), "tflop": round(counted.flops / 1e12, 2), "flops_ratio": round(counted.flops / flops, 3),
+        "compile_seconds": round(c.seconds, 1), "compile_cpu_seconds": round(cpu_seconds, 1),
+        "tflop": round(counted.flops / 1e12, 2), "flops_ratio": round(counted.flops / flops, 3),
         "moved_gb": round(counted.bytes / 1e9, 1),
+        "floor_gb": round(sum(s.bytes for s in of_memory(experiment, sizes, case.rows, case.row_tokens)) / 1e9, 1),
         "padded": [{"array": b.shape, "gb": round(b.padded_bytes / 1e9, 3), "times": round(b.factor, 2)} for b in padded],
     }  # fmt: skip
 

@@ -111,6 +111,7 @@ class Block:
         return choice.grouped(
             s.device, s.at_experts, moe.experts, moe.experts_per_token, hidden=s.width, intermediate=moe.hidden, quantized=s.quantized,
             item=s.item, memory_bytes=s.memory_bytes, asked="loop" if s.fetched and s.prefetch == "experts" else s.backend,
+            dealt=s.devices > 1,
         )  # fmt: skip
 
     @property

@@ -107,6 +107,7 @@ def _backend(experiment: Experiment, config: Architecture, gpu: GPU, half: specs
         closed_form.device_of(gpu), tokens * experiment.training.together, half.experts, half.experts_per_token,
         hidden=config.hidden_size, intermediate=half.hidden, quantized="experts" in experiment.kinds(config),
         item=ITEM[experiment.training.compute_dtype], memory_bytes=gpu.memory_bytes,
+        dealt=experiment.mesh is not None and experiment.mesh.weights == "experts" and spread.count(experiment) > 1,
     )[0]  # fmt: skip
 
 

@@ -42,6 +42,7 @@ _MOVES = frozenset(
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 2, 8: 4, 9: 8, 10: 2, 11: 4, 12: 8, 15: 8, 16: 2, 18: 16, 21: 0.5, 22: 0.5}
 """xla.PrimitiveType -> bytes of an element (4-bit types pack two); the 8-bit floats and unknown ones: 1."""
 BF16 = 16  # xla.PrimitiveType
+_ON_CHIP = 1  # of a TPU's memory spaces
 _NO_BYTES = {0, 14, 17}  # invalid, opaque, token
 
 
@@ -78,6 +79,13 @@ def module_of(compiled: Any) -> Any:
 def size(shape: Any) -> float:
     """Bytes of an array, or of all arrays of a tuple."""
     return elements(shape, lambda kind: _BYTES.get(kind, 1))
+
+
+def moved(shape: Any) -> float:
+    """`size` without what lies on the chip of a TPU, whose layouts alone have tiles."""
+    if shape.tuple_shapes:
+        return sum(map(moved, shape.tuple_shapes))
+    return 0.0 if shape.layout.memory_space == _ON_CHIP and shape.layout.tiles else size(shape)
 
 
 class Program:
@@ -220,11 +228,14 @@ class Program:
         if i.opcode == "fusion":
             return self._fusion_bytes(i)
         if i.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * size(i.shape)
+            source = self._by_id[i.operand_ids[0]].shape
+            return moved(i.shape) + (size(i.shape) if moved(source) else 0.0)
         if i.opcode in ("dynamic-update-slice", "scatter"):
             updates = self._by_id[i.operand_ids[1 if i.opcode == "dynamic-update-slice" else -1]]
-            return 2 * size(updates.shape)
-        return size(i.shape) + sum(size(o.shape) for o in self.operands(i))
+            return moved(updates.shape) + (size(updates.shape) if moved(i.shape) else 0.0)
+        if i.opcode in ("copy-start", "copy-done") and (i.shape.layout.tiles or any(s.layout.tiles for s in i.shape.tuple_shapes)):
+            return sum(map(moved, i.shape.tuple_shapes[:2]))  # the copy, and what it is of: of the start alone
+        return moved(i.shape) + sum(moved(o.shape) for o in self.operands(i))
 
     def copies(self, i: Any, count: int, kind: int) -> bool:
         """Whether it reads an array of this many elements of a type (xla.PrimitiveType) that its computation was given, writes at least as
@@ -277,13 +288,21 @@ class Program:
             return sum(self._written(inside[o], inside) for o in root.operand_ids)
         while root.opcode == "bitcast":
             root = inside[root.operand_ids[0]]
-        return size(inside[root.operand_ids[1]].shape) if root.opcode == "dynamic-update-slice" else size(root.shape)
+        if root.opcode == "dynamic-update-slice":
+            return size(inside[root.operand_ids[1]].shape) if moved(root.shape) else 0.0
+        return moved(root.shape)
 
     def _read(self, i: Any, users: Mapping[int, list[Any]]) -> float:
         """Bytes read of an operand: as much as its users inside need."""
-        whole, total = size(i.shape), 0.0
-        for user in users[i.id]:
-            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operand_ids[0] == i.id:
+        whole, total = moved(i.shape), 0.0
+        for user in users[i.id] if whole else ():
+            if user.opcode == "fusion":  # a TPU's stand in one another
+                inside = self.computations[user.called_computation_ids[0]].instructions
+                given = [n for n, operand in enumerate(user.operand_ids) if operand == i.id]
+                read = sum(self._read(p, self._users) for p in inside if p.opcode == "parameter" and p.parameter_number in given)
+                a_copy = size(user.shape) == size(i.shape) and users[user.id]
+                total += min(read, self._read(user, users)) if a_copy else read
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operand_ids[0] == i.id:
                 total += size(user.shape)
             elif user.opcode == "bitcast":
                 total += self._read(user, users)

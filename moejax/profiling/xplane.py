@@ -41,7 +41,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "HloComputationProto": {"instructions": (2, "[HloInstructionProto]"), "id": (5, "int64"), "root_id": (6, "int64")},
     "HloInstructionProto": {
         "name": (1, "string"), "opcode": (2, "string"), "shape": (3, "ShapeProto"), "metadata": (7, "OpMetadata"),
-        "window": (15, "Window"), "convolution_dimension_numbers": (16, "ConvolutionDimensionNumbers"),
+        "parameter_number": (9, "int64"), "window": (15, "Window"), "convolution_dimension_numbers": (16, "ConvolutionDimensionNumbers"),
         "dot_dimension_numbers": (30, "DotDimensionNumbers"), "id": (35, "int64"), "operand_ids": (36, "[int64]"),
         "called_computation_ids": (38, "[int64]"), "backend_config": (43, "bytes"),
     },
@@ -49,7 +49,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "ShapeProto": {
         "element_type": (2, "int32"), "dimensions": (3, "[int64]"), "tuple_shapes": (4, "[ShapeProto]"), "layout": (5, "LayoutProto"),
     },
-    "LayoutProto": {"memory_space": (8, "int64")},
+    "LayoutProto": {"tiles": (6, "[bytes]"), "memory_space": (8, "int64")},
     "Window": {"dimensions": (1, "[WindowDimension]")},
     "WindowDimension": {
         "size": (1, "int64"), "stride": (2, "int64"), "padding_low": (3, "int64"), "window_dilation": (5, "int64"),

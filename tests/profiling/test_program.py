@@ -121,3 +121,27 @@ def test_a_convolution_is_the_product_that_a_tpu_makes_of_it(batch):
     assert found.shape.dimensions == [batch, 8, 32]
     assert program.flops_of(found) == 2 * batch * 8 * 16 * 32
     assert program.is_product(found)
+
+
+def test_what_a_tpu_moves_is_of_its_memory_and_what_its_fusions_read():
+    """Fusions stand in fusions: what one slices of a copy is read, and no more. What lies on the chip is not moved."""
+
+    def shape(rows, space=0):
+        return {"element_type": 2, "dimensions": [rows, 8], "layout": {"tiles": [b""], "memory_space": space}}
+
+    def instruction(id, opcode, shape, operands=(), called=()):
+        named = {"id": id, "name": f"{opcode}.{id}", "opcode": opcode, "shape": shape}
+        return named | {"operand_ids": operands, "called_computation_ids": called}
+
+    def program(space):
+        copying = [instruction(1, "parameter", shape(100)), instruction(2, "copy", shape(100), [1])]
+        slicing = [instruction(3, "parameter", shape(100)), instruction(4, "fusion", shape(100), [3], [1]),
+                   instruction(5, "dynamic-slice", shape(4, space), [4])]  # fmt: skip
+        entry = [instruction(6, "parameter", shape(100)), instruction(7, "fusion", shape(4, space), [6], [2]),
+                 instruction(8, "negate", shape(4), [7])]  # fmt: skip
+        computations = [{"id": n, "instructions": of, "root_id": of[-1]["id"]} for n, of in enumerate((copying, slicing, entry), 1)]
+        return Program(MESSAGES["HloModuleProto"](entry_computation_id=3, computations=computations))
+
+    for space, fusion, after in ((0, 64, 64), (1, 32, 32)):
+        made = program(space)
+        assert [made.bytes_of(made.instructions[name]) for name in ("fusion.7", "negate.8")] == [fusion, after]

@@ -1,4 +1,4 @@
-"""Steps compile for TPU slices that are not there, compute next to nothing twice, and no weight is padded. Needs libtpu, which is no
+"""Steps compile for TPU slices that are not there, waste little, and no weight is padded. Needs libtpu, which is no
 dependency: `make test-long` gives it this file."""
 
 import importlib.util
@@ -21,14 +21,13 @@ GRID = [
     ("mixtral_8x7b_v5e8", "v5e-8", "experts", 1, 368),
     ("mixtral_8x7b_v5e8", "v5e-8", "spread", 8, 128),
     ("qwen3_30b_a3b_v5e8", "v5e-8", "experts", 1, 1040),
-    ("blackmamba_2.8b_cs_sparse", "v5e-1", None, 2, 368),
 ]
 
 
 @pytest.mark.parametrize(("name", "target", "weights", "rows", "row_tokens"), GRID)
 def test_a_step_compiles_and_wastes_nothing(name, target, weights, rows, row_tokens):
-    """Layers are scanned: two compile as all do. In no buffer of more than 16 MB is an axis padded to twice its size."""
+    """Layers are scanned: two compile as all do. No buffer of more than 16 MB takes a tenth more than its numbers."""
     told = tpu_programs.compiled(tpu_programs.Case(name, target, weights, rows, row_tokens), layers=2)
     assert told["arguments_gb"] < told["peak_gb"] < told["usable_gb"]
-    assert told["flops_ratio"] < 1.5
-    assert [b for b in told["padded"] if b["times"] >= 2] == []
+    assert told["flops_ratio"] < 1.5 and told["floor_gb"] < told["moved_gb"] < 4 * told["floor_gb"]
+    assert told["padded"] == []
