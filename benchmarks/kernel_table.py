@@ -98,6 +98,7 @@ def compiled_for(gpu: str, name: str, function: Callable[..., Any], arguments: l
     import jax
     from jax.sharding import SingleDeviceSharding
 
+    from moejax.compiler_options import lowering_for
     from moejax.training.program import devices
 
     place, card = SingleDeviceSharding(devices(gpu, 1)[0]), gpus.find(gpu)
@@ -106,7 +107,9 @@ def compiled_for(gpu: str, name: str, function: Callable[..., Any], arguments: l
     chip = f"sm_{capability.replace('.', '')}{'a' if capability in ('9.0', '10.0') else ''}"
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
     with tempfile.TemporaryDirectory() as folder:
-        jax.jit(function).lower(*given).compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        with lowering_for(card):
+            lowering = jax.jit(function).lower(*given)
+        lowering.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         ours = [path for path in sorted(Path(folder).glob("*.ptx")) if f".entry {name}" in path.read_text()]
         rows = [row for path in ours for row in _rows(path, chip, capability)]
     return [{"gpu": gpu, "chip": chip, **row} for row in rows if row["kernel"].startswith(name)]

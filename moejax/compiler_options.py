@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from moejax.files import cache_folder, replace_text
+from moejax.gpus import GPU
 
 GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
@@ -33,6 +35,11 @@ HOST_OPTIONS: dict[str, str | bool] = {
 is another), and as many at once as an expert has arrays: by XLA's own limit of two, products would wait for all fetches but the last."""
 VARIABLE = "MOEJAX_GRAPH_LOOPS"
 """In the environment: 1 or 0, whether loops go into graphs; this process's answer, or the user's."""
+_KNOWN_TO_JAX = {
+    "7.5": "Tesla T4", "8.0": "NVIDIA A100", "8.6": "NVIDIA A10", "8.9": "NVIDIA L4", "9.0": "NVIDIA H100", "10.0": "NVIDIA B200",
+    "12.0": "NVIDIA RTX PRO 6000",
+}  # fmt: skip
+"""Of each compute capability a GPU that jax 0.12 knows by its name."""
 SECONDS = 180.0  # jax's start on a cold disk, and two small programs compiled
 _DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -42,6 +49,18 @@ def gpu_options() -> dict[str, str | bool]:
     kinds = str(GPU_OPTIONS["xla_gpu_enable_command_buffer"])
     on_host = os.environ.get(VARIABLE) == "0"
     return GPU_OPTIONS | {"xla_gpu_enable_command_buffer": kinds.replace(",WHILE", "")} if on_host else GPU_OPTIONS
+
+
+def lowering_for(gpu: GPU | None) -> AbstractContextManager[Any]:
+    """Within it kernels are lowered for a GPU that is not there: from 0.12 on jax asks its capability, and knows few by their names."""
+    known = None if gpu is None or gpu.compiler is None else _KNOWN_TO_JAX.get(gpu.compiler.compute_capability)
+    from jax import __version_info__, sharding  # not at import: what only reads the options starts without jax
+
+    if known is None or __version_info__ < (0, 11):
+        return nullcontext()
+    device = sharding.AbstractDevice(device_kind=known, num_cores=None, platform="gpu")
+    within: AbstractContextManager[Any] = sharding.use_abstract_mesh(sharding.AbstractMesh((), (), abstract_device=device))
+    return within
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax import installation, mesh, processes, tpus
-from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit
+from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit, lowering_for
 from moejax.config import Experiment
 from moejax.config_data import ROW_MULTIPLE
 from moejax.data.batch import Batch, PairBatch
@@ -144,7 +144,8 @@ class TrainProgram:
         given, results = self._given(self.state, self.frozen, batch)
         start = time.perf_counter()
         try:
-            lowering = jax.jit(self._step, donate_argnums=(0,), **results).lower(*given)
+            with lowering_for(self._card):
+                lowering = jax.jit(self._step, donate_argnums=(0,), **results).lower(*given)
             try:
                 executable = self._compiled(lowering, {})
             except jax.errors.JaxRuntimeError as error:
