@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from moejax.models.config.specs import GQA
 from moejax.models.layers import Linear, RMSNorm, Target, fold, rotate
 from moejax.models.ops import flash
 from moejax.models.ops.attention import masked_attention, segment_attention
+from moejax.models.ops.choice import is_tpu
 
 
 class KeyValues(NamedTuple):
@@ -97,6 +99,7 @@ class Attention(nnx.Module):
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (a.reshape(*x.shape[:2], -1, self.head_dim) for a in (q, k, v))
+        turned = partial(rotate, positions=positions, rope=self.rope, whole=is_tpu(self.target.platform))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v
+        return turned(q), turned(k), v

@@ -172,10 +172,11 @@ def fold(key: jax.Array | None, index: int | jax.Array) -> jax.Array | None:
     return jax.vmap(jax.random.fold_in, (0, None))(key, index) if key.ndim else jax.random.fold_in(key, index)
 
 
-def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, rope: Rope, whole: bool = False) -> jax.Array:
     """Rotary positions, the halves of a head turned against each other as in Llama and Mixtral on the Hub.
 
-    x: [B, T, H, C]; positions: int32 [B, T]. Angles in fp32.
+    x: [B, T, H, C]; positions: int32 [B, T]. Angles in fp32. whole: no half of a head is an array (a TPU would fill it up to 128 numbers):
+    they change places by a product, which is exact.
     """
     c = x.shape[-1]
     own = rope.scaling is None
@@ -183,6 +184,11 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, C/2]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     cos, sin = (cos, sin) if own else (cos * rope.scale, sin * rope.scale)
+    if whole:
+        exchange = jnp.roll(jnp.eye(c, dtype=x.dtype), c // 2, axis=1)
+        other = jnp.einsum("bthc,cd->bthd", x, exchange, precision="highest").astype(jnp.float32)
+        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+        return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

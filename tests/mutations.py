@@ -179,9 +179,8 @@ FAULTS = [
           f"{MIXTRAL}::test_logits"),
     fault("BlackMamba's weights are renormalized", MOE, "if self.rule.renormalize and not (", "if not (", f"{BLACKMAMBA}::test_logits"),
     fault("Qwen3-MoE's heads are normed after they are turned", "models/attention.py",
-          'q, k = self.q_norm(q), self.k_norm(k)\n        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v',
-          'q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)\n            return self.q_norm(q), self.k_norm(k), v\n'
-          '        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v', FAMILIES),
+          "q, k = self.q_norm(q), self.k_norm(k)\n        return turned(q), turned(k), v",
+          "q, k = turned(q), turned(k)\n            return self.q_norm(q), self.k_norm(k), v\n        return turned(q), turned(k), v", FAMILIES),
     fault("a window is one position longer", ATTENTION, "index[None, :] < window", "index[None, :] <= window", WINDOWS),
     fault("gpt-oss's windows are in turn", "models/families/gpt_oss.py", "return self.windowed or tuple", "return tuple",
           f"{PARITY}[gpt_oss_layers]"),

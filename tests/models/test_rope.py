@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +35,14 @@ def test_plain_positions_are_those_of_layers():
     found = np.asarray(rotate(x, jnp.array([[3, 5]]), Rope(1e4)))[0, :, 0]
     angle = np.array([[3], [5]]) * Rope(1e4).frequencies(8)
     np.testing.assert_allclose(found, np.concatenate([np.cos(angle), np.sin(angle)], 1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("rope", [Rope(1e4), of_hub({"rope_scaling": LONG}, 2048, 1e4)])
+def test_without_halves_they_are_the_same(rope):
+    """As a TPU turns heads."""
+    x, positions = jax.random.normal(jax.random.key(0), (2, 5, 3, 8)), jnp.arange(10).reshape(2, 5) * 37
+    found, expected = (rotate(x, positions, rope, whole) for whole in (True, False))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_both_dialects_are_read_and_written():
