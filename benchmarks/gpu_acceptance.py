@@ -138,10 +138,12 @@ def doctor() -> dict[str, Any]:
 def tuned(tiny: bool) -> dict[str, Any]:
     """The quick form of `moejax tune` at 8 rows of 512 tokens; its choices are stored for this machine."""
     from moejax import config
+    from moejax.runtime import prepare_jax
     from moejax.tuner import run, use
 
     sizes = [*kept.of_rows(2, 32), f"model.preset={TINY['mixtral']}"] if tiny else kept.of_rows(8, 512)
     experiment = config.load(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml", [*kept.RANDOM, *sizes])
+    prepare_jax(experiment.device)
     sites = use.measure(experiment, full=False, anew=True)
     return {"sites": sites, "gains": run.gains(sites)}
 
@@ -202,7 +204,7 @@ def told(name: str, result: dict[str, Any]) -> str:
 
 def receipts_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every step that was timed, the first with a recipe."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for step in report["steps"].values():
         cases = (step.get("report") or {}).get("cases", [])
         for case in cases if isinstance(cases, list) else ():
@@ -254,8 +256,8 @@ def main() -> int:
         for part, minutes, usual in ((1, options.minutes, 8.0), (2, options.more_minutes, 12.0)):
             rest = {name: step for name, step in steps(options.tiny).items() if step.part == part and name in asked}
             part_of(rest, minutes, minutes / usual, report, options)
-    if found := receipts_of(report):
-        kept.write(options.out.with_name(f"{options.out.stem}-receipts.json"), {"about": kept.about(**about), "receipts": found})
+    if receipts := receipts_of(report):
+        kept.write(options.out.with_name(f"{options.out.stem}-receipts.json"), {"about": kept.about(**about), "receipts": receipts})
     print(f"\n{bars.table(list(bars.lines(bars.compiled(bars.newest('bars')), {} if options.tiny else report)))}\n\n{options.out}")
     return int(any(name not in report["steps"] or report["steps"][name]["exit"] for name in asked))
 
