@@ -53,6 +53,8 @@ def watched(process: subprocess.Popen[Any], metrics: Path) -> list[tuple[int, in
                 file.seek(read)
                 new = file.read()
             read, done = read + len(new), done + new.count(b'"loss"')
+        if resident == 0:  # it is ending
+            break
         found.append((done, resident, (int(fields[11]) + int(fields[12])) / _TICK))
         time.sleep(EVERY)
     return found
@@ -84,7 +86,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = report["windows"]
+    rows = report["windows"][1:]  # the first one is the start
     steps = [row["step"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
     left.plot(steps, [row["resident_bytes"] / 1e6 for row in rows], color="#2b6cb0")

@@ -1,7 +1,7 @@
 """Every reader of files, fed with damaged ones: `python tests/fuzz.py [READER …] [--mutations 20000] [--seed 0]`.
 
-A damaged file is read, or refused with one UserError that names it; a traceback, ten seconds, or more memory than the limit is a fault.
-Each fault is shown once, by the line that raised it, with its first input (`--keep FOLDER` writes them). Exit code 1 where there is one.
+A damaged file is read, or refused with one UserError that names it; a traceback, ten seconds of CPU time, or more memory than the limit is
+a fault. Each is shown once, by the line that raised it, with its first input (`--keep FOLDER` writes them). Exit code 1 where there is one.
 """
 
 import argparse
@@ -266,7 +266,7 @@ class Fault:
 
 
 class Slow(BaseException):
-    """Ten seconds are over; no `except Exception` takes it."""
+    """Ten seconds of CPU time are over; no `except Exception` takes it."""
 
 
 def _slow(*_: Any) -> None:
@@ -278,7 +278,7 @@ def fuzz(name: str, mutations: int, seed: int) -> tuple[dict[str, int], dict[str
     reader, rng = READERS[name], random.Random(f"{name} {seed}")
     seeds = reader.seeds()
     counts, faults = {"read": 0, "refused": 0}, {}
-    signal.signal(signal.SIGALRM, _slow)
+    signal.signal(signal.SIGPROF, _slow)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as top:
         folder = Path(top) / "f"
         for _ in range(mutations):
@@ -287,7 +287,7 @@ def fuzz(name: str, mutations: int, seed: int) -> tuple[dict[str, int], dict[str
             folder.mkdir()
             for file, content in files.items():
                 (folder / file).write_bytes(data if file == reader.target else content)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 reader.read(folder)
                 counts["read"] += 1
@@ -300,7 +300,7 @@ def fuzz(name: str, mutations: int, seed: int) -> tuple[dict[str, int], dict[str
                 where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
                 _found(faults, f"{type(error).__name__} at {where}", str(error)[:200], data)
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
             shutil.rmtree(folder)
     return counts, faults
 
