@@ -4,8 +4,16 @@ dependency: `make test-long` gives it this file."""
 import importlib.util
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 from support import ROOT
+
+from moejax import tpus
+from moejax.models.ops import linear, quantized
+from moejax.profiling import layouts
+from moejax.training import program
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
@@ -31,3 +39,22 @@ def test_a_step_compiles_and_wastes_nothing(name, target, weights, rows, row_tok
     assert told["arguments_gb"] < told["peak_gb"] < told["usable_gb"]
     assert told["flops_ratio"] < 1.5 and told["floor_gb"] < told["moved_gb"] < 4 * told["floor_gb"]
     assert told["padded"] == []
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("mxfp4", (4, 2880, 2880)), ("nf4-double", (8, 2048, 1024))])
+def test_no_buffer_of_a_4_bit_weight_is_padded_and_no_table_is_read(kind, shape):
+    """gpt-oss's and OLMoE's experts, one a turn of a loop: dequantized and multiplied, both ways."""
+    device = SingleDeviceSharding(program.device(tpus.find("v5e-1").chip))
+    weight, rows = quantized.abstract(kind, shape, quantized.layout("TPU v5 lite")), jax.ShapeDtypeStruct((256, shape[2]), jnp.bfloat16)
+
+    def step(weight, rows):
+        def one(total, e):
+            out, pull = jax.vjp(lambda x: linear.with_frozen(linear.matmul, "dequant", linear.OfLayer(weight, e), x), rows)
+            return total + pull(out)[0], None
+
+        return jax.lax.scan(one, rows, jnp.arange(shape[0]))[0]
+
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), (weight, rows))
+    text = jax.jit(step).lower(*operands).compile().as_text()
+    assert "dequant" in text and " gather(" not in text
+    assert layouts.padded(text, at_least=10**6) == []
