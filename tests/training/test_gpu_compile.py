@@ -5,6 +5,7 @@ import importlib.util
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 from support import ROOT
@@ -27,6 +28,7 @@ import kernel_table  # noqa: E402
 needs_aot = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the extra `aot` is not installed (BUILD.md)"
 )
+NEWER = jax.__version_info__ >= (0, 11)
 DEPTH = "model.overrides.num_layers=2"  # layers are scanned: two compile as 32 do
 
 
@@ -51,12 +53,12 @@ def padded(e, longest):
 def test_the_step_compiles_and_wastes_nothing(name, gpu, rows, longest, most_peak_gb, most_moved_gb, most_kernels):
     """At any length of a query, for drawn routings. No loop asks the host, no tile copies an expert's matrix (but for a BlackMamba's on an
     H100, whose 3872 rows XLA pads for a product of 128 tokens), and what is moved and launched is at most a tenth more than jax 0.10.2
-    compiles."""
+    compiles. A newer compiler fuses otherwise: up to a twentieth more kernels."""
     e = experiment(name)
     told, _, _ = gpu_model.compiled(e, gpu, rows, padded(e, longest))
     assert told["arguments_gb"] < told["peak_gb"] < most_peak_gb
     assert told["syncs"] == 0 and (told["copies"] == 0 or (name.startswith("blackmamba") and gpu == "H100"))
-    assert told["moved_gb"] < most_moved_gb and told["kernels"] < most_kernels
+    assert told["moved_gb"] < most_moved_gb and told["kernels"] < most_kernels * (1.05 if NEWER else 1)
 
 
 @needs_aot
@@ -137,6 +139,7 @@ def test_waste_would_be_seen(monkeypatch):
 
 
 @needs_aot
+@pytest.mark.skipif(NEWER, reason="the Triton of a newer jax has tiles for these rows")
 def test_a_compile_that_fails_is_one_message(monkeypatch):
     """Triton has no tiles for a BlackMamba's rows of 368 tokens on an L4: cuBLAS makes the products (above). Without it: what fails, for
     which device, and what to try."""
