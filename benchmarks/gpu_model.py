@@ -53,8 +53,10 @@ IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
 FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
 """FLOP/s of kernels of Pallas, which nobody has timed here."""
+GROUPED = 500e12
+"""FLOP/s that the products of `decode` reach on an H200. Assumed: nobody has timed them."""
 DECODE = 2.0e12
-"""4-bit weights/s of the kernels of `decode` on Hopper: 8.2 instructions each, 2.4 a clock and multiprocessor. Nobody has timed it."""
+"""4-bit weights/s of the kernels of `decode` on Hopper: 8.6 instructions each, 2.4 a clock and multiprocessor. Nobody has timed it."""
 SHEET = 989e12, 4.8e12
 """The data sheet's figures of the same card: another card's constants are in proportion to its own."""
 _THUNK = re.compile(r"^(\s*)(\d{3,}): (k\w+)\s")
@@ -159,9 +161,9 @@ def step(executable: Any, host: Thunks, trips: Any, rates: Rates, matrix: int = 
             rate, least = rates.products * EFFICIENCY if product else rates.others, 0.0
             if (kernel := _kernel(i)) is not None:
                 flops, rate = kernel.work(i), kernel.rate * getattr(rates, kernel.follows) / getattr(Rates(), kernel.follows)
-            if (decoded := _decoded(i, program.operands(i))) is not None:
-                flops, moved, weights = decoded
-                rate, least = rates.products * EFFICIENCY, weights / DECODE * OTHERS / rates.others
+            if (grouped := _grouped(i, program.operands(i))) is not None:
+                flops, moved, weights = grouped
+                rate, least = GROUPED * rates.products / PRODUCTS, weights / DECODE * OTHERS / rates.others
             if computation in tiles and program.copies(i, matrix, BF16):
                 found.copies += count
             extra = IN_GRAPH if i.name in host.buffered else OUTSIDE
@@ -232,23 +234,22 @@ def _kernel(i: Any) -> Kernel | None:
     return next((kernel for word, kernel in KERNELS.items() if word in name), None)
 
 
-def _decoded(i: Any, operands: list[Any]) -> tuple[float, float, float] | None:
+def _grouped(i: Any, operands: list[Any]) -> tuple[float, float, float] | None:
     """Of a kernel of the backend `decode`: FLOPs, bytes, and how many weights it decodes: once for each tile of rows of an expert. Of the
     stack of layers it reads one. None of anything else."""
     from moejax.models.ops.grouped import kernels
     from moejax.profiling.program import elements, size
 
-    name = re.search(r"decode_(forward|backward|gradient)", f"{i.metadata.op_name} {i.name}")
+    name = re.search(r"(?:decode|grouped)_(forward|backward|gradient)", f"{i.metadata.op_name} {i.name}")
     if i.opcode != "custom-call" or name is None:
         return None
     shapes, result = [o.shape for o in operands], i.shape.tuple_shapes[0] if i.shape.tuple_shapes else i.shape
-    (rows, columns), experts = shapes[1 if name[1] == "gradient" else 2].dimensions, shapes[0].dimensions[0] - 1
     if name[1] == "gradient":
-        return 2 * rows * elements(result) / experts, size(result) + sum(map(size, shapes)), 0.0
+        return 2 * shapes[1].dimensions[0] * elements(result) / result.dimensions[0], size(result) + sum(map(size, shapes)), 0.0
+    (rows, columns), stack = shapes[2].dimensions, shapes[3]
     read = [size(s) / (s.dimensions[0] if len(s.dimensions) > 2 else 1) for s in shapes]
-    stack = shapes[3]
+    tiles = max(1.0, rows / kernels.MOST_ROWS / stack.dimensions[1])
     weights = 2 * elements(stack) / stack.dimensions[0] if len(shapes) > 4 else 0.0
-    tiles = max(1.0, rows / experts / kernels.rows_of_tile(rows, experts, "bfloat16"))
     flops = 2.0 * elements(result) / result.dimensions[0] * columns
     return flops, size(result) + sum(read), weights * tiles
 

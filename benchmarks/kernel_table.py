@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +60,29 @@ def selective_scan() -> tuple[Callable[..., Any], list[Any]]:
     return both, [starts, *(jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds, strict=True))]
 
 
-def decode() -> tuple[Callable[..., Any], list[Any]]:
-    """Products by a layer's w1 of Mixtral-8x7B in NF4, forward and backward, of the rows of 128 tokens; and the sum over them."""
+def _mixtral(storage: str, rows: int) -> tuple[Callable[..., Any], list[Any]]:
+    """Products by a layer's w1 of Mixtral-8x7B, forward and backward, and the sum over the rows."""
     import jax
     import jax.numpy as jnp
 
     from moejax.models.ops import quantized
-    from moejax.models.ops.grouped import decode
+    from moejax.models.ops.grouped import decode, kernels
     from moejax.models.ops.linear import OfLayer
 
-    experts, out, inner, rows = 8, 14336, 4096, 256
+    layers, experts, out, inner = 2, 8, 14336, 4096
 
     def all_three(weight: Any, layer: Any, sizes: Any, x: Any, dy: Any) -> Any:
-        products = decode.Products.of(sizes)
-        w = decode.stack(OfLayer(weight, layer), x.dtype)
+        tiles = kernels.Tiles.of(sizes, rows, x.dtype, kernels.MOST_ROWS if storage else kernels.LARGE)
+        products, w = decode.Products(tiles), decode.stack(OfLayer(weight, layer), x.dtype)
         return products.forward(x, w), products.backward(dy, w), products.gradient(dy, x)
 
     arrays = [((), jnp.int32), ((experts,), jnp.int32), ((rows, inner), jnp.bfloat16), ((rows, out), jnp.bfloat16)]
-    weight = quantized.abstract("nf4-double", (2, experts, out, inner))
-    return all_three, [weight, *(jax.ShapeDtypeStruct(shape, kind) for shape, kind in arrays)]
+    shape = layers, experts, out, inner
+    weight: Any = quantized.abstract(storage, shape) if storage else jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return all_three, [weight, *(jax.ShapeDtypeStruct(*array) for array in arrays)]
 
 
-KERNELS = {"scan": selective_scan, "decode": decode}
+KERNELS = {"scan": selective_scan, "decode": partial(_mixtral, "nf4-double", 256), "grouped": partial(_mixtral, "", 8192)}
 """How the names of its kernels begin -> a program that has them, and its arguments."""
 
 
@@ -121,6 +123,8 @@ def _rows(path: Path, chip: str, capability: str) -> list[dict[str, Any]]:
     if done.returncode:
         raise UserError(f"{command[0]} does not take {path.name} for {chip}: {done.stderr.strip()[:300]}")
     text = path.read_text()
+    launched = "".join(found.read_text() for found in path.parent.glob("*thunk_sequence*"))
+    dynamic = {name: int(size) for name, size in re.findall(r"\] (\w+) grid: .*shared_memory: (\d+) bytes", launched)}
     shared = sum(int(n) for n in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", text))
     threads = int((re.search(r"\.(?:reqntid|maxntid) (\d+)", text) or ["", "32"])[1])
     rows = []
@@ -129,7 +133,8 @@ def _rows(path: Path, chip: str, capability: str) -> list[dict[str, Any]]:
         of_warp = -(-registers * 32 // 256) * 256
         warps = min(REGISTERS // of_warp, MULTIPROCESSORS[capability].threads // 32)
         rows.append({
-            "kernel": m["name"], "registers": registers, "spilled_bytes": int(m["stores"]) + int(m["loads"]), "shared_bytes": shared,
+            "kernel": m["name"], "registers": registers, "spilled_bytes": int(m["stores"]) + int(m["loads"]),
+            "shared_bytes": shared + dynamic.get(m["name"], 0),
             "threads": threads, "warps": warps,
         })  # fmt: skip
     return rows

@@ -166,11 +166,12 @@ class Block:
     def _sparse(self) -> int:
         """Sorted rows, their gradient and the output's: [M, D] three times. One expert at a time: its three matrices, a tile's hidden
         rows. `capacity`: the matrices of all, the rows of its batch too, and their hidden rows; `ragged`: all hidden rows; `decode` too,
-        and no matrix.
+        of few rows without a matrix.
         Trained weights: the layer's own gradients in fp32, and its matrices cut out of the stack."""
         s, n, item, e, f = self.step, self.step.at_experts, self.step.item, self.held, self.moe.hidden
         backend, *_, capacity = self.grouped
-        at_once = {"loop": 1, "decode": 0}.get(backend, e)
+        decoded = n * self.moe.experts_per_token <= choice.DECODED_ROWS * e
+        at_once = 1 if backend == "loop" else 0 if backend == "decode" and decoded else e
         together = {"loop": self.tile, "capacity": e * capacity, "ragged": self.sorted_rows, "decode": self.sorted_rows}[backend]
         rows = 3 * item * (self.sorted_rows + (together if backend == "capacity" else 0)) * s.width
         hidden = 6 * item * together * f

@@ -17,8 +17,6 @@ from moejax.tuner.shapes import tokens_of
 
 TILES = {"cpu": (32, 64, 128, 256), "gpu": (256, 512, 1024, 2048, 4096), "tpu": (1024, 4096)}
 SMALL = {"cpu": (32, 64), "gpu": (64, 128, 256), "tpu": (128,)}
-DECODED = 256
-"""Mean rows of an expert up to which codes decoded in the product are tried: each 64 rows decode them again."""
 SKEW = (0.375, 0.15, 0.125, 0.1, 0.1, 0.075, 0.05, 0.025)
 """Shares of experts in the study's Figure 11: one in eight has three times its share."""
 
@@ -39,8 +37,7 @@ def shapes(experiment: Experiment, config: Architecture) -> list[dict[str, Any]]
 
 
 def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
-    """The loop with the tiles that run without a measurement, the loop with others, and `capacity`; on a TPU `ragged` too; of 4-bit weights
-    and small groups `decode`."""
+    """The loop with the tiles that run without a measurement, the loop with others, `capacity`; on a TPU `ragged`, on a GPU `decode`."""
     from moejax.models.ops.grouped import decode
 
     platform = "cpu" if device == "cpu" else "tpu" if choice.is_tpu(device) else "gpu"
@@ -54,7 +51,7 @@ def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
     found = [
         Candidate(f"loop {t}/{s}", {"backend": "loop", "tile": t, "small_tile": s}, best=number < 3) for number, (t, s) in enumerate(loops)
     ]
-    others = ["capacity", *["ragged"] * (platform == "tpu"), *["decode"] * (shape["quantized"] and rows <= DECODED)]
+    others = ["capacity", *["ragged"] * (platform == "tpu"), *["decode"] * (platform == "gpu")]
     why = decode.refusal(device, gpus.capability(device))
     return [
         *found,

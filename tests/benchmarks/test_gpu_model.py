@@ -39,14 +39,14 @@ def test_weights_of_a_product_by_codes():
     def shape(kind, *dimensions):
         return SimpleNamespace(tuple_shapes=(), element_type=kinds[kind], dimensions=dimensions)
 
-    given = [("s32", 9), ("s32", 1), ("bf16", 256, 128), ("u8", 3, 8, 96, 64), ("f32", 3, 8, 192), ("f32", 16)]
+    given = [("s32", 3, 12), ("s32", 1), ("bf16", 256, 128), ("u8", 3, 8, 96, 64), ("f32", 3, 8, 192), ("f32", 16)]
     operands = [SimpleNamespace(shape=shape(*of)) for of in given]
     forward = call("decode_forward")
     forward.shape = shape("bf16", 1, 256, 96)
-    flops, moved, weights = gpu_model._decoded(forward, operands)
+    flops, moved, weights = gpu_model._grouped(forward, operands)
     assert (flops, weights) == (2 * 256 * 128 * 96, 8 * 96 * 128)
-    assert moved == 4 * 10 + 2 * 256 * (128 + 96) + 8 * 96 * 64 + 4 * 8 * 192 + 64
-    dense = gpu_model._decoded(forward, operands[:4])
-    assert dense[2] == 0.0 and gpu_model._decoded(call("scan_forward"), operands) is None
+    assert moved == 4 * 37 + 2 * 256 * (128 + 96) + 8 * 96 * 64 + 4 * 8 * 192 + 64
+    dense = gpu_model._grouped(forward, operands[:4])
+    assert dense[2] == 0.0 and gpu_model._grouped(call("scan_forward"), operands) is None
     operands[2] = SimpleNamespace(shape=shape("bf16", 2048, 128))
-    assert gpu_model._decoded(forward, operands)[2] == 4 * weights
+    assert gpu_model._grouped(forward, operands)[2] == 4 * weights

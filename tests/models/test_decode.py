@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.models.ops import quantized
-from moejax.models.ops.grouped import decode
+from moejax.models.ops.grouped import decode, kernels
 from moejax.models.ops.linear import OfLayer
 from moejax.models.ops.quantized import KINDS
 
@@ -18,7 +18,8 @@ def stacked(kind, *shape):
 def multiplied(weight, layer, sizes, rows, transposed=False):
     @jax.jit
     def run(weight, layer, sizes, rows):
-        products, w = decode.Products.of(sizes), decode.stack(OfLayer(weight, layer), rows.dtype)
+        tiles = kernels.Tiles.of(sizes, rows.shape[0], rows.dtype, kernels.MOST_ROWS)
+        products, w = decode.Products(tiles), decode.stack(OfLayer(weight, layer), rows.dtype)
         return (products.backward if transposed else products.forward)(rows, w)
 
     return run(weight, jnp.asarray(layer), jnp.asarray(sizes), rows)
@@ -41,6 +42,28 @@ def test_a_row_with_a_single_one_gives_the_weights_to_the_bit(kind, shape, trans
     first, _, third = weight.dequantize(jnp.dtype(dtype))[1]
     expected = np.concatenate([first, third[:7]] if transposed else [first.T, third.T[:7]])
     np.testing.assert_array_equal(np.asarray(found, np.float32)[: sum(sizes)], np.asarray(expected, np.float32))
+
+
+@pytest.mark.long
+def test_large_tiles_of_arrays_for_many_rows():
+    """Sizes that are multiples of nothing; twice the same bits."""
+    rng, sizes = np.random.default_rng(1), [0, 283, 17]
+    w, x, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((3, 200, 72), (305, 72), (305, 200)))
+
+    @jax.jit
+    def run(w, x, dy):
+        products = decode.Products(kernels.Tiles.of(jnp.asarray(sizes), len(x), x.dtype, kernels.LARGE))
+        return products.forward(x, w), products.backward(dy, w), products.gradient(dy, x)
+
+    assert kernels.Tiles.of(jnp.asarray(sizes), 305, x.dtype, kernels.LARGE).rows == 128
+    found, again = run(w, x, dy), run(w, x, dy)
+    w, x, dy = (np.asarray(a, np.float32) for a in (w, x[:300], dy[:300]))
+    of = np.repeat(np.arange(3), sizes)
+    sums = np.stack([dy[of == e].T @ x[of == e] for e in range(3)])
+    expected = np.einsum("moi,mi->mo", w[of], x), np.einsum("moi,mo->mi", w[of], dy), sums
+    for ours, same, right in zip(found, again, expected, strict=True):
+        ours, same = (np.asarray(a, np.float32)[: len(right)] for a in (ours, same))
+        assert np.abs(ours - right).max() < 6e-3 * np.abs(right).max() and (ours == same).all()
 
 
 def test_bytes_that_jax_cannot_reach_are_copied():

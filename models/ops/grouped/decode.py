@@ -1,7 +1,8 @@
 """Backend `decode`: one launch a product for all experts, by kernels for GPUs that decode 4-bit codes themselves (`kernels`).
 
 For small batches and while decoding, when a step is the traffic of the weights: codes are read once for all rows of an expert, where they
-are stored in the stack of layers, and no dequantized matrix is ever in memory. No row is padded and none is dropped, for any routing.
+are stored in the stack of layers, and no dequantized matrix is ever in memory. Of more than `choice.DECODED_ROWS` rows an expert a layer's
+matrices are dequantized first, as `capacity` has them. No row is padded and none is dropped, for any routing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from moejax.models.ops import choice
 from moejax.models.ops.grouped import kernels, ragged
-from moejax.models.ops.grouped.expert import Gradients, Plan, Projection
+from moejax.models.ops.grouped.expert import Gradients, Plan, Projection, matrices
 from moejax.models.ops.linear import OfLayer, Weight, in_host, is_spread, part
 from moejax.models.ops.quantized import QuantizedTensor
 
@@ -55,26 +56,22 @@ def _unreachable(stored: Any) -> bool:
 
 
 class Products(NamedTuple):
-    """The functions of `dot`, of rows [M, …] sorted by expert; a matrix is a `kernels.Stack`, or an adapter's [E, …]. starts: int32
-    [E + 1]. Rows of no expert are not written."""
+    """The functions of `dot`, of rows [M, …] sorted by expert; a matrix is a `kernels.Stack`, or an adapter's [E, …]. Rows of no expert are
+    not written."""
 
-    starts: jax.Array
-
-    @classmethod
-    def of(cls, sizes: jax.Array) -> Products:
-        return cls(jnp.pad(jnp.cumsum(sizes), (1, 0)).astype(jnp.int32))
+    tiles: kernels.Tiles
 
     def forward(self, rows: jax.Array, w: kernels.Stack | jax.Array) -> jax.Array:
         """[M, I] -> [M, O]."""
-        return kernels.product(rows, w if isinstance(w, kernels.Stack) else stack(w, rows.dtype), self.starts)
+        return kernels.product(rows, w if isinstance(w, kernels.Stack) else stack(w, rows.dtype), self.tiles)
 
     def backward(self, dy: jax.Array, w: kernels.Stack | jax.Array) -> jax.Array:
         """[M, O] -> [M, I]."""
-        return kernels.product(dy, w if isinstance(w, kernels.Stack) else stack(w, dy.dtype), self.starts, transposed=True)
+        return kernels.product(dy, w if isinstance(w, kernels.Stack) else stack(w, dy.dtype), self.tiles, transposed=True)
 
     def gradient(self, dy: jax.Array, rows: jax.Array) -> jax.Array:
         """[M, O], [M, I] -> fp32 [E, O, I]."""
-        return kernels.gradient(dy, rows, self.starts)
+        return kernels.gradient(dy, rows, self.tiles)
 
     def with_bias(self, dy: jax.Array, bias: jax.Array) -> jax.Array:
         """bias: of each row's expert, [M, O]."""
@@ -85,8 +82,12 @@ class Products(NamedTuple):
         return self.gradient(by[:, None], dy)[:, 0]
 
 
-def _made(plan: Plan, weights: Sequence[Weight], sizes: jax.Array, dtype: Any) -> tuple[Any, Sequence[Any]]:
-    return Products.of(sizes), [stack(w, dtype) for w in weights]
+def _made(plan: Plan, weights: Sequence[Weight], sizes: jax.Array, rows: int, dtype: Any) -> tuple[Any, Sequence[Any]]:
+    many = rows > choice.DECODED_ROWS * sizes.shape[0]
+    tiles = kernels.Tiles.of(sizes, rows, dtype, kernels.LARGE if many else kernels.MOST_ROWS)
+    if many:
+        weights = matrices(plan, weights, dtype)
+    return Products(tiles), [stack(w, dtype) for w in weights]
 
 
 def forward(

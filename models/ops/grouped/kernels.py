@@ -1,15 +1,14 @@
 """Pallas kernels for GPUs (Triton's lowering) of rows sorted by expert: times each expert's matrix, times its transpose, and the sum over a
 group's rows. A matrix in 4 bits is decoded tile by tile where it is multiplied.
 
-A program is one expert and a block of the result's columns. It goes through the expert's rows tile by tile, masked to the group, and
-through what is summed over, one tile of the matrix ahead. A sum with few programs is cut into parts that XLA adds up: no atomics, the
-same bits every time. Rows of no expert are not written.
+A program is a tile of one expert's rows, masked to the group, and a block of the result's columns. It goes through what is summed over,
+with codes one tile ahead. A sum with few programs is cut into parts that XLA adds up: no atomics, the same bits every time. Rows of no
+expert are not written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,16 +17,20 @@ import jax.numpy as jnp
 
 from moejax.models.ops.quantized import KINDS, tensor_type
 
-ROWS = (16, 64)
-"""Of a tile of rows, at least and at most."""
+ROWS, MOST_ROWS = 16, 64
+"""Of a tile of rows, at least, and at most where codes are decoded for it."""
 OUT, INNER = 64, 64
 """Rows and columns of a tile of a matrix; of one in 4 bits 64 bytes are two tiles, one of each half of its row."""
+LARGE, LARGE_INNER = 128, 32
+"""Of arrays, with many rows: both sides of the result's tile, and the tile's other side."""
 EXACT = 32
 """In fp32, which no tensor core multiplies exactly, every side of a tile."""
 PROGRAMS, STEPS = 128, 4
 """With fewer programs what is summed over is cut into parts of at least so many tiles."""
-WARPS = 4
-"""With tiles twice as high and 8 warps as many instructions a weight, but only one program a multiprocessor by its registers."""
+WARPS, LARGE_WARPS = 4, 8
+"""Of codes with tiles twice as high and 8 warps: as many instructions a weight, but only one program a multiprocessor by its registers."""
+STAGES = 4
+"""Tiles of arrays on their way."""
 
 
 class Stack(NamedTuple):
@@ -45,8 +48,36 @@ class Stack(NamedTuple):
     def tables(self) -> tuple[Any, ...]:
         return tensor_type(self.kind).tables if self.kind else ()
 
-    def matrix(self, dtype: Any) -> _Matrix:
-        return _Matrix(self.kind, self.shape[1:], jnp.dtype(dtype), tuple(name for name, _ in self.parts))
+    def matrix(self, dtype: Any, rows: int, transposed: bool) -> _Matrix:
+        return _Matrix(self.kind, self.shape[1:], jnp.dtype(dtype), tuple(name for name, _ in self.parts), rows, transposed)
+
+
+class Tiles(NamedTuple):
+    """Rows [M] sorted by expert, in tiles of `rows`. starts: int32 [E + 1], the first row of each group, and the end of the last; places:
+    int32 [3, S], of each tile the expert, the first row, and where the expert's rows end; of one that there is not, nothing is between."""
+
+    starts: jax.Array
+    places: jax.Array
+    rows: int
+
+    @classmethod
+    def of(cls, sizes: jax.Array, count: int, dtype: Any, most: int) -> Tiles:
+        """sizes: int32 [E]; count: M; most: rows of a tile."""
+        experts = sizes.shape[0]
+        rows = _rows_of_tile(count / experts, EXACT if jnp.dtype(dtype) == jnp.float32 else most)
+        ends, tiles = jnp.cumsum(sizes), -(-sizes // rows)
+        last = jnp.cumsum(tiles)
+        number = jnp.arange(min(experts, count) + count // rows)
+        e = jnp.minimum(jnp.sum(number[:, None] >= last, axis=1), experts - 1)
+        first = ends[e] - sizes[e] + (number - last[e] + tiles[e]) * rows
+        places = jnp.stack([e, first, jnp.where(number < last[-1], ends[e], first)])
+        return cls(jnp.pad(ends, (1, 0)).astype(jnp.int32), places.astype(jnp.int32), rows)
+
+
+def _rows_of_tile(mean: float, most: int) -> int:
+    """That hold nearly every group of a random routing, if they are few."""
+    wanted = 1 << max(int(mean + 2 * math.sqrt(mean)) - 1, 1).bit_length()
+    return max(ROWS, min(wanted, most))
 
 
 def _side(most: int, size: int, dtype: Any) -> int:
@@ -59,12 +90,19 @@ def _from(start: Any, count: int) -> jax.Array:
 
 
 class _Matrix(NamedTuple):
-    """What a kernel knows of one expert's matrix [out, inner] before it runs. names: of its parts."""
+    """What a kernel knows of one expert's matrix [out, inner] before it runs. names: of its parts; rows: of the tiles that it multiplies;
+    transposed: it multiplies from the other side."""
 
     kind: str
     shape: tuple[int, int]
     dtype: Any
     names: tuple[str, ...]
+    rows: int
+    transposed: bool
+
+    @property
+    def is_large(self) -> bool:
+        return not self.kind and self.rows >= LARGE
 
     @property
     def columns(self) -> int:
@@ -73,8 +111,10 @@ class _Matrix(NamedTuple):
 
     @property
     def tile(self) -> tuple[int, int]:
-        width = min(INNER, KINDS[self.kind].block) if self.kind else INNER
-        return _side(OUT, self.shape[0], self.dtype), _side(width, self.columns, self.dtype)
+        height, width = OUT, min(INNER, KINDS[self.kind].block) if self.kind else INNER
+        if self.is_large:
+            height, width = (LARGE_INNER, LARGE) if self.transposed else (LARGE, LARGE_INNER)
+        return _side(height, self.shape[0], self.dtype), _side(width, self.columns, self.dtype)
 
     @property
     def is_whole(self) -> bool:
@@ -149,72 +189,57 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _over_rows(starts: Any, e: Any, rows: int, body: Callable[[Any, jax.Array], None]) -> None:
-    """body(first row, which of the rows from it on are the expert's) for each tile of expert e's rows."""
-    first, end = starts[e], starts[e + 1]
-
-    def tile(i: Any, none: Any) -> Any:
-        row = first + i * rows
-        body(row, _from(row, rows) < end)
-        return none
-
-    jax.lax.fori_loop(0, (end - first + rows - 1) // rows, tile, None)
-
-
-def _product(matrix: _Matrix, rows: int, steps: int, transposed: bool, starts: Any, layer: Any, x: Any, *others: Any) -> None:
+def _product(matrix: _Matrix, steps: int, places: Any, layer: Any, x: Any, *others: Any) -> None:
     """x Wᵀ, or x W. steps: tiles of the sum that a part has."""
     import jax.experimental.pallas as pl
     from jax.experimental.pallas import triton
 
     *weights, y = others
-    e = pl.program_id(1)
+    tile, block, summand = (pl.program_id(axis) for axis in range(3))
+    e, row, end = (places[n, tile] for n in range(3))
+    live = _from(row, matrix.rows) < end
     parts, tables = weights[: len(matrix.names)], weights[len(matrix.names) :]
     refs = dict(zip(matrix.names, parts, strict=True)) | {"tables": tables, "where": (layer[0], e)}
-    (out, _), (height, width) = matrix.shape, matrix.tile
+    (out, _), (height, width), transposed = matrix.shape, matrix.tile, matrix.transposed
     count = -(-out // height) if transposed else -(-matrix.columns // width)
-    block, summand = pl.program_id(0), pl.program_id(2)  # out here: interpreted, a loop has no numbers of programs
     begin = summand * steps
-    stop = jnp.minimum(begin + steps, count)
+    stop = jnp.where(row < end, jnp.minimum(begin + steps, count), begin)
 
     def place(k: Any) -> tuple[Any, Any]:
         return (k * height, block * width) if transposed else (block * height, k * width)
 
-    def of_rows(row: Any, live: jax.Array) -> None:
-        def step(k: Any, carry: Any) -> Any:
-            sums, stored = carry
-            following = matrix.read(refs, *place(jnp.minimum(k + 1, stop - 1)))
-            o, j = place(k)
-            tiles = matrix.tiles(refs, stored, o, j)
-            if transposed:
-                taken = _rows(x, row, live, o, height, matrix.is_whole)
-                return [s + _dot(taken, w, (1, 0)) for s, w in zip(sums, tiles, strict=True)], following
-            for start, w in zip(matrix.starts(j), tiles, strict=True):
-                sums = [sums[0] + _dot(w, _rows(x, row, live, start, width, matrix.is_whole), (1, 1))]
-            return sums, following
+    def add(k: Any, sums: list[jax.Array], stored: jax.Array) -> list[jax.Array]:
+        o, j = place(k)
+        tiles = matrix.tiles(refs, stored, o, j)
+        if transposed:
+            taken = _rows(x, row, live, o, height, matrix.is_whole)
+            return [s + _dot(taken, w, (1, 0)) for s, w in zip(sums, tiles, strict=True)]
+        for start, w in zip(matrix.starts(j), tiles, strict=True):
+            sums = [sums[0] + _dot(w, _rows(x, row, live, start, width, matrix.is_whole), (1, 1))]
+        return sums
 
-        o, j = place(0)
-        firsts = matrix.starts(j) if transposed else [o]
-        side = width if transposed else height
-        zeros = [jnp.zeros((rows, side) if transposed else (side, rows), jnp.float32) for _ in firsts]
-        sums, _ = jax.lax.fori_loop(begin, stop, step, (zeros, matrix.read(refs, *place(begin))))
-        ends = matrix.ends if transposed else [out]
-        for first, end, found in zip(firsts, ends, sums, strict=True):
-            inside = live[:, None] if matrix.is_whole else live[:, None] & (_from(first, side) < end)
-            found = found if transposed else found.T
-            triton.store(y.at[summand, pl.ds(row, rows), pl.ds(first, side)], found.astype(y.dtype), mask=inside)
+    def ahead(k: Any, carry: Any) -> Any:
+        sums, stored = carry
+        following = matrix.read(refs, *place(jnp.minimum(k + 1, stop - 1)))
+        return add(k, sums, stored), following
 
-    _over_rows(starts, e, rows, of_rows)
+    def at_once(k: Any, sums: list[jax.Array]) -> list[jax.Array]:
+        return add(k, sums, matrix.read(refs, *place(k)))
 
-
-def _decode_forward_kernel(matrix, rows, steps, *refs):  # type: ignore[no-untyped-def]
-    _product(matrix, rows, steps, False, *refs)
-
-
-def _decode_backward_kernel(matrix, rows, steps, *refs):  # type: ignore[no-untyped-def]
-    _product(matrix, rows, steps, True, *refs)
+    o, j = place(0)
+    firsts, ends, side = (matrix.starts(j), matrix.ends, width) if transposed else ([o], [out], height)
+    sums: Any = [jnp.zeros((matrix.rows, side) if transposed else (side, matrix.rows), jnp.float32) for _ in firsts]
+    if matrix.kind:
+        sums, _ = jax.lax.fori_loop(begin, stop, ahead, (sums, matrix.read(refs, *place(begin))))
+    else:  # Triton has the next ones on their way
+        sums = jax.lax.fori_loop(begin, stop, at_once, sums)
+    for first, limit, found in zip(firsts, ends, sums, strict=True):
+        inside = live[:, None] if matrix.is_whole else live[:, None] & (_from(first, side) < limit)
+        found = found if transposed else found.T
+        triton.store(y.at[summand, pl.ds(row, matrix.rows), pl.ds(first, side)], found.astype(y.dtype), mask=inside)
 
 
-def _decode_gradient_kernel(rows, starts, dy, x, dw):  # type: ignore[no-untyped-def]
+def _gradient(rows, starts, dy, x, dw):  # type: ignore[no-untyped-def]
     import jax.experimental.pallas as pl
     from jax.experimental.pallas import triton
 
@@ -234,7 +259,10 @@ def _decode_gradient_kernel(rows, starts, dy, x, dw):  # type: ignore[no-untyped
     triton.store(dw.at[e, pl.ds(o, height), pl.ds(i, width)], found, mask=inside)
 
 
-def _called(kernel: Any, name: str, grid: tuple[int, ...], shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.Array:
+def _called(
+    kernel: Any, name: str, grid: tuple[int, ...], shape: tuple[int, ...], dtype: Any, *operands: Any,
+    warps: int = WARPS, stages: int = STAGES,
+) -> jax.Array:  # fmt: skip
     """One launch; on a CPU interpreted."""
     from jax.experimental import pallas as pl  # at import it would cost every start
     from jax.experimental.pallas import triton
@@ -242,44 +270,37 @@ def _called(kernel: Any, name: str, grid: tuple[int, ...], shape: tuple[int, ...
     def call(interpret: bool, *operands: Any) -> Any:
         return pl.pallas_call(
             kernel, grid=grid, out_shape=jax.ShapeDtypeStruct(shape, dtype), interpret=interpret, name=name,
-            compiler_params=None if interpret else triton.CompilerParams(num_warps=WARPS, num_stages=1),
+            compiler_params=None if interpret else triton.CompilerParams(num_warps=warps, num_stages=stages),
         )(*operands)  # fmt: skip
 
     found: jax.Array = jax.lax.platform_dependent(*operands, cpu=partial(call, True), default=partial(call, False))
     return found
 
 
-def rows_of_tile(rows: int, experts: int, dtype: Any) -> int:
-    """That hold nearly every group of a random routing, if they are few."""
-    mean = rows / experts
-    wanted = 1 << max(int(mean + 2 * math.sqrt(mean)) - 1, 1).bit_length()
-    return max(ROWS[0], min(wanted, EXACT if jnp.dtype(dtype) == jnp.float32 else ROWS[1]))
-
-
-def product(rows: jax.Array, w: Stack, starts: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """Of rows [M, I], sorted by expert: each times its expert's matrix, [M, O]; transposed: of [M, O], [M, I]. starts: int32 [E + 1], the
-    first row of each group, and the end of the last."""
-    matrix, (experts, out, inner) = w.matrix(rows.dtype), w.shape
+def product(rows: jax.Array, w: Stack, tiles: Tiles, *, transposed: bool = False) -> jax.Array:
+    """Rows [M, I], each times its expert's matrix: [M, O]; transposed: [M, O] -> [M, I]."""
+    matrix, (_, out, inner) = w.matrix(rows.dtype, tiles.rows, transposed), w.shape
     height, width = matrix.tile
     of_rows, of_columns = -(-out // height), -(-matrix.columns // width)
     blocks, count = (of_columns, of_rows) if transposed else (of_rows, of_columns)
-    parts = max(1, min(PROGRAMS // (blocks * experts), count // STEPS))
+    parts = max(1, min(PROGRAMS // (blocks * tiles.places.shape[1]), count // STEPS))
     steps = -(-count // parts)
     parts = -(-count // steps)
-    tile = rows_of_tile(rows.shape[0], experts, rows.dtype)
-    kernel, name = (_decode_backward_kernel, "decode_backward") if transposed else (_decode_forward_kernel, "decode_forward")
+    name = f"{'decode' if w.kind else 'grouped'}_{'backward' if transposed else 'forward'}"
     found = _called(
-        partial(kernel, matrix, tile, steps), name, (blocks, experts, parts), (parts, rows.shape[0], inner if transposed else out),
-        rows.dtype if parts == 1 else jnp.float32, starts, w.layer, rows, *(a for _, a in w.parts), *map(jnp.asarray, w.tables),
+        partial(_product, matrix, steps), name, (tiles.places.shape[1], blocks, parts),
+        (parts, rows.shape[0], inner if transposed else out), rows.dtype if parts == 1 else jnp.float32,
+        tiles.places, w.layer, rows, *(a for _, a in w.parts), *map(jnp.asarray, w.tables),
+        warps=LARGE_WARPS if matrix.is_large else WARPS, stages=1 if w.kind else STAGES,
     )  # fmt: skip
     return found[0] if parts == 1 else jnp.sum(found, axis=0).astype(rows.dtype)
 
 
-def gradient(dy: jax.Array, rows: jax.Array, starts: jax.Array) -> jax.Array:
+def gradient(dy: jax.Array, rows: jax.Array, tiles: Tiles) -> jax.Array:
     """dyᵀ x of every group: [M, O], [M, I] -> fp32 [E, O, I]."""
-    experts, shape = starts.shape[0] - 1, (dy.shape[1], rows.shape[1])
+    experts, shape = tiles.starts.shape[0] - 1, (dy.shape[1], rows.shape[1])
     blocks = (-(-size // _side(INNER, size, dy.dtype)) for size in shape)
-    tile = rows_of_tile(rows.shape[0], experts, dy.dtype)
     return _called(
-        partial(_decode_gradient_kernel, tile), "decode_gradient", (*blocks, experts), (experts, *shape), jnp.float32, starts, dy, rows
-    )
+        partial(_gradient, min(tiles.rows, INNER)), "grouped_gradient", (*blocks, experts), (experts, *shape), jnp.float32,
+        tiles.starts, dy, rows,
+    )  # fmt: skip

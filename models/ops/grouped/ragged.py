@@ -19,7 +19,7 @@ from moejax.models.ops import choice, tiles
 from moejax.models.ops.grouped.expert import Beside, Expert, Gradients, Plan, Projection, beside, matrices, weights_of
 from moejax.models.ops.linear import Weight
 
-Made = Callable[[Plan, Sequence[Weight], jax.Array, Any], tuple[Any, Sequence[Any]]]
+Made = Callable[[Plan, Sequence[Weight], jax.Array, int, Any], tuple[Any, Sequence[Any]]]
 
 
 def refusal(platform: str) -> str | None:
@@ -98,7 +98,7 @@ def _whole_tiles(*arrays: jax.Array) -> tuple[list[jax.Array], int]:
     return [jnp.pad(a, ((0, more), (0, 0))) if more else a for a in arrays], tile
 
 
-def _made(plan: Plan, weights: Sequence[Weight], sizes: jax.Array, dtype: Any) -> tuple[Any, Sequence[Any]]:
+def _made(plan: Plan, weights: Sequence[Weight], sizes: jax.Array, rows: int, dtype: Any) -> tuple[Any, Sequence[Any]]:
     """What multiplies, and the matrices as it takes them."""
     return _Products(sizes), matrices(plan, weights, dtype)
 
@@ -113,7 +113,7 @@ def _expert(
     if any(b is not None for b in biases):
         of_row = jnp.sum(row[:, None] >= ends, axis=1)
         biases = tuple(None if b is None else jnp.take(b, of_row, axis=0, mode="clip") for b in biases)
-    products, ws = made(plan, weights_of(inputs, output), sizes, x.dtype)
+    products, ws = made(plan, weights_of(inputs, output), sizes, x.shape[0], x.dtype)
     return Expert(plan, ws, Beside(others.pairs, biases), products), row < ends[-1]
 
 
