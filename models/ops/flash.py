@@ -28,12 +28,13 @@ WARPS, STAGES = 8, 2
 HEADS = (32, 64, 128)
 """Numbers of a head that the kernels were compiled for."""
 TPU_HEADS = (64, 128, 256)
+LATENT = "latent attention goes by blocks"
 MEASURED = "as `moejax tune` measured here"
 
 
 def refusal(platform: str, dtype: Any, head_dim: int, lacking: str | None = None) -> str | None:
     """Why these kernels cannot run; None where they can. lacking: what `unsupported` says of the attention."""
-    if lacking is not None and not is_tpu(platform):
+    if lacking is not None and (lacking == LATENT or not is_tpu(platform)):
         return lacking
     if platform == "cpu":
         return "jax's flash attention is for GPUs and TPUs, and this is a CPU"

@@ -37,7 +37,7 @@ class Engaged:
 
     def _attention(self, mixer: Any, length: int, passes: int) -> None:
         asked, dtype = self._experiment.model.attention, self._experiment.training.compute_dtype
-        lacking = flash.unsupported(getattr(mixer, "sinks", False), getattr(mixer, "window", None))
+        lacking = experts.lacking(mixer)
         why = flash.why_blocks(asked, self._platform, dtype, mixer.head_dim, length, lacking)
         ran = "attention", "flash" if why is None else "blocks"
         self.passes[ran] += passes

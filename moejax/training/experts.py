@@ -3,6 +3,8 @@ run with a given routing."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moejax.config import Experiment
@@ -118,7 +120,12 @@ def check_scan(experiment: Experiment, config: Architecture, platform: str) -> N
 def attending(config: Architecture) -> set[tuple[int, str | None]]:
     """Of the mixers that attend: numbers of a head, and what flash attention lacks for them. Empty where none does."""
     mixers = [stack.block.mixer for stack in config.stacks if hasattr(stack.block.mixer, "head_dim")]
-    return {(m.head_dim, flash.unsupported(getattr(m, "sinks", False), getattr(m, "window", None))) for m in mixers}
+    return {(m.head_dim, lacking(m)) for m in mixers}
+
+
+def lacking(mixer: Any) -> str | None:
+    """What flash attention lacks for a mixer that attends; None: nothing."""
+    return flash.LATENT if isinstance(mixer, specs.MLA) else flash.unsupported(mixer.sinks, mixer.window)
 
 
 def uniform_loads(config: Architecture, tokens: int) -> np.ndarray:

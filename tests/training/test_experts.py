@@ -84,6 +84,14 @@ def test_kernels_that_decode_are_for_gpus_that_can_run_them():
             experts.check(*asked, platform)
 
 
+@pytest.mark.parametrize("device", ["TPU v5 lite", "NVIDIA L4"])
+def test_latent_attention_goes_by_blocks_everywhere(device):
+    """GLM's heads have 256 numbers, as splash attention takes them."""
+    glm = config.load(ROOT / "configs/glm_4.7_flash_24gb.yaml", ["model.attention=auto"])
+    said = experts.announce_attention(glm, glm.model.architecture(None), device)
+    assert said == ["attention: blocks of queries (latent attention goes by blocks)"]
+
+
 def test_flash_that_cannot_run_is_refused_by_the_dry_run_and_before_anything_is_read(tmp_path, monkeypatch, capsys):
     """The dry run refuses what no card can run; the run also what this machine cannot."""
     gpt_oss = ["train", str(ROOT / "configs/gpt_oss_20b.yaml"), "model.attention=flash", f"runs_dir={tmp_path}"]
