@@ -132,11 +132,11 @@ def test_offloaded_streams_leave_the_device():
 
 @needs_aot
 def test_waste_would_be_seen(monkeypatch):
-    """As XLA compiles it by itself: it joins products, and copies matrices for it; its loops ask the host."""
+    """As XLA compiles it by itself: it joins products, and copies matrices for it (a newer one does not); its loops ask the host."""
     monkeypatch.setattr(program, "GPU_OPTIONS", {})
     e = experiment("mixtral_8x7b_cs_sparse")
     told, _, _ = gpu_model.compiled(e, "H100", 2, 384)
-    assert told["syncs"] > 0 and told["copies"] > 0 and told["moved_gb"] > 45
+    assert told["syncs"] > 0 and (NEWER or (told["copies"] > 0 and told["moved_gb"] > 45))
 
 
 @needs_aot
