@@ -142,6 +142,7 @@ def test_likeliest_endings(tasks, model):
     assert right["acc"] > 0
 
 
+@pytest.mark.long
 def test_rolling(tasks, model, monkeypatch):
     """Each token is predicted once, also where a text is longer than the model reads: against windows made by hand."""
     text = "Sums: 3 + 4 = 7. 5 - 2 = 3. " * 9

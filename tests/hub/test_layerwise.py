@@ -47,7 +47,7 @@ def whole(folder, trained=None, sizes=None, **arguments):
     return full_logits(model, TOKENS[None], np.ones((1, len(TOKENS)), np.int32), np.arange(len(TOKENS))[None])[0]
 
 
-@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", "tiny-qwen3-moe"])
+@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", pytest.param("tiny-qwen3-moe", marks=pytest.mark.long)])
 def test_a_checkpoint(name):
     folder = ROOT / "assets" / name
     (found,) = walked_logits(weights.read_config(folder), folder, TOKENS, param_dtype=jnp.bfloat16)
@@ -101,7 +101,8 @@ def test_adapters_over_nf4_each_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization"), [("tiny-mixtral", Quantization()), ("tiny-blackmamba", None), ("tiny-qwen3-moe", Quantization())]
+    ("name", "quantization"),
+    [("tiny-mixtral", Quantization()), ("tiny-blackmamba", None), pytest.param("tiny-qwen3-moe", Quantization(), marks=pytest.mark.long)],
 )
 def test_the_hash_of_what_is_read_is_that_of_the_whole(name, quantization):
     folder, whole, read = ROOT / "assets" / name, Content(), Content()

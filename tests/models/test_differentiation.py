@@ -142,7 +142,9 @@ def loss_of(name):
     return lambda at: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(function(at))), at
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if "kernel" in name else name for name in FUNCTIONS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if "kernel" in name or "decode" in name else name for name in FUNCTIONS]
+)
 def test_functions(name):
     assert_differentiates(*loss_of(name), ["grad of jit"])
 

@@ -198,6 +198,7 @@ def test_an_error_inside_the_window_closes_the_trace(session_experiment, cached,
     assert [s.number for s in xplane.read(xplane.find(folder_of(experiment))).steps] == [3]
 
 
+@pytest.mark.long
 def test_a_new_shape_inside_the_window(session_experiment, cached, tmp_path, capsys):
     """With padded rows a later step may compile: the run ends well, and says why there is no profile."""
     records = [{"instruction": "One " * n, "output": "two"} for n in [20] * 8 + [2] * 4]  # the longest is compiled at the start

@@ -64,6 +64,7 @@ def test_a_run_prefers_what_was_chosen_and_resumes_to_the_bit(make_pairs, monkey
     assert adapter(folder_of(halves)) == adapter(folder_of(straight))
 
 
+@pytest.mark.long
 def test_micro_batches_are_one_batch(make_pairs):
     """A mean over all pairs of the step, however many of them lie in each micro-batch."""
     data = {"shuffle": False, "row_tokens": 288}

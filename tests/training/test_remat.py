@@ -176,7 +176,9 @@ def test_auto_ends_with_the_host_where_a_device_has_two_memories(peaks, make_exp
     assert "training.remat: offload (none: about 80.0 by arithmetic, dots: 50.0, full: 40.0 of 30.0 GB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulation": "layer_major"}], ids=["micro_batch_major", "layer_major"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"accumulation": "layer_major"}, marks=pytest.mark.long)], ids=["micro_batch_major", "layer_major"]
+)
 def test_a_gpus_order_of_the_backward_pass_changes_no_gradient(changes, make_experiment, monkeypatch):
     """Its barriers, and its gradients that go to the sums half by half, on this CPU: one step of two micro-batches."""
     experiment = make_experiment(

@@ -121,7 +121,7 @@ def test_a_model_that_cannot_fit(tmp_path, here, capsys):
 
 @pytest.mark.parametrize(
     ("preset", "method", "sections", "mixer"),
-    [("blackmamba-tiny", "full", {"quantization": {"format": "none"}, "adapter": None}, "mamba"),
+    [pytest.param("blackmamba-tiny", "full", {"quantization": {"format": "none"}, "adapter": None}, "mamba", marks=pytest.mark.long),
      pytest.param("qwen3-moe-tiny", "qlora", {"adapter": {"rank": {"experts": 1, "attention": 2}}}, "attention", marks=pytest.mark.long)],
 )  # fmt: skip
 def test_another_family_dense(preset, method, sections, mixer, tmp_path, monkeypatch):
