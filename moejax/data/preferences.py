@@ -16,6 +16,7 @@ from moejax.errors import UserError
 SIDES = ("chosen", "rejected")
 _ASK = "a preference is between two answers to the same prompt: mend the record or leave it out"
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_OPEN = {"from": "assistant", "value": ""}  # how a prompt ends that is a transcript
 
 _ADVICE = (
     "there is nothing to prefer; give them another rejected answer, or leave them out",
@@ -75,8 +76,9 @@ def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
     begins: list[int] = []
     for side, column in zip(SIDES, (columns.chosen, columns.rejected), strict=True):
         value = _messages(record.get(str(column)))
-        if asked is None and isinstance(value, str):
-            value = _turns(value)
+        said = _turns(value) if isinstance(value, str) else None
+        if said is not None and (asked is None or _repeats(said, asked)):
+            value = said
         if value is None:
             has = ", ".join(str(key) for key, found in record.items() if found is not None) or "nothing"
             raise UserError(
@@ -88,6 +90,8 @@ def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
         if not isinstance(value, str | list):
             raise UserError(f"{where}: {column!r}: expected a text, a message or a list of messages, got {str(value)[:40]!r}")
         prompt = None if isinstance(asked, str) and _whole(value) else asked
+        if isinstance(prompt, str) and isinstance(value, str) and (turns := _turns(prompt)):
+            prompt, value = turns[: -1 if turns[-1] == _OPEN else None], value.strip()
         if prompt is None and not _whole(value):
             raise UserError(
                 f"{where}: no prompt (it has {', '.join(map(str, record))}): expected a prompt, question or instruction, the messages "
@@ -143,12 +147,17 @@ def _messages(value: Any) -> Any:
     return value
 
 
-def _turns(text: str) -> str | list[dict[str, str]]:
-    """The messages of a transcript as of hh-rlhf: paragraphs that begin with Human: or Assistant:, the first with Human:. Else the text."""
-    before, *parts = _SPEAKER.split(text.strip())
+def _turns(text: str) -> list[dict[str, str]] | None:
+    """The messages of a transcript as of hh-rlhf: paragraphs that begin with Human: or Assistant:, the first with Human:. Else None."""
+    before, *parts = _SPEAKER.split(text.replace("\r\n", "\n").strip())
     if before or parts[:1] != ["Human"]:
-        return text
+        return None
     return [{"from": who.lower(), "value": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _repeats(turns: list[dict[str, str]], asked: Any) -> bool:
+    """Whether a transcript begins as the record's prompt does, a text: else it is an answer that happens to look like one."""
+    return isinstance(asked, str) and turns[0]["value"] in (asked.strip(), (_turns(asked) or turns[1:] or [_OPEN])[0]["value"])
 
 
 def _whole(side: str | list[Any]) -> bool:

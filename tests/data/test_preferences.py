@@ -73,6 +73,15 @@ def test_a_transcript_ends_its_prompt_where_the_answers_part(tmp_path):
     (found,) = read(tmp_path, [{"chosen": f"{begin} g", "rejected": f"{begin} h\n"}]).records
     assert [message["content"] for message in found["conversation"].messages] == ["a\n\nb: Human: c", "d\n\ne", "f", "g"]
     assert found["rejected"].messages[-1] == BAD | {"content": "h"} and found["rejected"].trained == (False, False, False, True)
+    alike = {"chosen": "\n\nHuman: a\r\n\r\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    for record in (
+        {"prompt": "a"} | alike, {"prompt": "\n\nHuman: a\n\nAssistant:"} | alike,
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"},
+    ):  # fmt: skip
+        (found,) = read(tmp_path, [record]).records
+        assert found["conversation"].messages == (USER, GOOD) and found["rejected"].messages == (USER, BAD)
+    (found,) = read(tmp_path, [{"prompt": "Write a dialogue.", **alike}]).records  # an answer that is one
+    assert found["rejected"].messages[1]["content"] == alike["rejected"]
     with pytest.raises(UserError, match=r"no prompt \(it has chosen, rejected\)"):
         read(tmp_path, [{"chosen": "Assistant: b", "rejected": "Assistant: c"}])
 
