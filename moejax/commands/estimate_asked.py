@@ -28,6 +28,7 @@ from moejax.models.config import PRESETS, Architecture
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Of a micro-batch, that are looked at where nobody says how many."""
+_PACKED_AT_MOST = 8192  # queries, of lengths without their data: how rows fill does not change with more
 _SHORT = {"mixtral": "mixtral-8x7b", "blackmamba": "blackmamba-2.8b"}
 
 
@@ -84,6 +85,9 @@ def asked(options: argparse.Namespace) -> Asked:
         raise UserError("--tool-version: of another tool: expected --tool unsloth or --tool e4b with it")
     if options.tool_version is not None and not options.tool_version[:1].isdigit():
         raise UserError(f"--tool-version {options.tool_version}: expected a number, as 2026.9.14 of unsloth or 0.49 of e4b")
+    for card in [] if options.gpu is None else names_of(options.gpu):
+        if card != HERE and tpus.find(card) is None:
+            gpus.find(card, table)  # an unknown one is said before anything is read
     of_rows, rows, notes = _of_config(options) if options.config is not None else _of_options(options)
     offers = prices.load(options.prices, table)
     if options.spot and not any(price.spot for price in offers):
@@ -123,7 +127,11 @@ def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], 
     if given is None:
         given, data, notes = _data(experiment)
     else:
-        data = {"queries": options.records or given.queries}
+        many, d = options.records or given.queries, experiment.data
+        evaluated: int = d.holdout
+        if d.batching == "pack":
+            data["rows_an_epoch"], evaluated = (_packed(given, n, d.max_length, d.longest_row) for n in (many, d.holdout))
+        data |= {"queries": many, "evaluated_rows": evaluated}
         notes.append(f"lengths: {given.source}, in the place of the config's data")
 
     experiment = with_weights(experiment, options.weights)
@@ -132,6 +140,14 @@ def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], 
         return workload.of(experiment.changed("data", batch_rows=rows), sizes, given, **data)
 
     return of_rows, (options.batch or experiment.data.batch_rows,), notes
+
+
+def _packed(found: lengths.Lengths, many: int, max_length: int, row_tokens: int) -> int:
+    """Rows of `many` queries of these lengths, as the packer packs some of them, drawn: a query is whole in a row."""
+    from moejax.data.batching import pack
+
+    drawn = np.random.default_rng(0).permutation(np.repeat(found.tokens, found.counts))[:_PACKED_AT_MOST]
+    return -(-many * len(pack(np.minimum(drawn, max_length).tolist(), row_tokens)) // len(drawn))
 
 
 def _data(experiment: config.Experiment) -> tuple[lengths.Lengths, dict[str, Any], list[str]]:

@@ -274,3 +274,10 @@ def test_several_cards(capsys):
                           (("--devices", "2", "--tool", "unsloth"), "what --tool unsloth does on several cards")):  # fmt: skip
         code, _, err = run(capsys, *asked, *more)
         assert code == 2 and message in err
+
+
+def test_a_query_is_whole_in_a_packed_row(capsys):
+    """Of 400 tokens one fits a row of 512: 100 rows, by lengths alone as by the data."""
+    rows = ("data.row_tokens=512", "data.max_length=512", "data.batch_rows=4", "training.gradient_accumulation=1", "training.epochs=1")
+    asked = ("predict", str(ROOT / "configs/olmoe_1b_7b.yaml"), "--records", "100", "--length", "400", "--gpu", "H100", *rows)
+    assert "25 steps" in run(capsys, *asked, "training.steps=null", "training.warmup_steps=0")[1]
