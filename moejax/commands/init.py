@@ -79,6 +79,7 @@ def _fitted(text: str, data: Path) -> str:
 
     from moejax import config
     from moejax.data import places
+    from moejax.data.columns import PAIRS_OF_ANSWERS
     from moejax.data.sources import of_records
     from moejax.data.tokenizer import load_tokenizer
 
@@ -88,6 +89,9 @@ def _fitted(text: str, data: Path) -> str:
     found = [record for part in places.read(str(data), None, None, "--data").parts for record in part.records]
     if not found:
         raise UserError(f"{data} holds no records: expected one JSON object a line, a JSON list, CSV, Parquet or Arrow")
+    keys = {str(key).strip().lower() for key in found[0]} if isinstance(found[0], dict) else set()
+    if any(keys.issuperset(sides) for sides in PAIRS_OF_ANSWERS):
+        print(f"note: {data} holds pairs of answers: `preference: {{}}` trains on both (docs/data.md); without it one is trained on")
     try:
         records = of_records(found, config.DataConfig.model_validate({"source": str(data)}), str(data))
     except UserError as error:

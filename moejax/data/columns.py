@@ -15,6 +15,7 @@ PAIRS = (
     ("query", "answer"), ("problem", "solution"), ("input", "output"),
 )  # fmt: skip
 PROMPTS = ("prompt", "question", "instruction", "query", "problem")  # what two answers of a preference answer
+PAIRS_OF_ANSWERS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))  # the second: OpenAI's names
 CONTEXTS = ("input", "context")  # what a question is about: read next to it where it is there
 TEXTS = ("text", "content", "document")
 _ANSWERS = tuple(dict.fromkeys(answer for _, answer in PAIRS))
@@ -110,8 +111,9 @@ def find_pairs(where: str, record: Any, keys: Iterable[Any], fields: FieldNames)
     if not isinstance(record, dict):
         return Columns(chosen="chosen", rejected="rejected")
     known, known_in_any = _knower(where, record), _knower(where, keys)
-    chosen = fields.chosen or known("chosen") or known("preferred_output")
-    rejected = fields.rejected or known("rejected") or known("non_preferred_output")
+    usual, openai = PAIRS_OF_ANSWERS
+    chosen = fields.chosen or known(usual[0]) or known(openai[0])
+    rejected = fields.rejected or known(usual[1]) or known(openai[1])
     lacking = [column or name for name, column in (("chosen", chosen), ("rejected", rejected)) if column not in record]
     if lacking:
         raise UserError(

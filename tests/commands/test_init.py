@@ -103,6 +103,14 @@ def test_columns_that_are_not_known_are_told(tmp_path, monkeypatch, capsys):
     assert config.load("finetune.yaml").data.source == "mine.jsonl"
 
 
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("preferred_output", "non_preferred_output")])
+def test_pairs_of_answers_name_the_section_that_trains_on_them(sides, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text(json.dumps({"prompt": "a", sides[0]: "b", sides[1]: "c"}) + "\n")
+    assert cli.main(["init", "my.yaml", "--data", "mine.jsonl"]) == 0
+    assert "note: mine.jsonl holds pairs of answers: `preference: {}` trains on both" in capsys.readouterr().out
+
+
 def test_the_tokenizer_of_bytes(tmp_path):
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
