@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moejax.config import Experiment
     from moejax.config_mesh import MeshConfig
     from moejax.estimator.links import Link
+    from moejax.gpus import GPU
     from moejax.models.config import Architecture
 
 MOST_DEVICES = 1024
@@ -165,3 +166,14 @@ def check_counts(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+
+
+def check_kernels(experiment: Experiment, sizes: Architecture, cards: Iterable[GPU]) -> None:
+    """Raises UserError where the config asks by name for a kernel that one of the cards cannot run, as a start on it does."""
+    m = experiment.model
+    if m.moe_backend in ("ragged", "decode") or m.attention == "flash" or m.scan == "kernel":
+        from moejax.training import experts  # jax comes with it
+
+        for card in cards:
+            if card.cuda_name:
+                experts.check(experiment, sizes, card.cuda_name)

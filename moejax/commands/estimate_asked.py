@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moejax import config, gpus, tpus
-from moejax.commands.arguments import check_counts, devices_of, names_of, on_devices, with_weights
+from moejax.commands.arguments import check_counts, check_kernels, devices_of, names_of, on_devices, with_weights
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
 from moejax.estimator import lengths, links, prices, published, roofline, slices, spread, ways, workload
@@ -106,6 +106,8 @@ def asked(options: argparse.Namespace) -> Asked:
             continue
         own = list(table.values()) if name is None else [this_machine_timed(True) if name == HERE else gpus.find(name, table)]
         cards += itertools.product(own, devices)
+    if tool == "moejax" and options.gpu is not None:
+        check_kernels(experiment, of_rows(rows[0]).config, (card for card, _ in cards))
     if tool != "moejax" and devices != [1]:
         raise UserError(f"--devices: what --tool {tool} does on several cards is not known here")
     made = Forecasts(tool, receipts.with_own(options.receipts, table), table, options.tool_version, link, overlap)

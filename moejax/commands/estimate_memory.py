@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moejax import config, config_data, gpus, tpus
-from moejax.commands.arguments import add_config, check_counts, names_of, on_devices, settle_config
+from moejax.commands.arguments import add_config, check_counts, check_kernels, names_of, on_devices, settle_config
 from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
             gpu = this_machine(experiment.device.memory_fraction) if isinstance(card, str) else card
         found += [oracle(e, architecture, gpu, row_tokens, options.closed_form) for e in on]
     for peaks in found:
+        check_kernels(peaks.experiment, peaks.config, [peaks.gpu])
         if options.rows is not None and options.rows % peaks.devices:
             raise UserError(f"--rows {options.rows}: of all {peaks.devices} devices together, which do not divide them")
     if options.placements:

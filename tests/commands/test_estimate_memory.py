@@ -170,3 +170,14 @@ def test_several_devices(capsys):
     assert code == 2 and "8 experts over 3 devices do not divide" in err
     code, _, err = run(capsys, *SPARSE, "--gpu", "L4", "mesh.weights=experts")
     assert code == 2 and "Give --devices N" in err
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "change", "told"),
+    [("olmoe_1b_7b", "v5e-1", "model.moe_backend=decode", "model.moe_backend = decode is for GPUs"),
+     ("deepseek_v2_lite_16gb", "H100", "model.attention=flash", "model.attention = flash: latent attention goes by blocks")],
+)  # fmt: skip
+def test_a_kernel_that_a_card_cannot_run_is_refused_by_the_closed_form_too(config, gpu, change, told, capsys):
+    asked = (str(installation.CONFIGS / f"{config}.yaml"), "--gpu", gpu, "--closed-form", "--rows", "1", "training.remat=full", change)
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and told in err and "Traceback" not in err
