@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moejax import config, config_data, gpus, tpus
-from moejax.commands.arguments import check_counts, counts_of, names_of, on_devices
+from moejax.commands.arguments import check_counts, check_kernels, counts_of, names_of, on_devices
 from moejax.commands.tables import print_json, show_table
 from moejax.device import HERE, this_machine, with_peaks
 from moejax.errors import UserError
@@ -53,6 +53,7 @@ def plan(options: argparse.Namespace) -> int:
     rows = experiment.data.batch_rows * experiment.training.gradient_accumulation
     for card, count in _targets(options, experiment, table, counts):
         name = links.several(card.name, count)
+        check_kernels(experiment, sizes, [card])
         if rows % count:
             raise UserError(f"{name} ({count} devices) do not divide the step's {counted(rows, 'row')}: data.batch_rows is of all devices")
         on = on_devices(experiment, sizes, count)
