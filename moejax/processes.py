@@ -137,8 +137,11 @@ def _meet(mesh: MeshConfig) -> None:
         )  # fmt: skip
         jax.devices()  # where each hears of the others' devices
     except (RuntimeError, ValueError) as error:
-        found = "jax finds neither a scheduler nor a TPU slice here: give HOST:PORT. " if mesh.coordinator == AUTO else ""
-        raise UserError(f"several processes: {found}{first_line(error)}") from error
+        if mesh.coordinator == AUTO:
+            raise UserError(
+                f"mesh.coordinator = auto: jax finds neither a scheduler nor a TPU slice here ({first_line(error)}): expected HOST:PORT"
+            ) from error
+        raise UserError(f"several processes: {first_line(error)}") from error
     _at_abort(_GONE)
 
 
