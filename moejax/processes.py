@@ -137,7 +137,7 @@ def _meet(mesh: MeshConfig) -> None:
         )  # fmt: skip
         jax.devices()  # where each hears of the others' devices
     except (RuntimeError, ValueError) as error:
-        if mesh.coordinator == AUTO:
+        if mesh.coordinator == AUTO and isinstance(error, ValueError):  # as where no address is known
             raise UserError(
                 f"mesh.coordinator = auto: jax finds neither a scheduler nor a TPU slice here ({first_line(error)}): expected HOST:PORT"
             ) from error

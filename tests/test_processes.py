@@ -139,3 +139,21 @@ def test_a_part_of_an_array_is_whole_on_the_host(monkeypatch):
     for at_once in (0, 1 << 20):
         monkeypatch.setattr(processes, "_AT_ONCE", at_once)
         np.testing.assert_array_equal(processes.on_host(Elsewhere()), array)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError("coordinator_address should be defined."), r"mesh\.coordinator = auto: jax finds neither .* expected HOST:PORT"),
+     (RuntimeError("timed out"), "several processes: timed out")],
+)  # fmt: skip
+def test_auto_where_nobody_is_met(error, told, monkeypatch):
+    """A host that does not answer is not called a missing scheduler."""
+
+    def initialize(**_):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # of this process's later tests
+    monkeypatch.setattr(processes, "_at_abort", lambda _: None)
+    with pytest.raises(UserError, match=told), processes.together(MeshConfig(coordinator="auto"), {}):
+        pass
