@@ -5,6 +5,7 @@
     seconds = floor · a + blocks · b + visits · c + scans · d
 
 floor: `estimator/floors.py` at the same rates; visits: experts that the loop takes one by one; scans: blocks x chunks of a Mamba's row.
+launch: what the launches of a block take in the program that has fewest, and so in a model of any size.
 Printed with its errors; --update writes moejax/estimator/published/program.json.
 """
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+from gpu_model import GRAPH, IN_GRAPH, OUTSIDE
 
 from moejax import config, gpus
 from moejax.estimator import own, published
@@ -32,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the coefficients into the package")
     options = parser.parse_args()
-    columns, seconds, names = [], [], []
+    columns, seconds, names, launches = [], [], [], []
     for step in json.loads(SOURCE.read_text())["steps"]:
         experiment = config.load(ROOT / "configs" / f"{step['config']}.yaml").changed("training", remat=step["remat"])
         sizes = architecture_of(experiment)
@@ -40,11 +42,13 @@ def main() -> int:
         counts = own.counts(given, sizes, gpus.find(step["gpu"]), step["rows"], step["row_tokens"], backend=step["backend"])
         columns.append(counts.columns)
         seconds.append(step["derived_ms"] / 1e3)
+        launching = IN_GRAPH * step["kernels"] + (OUTSIDE - IN_GRAPH) * step["outside"] + GRAPH * step["graphs"]
+        launches.append(launching / sizes.blocks)
         names.append(f"{step['config']} on {step['gpu']}, {step['rows']} x {step['row_tokens']}")
     x, y = np.array(columns), np.array(seconds)
     law = fit_seconds(x, y)
     errors = np.abs(x @ law / y - 1)
-    told = dict(zip(own.COLUMNS, law.tolist(), strict=True))
+    told = dict(zip(own.COLUMNS, law.tolist(), strict=True)) | {"launch": min(launches)}
     median, most = float(np.median(errors)), float(np.quantile(errors, 0.9))
     print(json.dumps(told, indent=1))
     print(f"{len(y)} programs: error {median:.0%} in the median, {most:.0%} for nine of ten; largest {names[int(np.argmax(errors))]}")

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from moejax import config as experiments
-from moejax import gpus
+from moejax import gpus, tpus
 from moejax.compiler_options import jit
 from moejax.config import Experiment
 from moejax.config_data import DataConfig, whole_row
@@ -33,7 +33,7 @@ from moejax.data.tokenize import prompts, tokenize
 from moejax.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
-from moejax.estimator import memory
+from moejax.estimator import memory, slices
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.evaluation.generate import Sampling, generate, said
 from moejax.evaluation.loglikelihood import encoded
@@ -43,8 +43,8 @@ from moejax.models.build import Model
 from moejax.runs import open as runs
 from moejax.runs import tokens
 from moejax.runtime import prepare_jax
-from moejax.training import loop
-from moejax.training.oracle import oracle
+from moejax.training import experts, loop
+from moejax.training.oracle import GIVEN, Oracle, oracle
 from moejax.training.program import Own, split
 from moejax.training.step import Loss, Objective, sums
 
@@ -296,10 +296,12 @@ def estimate_memory(
     config: Config, changes: Changes = (), *, gpu: str = HERE, rows: int | None = None, seq_len: int | None = None,
     closed_form: bool = False,
 ) -> MemoryEstimate:  # fmt: skip
-    """Estimate the memory of a training step on a GPU by name ("here": this machine).
+    """Estimate the memory of a training step on a GPU or TPU slice by name ("here": this machine).
 
-    rows: number of rows (None: the largest that fits). seq_len: tokens per row (default: the config's longest). Uses the compiler where
-    possible (for another GPU with the extra `aot`), else the closed form, with an error of about 3 %. Raises UserError.
+    rows: number of rows (None: the largest that fits). On several devices rows are of all, bytes of each; a slice ("v5e-8") takes the
+    config's mesh.weights, without a mesh those with which most rows fit. seq_len: tokens per row (default: the config's longest).
+    Uses the compiler where possible (for another GPU with the extra `aot`, for a TPU `aot-tpu`), else the closed form, with an error of
+    about 3 % (a TPU: 13 %). Raises UserError.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     experiment = experiment_of(config, changes)
@@ -312,13 +314,31 @@ def estimate_memory(
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {sizes.max_position_embeddings}")
     if rows is not None and rows < 1:
         raise UserError(f"rows = {rows}: expected 1 or more")
-    card = this_machine(experiment.device.memory_fraction) if gpu == HERE else gpus.find(gpu, gpus.GPUS)
-    peaks = oracle(experiment, sizes, card, row_tokens, closed_form)
+    chips = None if gpu == HERE else tpus.find(gpu)
+    if chips is not None:
+        slices.check(chips, experiment)
+        modes, refused = slices.modes(chips, experiment, sizes)
+        own = [e for e in modes if experiment.mesh is not None and e.mesh is not None and e.mesh.weights == experiment.mesh.weights]
+        if not modes:
+            raise UserError("; ".join(refused))
+        card, asked = chips.chip, own or modes
+    else:
+        card, asked = this_machine(experiment.device.memory_fraction) if gpu == HERE else gpus.find(gpu), [experiment]
+        if card.cuda_name:
+            experts.check(experiment, sizes, card.cuda_name)
     limit = int(memory.usable_bytes(card, experiment.device.memory_fraction))
+    found = [_estimated(oracle(e, sizes, card, row_tokens, closed_form), rows, limit) for e in asked]
+    return max(found, key=lambda m: (m.rows, -(m.peak_bytes or 0)))
+
+
+def _estimated(peaks: Oracle, rows: int | None, limit: int) -> MemoryEstimate:
+    n = peaks.devices
+    if rows is not None and rows % n:
+        raise UserError(f"rows = {rows}: of all {n} devices together, which do not divide them")
     if rows is None:
-        found = peaks.largest(limit)
-        rows, peak = found.rows, found.peak if found.rows else None
+        largest = peaks.largest(limit)
+        rows, peak = largest.rows, largest.peak if largest.rows else None
     else:
         peak = peaks.peak_bytes(rows)
-    by = "compiler" if peaks.reason is None else "closed form"
-    return MemoryEstimate(card.name, rows, row_tokens, peak, limit, by, None if closed_form else peaks.reason)
+    reason = None if peaks.reason == GIVEN else peaks.reason
+    return MemoryEstimate(peaks.named, rows, peaks.row_tokens, peak, limit, "closed form" if peaks.reason else "compiler", reason)

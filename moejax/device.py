@@ -96,7 +96,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 
     gpu = _gpu()
     if gpu is not None:
-        return gpu.flops_per_second, "data sheet"
+        return gpu.rate(dtype), "data sheet"
     size = 1024
     return 2 * size**3 / _seconds(lambda a: a @ a, jnp.ones((size, size), dtype)), "measured"
 

@@ -1,6 +1,9 @@
 """GPUs by the figures of their vendors' data sheets (gpus.json), and a user's own from YAML, both by the same keys.
 
-Peaks are dense bf16 with fp32 accumulation (no structured sparsity; of V100 and T4, which have no bf16, fp16) of the named form factor.
+Peaks are dense bf16 with fp32 accumulation (no structured sparsity; of V100 and T4, which have no bf16, fp16) of the named form factor;
+fp32_tflops are of the cores, tf32_tflops of the tensor cores, from the same NVIDIA data sheets and architecture white papers (the A10G's by
+its cores and clock). jax multiplies fp32 in tf32 on compute capability 8.0 and newer, as a program compiled for an A100 shows
+(`mma … tf32`); T4 and V100 have none and multiply in fp32.
 `device_bytes` is what the driver reports where that is known (with ECC on), a little less than the nominal GB. `cuda_name` is the whole
 name that CUDA reports: a Laptop, Ti, D, Max-Q or MIG variant is another device, and no card's figures are taken for it. What a compiler
 asks is by XLA's own device specs where there are some (A100, H100, B200, A6000, V100), else by the data sheet.
@@ -53,11 +56,25 @@ class GPU:
     compiler: CompilerFigures | None = None
     pcie: int = 4  # generation of its link to the host
     pcie_lanes: int = 16
+    fp32: float | None = None  # FLOP/s of the cores
+    tf32: float | None = None  # FLOP/s of the tensor cores, of fp32 rounded to tf32
 
     @property
     def memory_bytes(self) -> int:
         """Of this machine's own card what jax may take."""
         return self.usable_bytes or self.device_bytes or int(self.memory_gb * 1e9)
+
+    def rate(self, dtype: str, *, exact: bool = False) -> float:
+        """FLOP/s of products of "bfloat16" or "float32" as jax multiplies them by default; exact: fp32 without rounding to tf32.
+
+        Where a data sheet's figures are unknown: tf32 at half of bf16, and fp32 at an eighth of fp16 on cards without bf16 (as T4, V100)
+        or at a quarter of bf16 (as A40, L4). A TPU multiplies in bf16 by default; a CPU's rate is measured in fp32.
+        """
+        if dtype == "bfloat16" or self.platform in ("cpu", "tpu"):
+            return self.flops_per_second
+        if self.bf16 and not exact:
+            return self.tf32 or self.flops_per_second / 2
+        return self.fp32 or self.flops_per_second / (4 if self.bf16 else 8)
 
 
 def platform_of_capability(capability: str) -> Platform:
@@ -86,6 +103,7 @@ def _gpu(name: str, figures: dict[str, Any], source: str = DATA_SHEET) -> GPU:
         bf16=figures.get("bf16", compiler is None or float(compiler.compute_capability) >= 8),
         platform=None if compiler is None else platform_of_capability(compiler.compute_capability), compiler=compiler,
         pcie=int(figures.get("pcie", 4)), pcie_lanes=int(figures.get("pcie_lanes", 16)),
+        **{name: figures[f"{name}_tflops"] * 1e12 for name in ("fp32", "tf32") if figures.get(f"{name}_tflops")},
     )  # fmt: skip
 
 
@@ -127,7 +145,7 @@ def capability(device_kind: str) -> float | None:
 
 
 _NEEDED = ("memory_gb", "bandwidth_gb_per_second", "bf16_tflops")
-_NUMBERS = (*_NEEDED, *_COMPILER_KEYS[1:])
+_NUMBERS = (*_NEEDED, "fp32_tflops", "tf32_tflops", *_COMPILER_KEYS[1:])
 _LINK = {"pcie": (3, 4, 5), "pcie_lanes": (1, 2, 4, 8, 16)}
 _YAML_KEYS = {*_NUMBERS, "watts", "chip", "source", "bf16", *_COMPILER_KEYS, *_LINK}
 
@@ -135,8 +153,8 @@ _YAML_KEYS = {*_NUMBERS, "watts", "chip", "source", "bf16", *_COMPILER_KEYS, *_L
 def from_yaml(path: str | Path) -> dict[str, GPU]:
     """The table with a user's own GPUs: `NAME: {memory_gb: 32, bandwidth_gb_per_second: 1790, bf16_tflops: 210}`.
 
-    `chip`, `source`, `bf16` (false: it has none, as below compute capability 8), `pcie` (generation, 4) and `pcie_lanes` (16) are optional,
-    `watts` is not used; with
+    `chip`, `source`, `bf16` (false: it has none, as below compute capability 8), `fp32_tflops`, `tf32_tflops`, `pcie` (generation, 4) and
+    `pcie_lanes` (16) are optional, `watts` is not used; with
     `compute_capability: 8.6, multiprocessors: 84, l2_mb: 6, clock_ghz: 1.74` (all four) steps are compiled for it. A name of the table,
     however it is written, replaces that GPU. Raises UserError for a file, key or value that cannot be meant.
     """

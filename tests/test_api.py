@@ -178,6 +178,11 @@ def test_memory_is_the_compilers_here_and_the_closed_forms_elsewhere(make):
     one, most = (moejax.estimate_memory(config, gpu="A40", rows=rows, closed_form=True) for rows in (1, None))
     assert one.fits and most.rows > 1 and one.peak_bytes < most.peak_bytes <= most.usable_bytes
     assert not moejax.estimate_memory(config, gpu="RTX-A2000-12", closed_form=True).fits
+    config = str(ROOT / "configs/olmoe_1b_7b.yaml")
+    given = ((), None), ({"mesh.weights": "whole"}, 8)
+    slices = [moejax.estimate_memory(config, changes, gpu="v5e-8", rows=rows, closed_form=True) for changes, rows in given]
+    assert [found.gpu for found in slices] == ["v5e-8, spread", "v5e-8, whole"]  # most rows fit by the first
+    assert slices[0].rows % 8 == 0 < slices[0].rows and slices[0].usable_bytes == 16911433728 and slices[1].fits
 
 
 def test_what_a_caller_gets_wrong_is_said(lm, run, make):
@@ -200,6 +205,8 @@ def test_what_a_caller_gets_wrong_is_said(lm, run, make):
         (lambda: moejax.train(make(), batches=[jax.tree.map(lambda a: a[:, :15], batch)]), "multiple of 16"),
         (lambda: moejax.estimate_memory(make(), gpu="H1000"), "H1000"),
         (lambda: moejax.estimate_memory(make(), rows=0), "expected 1 or more"),
+        (lambda: moejax.estimate_memory(make(), gpu="v5e-9"), "unknown TPU 'v5e-9': did you mean v5e-8"),
+        (lambda: moejax.estimate_memory(make(), gpu="v5e-8", rows=3, closed_form=True), "rows = 3: of all 8 devices together"),
     ):
         with pytest.raises(UserError, match=message):
             call()

@@ -152,6 +152,16 @@ def on_devices(experiment: Experiment, sizes: Architecture, devices: int | None)
     return experiment.model_copy(update={"mesh": mesh})
 
 
+def with_experts(sizes: Architecture, experts_per_token: int | None) -> Architecture:
+    """The sizes with --experts-per-token. Raises UserError for what they cannot have."""
+    if experts_per_token is None:
+        return sizes
+    try:
+        return sizes.replace(experts_per_token=experts_per_token)
+    except ValueError as error:
+        raise UserError(f"--experts-per-token {experts_per_token}: {error}") from None
+
+
 def names_of(gpus: str) -> list[str]:
     """The names in --gpu. Raises UserError where there is none."""
     names = [name.strip() for name in gpus.split(",") if name.strip()]

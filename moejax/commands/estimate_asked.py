@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from moejax import config, gpus, tpus
-from moejax.commands.arguments import check_counts, check_kernels, devices_of, names_of, on_devices, with_weights
+from moejax.commands.arguments import check_counts, check_kernels, devices_of, names_of, on_devices, with_experts, with_weights
 from moejax.device import HERE, this_machine_timed
 from moejax.errors import UserError
 from moejax.estimator import lengths, links, prices, published, roofline, slices, spread, ways, workload
 from moejax.estimator.memory import DoesNotFit
-from moejax.estimator.sizes import architecture_of
+from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.tools.forecast import Forecast, Forecasts
 from moejax.estimator.units import counted
 from moejax.estimator.workload import Workload
@@ -41,6 +41,7 @@ class Asked:
     of_rows: Callable[[int], Workload]
     rows: Sequence[int]
     offers: Sequence[prices.Price]
+    price_list: str
     spot: bool
     notes: Sequence[str] = ()
 
@@ -66,7 +67,8 @@ class Asked:
         n = spread.count(job.experiment)
         link = None if n == 1 else self.forecasts.link or links.between(gpu, n)
         asked = ways.Asked(job.experiment, job.config, gpu, job.longest_row, link=link)
-        fitting = () if self.forecasts.tool != "moejax" or not gpu.bf16 else (w for w in ways.ways(asked) if w.refused is None)
+        may = self.forecasts.tool == "moejax" and (gpu.bf16 or not job.experiment.training.asks_bf16)
+        fitting = (w for w in ways.ways(asked) if w.refused is None) if may else ()
         for way in fitting:
             changed = dataclasses.replace(job, experiment=way.experiment)
             with contextlib.suppress(DoesNotFit):
@@ -111,21 +113,24 @@ def asked(options: argparse.Namespace) -> Asked:
     if tool != "moejax" and devices != [1]:
         raise UserError(f"--devices: what --tool {tool} does on several cards is not known here")
     made = Forecasts(tool, receipts.with_own(options.receipts, table), table, options.tool_version, link, overlap)
-    return Asked(made, list(dict.fromkeys(cards)), of_rows, rows, offers, options.spot, [*notes, *prices.old(offers, options.prices)])
+    notes = [*notes, *prices.old(offers, options.prices)]
+    return Asked(made, list(dict.fromkeys(cards)), of_rows, rows, offers, options.prices, options.spot, notes)
 
 
 def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], Sequence[int], list[str]]:
     """A config's own run: its rows, its data, unless options say of which lengths."""
+    if options.seq_len is not None:
+        raise UserError(f"--seq-len {options.seq_len}: {options.config} says it: data.max_length and data.row_tokens, by key=value")
     experiment = config.load(options.config, options.overrides)
     given = _lengths(options)
     sizes = architecture_of(experiment)
     experiment = experiment.with_defaults(sizes)
     if options.epochs is not None:
         experiment = experiment.changed("training", epochs=options.epochs, steps=None)
-    if options.experts_per_token is not None:
-        sizes = sizes.replace(experts_per_token=options.experts_per_token)
+    sizes = with_experts(sizes, options.experts_per_token)
     data: dict[str, Any] = {}
     notes: list[str] = []
+    fetched = experiment.model.source is not None and not _has_weights(experiment)
     if given is None:
         given, data, notes = _data(experiment)
     else:
@@ -134,14 +139,20 @@ def _of_config(options: argparse.Namespace) -> tuple[Callable[[int], Workload], 
         if d.batching == "pack":
             data["rows_an_epoch"], evaluated = (_packed(given, n, d.max_length, d.longest_row) for n in (many, d.holdout))
         data |= {"queries": many, "evaluated_rows": evaluated}
-        notes.append(f"lengths: {given.source}, in the place of the config's data")
+        notes.append(f"lengths: {given.source}, instead of the config's data")
 
     experiment = with_weights(experiment, options.weights)
 
     def of_rows(rows: int) -> Workload:
-        return workload.of(experiment.changed("data", batch_rows=rows), sizes, given, **data)
+        return workload.of(experiment.changed("data", batch_rows=rows), sizes, given, **data, fetched=fetched)
 
     return of_rows, (options.batch or experiment.data.batch_rows,), notes
+
+
+def _has_weights(experiment: config.Experiment) -> bool:
+    """Whether the model is a folder with weights: of the Hub's models their small files alone may be here."""
+    folder = model_folder(experiment)
+    return folder is not None and any(folder.glob("*.safetensors"))
 
 
 def _packed(found: lengths.Lengths, many: int, max_length: int, row_tokens: int) -> int:
@@ -196,8 +207,7 @@ def _of_options(options: argparse.Namespace) -> tuple[Callable[[int], Workload],
         raise UserError("which data? Give a CONFIG, or one of --dataset NAME, --records N --length TOKENS, --lengths FILE")
     name = _SHORT.get(options.model, options.model)
     model, sizes = _model(name)
-    if options.experts_per_token is not None:
-        sizes = sizes.replace(experts_per_token=options.experts_per_token)
+    sizes = with_experts(sizes, options.experts_per_token)
     method = options.method or dict(roofline.STUDY_MODELS.values()).get(name, "qlora")
     if method not in ("qlora", "lora", "full"):
         raise UserError(f"--method {method}: expected qlora, lora or full")
@@ -218,7 +228,8 @@ def _of_options(options: argparse.Namespace) -> tuple[Callable[[int], Workload],
     many = options.records or published.read("lengths.json").get(options.dataset, {}).get("queries") or found.queries
 
     def of_rows(rows: int) -> Workload:
-        job = workload.of(experiment.changed("data", batch_rows=rows), sizes, found.repeated(many), queries=many)
+        given = experiment.changed("data", batch_rows=rows)
+        job = workload.of(given, sizes, found.repeated(many), queries=many, fetched=not _has_weights(experiment))
         return dataclasses.replace(job, epochs=epochs, steps=round(job.steps * epochs), other_steps=round(job.other_steps * epochs))
 
     notes = [f"{name} by {method}: {counted(many, 'query', 'queries')} x {counted(epochs, 'epoch')} ({found.source})"]

@@ -15,7 +15,7 @@ from moejax.commands.tables import print_json, said_once, show_table
 from moejax.config import Experiment
 from moejax.device import HERE, this_machine
 from moejax.errors import UserError
-from moejax.estimator import bus, links, memory, placing, slices
+from moejax.estimator import bus, memory, placing, slices
 from moejax.estimator.sizes import architecture_of, model_folder
 from moejax.estimator.units import Gigabytes, counted, gigabytes
 from moejax.gpus import GPU
@@ -210,7 +210,7 @@ def _placed(peaks: Oracle, place: dict[str, str | int], rows: int, products: flo
     limit = memory.usable_bytes(peaks.gpu, placed.device.memory_fraction)
     sure, possible = memory.by_closed_form(limit, memory.error_on(peaks.gpu)) if there.reason else (limit, limit)
     peak, moved = there.peak_bytes(rows), bus.step_bytes(placed, peaks.config, rows, peaks.row_tokens)
-    least, layers = products / peaks.gpu.flops_per_second, peaks.config.expert_layers
+    least, layers = products / peaks.gpu.rate(placed.training.compute_dtype), peaks.config.expert_layers
     split = isinstance(place["experts"], int)
     # In the layers whose experts are on the device nothing is fetched that could hide.
     behind = least * (1 - placed.placement.on_device(layers) / layers) if split else least
@@ -270,7 +270,7 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
     made = peaks.breakdown(chosen or least)
     parts = made.parts(None if closed or problem else peak)
     return {
-        "gpu": _named(peaks), "usable_gb": gigabytes(limit), "rows": None if undecided else chosen, "shown": chosen or least,
+        "gpu": peaks.named, "usable_gb": gigabytes(limit), "rows": None if undecided else chosen, "shown": chosen or least,
         "queries": None if per_row is None or undecided else int(chosen * per_row),
         "peak_gb": gigabytes(peak), "next_peak_gb": None if after is None or chosen == 0 else gigabytes(after),
         "free_gb": gigabytes(limit - peak),
@@ -278,12 +278,6 @@ def _line(peaks: Oracle, cards: dict[str, GPU], rows: int | None, per_row: float
         "host_gb": gigabytes(made.host), "problem": problem, "close": close, "moment": made.moment, "closed_form_gb": made.total / 1e9,
         "parts_gb": {name: size / 1e9 for name, size in parts.items()},
     }  # fmt: skip
-
-
-def _named(peaks: Oracle) -> str:
-    """The card, or several; of a TPU its slice and mode."""
-    name, mesh = links.several(peaks.gpu.name, peaks.devices), peaks.experiment.mesh
-    return name if peaks.gpu.platform != "tpu" or mesh is None else f"{name}, {mesh.weights}"
 
 
 def _too_large(peaks: Oracle, cards: dict[str, GPU], rows: int, peak: float) -> str:

@@ -61,7 +61,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--receipts", metavar="DIR", help=RECEIPTS_HELP)
     parser.add_argument("--batch", type=int, help="queries per step (default: the fastest that fits)")
     parser.add_argument(
-        "--model", default="mixtral",
+        "--model",
         help="model, without CONFIG: a preset (default: mixtral-8x7b), a folder with config.json, or a Hub id",
     )  # fmt: skip
     parser.add_argument("--method", help="without CONFIG: qlora (default), lora or full (default for BlackMamba)")
@@ -74,7 +74,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, metavar="TOKENS", help="tokens per query, if all have the same length")
     parser.add_argument("--lengths", metavar="FILE", help="file with the tokens of each query: a JSON list, or one number per line")
     parser.add_argument("--epochs", type=float, help="number of epochs (default: the config's, or 1; with --tool study 10)")
-    parser.add_argument("--batching", default="pad_longest", help="without CONFIG: pad_longest (default), pad_bucket, pack or fixed")
+    parser.add_argument("--batching", help="without CONFIG: pad_longest (default), pad_bucket, pack or fixed")
     cut = "row length of `fixed` and `pack`; longer queries are cut (default: only the study's data sets are cut, at 1024)"
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help=cut)
     add_old(parser, "--row-tokens", "--seq-len", type=int, dest="seq_len")
@@ -100,20 +100,32 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
+_OF_OPTIONS = {"model": "model.source, model.preset", "method": "adapter, quantization.format", "batching": "data.batching"}
+
+
 def of_the_study(options: argparse.Namespace) -> bool:
     """Whether the study's way of predicting is asked for: its times, or coefficients in their place. Raises UserError for a mixture."""
     if options.config is not None and options.file is None and "=" in options.config and not Path(options.config).is_file():
         options.config, options.overrides = None, [options.config, *options.overrides]  # a change of what the options describe
     if options.config is not None or options.file is not None:
         settle_config(options)
+        given = [f"--{name} ({instead})" for name, instead in _OF_OPTIONS.items() if getattr(options, name) is not None]
+        if given:
+            raise UserError(f"{', '.join(given)}: of a run without CONFIG: {options.config} says it; change what it says by key=value")
+    options.model, options.batching = options.model or "mixtral", options.batching or "pad_longest"
     of_study = [f"--{name}" for name in ("coefficients", "memory") if getattr(options, name) is not None]
     if of_study and options.tool not in (None, "study"):
         raise UserError(f"{' and '.join(of_study)}: of the study's form of a step (docs/study.md), which --tool {options.tool} has not")
+    if options.pad_multiple is not None and options.tool != "study" and not of_study:
+        raise UserError(
+            f"--pad-multiple {options.pad_multiple}: only with --tool study, --coefficients or --memory: moejax pads rows to a multiple of "
+            "16, unsloth and e4b to the longest query"
+        )
     if options.tool != "study" and not of_study:
         return False
     if options.config is not None:
         named = f"--tool {options.tool}" if options.tool else of_study[0]
-        raise UserError(f"{named} takes no CONFIG ({options.config}): expected --model, --dataset and what else --help tells")
+        raise UserError(f"{named} takes no CONFIG ({options.config}): expected --model, --dataset and other options (--help)")
     return True
 
 
@@ -251,17 +263,6 @@ def usd(p: Prediction) -> str:
     return "no price known" if p.usd is None or p.price is None else f"{_between(p.usd, p.usd_interval, 2, ' USD')} at {p.price.told}"
 
 
-def without_price(names: Sequence[str], options: argparse.Namespace) -> list[str]:
-    """GPUs that do but have no price, said once: which set was asked, and which has one."""
-    told = []
-    for name in names:
-        sets = [key for key, offers in prices.SETS.items() if prices.cheapest(offers, name) and key != options.prices]
-        told.append(f"{name} (--prices {sets[0]} has one)" if sets and not options.spot else name)
-    kind = "spot price" if options.spot else "price"
-    brings = "--prices FILE with SpotPrice brings your own" if options.spot else "--prices FILE brings your own"
-    return [f"no {kind} known in {options.prices}: {', '.join(told)}; {brings}"] if told else []
-
-
 def sellers_ask(offers: Sequence[Price], found: Sequence[Prediction], spot: bool) -> list[str]:
     """What other sellers ask: one GPU's prices differ by more than any model's error."""
     rates = {p.gpu: [offer.usd_per_hour for offer in offers if (offer.gpu, offer.spot) == (p.gpu, spot)] for p in found}
@@ -282,7 +283,7 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
             _between(p.queries_per_second, p.queries_per_second_interval, 2),
             _between(p.hours, p.hours_interval, 1),
             "-" if p.usd is None else _between(p.usd, p.usd_interval, 2),
-            "no price known" if p.price is None else p.price.told,
+            "no price known" if p.price is None else p.price.told + prices.aged(p.price),
         )
         for p in found
     ]
@@ -290,9 +291,9 @@ def show(options: argparse.Namespace, given: Asked, found: Sequence[Prediction])
     columns = ("GPU", "batch", "tokens", "s/step", "queries/s", "hours", "USD", "price")
     ending = [*job.told, *assumed(options, job)]
     if any(p.hours_interval for p in found):
-        ending.append("In brackets: where one measured run would lie with 95 %.")
+        ending.append("In brackets: 95 % intervals of one measured run.")
     if not all(p.measured for p in found):
         spans = ", and the brackets span three rules of carrying" if any(p.hours_interval for p in found if not p.measured) else ""
         ending.append(f"* not measured: carried over{spans} (docs/study.md)")
-    missing = without_price(list(dict.fromkeys(p.gpu for p in found if p.price is None)), options)
+    missing = prices.without((p.gpu for p in found if p.price is None), options.prices, spot=options.spot)
     show_table(job_title(job), columns, rows, [*ending, *sellers_ask(given.offers, found, options.spot), *missing, *notes])

@@ -34,7 +34,7 @@ def predict(options: argparse.Namespace) -> int:
     if options.json:
         print_json(_facts(given, found) | {"left_out": {gpu: str(why) for gpu, why in left_out.items()}})
         return 0
-    show(given, found, [f"left out: {why}" for why in left_out.values()], options)
+    show(given, found, [f"left out: {why}" for why in left_out.values()])
     return 0
 
 
@@ -59,7 +59,7 @@ def plan(options: argparse.Namespace) -> int:
         chosen = {name: None if p is None else p.on for name, p in answers.items()}
         print_json(_facts(given, found) | {"answers": chosen, "left_out": {gpu: why.brief for gpu, why in left_out.items()}})
         return 0
-    show(given, found, [f"left out: {why}" for why in refusals(left_out)], options)
+    show(given, found, [f"left out: {why}" for why in refusals(left_out)])
     for name, answer in answered.items():
         print(f"{name}: {answer}")
     return 0
@@ -149,18 +149,18 @@ def _never(p: Forecast) -> str:
     return "" if p.measured else " (never measured on this card)"
 
 
-def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Sequence[str], options: argparse.Namespace) -> None:
+def show(given: Asked, found: Sequence[tuple[Forecast, Workload]], left_out: Sequence[str]) -> None:
     """Whose software, the table, and what holds of its rows."""
     print(f"Times are those of {SOFTWARE[given.forecasts.tool]}")
     cells = [
         (
             p.named, f"{w.rows} x {w.accumulation}", _between(p.step_seconds, p.step_seconds_interval), round(p.tokens_per_second),
             _between(p.hours, p.hours_interval), "-" if p.usd is None or p.usd_interval is None else _between(p.usd, p.usd_interval),
-            f"{p.peak_gb:.1f} of {p.memory_gb:.1f}", "no price known" if p.price is None else p.price.told + prices.aged(p.price),
+            p.memory, "no price known" if p.price is None else p.price.told + prices.aged(p.price),
         )
         for p, w in found
     ]  # fmt: skip
-    columns = ("GPU", "rows", "s/step", "tokens/s", "hours", "USD", "GB", "price")
+    columns = ("GPU", "rows", "s/step", "tokens/s", "hours", "USD", "memory", "price")
     show_table(title_of(found), columns, cells, [*given.notes, *assumed(given, found), *left_out])
 
 
@@ -170,18 +170,26 @@ def title_of(found: Sequence[tuple[Forecast, Workload]]) -> str:
     return f"{job.experiment.name}: {queries} of {job.mean_tokens:.0f} tokens x {counted(job.epochs, 'epoch')}"
 
 
+def _download(w: Workload) -> str:
+    """What is fetched before the first hour."""
+    if not w.fetched:
+        return "nothing to download"
+    seconds = w.download_bytes / workload.LINE
+    takes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"
+    return f"before that a download of {told(w.download_bytes)} ({takes} at 1 Gbit/s), which stays on disk"
+
+
 def assumed(given: Asked, found: Sequence[tuple[Forecast, Workload]]) -> list[str]:
     """What the figures rest on."""
     tool, (first, w) = given.forecasts.tool, found[0]
-    ending = ["In brackets: where a measured run lies with 90 %"]
+    ending = ["In brackets: 90 % intervals of a measured run"]
     if not all(p.measured for p, _ in found):
         ending.append("* never measured on this card")
     if tool != "moejax":
         ending.append("rows are queries, padded to the longest of a micro-batch, whatever the config's batching")
     ending.append(
         f"hours: {counted(first.steps, 'step')}, and {_number(first.besides_hours)} h of loading, compiling, "
-        f"{counted(w.evaluations, 'evaluation')} and {counted(w.checkpoints, 'checkpoint')} (assumed rates); before that "
-        f"{w.download_bytes / 1e9:.1f} GB are downloaded ({w.download_bytes / workload.LINE / 60:.0f} min at 1 Gbit/s), and take disk"
+        f"{counted(w.evaluations, 'evaluation')} and {counted(w.checkpoints, 'checkpoint')} (assumed rates); {_download(w)}"
     )
     changes = said_once((p.on, f"does not fit as it is; taken with {p.changes}") for p, _ in found if p.changes)
     bases = {p.basis for p, _ in found}
@@ -193,4 +201,4 @@ def assumed(given: Asked, found: Sequence[tuple[Forecast, Workload]]) -> list[st
                 f"{p.on}: weights {w.experiment.mesh.weights}: each card receives {told(p.link_bytes)} a step over {p.link}, "
                 f"{p.link_seconds:.3g} s, {given.forecasts.overlap:.0%} hidden behind work (--overlap)"
             )
-    return [*ending, *notes]
+    return [*ending, *notes, *prices.without((p.gpu for p, _ in found if p.price is None), given.price_list, spot=given.spot)]

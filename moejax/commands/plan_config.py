@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moejax import config, config_data, gpus, tpus
-from moejax.commands.arguments import check_counts, check_kernels, counts_of, names_of, on_devices
+from moejax.commands.arguments import check_counts, check_kernels, counts_of, names_of, on_devices, with_experts
 from moejax.commands.tables import print_json, show_table
 from moejax.device import HERE, this_machine, with_peaks
 from moejax.errors import UserError
@@ -41,12 +42,13 @@ def plan(options: argparse.Namespace) -> int:
     experiment = tokens.with_rows(experiment, model_folder(experiment), fetch=False)
     sizes = architecture_of(experiment)
     experiment = experiment.with_defaults(sizes)
+    sizes = with_experts(sizes, options.experts_per_token)
     row_tokens = options.seq_len or experiment.data.longest_text
     if row_tokens > sizes.max_position_embeddings:
         raise UserError(f"rows of {row_tokens} tokens exceed the model's max_position_embeddings = {sizes.max_position_embeddings}")
     row_tokens = config_data.whole_row(row_tokens)
     table = gpus.from_yaml(options.gpu_file) if options.gpu_file else gpus.GPUS
-    others = tuple(gpu for gpu in table.values() if gpu.bf16)
+    others = tuple(gpu for gpu in table.values() if gpu.bf16 or not experiment.training.asks_bf16)
     found: dict[str, tuple[GPU, list[Way], Link | None]] = {}
     in_mesh = experiment.mesh.devices if experiment.mesh else None
     counts = [in_mesh or 1] if options.devices is None else counts_of(options.devices)
@@ -75,7 +77,7 @@ def plan(options: argparse.Namespace) -> int:
         if seconds and lent is not None and lent.hours_per_week is not None:
             steps = lent.hours_per_week * 3600 / next(iter(seconds.values())).seconds
             besides.append(f"{lent.told}: about {steps:,.0f} steps of the first a week (--resume goes on)")
-        _show(experiment, gpu, several, link, options.config, sizes.expert_layers, seconds, besides)
+        _show(experiment, gpu, several, link, [options.config, *options.overrides], sizes.expert_layers, seconds, besides)
     return 0
 
 
@@ -91,7 +93,10 @@ def _targets(
             continue
         card = _here(experiment) if name == HERE else gpus.find(name, dict(table))
         if not card.bf16 and experiment.training.asks_bf16:
-            raise UserError(f"{card.name} has no bf16, which the training section asks for: a run is refused there")
+            raise UserError(
+                f"{card.name} has no bf16, which the training section asks for: a run is refused there; expected "
+                "training.compute_dtype=float32 training.param_dtype=float32, or another GPU"
+            )
         found += itertools.product([card], counts)
     return list(dict.fromkeys(found))
 
@@ -123,7 +128,7 @@ def _facts(way: Way, told: own.Estimate | None) -> dict[str, Any]:
 
 
 def _show(
-    experiment: config.Experiment, gpu: str, several: Sequence[Way], link: Link | None, path: str, layers: int,
+    experiment: config.Experiment, gpu: str, several: Sequence[Way], link: Link | None, given: Sequence[str], layers: int,
     seconds: Mapping[int, own.Estimate], besides: Sequence[str],
 ) -> None:  # fmt: skip
     fitting = [way for way in several if way.refused is None]
@@ -151,7 +156,8 @@ def _show(
     if fitting:
         mesh = fitting[0].experiment.mesh
         changes = ({} if mesh is None or mesh == experiment.mesh else {"mesh.devices": mesh.devices}) | dict(fitting[0].changes)
-        notes.append(" ".join(["first:", "moejax train", path, written(changes)]).rstrip())
+        left = [text for text in given if text.partition("=")[0] not in changes]
+        notes.append(" ".join(["first:", "moejax train", shlex.join(left), written(changes)]).rstrip())
     show_table(f"{experiment.name} on {gpu}: {counted(total, 'row')} of {first.row_tokens} tokens a step", columns, cells, notes)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FP32 = 4
 SIZES = {"bfloat16": 2, "float32": 4}
+EXPERTS = "moe/w1, w3, w2"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def experts(
     pairs: the adapters on the three. devices: over which the experts are dealt; each meets as many choices as its tokens make."""
     f, e, k = spec.hidden, spec.experts / devices, spec.experts_per_token
     passes = (3 + trained) + (3 + trained) + (2 + trained)
-    out = [merged("moe/w1, w3, w2", product(item, n, d, f, passes, e, n * k))]
+    out = [merged(EXPERTS, product(item, n, d, f, passes, e, n * k))]
     if kind:
         out.append(merged("moe: dequantization", dequantization(item, kind, 3 * e * d * f, 2)))
     if pairs:  # forward, again, and a product each for the gradients of A, B and what goes in; a shared A (its input has d numbers) once

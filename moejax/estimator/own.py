@@ -17,7 +17,7 @@ import numpy as np
 
 from moejax import tpus
 from moejax.estimator import bus, closed_form, published, spread
-from moejax.estimator.floors import floors
+from moejax.estimator.floors import EXPERTS, floors
 from moejax.estimator.receipts import Receipt
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import GPU
@@ -42,6 +42,8 @@ TPU_DEVIATION = 0.45
 CARD_DEVIATION, RUN_DEVIATION = 0.25, 0.12
 """Of the part of it that is a card's own, and a run's own."""
 NORMAL_90 = 1.645
+CALL = 1e-3
+"""Of the host for a step, while the card works: jax's dispatch of it (0.85 ms of a program of 32 small layers on a CPU) and its records."""
 FORWARD = 1 / 3
 """Of a step's time what its forward pass takes: it is computed again, and then backward."""
 
@@ -70,26 +72,34 @@ def counts(
 ) -> Counts:
     """backend: of the grouped products; None: the one that is chosen for the card. Of several devices: of one, with this many rows; of the
     experts that it has it visits those that any device's tokens chose."""
-    tokens, mesh = rows * row_tokens, experiment.mesh
+    tokens, mesh, dtype = rows * row_tokens, experiment.mesh, experiment.training.compute_dtype
     dealt = spread.count(experiment) if mesh is not None and mesh.weights == "experts" else 1
-    rates = PRODUCTS * gpu.flops_per_second, BANDWIDTH * gpu.bytes_per_second
-    floor = sum(stage.seconds(*rates)[0] for stage in floors(experiment, config, rows, row_tokens))
+    halves = [(stack.repeats, *stack.block.halves) for stack in config.stacks]
+
+    def takes(half: specs.MoE | specs.MLP) -> str | None:
+        if not isinstance(half, specs.MoE) or half.dense:
+            return None
+        return backend or _backend(experiment, config, gpu, half, dealt * tokens)
+
+    exact = any(takes(half) == "decode" for *_, half in halves)  # its products of fp32 are not rounded to tf32
+    floor = sum(
+        stage.seconds(PRODUCTS * gpu.rate(dtype, exact=exact and stage.name == EXPERTS), BANDWIDTH * gpu.bytes_per_second)[0]
+        for stage in floors(experiment, config, rows, row_tokens)
+    )
     if gpu.platform == "tpu":  # the other columns are of kernels that a GPU launches
         return Counts((floor, 0.0, 0.0, 0.0))
     visits = scans = kernel = 0.0
-    for stack in config.stacks:
-        mixer, half = stack.block.halves
-        met_by = dealt * tokens
-        if isinstance(half, specs.MoE) and not half.dense and (backend or _backend(experiment, config, gpu, half, met_by)) == "loop":
-            met = 1 - (1 - half.experts_per_token / half.experts) ** met_by
-            visits += stack.repeats * half.experts / dealt * met
+    for repeats, mixer, half in halves:
+        if isinstance(half, specs.MoE) and takes(half) == "loop":
+            met = 1 - (1 - half.experts_per_token / half.experts) ** (dealt * tokens)
+            visits += repeats * half.experts / dealt * met
         if isinstance(mixer, specs.Mamba):
             shape = rows * experiment.training.together, row_tokens, mixer.inner
             if choice.scan(closed_form.device_of(gpu), *shape, experiment.model.scan)[0] == "kernel":
-                scans += stack.repeats
-                kernel += stack.repeats * tokens * mixer.inner * mixer.state * (2 / SCAN_FORWARD + 1 / SCAN_BACKWARD) / _clocks(gpu)
+                scans += repeats
+                kernel += repeats * tokens * mixer.inner * mixer.state * (2 / SCAN_FORWARD + 1 / SCAN_BACKWARD) / _clocks(gpu)
             else:
-                scans += stack.repeats * row_tokens / choice.CHUNKS["chunked_associative"]
+                scans += repeats * row_tokens / choice.CHUNKS["chunked_associative"]
     return Counts((floor, float(config.blocks), visits, scans), kernel)
 
 
@@ -113,14 +123,16 @@ def _backend(experiment: Experiment, config: Architecture, gpu: GPU, half: specs
 
 def program_seconds(experiment: Experiment, config: Architecture, gpu: GPU, rows: int, row_tokens: int) -> float:
     """The roofline of an optimizer step: its micro-batches on the card, or what the bus takes for what is fetched, whichever is longer. Of
-    several devices: of each, without what goes between them; rows are those of all."""
+    several devices: of each, without what goes between them; rows are those of all. A small model's step waits for its launches."""
     all_rows, rows = rows, -(-rows // spread.count(experiment))
     law = published.read("program.json")["seconds"]
     counted = counts(experiment, config, gpu, rows, row_tokens)
     card = counted.kernel_seconds + sum(law[name] * value for name, value in zip(COLUMNS, counted.columns, strict=True))
-    card *= experiment.training.gradient_accumulation
+    launching = 0.0 if gpu.platform == "tpu" else law["launch"] * config.blocks
+    card = max(card, launching) * experiment.training.gradient_accumulation
     if experiment.preference is not None:  # the reference's forward pass
         card *= 1 + FORWARD
+    card = max(card, CALL)
     if experiment.placement.experts == "device" and experiment.placement.tables == "device":
         return card
     held = closed_form.on(gpu, settled(experiment), config, all_rows, row_tokens).host

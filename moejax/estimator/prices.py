@@ -152,6 +152,7 @@ def _catalog(path: Path, rows: list[dict[str, str]], day: str, gpus: dict[str, G
 
 # The study read CUDO Compute's prices in 2024; it names no day. The others: on demand, from the sellers' public price lists on the day
 # named; of AWS and Azure one GPU's share of the instance. TPUs: a chip in us-central1, by SkyPilot's catalog v9 (gcp/vms.csv, July 2026).
+# Of 2026-08-22: a daily reading of those pages (github.com/adriannutiu/gpu-rental-prices, data/snapshots).
 # What is lent: Kaggle's v5e-8 for 20 hours a week as its users report, Colab's v5e-1 (github.com/jax-ml/jax-ai-stack pull 242).
 SETS = {name: _read(Path(__file__).with_name(f"prices_{name}.csv"), GPUS) for name in ("study", "2026")}
 STUDY, DATED = SETS.values()
@@ -190,3 +191,13 @@ def cheapest(prices: Iterable[Price], gpu: str, *, spot: bool = False, devices: 
     then instances of one GPU."""
     offers = [p for p in prices if p.gpu == gpu and p.spot == spot and (p.usd_per_hour > 0 or p.gpus_rented == devices)]
     return min(offers, key=lambda p: (p.usd_per_hour > 0, p.gpus_rented > 1, p.usd_per_hour), default=None)
+
+
+def without(gpus: Iterable[str], name_or_file: str, *, spot: bool = False) -> list[str]:
+    """A line that names the GPUs without a price in this set or file, and the sets that have one; none where all have one."""
+    told = []
+    for gpu in dict.fromkeys(gpus):
+        sets = [key for key, offers in SETS.items() if cheapest(offers, gpu) and key != name_or_file]
+        told.append(f"{gpu} (--prices {sets[0]} has one)" if sets and not spot else gpu)
+    kind, column = ("spot price", " with SpotPrice") if spot else ("price", "")
+    return [f"no {kind} known in {name_or_file}: {', '.join(told)}; --prices FILE{column} brings your own"] if told else []

@@ -39,7 +39,8 @@ class Work:
         return QLORA_BYTES if self.method == "qlora" else 2.0
 
     def least_seconds(self, gpu: GPU, tokens: float, share: float) -> float:
-        """What no implementation can undercut: the useful FLOPs at the peak, or reading twice what a single token meets."""
+        """What no implementation can undercut: the useful FLOPs at the card's highest peak, whatever its dtype (PyTorch's runs on a T4
+        are in fp16), or reading twice what a single token meets."""
         met = self.rest_weights + share * self.experts * self.expert_weights
         flops = 2 * (2 + (self.method == "full")) * tokens * (met + self.head_products)
         read = 2 * self.head_products + self.layer_bytes * met

@@ -29,7 +29,7 @@ def precision(experiment: Experiment) -> list[str]:
     """A line where products are asked in fp32."""
     if experiment.training.compute_dtype != "float32":
         return []
-    return ["training.compute_dtype = float32: a TPU multiplies in bfloat16, fp32 products are several passes of it: expected bfloat16"]
+    return ["training.compute_dtype = float32: a TPU rounds what it multiplies to bfloat16 (docs/tpu.md): expected bfloat16"]
 
 
 def modes(slice_: Slice, experiment: Experiment, config: Architecture) -> tuple[list[Experiment], list[str]]:

@@ -223,7 +223,7 @@ def _way(asked: Asked, changes: Mapping[str, Any], rows: int) -> Way:
     made = asked.peak(step, rows)
     shown = {name: value for name, value in settings.items() if value != _at(own, name) and (name, value) not in chosen_by_auto}
     of_micro = floors(step, asked.config, rows // asked.devices, asked.row_tokens)
-    compute = sum(s.seconds(gpu.flops_per_second, gpu.bytes_per_second)[0] for s in of_micro) * (total // rows)
+    compute = sum(s.seconds(gpu.rate(step.training.compute_dtype), gpu.bytes_per_second)[0] for s in of_micro) * (total // rows)
     over_bus = bus.step_bytes(step, asked.config, rows // asked.devices, asked.row_tokens, made.host) / bus.rate(gpu)
     between = 0.0 if asked.link is None else spread.traffic(step, asked.config, rows * asked.row_tokens).total / asked.link.rate
     layers = asked.config.expert_layers

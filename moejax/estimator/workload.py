@@ -27,7 +27,8 @@ CHECKPOINT = 3
 @dataclass(frozen=True)
 class Workload:
     """A run. queries: of an epoch; row_tokens: of a row as this program computes it, the mean, longest_row: the longest; steps,
-    other_steps: optimizer steps of this program, and of one that pads instead of packing; evaluated_rows: of one evaluation."""
+    other_steps: optimizer steps of this program, and of one that pads instead of packing; evaluated_rows: of one evaluation. fetched:
+    whether the weights are downloaded first."""
 
     experiment: Experiment
     config: Architecture
@@ -39,6 +40,7 @@ class Workload:
     steps: int
     other_steps: int
     evaluated_rows: int = 0
+    fetched: bool = True
 
     @property
     def rows(self) -> int:
@@ -87,7 +89,7 @@ class Workload:
 
 def of(
     experiment: Experiment, config: Architecture, found: Lengths, *, queries: int | None = None, rows_an_epoch: int | None = None,
-    evaluated_rows: int = 0,
+    evaluated_rows: int = 0, fetched: bool = True,
 ) -> Workload:  # fmt: skip
     """Of queries of these lengths. queries: how many, where the lengths are a part's; rows_an_epoch: where the data were read."""
     from moejax.config_data import ROW_MULTIPLE
@@ -109,4 +111,5 @@ def of(
     def steps(rows_in_epoch: int) -> int:
         return t.steps or epochs * math.ceil(rows_in_epoch / of_step)
 
-    return Workload(experiment, config, found, many, epochs, row_tokens, longest, steps(rows_an_epoch), steps(many), evaluated_rows)
+    counts = steps(rows_an_epoch), steps(many), evaluated_rows
+    return Workload(experiment, config, found, many, epochs, row_tokens, longest, *counts, fetched)

@@ -22,6 +22,8 @@ from moejax.gpus import GPU
 from moejax.models.config import Architecture
 from moejax.models.ops import choice
 
+GIVEN = "--closed-form was given"
+
 
 def _sources() -> str:
     """Hash of everything that the step is made of: what `program.py` imports, and the tables that choose what is compiled."""
@@ -79,6 +81,12 @@ class Oracle:
     def devices(self) -> int:
         return spread.count(self.experiment)
 
+    @property
+    def named(self) -> str:
+        """The card, or several; of a TPU its slice and mode."""
+        name, mesh = links.several(self.gpu.name, self.devices), self.experiment.mesh
+        return name if self.gpu.platform != "tpu" or mesh is None else f"{name}, {mesh.weights}"
+
     def breakdown(self, rows: int, gpu: GPU | None = None, *, float32: bool = False) -> Breakdown:
         """The closed form on this GPU, or on another; in fp32 throughout, where that is asked."""
         experiment = self.experiment
@@ -129,5 +137,5 @@ class Oracle:
 
 def oracle(experiment: Experiment, architecture: Architecture, gpu: GPU, row_tokens: int, closed: bool) -> Oracle:
     """Who answers for one experiment on one GPU: the compiler, or the closed form with the reason."""
-    reason = "--closed-form was given" if closed else why_not_compiled(gpu)
+    reason = GIVEN if closed else why_not_compiled(gpu)
     return Oracle(experiment, architecture, gpu, row_tokens, reason)

@@ -66,6 +66,19 @@ def test_every_gpu_is_plausible():
     assert len(names) == len(set(names))
 
 
+def test_fp32_products_are_in_tf32_where_a_card_has_it():
+    """Data sheets agree with cores x clock (64 cores a multiprocessor up to sm_80, then 128), and tf32 is half of bf16."""
+    for gpu in gpus.GPUS.values():
+        c = gpu.compiler
+        cores = 64 if float(c.compute_capability) <= 8.0 else 128
+        assert gpu.rate("float32", exact=True) == pytest.approx(2e9 * cores * c.multiprocessors * c.clock_ghz, rel=0.02), gpu.name
+        assert gpu.rate("bfloat16") == gpu.flops_per_second
+        if gpu.bf16:
+            assert gpu.rate("float32") == pytest.approx(gpu.flops_per_second / 2, rel=0.02), gpu.name
+    assert [gpus.GPUS[name].rate("float32") / 1e12 for name in ("T4", "V100-16", "A100-40")] == [8.1, 15.7, 156]
+    assert tpus.CHIPS["v5e"].rate("float32") == tpus.CHIPS["v5e"].flops_per_second  # rounds operands to bf16
+
+
 CARD = "X: {memory_gb: 48, bandwidth_gb_per_second: 696, bf16_tflops: 150"
 
 
@@ -87,9 +100,13 @@ def test_a_users_own_gpu(tmp_path):
     gpu = gpus.find("rtx5090", gpus.from_yaml(path))
     assert (gpu.memory_gb, gpu.bytes_per_second, gpu.flops_per_second, gpu.source) == (32, 1790e9, 210e12, "gpus.yaml")
     assert gpus.find("H100", gpus.from_yaml(path)) == gpus.GPUS["H100"]
+    assert gpu.rate("float32") == 105e12
+    path.write_text(CARD.replace("150", "150, fp32_tflops: 30, tf32_tflops: 70") + "}")
+    assert [gpus.from_yaml(path)["X"].rate("float32", exact=exact) for exact in (False, True)] == [70e12, 30e12]
     path.write_text("rtx 5090: {memory_gb: 24, bandwidth_gb_per_second: 1790, bf16_tflops: 210, bf16: false}\n")
     table = gpus.from_yaml(path)  # in place of the table's, not next to it
     assert len(table) == len(gpus.GPUS) and gpus.find("RTX-5090", table).memory_gb == 24 and not table["rtx 5090"].bf16
+    assert table["rtx 5090"].rate("float32") == 210e12 / 8  # as of a T4 or V100
 
 
 @pytest.mark.parametrize(
@@ -100,6 +117,7 @@ def test_a_users_own_gpu(tmp_path):
      ("X: {memory_gb: .inf, bandwidth_gb_per_second: 1, bf16_tflops: 1}", "memory_gb = inf"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, bf16: none}", "bf16 = 'none': expected true or false"),
      ("X: {memory_gb: 1, bandwidth_gb_per_second: 1, bf16_tflops: 1, flops: 2}", "unknown flops"),
+     (f"{CARD}, tf32_tflops: 0}}", "X.tf32_tflops = 0: expected a number above 0"),
      (f"{CARD}, pcie: 2}}", "X.pcie = 2: expected one of 3, 4, 5"), (f"{CARD}, pcie_lanes: 12}}", "X.pcie_lanes = 12: expected one"),
      (f"{CARD}, compute_capability: 8.6, l2_mb: 6}}", "X has compute_capability, l2_mb, but no multiprocessors, clock_ghz: to compile"),
      (f"{CARD}, compute_capability: sm_86, l2_mb: 6, multiprocessors: 84, clock_ghz: 1}}", "X.compute_capability = .sm_86.: expected"),

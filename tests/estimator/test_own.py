@@ -34,6 +34,23 @@ def test_the_roofline_knows_cards_and_placements():
     assert four == pytest.approx(4 * program("mixtral_8x7b", "H100"))
 
 
+def test_fp32_takes_the_rate_of_fp32():
+    fp32 = "training.compute_dtype=float32", "training.param_dtype=float32"
+    size = "data.batch_rows=8", "data.max_length=512", "data.row_tokens=512"
+    tflop = 0.47e14 * 1.3588  # products of a step, with the law's factor; scores and norms apart
+    for gpu, rate in (("T4", 8.1), ("V100-32", 15.7), ("A100-80", 156)):
+        assert program("mixtral_8x7b_cs_sparse", gpu, *size, *fp32) > tflop / (rate * 1e12 * own.PRODUCTS)
+    assert program("mixtral_8x7b_cs_sparse", "T4", *size, *fp32) > 7 * program("mixtral_8x7b_cs_sparse", "A100-80", *size, *fp32)
+    decode, loop = (program("mixtral_8x7b_cs_sparse", "A100-80", *size, *fp32, f"model.moe_backend={by}") for by in ("decode", "loop"))
+    assert decode > 3 * loop  # fp32 products of `decode` are exact: 19.5, not 156 TFLOP/s
+
+
+def test_a_small_models_step_waits_for_its_launches():
+    """Four blocks of 64 numbers: no work, and the kernels of a block take half a millisecond to launch."""
+    few = program("demo", "B200", "model.moe_backend=capacity", "data.batch_rows=1")
+    assert few == program("demo", "L4", "model.moe_backend=capacity", "data.batch_rows=1") and 1e-3 <= few < 5e-3
+
+
 @pytest.mark.parametrize(("gpu", "derived"), [("H100", 0.2349), ("A100-80", 0.5619)])
 def test_the_scans_kernel_is_counted_where_it_runs(gpu, derived):
     """Next to the seconds of the compiled program (benchmarks/results/2026-12-01-scan-kernel.json)."""

@@ -70,7 +70,7 @@ def test_modes_that_a_config_cannot_have(capsys):
     asked = ("--gpu", "v5e-8", "--seq-len", "32", "--closed-form", "adapter=null", "quantization.format=none", "training.optimizer=adamw")
     code, out, _ = run(capsys, "memory", full, *asked)
     assert code == 0 and "v5e-8, spread: mesh.weights = spread is of frozen weights" in out and "│ v5e-8, whole" in out
-    assert "fp32 products are several passes" in out
+    assert "a TPU rounds what it multiplies to bfloat16" in out
 
 
 @pytest.mark.parametrize(

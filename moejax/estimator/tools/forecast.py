@@ -16,6 +16,7 @@ from moejax.estimator.sizes import stored
 from moejax.estimator.tools import fitted, peak, work
 from moejax.estimator.tools.fitted import Fitted
 from moejax.estimator.tools.peak import Peaks
+from moejax.estimator.units import Gigabytes
 from moejax.estimator.workload import BESIDES, Workload
 from moejax.gpus import GPU
 
@@ -59,6 +60,12 @@ class Forecast:
         return links.several(self.gpu, self.devices)
 
     @property
+    def memory(self) -> str:
+        """`32.1 of 84.9 GB`, `74 MB of 84.9 GB`."""
+        peak = f"{self.peak_gb:.1f}" if self.peak_gb >= 0.1 else f"{Gigabytes(self.peak_gb)}"
+        return f"{peak} of {self.memory_gb:.1f} GB"
+
+    @property
     def named(self) -> str:
         """The cards, marked where nothing was measured on one."""
         return self.on if self.measured else f"{self.on} *"
@@ -97,7 +104,7 @@ class Forecasts:
         held = closed_form.on(gpu, own.settled(e), job.config, job.rows, job.longest_row).total
         sure, possible = memory.by_gpu(gpu, e.device.memory_fraction)
         if held > possible:
-            others = [g for g in self.table.values() if g.bf16]
+            others = [g for g in self.table.values() if g.bf16 or not e.training.asks_bf16]
             raise memory.too_large(
                 f"{job.rows} x {job.longest_row} tokens", held, gpu, e.device.memory_fraction, others,
                 lambda g: closed_form.on(g, own.settled(e), job.config, job.rows, job.longest_row).total, closed=True,

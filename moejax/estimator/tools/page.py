@@ -82,7 +82,7 @@ def write(
         {
             "name": p.named, "frontier": p.on in best, "hours": f"{p.hours:.3g}", "hours_between": between(p.hours_interval),
             "usd": "no price" if p.usd is None else f"{p.usd:.3g}", "usd_between": between(p.usd_interval),
-            "memory": f"{p.peak_gb:.1f} of {p.memory_gb:.1f} GB", "changes": p.changes,
+            "memory": p.memory, "changes": p.changes,
         }
         for p in found
     ]  # fmt: skip
