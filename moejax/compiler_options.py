@@ -23,11 +23,13 @@ GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": "1",
     "xla_gpu_dot_merger_threshold_mb": "0",
+    "xla_disable_hlo_passes": "fusion-dynamic-memcpy-rewriter",
 }
 """Options of the compiler for a GPU. XLA's own kinds of what goes into CUDA graphs, and loops: else a loop whose trip count depends on data
 (the experts' tiles) asks the host before every iteration (a driver below 12.3 has no loops in graphs; XLA then leaves them out). One loop
-is enough for a graph. And no joining of products with one operand in common: of a matrix and its adapter XLA copies the whole dequantized
-matrix for it, in every tile."""
+is enough for a graph. A layer's slices of stacked arrays are kernels: the copies by the host that XLA makes of them are in no graph, so
+that a step would be hundreds of graphs instead of one. And no joining of products with one operand in common: of a matrix and its adapter
+XLA copies the whole dequantized matrix for it, in every tile."""
 HOST_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_experimental_parallel_async_compute_limit": "64",
 }  # fmt: skip
