@@ -96,7 +96,7 @@ lint: $(STAMP) ## ruff, mypy, and words, links and commands of the docs
 supply: $(STAMP) ## licences of the packages that are used here, and their known weaknesses (pip-audit, if it is installed)
 	@$(BIN)/python benchmarks/supply.py
 
-versions: $(STAMP) ## the quick tests with the lowest and newest jax, flax and transformers, by each Python on the path (hours on 2 cores)
+versions: $(STAMP) ## the quick tests with the lowest and newest versions that are allowed, by each Python on the path (hours on 2 cores)
 	@$(BIN)/python benchmarks/versions.py
 
 bench: $(STAMP) reference4 reference5 ## one training step and PyTorch's, in turn, on this machine

@@ -1,4 +1,7 @@
-"""The quick tests with the lowest and the newest versions of jax, flax and transformers that pyproject.toml allows, by each Python.
+"""The quick tests with the lowest and the newest versions that pyproject.toml allows, by each Python.
+
+The lowest: of everything moejax names, by the oldest Python (what was built before a newer one has no wheels for it); of jax, flax and
+transformers by the others.
 
     python benchmarks/versions.py [--python 3.11 …] [--ends lowest newest] [--folder .venv-versions] [-- PYTEST'S ARGUMENTS]
 
@@ -24,11 +27,12 @@ ENDS = ("lowest", "newest")
 QUICK = ["-q", "-n", "2", "--dist", "worksteal"]
 
 
-def pins(end: str) -> list[str]:
-    """Requirements that move the pinned packages to this end of what is allowed; the newest is what pip chooses anyway."""
+def pins(end: str, version: str) -> list[str]:
+    """Requirements that move packages to this end of what is allowed, for this Python; the newest is what pip chooses anyway."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needed = {r.name: r for r in map(Requirement, content["project"]["dependencies"])}
-    lowest = {name: next(s.version for s in needed[name].specifier if s.operator == ">=") for name in PINNED}
+    names = needed if version == PYTHONS[0] else PINNED
+    lowest = {name: next(s.version for s in needed[name].specifier if s.operator == ">=") for name in names}
     return [f"{name}=={version}" for name, version in lowest.items()] if end == "lowest" else []
 
 
@@ -55,7 +59,7 @@ def tested(version: str, end: str, folder: Path, arguments: list[str]) -> tuple[
         subprocess.run([found, "-m", "venv", python.parent.parent], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if end == "newest" else []
-    if subprocess.run([*pip, *upgrade, "-e", f"{ROOT}[test]", *pins(end)], check=False).returncode != 0:
+    if subprocess.run([*pip, *upgrade, "-e", f"{ROOT}[test]", *pins(end, version)], check=False).returncode != 0:
         return "cannot be installed", False
     have = ", ".join(f"{name} {number}" for name, number in installed(python).items())
     done = subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, check=False)

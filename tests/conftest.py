@@ -1,6 +1,5 @@
 """Shared fixtures: the PyTorch vectors, and the tiny Mixtral they were made with."""
 
-import ctypes
 import gc
 import itertools
 import json
@@ -49,7 +48,7 @@ import pytest
 import shared_steps  # noqa: F401  isort: skip
 from support import batch_of, hub_folder, read_vectors, tiny_experiments
 
-from moejax import progress
+from moejax import device, progress
 from moejax.commands.shown import Shown
 from moejax.models.config import from_hub_config
 
@@ -113,9 +112,7 @@ def pytest_runtest_teardown(item, nextitem):
     if other_folder or (next(_ended) % 20 == 0 and mappings() > MOST_MAPPINGS):
         jax.clear_caches()
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed
-        if trim is not None:
-            trim(0)
+        device.return_freed()
 
 
 @pytest.fixture

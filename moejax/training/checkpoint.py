@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from moejax import processes
+from moejax import device, processes
 from moejax.errors import UserError, first_line
 from moejax.progress import say
 from moejax.training.step import TrainState
@@ -52,6 +52,7 @@ class Checkpoints:
             policies.append(BestN(get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "position"))
+        self._unfinished = False
 
     def save(self, step: int, state: TrainState, position: Position, eval_loss: float | None) -> None:
         """Start saving; returns when the state is copied, before it is on disk. Raises UserError where the last could not be written."""
@@ -67,6 +68,13 @@ class Checkpoints:
                 ),
                 metrics=None if eval_loss is None else {"eval_loss": eval_loss},
             )
+        self._unfinished = True
+
+    def tidy(self) -> None:
+        """Call now and then: what a save took is returned once it is on disk. Else resident memory grows for thousands of steps."""
+        if self._unfinished and not self.manager.is_saving_in_progress():
+            self._unfinished = False
+            device.return_freed()
 
     def latest_step(self) -> int | None:
         return self.manager.latest_step()

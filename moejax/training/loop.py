@@ -198,6 +198,7 @@ class Trainer:
                 if traced:
                     jax.block_until_ready((self.program.state, metrics))
             self.step, self.position = self.step + 1, work.after
+            self.checkpoints.tidy()
             if processes.stop_agreed(self.step):
                 self.stopped = signal.SIGTERM
             if pending is not None:
@@ -226,6 +227,7 @@ class Trainer:
         if tokens.shape in self._met:
             return
         fit(self.program, *tokens.shape[1:])
+        device.return_freed()
         self._met.add(tokens.shape)
         self.compiled_in.add(self.step + 1)
         prediction.announce(

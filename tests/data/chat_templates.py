@@ -226,6 +226,8 @@ def records(conversations, **more):
 
 
 def rendered(tokenizer, messages, ask=False, **variables):
-    """By `transformers`."""
+    """By `transformers`, whose lowest version knows a thought by its first name alone."""
+    thoughts = [message.get("thinking", message.get("reasoning")) for message in messages]
+    messages = [m if said is None else m | {"reasoning_content": said} for m, said in zip(messages, thoughts, strict=True)]
     dated = TODAY if "date_string" in tokenizer.chat_template else {}
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **dated, **variables)

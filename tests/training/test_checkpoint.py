@@ -46,6 +46,24 @@ def test_one_message_says_why_and_what_is_kept(error, why, when, tmp_path, monke
     assert Checkpoints(tmp_path / "checkpoints", 2, best=False).restore(STATE, 1)[1] == Position(0, 1)
 
 
+def test_memory_is_returned_once_after_each_save_that_is_on_disk(tmp_path, monkeypatch):
+    returned, writing = [], True
+    monkeypatch.setattr(checkpoint.device, "return_freed", lambda: returned.append(1))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, best=False)
+    monkeypatch.setattr(checkpoints.manager, "is_saving_in_progress", lambda: writing)
+    for step in (1, 2):
+        checkpoints.tidy()
+        writing = True
+        checkpoints.save(step, STATE, Position(0, step), None)
+        checkpoints.tidy()
+        assert len(returned) == step - 1
+        writing = False
+        checkpoints.tidy()
+        checkpoints.tidy()
+        assert len(returned) == step
+    checkpoints.close()
+
+
 @pytest.fixture
 def three(tmp_path):
     """Checkpoints 1, 2, 3 of STATE times their number."""
