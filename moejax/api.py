@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from moejax import config as experiments
-from moejax import gpus, tpus
+from moejax import gpus, processes, tpus
 from moejax.compiler_options import jit
 from moejax.config import Experiment
 from moejax.config_data import DataConfig, whole_row
@@ -39,14 +39,16 @@ from moejax.evaluation.generate import Sampling, generate, said
 from moejax.evaluation.loglikelihood import encoded
 from moejax.hub import model as hub_model
 from moejax.hub import peft, weights
+from moejax.mesh import Devices, of_model
 from moejax.models.build import Model
 from moejax.runs import open as runs
 from moejax.runs import tokens
+from moejax.runs.devices import devices_of, joined
 from moejax.runtime import prepare_jax
 from moejax.training import experts, loop
 from moejax.training.oracle import GIVEN, Oracle, oracle
 from moejax.training.program import Own, split
-from moejax.training.step import Loss, Objective, sums
+from moejax.training.step import Loss, Objective, gradients_over, sums
 
 Config = str | Path | Mapping[str, Any] | Experiment
 Changes = Mapping[str, Any] | Sequence[str]
@@ -120,7 +122,11 @@ class LanguageModel:
         tokens includes the tokenizer."""
         if not has_adapter(self.model):
             raise UserError("this model has no adapter: load it with adapter={…}")
-        peft.save_adapter(self.model, Path(folder), self.source, fused=fused)
+        graphdef, trainable, frozen = split(self.model, full=False)
+        model = nnx.merge(graphdef, jax.tree.map(processes.on_host, trainable), frozen)
+        if not processes.is_first():
+            return
+        peft.save_adapter(model, Path(folder), self.source, fused=fused)
         rows = self.model.embed_rows
         if rows is not None and set(rows.ids) <= set(self.tokenizer.get_vocab().values()):  # the base's own may not know them
             try:
@@ -136,8 +142,11 @@ def has_adapter(model: Model) -> bool:
 def load(
     source: str | Path, *, base: bool = False, quantization: str | None = None, adapter: Mapping[str, Any] | None = None,
     dtype: str | None = None, seed: int = 0, download: str = "whole", placement: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, Any] | None = None,
 ) -> LanguageModel:  # fmt: skip
     """Load a finished run (base: its base model), a model folder in Hub layout, or a Hub id, `org/name@REV`.
+
+    mesh: keys of the config's mesh section, e.g. {"weights": "experts"} (default: a run's own on all devices here; a model on one).
 
     For models only: quantization "nf4": 4-bit weights; adapter: keys of the config's adapter section ({}: defaults), for a new LoRA
     adapter from `seed`, or a saved one with "init_from"; dtype of computation, "bfloat16" or "float32" (default: bfloat16, on a CPU
@@ -148,7 +157,7 @@ def load(
         if quantization is not None or adapter is not None or dtype is not None or download != "whole" or placement is not None:
             own = "quantization, adapter, dtype, download and placement"
             raise UserError(f"{source} is a run, which says itself how its model is stored: leave {own} out")
-        opened = runs.load(path, base)
+        opened = runs.load(path, base, joined(path, mesh))
         return LanguageModel(opened.make(), opened.tokenizer, opened.template, opened.ends, runs.open_run(path).model.source or "")
     if base:
         raise UserError(f"{source} is no run: there is no adapter to leave out (base=True)")
@@ -167,6 +176,7 @@ def load(
     if (quantization is not None or placement is not None) and adapter is None:
         content["adapter"] = {}  # frozen weights alone could not be trained, and a new adapter changes nothing
     experiment = experiments.of(content, f"load({str(source)!r})")
+    asked = joined(path, mesh)
     folder = hub_model.base_folder(experiment)
     assert folder is not None
     experiment = hub_model.with_adapters_rows(experiment, weights.read_config(folder).vocab_size)
@@ -174,9 +184,10 @@ def load(
     begun = None if experiment.adapter is None else experiment.adapter.init_from
     beside = None if begun is None else weights.resolve(begun, field="adapter.init_from")  # with the tokens that were added
     tokenizer = load_tokenizer(str(beside if beside is not None and (beside / "tokenizer.json").is_file() else folder))
-    check_vocabulary(tokenizer, hub_model.architecture(experiment, folder).vocab_size)
-    template = runs.own_template(tokenizer)
-    return LanguageModel(hub_model.load(name, experiment), tokenizer, template, ends_of(tokenizer, template, folder), name)
+    sizes = hub_model.architecture(experiment, folder)
+    check_vocabulary(tokenizer, sizes.vocab_size)
+    devices, template = devices_of(asked, sizes, experiment), runs.own_template(tokenizer)
+    return LanguageModel(hub_model.load(name, experiment, devices), tokenizer, template, ends_of(tokenizer, template, folder), name)
 
 
 def _batch(given: Batch | Any) -> Batch:
@@ -192,18 +203,26 @@ def _batch(given: Batch | Any) -> Batch:
     return Batch(tokens.astype(np.int32), np.roll(tokens, -1, 1).astype(np.int32), mask, np.ones(tokens.shape, np.int32), positions)
 
 
-@partial(jit, static_argnums=(0, 4))
-def _mean(objective: Objective, trainable: Any, frozen: Any, batch: Batch, grads: bool) -> Any:
+@partial(jit, static_argnums=(0, 4, 5))
+def _mean(objective: Objective, trainable: Any, frozen: Any, batch: Batch, devices: Devices | None, grads: bool) -> Any:
     def mean(trainable: Any) -> jax.Array:
-        return sums(objective, trainable, frozen, batch, None)[0] / jnp.maximum(jnp.sum(batch.loss_mask), 1)
+        return sums(objective, trainable, frozen, batch, None)[0] / weight
 
-    return jax.value_and_grad(mean)(trainable) if grads else mean(trainable)
+    weight = jnp.maximum(jnp.sum(batch.loss_mask), 1)
+    if devices is None:
+        return jax.value_and_grad(mean)(trainable) if grads else mean(trainable)
+    found, summed = gradients_over(devices, objective)(trainable, frozen, batch)
+    return (found / weight, jax.tree.map(lambda g: g / weight.astype(g.dtype), summed)) if grads else found / weight
 
 
-def _asked(model: Model, batch: Any, remat: str, loss: Loss | None) -> tuple[Objective, Any, Any, Batch]:
+def _asked(model: Model, batch: Any, remat: str, loss: Loss | None) -> tuple[Objective, Any, Any, Batch, Devices | None]:
     full = not has_adapter(model)
     graphdef, trainable, frozen = split(model, full)
-    return Objective(graphdef, full=full, remat=remat, loss=loss), trainable, frozen, _batch(batch)
+    devices, rows = of_model(nnx.state(model)), _batch(batch)
+    if devices is not None:  # which have as many rows each, some of padding
+        more = devices.whole_rows(len(rows.tokens)) - len(rows.tokens)
+        rows = Batch(*(np.pad(np.asarray(part), ((0, more), (0, 0))) for part in rows))
+    return Objective(graphdef, full=full, remat=remat, loss=loss), trainable, frozen, rows, devices
 
 
 def loss(model: Model, batch: Batch | Any, *, own: Loss | None = None) -> jax.Array:

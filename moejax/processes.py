@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +30,8 @@ JOIN_SECONDS = 180
 """How long a process waits for the others to come."""
 HEARTBEAT_SECONDS = 40
 """Without a sign of life for so long a process is dead, and the others end."""
+END_SECONDS = 86400
+"""How long the first waits for the others to end, as far as jax lets it. (One that is dead is not waited for.)"""
 
 _GONE = (
     "another process of this run has ended, or cannot be reached any more (its own message says why): this one ends too. "
@@ -51,9 +53,28 @@ def count() -> int:
     return jax.process_count()
 
 
+_SCHEDULERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
+"""Variables with the number of processes -> who sets them, in a process that they started and not in the shell of an allocation."""
+
+
 def scheduled() -> int:
     """The number of processes that SLURM's srun or OpenMPI's mpirun started, by their environment; 1 without them."""
-    return max(int(os.environ.get(name) or 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return max(int(os.environ.get(name) or 1) for name in _SCHEDULERS)
+
+
+def check_started(mesh: MeshConfig | None, what: str) -> None:
+    """Raises UserError where several processes were started that would not know of each other: each would do all of `what`."""
+    by = dict(_SCHEDULERS) if mesh is None else {}
+    if "MASTER_ADDR" in os.environ and not started_with(mesh):  # of PyTorch's launchers
+        by["WORLD_SIZE"] = "torchrun or accelerate"
+    name = next((name for name in by if (os.environ.get(name) or "1").isdigit() and int(os.environ.get(name) or 1) > 1), None)
+    if name is None:
+        return
+    told = f"{by[name]} started {os.environ[name]} processes ({name} = {os.environ[name]}), and each would do all of {what}"
+    if name == "WORLD_SIZE":
+        raise UserError(f"{told}: start moejax by itself, one process with mesh.weights=whole uses all GPUs; several machines by srun, "
+                        f"mpirun or mesh.coordinator. For a process by itself unset {name}")  # fmt: skip
+    raise UserError(f"{told}: give mesh.weights=whole (or spread, experts) and they share it, or for a process by itself unset {name}")
 
 
 def started_with(mesh: MeshConfig | None) -> bool:
@@ -72,7 +93,7 @@ def joined(experiment: Experiment) -> Iterator[Experiment]:
         yield experiment
         return
     own = experiment.changed("mesh", coordinator=None, processes=None, process_id=None)
-    with together(experiment.mesh, {"config": _text(own)}):
+    with together(experiment.mesh, {"config": as_text(own)}):
         yield own
 
 
@@ -93,7 +114,10 @@ def together(mesh: MeshConfig | None, asked: Mapping[str, str]) -> Iterator[None
         listen(_Quiet(heard))
     try:
         same(asked, texts=True)
+        _acquaint()
         yield
+        # The first may still write a model: jax's own wait at the end of a process, of the last, is five minutes.
+        wait_for_all("the end")
     except BaseException as error:
         # The others are not waited for: they do not come to where this process would wait.
         atexit.register(_leave)
@@ -102,6 +126,32 @@ def together(mesh: MeshConfig | None, asked: Mapping[str, str]) -> Iterator[None
         raise
     finally:
         listen(heard)
+
+
+def join(mesh: MeshConfig | None, asked: Mapping[str, str]) -> None:
+    """`together`, of a script, until it ends. What it asks first must come before jax is asked for devices, as there."""
+    if not started_with(mesh):
+        return
+    if _joined:
+        same(asked, texts=True)
+        return
+    _joined.append(together(mesh, asked))
+    _joined[0].__enter__()
+    atexit.register(_part)
+
+
+_joined: list[AbstractContextManager[None]] = []
+
+
+def _part() -> None:
+    """At a script's end: the others are waited for, unless it ends by an error."""
+    if getattr(sys, "last_value", None) is not None:
+        _leave()
+    try:
+        _joined.pop().__exit__(None, None, None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _leave()
 
 
 class _Quiet(Listener):
@@ -133,7 +183,7 @@ def _meet(mesh: MeshConfig) -> None:
     try:
         jax.distributed.initialize(
             **options, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=END_SECONDS,
         )  # fmt: skip
         jax.devices()  # where each hears of the others' devices
     except (RuntimeError, ValueError) as error:
@@ -143,6 +193,17 @@ def _meet(mesh: MeshConfig) -> None:
             ) from error
         raise UserError(f"several processes: {first_line(error)}") from error
     _at_abort(_GONE)
+
+
+def _acquaint() -> None:
+    """A first sum over all devices. gloo waits 30 s for the others to come to the first one alone: all are here now, and are not where one
+    compiles the first step longer than another."""
+    import jax
+
+    everyone = jax.sharding.Mesh(np.array(jax.devices()), ("everyone",))
+    over, whole = (jax.sharding.NamedSharding(everyone, jax.sharding.PartitionSpec(*axes)) for axes in (["everyone"], []))
+    zeros = jax.make_array_from_callback((everyone.size,), over, lambda _: np.zeros(1, np.int32))
+    jax.block_until_ready(jax.jit(lambda a: a.sum(), out_shardings=whole)(zeros))
 
 
 def _options(mesh: MeshConfig) -> dict[str, Any]:
@@ -212,7 +273,7 @@ def _leave() -> None:
     os._exit(2)
 
 
-def _text(experiment: Experiment) -> str:
+def as_text(experiment: Experiment) -> str:
     """What of a config all processes must have alike."""
     return json.dumps(experiment.model_dump(mode="json", exclude={"device", "made_of"}), sort_keys=True)
 
@@ -256,6 +317,12 @@ def gathered(text: str) -> list[str]:
     longest = int(np.max(process_allgather(np.array([data.size]))))
     found = np.asarray(process_allgather(np.pad(data, (0, longest - data.size))))
     return [row.tobytes().rstrip(b"\0").decode() for row in found]
+
+
+def least(value: int | None) -> int | None:
+    """The least of what the processes have, so that all decide alike; None where one does not know. All call it."""
+    found = [json.loads(text) for text in gathered(json.dumps(value))]
+    return None if None in found else min(found)
 
 
 def _differences(first: Any, own: Any, path: str = "") -> list[str]:

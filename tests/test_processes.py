@@ -15,6 +15,7 @@ from moejax import config, processes, progress
 from moejax.config_mesh import MeshConfig
 from moejax.errors import UserError
 from moejax.runs import folders
+from moejax.training import loop
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4"}
 
@@ -99,7 +100,7 @@ def test_one_process_is_alone(tmp_path):
 
 
 def test_what_differs_between_two_configs_is_named():
-    first, own = (json.loads(processes._text(experiment(f"training.learning_rate={rate}"))) for rate in ("1e-3", "2e-3"))
+    first, own = (json.loads(processes.as_text(experiment(f"training.learning_rate={rate}"))) for rate in ("1e-3", "2e-3"))
     assert processes._differences(first, own) == ["training.learning_rate = 0.001 in process 0, 0.002 here"]
 
 
@@ -157,3 +158,70 @@ def test_auto_where_nobody_is_met(error, told, monkeypatch):
     monkeypatch.setattr(processes, "_at_abort", lambda _: None)
     with pytest.raises(UserError, match=told), processes.together(MeshConfig(coordinator="auto"), {}):
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "mesh", "told"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4"}, None, r"srun started 4 processes \(SLURM_STEP_NUM_TASKS = 4\), .* mesh.weights=whole .* unset"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, None, r"mpirun started 2 processes \(OMPI_COMM_WORLD_SIZE = 2\)"),
+        ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, MeshConfig(), r"torchrun or accelerate started 8 processes .* start moejax by itself"),
+        ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, None, "torchrun"),
+        ({"WORLD_SIZE": "8"}, None, None),  # anybody's name
+        ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, MeshConfig(coordinator="a:1", processes=8, process_id=0), None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, MeshConfig(), None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None, None),  # a shell of salloc or sbatch
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None, None),
+    ],
+)  # fmt: skip
+def test_copies_of_a_run_are_refused(environment, mesh, told, monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.nullcontext() if told is None else pytest.raises(UserError, match=told):
+        processes.check_started(mesh, "this run")
+
+
+def test_a_run_of_one_device_is_not_trained_by_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="and each would do all of this run"):
+        loop.trained(experiment(f"runs_dir={tmp_path}"), resume=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_all_wait_for_the_last(monkeypatch, no_handler):
+    """The first one may still write what it trained: jax ends it where another has been gone for a while."""
+    came = []
+    for name in ("_meet", "_acquaint", "same", "wait_for_all"):
+        monkeypatch.setattr(processes, name, lambda *_, name=name, **__: came.append(name))
+    with processes.together(MeshConfig(coordinator="a:1", processes=2, process_id=0), {}):
+        came.append("work")
+    assert came == ["_meet", "same", "_acquaint", "work", "wait_for_all"]
+
+
+def test_a_script_parts_where_it_ends(monkeypatch, no_handler):
+    came, asked = [], MeshConfig(coordinator="a:1", processes=2, process_id=0)
+    for name in ("_meet", "_acquaint", "same", "wait_for_all", "_leave"):
+        monkeypatch.setattr(processes, name, lambda *_, name=name, **__: came.append(name))
+    monkeypatch.setattr(processes.atexit, "register", came.append)
+    processes.join(None, {})
+    assert not came
+    processes.join(asked, {})
+    processes.join(asked, {})  # a second model of the same script
+    assert came == ["_meet", "same", "_acquaint", processes._part, "same"]
+    monkeypatch.setattr(processes.sys, "last_value", None, raising=False)
+    came.pop(3)()
+    assert came[4:] == ["wait_for_all"] and not processes._joined
+    monkeypatch.setattr(processes.sys, "last_value", ValueError(), raising=False)
+    monkeypatch.setattr(processes, "_joined", [contextlib.nullcontext()])
+    processes._part()
+    assert came[5] == "_leave"
+
+
+def test_the_least_of_what_processes_have(monkeypatch):
+    assert processes.least(5) == 5 and processes.least(None) is None
+    for others, expected in ((["7", "3"], 3), (["7", "null"], None)):
+        monkeypatch.setattr(processes, "gathered", lambda text, others=others: [text, *others])
+        assert processes.least(5) == expected

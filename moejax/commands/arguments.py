@@ -82,11 +82,8 @@ def on_mesh(options: argparse.Namespace) -> Iterator[MeshConfig | None]:
     from moejax.runs.devices import mesh_of
 
     mesh = mesh_of(Path(options.run), options.overrides)
-    if mesh is None and "mesh=null" not in options.overrides and (many := processes.scheduled()) > 1:
-        raise UserError(
-            f"srun or mpirun started {many} processes, and {options.run} has no mesh: give mesh.weights=whole and they share the work, or "
-            "mesh=null and each does all of it"
-        )
+    if "mesh=null" not in options.overrides:
+        processes.check_started(mesh, "this command")
     if not processes.started_with(mesh):
         yield mesh
         return

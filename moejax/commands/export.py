@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from moejax.commands.arguments import add_mesh, on_mesh
 from moejax.errors import UserError
 from moejax.progress import say, waiting
 from moejax.runtime import prepare_jax_for
@@ -18,6 +19,7 @@ _NO_FORMATS = _GGUF | {"vllm": "--for vllm", "sglang": "--for sglang", "adapter"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, e.g. runs/demo")
+    add_mesh(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder; must not exist")
     kind = parser.add_mutually_exclusive_group()
     servers, formats = ("peft", "vllm", "sglang"), ("peft", "fused", "merged", "gguf")
@@ -58,15 +60,17 @@ def run(options: argparse.Namespace) -> int:
     if options.push is not None:
         check_name(options.push)
     prepare_jax_for(options.run)
-    from moejax.runs.devices import alone, mesh_of
+    from moejax import processes
     from moejax.runs.export import export
 
-    alone(mesh_of(Path(options.run)), "moejax export")
     out = Path(options.out)
     file = (options.type, not options.without_tokenizer)
-    export(Path(options.run), out, options.format, options.verify, options.tolerance, options.server, *file)
-    if options.push is not None:
-        with waiting(f"uploading {out}"):
-            address = push(out, options.push, public=options.public)
-        say(f"uploaded: {address}")
+    with on_mesh(options):
+        if not processes.is_first():  # a model is written from files, a tensor at a time: the others wait
+            return 0
+        export(Path(options.run), out, options.format, options.verify, options.tolerance, options.server, *file)
+        if options.push is not None:
+            with waiting(f"uploading {out}"):
+                address = push(out, options.push, public=options.public)
+            say(f"uploaded: {address}")
     return 0

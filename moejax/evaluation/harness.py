@@ -3,12 +3,15 @@
     from moejax.evaluation.harness import MoejaxLM
     lm_eval.simple_evaluate(MoejaxLM("runs/demo"), tasks=["hellaswag"])
 
+Several processes run the same script: all answer every request together, and the first has the results (the others' are None).
+
 Texts become tokens as in training: nothing is put before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,17 @@ except ModuleNotFoundError as error:
     from moejax import installation
 
     raise ModuleNotFoundError(f"lm-evaluation-harness is not installed: {installation.for_extra('eval')}", name=error.name) from error
+import jax
 from tqdm import tqdm
 
+from moejax import processes
 from moejax.data import chat
 from moejax.data.ends import ends_of
 from moejax.errors import UserError
 from moejax.evaluation.generate import Sampling, generate, in_groups, said
 from moejax.evaluation.loglikelihood import encoded, loglikelihoods
 from moejax.models.build import Model
-from moejax.runs.devices import alone, mesh_of
+from moejax.runs.devices import joined
 from moejax.runs.open import load
 
 MAX_NEW_TOKENS = 256  # the harness's own default, where a task names no length
@@ -38,7 +43,8 @@ KNOWN = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "
 
 class MoejaxLM(TemplateLM):
     """A finished run (its adapter applied; on all devices, where it was trained on a mesh) or a model's folder.
-    batch_size: requests computed together. base: without the adapter.
+    batch_size: requests computed together. base: without the adapter. mesh: keys of the config's section, e.g. {"devices": 2}, in the
+    place of the run's.
 
     Give `model` and `tokenizer` instead of a folder for a model that is loaded already. Raises UserError as `moejax eval` does.
     """
@@ -50,15 +56,16 @@ class MoejaxLM(TemplateLM):
         base: bool = False,
         model: Model | None = None,
         tokenizer: Any = None,
+        mesh: Mapping[str, Any] | None = None,
         **_: Any,  # the harness also hands over device and max_batch_size
     ) -> None:
         super().__init__()
         if (run is None) == (model is None):
             raise UserError("MoejaxLM: give a folder (run=…), or a model and its tokenizer")
         if run is not None:
-            mesh = mesh_of(Path(run))
-            alone(mesh, "lm-evaluation-harness")
-            loaded = load(Path(run), base, mesh)
+            loaded = load(Path(run), base, joined(Path(run), mesh))
+            if processes.count() > 1:  # by which the harness knows, of several processes with all requests, the one that writes
+                os.environ["LOCAL_RANK"] = str(jax.process_index())
             model, tokenizer, ends = loaded.make(), loaded.tokenizer, loaded.ends
         else:
             ends = ends_of(tokenizer, "mistral")
@@ -99,7 +106,8 @@ class MoejaxLM(TemplateLM):
             if len(continuation) > self.max_length:
                 raise UserError(f"a continuation of {len(continuation)} tokens exceeds the model's {self.max_length} positions")
             pairs.append((context[-(self.max_length + 1 - len(continuation)) :], continuation))
-        with tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods") as bar:
+        processes.same({"requests": pairs})
+        with tqdm(total=len(pairs), disable=disable_tqdm or not processes.is_first(), desc="log-likelihoods") as bar:
             scores = loglikelihoods(self.model, pairs, rows=self.rows, progress=lambda done, _: bar.update(done - bar.n))
         answers = [(score.loglikelihood, score.greedy) for score in scores]
         for (texts, _context, _continuation), answer in zip(requests, answers, strict=True):
@@ -135,7 +143,8 @@ class MoejaxLM(TemplateLM):
             )
         prompts = [(p or [self.prefix_token_id])[-bound:] for p, bound in zip(prompts, bounds, strict=True)]
         keys = [(new, repr(sampling)) for new, sampling, _ in settings]
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
+        processes.same({"requests": [prompts, settings]})
+        with tqdm(total=len(requests), disable=disable_tqdm or not processes.is_first(), desc="answers") as bar:
             # All of a group in one call, which makes batches of them: it gives copies of a prompt (a task's repeats) draws of their own.
             for chosen in in_groups(keys, max(1, len(requests))):
                 new, sampling, _ = settings[chosen[0]]

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from moejax.models.ops import host
+from moejax.models.ops.spread import AXIS
 
 
 class Buffer:
@@ -47,13 +49,15 @@ class Buffer:
         owners = [part.device for part in self._parts if part.within((*at, *(0,) * (len(end) - len(at))), end) is not None]
         return owners[0] if len(owners) == 1 else None
 
-    def put(self, value: Any, at: tuple[int, ...]) -> None:
+    def put(self, value: Any, at: tuple[int, ...], start_of: tuple[int, int] | None = None) -> None:
         """`value` from an index of the leading axes on; all of the array where that is (). Axes that `value` lacks are of length 1.
+        start_of: (another axis, where on it the value begins).
 
         Returns when `value` is not read any more: its memory may change, and no more is queued than memory holds.
         """
         value = value.reshape((1,) * (self._leaf.ndim - value.ndim) + tuple(value.shape) if at else self._leaf.shape)
-        start = (*at, *(0,) * (value.ndim - len(at)))
+        rest = [start_of[1] if start_of is not None and axis == start_of[0] else 0 for axis in range(len(at), value.ndim)]
+        start = (*at, *rest)
         end = tuple(a + n for a, n in zip(start, value.shape, strict=True))
         for part in self._parts:
             box = part.within(start, end)
@@ -74,6 +78,21 @@ def is_here(leaf: Any, at: tuple[int, ...]) -> bool:
         return True
     places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     return any(all(i in range(*s.indices(n)) for i, s, n in zip(at, index, leaf.shape, strict=False)) for index in places)
+
+
+def part_here(leaf: Any) -> tuple[int, int, int] | None:
+    """(axis, begin, end) of what this process's devices have of an abstract array that lies on several processes', each with an equal part
+    in their order; else None."""
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding) or AXIS not in sharding.spec:
+        return None
+    order = [device.process_index for device in sharding.mesh.devices.flat]
+    processes = list(dict.fromkeys(order))
+    if len(processes) == 1 or order != [process for process in processes for _ in range(len(order) // len(processes))]:
+        return None
+    axis = sharding.spec.index(AXIS)
+    size, own = leaf.shape[axis] // len(processes), processes.index(jax.process_index())
+    return axis, own * size, (own + 1) * size
 
 
 def moved(tree: Any, places: Any) -> Any:

@@ -241,13 +241,14 @@ def with_adapters_rows(experiment: Experiment, vocab_size: int) -> Experiment:
     return experiment.changed("adapter", token_rows=ids).changed("model", vocabulary=max(vocab_size, 1 + ids[-1]))
 
 
-def load(source: str, config: Experiment) -> Model:
+def load(source: str, config: Experiment, devices: Devices | None = None) -> Model:
     """The model of `source`, a local folder or a Hub id (`org/name`, `org/name@REVISION`), as `config` stores, computes and adapts it.
 
     Its adapter is the one of `adapter.init_from` where that is set, else a new one; rows of tokens that it trains are added to the tables.
     config: what `moejax.config.load(FILE)` gives; its own
-    `model.source` does not count, nor, for a local folder, its `model.revision`. Raises UserError naming file and tensor for whatever is
-    wrong with the checkpoint or the adapter; an adapter that does not fit before weights are read.
+    `model.source` does not count, nor, for a local folder, its `model.revision`. devices: the mesh that it is to lie on.
+    Raises UserError naming file and tensor for whatever is wrong with the checkpoint or the adapter; an adapter that does not fit before
+    weights are read.
     """
     config = config.changed("model", source=source)
     folder = base_folder(config)
@@ -256,6 +257,6 @@ def load(source: str, config: Experiment) -> Model:
     sizes, name = architecture(config, folder), source if Path(source).is_dir() else source.partition("@")[0]
     continue_adapter(config, build(sizes, **model_arguments(config)), name)
     content = Content()
-    model = create_model(config, sizes, folder, content)
+    model = create_model(config, sizes, folder, content, devices)
     continue_adapter(config, model, name, content.value)
-    return model
+    return placed(model, devices)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ import numpy as np
 
 from moejax import __version__, processes
 from moejax.errors import UserError
-from moejax.hub.buffers import Buffer
+from moejax.hub.buffers import Buffer, part_here
+from moejax.hub.dealing import deal_of, joint_crc32
 from moejax.hub.safetensors_file import Reader, Staging, Writer, aligned
 from moejax.models.ops.quantized import QuantizedTensor, stored_parts
 from moejax.models.ops.split import joined, pieces_of, whole
@@ -121,22 +123,20 @@ def read(
     path: Path, variables: Mapping[str, Any], content: Content | None = None, stacked: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
     """The values of (abstract) variables from a cache, and into `content` the hash that is kept with them. Over a mesh a process reads the
-    experts alone that its devices have.
+    experts alone that its devices have, and of rows that lie on the devices of all its own; all call it then.
 
     stacked: as the `Keeper` had it. None where there is none, or it is not what was asked for or (which is reported) not what was written:
     it is then made again."""
-    if not path.is_file():
+    leaves, entries = leaves_of(variables), _entries(leaves_of(variables), stacked)
+    reader = _opened(path, {name: tuple(leaf.shape) for name, leaf in leaves.items()} | {_SUMS: (sum(entries.values()),)})
+    dealt = any(deal_of(value, (stacked or {}).get(name, 0)) is not None for name, value in variables.items())
+    if dealt and "" in processes.gathered("" if reader is None else "there"):  # all read it, or none
         return None
-    try:
-        reader = Reader(path)
-    except UserError:
-        return None
-    leaves = leaves_of(variables)
-    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()} | {_SUMS: (sum(_entries(leaves, stacked).values()),)}
-    if set(reader.names()) != {*shapes, _CONTENT} or any(reader.shape(name) != shape for name, shape in shapes.items()):
+    if reader is None:
         return None
     values: dict[str, Any] = {}
     sums: dict[str, dict[int, int]] = {}  # of the entries that are read
+    rows: dict[str, int] = {}  # of which a part was read: its bytes
     staging = Staging()
     with ThreadPoolExecutor(1) as pool:
         for name, variable in variables.items():
@@ -145,15 +145,19 @@ def read(
             for part in stored_parts(pieces[0][1]):
                 own = sums.setdefault(part_name(name, part), {})
                 for (first, piece), found in zip(pieces, arrays, strict=True):
-                    found[part] = _held(reader, name, piece, part, pool, staging, first, (stacked or {}).get(name, 0), own)
+                    found[part] = _held(reader, name, piece, part, pool, staging, first, (stacked or {}).get(name, 0), own, rows)
             values[name] = joined(
                 piece.with_parts(found) if isinstance(piece, QuantizedTensor) else found[""]
                 for (_, piece), found in zip(pieces, arrays, strict=True)
             )
+    if dealt:
+        _put_together(sums, rows)
     known, changed, at = reader.read(_SUMS).tolist(), list[str](), 0
-    for name, count in _entries(leaves, stacked).items():
+    for name, count in entries.items():
         changed += [name] * any(known[at + entry] != sum_ for entry, sum_ in sums[name].items())
         at += count
+    if dealt:
+        changed = [name for told in processes.gathered(json.dumps(changed)) for name in json.loads(told)]
     if changed:
         note(f"warning: {path}: {changed[0]} is not what was written there; it is made anew from the checkpoint")
         if not processes.is_first():  # the first one may have read what is whole: it makes it anew at the next start
@@ -162,6 +166,31 @@ def read(
     if content is not None:
         content.value = reader.read(_CONTENT).tobytes().hex()
     return values
+
+
+def _opened(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Reader | None:
+    """A file with tensors of these shapes, and the hash of them; None where it is not there, or another one."""
+    if not path.is_file():
+        return None
+    try:
+        reader = Reader(path)
+    except UserError:
+        return None
+    if set(reader.names()) != {*shapes, _CONTENT} or any(reader.shape(name) != shape for name, shape in shapes.items()):
+        return None
+    return reader
+
+
+def _put_together(sums: dict[str, dict[int, int]], rows: Mapping[str, int]) -> None:
+    """The CRC-32s of whole entries, in the place of those of each process's rows of them, whose bytes `rows` has."""
+    own = {name: [sums[name][entry] for entry in sorted(sums[name])] for name in rows}
+    found = [json.loads(told) for told in processes.gathered(json.dumps([own, rows]))]
+    for name in rows:
+        for number, entry in enumerate(sorted(sums[name])):
+            together = 0
+            for crcs, nbytes in found:
+                together = joint_crc32(together, crcs[name][number], nbytes[name])
+            sums[name][entry] = together
 
 
 def _entries(leaves: Mapping[str, Any], stacked: Mapping[str, int] | None) -> dict[str, int]:
@@ -176,21 +205,28 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 def _held(
     reader: Reader, name: str, variable: Any, part: str, pool: ThreadPoolExecutor, staging: Staging, first: int, stacked: int,
-    sums: dict[int, int],
+    sums: dict[int, int], rows: dict[str, int],
 ) -> jax.Array:  # fmt: skip
-    """A part of a variable, or of its layers from the `first` on, in memory's form; into `sums` the CRC-32s of its entries in the file.
-    Each piece is packed, or put into its place, while the next one is read."""
+    """A part of a variable, or of its layers from the `first` on, in memory's form; into `sums` the CRC-32s of its entries in the file, or
+    of this process's rows of them, and into `rows` their bytes. Each piece is packed, or put into its place, while the next one is read."""
     stored, held = stored_parts(variable)[part], variable.parts()[part] if part else variable
     shape, dtype = stored.shape or (1,), np.dtype(stored.dtype)
     buffer, limit = Buffer(held), _at_once_bytes()
+    size = math.prod(shape[stacked:])  # of an entry
+    begin_row, end_row, row = _rows_here(held, variable, stacked, size)
     in_place = not part or variable.packs_in_place(part)
     at_once = aligned(shape, dtype) if buffer.whole and (math.prod(shape) * dtype.itemsize <= limit or len(shape) == 1) else None
     numbers = int(min(limit, _PIECE_BYTES)) // dtype.itemsize
     own = buffer.own(1) if stacked == 2 else None
     pieces = [((), shape)] if at_once is not None and not in_place else list(_pieces(shape, numbers, own))
+    if row:
+        of_rows = ((end_row - begin_row) * row,) if part else (end_row - begin_row, row)
+        pieces = [(at, (1,) * stacked + of_rows) for at in np.ndindex(shape[:stacked])]
+        rows[part_name(name, part)] = math.prod(of_rows) * dtype.itemsize
+        variable = replace(variable, matrix=(end_row - begin_row, variable.matrix[1])) if part else variable
 
     def begin(at: tuple[int, ...]) -> int:
-        return int(np.ravel_multi_index(at, shape[: len(at)])) * math.prod(shape[len(at) :]) if at else 0
+        return (int(np.ravel_multi_index(at, shape[: len(at)])) * math.prod(shape[len(at) :]) if at else 0) + begin_row * row
 
     def reading(at: tuple[int, ...], piece: tuple[int, ...]) -> Callable[[], np.ndarray]:
         start = begin(at)
@@ -199,13 +235,26 @@ def _held(
 
     packed: Any = None
     for (at, _), piece in zip(pieces, ahead(pool, (reading(*each) for each in pieces)), strict=True):
-        _add(sums, piece, first * math.prod(shape[1:]) + begin(at), math.prod(shape[stacked:]))
+        if row:
+            sums[int(np.ravel_multi_index(at, shape[:stacked]))] = zlib.crc32(_bytes(piece))
+        else:
+            _add(sums, piece, first * math.prod(shape[1:]) + begin(at), size)
         packed = variable.pack(part, piece, in_place=True) if part else piece
         if at_once is None:
-            buffer.put(packed, at)
+            buffer.put(packed, at, (held.ndim - 2, begin_row) if row else None)
     if at_once is None:
         return buffer.value()
     return jax.block_until_ready(jax.device_put((at_once if in_place else packed).reshape(held.shape)))
+
+
+def _rows_here(held: Any, variable: Any, stacked: int, size: int) -> tuple[int, int, int]:
+    """(from which to which row, numbers of a row in the file) of what this process reads of each entry of `size` numbers; (0, 0, 0): all of
+    it, as of columns, and of rows that are not whole bytes."""
+    part = part_here(held)
+    if part is None or part[0] != held.ndim - 2 or part[0] < stacked or getattr(variable, "layout", "") == "columns":
+        return 0, 0, 0
+    out = held.shape[part[0]]
+    return (part[1], part[2], held.shape[-1]) if out * held.shape[-1] == size else (0, 0, 0)
 
 
 def _add(sums: dict[int, int], piece: np.ndarray, start: int, size: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.hub.buffers import Buffer, is_here
+from moejax.hub.dealing import Deal, deal_of
 from moejax.hub.names import Place, attribute, tensors
 from moejax.hub.quantized_cache import ahead, part_name
 from moejax.hub.safetensors_file import Staging
@@ -44,12 +45,15 @@ def fill(
     """Give the base weights of an abstract model (those under attribute `under`, or all) their values from `files`.
 
     keep: gets a copy of each part as it is stored. advance: called with the bytes of each tensor. every: read all tensors; else not the
-    experts that lie on other processes' devices alone. Returns whether all were read. Raises UserError, with file and tensor, where one is
-    missing, has another shape, or holds NaN.
+    experts that lie on other processes' devices alone, and of matrices that lie on the devices of all this process's share (`Deal`).
+    Returns whether all were read. Raises UserError, with file and tensor, where one is missing, has another shape, or holds NaN.
     """
     targets = {(path, attr): parts for (path, attr), parts in by_variable(model).items() if under in (None, path[0])}
     values = {target: getattr(attribute(model, target[0]), target[1]).get_value() for target in targets}
-    wanted = {target: [every or _is_here(values[target], place) for _, place in parts] for target, parts in targets.items()}
+    deals = {target: deal_of(values[target], leading(parts[0][1])) for target, parts in targets.items()}
+    wanted = {
+        target: [every or _is_read(values[target], deals[target], *part) for part in enumerate(parts)] for target, parts in targets.items()
+    }
     staging = Staging()
     calls = (
         partial(_read, files, name, place, tuple(values[target].shape[leading(place) :]), folder, staging.lend, new_rows(model, place))
@@ -64,13 +68,16 @@ def fill(
             for (name, place), here in zip(parts, wanted[path, attr], strict=True):
                 if not here:
                     advance(_bytes_of(files[name], place))
-            own = [part for part, here in zip(parts, wanted[path, attr], strict=True) if here]
-            variable.set_value(_value(".".join((*path, attr)), values[path, attr], own, read, files, keep, advance))
+            own = [(*part, here) for part, here in zip(parts, wanted[path, attr], strict=True) if here or deals[path, attr] is not None]
+            variable.set_value(_value(".".join((*path, attr)), values[path, attr], own, read, files, keep, advance, deals[path, attr]))
     return all(map(all, wanted.values()))
 
 
-def _is_here(abstract: Any, place: Place) -> bool:
-    """Whether this process's devices are to have anything of a variable's matrix."""
+def _is_read(abstract: Any, deal: Deal | None, number: int, part: tuple[str, Place]) -> bool:
+    """Whether this process is to read a variable's matrix: whether its devices are to have anything of it, if it is not dealt out."""
+    if deal is not None:
+        return number % deal.count == deal.own
+    place = part[1]
     index = _index(place)
     first, piece = next((first, piece) for first, piece in reversed([*pieces_of(abstract)]) if not index or first <= index[0])
     return is_here(jax.tree.leaves(piece)[0], (index[0] - first, *index[1:]) if index else ())
@@ -95,24 +102,35 @@ def by_variable(model: Model) -> dict[tuple[tuple[str, ...], str], list[tuple[st
 
 
 def _value(
-    variable: str, abstract: Any, parts: list[tuple[str, Place]], read: Iterator[Any], files: dict[str, Any], keep: Any, advance: Any
-) -> Any:
-    """The stacked value [L, (E,) …] of one variable."""
+    variable: str, abstract: Any, parts: list[tuple[str, Place, bool]], read: Iterator[Any], files: dict[str, Any], keep: Any, advance: Any,
+    deal: Deal | None,
+) -> Any:  # fmt: skip
+    """The stacked value [L, (E,) …] of one variable. parts: those to be read here (True), or from another process that reads them."""
     pieces = list(pieces_of(abstract))
     found = [_Filled(first, piece) for first, piece in pieces]
     own = pieces[0][1]  # all are stored in the same way
-    for name, place in parts:
+    mine: Any = None
+    for number, (name, place, here) in enumerate(parts):
         index = _index(place)
         into = next(one for one in reversed(found) if not index or one.first <= index[0])
-        stored = _stored(next(read), own, name, files, into.device(index))
-        if keep is not None:
-            for part, array in stored_parts(stored).items():
-                keep.put(part_name(variable, part), array, index)
-        held = stored.tensor(own.layout) if isinstance(stored, Canonical) else stored
-        into.put(held, index)
-        if keep is not None:
-            keep.wait()
-        advance(_bytes_of(files[name], place))
+        if here:
+            stored = _stored(next(read), own, name, files, into.device(index))
+            if keep is not None:
+                for part, array in stored_parts(stored).items():
+                    keep.put(part_name(variable, part), array, index)
+            held = stored.tensor(own.layout) if isinstance(stored, Canonical) else stored
+            if deal is None:
+                into.put(held, index)
+            elif number % deal.count == deal.own:
+                mine = [jnp.copy(leaf) for leaf in jax.tree.leaves(held)]  # what is read next may take the memory of what was read
+            if keep is not None:
+                keep.wait()
+            advance(_bytes_of(files[name], place))
+        if deal is not None and (number % deal.count == deal.count - 1 or number == len(parts) - 1):
+            together = [_index(place) for _, place, _ in parts[number - number % deal.count : number + 1]]
+            for at, leaves in zip(together, deal.exchanged(mine), strict=False):
+                found[0].put(leaves, at)
+            mine = None
     return joined(one.value() for one in found)
 
 
@@ -129,9 +147,11 @@ class _Filled:
         return self._buffers[0].device(self._at(index))
 
     def put(self, held: Any, index: tuple[int, ...]) -> None:
-        """One matrix of the stack, by (layer, expert), or all of what is not stacked. Returns when what was read is done with."""
-        for buffer, leaf in zip(self._buffers, jax.tree.leaves(held), strict=True):
-            buffer.put(leaf, self._at(index))
+        """One matrix of the stack, by (layer, expert), or all of what is not stacked; a list: parts of its leaves, as of `Deal.exchanged`.
+        Returns when what was read is done with."""
+        leaves = held if isinstance(held, list) else [(leaf, None) for leaf in jax.tree.leaves(held)]
+        for buffer, (leaf, start_of) in zip(self._buffers, leaves, strict=True):
+            buffer.put(leaf, self._at(index), start_of)
 
     def _at(self, index: tuple[int, ...]) -> tuple[int, ...]:
         return (index[0] - self.first, *index[1:]) if index else ()

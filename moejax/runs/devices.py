@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -37,6 +39,15 @@ def mesh_of(folder: Path, changes: Sequence[str] = ()) -> MeshConfig | None:
         return _Asked.model_validate(content).mesh
     except ValidationError as error:
         raise UserError(explain(error, _Asked)) from None
+
+
+def joined(folder: Path, given: Mapping[str, Any] | None) -> MeshConfig | None:
+    """`mesh_of` for a script, by keys of the section `mesh`. Several processes of it meet here, and part where they end; the first one
+    alone reports. Raises UserError as `mesh_of`."""
+    mesh = mesh_of(folder, [f"mesh.{key}={'null' if value is None else value}" for key, value in (given or {}).items()])
+    own = None if mesh is None else mesh.model_dump(mode="json", include={"devices", "weights"})
+    processes.join(mesh, {"model": json.dumps([str(folder), own])})
+    return mesh
 
 
 def alone(mesh: MeshConfig | None, what: str) -> None:

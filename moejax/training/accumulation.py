@@ -6,7 +6,7 @@ Together each matrix of the experts is dequantized once for all of them; the str
 
 from __future__ import annotations
 
-from moejax import device
+from moejax import device, processes
 from moejax.config import Experiment
 from moejax.models.config import Architecture
 from moejax.progress import say, waiting
@@ -41,7 +41,7 @@ def choose(experiment: Experiment, config: Architecture, own: Own) -> tuple[str,
         return PLAIN, "experts are dense"
     if "experts" not in experiment.kinds(config) and not fetched:
         return PLAIN, "experts are not in 4 bits: nothing is dequantized"
-    limit = device.usable_bytes()
+    limit = processes.least(device.usable_bytes())
     if limit is None:
         return PLAIN, "how much memory there is is not known here"
     tried = experiment.changed("training", accumulation="layer_major", **({"remat": "full"} if t.remat == "auto" else {}))

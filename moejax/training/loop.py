@@ -63,6 +63,7 @@ def trained(
     experiment: Experiment, *, resume: bool, keep: bool = True, own: Own = NOTHING_OWN, check_frozen: bool = False
 ) -> Trainer:
     """`run`, with what a caller brings of its own. Returns what has trained: `history`, `folder`, `step`, `stopped`."""
+    processes.check_started(experiment.mesh, "this run")
     with ExitStack() as stack:
         experiment = stack.enter_context(processes.joined(experiment))
         wandb_run.check(experiment)

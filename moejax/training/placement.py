@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from moejax import device
+from moejax import device, processes
 from moejax.config import Experiment
 from moejax.estimator import placing
 from moejax.models.config import Architecture
@@ -18,7 +18,7 @@ def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experim
     keeps least, else the most layers with which it does, else the host; says which and why. steps: as of `remat.resolve`."""
     if experiment.placement.experts != "auto":
         return experiment
-    limit = device.usable_bytes()
+    limit = processes.least(device.usable_bytes())
     if limit is None or jax.local_devices()[0].platform == "cpu":
         chosen: str | int = "device"
         why = "a CPU has one memory" if limit else "how much memory there is is not known here"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from moejax import device, gpus
+from moejax import device, gpus, processes
 from moejax.config import Experiment, load
 from moejax.estimator import run_receipt
 from moejax.models.config import Architecture
@@ -44,7 +44,7 @@ def resolve(experiment: Experiment, config: Architecture, steps: int) -> Experim
     """
     if experiment.training.remat != "auto":
         return experiment
-    limit = device.usable_bytes()
+    limit = processes.least(device.usable_bytes())
     if limit is None:
         chosen, why = "full", "how much memory there is is not known here"
     else:

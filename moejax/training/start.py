@@ -85,6 +85,7 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
         experiment = placement.resolve(experiment, config, steps)
         say(*check_host_memory(build(config, **model_arguments(experiment))))
     experiment = remat.resolve(accumulation.resolve(experiment, config, steps, own), config, steps)
+    processes.same({"settings by this machine": processes.as_text(experiment)}, texts=True)  # one program is not another's
     say(experts.announce(experiment, config), *placement.announce(experiment, config))
     # The steps of the whole run stand in the program: in its schedule.
     program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None, own=own)

@@ -246,6 +246,22 @@ def _over_devices(summed: Callable[..., Any], devices: Devices) -> Callable[...,
     return of_all
 
 
+def gradients_over(devices: Devices, objective: Objective) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, Tree]]:
+    """(loss, gradients) of a batch [rows, T] of which each device has a part, summed and not divided."""
+    objective = replace(objective, over_devices=True)
+
+    def summed(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[Tree, jax.Array]:
+        micro = jax.tree.map(lambda a: a[0], batch)
+        total, grads = jax.value_and_grad(lambda weights: sums(objective, weights, frozen, micro, None)[0])(trainable)
+        return grads, total
+
+    def of_all(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, Tree]:
+        grads, total = _over_devices(summed, devices)(trainable, frozen, jax.tree.map(lambda a: a[None], batch))
+        return total, grads
+
+    return of_all
+
+
 def _mean(grads: Tree, weight: jax.Array) -> Tree:
     """Sums of gradients over supervised tokens or pairs, by their number: divided in fp32, since bf16 cannot count beyond 256."""
     return jax.tree.map(lambda g: (g.astype(jnp.float32) / jnp.maximum(weight, 1)).astype(g.dtype), grads)

@@ -237,11 +237,14 @@ def test_a_blackmamba():
     assert found[0] == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_it_is_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    finished_run(tmp_path / "run", mesh={}, adapter=None, quantization={"format": "none"})
-    with pytest.raises(UserError, match="lm-evaluation-harness is one process with all devices of its machine"):
-        MoejaxLM(tmp_path / "run")
+def test_processes_that_ask_for_other_things(model, monkeypatch):
+    """Every process must come to the same programs: requests are compared before. Two real ones: test_asked_of_two_processes.py."""
+    seen = []
+    monkeypatch.setattr(harness.processes, "same", lambda parts: seen.append(parts))
+    model.loglikelihood([Instance("loglikelihood", {}, ("1, 2,", " 3"), 0)], disable_tqdm=True)
+    model.generate_until([Instance("generate_until", {}, ("1, 2,", {"max_gen_toks": 1}), 0)], disable_tqdm=True)
+    (scored,), (asked,) = (parts.values() for parts in seen)
+    assert scored == [tuple(map(model.tok_encode, ("1, 2,", " 3")))] and asked[0] == [model.tok_encode("1, 2,")]
 
 
 def test_bad_models(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ from test_weights import CONFIG
 
 from moejax import mesh, processes
 from moejax.config_mesh import MeshConfig
+from moejax.hub.buffers import part_here
+from moejax.hub.dealing import deal_of, joint_crc32
 from moejax.hub.model import laid_out
 from moejax.hub.quantized_cache import Content
 from moejax.hub.safetensors_file import Reader
@@ -25,7 +28,7 @@ from moejax.hub.weights import load_weights
 from moejax.models.build import build
 from moejax.models.config import Quantization
 
-STARTS = ("checkpoint", "writes the cache", "cache")
+STARTS = ("checkpoint", "writes the cache", "cache", "a damaged cache")
 
 
 def abstract():
@@ -62,20 +65,52 @@ def test_a_process_reads_what_its_devices_hold(weights, folder, tmp_path):
         assert process.returncode == 0, error
         found.append(json.loads(out.splitlines()[-1]))
     checkpoint, cache = folder / "model.safetensors", next((tmp_path / "cache").glob("*.safetensors"))
-    sizes = {"checkpoint": _sizes(checkpoint, "experts"), "cache": _sizes(cache, "moe.w")}
+    # Of the others' scales a row is no whole block.
+    parts = {"experts": ("experts", "moe.w"), "spread": (("experts", "_proj"), ("codes", "w2.weight.absmax"))}[weights]
+    sizes = {"checkpoint": _sizes(checkpoint, parts[0]), "cache": _sizes(cache, parts[1])}
     for start, *each in zip(STARTS, *found, strict=True):
-        whole, experts = sizes["cache" if start == "cache" else "checkpoint"]
-        part = whole - experts // 2 if weights == "experts" else whole
-        first, second = (nbytes for nbytes, _ in each)
-        assert second == part and first == (whole if start == "writes the cache" else part), (start, each, whole, experts)
+        whole, shared = sizes["cache" if start == "cache" else "checkpoint"]
         assert {value for _, value in each} == {content.value}
+        if start == "a damaged cache":  # all make it anew
+            continue
+        first, second = (nbytes for nbytes, _ in each)
+        assert second == whole - shared // 2, (start, each, whole, shared)
+        assert first == (whole if start == "writes the cache" else second), (start, each, whole, shared)
+
+
+def test_a_checksum_of_pieces_is_that_of_the_whole():
+    data = np.random.default_rng(0).bytes(5000)
+    for cut in (0, 1, 64, 2500, 5000):
+        first, second = data[:cut], data[cut:]
+        assert joint_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(data)
+
+
+def test_matrices_of_one_process_are_not_dealt_out():
+    model = abstract()
+    laid_out(model, mesh.devices(MeshConfig(weights="spread", devices=2)))
+    codes = model.layers.moe.w1.weight.get_value()
+    assert "data" in codes.codes.sharding.spec and deal_of(codes, 2) is None and part_here(codes.codes) is None
 
 
 def _sizes(path, of):
-    """(bytes of a file's tensors, of those of experts)."""
+    """(bytes of a file's tensors, of those of which each process has half)."""
     reader = Reader(path)
     sizes = {name: int(np.prod(reader.shape(name))) * reader.dtype(name).itemsize for name in reader.names()}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if of in name)
+    of = (of,) if isinstance(of, str) else of
+    halved = (name for name in sizes if any(part in name for part in of) and not name.endswith("nested_absmax") and "router" not in name)
+    return sum(sizes.values()), sum(sizes[name] for name in halved)
+
+
+def damage(path):
+    """Of the last row of an expert's codes, which lies on the other process's devices."""
+    reader = Reader(path)
+    name = "layers.moe.w1.weight.codes"
+    end = reader._start + reader._entries[name]["data_offsets"][1]
+    with path.open("r+b") as file:
+        file.seek(end - 1)
+        byte = file.read(1)[0]
+        file.seek(end - 1)
+        file.write(bytes([byte ^ 1]))
 
 
 def one_of_two(folder, place, weights, port, number):
@@ -101,6 +136,8 @@ def one_of_two(folder, place, weights, port, number):
             for name, leaf in leaves(model).items():
                 for shard in leaf.addressable_shards:
                     np.testing.assert_array_equal(shard.data, expected[name][shard.index], err_msg=name)
+            if start == "cache" and number == 0:
+                damage(next((place / "cache").glob("*.safetensors")))
             processes.wait_for_all(start)
     print(json.dumps(found))
 
