@@ -89,7 +89,7 @@ class MoE(nnx.Module):
             counts = jnp.broadcast_to(jnp.sum(valid.reshape(*parts, -1, 1), axis=-2, dtype=jnp.int32), sums.shape)
             return jnp.zeros((x.shape[0], 0), jnp.int32), self._weights(probabilities), RouterStats(counts, sums)
         with jax.named_scope("topk"):
-            indices = checkpoint_name(self.choose(probabilities), "router_indices")
+            indices = checkpoint_name(_narrow(self.choose(probabilities), self.experts), "router_indices").astype(jnp.int32)
             chosen = indices[..., None] == jnp.arange(self.experts)
             # One of the summands is not zero: a gather, but one whose gradient is no scatter.
             picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
@@ -153,14 +153,12 @@ class MoE(nnx.Module):
         )  # fmt: skip
         with jax.named_scope("dispatch"):
             groups = gm.group(indices, valid, held, plan.tile)
-            groups = gm.Groups(*(checkpoint_name(a, "dispatch") for a in groups))
-            rows = gm.dispatch(x, groups)  # [M, D]
+            most = groups.position.size
+            groups = gm.Groups(*(checkpoint_name(_narrow(a, most), "dispatch").astype(jnp.int32) for a in groups))
             row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]
         up, gate, output = (m.projection() for m in (self.w1, self.w3, self.w2))
         keys = gm.row_keys(fold(dropout_key, 11), groups) if self._dropout else None
-        out = gm.grouped_mlp(plan, rows, row_weights, groups.sizes, (up, gate), output, keys)
-        with jax.named_scope("combine"):
-            return gm.combine(out, groups)
+        return gm.grouped_mlp(plan, x, row_weights, groups, (up, gate), output, keys)
 
     @property
     def _dropout(self) -> float:
@@ -198,6 +196,11 @@ class MoE(nnx.Module):
                     dropped = module.lora.dropped(x, dropout_key, x_axes.index("n"))
                     low = jnp.einsum(f"{x_axes},er{w_axes[-1]}->enr", dropped, a.astype(x.dtype))
                 return y + jnp.einsum(f"enr,e{w_axes[1]}r->{output}", low, b.astype(x.dtype)), low
+
+
+def _narrow(x: jax.Array, most: int) -> jax.Array:
+    """Numbers from 0 to `most`, as the smallest integers that hold them: what each layer saves for the backward pass."""
+    return x.astype(jnp.uint8 if most < 2**8 else jnp.uint16 if most < 2**16 else jnp.int32)
 
 
 def _silu_gated(up: jax.Array, gate: jax.Array) -> jax.Array:

@@ -104,8 +104,7 @@ def build(device: str, shape: dict[str, Any], entry: dict[str, Any], options: di
             *ins, out = (
                 p._replace(weight=t) if shape["trained"] else p._replace(lora=t) for p, t in zip((*inputs, output), trained, strict=True)
             )
-            rows, row_weights = matmul.dispatch(x, groups), matmul.sort_weights(weights, groups).astype(x.dtype)
-            return matmul.combine(matmul.grouped_mlp(plan, rows, row_weights, groups.sizes, tuple(ins), out), groups)
+            return matmul.grouped_mlp(plan, x, matmul.sort_weights(weights, groups).astype(x.dtype), groups, tuple(ins), out)
 
         trained = [p.weight if shape["trained"] else p.lora for p in (*inputs, output)]
         y, pull = jax.vjp(layer, x, weights, trained)

@@ -61,8 +61,7 @@ def experts(backend, storage):
     def mlp(trainable):
         x, p, weights = trainable
         *inputs, output = (gm.Projection(w) if trained else gm.Projection(h, w) for h, w in zip(held, weights, strict=True))
-        rows, sorted_p = gm.dispatch(x, groups), gm.sort_weights(p, groups)
-        return gm.combine(gm.grouped_mlp(plan, rows, sorted_p, groups.sizes, tuple(inputs), output), groups)
+        return gm.grouped_mlp(plan, x, gm.sort_weights(p, groups), groups, tuple(inputs), output)
 
     return mlp, (drawn(N, D), drawn(N, K), held if trained else pairs)
 

@@ -55,11 +55,7 @@ def gated(up, gate):
 
 def ours(x, weights, inputs, output, experts, valid, plan, key=None):
     groups = gm.group(experts, valid, E, plan.tile)
-    y = gm.grouped_mlp(
-        plan, gm.dispatch(x, groups), gm.sort_weights(weights, groups).astype(x.dtype), groups.sizes, inputs, output,
-        gm.row_keys(key, groups),
-    )  # fmt: skip
-    return gm.combine(y, groups)
+    return gm.grouped_mlp(plan, x, gm.sort_weights(weights, groups).astype(x.dtype), groups, inputs, output, gm.row_keys(key, groups))
 
 
 def make_inputs(routing, padding, seed=0):
@@ -187,8 +183,7 @@ class TestFlops:
                 up, gate = (gm.dense_matmul("nd,efd->enf", x, w, name, trainable=False) for name, w in (("w1", w1), ("w3", w3)))
                 return gm.dense_matmul("enf,edf->nd", up * gate, w2, "w2", trainable=False)
             groups = gm.group(experts, jnp.ones(self.tokens, bool), E, plan.tile)
-            rows, p = gm.dispatch(x, groups), jnp.ones(groups.token.shape)
-            return gm.grouped_mlp(plan, rows, p, groups.sizes, (gm.Projection(w1), gm.Projection(w3)), gm.Projection(w2))
+            return gm.grouped_mlp(plan, x, jnp.ones(groups.token.shape), groups, (gm.Projection(w1), gm.Projection(w3)), gm.Projection(w2))
 
         def both(x, dy):
             return jax.vjp(forward, x)[1](dy)[0]

@@ -110,8 +110,8 @@ def test_the_step_takes_what_the_arithmetic_says(model, k, most_flops, most_byte
 
 def test_a_dense_fallback_would_be_seen(patched, monkeypatch):
     """XLA expands `ragged_dot` on a CPU to the product with every expert."""
-    monkeypatch.setitem(gm._BACKENDS, "loop", ragged_backend)
-    found, stages, _ = compiled("mixtral", 2, "loop", make=patched)
+    monkeypatch.setitem(gm._BACKENDS, "capacity", ragged_backend)
+    found, stages, _ = compiled("mixtral", 2, "capacity", make=patched)
     assert flops_share(found, stages) > 2
 
 

@@ -1,7 +1,8 @@
 """Backend `loop`: one expert after the other, its group tile by tile.
 
-The hidden activations [M, F] never exist as a whole. Rows are sorted, so a tile that runs over the end of its group only writes rows that
-the next group overwrites: no mask, no copy, no token dropped for any routing; the price is the padding of each group's last tile.
+Neither the hidden activations [M, F] nor the sorted rows of tokens [M, D] ever exist as a whole: a tile gathers its own. What it gives is
+written in the order of the sorted rows, so a tile that runs over the end of its group only writes rows that the next group overwrites: no
+mask, no token dropped for any routing; the price is the padding of each group's last tile.
 
 Weights in the host's memory come one expert ahead: the codes of the next one are on the bus while this one's rows are multiplied.
 """
@@ -9,7 +10,7 @@ Weights in the host's memory come one expert ahead: the codes of the next one ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,26 @@ from moejax.models.ops.grouped.expert import Expert, Gradients, Plan, Projection
 from moejax.models.ops.linear import in_host, is_spread, out_size, part
 
 
+class Tokens(NamedTuple):
+    """Rows that are sorted as they are read. rows: [N, D]; token: int32 [M], that of each sorted row, N where it is padding, which is zero;
+    position: int32 [N, K], the sorted row of each choice."""
+
+    rows: jax.Array
+    token: jax.Array
+    position: jax.Array
+
+    def added_up(self, sorted_rows: jax.Array) -> jax.Array:
+        """The sorted rows of each token: [M, O] -> [N, O]. The transpose of sorting them."""
+        with jax.named_scope("combine"):
+            return jnp.take(sorted_rows, self.position, axis=0, mode="clip").sum(axis=1)
+
+
 def _rows(array: Any, row: jax.Array, count: int) -> Any:
-    """Of an array, or of none."""
-    return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, count)
+    """Of an array, of tokens, or of none."""
+    if not isinstance(array, Tokens):
+        return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, count)
+    with jax.named_scope("dispatch"):
+        return jnp.take(array.rows, _rows(array.token, row, count), axis=0, mode="fill", fill_value=0)
 
 
 def _put(array: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
@@ -87,9 +105,10 @@ def _over_experts(
 
 
 def forward(
-    plan: Plan, keep: bool, x: jax.Array, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, keys: Any
+    plan: Plan, keep: bool, x: Tokens, p: jax.Array, sizes: jax.Array, inputs: Sequence[Projection], output: Projection, keys: Any
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """The output rows [M, O], and the hidden rows [M, F] if `keep`."""
+    """The tokens' output rows [N, O], and the hidden rows [M, F] if `keep`."""
+    dtype, count = x.rows.dtype, p.shape[0]
 
     def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
         def tile(row: jax.Array, _: Any, count: int, state: Any) -> Any:
@@ -100,32 +119,32 @@ def forward(
         return _over_tiles(plan, start, size, tile, state), None
 
     def empty(projection: Projection) -> jax.Array:
-        return jnp.zeros((x.shape[0], out_size(projection.weight)), x.dtype)
+        return jnp.zeros((count, out_size(projection.weight)), dtype)
 
     state = (empty(output), [empty(p) for p in inputs] if keep else [])
     # While decoding there may be fewer rows than experts: the weights of the others are not touched.
-    most = x.shape[0] - plan.tile
-    result: tuple[jax.Array, list[jax.Array]] = _over_experts(plan, expert, state, sizes, (inputs, output), x.dtype, most)[0]
-    return result
+    most = count - plan.tile
+    y, kept = _over_experts(plan, expert, state, sizes, (inputs, output), dtype, most)[0]
+    return x.added_up(y), kept
 
 
-def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array, Gradients]:
-    """dx, dp, and the gradients of weights and adapters, [E, …] in fp32."""
+def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) -> tuple[Tokens, jax.Array, Gradients]:
+    """dx, dp, and the gradients of weights and adapters, [E, …] in fp32. dy: the tokens' [N, O]."""
     x, p, sizes, inputs, output, keys = operands
 
     def expert(state: Any, expert: Expert, start: jax.Array, size: jax.Array) -> Any:
         def tile(row: jax.Array, first: jax.Array, count: int, state: Any) -> Any:
-            (rows, dp), sums = state
+            (dx, dp), sums = state
             inside = (first + jnp.arange(count) < size)[:, None]
-            dy_rows = jnp.where(inside, _rows(dy, row, count), jnp.zeros((), dy.dtype))
+            dy_rows = jnp.where(inside, _rows(x._replace(rows=dy), row, count), jnp.zeros((), dy.dtype))
             hidden = [_rows(k, row, count) for k in kept] if plan.keep else None
-            x_rows, p_rows, of_rows = (_rows(array, row, count) for array in (rows, p, keys))
+            x_rows, p_rows, of_rows = (_rows(array, row, count) for array in (x, p, keys))
             dx_rows, dp_rows, parts = expert.backward(x_rows, p_rows, dy_rows, of_rows, hidden)
-            rows = _put(rows, jnp.where(inside, dx_rows, x_rows), row)
-            return (rows, _put(dp, dp_rows, row)), jax.tree.map(jnp.add, sums, parts)
+            return (_put(dx, dx_rows, row), _put(dp, dp_rows, row)), jax.tree.map(jnp.add, sums, parts)
 
         return _over_tiles(plan, start, size, tile, (state, expert.zeros()))
 
-    # A tile's gradient takes the place of its rows: no expert reads them again. Rows of no expert are zero, as their gradient is.
-    (dx, dp), gradients = _over_experts(plan, expert, (x, jnp.zeros_like(p)), sizes, (inputs, output), x.dtype)
-    return dx, dp, gradients
+    # Rows of no expert are zero, as their gradient is; so is what a tile gives behind its group, where `dy_rows` is.
+    dx = jnp.zeros((p.shape[0], x.rows.shape[1]), x.rows.dtype)
+    (dx, dp), gradients = _over_experts(plan, expert, (dx, jnp.zeros_like(p)), sizes, (inputs, output), x.rows.dtype)
+    return Tokens(x.added_up(dx), None, None), dp, gradients  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Every token through the experts it chose: dropless, exact, with a gradient of its own.
 
-`dispatch` sorts token rows by expert, `grouped_mlp` sends each group through its own expert's matrices, `combine` adds the rows of
-one token up again. `dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
+`grouped_mlp` sorts token rows by expert, sends each group through its own expert's matrices, and adds the rows of one token up again.
+`dense_matmul` is the other branch: all tokens through all experts, nothing to sort.
 
 Backends do the middle part (`_BACKENDS`); `choose` says which, by what `choice` has of the device.
 """
@@ -129,18 +129,27 @@ def grouped_mlp(
     plan: Plan,
     x: jax.Array,
     row_weights: jax.Array,
-    sizes: jax.Array,
+    groups: Groups,
     inputs: tuple[Projection, ...],
     output: Projection,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """y[m] = p[m] · W_out activation(W_1 x[m], …), every W that of row m's expert: W x = weight x + B (A dropout(x)) + bias.
+    """y[n] = Σ over n's sorted rows m of p[m] · W_out activation(W_1 x[n], …), every W that of row m's expert: W x = weight x +
+    B (A dropout(x)) + bias.
 
-    x: [M, I] as `dispatch` sorts it; row_weights p: [M]; sizes: int32 [E]; keys: of the adapters' dropout, by `row_keys`. Returns [M, O] in
-    x's dtype. Gradients: x, row_weights, the adapters, and weights and biases if `plan.trainable`; a frozen weight is saved as the codes it
-    is, and dequantized again in the backward pass. The weight p multiplies before W_out: the same sum, whose gradient needs no output row.
+    x: [N, I]; row_weights p: [M], by `sort_weights`; keys: of the adapters' dropout, by `row_keys`. Returns [N, O] in x's dtype. Gradients:
+    x, row_weights, the adapters, and weights and biases if `plan.trainable`; a frozen weight is saved as the codes it is, and dequantized
+    again in the backward pass. The weight p multiplies before W_out: the same sum, whose gradient needs no output row.
     """
-    return _mlp(plan if keys is not None else plan._replace(dropout=0.0), x, row_weights, sizes, inputs, output, keys)
+    plan = plan if keys is not None else plan._replace(dropout=0.0)
+    if plan.backend == "loop":
+        tokens = loop.Tokens(x, groups.token, groups.position)
+        return _mlp(plan, tokens, row_weights, groups.sizes, inputs, output, keys)
+    with jax.named_scope("dispatch"):
+        rows = dispatch(x, groups)  # [M, I]
+    y = _mlp(plan, rows, row_weights, groups.sizes, inputs, output, keys)
+    with jax.named_scope("combine"):
+        return combine(y, groups)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
