@@ -78,7 +78,10 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from moejax import config
+from huggingface_hub import constants
 from moejax.hub import model, shards
+
+constants.DOWNLOAD_CHUNK_SIZE = 1024  # of a file that is cut: what came before is kept in whole chunks
 
 def used(pattern):
     return sum(p.stat().st_size for p in Path(sys.argv[2]).glob(pattern) if p.is_file())
@@ -95,10 +98,12 @@ print(json.dumps([str(folder), peak]))
 
 
 class Hub:
-    """A repository of one commit, whose files have Git LFS' hashes; counts what is fetched, and ends a process in the middle of a file."""
+    """A repository of one commit. Shards have Git LFS' hashes and lie, as on the Hub, behind a redirect to another host, which sends
+    ranges; counts what is fetched, and ends a process in the middle of a file. troubles: by shard, what happens once: "busy" (503 to
+    HEAD), "often" (429), "cut" (the connection ends in the middle)."""
 
-    def __init__(self, folder):
-        self.fetched, self.kill_at, self.child = [], None, None
+    def __init__(self, folder, troubles):
+        self.fetched, self.resumed, self.troubles, self.kill_at, self.child = [], [], troubles, None, None
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         hub = self
 
@@ -110,26 +115,42 @@ class Hub:
                     self.answer(json.dumps(tree).encode())
                 elif self.path.startswith("/api/"):
                     self.answer(json.dumps({"id": ID, "sha": SHA, "siblings": [{"rfilename": n} for n in files]}).encode())
+                elif self.path.startswith("/cdn/"):
+                    self.shard(name, files[name])
                 else:
                     etag = hashlib.sha256(files[name]).hexdigest()
-                    if self.command == "GET" and name.endswith(".safetensors"):
-                        hub.fetched.append(name)
-                    self.answer(files[name], {"ETag": f'"{etag}"', "X-Linked-Etag": f'"{etag}"', "X-Repo-Commit": SHA}, name)
+                    headers = {"ETag": f'"{etag}"', "X-Linked-Etag": f'"{etag}"', "X-Repo-Commit": SHA}
+                    if not name.endswith(".safetensors"):
+                        self.answer(files[name], headers)
+                    elif self.command == "HEAD" and hub.happens(name, "busy"):
+                        self.answer(b"", status=503)
+                    else:
+                        elsewhere = f"http://localhost:{hub.server.server_port}/cdn/{name}"
+                        self.answer(b"", headers | {"X-Linked-Size": str(len(files[name])), "Location": elsewhere}, 302)
 
             do_HEAD = do_GET
 
-            def answer(self, content, headers=(), name=None):
-                self.send_response(200)
+            def shard(self, name, content):
+                if hub.happens(name, "often"):
+                    self.answer(b"", {"Retry-After": "0"}, 429)
+                    return
+                first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+                (hub.resumed if first else hub.fetched).append(name)
+                cut = hub.happens(name, "cut")
+                where = {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
+                self.answer(content[first:], where, 206 if first else 200, half=cut or name == hub.kill_at)
+                if name == hub.kill_at:
+                    os.kill(hub.child.pid, signal.SIGKILL)
+                self.close_connection = cut
+
+            def answer(self, content, headers=(), status=200, half=False):
+                self.send_response(status)
                 for key, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **dict(headers)}.items():
                     self.send_header(key, value)
                 self.end_headers()
                 if self.command == "GET":
-                    if name is not None and name == hub.kill_at:
-                        self.wfile.write(content[: len(content) // 2])
-                        self.wfile.flush()
-                        os.kill(hub.child.pid, signal.SIGKILL)
-                        return
-                    self.wfile.write(content)
+                    self.wfile.write(content[: len(content) // 2] if half else content)
+                    self.wfile.flush()
 
             def log_message(self, *_):
                 pass
@@ -137,9 +158,13 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def happens(self, name, what):
+        """Whether it does, this once."""
+        return self.troubles.get(name) == what and bool(self.troubles.pop(name))
+
     def stream(self, asked, kill_at=None):
         """What a process of its own gives and fetches."""
-        self.fetched, self.kill_at = [], kill_at
+        self.fetched, self.resumed, self.kill_at = [], [], kill_at
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         cache = asked.quantization.cache
         self.child = subprocess.Popen(
@@ -157,7 +182,7 @@ def test_killed_resumed_and_equal_to_the_bit_on_the_disk_of_one_shard(tmp_path):
     names = sorted(path.name for path in original.glob("*.safetensors"))
     assert len(names) == 9
     largest = max((original / name).stat().st_size for name in names)
-    hub, asked = Hub(original), experiment(tmp_path)
+    hub, asked = Hub(original, {names[0]: "busy", names[3]: "often", names[6]: "cut"}), experiment(tmp_path)
     hub.stream(asked, kill_at=names[2])
     assert hub.fetched == names[:3]
     (folder,) = (tmp_path / "cache").iterdir()
@@ -169,7 +194,7 @@ def test_killed_resumed_and_equal_to_the_bit_on_the_disk_of_one_shard(tmp_path):
     content[len(content) * 2 // 3] ^= 4
     (folder / names[1]).write_bytes(content)
     given, beside_what_is_kept = hub.stream(asked)
-    assert given == str(folder) and hub.fetched == [names[1], *names[5:]]
+    assert given == str(folder) and hub.fetched == [names[1], *names[5:]] and hub.resumed == [names[6]] and not hub.troubles
     assert 0.9 * largest < beside_what_is_kept < largest + 2000  # huggingface_hub makes notes
     hub.server.shutdown()
     assert not (folder / "fetching").exists() and not any(p.suffix == ".safetensors" for p in (tmp_path / "cache-hub").rglob("*"))
