@@ -27,6 +27,7 @@ QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": "true",
     "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 USUAL = os.environ.get("MOEJAX_TEST_XLA") == "usual"  # compiled as for a user
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done it

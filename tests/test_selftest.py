@@ -11,6 +11,7 @@ from moejax.commands import selftest
 from moejax.selftest import faults
 
 
+@pytest.mark.long  # three processes that import everything; what is judged, and how one is ended, is below
 def test_a_killed_run_ends_with_the_result_of_one_that_nothing_disturbed(tmp_path):
     report = faults.Report()
     assert len(list(faults.rounds(tmp_path, 1, 0, report))) == 2

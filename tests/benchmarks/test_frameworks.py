@@ -61,7 +61,7 @@ def test_handover_is_what_train_would_train(tmp_path):
         assert np.array_equal(before[name], lora.a.get_value())
 
 
-@pytest.mark.parametrize(("preset", "stack"), [("qwen3-moe-tiny", "study"), ("olmoe-tiny", "today")])
+@pytest.mark.parametrize(("preset", "stack"), [pytest.param("qwen3-moe-tiny", "study", marks=pytest.mark.long), ("olmoe-tiny", "today")])
 def test_a_family_s_weights_and_adapter_are_handed_over_under_its_own_names(preset, stack, tmp_path):
     """Those that transformers has by them: PEFT's settings, and the digests, are what the other side looks up."""
     share = ["w1", "w3"] if stack == "today" else None

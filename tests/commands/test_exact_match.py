@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from support import ROOT
+from support import ROOT, finished_run
 
 from moejax import cli, config
 from moejax.hub.save import save_weights
@@ -15,7 +15,7 @@ from moejax.models.config import PRESETS
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of two steps on a base of random weights."""
+    """A run on a base of random weights."""
     model = build(
         PRESETS["mixtral-tiny"].replace(
             hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
@@ -28,17 +28,9 @@ def run(tmp_path):
     problems = json.loads((ROOT / "assets/problems/train.json").read_text())[:30]
     problems[0]["instruction"] += " [/b]"  # no markup, whatever is printed of it
     (tmp_path / "train.json").write_text(json.dumps(problems))
-    content = {
-        "name": "run",
-        "runs_dir": str(tmp_path / "runs"),
-        "model": {"source": str(tmp_path / "base")},
-        "adapter": {"rank": 2},
-        "data": {"source": str(tmp_path / "train.json"), "row_tokens": 64, "max_length": 64, "batch_rows": 4},
-        "training": {"steps": 2, "compute_dtype": "float32"},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(config.dump(config.Experiment.model_validate(content)))
-    assert cli.main(["train", "--config", str(path)]) == 0
+    data = {"source": str(tmp_path / "train.json"), "row_tokens": 64, "max_length": 64, "batch_rows": 4}
+    content = {"quantization": {"format": "none"}, "data": data, "training": {"steps": 2, "compute_dtype": "float32"}}
+    finished_run(tmp_path / "runs/run", model={"source": str(tmp_path / "base")}, **content)
     return tmp_path / "runs" / "run", tmp_path / "train.json"
 
 

@@ -47,7 +47,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if "host" in name else name for name in CASES])
+SLOW = [name for name in CASES if "host" in name or (name.endswith("dense") and name != "full, dense")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in CASES])
 def test_the_closed_form_adds_up_to_the_compiler(name):
     """Arguments to the byte (a CPU's in one memory), and a breakdown whose parts are the compiler's figure."""
     case = CASES[name]

@@ -23,7 +23,7 @@ def vectors():
         return {name: file[name] for name in file.files}
 
 
-@pytest.fixture(scope="module", params=["base", "adapter"])
+@pytest.fixture(scope="module", params=[pytest.param("base", marks=pytest.mark.long), "adapter"])
 def case(request, mixtral_folder, reference_config):
     if request.param == "base":
         return "base", load_weights(build(reference_config, dtype=jnp.float32), mixtral_folder, jax.random.key(0))

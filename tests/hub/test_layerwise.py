@@ -47,7 +47,9 @@ def whole(folder, trained=None, sizes=None, **arguments):
     return full_logits(model, TOKENS[None], np.ones((1, len(TOKENS)), np.int32), np.arange(len(TOKENS))[None])[0]
 
 
-@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-blackmamba", pytest.param("tiny-qwen3-moe", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["tiny-blackmamba", *(pytest.param(name, marks=pytest.mark.long) for name in ("tiny-mixtral", "tiny-qwen3-moe"))]
+)
 def test_a_checkpoint(name):
     folder = ROOT / "assets" / name
     (found,) = walked_logits(weights.read_config(folder), folder, TOKENS, param_dtype=jnp.bfloat16)

@@ -32,7 +32,13 @@ def case(request, mixtral_folder, reference_config):
     return vectors, model
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    ("case", "remat"),
+    [("experts", "full"), ("all", "none"),
+     *(pytest.param(case, remat, marks=pytest.mark.long) for case, remat in
+       (("experts", "none"), ("experts", "dots"), ("all", "dots"), ("all", "full")))],
+    indirect=["case"],
+)  # fmt: skip
 def test_logits_loss_and_gradients(case, remat, reference_batch):
     vectors, model = case
     b = reference_batch
@@ -65,6 +71,7 @@ def five_steps(model, batch):
     return nnx.merge(graphdef, state.trainable, frozen), metrics
 
 
+@pytest.mark.parametrize("case", ["all", pytest.param("experts", marks=pytest.mark.long)], indirect=True)
 def test_weights_after_five_steps(case, reference_batch):
     vectors, model = case
     trained, metrics = five_steps(model, reference_batch)

@@ -43,5 +43,6 @@ def test_a_sink_is_a_sigmoid_of_the_log_sum():
     ones, sinks = jnp.ones((1, T), jnp.int32), jnp.asarray([-1.0, 0.0, 1.0, 2.0])
     scores = jnp.einsum("bthc,bshc->bhts", q, jnp.repeat(k, 2, axis=2)) * C**-0.5
     log_sums = jax.nn.logsumexp(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf), axis=-1)
-    expected = segment_attention(q, k, v, ones) * jax.nn.sigmoid(log_sums - sinks[None, :, None]).swapaxes(1, 2)[..., None]
-    np.testing.assert_allclose(segment_attention(q, k, v, ones, sinks=sinks), expected, atol=2e-6)
+    attend = jax.jit(segment_attention)
+    expected = attend(q, k, v, ones) * jax.nn.sigmoid(log_sums - sinks[None, :, None]).swapaxes(1, 2)[..., None]
+    np.testing.assert_allclose(attend(q, k, v, ones, sinks=sinks), expected, atol=2e-6)

@@ -57,7 +57,7 @@ def test_a_merged_model_computes_what_was_trained(run_folder, tmp_path, capsys):
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-@pytest.mark.parametrize("format_", ["peft", "fused", "merged"])
+@pytest.mark.parametrize("format_", [pytest.param("peft", marks=pytest.mark.long), "fused", "merged"])
 def test_one_a_for_two_matrices(format_, tmp_path, capsys):
     """What is written is compared with what was trained, matrix by matrix."""
     finished_run(tmp_path / "run", adapter={"rank": 2, "alpha": 4.0, "share": ["w1", "w3"]})

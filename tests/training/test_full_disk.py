@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory):
     return adapter(folder / "runs/run")
 
 
-@pytest.mark.parametrize("when", [pytest.param(name, marks=pytest.mark.long) if name == "trace" else name for name in PLACES])
+@pytest.mark.parametrize("when", [pytest.param(name, marks=pytest.mark.long) if name in ("trace", "metrics") else name for name in PLACES])
 def test_a_disk_that_is_full_at(when, undisturbed, make_experiment, tmp_path, monkeypatch, capfd):
     target, name, due, told = PLACES[when]
     profile = {"start_step": 3, "steps": 1} if when == "trace" else None

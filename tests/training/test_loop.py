@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support import TINY
+from support import TINY, tiny_experiments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moejax import config, device
@@ -148,9 +148,11 @@ def test_a_blackmamba_trains_and_resumes_to_the_bit(optimizer, make_experiment, 
     assert loop.run(again, resume=False) == 0  # the folder is a whole model: with its config and its tokenizer
 
 
-@pytest.fixture
-def finished(make_experiment):
-    experiment = make_experiment(training={"steps": 4, "eval_every": 2}, checkpoint={"every": 1, "keep": 2})
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The experiment of a run that none of the tests changes."""
+    make = tiny_experiments(tmp_path_factory.mktemp("finished"))
+    experiment = make(training={"steps": 4, "eval_every": 2}, checkpoint={"every": 1, "keep": 2})
     assert loop.run(experiment, resume=False) == 0
     return experiment
 
@@ -212,7 +214,7 @@ def test_nothing_is_overwritten(finished):
     assert adapter(folder_of(finished)) == before
 
 
-@pytest.mark.parametrize("batching", ["pad_longest", "pad_bucket"])
+@pytest.mark.parametrize("batching", [pytest.param("pad_longest", marks=pytest.mark.long), "pad_bucket"])
 def test_padded_batchings_train_too(batching, make_experiment):
     """One query a row, a compiled program for every length that occurs; no query more or less than packed."""
     experiment = make_experiment(

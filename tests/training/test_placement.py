@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from pydantic import ValidationError
-from support import ROOT, TINY
+from support import ROOT, TINY, tiny_experiments
 from test_loop import adapter, folder_of, losses, stop_at
 
 import moejax
@@ -82,11 +82,18 @@ def test_the_numbers_are_the_same_to_the_bit(sections, make_experiment, monkeypa
     jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
+LOOP = RANDOM | {"model": {"moe_backend": "loop"}}
+
+
+@pytest.fixture(scope="module")
+def on_the_device(tmp_path_factory):
+    return results(tiny_experiments(tmp_path_factory.mktemp("device"))(**LOOP))
+
+
 @pytest.mark.parametrize("prefetch", ["experts", pytest.param("layer", marks=pytest.mark.long)])
-def test_what_comes_ahead_is_what_is_used(prefetch, make_experiment):
+def test_what_comes_ahead_is_what_is_used(prefetch, make_experiment, on_the_device):
     """As on a GPU. It is another program: a CPU's compiler may sum up in another order."""
-    loop_of = RANDOM | {"model": {"moe_backend": "loop"}}
-    there, here = (results(make_experiment(**loop_of, placement=p))[0] for p in ({}, HOST | {"prefetch": prefetch}))
+    there, here = on_the_device[0], results(make_experiment(**LOOP, placement=HOST | {"prefetch": prefetch}))[0]
     assert here[3] == there[3]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), here, there)
 
@@ -110,13 +117,14 @@ def test_of_some_layers_the_same_to_the_bit(sections, make_experiment, monkeypat
     jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
-def test_of_some_layers(make_experiment):
+def test_of_some_layers(make_experiment, on_the_device):
     """Each scan of one layer: a program that sums up in another order."""
-    there, here = (results(make_experiment(**RANDOM, placement=p)) for p in ({}, {"experts": 1}))
+    there, here = on_the_device, results(make_experiment(**LOOP, placement={"experts": 1}))
     assert there[1] == 0 < here[1] and here[0][3] == there[0][3]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), here[0], there[0])
 
 
+@pytest.mark.long  # frozen weights are in no checkpoint, wherever they lie: test_loop.py resumes a run
 def test_a_run_with_them_that_was_stopped_goes_on_to_the_bit(make_experiment, monkeypatch, capsys):
     training = {"steps": 6}
     straight, halves = (make_experiment(name, training=training, placement=HOST) for name in ("straight", "halves"))

@@ -87,7 +87,7 @@ def _of_a_copy(model, batch, **passed):
     return _once(nnx.merge(*nnx.split(model)), batch, **passed)
 
 
-@pytest.mark.parametrize("loss", [_once, _twice, _inside, _of_a_copy])
+@pytest.mark.parametrize("loss", [pytest.param(_once, marks=pytest.mark.long), _twice, _inside, _of_a_copy])
 def test_gradients_add_up_whatever_a_loss_does_with_the_model(loss, parts):
     """A pass in which layers add their gradients to the sums of the step, two of them, none."""
     run = stepper(parts, optax.sgd(RATE), loss=loss)
@@ -174,7 +174,7 @@ def test_evaluation_is_plain(parts):
     ("preset", "k", "targets", "remat"),
     [
         ("mixtral-tiny", 2, ("q_proj", "w1", "w2", "w3", "gate"), "full"),
-        ("mixtral-tiny", 8, ("q_proj", "w1", "w2"), "dots"),
+        pytest.param("mixtral-tiny", 8, ("q_proj", "w1", "w2"), "dots", marks=pytest.mark.long),
         ("blackmamba-tiny", 2, None, "full"),
         pytest.param("mixtral-tiny", 2, ("q_proj", "w2"), "none", marks=pytest.mark.long),
         pytest.param("qwen3-moe-tiny", 4, ("q_proj", "w2"), "dots", marks=pytest.mark.long),

@@ -47,7 +47,8 @@ def test_it_is_shapes_until_weights_are_loaded_and_goes_on_from_its_own_state(ma
 
 
 def test_what_would_fit_is_said(make_experiment):
-    step = TrainProgram(make_experiment(), make_experiment().model.architecture(None))
+    experiment = make_experiment(model={"experts_per_token": 4}, adapter={"targets": ["q_proj"]})  # dense: the smallest program
+    step = TrainProgram(experiment, experiment.model.architecture(None))
     two, eight = (step.compile(rows, 64).peak_bytes for rows in (2, 8))
     assert step.compile_within(8, 64, None) is step.compile_within(8, 64, eight) is step.compile(8, 64)
     with pytest.raises(UserError, match=r"with 8 rows, .* data\.batch_rows=[2-7] would fit"):
