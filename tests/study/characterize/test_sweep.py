@@ -228,8 +228,10 @@ class Killed(BaseException):
     """What a kill is to the code: nothing catches it, nothing is put in order."""
 
 
-@pytest.mark.parametrize("renamed", [0, 1, 2])
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("begun", "renamed"),
+    [(False, 0), (False, 2), (True, 1), *(pytest.param(*each, marks=pytest.mark.long) for each in ((False, 1), (True, 0), (True, 2)))],
+)
 def test_killed_between_the_result_files(open_sweep, ran, tmp_path, monkeypatch, capsys, renamed, begun):
     """Files of two moments: the report refuses them, and the same command goes on and makes them one again."""
     whole, left = results.replace_text, [renamed]
