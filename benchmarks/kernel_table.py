@@ -101,7 +101,7 @@ def compiled_for(gpu: str, name: str, function: Callable[..., Any], arguments: l
     from jax.sharding import SingleDeviceSharding
 
     from moejax.compiler_options import lowering_for
-    from moejax.training.program import devices
+    from moejax.training.absent import devices
 
     place, card = SingleDeviceSharding(devices(gpu, 1)[0]), gpus.find(gpu)
     assert card.compiler is not None  # `devices` refuses such a card

@@ -17,7 +17,7 @@ from moejax.models.decoder import Decoder
 from moejax.models.layers import ON_THE_DEVICE, ExpertLinear, Frozen, Linear, Placement, of_experts
 from moejax.models.lora import LoRA
 from moejax.models.ops import choice, host
-from moejax.models.ops.quantized import KINDS, abstract, is_quantized, layout, quantize
+from moejax.models.ops.quantized import abstract, is_quantized, layout, quantize
 from moejax.models.ops.split import joined
 from moejax.models.token_rows import TokenRows
 
@@ -118,11 +118,7 @@ def _split(value: Any, on_device: int) -> Any:
 
 
 def _in_host(value: Any) -> Any:
-    if not is_quantized(value):
-        return host.put(value)
-    # The scales of scales are one part in two thousand, and as many fetches again.
-    large = KINDS[value.kind].large
-    return value.with_parts(value.parts() | {name: host.put(part) for name, part in value.parts().items() if name in large})
+    return value.in_host(host.put) if is_quantized(value) else host.put(value)
 
 
 def remove_lora(model: Model) -> None:

@@ -15,6 +15,7 @@ from moejax.models.config import Architecture, specs
 from moejax.models.layers import ExpertLinear, Frozen, Linear, Target, fold, trainable
 from moejax.models.mlp import MLP
 from moejax.models.ops import linear
+from moejax.models.ops.choice import is_tpu
 from moejax.models.ops.grouped import matmul as gm
 from moejax.models.ops.spread import AXIS, all_rows, own_rows
 
@@ -56,7 +57,7 @@ class MoE(nnx.Module):
         self.w3 = ExpertLinear(keys[3], e, d, f, dtype, axes=("hidden", "embed"), bias=spec.bias)
         self.experts, self.k = e, spec.experts_per_token
         self.scores, self.rule, self.gated = SCORES[spec.router.kind], spec.router, gated(spec.activation)
-        self.target = target
+        self.target, self.choices_first = target, is_tpu(target.platform)
 
     def __call__(
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None = None, *, keep: bool = False, micro_batches: int | None = None
@@ -80,7 +81,7 @@ class MoE(nnx.Module):
     def _route(
         self, x: jax.Array, valid: jax.Array, dropout_key: jax.Array | None, parts: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """indices: int32 [N, K]; weights: fp32 [N, K], of all experts [N, E] in a dense model."""
+        """indices: int32 [N, K]; weights: fp32 [N, K], of all experts [N, E] in a dense model. On a TPU [K, N]: see `gm.ChoicesFirst`."""
         with jax.named_scope("router"):
             logits = self.router(x.astype(jnp.float32), fold(dropout_key, 10))  # [N, E], fp32
             probabilities = self.scores(logits)
@@ -89,18 +90,22 @@ class MoE(nnx.Module):
             counts = jnp.broadcast_to(jnp.sum(valid.reshape(*parts, -1, 1), axis=-2, dtype=jnp.int32), sums.shape)
             return jnp.zeros((x.shape[0], 0), jnp.int32), self._weights(probabilities), RouterStats(counts, sums)
         with jax.named_scope("topk"):
-            indices = checkpoint_name(_narrow(self.choose(probabilities), self.experts), "router_indices").astype(jnp.int32)
+            indices, own = _narrow(self.choose(probabilities), self.experts), () if self.choices_first else (None,)
+            indices = checkpoint_name(indices.T if self.choices_first else indices, "router_indices").astype(jnp.int32)
             chosen = indices[..., None] == jnp.arange(self.experts)
             # One of the summands is not zero: a gather, but one whose gradient is no scatter.
-            picked = jnp.sum(jnp.where(chosen, probabilities[:, None], 0.0), axis=-1)
-            weights = checkpoint_name(self._weights(picked), "router_weights")
-            counts = jnp.sum((chosen & valid[:, None, None]).reshape(*parts, -1, self.experts), axis=-2, dtype=jnp.int32)
+            picked = jnp.sum(jnp.where(chosen, probabilities[(slice(None), *own)], 0.0), axis=-1)
+            weights = checkpoint_name(self._weights(picked, 0 if self.choices_first else -1), "router_weights")
+            visits = chosen & valid[(slice(None), *own, None)]
+            if self.choices_first:
+                visits = visits.any(axis=0)  # a token chooses an expert once
+            counts = jnp.sum(visits.reshape(*parts, -1, self.experts), axis=-2, dtype=jnp.int32)
         return indices, weights, RouterStats(counts, sums)
 
-    def _weights(self, picked: jax.Array) -> jax.Array:
-        """fp32 [N, K] of the scores of the chosen experts."""
+    def _weights(self, picked: jax.Array, axis: int = -1) -> jax.Array:
+        """fp32 [N, K] of the scores of the chosen experts, the choices on this axis."""
         if self.rule.renormalize and not (self.k == self.experts and self.rule.kind == "softmax"):  # that one sums to one by itself
-            total = jnp.sum(picked, axis=-1, keepdims=True)
+            total = jnp.sum(picked, axis=axis, keepdims=True)
             picked = picked / (total + 1e-20 if self.rule.kind == "sigmoid" else total)  # sigmoids may all be zero
         return picked if self.rule.scale == 1.0 else picked * self.rule.scale
 
@@ -128,13 +133,14 @@ class MoE(nnx.Module):
         """Each device has `held` of the experts: it takes the tokens of all devices through its own, and what it gives for them is added up
         where they came from. Nothing is dropped for any routing, and shapes are static."""
         with jax.named_scope("all_gather"):
-            x, weights, valid = (all_rows(a) for a in (x, weights, valid))
+            of_tokens = int(self.choices_first and self.k < self.experts)
+            x, valid, weights = all_rows(x), all_rows(valid), all_rows(weights, of_tokens)
             first = held * jax.lax.axis_index(AXIS)
         if self.k == self.experts:
             out = self._dense(x, jax.lax.dynamic_slice_in_dim(weights, first, held, axis=1), dropout_key)
         else:
             with jax.named_scope("all_gather"):
-                own = all_rows(indices) - first
+                own = all_rows(indices, of_tokens) - first
             # The others' are sorted behind the last group, as padding is.
             out = self._sparse(x, jnp.where((own >= 0) & (own < held), own, held), weights, valid, dropout_key, keep, held)
         with jax.named_scope("reduce_scatter"):
@@ -152,9 +158,9 @@ class MoE(nnx.Module):
             activation=self.gated, trainable=trainable(self.w1.weight), keep=keep, dropout=self._dropout, prefetch=prefetch
         )  # fmt: skip
         with jax.named_scope("dispatch"):
-            groups = gm.group(indices, valid, held, plan.tile)
+            groups = gm.group(indices, valid, held, plan.tile, first=self.choices_first)
             most = groups.position.size
-            groups = gm.Groups(*(checkpoint_name(_narrow(a, most), "dispatch").astype(jnp.int32) for a in groups))
+            groups = type(groups)(*(checkpoint_name(_narrow(a, most), "dispatch").astype(jnp.int32) for a in groups))
             row_weights = gm.sort_weights(weights, groups).astype(x.dtype)  # [M]
         up, gate, output = (m.projection() for m in (self.w1, self.w3, self.w2))
         keys = gm.row_keys(fold(dropout_key, 11), groups) if self._dropout else None

@@ -45,11 +45,24 @@ def entry(array: Any, index: Any) -> Any:
     """array[index], of one or several leading axes, on the device."""
     if not is_host(array):
         return array[index]
-    where = index if isinstance(index, tuple) else (index,)
+    where = [jnp.asarray(i, jnp.int32) for i in (index if isinstance(index, tuple) else (index,))]
+    return jax.lax.platform_dependent(array, where, tpu=_by_one_axis, default=_entry)
+
+
+def _entry(array: jax.Array, where: list[jax.Array]) -> jax.Array:
     kept = array.shape[len(where) :]
-    start = (*(jnp.asarray(i, jnp.int32) for i in where), *(jnp.zeros((), jnp.int32) for _ in kept))
+    start = (*where, *(jnp.zeros((), jnp.int32) for _ in kept))
     piece = jax.lax.dynamic_slice(array, start, (*(1 for _ in where), *kept), allow_negative_indices=False)
-    return fetched(piece).reshape(kept)
+    found: jax.Array = fetched(piece).reshape(kept)
+    return found
+
+
+def _by_one_axis(array: jax.Array, where: list[jax.Array]) -> jax.Array:
+    """The same for a TPU, whose compiler fetches parts along one axis alone."""
+    leading, one = array.shape[: len(where)], jnp.zeros((), jnp.int32)
+    for size, i in zip(leading, where, strict=True):
+        one = one * size + i
+    return _entry(array.reshape(-1, *array.shape[len(where) :]), [one])
 
 
 def rows(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.models.ops.quantized import KINDS, Kind, QuantizedTensor
+from moejax.models.ops.quantized import COLUMNS, KINDS, Kind, QuantizedTensor
 
 BLOCK = KINDS["mxfp4"].block
 CODEBOOK = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -55,7 +55,7 @@ def as_laid(weight: Tensor, dtype: Any = jnp.float32) -> jax.Array:
     """The values themselves, which fp32 and bf16 both hold, in memory's order. Infinite where they end."""
     out, inner = weight.matrix
     index = weight.indices()
-    if weight.layout == "columns":
+    if weight.layout in COLUMNS:
         return _numbers(index, weight.scales.reshape(*index.shape[:-4], inner // BLOCK, 1, 1, out), dtype)
     code = index.reshape(*weight.scales.shape, BLOCK)
     return _numbers(code, weight.scales[..., None], dtype).reshape(weight.shape)

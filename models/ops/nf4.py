@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.models.ops import choice
-from moejax.models.ops.quantized import KINDS, Kind, QuantizedTensor
+from moejax.models.ops.quantized import COLUMNS, KINDS, Kind, QuantizedTensor
 
 BLOCK, NESTED_BLOCK = KINDS["nf4-double"].block, KINDS["nf4-double"].nested
 
@@ -177,7 +177,7 @@ def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 def block_scales(weight: Tensor) -> jax.Array:
     """fp32 scales in the shape of `absmax`, of columns [..., in/64, out], with the second quantization undone."""
-    if weight.layout == "columns":
+    if weight.layout in COLUMNS:
         return _scales_of_columns(weight)
     if weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
@@ -255,7 +255,7 @@ def as_laid(weight: Tensor, dtype: Any = jnp.float32, look_up: Callable[[jax.Arr
     """Codebook value times block scale in fp32, then cast, in memory's order."""
     out, inner = weight.matrix
     found, scales = look_up(weight.indices()), block_scales(weight)
-    if weight.layout == "columns":
+    if weight.layout in COLUMNS:
         return (found * scales[..., None, None, :]).astype(dtype)
     if inner % BLOCK:  # a block runs over the end of a row
         scales = jnp.repeat(scales, BLOCK, axis=-1)[..., : out * inner].reshape(weight.shape)

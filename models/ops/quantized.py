@@ -22,10 +22,13 @@ from moejax.models.ops.nibbles import pack, unpack
 if TYPE_CHECKING:
     import jax
 
-LAYOUTS = ("halves", "pairs", "columns")
+LAYOUTS = ("halves", "pairs", "columns", "sixteens")
 """Byte j of a row of codes holds weights j and j + in/2, or 2j and 2j + 1; the first of the two in the high nibble. Columns: the axes of a
 matrix changed, codes [..., in/2, out], where a block is halves (of one of 64 bytes j to j + 31 hold its weights j and j + 32); scales by
-block and row, `tiles.folded`; scales of scales repeated for each row. So nothing but the shift depends on the place in a block."""
+block and row, `tiles.folded`; scales of scales repeated for each row. So nothing but the shift depends on the place in a block.
+Sixteens: columns in a TPU's host memory, bytes as [..., in/32, 16, out]. Of 32 rows and more a TPU's tiles have 32, but its products want
+tiles of 8, and its compiler would lay the whole stack anew in every layer."""
+COLUMNS = LAYOUTS[2:]
 
 
 def layout(platform: str) -> str:
@@ -55,7 +58,7 @@ class Kind:
 
     def fitting(self, shape: tuple[int, ...], layout: str) -> str:
         """The layout that a weight [..., out, in] has where this one is asked for: columns are for rows of whole blocks, and many."""
-        return "halves" if layout == "columns" and (shape[-1] % self.block or shape[-2] < tiles.LANES) else layout
+        return "halves" if layout in COLUMNS and (shape[-1] % self.block or shape[-2] < tiles.LANES) else layout
 
     def nested_groups(self, inner: int) -> int:
         """Of a row's blocks: groups of neighbours that have one scale of scales in every row."""
@@ -69,11 +72,13 @@ class Kind:
         if self.rows and inner % self.block:
             raise ValueError(f"a row of {inner} weights in {self.title}: expected a multiple of {self.block}")
         blocks = -(-out * inner // self.block)
-        codes = (-(-out * inner // 2),) if canonical else (out, -(-inner // 2))
-        scales = (blocks,) if canonical or inner % self.block else (out, inner // self.block)
+        codes: tuple[int, ...] = (-(-out * inner // 2),) if canonical else (out, -(-inner // 2))
+        scales: tuple[int, ...] = (blocks,) if canonical or inner % self.block else (out, inner // self.block)
         nested: tuple[int, ...] = (-(-blocks // self.nested),) if self.nested else ()
-        if layout == "columns" and not canonical:
+        if layout in COLUMNS and not canonical:
             codes, scales = (inner // 2, out), tiles.folded(inner // self.block, out)
+            if layout == "sixteens":
+                codes, scales = tiles.in_sixteens(codes), scales if self.scale_dtype == "float32" else tiles.in_sixteens(scales)
             nested = tiles.folded(self.nested_groups(inner), out) if self.nested else ()
         found: dict[str, tuple[tuple[int, ...], str]] = {"codes": (codes, "uint8"), self.scales: (scales, self.scale_dtype)}
         if self.nested:
@@ -115,7 +120,12 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-2], *self.matrix)
+        return (*self.codes.shape[: -self._axes], *self.matrix)
+
+    @property
+    def _axes(self) -> int:
+        """Of a matrix's codes."""
+        return len(KINDS[self.kind].parts(self.matrix, self.layout)["codes"][0])
 
     @property
     def ndim(self) -> int:
@@ -140,7 +150,7 @@ class QuantizedTensor:
     @property
     def is_whole(self) -> bool:
         """Whether all of it is here, and not a part on each device of a mesh."""
-        return bool(self.codes.shape[-2:] == self._shapes()["codes"][-2:])
+        return bool(self.codes.shape == self._shapes()["codes"])
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (shape, _) in KINDS[self.kind].parts(self.shape, self.layout).items()}
@@ -156,6 +166,14 @@ class QuantizedTensor:
         shapes = self._shapes()
         return self.with_parts({name: gather(part, shapes[name]) for name, part in self.parts().items()})
 
+    def in_host(self, put: Callable[[Any], Any]) -> Self:
+        """With codes and scales where `put` puts an array, as they lie there. Scales of scales stay: they are one part in two thousand, and
+        as many fetches again."""
+        layout = "sixteens" if self.layout == "columns" else self.layout
+        shapes = KINDS[self.kind].parts(self.shape, layout)
+        parts = {name: put(_shaped(part, shapes[name][0])) for name, part in self.parts().items() if name in KINDS[self.kind].large}
+        return dataclasses.replace(self, layout=layout, **parts)
+
     def dequantize(self, dtype: Any) -> jax.Array:
         """[..., out, in] in `dtype`."""
         return self.turned(self.as_laid(dtype))
@@ -167,7 +185,7 @@ class QuantizedTensor:
     def turned(self, values: jax.Array) -> jax.Array:
         """What `as_laid` gives, as [..., out, in]. (Apart from it: a TPU's compiler would take the change of shape before the products, and
         make an array of the scales of all weights.)"""
-        if self.layout != "columns":
+        if self.layout not in COLUMNS:
             return values
         *leading, out, inner = self.shape
         return values.reshape(*leading, inner, out).swapaxes(-1, -2)
@@ -190,7 +208,7 @@ class QuantizedTensor:
         import jax.numpy as jnp
 
         *leading, out, inner = self.shape
-        if self.layout == "columns":
+        if self.layout in COLUMNS:
             half = KINDS[self.kind].block // 2
             both = self.codes.reshape(*leading, inner // half // 2, 1, half, out)
             return (both >> jnp.array([4, 0], jnp.uint8)[:, None, None]) & 15
@@ -204,13 +222,14 @@ class QuantizedTensor:
         they are, if `packs_in_place` says so."""
         kind = KINDS[self.kind]
         if name == "codes":
-            if self.layout == "columns":
+            if self.layout in COLUMNS:
                 rows = pack(np.asarray(part), self._blocks, "halves", low_first=kind.low_first, in_place=in_place)
-                return np.ascontiguousarray(rows.reshape(*rows.shape[:-2], self.matrix[0], -1).swapaxes(-1, -2))
+                leading, shape = rows.shape[:-2], kind.parts(self.matrix, self.layout)[name][0]
+                return np.ascontiguousarray(rows.reshape(*leading, self.matrix[0], -1).swapaxes(-1, -2)).reshape(*leading, *shape)
             return pack(np.asarray(part), self.matrix, self.layout, low_first=kind.low_first, in_place=in_place)
         leading = part.shape[: part.ndim - (name != "offset")]
         shape = kind.parts(self.matrix, self.layout)[name][0]
-        if self.layout == "columns" and name != "offset":
+        if self.layout in COLUMNS and name != "offset":
             out, inner = self.matrix
             if name == "nested_absmax":
                 groups = kind.nested_groups(inner)
@@ -225,7 +244,7 @@ class QuantizedTensor:
 
     def packs_in_place(self, name: str) -> bool:
         """Whether `pack` in place leaves its result in the memory that it is given."""
-        return name == "offset" or (self.layout != "columns" and (name != "codes" or self.matrix[1] % 4 == 0))
+        return name == "offset" or (self.layout not in COLUMNS and (name != "codes" or self.matrix[1] % 4 == 0))
 
     def canonical(self) -> Canonical:
         """Its parts as they are on disk, in the host's memory."""
@@ -233,12 +252,12 @@ class QuantizedTensor:
         shapes = kind.parts(self.shape, canonical=True)
 
         def flat(name: str, part: np.ndarray) -> np.ndarray:
-            if self.layout == "columns" and name != "offset":
+            if self.layout in COLUMNS and name != "offset":
                 part = part.reshape(*leading, -1, out).swapaxes(-1, -2)
             if name == "codes":
-                matrix, laid = (self._blocks, "halves") if self.layout == "columns" else (self.matrix, self.layout)
+                matrix, laid = (self._blocks, "halves") if self.layout in COLUMNS else (self.matrix, self.layout)
                 return unpack(part.reshape(*leading, matrix[0], -1), matrix, laid, low_first=kind.low_first)
-            if self.layout == "columns" and name == "nested_absmax":
+            if self.layout in COLUMNS and name == "nested_absmax":
                 part = part.reshape(*leading, -1)[..., :: kind.nested * kind.nested_groups(inner) * kind.block // inner]
             return part.reshape(shapes[name][0])
 
@@ -257,6 +276,12 @@ class QuantizedTensor:
         parts = self.parts()
         keys = jax.random.split(key, len(parts))
         return self.with_parts({name: fill(name, part, k) for (name, part), k in zip(parts.items(), keys, strict=True)})
+
+
+def _shaped(array: Any, shape: tuple[int, ...]) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(shape, array.dtype) if isinstance(array, jax.ShapeDtypeStruct) else array.reshape(shape)
 
 
 class Canonical(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 LANES = 128
 """A row is filled up to a multiple of this many tokens."""
@@ -36,7 +37,8 @@ def splash_attention(
 
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     operands: tuple[Any, ...] = *(jnp.swapaxes(filled(x), 1, 2) for x in (scaled, k, v)), filled(segment_ids), sinks  # [B, H, T, C]
-    everywhere, near = (partial(_attend, within, interpret) for within in (None, reach))
+    attend = _attend if q.shape[-1] % LANES == 0 else _by_groups
+    everywhere, near = (partial(attend, within, interpret) for within in (None, reach))
     if reach is None or reach >= t:
         out = everywhere(*operands)
     elif window is None:
@@ -44,6 +46,29 @@ def splash_attention(
     else:
         out = jax.lax.cond(window < t, near, everywhere, *operands)
     return jnp.swapaxes(out, 1, 2)[:, :t]
+
+
+def _by_groups(
+    reach: int | None, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: jax.Array | None
+) -> jax.Array:
+    """`_attend` of one group's heads after the other, [B, H, T, C]. Of narrow heads the kernel's operands take twice their numbers: they
+    are there for a group at a time, forward and back; else queries lie as [..., T, heads of a group x C]."""
+    (b, h, t, c), g = q.shape, k.shape[1]
+
+    @jax.checkpoint
+    def of_group(operands: Any) -> jax.Array:
+        q, k, v, segment_ids, sinks = operands
+        heads = jnp.swapaxes(q.reshape(t, h // g, c), 0, 1)
+        out = _attend(reach, interpret, heads[None], k[None, None], v[None, None], segment_ids[None], sinks)[0]
+        return jnp.swapaxes(out, 0, 1).reshape(t, -1)
+
+    own_sinks = None if sinks is None else jnp.tile(sinks.reshape(g, -1), (b, 1))
+    wide = jnp.swapaxes(q.reshape(b, g, h // g, t, c), 2, 3).reshape(b * g, t, -1)
+    keys, values = (a.reshape(b * g, t, -1) for a in (k, v))
+    with jax.named_scope("kv_groups"):
+        out = jax.lax.map(of_group, (wide, keys, values, jnp.repeat(segment_ids, g, axis=0), own_sinks))
+    out = checkpoint_name(out, "mixed").reshape(b, g, t, h // g, -1)
+    return jnp.swapaxes(out, 2, 3).reshape(b, h, t, -1)
 
 
 def _attend(

@@ -18,6 +18,12 @@ def folded(rows: int, columns: int) -> tuple[int, int]:
     return rows * pieces, columns // pieces
 
 
+def in_sixteens(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[rows, columns] of bytes as arrays whose tiles have 8 rows; itself, where they have anyway."""
+    rows, columns = shape
+    return (rows // 16, 16, columns) if rows % 32 == 0 else shape
+
+
 def dealt(rows: int, columns: int, count: int) -> int | None:
     """Which axis of [rows, columns], -2 or -1, to deal out to `count` devices, such that the least is filled up; None: they divide none."""
     found = {-2: filled(rows // count, columns)} if rows % count == 0 else {}

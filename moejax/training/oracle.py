@@ -114,7 +114,7 @@ class Oracle:
             "tuned": {} if gpu is not None else choice.adopted(choice.here()),
         }  # fmt: skip
         asked = self.experiment.changed("data", batch_rows=rows)
-        peak, there = memory.cached(key, lambda: TrainProgram(asked, self.config, gpu=gpu).compile(rows, self.row_tokens).peak_bytes)
+        peak, there = memory.cached(key, lambda: TrainProgram(asked, self.config, gpu=gpu).peak_of(rows, self.row_tokens))
         self.hits, self.misses = self.hits + there, self.misses + (not there)
         return peak
 

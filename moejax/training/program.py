@@ -7,7 +7,6 @@ From shapes alone nothing is in memory, and the compiler says what a run will ta
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +21,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from moejax import installation, mesh, processes, tpus
+from moejax import installation, mesh, processes
 from moejax.compiler_options import GPU_OPTIONS, HOST_OPTIONS, gpu_options, jit, lowering_for
 from moejax.config import Experiment
 from moejax.config_data import ROW_MULTIPLE
 from moejax.data.batch import Batch, PairBatch
 from moejax.data.batching import GivenBatches
 from moejax.errors import UserError, first_line
-from moejax.estimator.targets import target_text
 from moejax.estimator.units import counted
 from moejax.gpus import GPU, GPUS
 from moejax.hub.buffers import moved
@@ -39,6 +37,7 @@ from moejax.models.config import Architecture
 from moejax.models.ops import choice, host
 from moejax.profiling.capture import compile_profiled
 from moejax.training import experts, room
+from moejax.training.absent import Pinned, devices
 from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.step import Loss, Objective, TrainState, make_eval_step, make_train_step
 
@@ -96,7 +95,7 @@ class TrainProgram:
         there = None if gpu is None else devices(gpu, several or 1)
         self._sharding = None if there is None else SingleDeviceSharding(there[0])
         self._card = card = GPUS[gpu] if isinstance(gpu, str) else gpu
-        self._pinned = None if there is None else _Pinned(Mesh(np.array(there[:1]), ("device",)), PartitionSpec())
+        self._pinned = None if there is None else Pinned(Mesh(np.array(there[:1]), ("device",)), PartitionSpec())
         self._device = None if card is None else card.cuda_name
         memory_bytes = None if card is None else card.memory_bytes
         experts.check(experiment, config, self._device or choice.here())
@@ -115,6 +114,7 @@ class TrainProgram:
         self._step = make_train_step(self.objective, self._optimizer, schedule, experiment.seed, self.devices)
         self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
         self.compiled: dict[tuple[int, int], Compiled] = {}
+        self._refused: dict[tuple[int, int], room.NoRoom] = {}
 
     @property
     def peak_bytes(self) -> int:
@@ -133,6 +133,8 @@ class TrainProgram:
         """The step for micro-batches of this many rows. Raises UserError, in one message, where the compiler fails."""
         if (rows, row_tokens) in self.compiled:
             return self.compiled[rows, row_tokens]
+        if (rows, row_tokens) in self._refused:
+            raise self._refused[rows, row_tokens]
         if rows % self.device_count:
             raise UserError(f"batches of {counted(rows, 'row')} over {self.device_count} devices: expected a multiple of them")
         micro = self.experiment.training.gradient_accumulation
@@ -157,7 +159,12 @@ class TrainProgram:
             on = self._device or jax.local_devices()[0].device_kind
             told = f"{what} does not compile for {on}: {first_line(error)}. Try {advice(error)}"
             wanted, available = room.read(str(error))
-            raise (UserError(told) if wanted is None or available is None else room.NoRoom(told, wanted, available)) from error
+            if wanted is None or available is None:
+                raise UserError(told) from error
+            alone = wanted if room.of_temporaries(str(error)) else None
+            wanted += 0 if alone is None else self._device_bytes(given)
+            self._refused[rows, row_tokens] = room.NoRoom(told, wanted, available, alone)
+            raise self._refused[rows, row_tokens] from error
         seconds, m = time.perf_counter() - start, executable.memory_analysis()
         in_host = self._host_bytes(given[1]) + m.host_temp_size_in_bytes
         compiled = Compiled(executable, _peak_bytes(executable), m.argument_size_in_bytes, m.temp_size_in_bytes, seconds, in_host)
@@ -172,7 +179,7 @@ class TrainProgram:
         state, frozen, batch = operands
         places = _of_state(d, state), d.of_weights(frozen), d.of_rows(batch, 1)
         if self._pinned is not None:
-            places = jax.tree.map(lambda a, place: _Pinned(d.mesh, place.spec) if host.is_host(a) else place, operands, places)
+            places = jax.tree.map(lambda a, place: Pinned(d.mesh, place.spec) if host.is_host(a) else place, operands, places)
         given = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), operands, places)
         return given, {"out_shardings": (places[0], NamedSharding(d.mesh, mesh.WHOLE))}
 
@@ -182,6 +189,11 @@ class TrainProgram:
             return host.nbytes(self.frozen)
         arrays = [a for a, own in zip(jax.tree.leaves(given), jax.tree.leaves(self.frozen), strict=True) if host.is_host(own)]
         return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+
+    def _device_bytes(self, given: Any) -> int:
+        """Of operands, what each device has."""
+        there = [a for a in jax.tree.leaves(given) if not host.is_host(a)]
+        return sum(math.prod(a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in there)
 
     def _place(self, array: Any) -> Any:
         """Where an operand lies: of this machine what is on the device needs no word."""
@@ -212,6 +224,10 @@ class TrainProgram:
             f"{jax.local_devices()[0].device_kind}; {less} (keep the batch by training.gradient_accumulation)"
         )
 
+    def peak_of(self, rows: int, row_tokens: int) -> int:
+        """Peak bytes of the step, of one that a TPU's compiler has no room for too."""
+        return int(self._needs(rows, row_tokens)[0])
+
     def rows_within(self, rows: int, row_tokens: int, limit: float) -> int:
         """`room.rows_within` of this step."""
         return room.rows_within(lambda n: self._needs(n, row_tokens)[0], rows, limit, self.device_count)
@@ -221,7 +237,11 @@ class TrainProgram:
         try:
             return self.compile(rows, row_tokens).peak_bytes, math.inf
         except room.NoRoom as error:
-            return error.wanted, error.available
+            if error.temporaries is None:
+                return error.wanted, error.available
+            # Next to its temporaries a program of other rows has the same: by what was compiled some arguments give their room.
+            beside = [c.peak_bytes - c.temporary_bytes for (_, tokens), c in self.compiled.items() if tokens == row_tokens]
+            return error.temporaries + beside[0] if beside else error.wanted, error.available
 
     def load(self, model: Model) -> None:
         """Weights in the places of shapes, and the optimizer's state as training begins with it."""
@@ -296,15 +316,6 @@ def devices_of(experiment: Experiment, config: Architecture, there: Sequence[Any
     return devices
 
 
-class _Pinned(NamedSharding):
-    """Pinned host memory next to a device that is not there. Such a device names no memories, and jax then forgets the kind that a sharding
-    is given: this one says it whenever jax asks, and the program is lowered as on a machine that has the device."""
-
-    @property
-    def memory_kind(self) -> str:
-        return host.KIND
-
-
 def split(model: Model, full: bool) -> tuple[Any, nnx.State, nnx.State]:
     """graphdef, trainable, frozen. LoRAParam is a Param, so an adapter's run has nothing else among its Params."""
     parts: Any = nnx.split(model, nnx.Param if full else nnx.LoRAParam, ...)
@@ -364,32 +375,3 @@ def _peak_bytes(executable: Any) -> int:
 def advice(error: BaseException) -> str:
     """What to try about an error of XLA's."""
     return next((advice for mark, advice in _WHAT_TO_TRY if mark in str(error)), _ELSE)
-
-
-def device(gpu: str | GPU) -> Any:
-    """`devices` of one."""
-    return devices(gpu, 1)[0]
-
-
-def devices(gpu: str | GPU, count: int) -> list[Any]:
-    """Abstract devices of that name, in one process. Raises UserError for an unknown one, or where the extra `aot` is missing."""
-    if isinstance(gpu, str):
-        if gpu not in GPUS:
-            raise UserError(f"GPU {gpu!r} is unknown here: expected one of {', '.join(GPUS)}")
-        gpu = GPUS[gpu]
-    from jax.experimental import topologies
-
-    tpu = gpu.platform == "tpu"
-    try:
-        if tpu:
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network what machine this is
-            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: several processes may compile at once
-            return list(topologies.get_topology_desc(tpus.of(gpu, count).topology, platform="tpu").devices)[:count]
-        topology = topologies.get_topology_desc(platform="cuda", target_config=target_text(gpu), topology=f"1x1x{count}")
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        extra = "aot-tpu" if tpu else "aot"
-        raise UserError(
-            f"cannot compile for {gpu.name} on this machine ({first_line(error)}): install the extra `{extra}` "
-            f"({installation.for_extra(extra)}), and set JAX_PLATFORMS=cpu"
-        ) from error
-    return list(topology.devices)

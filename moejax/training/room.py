@@ -10,6 +10,7 @@ from moejax.errors import UserError
 _SIZE = r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:iB|B| bytes|\b)"
 _TEXTS = (
     rf"Used {_SIZE} of {_SIZE} hbm",  # a TPU's compiler
+    rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",  # the same, where arguments are not even counted
     rf"Attempting to (?:allocate|reserve) {_SIZE}.*?There are {_SIZE} free",  # a TPU at run time
     rf"[Oo]ut of memory (?:while trying to allocate|allocating) {_SIZE}",  # a GPU, a CPU
     rf"Failed to allocate request for {_SIZE}",  # a GPU, for an array
@@ -17,11 +18,17 @@ _TEXTS = (
 
 
 class NoRoom(UserError):
-    """The compiler refuses a program for the memory it would take. wanted, available: bytes."""
+    """The compiler refuses a program for the memory it would take. wanted, available: bytes. temporaries: that alone, where the compiler
+    tells no more (`of_temporaries`): then arguments are in `wanted` as if none were ever given free."""
 
-    def __init__(self, message: str, wanted: float, available: float):
+    def __init__(self, message: str, wanted: float, available: float, temporaries: float | None = None):
         super().__init__(message)
-        self.wanted, self.available = wanted, available
+        self.wanted, self.available, self.temporaries = wanted, available, temporaries
+
+
+def of_temporaries(text: str) -> bool:
+    """Whether what `read` gives are temporaries alone."""
+    return "HLO temporaries" in text
 
 
 def read(text: str) -> tuple[float | None, float | None]:

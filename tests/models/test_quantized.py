@@ -15,7 +15,9 @@ SHAPES = [(4, 128), (2, 256), (3, 64), (2, 2880), (1, 10944), (5, 96), (3, 70), 
 # As columns: of one block, of some whose rows are folded and that have three scales of scales a row, of an odd number, of many.
 WIDE = [(128, 64), (256, 768), (136, 320), (129, 1024)]
 EACH = [(kind, shape) for kind in KINDS for shape in SHAPES if shape[1] % KINDS[kind].block == 0 or not KINDS[kind].rows]
-LAID = [(*each, layout) for each in EACH for layout in ("halves", "pairs")] + [(kind, shape, "columns") for kind in KINDS for shape in WIDE]
+LAID = [(*each, layout) for each in EACH for layout in ("halves", "pairs")] + [
+    (kind, shape, layout) for kind in KINDS for shape in WIDE for layout in ("columns", "sixteens")
+]
 
 
 def drawn(kind, shape, leading=()):

@@ -17,7 +17,7 @@ from moejax.models.ops import quantized
 from moejax.models.ops.linear import part
 from moejax.profiling.program import Program, elements
 from moejax.profiling.scopes import place
-from moejax.training.program import device
+from moejax.training.absent import device
 
 WRITERS = {"fusion", "copy", "gather", "concatenate", "convert", "transpose", "dynamic-slice", "broadcast", "call"}
 

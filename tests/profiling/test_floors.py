@@ -11,6 +11,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 import floors  # noqa: E402
 
 from moejax import config  # noqa: E402
+from moejax.estimator.sizes import architecture_of  # noqa: E402
 
 TINY = str(ROOT / "configs" / "bench_mixtral_tiny.yaml")
 
@@ -48,3 +49,14 @@ def test_a_trained_base_is_multiplied_once_more():
         flops = [{s.name: s.flops for s in floors.floors(e, e.model.architecture(None), 10, 128)} for e in (full, adapted)]
         assert flops[0]["moe/w1, w3, w2"] == 11 / 8 * flops[1]["moe/w1, w3, w2"] and "moe/lora" not in flops[1]
         assert flops[0][mixer] > 1.3 * flops[1][mixer]
+
+
+def test_what_fits_a_chip_does_not_move():
+    """Codes, adapters' matrices and the kept stream do."""
+    e = config.load(str(ROOT / "configs" / "gpt_oss_20b.yaml"))
+    c = architecture_of(e)
+    none, some = ({s.name: s for s in floors.floors(e, c, 2, 512, chip)} for chip in (0, 64 << 20))
+    assert some["moe/w1, w3, w2"].bytes == 0 and {n: s.flops for n, s in none.items()} == {n: s.flops for n, s in some.items()}
+    codes = 24 * 32 * 3 * 2880 * 2880 * (1 / 2 + 1 / 32)
+    assert some["moe: dequantization"].bytes == pytest.approx(2 * codes)
+    assert none["moe: dequantization"].bytes == pytest.approx(2 * (codes + 24 * 32 * 3 * 2880 * 2880 * 2))

@@ -6,6 +6,7 @@ import signal
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -302,3 +303,12 @@ def test_a_device_without_pinned_memory_is_refused(make_experiment, monkeypatch)
     monkeypatch.setattr(jax, "local_devices", lambda: [Bare()])
     with pytest.raises(UserError, match=r"placement.experts = host.*: Bare has no pinned host memory .*: set both to device"):
         model_arguments(make_experiment(placement=HOST))
+
+
+@pytest.mark.parametrize("index", [2, (1, 3)])
+def test_a_part_by_one_axis_is_the_part(index):
+    """As a TPU fetches it: its compiler has slices along one axis alone."""
+    array = host.put(jnp.arange(4 * 5 * 2 * 3, dtype=jnp.float32).reshape(4, 5, 2, 3))
+    where = [jnp.int32(i) for i in (index if isinstance(index, tuple) else (index,))]
+    found = jax.jit(host._by_one_axis)(array, where)
+    assert not host.is_host(found) and np.array_equal(found, np.asarray(array)[index])

@@ -13,7 +13,7 @@ from support import ROOT
 from moejax import tpus
 from moejax.models.ops import linear, quantized
 from moejax.profiling import layouts
-from moejax.training import program
+from moejax.training import absent
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
@@ -44,7 +44,7 @@ def test_a_step_compiles_and_wastes_nothing(name, target, weights, rows, row_tok
 @pytest.mark.parametrize(("kind", "shape"), [("mxfp4", (4, 2880, 2880)), ("nf4-double", (8, 2048, 1024))])
 def test_no_buffer_of_a_4_bit_weight_is_padded_and_no_table_is_read(kind, shape):
     """gpt-oss's and OLMoE's experts, one a turn of a loop: dequantized and multiplied, both ways."""
-    device = SingleDeviceSharding(program.device(tpus.find("v5e-1").chip))
+    device = SingleDeviceSharding(absent.device(tpus.find("v5e-1").chip))
     weight, rows = quantized.abstract(kind, shape, quantized.layout("TPU v5 lite")), jax.ShapeDtypeStruct((256, shape[2]), jnp.bfloat16)
 
     def step(weight, rows):

@@ -9,7 +9,7 @@ from moejax.data.batching import assemble, stack, synthetic
 from moejax.errors import UserError
 from moejax.hub.model import create_model
 from moejax.models.config import PRESETS
-from moejax.training import program
+from moejax.training import absent, program
 from moejax.training.program import TrainProgram
 
 EXPERIMENT = config.load(ROOT / "configs" / "mixtral_8x7b_cs_sparse.yaml")
@@ -22,7 +22,7 @@ def test_the_step_compiles_for_this_machine():
 
 def test_unknown_gpu():
     with pytest.raises(UserError, match=r"'H1000' is unknown here: expected one of .*H100"):
-        program.device("H1000")
+        absent.device("H1000")
 
 
 def test_it_is_shapes_until_weights_are_loaded_and_goes_on_from_its_own_state(make_experiment):

@@ -27,10 +27,23 @@ class Tokens(NamedTuple):
     token: jax.Array
     position: jax.Array
 
+    @property
+    def choices(self) -> int:
+        """Their axis of position."""
+        return 1
+
     def added_up(self, sorted_rows: jax.Array) -> jax.Array:
         """The sorted rows of each token: [M, O] -> [N, O]. The transpose of sorting them."""
         with jax.named_scope("combine"):
-            return jnp.take(sorted_rows, self.position, axis=0, mode="clip").sum(axis=1)
+            return jnp.take(sorted_rows, self.position, axis=0, mode="clip").sum(axis=self.choices)
+
+
+class ChoicesFirst(Tokens):
+    """The same with position [K, N]: see `matmul.ChoicesFirst`."""
+
+    @property
+    def choices(self) -> int:
+        return 0
 
 
 def _rows(array: Any, row: jax.Array, count: int) -> Any:
@@ -147,4 +160,4 @@ def backward(plan: Plan, operands: Any, kept: list[jax.Array], dy: jax.Array) ->
     # Rows of no expert are zero, as their gradient is; so is what a tile gives behind its group, where `dy_rows` is.
     dx = jnp.zeros((p.shape[0], x.rows.shape[1]), x.rows.dtype)
     (dx, dp), gradients = _over_experts(plan, expert, (dx, jnp.zeros_like(p)), sizes, (inputs, output), x.rows.dtype)
-    return Tokens(x.added_up(dx), None, None), dp, gradients  # type: ignore[arg-type]
+    return x._replace(rows=x.added_up(dx), token=None, position=None), dp, gradients  # type: ignore[arg-type]

@@ -72,17 +72,47 @@ class Groups(NamedTuple):
         """The token of each sorted row, N where it is padding."""
         return self.choice // self.position.shape[1]
 
+    @property
+    def number(self) -> jax.Array:
+        """n·K + k of each sorted row's choice."""
+        return self.choice
 
-def group(experts: jax.Array, valid: jax.Array, num_experts: int, slack: int) -> Groups:
-    """Sort the choices by expert, stably. experts: int32 [N, K]; valid: bool [N] (padding tokens visit no expert)."""
-    n, k = experts.shape
-    flat = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
+    @property
+    def choices(self) -> int:
+        """Their axis of position."""
+        return 1
+
+
+class ChoicesFirst(Groups):
+    """The same of choices [K, N], as a TPU has them, which fills a last axis of K up to 128: choice is k·N + n, position [K, N]."""
+
+    @property
+    def choices(self) -> int:
+        return 0
+
+    @property
+    def token(self) -> jax.Array:
+        n = self.position.shape[1]
+        return jnp.where(self.choice < self.position.size, self.choice % n, n)
+
+    @property
+    def number(self) -> jax.Array:
+        k, n = self.position.shape
+        return jnp.where(self.choice < self.position.size, self.choice % n * k + self.choice // n, self.position.size)
+
+
+def group(experts: jax.Array, valid: jax.Array, num_experts: int, slack: int, *, first: bool = False) -> Groups:
+    """Sort the choices by expert, stably. experts: int32 [N, K]; valid: bool [N] (padding tokens visit no expert). first: experts are
+    [K, N]."""
+    shape, size = experts.shape, experts.size
+    flat = jnp.where(valid if first else valid[:, None], experts, num_experts).reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # [N·K], sorted row -> choice
-    position = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k, dtype=jnp.int32), unique_indices=True)
+    position = jnp.zeros(size, jnp.int32).at[order].set(jnp.arange(size, dtype=jnp.int32), unique_indices=True)
     sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    rows = jnp.arange(n * k, dtype=jnp.int32)
-    choice = jnp.where(rows < sizes.sum(), order, n * k)
-    return Groups(jnp.pad(choice, (0, slack), constant_values=n * k), position.reshape(n, k), sizes)
+    rows = jnp.arange(size, dtype=jnp.int32)
+    choice = jnp.where(rows < sizes.sum(), order, size)
+    kind = ChoicesFirst if first else Groups
+    return kind(jnp.pad(choice, (0, slack), constant_values=size), position.reshape(shape), sizes)
 
 
 @jax.custom_vjp
@@ -94,7 +124,7 @@ def dispatch(x: jax.Array, groups: Groups) -> jax.Array:
 @jax.custom_vjp
 def combine(y: jax.Array, groups: Groups) -> jax.Array:
     """Add up the rows of each token: [M, D] -> [N, D]. A gather, as is its transpose `dispatch`: no scatter-add anywhere."""
-    return jnp.take(y, groups.position, axis=0, mode="clip").sum(axis=1)
+    return jnp.take(y, groups.position, axis=0, mode="clip").sum(axis=groups.choices)
 
 
 dispatch.defvjp(lambda x, groups: (dispatch(x, groups), groups), lambda groups, g: (combine(g, groups), None))
@@ -103,7 +133,7 @@ combine.defvjp(lambda y, groups: (combine(y, groups), groups), lambda groups, g:
 
 @jax.custom_vjp
 def sort_weights(weights: jax.Array, groups: Groups) -> jax.Array:
-    """The routing weight of each sorted row: [N, K] -> [M], zero on padding rows. A gather, as is its gradient."""
+    """The routing weight of each sorted row: [N, K] (or as `position`) -> [M], zero on padding rows. A gather, as is its gradient."""
     return jnp.take(weights.reshape(-1), groups.choice, mode="fill", fill_value=0)
 
 
@@ -121,8 +151,8 @@ def row_keys(key: jax.Array | None, groups: Groups) -> jax.Array | None:
     if key is None:
         return None
     of_micro_batch = groups.position.size // key.size
-    micro = jnp.minimum(groups.choice // of_micro_batch, key.size - 1)
-    return jax.random.key_data(jax.vmap(jax.random.fold_in)(key.reshape(-1)[micro], groups.choice % of_micro_batch))
+    micro = jnp.minimum(groups.number // of_micro_batch, key.size - 1)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in)(key.reshape(-1)[micro], groups.number % of_micro_batch))
 
 
 def grouped_mlp(
@@ -143,7 +173,8 @@ def grouped_mlp(
     """
     plan = plan if keys is not None else plan._replace(dropout=0.0)
     if plan.backend == "loop":
-        tokens = loop.Tokens(x, groups.token, groups.position)
+        kind = loop.ChoicesFirst if isinstance(groups, ChoicesFirst) else loop.Tokens
+        tokens = kind(x, groups.token, groups.position)
         return _mlp(plan, tokens, row_weights, groups.sizes, inputs, output, keys)
     with jax.named_scope("dispatch"):
         rows = dispatch(x, groups)  # [M, I]
