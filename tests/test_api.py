@@ -110,6 +110,34 @@ def test_the_loss_and_its_gradients(lm):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("weights", ["experts", "spread"])
+def test_on_a_mesh_it_is_the_same(weights, lm, run, tmp_path):
+    """Three rows over two devices: the fourth is padding."""
+    there = moejax.load(run, mesh={"devices": 2, "weights": weights})
+    assert any(len(a.sharding.device_set) == 2 and not a.is_fully_replicated for a in jax.tree.leaves(nnx.state(there.model)))
+    batch = lm.batch(RECORDS[:1] * 3)
+    (one, grads), (other, of_mesh) = (moejax.loss_and_grads(each.model, batch) for each in (lm, there))
+    np.testing.assert_allclose([other, moejax.loss(there.model, batch)], one, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(of_mesh), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+    assert there.generate("One and", max_new_tokens=4) == lm.generate("One and", max_new_tokens=4)
+    for name, each in (("one", lm), ("other", there)):
+        each.save_adapter(tmp_path / name)
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
+def test_a_mesh_that_a_model_does_not_have(run):
+    for source, mesh, told in (
+        (ROOT / "assets/tiny-mixtral", {"devices": 2, "weights": "spread"}, "mesh.weights = spread is of frozen weights"),
+        (run, {"devices": 3, "weights": "experts"}, "8 experts over 3 devices do not divide"),
+        (run, {"devices": 99}, "mesh.devices = 99: expected at most"), (run, {"device": 2}, "mesh.device"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            moejax.load(source, mesh=mesh)
+
+
 def test_tokens_alone_are_one_sequence_a_row(lm):
     tokens = np.random.default_rng(0).integers(0, 100, (2, 16))
     hidden, _ = lm.model(jnp.asarray(tokens, jnp.int32))

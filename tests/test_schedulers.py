@@ -1,4 +1,5 @@
-"""Two processes meet by the environment that SLURM's srun and OpenMPI's mpirun give them, on this machine. `make test-long`."""
+"""Two processes meet by the environment that SLURM's srun and OpenMPI's mpirun give them, on this machine, and wait for each other.
+`make test-long`."""
 
 import os
 import socket
@@ -63,3 +64,31 @@ def test_they_meet(scheduler):
         out, error = process.communicate(timeout=200)
         assert process.returncode == 0, error
         assert out.splitlines()[-1].split() == ["2", str(number), "4", "0", "1"]
+
+
+LATE = """
+import sys, time
+import jax
+import numpy as np
+from moejax import processes
+from moejax.config_mesh import MeshConfig
+processes.HEARTBEAT_SECONDS, number = 10, int(sys.argv[2])
+with processes.together(MeshConfig(coordinator=sys.argv[1], processes=2, process_id=number), {"asked": "{}"}):
+    time.sleep(0 if number else 35)  # it compiles longer than gloo waits for a first sum of all devices
+    everyone = jax.sharding.NamedSharding(jax.make_mesh((4,), ("all",)), jax.sharding.PartitionSpec("all"))
+    ones = jax.make_array_from_callback((4, 3), everyone, lambda _: np.arange(3.0, dtype=np.float32)[None] + 1)
+    print(jax.jit(lambda a: a.sum(), out_shardings=everyone.update(spec=jax.sharding.PartitionSpec()))(ones))
+    time.sleep(0 if number else 15)  # it writes longer than jax waits for those that have ended
+"""
+
+
+def test_one_is_later_than_the_others():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    more = {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    lines = [[sys.executable, "-c", LATE, coordinator, str(number)] for number in range(2)]
+    for process in [subprocess.Popen(line, env=os.environ | more, **pipes) for line in lines]:
+        out, error = process.communicate(timeout=400)
+        assert process.returncode == 0 and out.splitlines()[-1] == "24.0", error
