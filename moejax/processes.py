@@ -108,7 +108,10 @@ def together(mesh: MeshConfig | None, asked: Mapping[str, str]) -> Iterator[None
         yield
         return
     assert mesh is not None
-    _meet(mesh)
+    import jax
+
+    if not jax.distributed.is_initialized():  # as it is where a script trains and then loads
+        _meet(mesh)
     heard = listener()
     if not is_first():
         listen(_Quiet(heard))

@@ -199,6 +199,10 @@ def test_all_wait_for_the_last(monkeypatch, no_handler):
     with processes.together(MeshConfig(coordinator="a:1", processes=2, process_id=0), {}):
         came.append("work")
     assert came == ["_meet", "same", "_acquaint", "work", "wait_for_all"]
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)  # a script's second call
+    with processes.together(MeshConfig(coordinator="a:1", processes=2, process_id=0), {}):
+        came.append("more")
+    assert came[5:] == ["same", "_acquaint", "more", "wait_for_all"]
 
 
 def test_a_script_parts_where_it_ends(monkeypatch, no_handler):
