@@ -1,9 +1,10 @@
-"""Memory of writing a GGUF file: layers of Mixtral-8x7B's sizes, random bf16 weights, an adapter of rank 16 on every target over NF4.
+"""Memory of writing a GGUF file: layers of a model's sizes, random bf16 weights, an adapter of rank 16 on every target over NF4.
 
-    python benchmarks/gguf_memory.py [--layers 1] [--types f16 q8_0] [--out FILE.json]
+    python benchmarks/gguf_memory.py [--model mixtral-8x7b] [--layers 1] [--types f16 q8_0] [--out FILE.json]
 
-One layer: a base of 3.4 GB and as much in f16, in a folder that is removed. Printed is by how much the process grew at most (Linux's
-RssAnon: without what is mapped of the base), next to the largest tensor of the file.
+One layer of Mixtral-8x7B: a base of 3.4 GB and as much in f16; OLMoE-1B-7B whole (--layers 16): 13.8 GB twice; in a folder that is
+removed. Printed is by how much the process grew at most (Linux's RssAnon: without what is mapped of the base), next to the largest tensor
+of the file.
 """
 
 from __future__ import annotations
@@ -76,22 +77,23 @@ def write_base(model: Model, folder: Path) -> int:
 @kept.refusing
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"], default="mixtral-8x7b")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--types", nargs="*", default=["f16", "q8_0"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    config = PRESETS["mixtral-8x7b"].replace(num_layers=options.layers)
+    config = PRESETS[options.model].replace(num_layers=options.layers)
     model = build(config, quantization=Quantization(), adapter=LoRAConfig(targets=LORA_TARGETS))
     for lora in {id(lora): lora for _, lora in peft.adapted(model).values()}.values():
         for variable in (lora.a, lora.b):
             variable.set_value(jnp.full(variable.get_value().shape, 0.01, jnp.float32))
-    result = kept.about(layers=options.layers, cases=[])
+    result = kept.about(model=options.model, layers=options.layers, cases=[])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result["base_bytes"] = write_base(model, folder)
         with merge.opened(model, folder) as value:
-            value("model.embed_tokens.weight")  # the first call compiles
-            value("model.layers.0.block_sparse_moe.experts.0.w1.weight")
+            for name in {streaming.whole_shape(model, places): name for name, places in tensors(config).items()}.values():
+                value(name)  # the first call for a shape compiles
             largest = max(math.prod(shape) for shape in config.weights.values()) // options.layers
             for kind in options.types:
                 file = folder / f"{kind}.gguf"
