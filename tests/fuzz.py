@@ -5,6 +5,7 @@ a fault. Each is shown once, by the line that raised it, with its first input (`
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import os
@@ -25,10 +26,12 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import traces
 import yaml
 from damage import damaged
 from safetensors.numpy import save
@@ -141,7 +144,8 @@ def model_configs() -> list[dict[str, bytes]]:
     found = [path.read_bytes() for path in sorted((ROOT / "assets").glob("*/config.json"))]
     for name in ("mixtral", "families", "gpt_oss", "latent"):
         with np.load(VECTORS / f"{name}.npz") as file:
-            found += [str(file[key]).encode() for key in file.files if key.endswith("config")]
+            read = [json.loads(str(file[key])) for key in file.files if key.endswith("config") and not key.endswith("adapter_config")]
+            found += [json.dumps({"model_type": name} | content).encode() for content in read]
     return [{"config.json": content} for content in found]
 
 
@@ -181,7 +185,11 @@ def xplane_file(folder: Path) -> None:
 
 
 def xplane_seeds() -> list[dict[str, bytes]]:
-    return [{"t.xplane.pb": gzip.decompress((VECTORS / "mixtral-cpu.xplane.pb.gz").read_bytes())}]
+    """A real trace, which takes long to read, and mostly small ones: more of their bytes matter."""
+    program = traces.module(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), x + 1, length=3)[0], jnp.ones((8, 8)))
+    small = [space.SerializeToString() for space in (traces.cpu_space(program)[0], traces.gpu_space(program), traces.gpu_space(program, 2))]
+    real = gzip.decompress((VECTORS / "mixtral-cpu.xplane.pb.gz").read_bytes())
+    return [{"t.xplane.pb": content} for content in [real, *small * 5]]
 
 
 def torch_trace_seeds() -> list[dict[str, bytes]]:
@@ -211,6 +219,14 @@ STEP_PROFILE: dict[str, Any] = {
 
 def step_profile_file(folder: Path) -> None:
     breakdown.load(folder / "step_profile.json")
+
+
+def result_seeds() -> list[dict[str, bytes]]:
+    """Of a real study with some of its rows."""
+    study = results.read(ROOT / "tests/study/report/fixtures/cpu_demo")
+    with tempfile.TemporaryDirectory() as folder:
+        results.write(dataclasses.replace(study, rows=study.rows[::30]), folder)
+        return [{path.name: path.read_bytes() for path in Path(folder).iterdir()}]
 
 
 def price_file(folder: Path) -> None:
@@ -246,10 +262,8 @@ READERS: dict[str, Reader] = {
     "torch_file": Reader(one("tensors.bin", VECTORS / "tensors.bin"), "tensors.bin", torch_file),
     "xplane": Reader(xplane_seeds, "t.xplane.pb", xplane_file),
     "step_profile": Reader(documents("step_profile.json", STEP_PROFILE), "step_profile.json", step_profile_file),
-    "results": Reader(
-        lambda: [{f.name: f.read_bytes() for f in (ROOT / "tests/study/report/fixtures/cpu_demo").iterdir() if f.is_file()}],
-        "results.json", results.read,
-    ),
+    "results": Reader(result_seeds, results.JSON_FILE, results.read),
+    "study": Reader(result_seeds, results.STUDY_FILE, results.read),
     "torch_trace": Reader(torch_trace_seeds, "t.json.gz", torch_trace),
 }
 

@@ -75,3 +75,37 @@ def saved(space, folder, host="host"):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(space.SerializeToString())
     return file
+
+
+def cpu_space(product):
+    """One operation that hands a task to another thread, and a marker."""
+    made = space()
+    Plane(made, "/host:metadata").program(product)
+    host = Plane(made, "/host:CPU")
+    name = leaves(product)[0]
+    python, first, second = (host.line(n) for n in ("python", "tf_XLAEigen/1", "tf_XLAEigen/2"))
+    python("train", 0, 100, step_num=4)
+    first(name, 10, 30, hlo_op=name, program_id=PROGRAM)
+    first("ThreadpoolListener::Record", 12, 12, _p=99)
+    second("ThreadpoolListener::StartRegion", 20, 20, _c=99)
+    second("end: " + name, 60, 61)
+    second("ThreadpoolListener::StopRegion", 70, 70)
+    first("ThreadpoolListener::Record", 35, 35, _p=98)  # handed out by nothing of ours
+    return made, name
+
+
+def gpu_space(product, gpus=1):
+    """Kernels on two streams, a derived line, a copy that belongs to no instruction."""
+    made = space()
+    Plane(made, "/host:metadata").program(product)
+    name = leaves(product)[0]
+    for number in range(gpus):
+        gpu = Plane(made, f"/device:GPU:{number}")
+        compute, copies, derived = (gpu.line(n) for n in ("Stream #7(Compute)", "Stream #8(MemcpyD2D)", "XLA Ops"))
+        stats = {"hlo_op": name, "program_id": PROGRAM, "tf_op": "jit(step)/jvp(layers)/while/body/moe/w1/dot_general:"}
+        compute("sm90_gemm", 0, 100, **stats)
+        compute("sm90_gemm", 100, 200, **stats)
+        copies("MemcpyD2D", 150, 250)
+        derived(name, 0, 200, **stats)
+    Plane(made, "/host:CPU").line("python")("train", 0, 90, step_num=1)
+    return made

@@ -214,12 +214,12 @@ class Program:
             if "custom_call_config" in config:
                 return float(config["custom_call_config"]["cost_estimate"]["flops"])
             numbers = (config.get("gemm_backend_config") or config)["dot_dimension_numbers"]
-            contracting = [int(d) for d in numbers["lhs_contracting_dimensions"]]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            lhs = self._by_id[i.operand_ids[0]].shape.dimensions
+            contracting = math.prod(lhs[int(d)] for d in numbers["lhs_contracting_dimensions"])
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return 0.0
-        lhs = self._by_id[i.operand_ids[0]].shape.dimensions
         result = i.shape.tuple_shapes[0] if i.shape.tuple_shapes else i.shape
-        return 2.0 * elements(result) * math.prod(lhs[d] for d in contracting)
+        return 2.0 * elements(result) * contracting
 
     def bytes_of(self, i: Any) -> float:
         """Bytes that one execution must read and write: of what is sliced, the slice; of what is updated in place, the update."""

@@ -7,6 +7,7 @@ and number them), and protobuf reads the bytes: no TensorFlow, and nothing but w
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import zlib
 from collections.abc import Iterable
@@ -206,9 +207,65 @@ def _programs(plane: Any) -> dict[int, Any]:
             if stat.bytes_value:
                 # The id that events carry stands in the entry's name, module(id), and in the module.
                 module = MESSAGES["HloProto"].FromString(stat.bytes_value).hlo_module
+                _check(module)
                 named = entry.name.rpartition("(")[2].rstrip(")")
                 programs[int(named) if named.lstrip("-").isdecimal() and len(named) < 21 else module.id] = module
     return programs
+
+
+_TAKEN = {
+    "dot": 2, "convolution": 2, "dynamic-slice": 1, "slice": 1, "gather": 1, "dynamic-update-slice": 2, "scatter": 1, "bitcast": 1,
+}  # fmt: skip
+"""Opcode -> operands that it has at least."""
+_CALLED = {"fusion": 1, "async-start": 1}
+_LARGEST = 2**63
+"""Elements of an array, as XLA counts them."""
+
+
+def _check(module: Any) -> None:
+    """Raises _Damaged for a program that names what is not in it: XLA writes what is taken or called before what takes or calls it."""
+    ids, names, computations = set[int](), set[str](), set[int]()
+    for computation in module.computations:
+        there: dict[int, Any] = {}
+        for i in computation.instructions:
+            wrong = i.id in ids or i.name in names or any(operand not in there for operand in i.operand_ids)
+            wrong = wrong or any(called not in computations for called in i.called_computation_ids)
+            wrong = wrong or len(i.operand_ids) < _TAKEN.get(i.opcode, 0) or len(i.called_computation_ids) < _CALLED.get(i.opcode, 0)
+            if wrong or not _countable(i.shape) or not _dimensions(i, there):
+                raise _Damaged(f"{i.name} of the program {module.name} is no instruction")
+            ids.add(i.id)
+            names.add(i.name)
+            there[i.id] = i
+        if computation.root_id not in there or computation.id in computations:
+            raise _Damaged(f"a computation of the program {module.name} is not whole")
+        computations.add(computation.id)
+    if module.entry_computation_id not in computations:
+        raise _Damaged(f"the program {module.name} does not begin")
+
+
+def _countable(shape: Any) -> bool:
+    return 0 <= math.prod(shape.dimensions) < _LARGEST and all(map(_countable, shape.tuple_shapes))
+
+
+def _dimensions(i: Any, there: dict[int, Any]) -> bool:
+    """Whether a product has the dimensions along which it is counted."""
+    if i.opcode not in ("dot", "convolution"):
+        return True
+    left, right = (there[operand].shape.dimensions for operand in i.operand_ids[:2])
+    if i.opcode == "dot":
+        return all(0 <= d < len(left) for d in i.dot_dimension_numbers.lhs_contracting_dimensions)
+    numbers, windows, out = i.convolution_dimension_numbers, i.window.dimensions, i.shape.dimensions
+    inner, outer = numbers.input_spatial_dimensions, numbers.output_spatial_dimensions
+    return (
+        len(windows) == len(inner) == len(outer) and all(0 <= d < len(left) for d in inner)
+        and all(0 <= d < len(out) for d in (*outer, numbers.output_batch_dimension, numbers.output_feature_dimension))
+        and 0 <= numbers.kernel_input_feature_dimension < len(right)
+        and all(0 < window.size * out[d] < _MOST_PLACES for window, d in zip(windows, outer, strict=True))
+    )  # fmt: skip
+
+
+_MOST_PLACES = 2**28
+"""Of a convolution's windows along an axis: each is looked at."""
 
 
 class _Span(NamedTuple):

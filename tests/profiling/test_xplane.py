@@ -4,7 +4,7 @@ import gzip
 
 import jax.numpy as jnp
 import pytest
-from traces import PROGRAM, Plane, leaves, module, saved, space
+from traces import PROGRAM, cpu_space, gpu_space, module, saved, space
 
 from moejax.errors import UserError
 from moejax.profiling import breakdown, xplane
@@ -13,23 +13,6 @@ from moejax.profiling import breakdown, xplane
 @pytest.fixture(scope="module")
 def product():
     return module(lambda x: jnp.sin(x @ x), jnp.ones((8, 8)))
-
-
-def cpu_space(product):
-    """One operation that hands a task to another thread, and a marker."""
-    made = space()
-    Plane(made, "/host:metadata").program(product)
-    host = Plane(made, "/host:CPU")
-    name = leaves(product)[0]
-    python, first, second = (host.line(n) for n in ("python", "tf_XLAEigen/1", "tf_XLAEigen/2"))
-    python("train", 0, 100, step_num=4)
-    first(name, 10, 30, hlo_op=name, program_id=PROGRAM)
-    first("ThreadpoolListener::Record", 12, 12, _p=99)
-    second("ThreadpoolListener::StartRegion", 20, 20, _c=99)
-    second("end: " + name, 60, 61)
-    second("ThreadpoolListener::StopRegion", 70, 70)
-    first("ThreadpoolListener::Record", 35, 35, _p=98)  # handed out by nothing of ours
-    return made, name
 
 
 def test_events_steps_programs_and_tasks(product, tmp_path):
@@ -46,23 +29,6 @@ def test_gzip_is_read_too(product, tmp_path):
     file = tmp_path / "trace.xplane.pb.gz"
     file.write_bytes(gzip.compress(made.SerializeToString()))
     assert len(xplane.read(file).events) == 1
-
-
-def gpu_space(product, gpus=1):
-    """Kernels on two streams, a derived line, a copy that belongs to no instruction."""
-    made = space()
-    Plane(made, "/host:metadata").program(product)
-    name = leaves(product)[0]
-    for number in range(gpus):
-        gpu = Plane(made, f"/device:GPU:{number}")
-        compute, copies, derived = (gpu.line(n) for n in ("Stream #7(Compute)", "Stream #8(MemcpyD2D)", "XLA Ops"))
-        stats = {"hlo_op": name, "program_id": PROGRAM, "tf_op": "jit(step)/jvp(layers)/while/body/moe/w1/dot_general:"}
-        compute("sm90_gemm", 0, 100, **stats)
-        compute("sm90_gemm", 100, 200, **stats)
-        copies("MemcpyD2D", 150, 250)
-        derived(name, 0, 200, **stats)
-    Plane(made, "/host:CPU").line("python")("train", 0, 90, step_num=1)
-    return made
 
 
 def test_gpu_streams(product, tmp_path):
@@ -84,6 +50,31 @@ def test_two_gpus_are_a_mean_device(product, tmp_path):
     one, two = (breakdown.analyze(xplane.read(saved(gpu_space(product, gpus=n), tmp_path))) for n in (1, 2))
     assert two.sums("stage") == pytest.approx(one.sums("stage")) and two.step_seconds == one.step_seconds
     assert two.cost == one.cost and two.working == pytest.approx({0: 250e-12, 1: 250e-12}) and one.working.keys() == {0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda program, dot: dot.operand_ids.append(99),
+        lambda program, dot: dot.operand_ids.__delitem__(0),
+        lambda program, dot: dot.operand_ids.__setitem__(0, dot.id),
+        lambda program, dot: dot.called_computation_ids.append(program.computations[-1].id),
+        lambda program, dot: dot.dot_dimension_numbers.lhs_contracting_dimensions.append(2),
+        lambda program, dot: dot.shape.dimensions.extend([2**62] * 20),
+        lambda program, dot: setattr(program.computations[0], "root_id", 99),
+        lambda program, dot: setattr(program, "entry_computation_id", 99),
+        lambda program, dot: program.computations.add().CopyFrom(program.computations[0]),
+    ],
+)
+def test_a_program_that_names_what_is_not_in_it(damage, product, tmp_path):
+    made = gpu_space(product)
+    (stat,) = made.planes[0].event_metadata[PROGRAM].stats
+    embedded = xplane.MESSAGES["HloProto"].FromString(stat.bytes_value)
+    program = embedded.hlo_module
+    damage(program, next(i for c in program.computations for i in c.instructions if i.opcode == "dot"))
+    stat.bytes_value = embedded.SerializeToString()
+    with pytest.raises(UserError, match=r"host\.xplane\.pb is damaged \(.*: profile again"):
+        xplane.read(saved(made, tmp_path))
 
 
 def test_what_is_no_trace(product, tmp_path):
