@@ -11,7 +11,7 @@ AOT_ENVIRONMENT := PYTHONPATH=$(AOT) JAX_PLATFORMS=cpu
 AOT_TPU := .venv-aot-tpu
 AOT_TPU_ENVIRONMENT := PYTHONPATH=$(AOT_TPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 
-.PHONY: aot aot-tpu soak supply versions test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
+.PHONY: aot aot-tpu soak supply versions test-jax12 gpu-acceptance demo demo-blackmamba demo-dpo demo-qwen3 characterize-demo characterize-smoke test-long test-slow demo-sparse-vs-dense test lint bench bench-gpu curves frameworks vectors pretrain-tiny-mixtral pretrain-tiny-blackmamba pretrain-tiny-qwen3-moe reference4 reference5 clean help
 
 help:
 	@sed -n '1p' Makefile; grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /: /'
@@ -34,7 +34,7 @@ test: lint $(VENV)/.profile $(VENV)/.eval $(AOT)/.installed ## ruff, mypy and th
 	@MOEJAX_TEST_XLA=usual $(AOT_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 tests/training/test_gpu_compile.py
 
 # As a user compiles (without XLA's flags of tests/conftest.py), the tests marked `long` too; faults that the quick tests must notice.
-test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb $(AOT_TPU)/.installed ## every test, faults put in one by one, the whole study (at most an hour on 2 cores)
+test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb $(AOT_TPU)/.installed ## every test, faults put in one by one, the whole study (some 2.5 hours on 2 cores)
 	@MOEJAX_TEST_XLA=usual $(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
 	@MOEJAX_TEST_XLA=usual $(AOT_TPU_ENVIRONMENT) $(BIN)/python -m pytest -q -m long tests/training/test_tpu_compile.py
 	@$(BIN)/python tests/mutations.py
@@ -42,6 +42,9 @@ test-long: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wa
 	@$(MAKE) --no-print-directory characterize-demo
 	@$(BIN)/python tests/check_study.py runs/characterize-demo
 	@$(MAKE) --no-print-directory test-jax12
+
+test-slow: $(STAMP) $(VENV)/.profile $(VENV)/.eval $(VENV)/.llamacpp $(VENV)/.wandb ## of test-long the tests that are not in `make test`, compiled as quickly as there
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m long
 
 # jax 0.11 and 0.12 need Python 3.12; constraints.txt holds the versions of 3.11. In environments of its own.
 JAX12 := .venv-jax12

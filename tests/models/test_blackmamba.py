@@ -90,7 +90,7 @@ def test_routing_weights_are_the_sigmoids_themselves(models_by_case):
     assert abs(float(weights.sum(-1).mean()) - 1) > 0.05
 
 
-@pytest.mark.parametrize("case", ["top2", "dense"])
+@pytest.mark.parametrize("case", ["top2", pytest.param("dense", marks=pytest.mark.long)])
 def test_packed_equals_alone(case, models_by_case, batch):
     """Two queries in one row: hidden states, and the gradients of their sum, as from two rows."""
     model = models_by_case[case]

@@ -333,7 +333,10 @@ def write_pefts_own(case, vectors, folder):
     (folder / "adapter_model.safetensors").write_bytes(vectors[f"{case}/peft/adapter_model"].tobytes())
 
 
-@pytest.mark.parametrize("case", EACH)
+LIKE_ANOTHER = ("flex_olmo", "glm4_moe_lite", "deepseek_v2")  # in their names: like olmoe and deepseek_v3
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case in LIKE_ANOTHER else case for case in EACH])
 def test_an_adapter_of_pefts_own(case, folders, batch, vectors, tmp_path):
     """PEFT 0.21's pair over all experts, read here: the logits that PEFT computes."""
     write_pefts_own(case, vectors, tmp_path)
@@ -345,7 +348,7 @@ def test_an_adapter_of_pefts_own(case, folders, batch, vectors, tmp_path):
 
 
 ONE_A = ("qwen3_moe", "qwen3_moe_dense", "olmoe", "flex_olmo", "gpt_oss", "gpt_oss_dense", *LATENT)
-QUICK = ("qwen3_moe", "gpt_oss", "deepseek_v3")
+QUICK = ("qwen3_moe", "gpt_oss")
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.long) for case in ONE_A])

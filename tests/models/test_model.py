@@ -31,7 +31,7 @@ def wider(weight):
     return 4 * weight if weight.std() > 0 else weight
 
 
-@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("k", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_packed_equals_alone(k):
     """The same queries in one row, and each in a row of its own: the same loss and gradients."""
     rng = np.random.default_rng(0)

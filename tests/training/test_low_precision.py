@@ -114,7 +114,7 @@ def test_stochastic_rounding_learns_what_fp32_masters_learn(run):
     assert 0.8 < moved["bfloat16_stochastic", "loss"] / moved["float32", "loss"] < 1.2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("lion", marks=pytest.mark.long)])
 def test_moments_in_bf16_are_those_of_fp32_on_average(run, optimizer):
     """The weights go the same way in fp32; and where a step takes a thousandth of a second moment, less than the half of its bf16 step,
     a thousandth is lost on average."""
