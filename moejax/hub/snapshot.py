@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.progress import note
 
 _SMALL = ("*.json", "tokenizer*", "*.jinja", "README.md")
 _DOWNLOAD = (*_SMALL, "*.safetensors")
@@ -72,20 +74,31 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+_WAITS = (1.0, 10.0, 60.0)
+"""Seconds after which a busy Hub is asked again: huggingface_hub itself goes on after a lost connection, not after a server's error."""
+
+
 def fetch_file(source: str, commit: str, file: str, folder: Path) -> Path:
     """One file of a Hub id, in `folder` and not in the Hub's cache: the caller may delete it. Raises UserError, OSError for a full disk."""
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(source.partition("@")[0], file, revision=commit, local_dir=folder))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(
-            f"{file} of {source} at {commit} could not be fetched ({type(error).__name__}: {reason}): check the network and start again; "
-            "what is there already is not fetched again"
-        ) from error
+    waits = iter(_WAITS)
+    while True:
+        try:
+            return Path(hf_hub_download(source.partition("@")[0], file, revision=commit, local_dir=folder))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            wait = next(waits, None) if status >= 500 else None
+            if wait is None:
+                reason = (str(error).splitlines() or [""])[0][:200]
+                raise UserError(
+                    f"{file} of {source} at {commit} could not be fetched ({type(error).__name__}: {reason}): check the network and start "
+                    "again; what is there already is not fetched again"
+                ) from error
+            note(f"{file}: the server answered with {status} and is asked again in {wait:.0f} s")
+            time.sleep(wait)
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

@@ -100,7 +100,7 @@ print(json.dumps([str(folder), peak]))
 class Hub:
     """A repository of one commit. Shards have Git LFS' hashes and lie, as on the Hub, behind a redirect to another host, which sends
     ranges; counts what is fetched, and ends a process in the middle of a file. troubles: by shard, what happens once: "busy" (503 to
-    HEAD), "often" (429), "cut" (the connection ends in the middle)."""
+    HEAD), "often" (429), "down" (503), "cut" (the connection ends in the middle)."""
 
     def __init__(self, folder, troubles):
         self.fetched, self.resumed, self.troubles, self.kill_at, self.child = [], [], troubles, None, None
@@ -131,6 +131,9 @@ class Hub:
             do_HEAD = do_GET
 
             def shard(self, name, content):
+                if hub.happens(name, "down"):
+                    self.answer(b"", status=503)
+                    return
                 if hub.happens(name, "often"):
                     self.answer(b"", {"Retry-After": "0"}, 429)
                     return
@@ -182,7 +185,7 @@ def test_killed_resumed_and_equal_to_the_bit_on_the_disk_of_one_shard(tmp_path):
     names = sorted(path.name for path in original.glob("*.safetensors"))
     assert len(names) == 9
     largest = max((original / name).stat().st_size for name in names)
-    hub, asked = Hub(original, {names[0]: "busy", names[3]: "often", names[6]: "cut"}), experiment(tmp_path)
+    hub, asked = Hub(original, {names[0]: "busy", names[3]: "often", names[6]: "cut", names[7]: "down"}), experiment(tmp_path)
     hub.stream(asked, kill_at=names[2])
     assert hub.fetched == names[:3]
     (folder,) = (tmp_path / "cache").iterdir()
