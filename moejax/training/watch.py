@@ -22,6 +22,7 @@ BAD_IN_A_ROW = 10
 MOST_BATCHES = 100
 """Of spikes and skipped steps; that of a step which ends the run is always written."""
 _SPIKE = 6.0  # standard deviations of the losses before
+_STILL = 1e-3  # of the weights' norm: moved by less than that in a whole run, they are what they were
 _NUMBERS = ("loss", "grad_norm", "update_norm", "param_norm")
 
 
@@ -33,6 +34,8 @@ class Watch:
         self._run, self._folder, self._skip = run, own / "bad_steps", experiment.training.on_bad_step == "skip"
         self._recent: deque[float] = deque(maxlen=100)
         self._first: list[float] = []
+        self._from = self._steps = 0
+        self._moved, self._norm = 0.0, 0.0
         self.skipped, self._in_a_row, self._written = 0, 0, 0
 
     def look(self, step: int, record: Mapping[str, Any], batch: Batch | PairBatch, last_saved: int | None) -> None:
@@ -40,6 +43,8 @@ class Watch:
         bad = [f"{name} = {record[name]}" for name in _NUMBERS if not math.isfinite(record[name])]
         if not bad:
             self._in_a_row = 0
+            self._from, self._steps = self._from or step, self._steps + 1
+            self._moved, self._norm = self._moved + record["update_norm"], record["param_norm"]
             self._spike(step, record["loss"], batch)
             return
         what = f"step {step}: {', '.join(bad)}: not finite"
@@ -81,8 +86,14 @@ class Watch:
         return f"; its batch: {path}"
 
     def conclude(self) -> list[str]:
-        """Lines for the end of a run: steps that were skipped, and a loss that went up."""
+        """Lines for the end of a run: steps that were skipped, a rate that did nothing, and a loss that went up."""
         lines = [f"{self.skipped} steps were skipped: their numbers were not finite"] if self.skipped else []
+        # Not of a resumed run's last steps, whose rate may have decayed. No farther than the sum of the updates, whatever their directions.
+        if self._from == 1 and self._steps >= 20 and self._moved < _STILL * self._norm:
+            lines.append(
+                f"the learning rate did next to nothing: {self._steps} steps moved the trained weights by {self._moved / self._norm:.2g} "
+                "of their norm at most. Try ten times the rate"
+            )
         if len(self._first) == 10 and len(self._recent) >= 20:
             before, after = fmean(self._first), fmean(list(self._recent)[-10:])
             if after > 1.05 * before:
