@@ -4,9 +4,9 @@ FLOPs, padded arrays. Compiled, never run: there are no seconds. `make aot-tpu`.
     python benchmarks/tpu_programs.py --out benchmarks/results/<date>-tpu-compiled.json [--only mixtral] [--layers 2]
 
 flops_ratio: FLOPs of a chip's program, its loops counted, over those of a step that computes the forward pass twice (attention by kernels
-is in the second alone). moved_gb: of the chip's memory, next to the least (floor_gb, moejax/estimator/floors.py: what fits
-the chip's own memory need not move). padded: arrays of more than 16 MB that take a tenth more than their numbers. usable_gb: what libtpu
-leaves of a chip's memory; host_gb: in the host's. compile_cpu_seconds: of all threads; they keep two cores busy.
+is in the second alone). moved_gb: of the chip's memory, next to the least (floor_gb, moejax/estimator/floors.py: what fits the chip's own
+memory need not move; staged_gb: if all of it did). padded: arrays of more than 16 MB that take a tenth more than their numbers.
+usable_gb: what libtpu leaves of a chip's memory; host_gb: in the host's. compile_cpu_seconds: of all threads; they keep two cores busy.
 Needs libtpu (pip install -e '.[aot-tpu]', make .venv-aot-tpu/.installed); JAX_PLATFORMS=cpu is set here.
 """
 
@@ -135,7 +135,8 @@ def compiled(case: Case, layers: int | None = None) -> dict[str, Any]:
         "compile_seconds": round(c.seconds, 1), "compile_cpu_seconds": round(cpu_seconds, 1),
         "tflop": round(counted.flops / 1e12, 2), "flops_ratio": round(counted.flops / flops, 3),
         "moved_gb": round(counted.bytes / 1e9, 1),
-        "floor_gb": round(sum(s.bytes for s in of_memory(experiment, sizes, case.rows, case.row_tokens, ON_CHIP)) / 1e9, 1),
+        **{name: round(sum(s.bytes for s in of_memory(experiment, sizes, case.rows, case.row_tokens, chip)) / 1e9, 1)
+           for name, chip in (("floor_gb", ON_CHIP), ("staged_gb", 0))},
         "padded": [{"array": b.shape, "gb": round(b.padded_bytes / 1e9, 3), "times": round(b.factor, 2)} for b in padded],
     }  # fmt: skip
 

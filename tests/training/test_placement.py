@@ -312,3 +312,10 @@ def test_a_part_by_one_axis_is_the_part(index):
     where = [jnp.int32(i) for i in (index if isinstance(index, tuple) else (index,))]
     found = jax.jit(host._by_one_axis)(array, where)
     assert not host.is_host(found) and np.array_equal(found, np.asarray(array)[index])
+
+
+def test_a_row_by_its_tile_is_the_row():
+    """As a TPU fetches rows of a table."""
+    table = host.put(jnp.arange(24 * 3, dtype=jnp.float32).reshape(24, 3))
+    found = jax.jit(jax.vmap(host._row_of_tile, (None, 0)))(np.asarray(table), jnp.array([0, 7, 8, 23]))
+    assert np.array_equal(found, np.asarray(table)[[0, 7, 8, 23]])
