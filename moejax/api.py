@@ -160,7 +160,7 @@ def load(
         opened = runs.load(path, base, joined(path, mesh))
         return LanguageModel(opened.make(), opened.tokenizer, opened.template, opened.ends, runs.open_run(path).model.source or "")
     if base:
-        raise UserError(f"{source} is no run: there is no adapter to leave out (base=True)")
+        raise UserError(f"{source} is not a run: there is no adapter to leave out (base=True)")
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"dtype = {dtype!r}: expected 'bfloat16' or 'float32'")
     if quantization not in (None, "nf4"):

@@ -5,6 +5,7 @@ What is renamed is on the disk before it: a machine that stops leaves the old fi
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shutil
@@ -14,6 +15,15 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+
+def meant(path: Path) -> str:
+    """`; did you mean NAME?` of what lies next to a path that does not exist, by its name; nothing where nothing is close."""
+    try:
+        near = difflib.get_close_matches(path.name, [there.name for there in path.parent.iterdir()], n=1, cutoff=0.7)
+    except OSError:
+        return ""
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def cache_folder() -> Path:

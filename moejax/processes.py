@@ -35,7 +35,7 @@ END_SECONDS = 86400
 
 _GONE = (
     "another process of this run has ended, or cannot be reached any more (its own message says why): this one ends too. "
-    "--resume goes on from the last checkpoint, with fewer processes too"
+    "--resume continues from the last checkpoint, with fewer processes too"
 )
 _PEER = ("gloo", "nccl", "coordination", "heartbeat", "connection reset", "connection closed", "socket closed")
 

@@ -217,7 +217,7 @@ def test_what_a_caller_gets_wrong_is_said(lm, run, make):
     batch = lm.batch(RECORDS)
     for call, message in (
         (lambda: moejax.load(run, adapter={}), "is a run, which says itself how its model is stored"),
-        (lambda: moejax.load(ROOT / "assets/tiny-mixtral", base=True), "is no run"),
+        (lambda: moejax.load(ROOT / "assets/tiny-mixtral", base=True), "is not a run"),
         (lambda: moejax.load(ROOT / "assets/tiny-mixtral", quantization="int8"), "expected 'nf4'"),
         (lambda: moejax.load(ROOT / "assets/tiny-mixtral", adapter={"rnk": 2}), "rnk"),
         (lambda: moejax.load(ROOT / "assets/tiny-mixtral").save_adapter("x"), "no adapter"),

@@ -162,7 +162,7 @@ def test_dry_run_names_the_files_that_are_not_there(capsys, tmp_path, monkeypatc
     assert cli.train_main(["--config", CONFIG, "--dry-run", *lost, *one]) == 0
     out = capsys.readouterr().out
     assert "of 1 row, " in out and "schedule: 1 epoch; " in out and ", 1 warm-up step, " in out
-    assert "asks no network" not in out, "said once, with its cause"
+    assert "does not use the network" not in out, "said once, with its cause"
     told = [line for line in out.splitlines() if line.startswith("not there")]
     assert [line.split("(")[0].strip() for line in told] == [
         f"not there: data.source = {tmp_path}/lost.json",
@@ -183,12 +183,12 @@ def test_dry_run_judges_records_whose_tokenizer_is_not_here(capsys, tmp_path):
     assert cli.train_main([*arguments, *named]) == 0
     out = capsys.readouterr().out
     assert "data: 801 records to train on and 200 to hold out, " in out
-    assert "asks no network: model.source = Qwen/Qwen3-30B-A3B is no file or folder here" in out
+    assert "does not use the network: model.source = Qwen/Qwen3-30B-A3B is no file or folder here" in out
     assert "schedule: 3 epochs of 801 records: 201 steps each, 603 in all" in out
     with_lost = [*arguments, *named, "data.holdout=0", f"data.eval_source={tmp_path}/lost.jsonl"]
     assert cli.train_main(with_lost) == 0
     out = capsys.readouterr().out
-    assert "data: 1,001 records to train on, each" in out and f"not there: data.eval_source = {tmp_path}/lost.jsonl" in out
+    assert "data: 1,001 records to train on, all" in out and f"not there: data.eval_source = {tmp_path}/lost.jsonl" in out
 
 
 def test_a_backend_that_is_not_there_is_refused_by_name(capsys, tmp_path):

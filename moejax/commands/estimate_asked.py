@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -251,7 +252,9 @@ def _model(name: str) -> tuple[dict[str, Any], Architecture]:
         path = snapshot.resolve(name, None, weights=False)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"--model {name}: expected one of {', '.join(PRESETS)}, a folder with config.json, or OWNER/NAME of the Hub")
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+        meant = f"did you mean {near[0]}? Expected" if near else "expected"
+        raise UserError(f"--model {name}: {meant} one of {', '.join(PRESETS)}, a folder with config.json, or OWNER/NAME of the Hub")
     try:
         return {"source": str(file.parent)}, from_hub_config(read_json(file, "--model "))
     except (ValueError, KeyError) as error:

@@ -138,7 +138,7 @@ def show(
     on_tpus = any(peaks.gpu.platform == "tpu" for peaks in asked)
     notes = [*refused, *cannot, *_what_devices_hold(asked), _what_rows_are(row_tokens, per_row)]
     if on_tpus:
-        notes += ["a TPU's chip is taken whole; compiled for it or reckoned, run on none (docs/tpu.md)", *slices.precision(experiment)]
+        notes += ["a TPU's chip is taken whole; compiled or estimated, not run (docs/tpu.md)", *slices.precision(experiment)]
     if close := said_once((line["gpu"], line["close"].partition(":")[0]) for line in lines if line["close"]):
         notes.append(f"{'; '.join(close)}: {memory.COMPILE}")
     notes += said_once((line["gpu"], f"by the closed form, not by the compiler: {line['reason']}") for line in lines if line["reason"])
@@ -150,7 +150,7 @@ def show(
     parts.append(("peak", *(line["peak_gb"] for line in lines)))
     notes = sorted({f"temporaries: {line['moment']}" for line in lines})
     if lines[0]["host_gb"]:
-        notes.append(f"beside it in the host's pinned memory: {lines[0]['host_gb']} GB of weights (--placements: what the bus costs)")
+        notes.append(f"also in the host's pinned memory: {lines[0]['host_gb']} GB of weights (--placements: what the bus costs)")
     if any(line["reason"] is None for line in lines):
         notes.append("rest: what the closed form does not account for of the compiler's peak; negative where it is too high")
     heads = (f"{line['gpu']}, {counted(line['shown'], 'row')}" for line in lines)

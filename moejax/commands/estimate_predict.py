@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_arguments(parser)
     parser.add_argument(
         "--gpu", required=True, metavar="NAME[,NAME]",
-        help=f"GPU names, e.g. A40,A100-80,H100, or `{HERE}` for this machine",
+        help=f"GPU or TPU (v5e-8) names, e.g. A40,A100-80,H100, or `{HERE}` for this machine",
     )  # fmt: skip
 
 
@@ -75,7 +75,10 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", metavar="FILE", help="file with the tokens of each query: a JSON list, or one number per line")
     parser.add_argument("--epochs", type=float, help="number of epochs (default: the config's, or 1; with --tool study 10)")
     parser.add_argument("--batching", help="without CONFIG: pad_longest (default), pad_bucket, pack or fixed")
-    cut = "row length of `fixed` and `pack`; longer queries are cut (default: only the study's data sets are cut, at 1024)"
+    cut = (
+        "without CONFIG: row length of `fixed` and `pack`; longer queries are cut (default: only the study's data sets, at 1024). "
+        "plan CONFIG --gpu: tokens per row"
+    )
     parser.add_argument("--seq-len", type=int, metavar="TOKENS", help=cut)
     add_old(parser, "--row-tokens", "--seq-len", type=int, dest="seq_len")
     rounded = "with --tool study: multiple that pad_longest rounds up to (default: 8; 16 with coefficients of moejax runs)"

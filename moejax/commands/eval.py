@@ -92,7 +92,7 @@ def _out(folder: Path, task: str, options: argparse.Namespace, count: int) -> Pa
 
     given = options.out
     if given is None and not (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is no run's folder, so nothing is written there: give --out DIR")
+        raise UserError(f"{folder} is not a run's folder, so nothing is written there: give --out DIR")
     out = folder / "eval" / f"{task}{'-base' if options.base else ''}" if given is None else Path(given)
     if given is None and options.limit is not None and larger(out / "result.json", "n", count):
         out = out.with_name(f"{out.name}-first-{count}")

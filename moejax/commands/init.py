@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moejax import installation
 from moejax.errors import UserError
+from moejax.files import meant
 
 _DATA, _MODEL, _TOKENIZER = "my_data.jsonl", "mixtral_8x7b", "tokenizer.json"
 _SMALL, _BYTES_PER_TOKEN = 20_000_000, 4  # larger files are not read; English text has some 4 bytes a token
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         byte_tokenizer().save(str(tokenizer))
         text = text.replace(f"\ntokenizer: {_TOKENIZER}", f"\ntokenizer: {_scalar(str(tokenizer))}")
     file.write_text(text, encoding="utf-8")
-    missing = "" if Path(options.data).exists() else ", which is not there yet"
+    missing = "" if Path(options.data).exists() else f", which is not there yet{meant(Path(options.data))}"
     print(f"{file}: trains {options.model} on {options.data}{missing}; look through it, then")
     for command, what in (
         (f"moejax data {file}", "columns, counts, three records with what is trained on marked"),
@@ -82,6 +83,7 @@ def _fitted(text: str, data: Path) -> str:
     from moejax.data.columns import PAIRS_OF_ANSWERS
     from moejax.data.sources import of_records
     from moejax.data.tokenizer import load_tokenizer
+    from moejax.estimator.units import counted
 
     if not data.is_file() or data.stat().st_size > _SMALL:
         return text
@@ -106,6 +108,9 @@ def _fitted(text: str, data: Path) -> str:
         fitting["every"] = min(every, steps)
     fitting["warmup_steps"] = min(training.get("warmup_steps", 0), steps // 10)
     fitting["eval_every"] = min(training.get("eval_every") or steps, max(1, steps // 4)) if held else "null"
+    named = ", ".join({"every": "checkpoint.every"}.get(key, key) for key in fitting if f"\n  {key}: " in text)
+    fit = f"# {named}: chosen for about {counted(steps, 'step')}, which {data.name} gives now; with more data, raise them"
+    text = text.replace("\ntraining:\n", f"\n{fit}\ntraining:\n", 1) if named else text
     for key, value in fitting.items():
         text = re.sub(rf"^(  {key}:) \S+", rf"\1 {value}", text, count=1, flags=re.MULTILINE)
     model = said["model"].get("source")

@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace) -> int:
         lent = prices.cheapest(prices.load(options.prices, table), card.name, devices=spread.count(several[0].experiment))
         if seconds and lent is not None and lent.hours_per_week is not None:
             steps = lent.hours_per_week * 3600 / next(iter(seconds.values())).seconds
-            besides.append(f"{lent.told}: about {steps:,.0f} steps of the first a week (--resume goes on)")
+            besides.append(f"{lent.told}: about {steps:,.0f} steps of the first a week (--resume continues)")
         _show(experiment, gpu, several, link, [options.config, *options.overrides], sizes.expert_layers, seconds, besides)
     return 0
 
@@ -145,7 +145,7 @@ def _show(
     ]  # fmt: skip
     notes = [f"does not fit: experts {', '.join(_settings(way, layers))}: {way.refused}" for way in several if way.refused is not None]
     lower = any("adapter.rank" in way.changes for way in fitting)
-    notes.append(f"fastest first{', lower ranks behind the own one: they train another adapter' if lower else ''}")
+    notes.append(f"fastest first{', lower ranks last: they train another adapter' if lower else ''}")
     notes.append("bytes by the closed form (`moejax estimate memory` compiles); at least: a floor by data sheet and bus, for the order")
     notes += dict.fromkeys(f"{gpu}: {told.basis}" for told in seconds.values())
     if link is not None:

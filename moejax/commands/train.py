@@ -12,7 +12,7 @@ from moejax.runtime import prepare_jax
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-    parser.add_argument("--check-frozen", action="store_true", help="compare the frozen weights with what they were, after the run")
+    parser.add_argument("--check-frozen", action="store_true", help="after the run, check that the frozen weights are unchanged")
     parser.add_argument("--dry-run", action="store_true", help="show parameters, memory, schedule and data, then exit")
 
 

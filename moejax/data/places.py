@@ -15,6 +15,7 @@ from moejax.data.parsing import EXPECTED, SUFFIXES, parse
 from moejax.data.shelf import Shelf, held
 from moejax.data.windows import windows
 from moejax.errors import UserError, first_line
+from moejax.files import meant
 
 PLACES = f"{EXPECTED}, a folder or a glob of them, or a name for `datasets`"
 _OF_DATASETS = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk wrote
@@ -119,7 +120,7 @@ def list_of(streaming: bool) -> type[list[Any]] | type[Shelf[Any]]:
 def _here(name: str, given: str) -> Path:
     path = _downloaded(name, given) if is_url(name) else Path(name)
     if not path.exists():
-        raise UserError(f"data file {path} does not exist ({given}: {PLACES})")
+        raise UserError(f"data file {path} does not exist{meant(path)} ({given}: {PLACES})")
     return path
 
 

@@ -113,7 +113,7 @@ def read_pair(record: dict[str, Any], columns: Columns, where: str) -> Pair:
 
 
 def _answers(asked: Any, talk: Conversation, length: int) -> bool:
-    """Whether a side goes on from its prompt of `length` messages. A whole conversation has a prompt that is a text in one of its
+    """Whether a side continues from its prompt of `length` messages. A whole conversation has a prompt that is a text in one of its
     messages, or one of them in the text."""
     if isinstance(asked, str):
         others = [message.get("content", "").strip() for message in talk.messages if message["role"] != "assistant"]

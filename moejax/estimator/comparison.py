@@ -49,7 +49,7 @@ def read_prediction(folder: Path) -> Document:
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist (expected a run's folder, e.g. runs/demo)")
     if not path.is_file():
-        raise UserError(f"{folder} holds no {PREDICTION}: it is no run of this version, or it ended before its first step")
+        raise UserError(f"{folder} holds no {PREDICTION}: it is not a run of this version, or it ended before its first step")
     document = read_json(path)
     missing = [key for key in _TOLD if key not in document]
     if missing:

@@ -48,7 +48,8 @@ def weeks(price: Price | None, hours: float) -> str | None:
     if price is None or price.hours_per_week is None:
         return None
     count = math.ceil(hours / price.hours_per_week)
-    return f"{hours:,.3g} h are {count:,} week{'' if count == 1 else 's'} of {price.seller}'s {price.hours_per_week:g} h (--resume goes on)"
+    lent = f"{price.seller}'s {price.hours_per_week:g} h"
+    return f"{hours:,.3g} h are {count:,} week{'' if count == 1 else 's'} of {lent} (--resume continues)"
 
 
 def dollars(usd_per_hour: float) -> str:

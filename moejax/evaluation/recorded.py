@@ -60,9 +60,9 @@ class ScoredRun:
 
 
 def open_scored(folder: Path) -> ScoredRun:
-    """Raises UserError where the folder is no run, or was trained without `eval:`."""
+    """Raises UserError where the folder is not a run, or was trained without `eval:`."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run (expected config.yaml and metrics.jsonl in it)")
+        raise UserError(f"{folder} is not a run (expected config.yaml and metrics.jsonl in it)")
     asked = config.load(folder / "config.yaml").eval
     results = recorded(folder)
     if asked is None or not results:

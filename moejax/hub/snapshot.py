@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.files import meant
 from moejax.progress import note
 
 _SMALL = ("*.json", "tokenizer*", "*.jinja", "README.md")
@@ -118,7 +119,7 @@ def is_commit(revision: str | None) -> bool:
 
 def _looked_from(source: str) -> str:
     """Where a relative path was looked for: a run's folder may have been moved, and its model not."""
-    return "" if source.startswith("/") else f", looked for from {Path.cwd()}"
+    return "" if source.startswith("/") else f", looked for from {Path.cwd()}{meant(Path(source))}"
 
 
 def _why(error: Exception, what: str, revision: str | None, looked: str) -> str:

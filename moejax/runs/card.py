@@ -25,7 +25,7 @@ def write(target: Path, use: str, folder: Path, experiment: Experiment, sizes: A
     sections = {
         "Use": use,
         "Data": _data(experiment, folder),
-        "Training": table(("setting", "value"), _settings(experiment)),
+        "Training": table(("setting", "value"), _settings(experiment, sizes)),
         "Scores": table(("measured", "value"), _scores(experiment, folder)),
     }
     adapter, source = (target / "adapter_config.json").is_file(), experiment.model.source
@@ -37,8 +37,8 @@ def write(target: Path, use: str, folder: Path, experiment: Experiment, sizes: A
 
 
 def use(kind: str, sizes: Architecture, base: str, name: str, experts_per_token: int | None, served: str | None) -> str:
-    """How an export of this kind ("peft", "fused", "merged") under this name is loaded. experts_per_token: where the run had another
-    number than its base; served: a server's command."""
+    """How an export of this kind ("peft", "fused", "merged") under this name is loaded. base: the Hub's id, or where a reader puts the
+    folder; experts_per_token: where the run had another number than its base; served: a server's command."""
     if served is not None:
         return f"```\n{served}\n```"
     if "architectures" not in sizes.to_hub_config():
@@ -52,6 +52,7 @@ def use(kind: str, sizes: Architecture, base: str, name: str, experts_per_token:
     if sizes.new_rows:
         lines.append(f"model.resize_token_embeddings({sizes.vocab_size})")
     lines.append(f'model = PeftModel.from_pretrained(model, "{name}")')
+    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name if sizes.new_rows else base}")')
     needs = "transformers 5 and PEFT 0.19 or later" if kind == "fused" else "PEFT 0.18 on transformers 4, or PEFT 0.21 on transformers 5"
     return "\n".join(["```python", *lines, "```", "", f"With {needs}."])
 
@@ -98,6 +99,11 @@ def place_name(place: str) -> str:
     return place.rstrip("/").rpartition("/")[2] if Path(place).exists() or is_file(place) else place
 
 
+def base_name(source: str) -> str:
+    """What a command in the card calls the base: its Hub id; of a folder a place to fill in."""
+    return f"path/to/{place_name(source)}" if Path(source).exists() else source
+
+
 def _data(experiment: Experiment, folder: Path) -> str:
     data = experiment.data
     rows = [
@@ -114,14 +120,14 @@ def _data(experiment: Experiment, folder: Path) -> str:
     return "\n\n".join(part for part in (table(("source", "split", "weight"), rows), counts) if part)
 
 
-def _settings(experiment: Experiment) -> Iterator[Row]:
-    """The essentials of config.yaml."""
+def _settings(experiment: Experiment, sizes: Architecture) -> Iterator[Row]:
+    """The essentials of config.yaml, targets by the names in the family's checkpoints."""
     e, t, d = experiment, experiment.training, experiment.data
     stored = f" over 4-bit ({e.quantization.format}) weights" if e.quantization.format != "none" else ""
     yield "method", "all weights" if e.adapter is None else f"LoRA{stored}"
     if e.adapter is not None:
         yield "rank, alpha, dropout", ", ".join(_told(value) for value in (e.adapter.rank, e.adapter.alpha, e.adapter.dropout))
-        yield "targets", ", ".join(e.adapter.targets or ())
+        yield "targets", ", ".join(sizes.target_names.get(target, target) for target in e.adapter.targets or ())
     if e.preference is not None:
         yield "preferences", f"DPO, loss {e.preference.loss}, beta {e.preference.beta:g}"
     if e.model.experts_per_token is not None:

@@ -84,7 +84,7 @@ def export(
                 servers.rename_targets(server, aside)
         else:
             _write_model(experiment, sizes, folder, base, aside, total, planned)
-        own = card.place_name(str(source))
+        own = card.base_name(str(source))
         use = planned.use if planned else card.use(chosen, sizes, own, target.name, k, served(own, target.name))
         card.write(aside, use, folder, experiment, sizes, base if trained else Path(str(source)))
         if verify:

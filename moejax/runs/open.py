@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
 def open_run(folder: Path) -> Experiment:
     """The experiment of a finished run. Raises UserError where there is none."""
     if not (folder / "config.yaml").is_file() or not any((folder / part).is_dir() for part in ("adapter", "model")):
-        raise UserError(f"{folder} is no finished run (expected config.yaml, and adapter/ or model/, in it)")
+        raise UserError(f"{folder} is not a finished run (expected config.yaml, and adapter/ or model/, in it)")
     return experiments.load(folder / "config.yaml")
 
 

@@ -111,7 +111,7 @@ class Checkpoints:
                 to = to.with_name(f"{to.name}-again")
             to.parent.mkdir(exist_ok=True)
             (folder / str(step)).rename(to)
-            say(f"warning: {reason}. It was moved to {to}; the run goes on from step {taken}")
+            say(f"warning: {reason}. It was moved to {to}; the run continues from step {taken}")
         if refused:
             processes.wait_for_all("damaged checkpoints are set aside")
             self.manager.reload()
@@ -167,7 +167,7 @@ class Checkpoints:
             full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
             why = "the disk is full" if full else first_line(error)
             step = self.latest_step()
-            kept = "no checkpoint is there" if step is None else f"checkpoint {step} is whole: --resume goes on from it"
+            kept = "no checkpoint is there" if step is None else f"checkpoint {step} is whole: --resume continues from it"
             raise UserError(
                 f"{self.manager.directory}: a checkpoint cannot be written: {why}. Make room, or set runs_dir to another disk; {kept}"
             ) from error

@@ -13,6 +13,7 @@ from moejax.data.places import is_file, is_here
 from moejax.estimator import memory
 from moejax.estimator.sizes import Stored, model_folder, optimizer_bytes, stored
 from moejax.estimator.units import counted, gigabytes
+from moejax.files import meant
 from moejax.hub.model import architecture, continue_adapter, model_arguments
 from moejax.hub.stored import weight_files
 from moejax.hub.weights import check_files
@@ -90,7 +91,7 @@ def report(experiment: Experiment) -> None:
 def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, list[str]]:
     """Where `elsewhere` (key = value) is not on this machine: the experiment with the number of records in its data's file, and a line
     about them. Raises UserError for what a run would refuse of them before it tokenizes."""
-    why = f"a dry run asks no network: {elsewhere} is no file or folder here"
+    why = f"a dry run does not use the network: {elsewhere} is no file or folder here"
     data = experiment.data
     if data.eval_source is not None and not is_here(data.eval_source):
         data = data.model_copy(update={"eval_source": None})
@@ -100,7 +101,7 @@ def _untokenized(experiment: Experiment, elsewhere: str) -> tuple[Experiment, li
     records, held_out = (sum(one.count for one in sources) for sources in read)
     known = experiment.data.model_copy(update={"records": records + data.holdout})
     beside = f" and {held_out:,} to hold out" if held_out else ""
-    told = f"data: {records:,} records to train on{beside}, each with its texts; how many tokens they are is not known, {why}"
+    told = f"data: {records:,} records to train on{beside}, all with text; their number of tokens is unknown, {why}"
     return experiment.model_copy(update={"data": known}), [told]
 
 
@@ -129,7 +130,7 @@ def not_here(experiment: Experiment) -> dict[str, str]:
 
 def missing(experiment: Experiment) -> list[str]:
     """A line for each of them that a real run would stop at."""
-    lost = [f"{key} = {name}" for key, name in not_here(experiment).items() if not may_be_elsewhere(key, name)]
+    lost = [f"{key} = {name}{meant(Path(name))}" for key, name in not_here(experiment).items() if not may_be_elsewhere(key, name)]
     return [f"not there: {one} (looked for from {Path.cwd()}); a run would stop here" for one in lost]
 
 

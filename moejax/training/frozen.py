@@ -34,7 +34,7 @@ class Frozen:
             )
         if not now:
             return "frozen weights: there are none (all are trained)"
-        return f"frozen weights: {len(now)} arrays, {self.nbytes / 1e9:.2f} GB, the same to the bit as before the first step"
+        return f"frozen weights: {len(now)} arrays, {self.nbytes / 1e9:.2f} GB, bit-identical to before the first step"
 
 
 def _sums(tree: Any) -> dict[str, list[list[int]]]:

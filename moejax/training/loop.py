@@ -374,11 +374,12 @@ class Trainer:
         else:
             several = "" if self.program.device_count == 1 else f"{self.program.device_count} x "
             memory_name, memory_value = next(iter(device.memory_bytes().items()))
+            tried = f", {s:.1f} s before to choose what is auto" if (s := self.program.choosing_seconds) >= 0.1 else ""
             lines += [
                 f"loss {totals['run/first_loss']:.4f} at step {self.history[0]['step']} -> {totals['run/last_loss']:.4f}"
                 + ("" if self.eval_loss is None else f", evaluation {self.eval_loss:.4f}"),
                 f"{totals['run/queries_per_second']:.2f} queries/s, {totals['run/tokens_per_second']:.0f} tokens/s, "
-                f"{duration(totals['run/step_seconds'])} in steps, {totals['run/compile_seconds']:.1f} s compiling",
+                f"{duration(totals['run/step_seconds'])} in steps, {totals['run/compile_seconds']:.1f} s compiling" + tried,
                 f"model FLOP utilization {100 * totals['run/model_flop_utilization']:.1f} % of {several}{self.peak_flops / 1e12:.2f} "
                 f"TFLOP/s ({self.peak_source})",
                 f"memory: compiler peak {self.program.peak_bytes / 1e9:.2f} GB, {memory_name} {memory_value / 1e9:.2f} GB",

@@ -115,6 +115,7 @@ class TrainProgram:
         self.state: TrainState = jax.eval_shape(lambda weights: initial_state(weights, self._optimizer), trainable)
         self.compiled: dict[tuple[int, int], Compiled] = {}
         self._refused: dict[tuple[int, int], room.NoRoom] = {}
+        self.choosing_seconds = 0.0  # of programs that were compiled before, to choose settings that are `auto`
 
     @property
     def peak_bytes(self) -> int:

@@ -14,6 +14,8 @@ from moejax.errors import UserError
 from moejax.estimator.units import counted
 from moejax.training.checkpoint import Position
 
+FEW_STEPS = 20
+
 
 class Work(NamedTuple):
     """One optimizer step's input: micro-batches [A, rows, T], and where the data stands after it."""
@@ -84,6 +86,11 @@ def check_steps(experiment: Experiment, dataset: Dataset) -> list[str]:
             "longer"
         )
     told = []
+    if each and total < FEW_STEPS:
+        told.append(
+            f"{counted(total, 'step')} in all ({counted(len(each), 'epoch')} of {counted(each[0], 'step')}) are few to learn from: raise "
+            "training.epochs, lower data.batch_rows or training.gradient_accumulation, or bring more data"
+        )
     if t.eval_every and dataset.evaluation is None:
         told.append(f"training.eval_every = {t.eval_every}: nothing is held out to evaluate on (data.holdout, data.eval_source)")
     every = {"training.eval_every": t.eval_every, "checkpoint.every": experiment.checkpoint.every}

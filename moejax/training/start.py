@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,14 +82,17 @@ def start(experiment: Experiment, folder: Path, *, resume: bool, own: Own = NOTH
     say(*identity.of_data(tokenizer, asked, dataset, model_folder))
     processes.same(identity.now.model_dump(mode="json", exclude={"platform", "changed", "base"}))
     steps = total_steps(experiment, dataset)
+    begun_choosing = time.perf_counter()
     if experiment.placement.experts == "auto":
         experiment = placement.resolve(experiment, config, steps)
         say(*check_host_memory(build(config, **model_arguments(experiment))))
     experiment = remat.resolve(accumulation.resolve(experiment, config, steps, own), config, steps)
+    choosing = time.perf_counter() - begun_choosing
     processes.same({"settings by this machine": processes.as_text(experiment)}, texts=True)  # one program is not another's
     say(experts.announce(experiment, config), *placement.announce(experiment, config))
     # The steps of the whole run stand in the program: in its schedule.
     program = TrainProgram(experiment.changed("training", steps=steps), config, traced=experiment.profile is not None, own=own)
+    program.choosing_seconds = choosing
     fit(program, experiment.data.batch_rows, longest_row(experiment, dataset))
     if model_folder is not None:
         with waiting(f"weights of {experiment.model.source}"):

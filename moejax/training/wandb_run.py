@@ -74,7 +74,7 @@ class WandbRun:
         try:
             yield
         except Exception as error:  # noqa: BLE001  (whatever it is, it is not worth a training run)
-            note(f"warning: wandb failed ({first_line(error) or type(error).__name__}): the run goes on without it")
+            note(f"warning: wandb failed ({first_line(error) or type(error).__name__}): the run continues without it")
             self._run = None
 
 

@@ -235,7 +235,7 @@ def test_plan_of_a_config(capsys):
     assert "fastest first\n" in out
     of_qwen3 = str(ROOT / "configs/qwen3_30b_a3b_24gb.yaml")
     out = run(capsys, "plan", of_qwen3, "--gpu", "RTX-3090", "adapter.rank=16")[1]
-    assert "fastest first, lower ranks behind the own one: they train another adapter" in out
+    assert "fastest first, lower ranks last: they train another adapter" in out
     code, out, _ = run(capsys, "plan", config, "--gpu", "RTX-4090", "--seq-len", "1024", "--json")
     found = json.loads(out)
     ways = found["gpus"]["RTX-4090"]

@@ -65,7 +65,7 @@ def test_placements(capsys):
     code, out, _ = run(capsys, *SPARSE, "--gpu", "RTX-4090", "--placements")
     assert code == 0 and "by the closed form, not by the compiler" in out
     code, out, _ = run(capsys, *SPARSE, "--gpu", "H100", "placement.experts=host", "--rows", "1")
-    assert "beside it in the host's pinned memory: 23.253 GB of weights" in out
+    assert "also in the host's pinned memory: 23.253 GB of weights" in out
     code, _, err = run(capsys, *SPARSE, "--placements", "adapter=null", "quantization.format=none", "--gpu", "H100")
     assert code == 2 and "only frozen weights can lie in the host's memory" in err
 

@@ -73,7 +73,7 @@ def test_a_run_that_trained_all_weights(run, tmp_path, capsys):
 def test_bad_input(run, tmp_path, capsys):
     folder, _ = run
     assert cli.main(["exact-match", str(tmp_path / "nowhere"), "--data", "x.json"]) == 2
-    assert "is no finished run" in capsys.readouterr().err
+    assert "is not a finished run" in capsys.readouterr().err
     (tmp_path / "open.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
     assert cli.main(["exact-match", str(folder), "--data", str(tmp_path / "open.json")]) == 2
     assert "record 0 has no `answer`" in capsys.readouterr().err

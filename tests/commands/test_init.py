@@ -1,6 +1,7 @@
 """`moejax init`, and `moejax train CONFIG`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def test_a_small_file_gets_a_holdout_and_a_warmup_that_it_has_room_for(tmp_path,
         assert cli.main(["init", f"{count}.yaml", "--model", str(ROOT / "assets/tiny-qwen3-moe"), "--data", data.name]) == 0
         written = config.load(f"{count}.yaml")
         assert (written.data.holdout, written.training.warmup_steps, written.training.eval_every) == expected
+        fitted = r"\n# holdout, .*: chosen for about \d.* steps?, which chats.jsonl gives now.*\ntraining:"
+        assert re.search(fitted, Path(f"{count}.yaml").read_text())
         assert written.data.template == "mistral"  # the bundled tokenizer has no chat template
     assert cli.main(["init", "hub.yaml", "--model", "acme/large", "--data", data.name]) == 0
     assert config.load("hub.yaml").data.template is None

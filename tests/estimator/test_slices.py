@@ -45,7 +45,7 @@ def test_prices_and_links():
     lent = best("v5e", 8)
     assert lent.told == "free, 20 h a week, Kaggle, 2026-11-29" and best("v5e", 1).told.startswith("free, hours not stated, Colab")
     assert [best(chip, 4).usd_per_hour for chip in ("v5e", "v6e", "v5p")] == [1.2, 2.7, 4.2]
-    assert prices.weeks(lent, 20.0) == "20 h are 1 week of Kaggle's 20 h (--resume goes on)"
+    assert prices.weeks(lent, 20.0) == "20 h are 1 week of Kaggle's 20 h (--resume continues)"
     assert prices.weeks(lent, 57.3).startswith("57.3 h are 3 weeks of") and prices.weeks(best("v5e", 4), 57.3) is None
     rings = [links.between(tpus.CHIPS[chip], n) for chip, n in (("v5e", 8), ("v6e", 8), ("v5p", 4))]
     assert [link.bytes_per_second / 1e9 for link in rings] == [100, 200, 200]
@@ -62,7 +62,7 @@ def test_memory_by_mode(capsys):
         assert whole["problem"] is not None and "spread or experts would do" in whole["problem"] and spread["problem"] is None
         assert spread["usable_gb"] == pytest.approx(15.75 * 2**30 / 1e9)
     code, out, _ = run(capsys, "memory", SPARSE, "--gpu", "v6e-1", "--rows", "2", "--seq-len", "512", "--closed-form")
-    assert code == 0 and "v6e-1 " in out and "run on none" in out
+    assert code == 0 and "v6e-1 " in out and "not run (docs/tpu.md)" in out
 
 
 def test_modes_that_a_config_cannot_have(capsys):
@@ -97,6 +97,6 @@ def test_predict_and_plan(capsys):
     assert v5p["devices"] == 4 and v5p["price"]["usd_per_hour"] == 4.2 and "nothing of moejax has run on a TPU" in out
     assert kaggle["step_seconds_interval"][1] > 5 * kaggle["step_seconds_interval"][0]
     code, out, _ = run(capsys, "predict", *PREDICT, "--gpu", "v5e-8", "--epochs", "1000")
-    assert code == 0 and "weeks of Kaggle's 20 h (--resume goes on)" in " ".join(out.split())
+    assert code == 0 and "weeks of Kaggle's 20 h (--resume continues)" in " ".join(out.split())
     code, out, _ = run(capsys, "plan", OLMOE, "--gpu", "v5e-8", "data.batch_rows=8")
     assert code == 0 and "free, 20 h a week, Kaggle" in out and "mesh.devices=8" in out and "in the host │" not in out.split("━┩")[1]

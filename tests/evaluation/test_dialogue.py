@@ -192,7 +192,7 @@ def test_bad_input(run, tmp_path, monkeypatch, capsys):
     finished_run(text, data={"source": str(ROOT / "assets/problems/train.json"), "template": "text"})
     monkeypatch.setattr("moejax.runs.open.create_model", lambda *_: pytest.fail("weights were read"))
     for folder, options, told in (
-        (tmp_path / "nowhere", [], "is no finished run"),
+        (tmp_path / "nowhere", [], "is not a finished run"),
         (base, [], "whose tokenizer has no chat template: how it is asked stands nowhere"),
         (base, ["--base"], "there is no adapter to leave out"),
         (text, [], f"has no messages: moejax generate {text} --prompt TEXT"),

@@ -154,7 +154,7 @@ def test_bad_data(run, tmp_path, capsys):
 def test_bad_runs(run, trained_whole, tmp_path, capsys):
     asked = ["--task", "problems", "--data", PROBLEMS]
     assert "nowhere is no folder" in bad(["nowhere", *asked], capsys)
-    assert "is no finished run" in bad([tmp_path, *asked, "--out", tmp_path / "x"], capsys)
+    assert "is not a finished run" in bad([tmp_path, *asked, "--out", tmp_path / "x"], capsys)
     assert "give --out DIR" in bad([ROOT / "assets/tiny-mixtral", *asked], capsys)
     assert "there is no adapter to leave out" in bad(
         [ROOT / "assets/tiny-mixtral", *asked, "--base", "--out", tmp_path / "x"], capsys

@@ -134,7 +134,7 @@ def test_pictures(run, loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--data", "x.json"], "nowhere is no finished run"),
+        (["nowhere", "--data", "x.json"], "nowhere is not a finished run"),
         (["RUN", "--data", "x.json"], "x.json does not exist"),
         (["RUN", "--data", "DATA", "--limit", "0"], "--limit 0: expected 1 or more"),
     ],

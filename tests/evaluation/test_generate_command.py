@@ -139,7 +139,7 @@ def test_bad_input(arguments, message, run, capsys):
 
 def test_bad_runs(run, tmp_path, capsys):
     assert cli.main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "is no finished run" in capsys.readouterr().err
+    assert "is not a finished run" in capsys.readouterr().err
     content = json.loads((ROOT / "assets/tiny-mixtral/tokenizer.json").read_text())
     text = json.dumps(content).replace('"</s>"', '"<stop>"')
     (tmp_path / "tokenizer.json").write_text(text)

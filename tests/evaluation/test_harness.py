@@ -252,7 +252,7 @@ def test_bad_models(tmp_path):
         MoejaxLM()
     with pytest.raises(UserError, match="batch_size = auto"):
         MoejaxLM(MODEL, batch_size="auto")
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         MoejaxLM(tmp_path)
     with pytest.raises(UserError, match="has no chat template"):
         MoejaxLM(model=object(), tokenizer=load_tokenizer(str(MODEL))).apply_chat_template([{"role": "user", "content": "a"}])

@@ -1,6 +1,7 @@
 """The card of an export says what the run's records say, as the Hub reads it, and nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
@@ -89,7 +90,9 @@ def test_how_it_is_loaded():
     rows = MIXTRAL.replace(vocab_size=514, new_rows=2)
     text = card.use("peft", rows, "owner/base", "mine", 8, None)
     assert 'from_pretrained("owner/base", dtype="auto", num_experts_per_tok=8)' in text and "resize_token_embeddings(514)" in text
-    assert 'PeftModel.from_pretrained(model, "mine")' in text
+    assert 'PeftModel.from_pretrained(model, "mine")' in text and 'AutoTokenizer.from_pretrained("mine")' in text
+    assert 'AutoTokenizer.from_pretrained("owner/base")' in card.use("peft", MIXTRAL, "owner/base", "mine", None, None)
+    assert card.base_name("owner/base") == "owner/base" and card.base_name(str(Path(__file__).parent)) == "path/to/runs"
     assert 'AutoTokenizer.from_pretrained("mine")' in card.use("merged", MIXTRAL, "owner/base", "mine", None, None)
     assert card.use("peft", MIXTRAL, "b", "m", None, "vllm serve b") == "```\nvllm serve b\n```"
     assert card.use("merged", PRESETS["blackmamba-tiny"], "b", "m", None, None) == ""

@@ -245,7 +245,7 @@ def test_what_cannot_be_exported(run_folder, tmp_path, capsys):
 
     (tmp_path / "there").mkdir()
     assert "there exists already: choose another --out" in refused(run_folder, "--out", tmp_path / "there")
-    assert "is no finished run" in refused(tmp_path / "there", "--out", tmp_path / "m")
+    assert "is not a finished run" in refused(tmp_path / "there", "--out", tmp_path / "m")
     finished_run(tmp_path / "random", model={"preset": "mixtral-tiny"}, tokenizer=str(ROOT / "assets/tiny-mixtral/tokenizer.json"))
     assert "its base has random weights" in refused(tmp_path / "random", "--out", tmp_path / "m")
     assert not (tmp_path / "m").exists()

@@ -129,7 +129,7 @@ def test_the_newest_whole_one_is_taken(damage, three, capsys):
     assert place == Position(0, 2)
     np.testing.assert_array_equal(state.trainable["a"], 2 * STATE.trainable["a"])
     (told,) = capsys.readouterr().out.splitlines()
-    assert "checkpoint 3 in" in told and "the run goes on from step 2" in told
+    assert "checkpoint 3 in" in told and "the run continues from step 2" in told
     assert (three.parent / "damaged" / "checkpoint-3").is_dir()
     checkpoints.save(3, STATE, Position(0, 3), None)  # the step is done again, and saved
     checkpoints.close()

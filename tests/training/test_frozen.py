@@ -32,7 +32,7 @@ def test_one_flipped_bit_is_noticed():
     held = tree()
     frozen = Frozen(held)
     leaves, structure = jax.tree.flatten(held)
-    assert frozen.check(tree()) == f"frozen weights: {len(leaves)} arrays, 0.00 GB, the same to the bit as before the first step"
+    assert frozen.check(tree()) == f"frozen weights: {len(leaves)} arrays, 0.00 GB, bit-identical to before the first step"
     for number, leaf in enumerate(leaves):
         for place, bit in ((0, 0), (leaf.nbytes - 1, 7)):
             others = [*leaves[:number], flipped(leaf, place, bit), *leaves[number + 1 :]]
@@ -50,7 +50,7 @@ def test_a_run_changes_no_frozen_byte_and_its_adapter_names_its_base(tmp_path, c
     )  # fmt: skip
     experiment = config.load(ROOT / "configs/demo.yaml", changes)
     assert loop.run(experiment, resume=False, check_frozen=True) == 0
-    assert "the same to the bit as before the first step" in capsys.readouterr().out
+    assert "bit-identical to before the first step" in capsys.readouterr().out
     with safe_open(tmp_path / "demo/adapter/adapter_model.safetensors", framework="numpy") as file:
         assert file.metadata()[BASE] == config.load(tmp_path / "demo/config.yaml").made_of.base
     again = config.load(ROOT / "configs/demo.yaml", (*changes, "name=again", f"adapter.init_from={tmp_path}/demo/adapter"))

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from moejax.models.config import PRESETS, LoRAConfig
 from moejax.runs import export, folders
 from moejax.runs import open as opened
 from moejax.runs.claim import claimed
-from moejax.training import loop, start
+from moejax.training import loop, run_steps, start
 from moejax.training.metrics import MetricWriter
 from moejax.training.program import TrainProgram
 
@@ -52,6 +53,16 @@ def test_what_comes_never_is_told(make_experiment, tmp_path, capsys):
     assert [line.split(":")[1].strip().split(" =")[0] for line in told] == [
         "training.eval_every", "training.eval_every", "checkpoint.every", "training.gradient_accumulation", "data.batch_rows"
     ]  # fmt: skip
+
+
+def test_few_steps_are_said_with_what_to_change(make_experiment, monkeypatch):
+    """Of epochs alone: a number of steps is what was asked."""
+    data = types.SimpleNamespace(evaluation=None, train=types.SimpleNamespace(batches_per_epoch=lambda epoch: 3, rows=lambda: 24))
+    training = {"steps": None, "epochs": 2, "gradient_accumulation": 1, "warmup_steps": 0}
+    (told,) = run_steps.check_steps(make_experiment(training=training), data)
+    assert told.startswith("note: 6 steps in all (2 epochs of 3 steps) are few to learn from: raise training.epochs")
+    assert not run_steps.check_steps(make_experiment(training=training | {"epochs": 7}), data)
+    assert not run_steps.check_steps(make_experiment(training=training | {"epochs": None, "steps": 6}), data)
 
 
 def test_two_runs_of_one_name(make_experiment, tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_a_failure_is_one_warning(what, wandb, make_experiment, tmp_path, capsys
         writer.write(step, {"loss": 1.0})
     writer.summarize({"run/last_loss": 1.0})
     writer.close()
-    assert capsys.readouterr().err.count(f"warning: wandb failed ({what} failed): the run goes on without it") == 1
+    assert capsys.readouterr().err.count(f"warning: wandb failed ({what} failed): the run continues without it") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2 and list(tmp_path.glob("events.*"))
 
 

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         with running:
             sweep.run(told)
     except KeyboardInterrupt:
-        console.print(f"interrupted: finished trials are in {folder}; the same command goes on from there", soft_wrap=True)
+        console.print(f"interrupted: finished trials are in {folder}; the same command continues from there", soft_wrap=True)
         return 130
     except OSError as error:
         raise _unwritten(folder, error) from None

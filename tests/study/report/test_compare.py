@@ -112,7 +112,7 @@ def test_mistakes(two, make_run, tmp_path, capsys):
         assert cli.main(["compare", *arguments]) == 2
         return capsys.readouterr().err
 
-    assert "is no run" in said(str(tmp_path / "nowhere"))
+    assert "is not a run" in said(str(tmp_path / "nowhere"))
     other = make_run("other", {0: right(1)}, task="gsm8k")
     assert "has eval.task = problems" in said(two[0], other) and "cannot be compared" in said(two[0], other)
     changed = make_run("changed", {0: right(1), 4: right(3, of=50)})
