@@ -44,7 +44,7 @@ import kept
 
 from moejax import config, gpus, installation
 from moejax.errors import UserError
-from moejax.estimator.own import H200_CLOCKS, SCAN_BACKWARD, SCAN_FORWARD
+from moejax.estimator.own import DECODE, GROUPED, H200_CLOCKS, SCAN_BACKWARD, SCAN_FORWARD
 
 PRODUCTS, EFFICIENCY, BANDWIDTH, OTHERS = 790e12, 0.85, 4.3e12, 60e12
 """Of one H200: FLOP/s of a large bf16 product, what of it products of a step reach, bytes/s of a copy, FLOP/s outside of products."""
@@ -53,10 +53,6 @@ IN_GRAPH, OUTSIDE, GRAPH, SYNC = 2e-6, 4e-6, 8e-6, 20e-6
 """Seconds beyond its work: of a kernel in a CUDA graph and outside; of a graph's launch; of asking the host."""
 FLASH_FORWARD, FLASH_BACKWARD = 375e12, 275e12
 """FLOP/s of kernels of Pallas, which nobody has timed here."""
-GROUPED = 500e12
-"""FLOP/s that the products of `decode` reach on an H200. Assumed: nobody has timed them."""
-DECODE = 2.0e12
-"""4-bit weights/s of the kernels of `decode` on Hopper: 8.6 instructions each, 2.4 a clock and multiprocessor. Nobody has timed it."""
 SHEET = 989e12, 4.8e12
 """The data sheet's figures of the same card: another card's constants are in proportion to its own."""
 _THUNK = re.compile(r"^(\s*)(\d{3,}): (k\w+)\s")
@@ -222,7 +218,7 @@ KERNELS = {
     "mha_forward": Kernel(FLASH_FORWARD, "products", partial(_attended, products=2)),
     "mha_backward": Kernel(FLASH_BACKWARD, "products", partial(_attended, products=5)),  # as FlashAttention's rates are given
     "scan_forward": Kernel(SCAN_FORWARD, "others", partial(_scanned, states=1)),
-    "scan_backward": Kernel(SCAN_BACKWARD, "others", partial(_scanned, states=-1)),
+    "scan_backward": Kernel(SCAN_BACKWARD, "others", partial(_scanned, states=2)),
 }
 """By what stands in its name."""
 

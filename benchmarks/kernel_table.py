@@ -42,22 +42,22 @@ _FUNCTION = re.compile(
 
 
 def selective_scan() -> tuple[Callable[..., Any], list[Any]]:
-    """Forward and backward, rows and states of BlackMamba-2.8B."""
+    """Forward and backward as in a layer, with softplus and the gate, rows and states of BlackMamba-2.8B."""
     import jax
     import jax.numpy as jnp
 
     from moejax.models.ops import scan_kernel
 
     b, t, d, n = 16, 512, 2944, 16
-    shapes = [(b, t, d), (b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, d, n)]
-    kinds = [jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32]
+    shapes = [(b, t, d), (b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, d, n), (d,), (b, t, 2 * d)]
+    fp32 = {2, 5, 6, 7}
     starts = jax.ShapeDtypeStruct((b, t), jnp.bool_)
 
     def both(starts: Any, *given: Any) -> Any:
-        out, pull = jax.vjp(lambda *v: scan_kernel.scan(*v[:-1], starts, v[-1]), *given)
+        out, pull = jax.vjp(lambda *v: scan_kernel.scan(*v[:6], starts, *v[6:7], gate=v[7:]), *given)
         return out, pull(out)
 
-    return both, [starts, *(jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds, strict=True))]
+    return both, [starts, *(jax.ShapeDtypeStruct(s, jnp.float32 if i in fp32 else jnp.bfloat16) for i, s in enumerate(shapes))]
 
 
 def _mixtral(storage: str, rows: int) -> tuple[Callable[..., Any], list[Any]]:

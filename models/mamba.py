@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from moejax.models.config import Architecture, specs
 from moejax.models.layers import Linear, Target
@@ -88,11 +87,12 @@ class Mamba(nnx.Module):
     ) -> jax.Array:
         """segment_ids: int32 [B, T]; nothing passes from one segment to the next. Positions are not used, and nothing is dropped."""
         with jax.named_scope("mamba"):
-            inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
+            both = self.in_proj(x)
+            inner = jnp.split(both, 2, axis=-1)[0]
             with jax.named_scope("conv"):
                 u = jax.nn.silu(self.conv(inner, segment_ids))
             before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-            return self._scan(u, z, segment_ids != before, None, None)[0]
+            return self._scan(u, both, segment_ids != before, None, None)[0]
 
     def cached(
         self, x: jax.Array, valid: jax.Array, positions: jax.Array, cache: MambaState, layer: jax.Array
@@ -100,28 +100,26 @@ class Mamba(nnx.Module):
         """The same for tokens that follow the state of `layer`. valid: bool [B, T], false for right padding, which changes no state."""
         state = MambaState(*(held[layer] for held in cache))
         with jax.named_scope("mamba"):
-            inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
+            both = self.in_proj(x)
+            inner = jnp.split(both, 2, axis=-1)[0]
             with jax.named_scope("conv"):
                 u = jax.nn.silu(self.conv(inner, None, state.conv))
-            out, scan = self._scan(u, z, None, valid, state.scan)
+            out, scan = self._scan(u, both, None, valid, state.scan)
             held = jnp.concatenate([state.conv, inner.astype(state.conv.dtype)], axis=1)
             last = jnp.sum(valid, axis=1)[:, None] + jnp.arange(state.conv.shape[1])
             new = MambaState(jnp.take_along_axis(held, last[..., None], axis=1), scan)
             return out, MambaState(*(old.at[layer].set(value) for old, value in zip(cache, new, strict=True)))
 
     def _scan(
-        self, u: jax.Array, z: jax.Array, starts: jax.Array | None, valid: jax.Array | None, state: jax.Array | None
+        self, u: jax.Array, both: jax.Array, starts: jax.Array | None, valid: jax.Array | None, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
+        """both: what `in_proj` gave, z in its second half."""
         r, n = self.sizes
         low, b, c = jnp.split(self.x_proj(u), [r, r + n], axis=-1)
-        dt = jax.nn.softplus(self.dt_proj(low).astype(jnp.float32) + self.dt_bias.get_value().astype(jnp.float32))
+        raw = self.dt_proj(low)
         if valid is not None:
-            dt = jnp.where(valid[..., None], dt, 0.0)
-        with jax.named_scope("scan"):
-            a, d = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d))
-            rows, length, channels = u.shape
-            form, chunk = choice.scan(self.target.platform, rows, length, channels, self.target.scan)
-            y, last = ss.selective_scan(u, dt, -jnp.exp(a), b, c, d, starts, state, form=form, chunk=chunk)
-        y = checkpoint_name(y, "mixed")
-        gated = (y * jax.nn.silu(z.astype(jnp.float32))).astype(u.dtype)
-        return self.out_proj(gated), last
+            raw = jnp.where(valid[..., None], raw, -jnp.inf)
+        a, d, bias = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d, self.dt_bias))
+        form, chunk = choice.scan(self.target.platform, *u.shape, self.target.scan)
+        mixed, last = ss.gated(u, raw, -jnp.exp(a), b, c, d, bias, both, starts, state, form=form, chunk=chunk)
+        return self.out_proj(mixed), last

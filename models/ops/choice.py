@@ -39,8 +39,8 @@ RULE = {"cpu": (128, 32), "gpu": (4096, 128)}
 bandwidth (117 on an RTX 5090, 180 on an H200, 400 on an L4) waits for its matrix: a smaller tile takes as long."""
 ONE_TILE = 256
 """A group of at most this many rows is one tile on a GPU."""
-DECODED_ROWS = 256
-"""Mean rows of an expert up to which the backend `decode` multiplies by codes: every 64 rows decode them again."""
+DECODED_ROWS, DECODED_TILE = 256, 64
+"""Mean rows of an expert up to which the backend `decode` multiplies by codes, and those of a tile: every one decodes them again."""
 CHUNKS = {"chunked": 16, "chunked_associative": 32, "kernel": 16}
 """Tokens of a chunk of each form of the scan where nothing was measured: 16 was best on two CPU cores, 32 keeps a GPU's memory low; the
 kernel keeps a state every 16."""

@@ -44,17 +44,52 @@ def selective_scan(
     but starts. form: one of `CHUNKS`; chunk: tokens of a chunk (the kernel has its own); interpret: the kernel on a CPU, for tests.
     """
     dt, a, d = (x.astype(jnp.float32) for x in (dt, a, d))
-    if starts is None:
-        starts = jnp.zeros(u.shape[:2], bool)
-    if state is None:
-        state = jnp.zeros((u.shape[0], *a.shape), jnp.float32)
+    starts, state = _given(u, a, starts, state)
     if form == "kernel":
-        return scan_kernel.scan(u, dt, a, b, c, d, starts, state.astype(jnp.float32), interpret)
+        return scan_kernel.scan(u, dt, a, b, c, d, starts, state, interpret=interpret)
     u, b, c = (x.astype(jnp.float32) for x in (u, b, c))
     # Inside, channels come last: [B, N, D]. All products and sums over states then run along contiguous memory.
     operands = (dt * u, dt, a.T, b, c, starts, jnp.swapaxes(state, 1, 2))
     y, last = _chunked(form == "chunked_associative", min(chunk or CHUNKS[form], u.shape[1]), *operands)
     return y + d * u, jnp.swapaxes(last, 1, 2)
+
+
+def gated(
+    u: jax.Array,
+    raw: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    bias: jax.Array,
+    z: jax.Array,
+    starts: jax.Array | None = None,
+    state: jax.Array | None = None,
+    *,
+    form: str,
+    chunk: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`selective_scan` between softplus and the gate, as a layer has it: y silu(z) in u's dtype [B, T, D], and the last state.
+
+    raw: dt before bias [D] and softplus (minus infinity: the token does nothing); z: the last D channels of [B, T, D or more].
+    """
+    a, d, bias = (x.astype(jnp.float32) for x in (a, d, bias))
+    if form == "kernel":
+        with jax.named_scope("scan"):
+            y, last = scan_kernel.scan(u, raw, a, b, c, d, *_given(u, a, starts, state), (bias, z), interpret)
+        return checkpoint_name(y, "mixed"), last
+    dt = jax.nn.softplus(raw.astype(jnp.float32) + bias)
+    with jax.named_scope("scan"):
+        y, last = selective_scan(u, dt, a, b, c, d, starts, state, form=form, chunk=chunk)
+    y = checkpoint_name(y, "mixed")
+    return (y * jax.nn.silu(z[..., z.shape[2] - u.shape[2] :].astype(jnp.float32))).astype(u.dtype), last
+
+
+def _given(u: jax.Array, a: jax.Array, starts: jax.Array | None, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Where segments start (None: nowhere), and the first state (None: zero)."""
+    starts = jnp.zeros(u.shape[:2], bool) if starts is None else starts
+    return starts, jnp.zeros((u.shape[0], *a.shape), jnp.float32) if state is None else state.astype(jnp.float32)
 
 
 class _Chunk(NamedTuple):

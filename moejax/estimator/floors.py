@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FP32 = 4
 SIZES = {"bfloat16": 2, "float32": 4}
-EXPERTS = "moe/w1, w3, w2"
+EXPERTS, DEQUANTIZATION = "moe/w1, w3, w2", "moe: dequantization"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def experts(
     passes = (3 + trained) + (3 + trained) + (2 + trained)
     out = [merged(EXPERTS, product(of, n, d, f, passes, e, n * k, bool(kind)))]
     if kind:
-        out.append(merged("moe: dequantization", dequantization(of, kind, d * f, 2, 3 * e)))
+        out.append(merged(DEQUANTIZATION, dequantization(of, kind, d * f, 2, 3 * e)))
     if pairs:  # forward, again, and a product each for the gradients of A, B and what goes in; a shared A (its input has d numbers) once
         sides = [(d + f if pair.shares is None else f, pair.rank) for pair in pairs]
         out.append(merged("moe/lora", *(product(of, n, side, rank, 4, e, n * k) for side, rank in sides)))

@@ -17,12 +17,13 @@ import numpy as np
 
 from moejax import tpus
 from moejax.estimator import bus, closed_form, published, spread
-from moejax.estimator.floors import EXPERTS, floors
+from moejax.estimator.floors import DEQUANTIZATION, EXPERTS, floors
 from moejax.estimator.receipts import Receipt
 from moejax.estimator.sizes import ITEM
 from moejax.gpus import GPU
 from moejax.models.config import Architecture, specs
 from moejax.models.ops import choice
+from moejax.models.ops.quantized import KINDS
 
 if TYPE_CHECKING:
     from moejax.config import Experiment
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
 COLUMNS = ("floor", "block_seconds", "visit_seconds", "scan_seconds")
 PRODUCTS, BANDWIDTH = 790 / 989, 4.3 / 4.8
 """Of a data sheet's figures what large products and copies reach: benchmarks/gpu_model.py's, of an H200."""
-SCAN_FORWARD, SCAN_BACKWARD = 1.2e12, 0.28e12
+SCAN_FORWARD, SCAN_BACKWARD = 1.2e12, 0.265e12
 """States/s of the selective scan's kernel on an H200: its instructions over 2.4 a clock and multiprocessor. Nobody has timed it."""
-H200_CLOCKS = 132 * 1.98
-"""Multiprocessors times GHz."""
+GROUPED = 500e12
+"""FLOP/s that the products of `decode` reach on an H200. Assumed: nobody has timed them."""
+DECODE = 2.0e12
+"""4-bit weights/s of the kernels of `decode` on an H200: 8.6 instructions each, 2.4 a clock and multiprocessor. Nobody has timed it."""
+H200_FLOPS, H200_CLOCKS = 989e12, 132 * 1.98
+"""FLOP/s of its data sheet; multiprocessors times GHz."""
 FACTOR, FACTOR_DEVIATION = 1.2, 0.45
 """Measured seconds over the roofline's, and the deviation of its logarithm: what is believed before any run. The roofline's own error, by
 its makers 30 %, of kernels that nobody timed, and of cards."""
@@ -51,7 +56,7 @@ FORWARD = 1 / 3
 @dataclass(frozen=True)
 class Counts:
     """One micro-batch: seconds of the floor at the rates above; blocks; experts visited in loops; blocks x chunks of scans (one by the
-    scan's kernel). kernel_seconds: of that kernel, beyond its launches."""
+    scan's kernel). kernel_seconds: of that kernel and those that decode experts' codes, beyond their launches."""
 
     columns: tuple[float, float, float, float]
     kernel_seconds: float = 0.0
@@ -81,14 +86,21 @@ def counts(
             return None
         return backend or _backend(experiment, config, gpu, half, dealt * tokens)
 
-    exact = any(takes(half) == "decode" for *_, half in halves)  # its products of fp32 are not rounded to tf32
+    decode = any(takes(half) == "decode" for *_, half in halves)
+    rate = PRODUCTS * gpu.rate(dtype, exact=decode)  # of its products: those of fp32 are not rounded to tf32
+    stages = {stage.name: stage for stage in floors(experiment, config, rows, row_tokens)}
+    kernel = 0.0
+    if decode and (decoded := _decoded(experiment, config, tokens)) is not None:
+        computing = stages.pop(EXPERTS).flops / (rate * GROUPED / (PRODUCTS * H200_FLOPS))
+        stages.pop(DEQUANTIZATION)
+        kernel = max(computing, decoded[0] / (DECODE * _clocks(gpu)), decoded[1] / (BANDWIDTH * gpu.bytes_per_second))
     floor = sum(
-        stage.seconds(PRODUCTS * gpu.rate(dtype, exact=exact and stage.name == EXPERTS), BANDWIDTH * gpu.bytes_per_second)[0]
-        for stage in floors(experiment, config, rows, row_tokens)
+        stage.seconds(rate if stage.name == EXPERTS else PRODUCTS * gpu.rate(dtype), BANDWIDTH * gpu.bytes_per_second)[0]
+        for stage in stages.values()
     )
     if gpu.platform == "tpu":  # the other columns are of kernels that a GPU launches
         return Counts((floor, 0.0, 0.0, 0.0))
-    visits = scans = kernel = 0.0
+    visits = scans = 0.0
     for repeats, mixer, half in halves:
         if isinstance(half, specs.MoE) and takes(half) == "loop":
             met = 1 - (1 - half.experts_per_token / half.experts) ** (dealt * tokens)
@@ -103,10 +115,24 @@ def counts(
     return Counts((floor, float(config.blocks), visits, scans), kernel)
 
 
+def _decoded(experiment: Experiment, config: Architecture, tokens: int) -> tuple[float, float] | None:
+    """Weights that the kernels of `decode` decode in a step, and bytes of codes that they read; None where they multiply by arrays. Tile
+    by tile of an expert's rows, in eight products of its three matrices."""
+    kind, weights = experiment.kinds(config).get("experts"), 0.0
+    for stack in config.stacks:
+        half = stack.block.feed_forward
+        if isinstance(half, specs.MoE) and not half.dense:
+            rows = tokens * half.experts_per_token / half.experts
+            if kind is None or rows > choice.DECODED_ROWS:
+                return None
+            weights += 8 * stack.repeats * half.experts * config.hidden_size * half.hidden * max(1.0, rows / choice.DECODED_TILE)
+    return weights, weights * KINDS[kind].bytes_per_weight if kind else 0.0
+
+
 def _clocks(gpu: GPU) -> float:
     """Instructions of a card next to an H200's; without its compiler's target, as its data sheet's FLOP/s."""
     if gpu.compiler is None:
-        return gpu.flops_per_second / 989e12
+        return gpu.flops_per_second / H200_FLOPS
     return gpu.compiler.multiprocessors * gpu.compiler.clock_ghz / H200_CLOCKS
 
 

@@ -48,12 +48,12 @@ def candidates(device: str, shape: dict[str, Any]) -> list[Candidate]:
 
 
 def build(device: str, shape: dict[str, Any], entry: dict[str, Any]) -> Any:
-    """(the scan's operands, starts, state, gradients of both results) -> both results, and gradients of all operands."""
+    """(the operands of `gated`, starts, state, gradients of both results) -> both results, and gradients of all operands."""
     import jax
 
-    from moejax.models.ops.selective_scan import selective_scan
+    from moejax.models.ops.selective_scan import gated
 
-    form: Any = partial(selective_scan, form=entry["form"], chunk=entry["chunk"])
+    form: Any = partial(gated, form=entry["form"], chunk=entry["chunk"])
 
     def run(operands: Any, starts: Any, state: Any, cotangents: Any) -> Any:
         found, pull = jax.vjp(lambda operands, state: form(*operands, starts, state), operands, state)
@@ -78,10 +78,10 @@ def _operands(b: int, t: int, d: int, n: int, dtype: str, every: int) -> tuple[A
     import numpy as np
 
     drawn = Drawn(t)
-    u, y = drawn.normal(b, t, d, dtype=dtype), drawn.normal(b, t, d)
-    dt = jnp.asarray(np.log1p(np.exp(np.asarray(drawn.normal(b, t, d)) - 4)))  # softplus
+    u, y, raw, z = (drawn.normal(b, t, wide, dtype=dtype) for wide in (d, d, d, 2 * d))  # z is the second half
     bb, cc = (drawn.normal(b, t, n, dtype=dtype) for _ in range(2))
     a = -jnp.asarray(np.broadcast_to(np.arange(1, n + 1, dtype=np.float32), (d, n)))
     state, last = drawn.normal(b, d, n), drawn.normal(b, d, n)
     starts = jnp.asarray(np.broadcast_to((np.arange(t) + 1) % every == 0, (b, t)))
-    return (u, dt, a, bb, cc, jnp.asarray(np.ones(d, np.float32))), starts, state, (y, last)
+    ones = jnp.asarray(np.ones(d, np.float32))
+    return (u, raw, a, bb, cc, ones, -4 * ones, z), starts, state, (y, last)

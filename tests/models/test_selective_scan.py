@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import ROOT, assert_close_to_largest
 
 from moejax.models.config import PRESETS
@@ -140,6 +141,38 @@ def test_values_and_gradients_are_within_rounding_of_the_reference(form, shape, 
         assert_close_to_largest(*as_numbers, 4e-7 if ours.dtype == jnp.float32 else 2**-8, name)
 
 
+GATED = {SHAPES[0]: "float32", SHAPES[1]: "bfloat16", (2, 48, 64, 16): "bfloat16", (1, 64, 32, 16): "float32"}
+"""Shape -> dtype. Of whole blocks z is read where it lies, in the second half of wider rows."""
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [pytest.param(*c, marks=[pytest.mark.long] * (c[0] != SHAPES[0])) for c in GATED.items()])
+def test_softplus_and_gate_in_the_kernel_are_within_rounding_of_the_reference(shape, dtype):
+    """As above, with gradients of the bias and of what holds z. Also where a token does nothing (dt of minus infinity)."""
+    (u, _, a, b, c, d), starts, state, (weights, of_last) = drawn(*shape, dtype)
+    rng = np.random.default_rng(1)
+    raw, both = (jnp.asarray(rng.normal(size=(*u.shape[:2], k * u.shape[2])) * 2, dtype) for k in (1, 2))
+    raw = raw.at[0, -1].set(-jnp.inf)
+    bias = jnp.asarray(rng.normal(size=u.shape[2:]) - 3, jnp.float32)
+
+    def kernel(*given):
+        return ss.gated(*given[:-1], starts, given[-1], form="kernel", interpret=True)
+
+    def reference(*given):
+        u, raw, a, b, c, d, bias, both, state = given
+        y, last = in_fp32(u, jax.nn.softplus(raw.astype(jnp.float32) + bias), a, b, c, d, starts, state)
+        return (y * jax.nn.silu(both[..., u.shape[2] :].astype(jnp.float32))).astype(u.dtype), last
+
+    def run(scan):
+        out, pull = jax.vjp(scan, u, raw, a, b, c, d, bias, both, state)
+        return jax.tree.leaves((out, pull((weights.astype(u.dtype), of_last))))
+
+    names = ("y", "last", "u", "raw", "a", "b", "c", "d", "bias", "both", "state")
+    for name, ours, expected in zip(names, jax.jit(lambda: run(kernel))(), jax.jit(lambda: run(reference))(), strict=True):
+        assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape), name
+        as_numbers = (np.asarray(x, np.float32) for x in (ours, expected))
+        assert_close_to_largest(*as_numbers, 4e-7 if ours.dtype == jnp.float32 else 2**-8, name)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_segment_in_a_row_equals_the_segment_alone(form):
     """Values and gradients: nothing of a neighbour is left, not even as a factor of zero times infinity."""
@@ -208,3 +241,27 @@ def test_every_entry_of_the_table_names_its_measurement():
         for entry in entries:
             result = json.loads((ROOT / entry["measured"]).read_text())
             assert {k: v for k, v in entry.items() if k != "measured"} in result["entries"]
+
+
+@pytest.mark.long
+def test_a_layer_by_the_kernel_is_a_layer_by_xla(monkeypatch):
+    """Packed rows and a cache with padding on the right; values, and gradients of all weights."""
+    config, gated = PRESETS["blackmamba-tiny"], ss.gated
+    monkeypatch.setattr(ss, "gated", lambda *given, **more: gated(*given, **more, interpret=True))
+    mixer = config.stacks[0].block.mixer
+    layers = [Mamba(jax.random.key(0), mixer, config, jnp.float32, Target("auto", "cpu", scan=form)) for form in ("chunked", "kernel")]
+    x = jax.random.normal(jax.random.key(1), (1, 20, config.hidden_size))
+    segments, valid, cache = jnp.ones((1, 20), jnp.int32).at[:, 9:].set(2), jnp.arange(20)[None] < 17, Mamba.empty(mixer, 1, 1, 0, x.dtype)
+
+    def run(layer):
+        graph, weights = nnx.split(layer)
+
+        def outputs(weights):
+            layer = nnx.merge(graph, weights)
+            return layer(x, segments), layer.cached(x, valid, segments, cache, 0)
+
+        out, pull = jax.vjp(outputs, weights)
+        return jax.tree.leaves((out, pull(jax.tree.map(jnp.cos, out))))
+
+    for number, (ours, expected) in enumerate(zip(*(jax.jit(lambda layer=layer: run(layer))() for layer in layers[::-1]), strict=True)):
+        assert_close_to_largest(ours, expected, 2e-6, str(number))

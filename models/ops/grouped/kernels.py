@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.models.ops.choice import DECODED_TILE
 from moejax.models.ops.quantized import KINDS, tensor_type
 
-ROWS, MOST_ROWS = 16, 64
+ROWS, MOST_ROWS = 16, DECODED_TILE
 """Of a tile of rows, at least, and at most where codes are decoded for it."""
 OUT, INNER = 64, 64
 """Rows and columns of a tile of a matrix; of one in 4 bits 64 bytes are two tiles, one of each half of its row."""
