@@ -4,6 +4,7 @@ import json
 import struct
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial, reduce
 from pathlib import Path
@@ -255,6 +256,18 @@ def save_torch(path, tensors):
             pickled += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tRs"
             file.writestr(f"archive/data/{key}", np.ascontiguousarray(value).tobytes())
         file.writestr("archive/data.pkl", pickled + b".")
+
+
+def ended(started, seconds=900):
+    """[(exit code, standard output, standard error)] of processes that wait for each other. All are read at once, since one whose pipe is
+    full waits too, and none is left behind."""
+    try:
+        with ThreadPoolExecutor(len(started)) as pool:
+            said = list(pool.map(lambda process: process.communicate(timeout=seconds), started))
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 def kept_result(name):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, ended
 
 pytestmark = pytest.mark.long
 
@@ -60,9 +60,8 @@ def test_they_meet(scheduler):
         environment = clean | own | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes))
-    for number, process in enumerate(started):
-        out, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error
+    for number, (code, out, error) in enumerate(ended(started)):
+        assert code == 0, error
         assert out.splitlines()[-1].split() == ["2", str(number), "4", "0", "1"]
 
 
@@ -89,6 +88,5 @@ def test_one_is_later_than_the_others():
     more = {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     lines = [[sys.executable, "-c", LATE, coordinator, str(number)] for number in range(2)]
-    for process in [subprocess.Popen(line, env=os.environ | more, **pipes) for line in lines]:
-        out, error = process.communicate(timeout=400)
-        assert process.returncode == 0 and out.splitlines()[-1] == "24.0", error
+    for code, out, error in ended([subprocess.Popen(line, env=os.environ | more, **pipes) for line in lines]):
+        assert code == 0 and out.splitlines()[-1] == "24.0", error

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, ended
 
 pytestmark = pytest.mark.long
 
@@ -17,7 +17,7 @@ PROBLEMS = str(ROOT / "assets/problems/test.json")
 
 
 def asked(*command, mesh, processes=1):
-    """[(exit code, standard output, standard error) of each process]."""
+    """As `ended`, without what gloo prints."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         meet = f"mesh.coordinator=127.0.0.1:{server.getsockname()[1]}"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
@@ -27,9 +27,8 @@ def asked(*command, mesh, processes=1):
         line = [sys.executable, "-m", "moejax", *map(str, command), *own]
         more = {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         started.append(subprocess.Popen(line, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=400) for process in started]
     gloo = re.compile(r"^\[Gloo\].*\n", re.MULTILINE)  # it prints by itself where it has met
-    return [(process.returncode, gloo.sub("", out), error) for process, (out, error) in zip(started, said, strict=True)]
+    return [(code, gloo.sub("", out), error) for code, out, error in ended(started)]
 
 
 def test_accuracy(run, tmp_path):
@@ -73,9 +72,8 @@ def test_other_questions_are_refused(run):
     command = [sys.executable, "-m", "moejax", "generate", str(run), *meet]
     lines = [[*command, f"mesh.process_id={i}", "--prompt", text] for i, text in enumerate("ab")]
     started = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for line in lines]
-    for process in started:
-        said = process.communicate(timeout=200)[1]
-        assert process.returncode == 2 and "the processes have not the same command" in said, said
+    for code, _, said in ended(started):
+        assert code == 2 and "the processes have not the same command" in said, said
 
 
 def test_exact_match(run):
@@ -143,9 +141,8 @@ def test_scripts(run, tmp_path):
             mesh = mesh | ({"coordinator": coordinator} if len(meshes) == 2 else {})
             line = [sys.executable, "-c", SCRIPT, str(run), str(tmp_path), json.dumps(mesh), str(tmp_path / name)]
             started.append(subprocess.Popen(line, env=os.environ | more, **pipes))
-        for process in started:
-            out, error = process.communicate(timeout=400)
-            assert process.returncode == 0, error
+        for code, out, error in ended(started):
+            assert code == 0, error
             found.append(json.loads(next(line for line in out.splitlines() if line.startswith("said ")).removeprefix("said ")))
     (one, *own), (two, *first), (none, *second) = found
     assert none is None and own[0] == first[0] == second[0] and first == second

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from support import ended
 from test_weights import CONFIG
 
 from moejax import mesh, processes
@@ -60,9 +61,8 @@ def test_a_process_reads_what_its_devices_hold(weights, folder, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([*command, str(number)], env=environment, **pipes) for number in range(2)]
     found = []
-    for process in started:
-        out, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    for code, out, error in ended(started):
+        assert code == 0, error
         found.append(json.loads(out.splitlines()[-1]))
     checkpoint, cache = folder / "model.safetensors", next((tmp_path / "cache").glob("*.safetensors"))
     # Of the others' scales a row is no whole block.
