@@ -71,13 +71,13 @@ import jax
 import numpy as np
 from moejax import processes
 from moejax.config_mesh import MeshConfig
-processes.HEARTBEAT_SECONDS, number = 10, int(sys.argv[2])
+number = int(sys.argv[2])
 with processes.together(MeshConfig(coordinator=sys.argv[1], processes=2, process_id=number), {"asked": "{}"}):
     time.sleep(0 if number else 35)  # it compiles longer than gloo waits for a first sum of all devices
     everyone = jax.sharding.NamedSharding(jax.make_mesh((4,), ("all",)), jax.sharding.PartitionSpec("all"))
     ones = jax.make_array_from_callback((4, 3), everyone, lambda _: np.arange(3.0, dtype=np.float32)[None] + 1)
     print(jax.jit(lambda a: a.sum(), out_shardings=everyone.update(spec=jax.sharding.PartitionSpec()))(ones))
-    time.sleep(0 if number else 15)  # it writes longer than jax waits for those that have ended
+    time.sleep(0 if number else 45)  # it writes longer than jax waits for those that have ended
 """
 
 
