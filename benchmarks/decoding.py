@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py [--rows 1 16 64] [--reference4 PYTHON] [--out FILE.json]
 
-First as `moejax chat` decodes: one prompt, four tokens a piece. Then by `generate`, for each number of rows.
+First as `moejax chat` decodes: one prompt, in pieces. Then by `generate`, for each number of rows.
 
 The bundled Mixtral in fp32 on both sides, the first problems of assets/problems/test.json as prompts of one batch, 64 tokens each, which
 nothing ends; prompts and all tokens are timed, compilation is not. The ratio of the medians is the result; both must say the same tokens.

@@ -36,7 +36,7 @@ class Held:
         self._cache: Cache | None = None
 
     def answer(
-        self, prompt: Sequence[int], max_new_tokens: int, end: End, sampling: Sampling, piece: int = 4
+        self, prompt: Sequence[int], max_new_tokens: int, end: End, sampling: Sampling, piece: int = 8
     ) -> Iterator[np.ndarray]:
         """The tokens of the answer as they are decoded: int32 [1], then [up to `piece`]; as `generate.stream` gives them. It may be left
         at any piece: the next prompt finds what was decoded until then."""
