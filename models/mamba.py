@@ -120,6 +120,7 @@ class Mamba(nnx.Module):
         if valid is not None:
             raw = jnp.where(valid[..., None], raw, -jnp.inf)
         a, d, bias = (v.get_value().astype(jnp.float32) for v in (self.a_log, self.d, self.dt_bias))
-        form, chunk = choice.scan(self.target.platform, *u.shape, self.target.scan)
+        rows, length, channels = u.shape
+        form, chunk = choice.scan(self.target.platform, rows, length, channels, self.target.scan)
         mixed, last = ss.gated(u, raw, -jnp.exp(a), b, c, d, bias, both, starts, state, form=form, chunk=chunk)
         return self.out_proj(mixed), last

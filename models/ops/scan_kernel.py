@@ -174,7 +174,7 @@ def _scan_backward_kernel(given, interpret, *refs):  # type: ignore[no-untyped-d
             dx = jnp.sum(e * token.column(token.b, t), axis=0)
             du[t] = (dt * dx + d * dyt).astype(du.dtype)
             dstep = ut * dx + jnp.sum(through * a, axis=0) * math.log(2)
-            if gate:
+            if token.bias is not None:
                 dstep = dstep * token.sigmoid(token.row(token.dt, t) + token.bias)
                 sum_bias = [sum_bias[0] + dstep]
             ddt[t] = dstep.astype(ddt.dtype)
