@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
@@ -69,10 +70,12 @@ def same(found: Table) -> Any:
 
 
 def number(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A real number. Raises ValueError where it is something else."""
+    """A real number that a float can hold. Raises ValueError where it is something else."""
     value = settings.get(name, default)
     if type(value) not in (int, float):
         raise ValueError(f"{_said(name, value)}: expected a number")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{_said(name, value)}: expected a number up to {sys.float_info.max:.2g}")
     return value  # type: ignore[no-any-return]
 
 

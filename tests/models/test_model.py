@@ -134,6 +134,7 @@ def test_scopes_are_in_the_compiled_step(tmp_path):
         ({"nobody_knows": {"this": [1]}}, r'nobody_knows = \{"this": \[1\]\}: not known to be computed'),
         ({"hidden_size": "128"}, 'hidden_size = "128": expected a whole number'),
         ({"rope_theta": "1e6"}, 'rope_theta = "1e6": expected a number'),
+        ({"rope_theta": 10**400}, r"rope_theta = 1000.*: expected a number up to 1\.8e\+308"),
         ({"rope_theta": -1}, "rope_theta = -1.0: expected a number above 0"),
         ({"rms_norm_eps": 0}, "rms_norm_eps = 0: expected a number above 0"),
     ],
