@@ -18,11 +18,13 @@ from typing import Any
 
 
 def meant(path: Path) -> str:
-    """`; did you mean NAME?` of what lies next to a path that does not exist, by its name; nothing where nothing is close."""
+    """`; did you mean NAME?` of what lies next to a path that does not exist, by its name; nothing where nothing is close. Not a link of
+    that name, which leads nowhere."""
     try:
-        near = difflib.get_close_matches(path.name, [there.name for there in path.parent.iterdir()], n=1, cutoff=0.7)
-    except OSError:
+        names = [there.name for there in path.parent.iterdir() if there.name != path.name]
+    except (OSError, ValueError):
         return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 

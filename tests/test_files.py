@@ -71,3 +71,11 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"a\.png") as caught:
         files.save_figure(SimpleNamespace(savefig=Mock(side_effect=full)), tmp_path / "a.png", dpi=1)
     assert caught.value.filename == str(tmp_path / "a.png") and not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_close_to_a_missing_one(tmp_path):
+    (tmp_path / "chats.jsonl").touch()
+    assert files.meant(tmp_path / "chat.jsonl") == f"; did you mean {tmp_path / 'chats.jsonl'}?"
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
+    assert not files.meant(tmp_path / "lost.jsonl"), "a link that leads nowhere is not its own correction"
+    assert not files.meant(tmp_path / "nowhere" / "a") and not files.meant(tmp_path / "\0" / "a")

@@ -90,7 +90,8 @@ def fetch_file(source: str, commit: str, file: str, folder: Path) -> Path:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
-            status = getattr(getattr(error, "response", None), "status_code", 0)
+            # What answered the question before a download is the cause of an error of its own.
+            status = max(getattr(getattr(e, "response", None), "status_code", 0) for e in (error, error.__cause__))
             wait = next(waits, None) if status >= 500 else None
             if wait is None:
                 reason = (str(error).splitlines() or [""])[0][:200]

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 from support import ROOT
 
 from moejax import config
@@ -212,3 +214,23 @@ def test_what_the_data_decided_is_kept(offline, tmp_path):
     resumed = pinning.adopted(begun).data
     assert (resumed.template, resumed.template_date) == ("chat", "2026-03-09")
     assert pinning.adopted(begun.changed("data", template="mistral")).data.template == "mistral", "and folders.prepare refuses it"
+
+
+@pytest.mark.parametrize(("status", "asked", "direct"), [(503, 3, True), (503, 3, False), (404, 1, True), (404, 1, False)])
+def test_a_server_s_error_is_waited_for_a_few_times(status, asked, direct, tmp_path, monkeypatch):
+    """Also the one before a download, which huggingface_hub reports as the cause of an error of its own."""
+    came = []
+
+    def down(*_, **__):
+        came.append(status)
+        answered = RuntimeError("of the server")
+        answered.response = SimpleNamespace(status_code=status)
+        if direct:
+            raise answered
+        raise errors.LocalEntryNotFoundError("not in the cache") from answered
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", down)
+    monkeypatch.setattr(snapshot, "_WAITS", (0.0, 0.0))
+    with pytest.raises(UserError, match=r"a\.safetensors of org/name at .* could not be fetched .*start again"):
+        snapshot.fetch_file("org/name", "a" * 40, "a.safetensors", tmp_path)
+    assert len(came) == asked
