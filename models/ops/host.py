@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,23 +70,25 @@ def _by_one_axis(array: jax.Array, where: list[jax.Array]) -> jax.Array:
 
 
 def rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """table[index], rows of a [V, D] table for int32 [...]. From the host's memory row by row or, where that takes longer, as a whole."""
-    if not is_host(table):
-        return jnp.take(table, index, axis=0)
-    if index.size * ROW_BYTES > table.size * table.dtype.itemsize:
-        return jnp.take(fetched(table), index, axis=0)
-    of_tiles = _row_of_tile if table.shape[0] % TILE == 0 else entry
+    """table[index], rows of a [V, D] table for int32 [...]. From the host's memory row by row or, where that takes longer, as a whole; to a
+    TPU, whose compiler does not fetch a part of a tile, by tiles, and as a whole where the last one is not full."""
+    if not is_host(table) or index.size * ROW_BYTES > table.size * table.dtype.itemsize:
+        return _of_whole(table, index)
+    on_tpu = partial(_one_by_one, _row_of_tile) if table.shape[0] % TILE == 0 else _of_whole
+    found: jax.Array = jax.lax.platform_dependent(table, index, tpu=on_tpu, default=partial(_one_by_one, entry))
+    return found
 
-    def row(i: jax.Array) -> jax.Array:
-        found: jax.Array = jax.lax.platform_dependent(table, i, tpu=of_tiles, default=entry)
-        return found
 
-    found = jax.lax.map(row, index.reshape(-1))
+def _of_whole(table: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(fetched(table), index, axis=0)
+
+
+def _one_by_one(row: Callable[[jax.Array, jax.Array], jax.Array], table: jax.Array, index: jax.Array) -> jax.Array:
+    found = jax.lax.map(partial(row, table), index.reshape(-1))
     return found.reshape(*index.shape, table.shape[1])
 
 
 def _row_of_tile(table: jax.Array, i: jax.Array) -> jax.Array:
-    """table[i] for a TPU, whose compiler does not fetch a part of a tile."""
     tile = fetched(jax.lax.dynamic_slice_in_dim(table, i // TILE * TILE, TILE, allow_negative_indices=False))
     return jax.lax.dynamic_index_in_dim(tile, i % TILE, keepdims=False)
 
