@@ -90,7 +90,7 @@ def counts(
     rate = PRODUCTS * gpu.rate(dtype, exact=decode)  # of its products: those of fp32 are not rounded to tf32
     stages = {stage.name: stage for stage in floors(experiment, config, rows, row_tokens)}
     kernel = 0.0
-    if decode and (decoded := _decoded(experiment, config, tokens)) is not None:
+    if decode and (decoded := _decoded(experiment, config, tokens, dealt)) is not None:
         computing = stages.pop(EXPERTS).flops / (rate * GROUPED / (PRODUCTS * H200_FLOPS))
         stages.pop(DEQUANTIZATION)
         kernel = max(computing, decoded[0] / (DECODE * _clocks(gpu)), decoded[1] / (BANDWIDTH * gpu.bytes_per_second))
@@ -115,17 +115,18 @@ def counts(
     return Counts((floor, float(config.blocks), visits, scans), kernel)
 
 
-def _decoded(experiment: Experiment, config: Architecture, tokens: int) -> tuple[float, float] | None:
-    """Weights that the kernels of `decode` decode in a step, and bytes of codes that they read; None where they multiply by arrays. Tile
-    by tile of an expert's rows, in eight products of its three matrices."""
-    kind, weights = experiment.kinds(config).get("experts"), 0.0
+def _decoded(experiment: Experiment, config: Architecture, tokens: int, dealt: int) -> tuple[float, float] | None:
+    """Weights that the kernels of `decode` decode for a micro-batch, and bytes of codes that they read; None where they multiply by arrays.
+    Tile by tile of the rows that an expert meets at once, in eight products of its three matrices."""
+    kind, weights, together = experiment.kinds(config).get("experts"), 0.0, experiment.training.together
     for stack in config.stacks:
         half = stack.block.feed_forward
         if isinstance(half, specs.MoE) and not half.dense:
-            rows = tokens * half.experts_per_token / half.experts
+            rows = dealt * tokens * together * half.experts_per_token / half.experts
             if kind is None or rows > choice.DECODED_ROWS:
                 return None
-            weights += 8 * stack.repeats * half.experts * config.hidden_size * half.hidden * max(1.0, rows / choice.DECODED_TILE)
+            matrices = 8 * stack.repeats * half.experts / dealt / together
+            weights += matrices * config.hidden_size * half.hidden * max(1.0, rows / choice.DECODED_TILE)
     return weights, weights * KINDS[kind].bytes_per_weight if kind else 0.0
 
 
