@@ -27,7 +27,7 @@ def splash_attention(
     A kernel's window is part of its program. reach: how many positions a query sees, its own among them (None: all before it); window:
     int32, that number or one of at least T, in a program whose layers have either: then both kernels are in it and one of them runs.
 
-    The output and its softmax's sums are named "mixed" for rematerialization policies. interpret: on a CPU, for tests.
+    The output, and of whole lanes its softmax's sums, are named "mixed" for rematerialization policies. interpret: on a CPU, for tests.
     """
     t = q.shape[1]
     whole = t + -t % LANES

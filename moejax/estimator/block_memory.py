@@ -130,7 +130,8 @@ class Block:
         return self.moe.experts // self.step.devices
 
     def routing(self) -> int:
-        """Saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts."""
+        """Saved under every policy: indices, weights and places of the choices, the sorted rows' tokens; counts. As of four bytes each: a
+        small batch's integers take less."""
         if self.moe.dense:
             return 0
         return 4 * (3 * self.step.at_experts * self.moe.experts_per_token + self.sorted_rows + 2 * self.moe.experts)

@@ -135,6 +135,7 @@ def mamba(of: Numbers, d: int, spec: specs.Mamba, n: float, trained: bool) -> li
     return [
         merged("mamba: projections", *again, product(of, n, i, d, 2 + trained)),
         # u, dt in fp32, y out, forward and again; backward reads them and dy, and writes du and ddt. States never leave the registers.
+        # So by chunks; the kernel has none of them in fp32, and is counted alike.
         Stage("mamba/scan", 3 * 9 * n * i * s, Numbers(FP32, of.chip).bytes(n * i) * (3 + 3 + 5)),
         Stage("mamba/conv, gate", 3 * 2 * spec.conv * n * i, 14 * of.bytes(n * i)),
     ]
