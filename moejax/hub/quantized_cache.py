@@ -126,14 +126,15 @@ def read(
     experts alone that its devices have, and of rows that lie on the devices of all its own; all call it then.
 
     stacked: as the `Keeper` had it. None where there is none, or it is not what was asked for or (which is reported) not what was written:
-    it is then made again."""
+    it is then made again. Nothing ({}) where it is there, and another process, of another disk, has none."""
     leaves, entries = leaves_of(variables), _entries(leaves_of(variables), stacked)
     reader = _opened(path, {name: tuple(leaf.shape) for name, leaf in leaves.items()} | {_SUMS: (sum(entries.values()),)})
     dealt = any(deal_of(value, (stacked or {}).get(name, 0)) is not None for name, value in variables.items())
-    if dealt and "" in processes.gathered("" if reader is None else "there"):  # all read it, or none
-        return None
+    lacking = dealt and "" in processes.gathered("" if reader is None else "there")
     if reader is None:
         return None
+    if lacking:  # all read it, or none
+        return {}
     values: dict[str, Any] = {}
     sums: dict[str, dict[int, int]] = {}  # of the entries that are read
     rows: dict[str, int] = {}  # of which a part was read: its bytes

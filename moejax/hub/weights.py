@@ -77,12 +77,12 @@ def load_weights(
             path = cache / f"{quantized_cache.key(weight_files(folder), leaves, repr(model.config))}.safetensors"
         stacked = {".".join((*path, attr)): leading(parts[0][1]) for (path, attr), parts in by_variable(model).items()}
         kept = None if path is None else quantized_cache.read(path, abstract, content, stacked)
-        if kept is not None:
+        if kept:
             for name, variable in base_variables(model):
                 variable.set_value(kept[name])
         else:
             # Several processes read one cache, and the first writes it.
-            keep = stack.enter_context(Keeper(path if processes.is_first() else None, leaves, content, stacked))
+            keep = stack.enter_context(Keeper(path if processes.is_first() and kept is None else None, leaves, content, stacked))
             total = sum(files[n].nbytes // len(p) for n, p in tensors(model.config).items() if n in files for _ in p)
             advance = stack.enter_context(bar("loading", total, "bytes"))
             read_all = fill(model, files, folder, keep=keep, advance=advance, every=keep.writes)

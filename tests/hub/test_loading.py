@@ -163,6 +163,20 @@ class TestCache:
         load(folder, cache=cache)
         assert len(list(cache.iterdir())) == 4
 
+    def test_one_that_another_process_lacks_is_neither_read_nor_written_again(self, folder, tmp_path, monkeypatch):
+        """Of weights that all read together, on machines with a disk each."""
+        cache = tmp_path / "cache"
+        first = load(folder, cache=cache)
+        (path,) = cache.iterdir()
+        written = path.stat().st_ino, path.stat().st_mtime_ns
+        monkeypatch.setattr(quantized_cache, "deal_of", lambda *_: "dealt out")
+        monkeypatch.setattr(quantized_cache.processes, "gathered", lambda text: [text, ""])
+        assert_same(load(folder, cache=cache), first)
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == written
+        path.unlink()
+        assert_same(load(folder, cache=cache), first)
+        assert path.is_file()
+
     def test_a_damaged_one_is_ignored_and_replaced(self, folder, tmp_path):
         cache = tmp_path / "cache"
         first = load(folder, cache=cache)
