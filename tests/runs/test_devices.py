@@ -10,7 +10,7 @@ from moejax.commands.arguments import on_mesh
 from moejax.config_mesh import MeshConfig
 from moejax.errors import UserError
 from moejax.models.config import PRESETS
-from moejax.runs.devices import devices_of, mesh_of
+from moejax.runs.devices import devices_of, joined, mesh_of
 
 TINY = PRESETS["mixtral-tiny"]  # 8 experts
 
@@ -68,3 +68,8 @@ def test_what_one_process_does(trained, monkeypatch, capsys):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert cli.main(["chat", str(trained)]) == 2
     assert "moejax chat is one process with all devices of its machine" in capsys.readouterr().err
+
+
+def test_an_empty_section_of_a_script_is_all_devices_as_in_a_config(trained, tmp_path):
+    assert joined(tmp_path, None) is None and joined(tmp_path, {}) == MeshConfig()
+    assert joined(trained, {}) == MeshConfig(weights="experts")
