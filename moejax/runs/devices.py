@@ -45,7 +45,8 @@ def joined(folder: Path, given: Mapping[str, Any] | None) -> MeshConfig | None:
     """`mesh_of` for a script, by keys of the section `mesh`. Several processes of it meet here, and part where they end; the first one
     alone reports. Raises UserError as `mesh_of`."""
     mesh = mesh_of(folder, [f"mesh.{key}={'null' if value is None else value}" for key, value in (given or {}).items()])
-    mesh = MeshConfig() if mesh is None and given is not None else mesh  # {}, of what has no mesh itself: all devices, as in a config
+    if mesh is None and given is not None:  # {}: all devices, as in a config
+        mesh = MeshConfig.model_validate({})
     own = None if mesh is None else mesh.model_dump(mode="json", include={"devices", "weights"})
     processes.join(mesh, {"model": json.dumps([str(folder), own])})
     return mesh
