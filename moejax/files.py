@@ -19,9 +19,10 @@ from typing import Any
 
 def meant(path: Path) -> str:
     """`; did you mean NAME?` of what lies next to a path that does not exist, by its name; nothing where nothing is close. Not a link of
-    that name, which leads nowhere."""
+    that name, which leads nowhere. A common suffix makes no two names close."""
     try:
         names = [there.name for there in path.parent.iterdir() if there.name != path.name]
+        names = [name for name in names if difflib.get_close_matches(path.stem, [Path(name).stem], cutoff=0.7)]
     except (OSError, ValueError):
         return ""
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)

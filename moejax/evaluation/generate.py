@@ -325,10 +325,10 @@ def decoded(
     ends = _array(end)
     devices = _over(model[1], tokens)
     out, cache = _begin(*model, tokens, lengths, cache, draw, steps, ends, devices)
-    step, until = np.int32(1), 1
+    step, until = jnp.int32(1), 1
     while True:
         if steps > 1:  # the first call decodes nothing: it compiles what the later ones run
-            out, cache, step = _go_on(*model, out, cache, step, np.int32(until), draw, ends, devices)
+            out, cache, step = _go_on(*model, out, cache, step, jnp.int32(until), draw, ends, devices)
         so_far = processes.everywhere(out)[:, :until]
         yield so_far, cache
         if until == steps or np.isin(so_far, ends).any(axis=1).all():
