@@ -163,6 +163,9 @@ def read(path: str | Path) -> tuple[Entry, ...]:
     return tuple(entry_of(f"--coefficients {path}: entries[{index}]", item, path) for index, item in enumerate(entries))
 
 
+_MOST = 1e18  # seconds, and what they are made of: more would overflow in products
+
+
 def entry_of(where: str, item: Any, path: Path) -> Entry:
     """The entry that `document_of` wrote. where: for messages. Raises UserError for what is none."""
     if not isinstance(item, dict):
@@ -177,7 +180,10 @@ def entry_of(where: str, item: Any, path: Path) -> Entry:
         points = int(item.get("points", 0))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: {str(error).partition(';')[0]}") from error
-    if not np.isfinite(x).all() or (x < 0).any() or not x.any():
+    for key, numbers in (("samples", samples), ("scatter", scatter)):
+        if numbers.ndim < 1 or not (np.abs(numbers) < _MOST).all():
+            raise UserError(f"{where}: {key}: expected a list of numbers below {_MOST:g}")
+    if not (x < _MOST).all() or (x < 0).any() or not x.any():
         raise UserError(f"{where}: {', '.join(_NUMBERS)} = {', '.join(f'{v:g}' for v in x)}: expected none below 0, and not all 0")
     model, method, gpu = (str(item[key]) for key in ("model", "method", "gpu"))
     only = item.get("only_share")

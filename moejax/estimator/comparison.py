@@ -36,6 +36,8 @@ def time_prediction(entry: Entry, share: float) -> Document:
 
 def step_time(time: Document) -> Entry:
     """The other way round. Raises UserError for what another version wrote."""
+    if not _is(share := time.get("share"), int | float):
+        raise UserError(f"{PREDICTION}: time: share = {json.dumps(share)[:60]}: expected k/E of the run: damaged?")
     return coefficients.entry_of(f"{PREDICTION}: time", time, Path(PREDICTION))
 
 

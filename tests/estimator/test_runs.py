@@ -182,6 +182,18 @@ def test_compare(capsys, tmp_path):
     assert kept["memory"]["error"] == pytest.approx(-0.1)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"share": None}, "share = null: expected k/E"), ({"share": "é"}, "share = "), ({"samples": [["é"] * 3]}, "could not convert"),
+     ({"samples": [[1e300, 0, 0]]}, "samples: expected a list of numbers below 1e+18"), ({"scatter": 2.5}, "scatter: expected a list")],
+)  # fmt: skip
+def test_a_damaged_prediction_of_time(capsys, tmp_path, change, message):
+    entry = coefficients.Entry("mixtral", "qlora", "A40", np.array([1.0, 1e-4, 2.8e-3]), np.ones((2, 3)), np.zeros(2), "test", 3)
+    folder = finished(tmp_path / "run", TOLD | {"time": comparison.time_prediction(entry, 0.25) | change})
+    code, out, err = run(capsys, "compare", folder)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
 def test_compare_with_other_coefficients(capsys, tmp_path):
     out = tmp_path / "c.json"
     run(capsys, "fit", *sweep(tmp_path), "--out", str(out))
