@@ -66,7 +66,6 @@ CASES = (
     Case("gpt_oss_20b", "v5e-4", "spread", 2, 512, 15.75, R8),
     Case("gpt_oss_20b", "v5e-4", "experts", 2, 512, 15.75, R8),
     Case("mixtral_8x7b_cs_sparse", "v5e-1", None, 2, 512, 15.75, R16 + HOST),
-    Case("qwen3_30b_a3b_24gb", "v5e-1", None, 2, 512, 15.75, R16 + HOST),
     Case("blackmamba_2.8b_cs_sparse", "v6e-1", None, 2, 512, 26.0),
 )
 

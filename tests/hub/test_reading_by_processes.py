@@ -64,7 +64,7 @@ def test_a_process_reads_what_its_devices_hold(weights, folder, tmp_path):
     for code, out, error in ended(started):
         assert code == 0, error
         found.append(json.loads(out.splitlines()[-1]))
-    checkpoint, cache = folder / "model.safetensors", next((tmp_path / "cache").glob("*.safetensors"))
+    checkpoint, cache = folder / "model.safetensors", next((tmp_path / "one").glob("*.safetensors"))  # as theirs, which a damage ends
     # Of the others' scales a row is no whole block.
     parts = {"experts": ("experts", "moe.w"), "spread": (("experts", "_proj"), ("codes", "w2.weight.absmax"))}[weights]
     sizes = {"checkpoint": _sizes(checkpoint, parts[0]), "cache": _sizes(cache, parts[1])}
