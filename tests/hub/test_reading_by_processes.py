@@ -65,9 +65,10 @@ def test_a_process_reads_what_its_devices_hold(weights, folder, tmp_path):
         assert code == 0, error
         found.append(json.loads(out.splitlines()[-1]))
     checkpoint, cache = folder / "model.safetensors", next((tmp_path / "one").glob("*.safetensors"))  # as theirs, which a damage ends
-    # Of the others' scales a row is no whole block.
+    # Of the others' scales a row is no whole block; by rows all have a matrix's mean and scale, by experts their own.
     parts = {"experts": ("experts", "moe.w"), "spread": (("experts", "_proj"), ("codes", "w2.weight.absmax"))}[weights]
-    sizes = {"checkpoint": _sizes(checkpoint, parts[0]), "cache": _sizes(cache, parts[1])}
+    whole = {"experts": ("router",), "spread": ("router", "nested_absmax")}[weights]
+    sizes = {"checkpoint": _sizes(checkpoint, parts[0], whole), "cache": _sizes(cache, parts[1], whole)}
     for start, *each in zip(STARTS, *found, strict=True):
         whole, shared = sizes["cache" if start == "cache" else "checkpoint"]
         assert {value for _, value in each} == {content.value}
@@ -92,12 +93,12 @@ def test_matrices_of_one_process_are_not_dealt_out():
     assert "data" in codes.codes.sharding.spec and deal_of(codes, 2) is None and part_here(codes.codes) is None
 
 
-def _sizes(path, of):
+def _sizes(path, of, whole):
     """(bytes of a file's tensors, of those of which each process has half)."""
     reader = Reader(path)
     sizes = {name: int(np.prod(reader.shape(name))) * reader.dtype(name).itemsize for name in reader.names()}
     of = (of,) if isinstance(of, str) else of
-    halved = (name for name in sizes if any(part in name for part in of) and not name.endswith("nested_absmax") and "router" not in name)
+    halved = (name for name in sizes if any(part in name for part in of) and not any(part in name for part in whole))
     return sum(sizes.values()), sum(sizes[name] for name in halved)
 
 
