@@ -320,7 +320,7 @@ def estimate_memory(
     rows: number of rows (None: the largest that fits). On several devices rows are of all, bytes of each; a slice ("v5e-8") takes the
     config's mesh.weights, without a mesh those with which most rows fit. seq_len: tokens per row (default: the config's longest).
     Uses the compiler where possible (for another GPU with the extra `aot`, for a TPU `aot-tpu`), else the closed form, with an error of
-    about 3 % (a TPU: 13 %). Raises UserError.
+    about 3 % (a TPU: 14 %). Raises UserError.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     experiment = experiment_of(config, changes)
